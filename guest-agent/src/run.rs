@@ -1,0 +1,210 @@
+//! Carrying out commands and reporting on each in one line.
+
+use crate::command::Command;
+use crate::files::{self, Source};
+use crate::memory::{Memory, Mismatch};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
+
+/// Prints one line to standard output. A console that can't be written to is no reason to stop.
+pub fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(io::stdout(), "samepage-agent: {line}");
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system refused something about a path.
+    #[error("{path}: {source}", path = path.display())]
+    Path {
+        /// The file, device or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Filled memory has changed.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// Meant for init alone.
+    #[error("only the init of a guest may do this, not a process of a running system")]
+    NotInit,
+}
+
+/// What to do after a command.
+enum Next {
+    /// The next command, after reporting these figures.
+    Continue(String),
+    /// Nothing more.
+    Stop,
+}
+
+/// The state that commands leave behind for those after them.
+pub struct Runner {
+    is_init: bool,
+    memory: Memory,
+    mounts: Vec<PathBuf>,
+}
+
+impl Runner {
+    /// A runner with nothing mounted and nothing filled. `is_init`: whether the machine may be
+    /// reset.
+    pub fn new(is_init: bool) -> Self {
+        Self { is_init, memory: Memory::default(), mounts: Vec::new() }
+    }
+
+    /// Runs `commands` until one fails or ends the list, and returns whether none failed.
+    pub fn run(&mut self, commands: &[Command]) -> bool {
+        let (mut ran, mut failed) = (0, 0);
+        for command in commands {
+            ran += 1;
+            match self.execute(command) {
+                Ok(Next::Continue(figures)) if figures.is_empty() => {
+                    say(format_args!("{} ok", command.name()))
+                }
+                Ok(Next::Continue(figures)) => say(format_args!("{} ok {figures}", command.name())),
+                Ok(Next::Stop) => break,
+                Err(error) => {
+                    say(format_args!("{} failed: {error}", command.name()));
+                    failed += 1;
+                    break;
+                }
+            }
+        }
+        say(format_args!("done ran={ran} failed={failed}"));
+        failed == 0
+    }
+
+    /// Unmounts what commands have mounted, the last first.
+    pub fn unmount_all(&mut self) {
+        while let Some(dir) = self.mounts.pop() {
+            if let Err(error) = unmount(&dir, UnmountFlags::empty()) {
+                say(format_args!("umount failed: {}: {}", dir.display(), io::Error::from(error)));
+            }
+        }
+    }
+
+    fn execute(&mut self, command: &Command) -> Result<Next, Error> {
+        let start = Instant::now();
+        let mut figures = match command {
+            Command::Mount { device, dir, read_only } => {
+                std::fs::create_dir_all(dir).map_err(at(dir))?;
+                let flags = if *read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+                mount(device, dir, "ext2", flags, None).map_err(at(device))?;
+                self.mounts.push(dir.clone());
+                format!("dir={}", dir.display())
+            }
+            Command::Umount { dir } => {
+                unmount(dir, UnmountFlags::empty()).map_err(at(dir))?;
+                self.mounts.retain(|mounted| mounted != dir);
+                format!("dir={}", dir.display())
+            }
+            Command::Sum { path } => summed(path, files::sum(path, u64::MAX, Source::Cached))?,
+            Command::Read { path, bytes } => summed(path, files::sum(path, *bytes, Source::Device))?,
+            Command::Write { path, bytes, seed } => summed(path, files::write(path, *bytes, *seed))?,
+            Command::Sync => {
+                rustix::fs::sync();
+                String::new()
+            }
+            Command::Fill { pages, seed } => {
+                self.memory.fill(*pages, *seed);
+                format!("pages={pages} seed={seed}")
+            }
+            Command::Change { every, seed } => {
+                format!("pages={} seed={seed}", self.memory.change(*every, *seed))
+            }
+            Command::Verify { rounds, pause } => {
+                let mut pages = 0;
+                for round in 0..*rounds {
+                    if round > 0 {
+                        thread::sleep(*pause);
+                    }
+                    pages = self.memory.verify()?;
+                }
+                format!("pages={pages} rounds={rounds}")
+            }
+            Command::Meminfo => return meminfo().map(Next::Continue),
+            Command::Sleep(time) => {
+                thread::sleep(*time);
+                String::new()
+            }
+            Command::Print(text) => return Ok(Next::Continue(text.clone())),
+            Command::Idle => {
+                say("idle");
+                loop {
+                    thread::park();
+                }
+            }
+            Command::PowerOff if self.is_init => return Ok(Next::Stop),
+            Command::PowerOff => return Err(Error::NotInit),
+        };
+        if !figures.is_empty() {
+            figures.push(' ');
+        }
+        figures.push_str(&format!("ms={}", start.elapsed().as_millis()));
+        Ok(Next::Continue(figures))
+    }
+}
+
+fn at<E: Into<io::Error>>(path: &Path) -> impl FnOnce(E) -> Error {
+    move |source| Error::Path { path: path.to_owned(), source: source.into() }
+}
+
+fn summed(path: &Path, result: io::Result<files::Summed>) -> Result<String, Error> {
+    let summed = result.map_err(at(path))?;
+    Ok(format!("path={} bytes={} fnv1a={}", path.display(), summed.bytes, summed.checksum))
+}
+
+/// Figures of `/proc/meminfo`, in KiB.
+fn meminfo() -> Result<String, Error> {
+    let path = Path::new("/proc/meminfo");
+    let text = std::fs::read_to_string(path).map_err(at(path))?;
+    let figure = |key: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(':')?.split_whitespace().next())
+            .unwrap_or("0")
+    };
+    Ok(format!(
+        "total_kib={} free_kib={} cached_kib={} anon_kib={}",
+        figure("MemTotal"),
+        figure("MemFree"),
+        figure("Cached"),
+        figure("AnonPages")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::parse_list;
+
+    fn run(list: &str) -> bool {
+        Runner::new(false).run(&parse_list(list).expect("commands"))
+    }
+
+    #[test]
+    fn memory_keeps_its_content_from_command_to_command() {
+        assert!(run("fill:100K:1,fill:40K:0,verify,change:3:2,verify:2:1,meminfo,print:x,sleep:1"));
+    }
+
+    #[test]
+    fn a_failure_ends_the_list() {
+        assert!(!run("sum:/nonexistent,idle"));
+    }
+
+    #[test]
+    fn a_running_system_is_not_reset() {
+        assert!(matches!(Runner::new(false).execute(&Command::PowerOff), Err(Error::NotInit)));
+        assert!(matches!(Runner::new(true).execute(&Command::PowerOff), Ok(Next::Stop)));
+    }
+
+    #[test]
+    fn errors_name_the_path() {
+        let Err(error) = Runner::new(false).execute(&Command::Sum { path: "/nonexistent".into() }) else {
+            panic!("there is no such file");
+        };
+        assert_eq!(error.to_string(), "/nonexistent: No such file or directory (os error 2)");
+    }
+}
