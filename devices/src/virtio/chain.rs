@@ -1,0 +1,167 @@
+//! Descriptor chains, taken apart once into plain lists of memory ranges.
+//!
+//! Each descriptor is read from guest memory once; what the guest does to the table afterwards changes
+//! nothing. The lists are reused from one chain to the next and bounded by the longest chain allowed.
+//!
+//! Devices must not rely on where one descriptor ends and the next begins (virtio 1.2, section 2.7.4), so a
+//! chain is offered as a stream of bytes to read followed by a stream of bytes to write.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
+
+use crate::GuestMemory;
+
+/// Why a chain cannot be used at all, not even to report an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ChainError {
+    /// It loops, leaves its table, or its table is not in guest memory.
+    #[error("the chain does not come to an end in its descriptor table")]
+    Endless,
+    /// More descriptors than the device allows.
+    #[error("the chain is longer than the {0} descriptors that the device allows")]
+    TooLong(usize),
+    /// A device-readable descriptor after a device-writable one.
+    #[error("the chain has a device-readable descriptor after a device-writable one")]
+    Disordered,
+}
+
+/// Ranges of guest memory, read or written from front to back.
+#[derive(Debug, Default)]
+pub(crate) struct Segments {
+    ranges: Vec<(GuestAddress, usize)>,
+    /// The range that comes next, and how far into it.
+    next: usize,
+    offset: usize,
+    remaining: u64,
+}
+
+impl Segments {
+    fn clear(&mut self) {
+        self.ranges.clear();
+        self.next = 0;
+        self.offset = 0;
+        self.remaining = 0;
+    }
+
+    fn push(&mut self, address: GuestAddress, len: u32) {
+        if len > 0 {
+            self.ranges.push((address, len as usize));
+            self.remaining += u64::from(len);
+        }
+    }
+
+    /// Bytes to come.
+    pub(crate) fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// Takes away the last byte, before anything was read or written, and tells where it is.
+    pub(crate) fn split_last_byte(&mut self) -> Option<GuestAddress> {
+        let (address, len) = self.ranges.last_mut()?;
+        *len -= 1;
+        self.remaining -= 1;
+        let last = GuestAddress(address.0.checked_add(*len as u64)?);
+        if *len == 0 {
+            self.ranges.pop();
+        }
+        Some(last)
+    }
+
+    /// Copies the next `data.len()` bytes out of guest memory.
+    pub(crate) fn read(&mut self, memory: &GuestMemory, data: &mut [u8]) -> Result<(), GuestMemoryError> {
+        let mut done = 0;
+        while let Some((address, len)) = self.advance(data.len() - done)? {
+            memory.read_slice(&mut data[done..done + len], address)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Copies `data` to the next `data.len()` bytes of guest memory.
+    pub(crate) fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), GuestMemoryError> {
+        let mut done = 0;
+        while let Some((address, len)) = self.advance(data.len() - done)? {
+            memory.write_slice(&data[done..done + len], address)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// The next contiguous range, of `wanted` bytes at most; none when none is wanted.
+    fn advance(&mut self, wanted: usize) -> Result<Option<(GuestAddress, usize)>, GuestMemoryError> {
+        if wanted == 0 {
+            return Ok(None);
+        }
+        let Some(&(start, len)) = self.ranges.get(self.next) else {
+            return Err(GuestMemoryError::PartialBuffer { expected: wanted, completed: 0 });
+        };
+        let address = start
+            .0
+            .checked_add(self.offset as u64)
+            .map(GuestAddress)
+            .ok_or(GuestMemoryError::InvalidGuestAddress(start))?;
+        let step = wanted.min(len - self.offset);
+        self.offset += step;
+        self.remaining -= step as u64;
+        if self.offset == len {
+            self.next += 1;
+            self.offset = 0;
+        }
+        Ok(Some((address, step)))
+    }
+}
+
+/// The buffers of one chain.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    /// What the driver has written for the device.
+    pub(crate) readable: Segments,
+    /// Where the device writes its answer.
+    pub(crate) writable: Segments,
+    /// Every range lies in guest memory.
+    pub(crate) in_memory: bool,
+    limit: usize,
+}
+
+impl Buffers {
+    /// Buffers for chains of up to `limit` descriptors.
+    pub(crate) fn new(limit: usize) -> Self {
+        let segments = || Segments { ranges: Vec::with_capacity(limit), ..Segments::default() };
+        Self { readable: segments(), writable: segments(), in_memory: true, limit }
+    }
+
+    /// Replaces the contents by the descriptors of `chain`, whose buffers lie in `memory`.
+    pub(crate) fn load(
+        &mut self,
+        memory: &GuestMemory,
+        chain: DescriptorChain<&GuestMemory>,
+    ) -> Result<(), ChainError> {
+        self.readable.clear();
+        self.writable.clear();
+        self.in_memory = true;
+
+        let mut count = 0;
+        // The iterator of virtio-queue ends at a broken link as it ends at the end: the chain is whole if
+        // the last descriptor it gave out has no successor.
+        let mut whole = false;
+        for descriptor in chain {
+            count += 1;
+            if count > self.limit {
+                return Err(ChainError::TooLong(self.limit));
+            }
+            whole = !descriptor.has_next();
+            let (address, len) = (descriptor.addr(), descriptor.len());
+            let access = if descriptor.is_write_only() {
+                self.writable.push(address, len);
+                Permissions::Write
+            } else if self.writable.remaining() == 0 {
+                self.readable.push(address, len);
+                Permissions::Read
+            } else {
+                return Err(ChainError::Disordered);
+            };
+            self.in_memory &= memory.check_range(address, len as usize, access);
+        }
+        if whole { Ok(()) } else { Err(ChainError::Endless) }
+    }
+}

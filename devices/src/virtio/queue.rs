@@ -1,0 +1,105 @@
+//! A queue in service: requests are taken from its available ring and completed into its used ring.
+
+use std::sync::Arc;
+use std::thread;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use super::Interrupt;
+use super::chain::{Buffers, ChainError};
+use crate::GuestMemory;
+
+/// Why a queue cannot be served any more.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QueueError {
+    /// The rings make no sense.
+    #[error("serve a virtio queue: {0}; the driver must reset the device")]
+    Ring(#[from] virtio_queue::Error),
+    /// A request makes so little sense that it cannot be answered.
+    #[error("serve a virtio queue: {0}; the driver must reset the device")]
+    Chain(#[from] ChainError),
+    /// A request has no status byte that the device could write.
+    #[error(
+        "serve a virtio queue: a request has no status byte in guest memory; the driver must reset the device"
+    )]
+    NoStatus,
+}
+
+/// A request that was taken from the available ring and is owed to the used ring.
+///
+/// It ends in [`ServedQueue::complete`], or in [`Taken::break_queue`] when the whole queue ends with it.
+#[must_use = "a request must be completed"]
+#[derive(Debug)]
+pub(crate) struct Taken {
+    head: u16,
+    settled: bool,
+}
+
+impl Taken {
+    /// Gives the request up because the queue cannot be served any more.
+    pub(crate) fn break_queue(mut self, reason: QueueError) -> QueueError {
+        self.settled = true;
+        reason
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        debug_assert!(
+            self.settled || thread::panicking(),
+            "request {} was dropped without completion",
+            self.head
+        );
+    }
+}
+
+/// One queue, owned by the worker that serves it.
+pub(crate) struct ServedQueue {
+    queue: Queue,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+}
+
+impl ServedQueue {
+    pub(crate) fn new(queue: Queue, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
+        Self { queue, memory, interrupt }
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Takes the next request and loads its buffers; none when the available ring is empty.
+    pub(crate) fn take(&mut self, buffers: &mut Buffers) -> Result<Option<Taken>, QueueError> {
+        let Some(chain) = self.queue.iter(&self.memory)?.next() else {
+            return Ok(None);
+        };
+        let head = chain.head_index();
+        buffers.load(&self.memory, chain)?;
+        Ok(Some(Taken { head, settled: false }))
+    }
+
+    /// Returns a request to the driver; the device wrote `written` bytes into its buffers.
+    pub(crate) fn complete(&mut self, mut taken: Taken, written: u32) -> Result<(), QueueError> {
+        taken.settled = true;
+        Ok(self.queue.add_used(&self.memory, taken.head, written)?)
+    }
+
+    /// Raises the interrupt, if requests were completed that the driver wants to know of.
+    pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
+        if self.queue.needs_notification(&self.memory)? {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to notify while the queue is looked at anyway.
+    pub(crate) fn silence_driver(&mut self) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(&self.memory)?)
+    }
+
+    /// Asks the driver to notify again. True if requests have come in meanwhile.
+    pub(crate) fn listen_to_driver(&mut self) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(&self.memory)?)
+    }
+}
