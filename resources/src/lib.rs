@@ -1,1 +1,29 @@
-//! placeholder
+//! What samepage carries with it: so far, the demo guest.
+//!
+//! The demo guest is a freestanding x86-64 program, a PVH ELF image of a few kilobytes that fills its memory
+//! with known pages, keeps verifying every word of them and can drive a virtio-blk disk. It needs no
+//! distribution, kernel or disk image, starts in milliseconds, and proves that sharing memory never changes
+//! what a guest reads. [`demo`] holds what the host needs to drive it.
+//!
+//! ```
+//! use samepage_resources::{DEMO_GUEST, demo::{layout::Arena, plan::Plan, report::Report}};
+//!
+//! let plan = Plan { vm: 3, rounds: 2, pages: Some(4096), ..Plan::default() };
+//! let command_line = plan.to_string();
+//! assert!(command_line.contains("vm=3"));
+//! assert!(DEMO_GUEST.starts_with(b"\x7fELF"));
+//!
+//! let arena = Arena::on_map(&plan, [0..64 << 20])?;
+//! assert_eq!(arena.pages(), 4096);
+//! assert!(arena.counts().reclaimable(10) > 9 * arena.counts().alike);
+//!
+//! let line = "done rounds=2 corrupt=0";
+//! assert_eq!(Report::parse(line)?, Report::Done { rounds: 2, corrupt: 0 });
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod demo;
+
+/// The demo guest: an ELF image with a PVH entry point (`XEN_ELFNOTE_PHYS32_ENTRY`), linked at 1 MiB, that
+/// needs at least 2 MiB of RAM from address 0 beyond what its arena takes.
+pub const DEMO_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo-guest.elf"));

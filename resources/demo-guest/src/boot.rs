@@ -1,0 +1,214 @@
+//! From the PVH entry point to ring 3, and back into ring 0 for the two things that need it: halting and
+//! taking interrupts.
+//!
+//! The monitor enters in 32-bit protected mode without paging (`ebx` points to `hvm_start_info`: Xen,
+//! docs/misc/pvh.pandoc). Ring 0 sets up just enough to leave: page tables for the first 4 MiB, a GDT, a TSS
+//! for the way back, long mode. Where ring 0 is interpreted every instruction there is dear and some are
+//! missing, so all else (the interrupt table, the rest of the page tables) is written by ring 3, which may
+//! write all memory and use all ports. The ports are permitted by the I/O bitmap of the TSS: a KVM that runs
+//! ring 3 natively loses the I/O privilege level. The code holds no SSE instruction.
+
+use core::arch::global_asm;
+
+/// Vector of the gate that halts until an interrupt; may be called from ring 3.
+pub(crate) const HALT_VECTOR: usize = 0x40;
+/// Vector of the local APIC's timer.
+pub(crate) const TIMER_VECTOR: usize = 0x50;
+/// Vector that the local APIC raises when an interrupt goes away while being taken.
+pub(crate) const SPURIOUS_VECTOR: usize = 0xff;
+/// Exceptions of the processor come first.
+const EXCEPTIONS: usize = 32;
+/// Bytes between the entry points of two exceptions.
+const STUB_BYTES: u64 = 16;
+const KERNEL_CODE: u64 = 0x08;
+
+#[rustfmt::skip]
+global_asm!(
+    r#"
+    .section .note.pvh, "a", @note
+    .balign 4
+    .long 4, 8, 18              /* name bytes, descriptor bytes, XEN_ELFNOTE_PHYS32_ENTRY */
+    .asciz "Xen"
+    .quad pvh_entry
+
+    .section .text.boot, "ax"
+    .code32
+    .globl pvh_entry
+    pvh_entry:
+        cld
+        /* 0x67: present, writable, user, accessed, dirty; 0xe7: the same, and a 2 MiB page. */
+        movl $(page_directory_pointers + 0x67), page_map
+        movl $(low_directories + 0x67), page_directory_pointers
+        movl $0xe7, low_directories
+        movl $0x2000e7, low_directories + 8
+        movl $0x620, %eax       /* CR4: PAE, OSFXSR, OSXMMEXCPT */
+        movl %eax, %cr4
+        movl $page_map, %eax
+        movl %eax, %cr3
+        movl $0xc0000080, %ecx  /* EFER.LME */
+        rdmsr
+        orl $0x100, %eax
+        wrmsr
+        movl $0x80010033, %eax  /* CR0: PG, WP, NE, ET, MP, PE */
+        movl %eax, %cr0
+        /* RSP0; the I/O bitmap's place, and the byte of ones that must end it: all ports are permitted. */
+        movl $kernel_stack_top, task_state + 4
+        movw $104, task_state + 102
+        movb $0xff, task_state + 104 + 8192
+        /* The TSS descriptor's base is in pieces that no relocation can fill in. */
+        movl $task_state, %eax
+        movw %ax, task_state_descriptor + 2
+        shrl $16, %eax
+        movb %al, task_state_descriptor + 4
+        lgdt gdt_pointer
+        ljmpl $0x08, $1f
+
+    .code64
+    1:  movl $0x10, %eax
+        movl %eax, %ss
+        movl $0x1b, %eax
+        movl %eax, %ds
+        movl %eax, %es
+        movl %eax, %fs
+        movl %eax, %gs
+        movl $kernel_stack_top, %esp
+        lidt idt_pointer
+        movl $0x28, %eax
+        ltr %ax
+        movl %ebx, %edi
+        pushq $0x1b             /* SS */
+        pushq $(user_stack_top - 8)
+        pushq $0x2              /* RFLAGS: interrupts off */
+        pushq $0x23             /* CS */
+        pushq $ring3_main
+        iretq
+
+    /* Interrupts are taken here and nowhere else; one that is already pending wakes the halt as well, since
+       STI holds it off for one more instruction. */
+    .globl halt_gate
+    halt_gate:
+        sti
+        hlt
+        cli
+        iretq
+
+    .globl timer_gate
+    timer_gate:
+        pushq %rax
+        movl $0xfee000b0, %eax  /* end of interrupt */
+        movl $0, (%rax)
+        popq %rax
+    .globl spurious_gate
+    spurious_gate:
+        iretq
+
+    /* One entry point for each exception, that leaves vector and error code on the stack. */
+    .balign 16
+    .globl exception_gates
+    exception_gates:
+    .set vector, 0
+    .rept 32
+        .balign 16
+        .if !((0x60227d00 >> vector) & 1)   /* those with an error code of the processor's */
+        pushq $0
+        .endif
+        pushq $vector
+        jmp exception
+        .set vector, vector + 1
+    .endr
+
+    /* Go on in ring 3 at the function that reports the exception. */
+    exception:
+        popq %rdi
+        popq %rsi
+        movq (%rsp), %rdx
+        movq %cr2, %rcx
+        movq $ring3_fault, (%rsp)
+        movq $0x23, 8(%rsp)
+        movq $0x2, 16(%rsp)
+        movq $(user_stack_top - 8), 24(%rsp)
+        movq $0x1b, 32(%rsp)
+        iretq
+
+    .section .data.boot, "aw"
+    .balign 8
+    gdt:
+        .quad 0
+        .quad 0x00af9b000000ffff    /* 0x08: ring 0, 64-bit code */
+        .quad 0x00cf93000000ffff    /* 0x10: ring 0, data */
+        .quad 0x00cff3000000ffff    /* 0x18: ring 3, data */
+        .quad 0x00affb000000ffff    /* 0x20: ring 3, 64-bit code */
+    task_state_descriptor:          /* 0x28 */
+        .quad 0x0000890000002068    /* limit: 104 bytes, 8192 of I/O bitmap and one that ends it */
+        .quad 0
+    gdt_end:
+    gdt_pointer:
+        .word gdt_end - gdt - 1
+        .quad gdt
+    idt_pointer:
+        .word 0xfff
+        .quad interrupt_table
+
+    .section .bss.boot, "aw", @nobits
+    .balign 4096
+    page_map: .skip 4096
+    .globl page_directory_pointers
+    page_directory_pointers: .skip 4096
+    .globl low_directories
+    low_directories: .skip 4 * 4096
+    .globl interrupt_table
+    interrupt_table: .skip 4096
+    .skip 4                     /* so that RSP0 is aligned */
+    task_state: .skip 104 + 8192 + 1
+    .balign 16
+    .skip 1024
+    kernel_stack_top:
+    .balign 16
+    .skip 65536
+    user_stack_top:
+    "#,
+    options(att_syntax)
+);
+
+unsafe extern "C" {
+    static halt_gate: [u8; 0];
+    static timer_gate: [u8; 0];
+    static spurious_gate: [u8; 0];
+    static exception_gates: [u8; 0];
+    static mut interrupt_table: [[u64; 2]; 256];
+}
+
+/// Fill the interrupt table, which ring 0 has loaded already.
+///
+/// # Safety
+/// Nothing else may access the table meanwhile: call this before anything that can raise an interrupt.
+pub(crate) unsafe fn install_gates() {
+    let gate = |vector: usize, handler: u64, ring: u64| {
+        let present_interrupt_gate = 0x8e00 | ring << 13;
+        let low = handler & 0xffff
+            | KERNEL_CODE << 16
+            | present_interrupt_gate << 32
+            | (handler >> 16 & 0xffff) << 48;
+        // SAFETY: the vectors are below 256, and the caller sees to it that nobody else is here.
+        unsafe { (&raw mut interrupt_table[vector]).write_volatile([low, handler >> 32]) };
+    };
+    let exceptions = (&raw const exception_gates).addr() as u64;
+    for vector in 0..EXCEPTIONS {
+        gate(vector, exceptions + vector as u64 * STUB_BYTES, 0);
+    }
+    gate(HALT_VECTOR, (&raw const halt_gate).addr() as u64, 3);
+    gate(TIMER_VECTOR, (&raw const timer_gate).addr() as u64, 0);
+    gate(SPURIOUS_VECTOR, (&raw const spurious_gate).addr() as u64, 0);
+}
+
+/// Empty the interrupt table, so that the next exception can't be delivered, nor the double fault that
+/// follows from that.
+///
+/// # Safety
+/// As for [`install_gates`].
+pub(crate) unsafe fn remove_gates() {
+    for vector in 0..256 {
+        // SAFETY: the vectors are below 256, and the caller sees to it that nobody else is here.
+        unsafe { (&raw mut interrupt_table[vector]).write_volatile([0, 0]) };
+    }
+}

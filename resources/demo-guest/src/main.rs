@@ -1,0 +1,131 @@
+//! A guest that fills, rewrites and verifies its memory, for demonstrations and tests of samepage.
+//!
+//! The command line says what to do, reports on the serial port say what came of it: see README.md. All but
+//! a few dozen instructions run in ring 3.
+
+#![no_std]
+#![no_main]
+
+mod boot;
+mod clock;
+#[path = "../../src/demo/mod.rs"]
+#[expect(dead_code, reason = "the host uses the other half")]
+mod demo;
+mod memory;
+mod pages;
+mod paging;
+mod port;
+mod start_info;
+
+use core::panic::PanicInfo;
+
+use clock::Clock;
+use demo::layout::{Arena, LayoutError, Ram};
+use demo::plan::Plan;
+use demo::report::{Hex, Report, Text};
+use pages::Pages;
+use start_info::{Handover, LONGEST_COMMAND_LINE};
+
+/// Initial control words of the floating-point units: all exceptions masked.
+const MXCSR: u32 = 0x1f80;
+
+/// Where the boot code goes on in ring 3, with the address that the monitor passed in `ebx`.
+#[unsafe(no_mangle)]
+extern "C" fn ring3_main(start_info: usize) -> ! {
+    // SAFETY: nothing has been done in ring 3 yet, and the units exist in every 64-bit processor.
+    unsafe {
+        core::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR, options(nostack));
+        boot::install_gates();
+        paging::map_low();
+    }
+    port::init();
+    // SAFETY: the first 4 GiB are mapped, where PVH puts the structure, and nothing has been written there.
+    match unsafe { Handover::at(start_info) } {
+        Some(handover) => run(&handover),
+        None => fail("no-start-info-with-memory-map", start_info as u64),
+    }
+}
+
+fn run(handover: &Handover) -> ! {
+    let mut buffer = [0; LONGEST_COMMAND_LINE];
+    let command_line = handover.command_line(&mut buffer);
+    let plan = Plan::parse(command_line, |word| {
+        port::print(Report::Ignored { option: Text::new(word.as_bytes()) });
+    });
+    let arena = match Ram::new(handover.ram()).and_then(|ram| Arena::new(&plan, ram)) {
+        Ok(arena) => arena,
+        Err(LayoutError::TooManyRanges) => fail("too-many-ranges-of-memory", 0),
+        Err(LayoutError::TooSmall { needed, .. }) => fail("too-little-memory-for-tables", needed),
+    };
+    // SAFETY: the directories lie in the lowest usable memory, below 4 GiB and not used otherwise: what the
+    // monitor handed over has been copied.
+    unsafe { paging::map_high(&arena) };
+    let clock = Clock::start(plan.tsc_khz);
+    port::print(Report::Start {
+        ram: arena.ram().pages(),
+        tsc_khz: clock.tsc_khz,
+        timer_khz: clock.timer_khz,
+    });
+
+    let start = clock::now();
+    // SAFETY: all usable memory is mapped now, and the arena and its table are used by nothing else.
+    let mut pages = unsafe { Pages::fill(&plan, &arena, &clock) };
+    let counts = arena.counts();
+    port::print(Report::Ready {
+        pages: arena.pages(),
+        alike: counts.alike,
+        own: counts.own,
+        zero: counts.zero,
+        arena: Hex(arena.address(0).unwrap_or(0)),
+        us: clock.elapsed_us(start),
+    });
+
+    let rounds = rounds(&plan, &clock, &mut pages);
+    pages.verify(false);
+    port::print(Report::Done { rounds, corrupt: pages.corrupt });
+    stop()
+}
+
+/// Do the plan's rounds; gives how many were finished.
+fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>) -> u64 {
+    let mut round = 0;
+    let mut reported = 0;
+    loop {
+        let start = clock::now();
+        let Some(verified) = pages.verify(true) else { return round };
+        round += 1;
+        let us = clock.elapsed_us(start);
+        port::print(Report::Round { round, verified, writes: pages.writes - reported, us });
+        reported = pages.writes;
+        if round == plan.rounds {
+            return round;
+        }
+        pages.pause(plan.every_ms);
+        if pages.quit {
+            return round;
+        }
+    }
+}
+
+/// Reset the machine, or idle for ever if it can't be reset.
+fn stop() -> ! {
+    port::reset();
+    clock::sleep_forever()
+}
+
+fn fail(reason: &str, value: u64) -> ! {
+    port::print(Report::Error { reason: Text::new(reason.as_bytes()), value: Hex(value) });
+    stop()
+}
+
+/// Where an exception goes on in ring 3, on a fresh stack.
+#[unsafe(no_mangle)]
+extern "C" fn ring3_fault(vector: u64, error: u64, rip: u64, address: u64) -> ! {
+    port::print(Report::Fault { vector, error: Hex(error), rip: Hex(rip), address: Hex(address) });
+    stop()
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    fail("panic-at-line", info.location().map_or(0, |location| location.line().into()))
+}

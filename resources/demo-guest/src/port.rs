@@ -1,0 +1,54 @@
+//! Port I/O, and what the guest does with it: the serial port, the interrupt controller, the reset line.
+//!
+//! Ring 3 may use ports because the I/O bitmap that the boot code set up permits all of them.
+
+use core::arch::asm;
+
+use crate::demo::report::Report;
+
+const SERIAL: u16 = 0x3f8;
+const SERIAL_INTERRUPTS: u16 = SERIAL + 1;
+const SERIAL_LINE_CONTROL: u16 = SERIAL + 3;
+const SERIAL_LINE_STATUS: u16 = SERIAL + 5;
+const PIC_MASKS: [u16; 2] = [0x21, 0xa1];
+const I8042_COMMAND: u16 = 0x64;
+const I8042_RESET: u8 = 0xfe;
+
+/// Write a byte to a port.
+pub(crate) fn write8(port: u16, value: u8) {
+    // SAFETY: no device here accesses memory on behalf of a port write.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, nomem, preserves_flags)) }
+}
+
+/// Read a byte from a port.
+pub(crate) fn read8(port: u16) -> u8 {
+    let value;
+    // SAFETY: as for writes.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, nomem, preserves_flags)) }
+    value
+}
+
+/// Bring the serial port and the interrupt controllers into a known state: 8 data bits, no interrupts.
+pub(crate) fn init() {
+    write8(SERIAL_LINE_CONTROL, 3);
+    write8(SERIAL_INTERRUPTS, 0);
+    for mask in PIC_MASKS {
+        write8(mask, 0xff);
+    }
+}
+
+/// Print a report. The transmitter is taken to be always ready: each look at its status would cost as much
+/// as the byte itself, and a monitor's serial port never blocks.
+pub(crate) fn print(report: Report) {
+    report.write(&mut |piece| piece.iter().for_each(|byte| write8(SERIAL, *byte)));
+}
+
+/// A byte that has come in on the serial port.
+pub(crate) fn receive() -> Option<u8> {
+    (read8(SERIAL_LINE_STATUS) & 1 != 0).then(|| read8(SERIAL))
+}
+
+/// Reset the machine. Returns if it has no reset line there.
+pub(crate) fn reset() {
+    write8(I8042_COMMAND, I8042_RESET);
+}

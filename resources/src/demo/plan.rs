@@ -1,0 +1,439 @@
+//! What the guest is told to do, and its form as a command line.
+//!
+//! A command line is a sequence of `name=value` words. Numbers are decimal, or hexadecimal after `0x`. The
+//! host renders a plan with [`Display`](fmt::Display); the guest reads it back with [`Plan::parse`], which
+//! never fails: a word that it can't make sense of is handed to the caller, and the default stands.
+
+use core::fmt;
+
+use super::content::Class;
+
+/// A set of page classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Classes(u8);
+
+impl Classes {
+    /// The classes in `list`.
+    pub const fn new(list: &[Class]) -> Self {
+        let mut set = 0;
+        let mut i = 0;
+        while i < list.len() {
+            set |= 1 << list[i] as u8;
+            i += 1;
+        }
+        Self(set)
+    }
+
+    /// Whether `class` is in the set.
+    pub const fn contains(self, class: Class) -> bool {
+        self.0 & 1 << class as u8 != 0
+    }
+}
+
+/// How fast pages are rewritten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rate {
+    /// Pages per second; 0 writes nothing.
+    PerSecond(u32),
+    /// As fast as the guest can: a page is written for each page verified, and pauses are filled with writes.
+    Max,
+}
+
+/// A way to misbehave, for tests of the monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crash {
+    /// Raise an exception with an empty interrupt table, so that the processor shuts down.
+    Triple,
+    /// Read and write MMIO addresses and I/O ports that no device has, report what came back, then carry on.
+    Mmio,
+    /// Spin for ever.
+    Hang,
+    /// Halt for ever, woken by nothing, or each [`Plan::every_ms`] if that isn't 0.
+    Sleep,
+}
+
+impl Crash {
+    const ALL: [Self; 4] = [Self::Triple, Self::Mmio, Self::Hang, Self::Sleep];
+
+    /// The value of `crash=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Triple => "triple",
+            Self::Mmio => "mmio",
+            Self::Hang => "hang",
+            Self::Sleep => "sleep",
+        }
+    }
+}
+
+/// One pass over a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskOp {
+    /// Read the range and add up its checksum.
+    Read,
+    /// Write the seeded pattern over the range.
+    Write,
+    /// Read the range and compare it with the seeded pattern.
+    Verify,
+    /// Flush, once.
+    Flush,
+    /// Ask for the disk's serial number, once.
+    Id,
+    /// Put malformed requests on the ring, then see whether the device can be reset and still reads.
+    Hostile,
+}
+
+impl DiskOp {
+    const ALL: [Self; 6] = [Self::Read, Self::Write, Self::Verify, Self::Flush, Self::Id, Self::Hostile];
+
+    /// The word in `blk_mode=` and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Verify => "verify",
+            Self::Flush => "flush",
+            Self::Id => "id",
+            Self::Hostile => "hostile",
+        }
+    }
+
+    /// The operation with this [`name`](Self::name).
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|op| op.name() == name)
+    }
+}
+
+/// A short sequence of disk passes, carried out in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskOps {
+    ops: [Option<DiskOp>; Self::MOST],
+}
+
+impl DiskOps {
+    /// Operations that a sequence can hold; further ones are left out.
+    pub const MOST: usize = 8;
+
+    /// The operations in `list`, in that order.
+    pub fn new(list: &[DiskOp]) -> Self {
+        let mut ops = [None; Self::MOST];
+        for (slot, op) in ops.iter_mut().zip(list) {
+            *slot = Some(*op);
+        }
+        Self { ops }
+    }
+
+    /// The operations in order.
+    pub fn iter(&self) -> impl Iterator<Item = DiskOp> + '_ {
+        self.ops.iter().flatten().copied()
+    }
+}
+
+/// What to do with a virtio-blk device in each round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// Guest-physical address of the device's virtio-mmio registers.
+    pub base: u64,
+    /// The passes of a round.
+    pub ops: DiskOps,
+    /// First sector of the range.
+    pub sector: u64,
+    /// Requests in a pass; 0 goes on to the end of the disk.
+    pub count: u64,
+    /// Bytes in a request, rounded up to whole sectors.
+    pub size: u32,
+    /// Requests in flight at a time.
+    pub depth: u32,
+    /// Requests whose buffers are distinct: request `n` uses buffer `n % window`, so what was read last stays
+    /// in guest memory as in a page cache. At least [`depth`](Self::depth).
+    pub window: u32,
+}
+
+impl DiskPlan {
+    /// Read the first 16 requests of 4 KiB of the device at `base`, one at a time.
+    pub fn new(base: u64) -> Self {
+        Self {
+            base,
+            ops: DiskOps::new(&[DiskOp::Read]),
+            sector: 0,
+            count: 16,
+            size: 4096,
+            depth: 1,
+            window: 1,
+        }
+    }
+}
+
+/// What the guest does from start to end.
+///
+/// It fills the arena, then does rounds. A round passes over the disk if there is one, verifies every word
+/// of every page, then pauses; pages are rewritten throughout at [`rate`](Self::rate). After the last round
+/// everything is verified once more with nothing being written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Percentage of the arena's pages that are the same in all VMs with the same seed.
+    pub alike: u8,
+    /// Percentage of the arena's pages that no other page equals.
+    pub own: u8,
+    /// Percentage of the arena's pages that are filled with zeros. What is left to 100 is never touched.
+    pub zero: u8,
+    /// Pages in a run of one class.
+    pub run: u32,
+    /// Seed of the alike pages and of the disk pattern.
+    pub seed: u32,
+    /// This VM's number, the seed of its own pages and of everything it writes.
+    pub vm: u32,
+    /// At most this many pages in the arena; all usable memory if `None`.
+    pub pages: Option<u64>,
+    /// Usable pages left out before the arena, to move it against that of another VM.
+    pub skip: u64,
+    /// How fast pages are rewritten.
+    pub rate: Rate,
+    /// The classes that rewritten pages are chosen from.
+    pub write: Classes,
+    /// Percentage of writes that bring a page back to its base content.
+    pub restore: u8,
+    /// Rounds to do; 0 goes on until the byte `q` comes in on the serial port (which ends any other number
+    /// of rounds early, too).
+    pub rounds: u64,
+    /// Pause between rounds, in milliseconds.
+    pub every_ms: u64,
+    /// How to misbehave after filling the arena, if at all.
+    pub crash: Option<Crash>,
+    /// Frequency of the time stamp counter, if known.
+    pub tsc_khz: Option<u32>,
+    /// What to do with a disk, if there is one.
+    pub disk: Option<DiskPlan>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            alike: 40,
+            own: 40,
+            zero: 20,
+            run: 64,
+            seed: 1,
+            vm: 0,
+            pages: None,
+            skip: 0,
+            rate: Rate::PerSecond(0),
+            write: Classes::new(&[Class::Alike, Class::Own]),
+            restore: 0,
+            rounds: 1,
+            every_ms: 0,
+            crash: None,
+            tsc_khz: None,
+            disk: None,
+        }
+    }
+}
+
+impl Plan {
+    /// Read a command line. Words that are not options, and options whose value can't be read, are passed to
+    /// `ignored` and change nothing.
+    pub fn parse(line: &str, mut ignored: impl FnMut(&str)) -> Self {
+        let mut plan = Self::default();
+        for word in line.split_ascii_whitespace() {
+            let known = word.split_once('=').and_then(|(name, value)| plan.set(name, value));
+            if known.is_none() {
+                ignored(word);
+            }
+        }
+        plan
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> Option<()> {
+        match name {
+            "alike" => self.alike = percent(value)?,
+            "own" => self.own = percent(value)?,
+            "zero" => self.zero = percent(value)?,
+            "run" => self.run = number32(value)?.max(1),
+            "seed" => self.seed = number32(value)?,
+            "vm" => self.vm = number32(value)?,
+            "pages" => self.pages = Some(number(value)?),
+            "skip" => self.skip = number(value)?,
+            "rate" if value == "max" => self.rate = Rate::Max,
+            "rate" => self.rate = Rate::PerSecond(number32(value)?),
+            "write" => self.write = classes(value)?,
+            "restore" => self.restore = percent(value)?,
+            "rounds" => self.rounds = number(value)?,
+            "every" => self.every_ms = number(value)?,
+            "crash" => self.crash = Some(Crash::ALL.into_iter().find(|crash| crash.name() == value)?),
+            "tsc_khz" => self.tsc_khz = Some(number32(value).filter(|khz| *khz > 0)?),
+            "blk" => self.disk_mut().base = number(value)?,
+            "blk_mode" => self.disk_mut().ops = disk_ops(value)?,
+            "blk_sector" => self.disk_mut().sector = number(value)?,
+            "blk_count" => self.disk_mut().count = number(value)?,
+            "blk_size" => self.disk_mut().size = number32(value)?,
+            "blk_depth" => self.disk_mut().depth = number32(value)?,
+            "blk_window" => self.disk_mut().window = number32(value)?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn disk_mut(&mut self) -> &mut DiskPlan {
+        self.disk.get_or_insert_with(|| DiskPlan::new(0))
+    }
+}
+
+/// Renders the command line: the options that differ from the default, and the page classes always.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let default = Self::default();
+        write!(f, "alike={} own={} zero={}", self.alike, self.own, self.zero)?;
+        write!(f, " run={} seed={} vm={}", self.run, self.seed, self.vm)?;
+        if let Some(pages) = self.pages {
+            write!(f, " pages={pages}")?;
+        }
+        if self.skip != default.skip {
+            write!(f, " skip={}", self.skip)?;
+        }
+        match self.rate {
+            Rate::PerSecond(0) => {}
+            Rate::PerSecond(rate) => write!(f, " rate={rate}")?,
+            Rate::Max => write!(f, " rate=max")?,
+        }
+        if self.write != default.write {
+            write!(f, " write=")?;
+            let classes = Class::ALL.into_iter().filter(|class| self.write.contains(*class));
+            list(f, classes.map(Class::name))?;
+        }
+        if self.restore != default.restore {
+            write!(f, " restore={}", self.restore)?;
+        }
+        write!(f, " rounds={}", self.rounds)?;
+        if self.every_ms != default.every_ms {
+            write!(f, " every={}", self.every_ms)?;
+        }
+        if let Some(crash) = self.crash {
+            write!(f, " crash={}", crash.name())?;
+        }
+        if let Some(khz) = self.tsc_khz {
+            write!(f, " tsc_khz={khz}")?;
+        }
+        if let Some(disk) = &self.disk {
+            write!(f, " blk={:#x} blk_mode=", disk.base)?;
+            list(f, disk.ops.iter().map(DiskOp::name))?;
+            write!(f, " blk_sector={} blk_count={} blk_size={}", disk.sector, disk.count, disk.size)?;
+            write!(f, " blk_depth={} blk_window={}", disk.depth, disk.window)?;
+        }
+        Ok(())
+    }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, names: impl Iterator<Item = &'static str>) -> fmt::Result {
+    for (i, name) in names.enumerate() {
+        if i > 0 {
+            f.write_str(",")?;
+        }
+        f.write_str(name)?;
+    }
+    Ok(())
+}
+
+/// A decimal number, or a hexadecimal one after `0x`.
+pub(super) fn number(text: &str) -> Option<u64> {
+    let (digits, radix) = match text.strip_prefix("0x") {
+        Some(hex) => (hex, 16),
+        None => (text, 10),
+    };
+    if digits.is_empty() {
+        return None;
+    }
+    digits.bytes().try_fold(0u64, |value, byte| {
+        let digit = char::from(byte).to_digit(radix)?;
+        value.checked_mul(radix.into())?.checked_add(digit.into())
+    })
+}
+
+fn number32(text: &str) -> Option<u32> {
+    u32::try_from(number(text)?).ok()
+}
+
+fn percent(text: &str) -> Option<u8> {
+    u8::try_from(number(text)?).ok().filter(|percent| *percent <= 100)
+}
+
+fn classes(text: &str) -> Option<Classes> {
+    text.split(',').filter(|name| !name.is_empty()).try_fold(Classes::new(&[]), |set, name| {
+        let class = Class::from_name(name).filter(|class| *class != Class::Untouched)?;
+        Some(Classes(set.0 | Classes::new(&[class]).0))
+    })
+}
+
+fn disk_ops(text: &str) -> Option<DiskOps> {
+    let mut list = DiskOps::new(&[]);
+    let mut slots = list.ops.iter_mut();
+    for name in text.split(',').filter(|name| !name.is_empty()) {
+        *slots.next()? = Some(DiskOp::from_name(name)?);
+    }
+    Some(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> (Plan, Vec<String>) {
+        let mut ignored = Vec::new();
+        let plan = Plan::parse(line, |word| ignored.push(word.to_owned()));
+        (plan, ignored)
+    }
+
+    #[test]
+    fn a_rendered_plan_reads_back_as_itself() {
+        let plans = [
+            Plan::default(),
+            Plan {
+                alike: 10,
+                own: 20,
+                zero: 30,
+                run: 7,
+                seed: 5,
+                vm: 99,
+                pages: Some(1234),
+                skip: 3,
+                rate: Rate::Max,
+                write: Classes::new(&[Class::Zero, Class::Own]),
+                restore: 50,
+                rounds: 0,
+                every_ms: 250,
+                crash: Some(Crash::Mmio),
+                tsc_khz: Some(2_100_000),
+                disk: Some(DiskPlan {
+                    base: 0xfeb0_0e00,
+                    ops: DiskOps::new(&[DiskOp::Write, DiskOp::Flush, DiskOp::Verify]),
+                    sector: 8,
+                    count: 0,
+                    size: 65536,
+                    depth: 4,
+                    window: 64,
+                }),
+            },
+            Plan { rate: Rate::PerSecond(300), write: Classes::new(&[]), ..Plan::default() },
+        ];
+        for plan in plans {
+            assert_eq!(parse(&plan.to_string()), (plan, vec![]));
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_handed_back_and_changes_nothing() {
+        let line = "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0";
+        let (plan, ignored) = parse(line);
+        assert_eq!(plan, Plan::default());
+        assert_eq!(ignored.join(" "), line);
+    }
+
+    #[test]
+    fn numbers_are_decimal_or_hexadecimal_and_never_wrap() {
+        assert_eq!(number("18446744073709551615"), Some(u64::MAX));
+        assert_eq!(number("18446744073709551616"), None);
+        assert_eq!(number("0xffffffffffffffff"), Some(u64::MAX));
+        assert_eq!(number("0x10000000000000000"), None);
+        assert_eq!(number("0x"), None);
+        assert_eq!(number(""), None);
+    }
+}
