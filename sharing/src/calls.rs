@@ -1,0 +1,178 @@
+//! The system calls that rearrange guest memory, behind one trait, so that each of them can be
+//! made to fail in tests.
+
+#![expect(unsafe_code, reason = "system calls without a safe wrapper")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::pagemap::Pagemap;
+use crate::ram::{PAGE_SIZE, RamRange};
+use crate::store::Frame;
+use crate::uffd::{UffdError, Userfaultfd};
+
+/// What pages are mapped from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Consecutive frames of the store, from this number on.
+    Frames(Frame),
+    /// Fresh anonymous memory, which reads as zeros.
+    Zeros,
+}
+
+/// What a new mapping may take the place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// The pages that are there.
+    Pages,
+    /// Nothing: the pages were unmapped by a call that failed.
+    Hole,
+}
+
+/// What the merge path asks of the kernel. All ranges are guest RAM; nothing else is changed.
+///
+/// A guest sees no change of content from any of these but [`map`](Self::map) and
+/// [`discard`](Self::discard), whose callers have compared the contents under protection.
+pub trait MemoryCalls: Send {
+    /// Registers pages with userfaultfd, so that they can be protected.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn register(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Blocks writes to the pages. Returns how many of the first pages are known to be protected:
+    /// all, but for kernels that cannot protect unpopulated pages.
+    ///
+    /// # Errors
+    /// What the kernel said; a part may be protected.
+    fn protect(&self, pages: RamRange<'_>) -> io::Result<u32>;
+
+    /// Lifts the protection and wakes blocked writers.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn unprotect(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Wakes writers that were blocked.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn wake(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Maps the pages anew, privately: from frames of the store or from fresh memory.
+    ///
+    /// # Errors
+    /// What the kernel said. With [`Over::Pages`], kernels before 6.12 may have unmapped the pages
+    /// all the same; with [`Over::Hole`], `EEXIST` where anything is mapped there.
+    fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()>;
+
+    /// Drops the private copies of the pages: what they are mapped from shows again.
+    ///
+    /// # Errors
+    /// What the kernel said; the pages are as they were.
+    fn discard(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Gives the memory of `count` frames back.
+    ///
+    /// # Errors
+    /// What the kernel said; the frames keep their memory.
+    fn punch(&self, frame: Frame, count: u32) -> io::Result<()>;
+}
+
+/// The calls of the running kernel.
+#[derive(Debug)]
+pub struct Linux {
+    uffd: Userfaultfd,
+    pagemap: Pagemap,
+    store: Arc<OwnedFd>,
+}
+
+impl Linux {
+    /// Opens userfaultfd and the page map; `store` is the memory file of the frames.
+    ///
+    /// # Errors
+    /// See [`UffdError`].
+    pub fn open(store: Arc<OwnedFd>) -> Result<Self, UffdError> {
+        Ok(Self { uffd: Userfaultfd::open()?, pagemap: Pagemap::open().map_err(UffdError::Setup)?, store })
+    }
+}
+
+impl MemoryCalls for Linux {
+    fn register(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.uffd.register(pages)
+    }
+
+    fn protect(&self, pages: RamRange<'_>) -> io::Result<u32> {
+        if self.uffd.protects_unpopulated() {
+            return self.uffd.protect(pages).map(|()| pages.count());
+        }
+        for page in 0..pages.count() {
+            // SAFETY: guest RAM is mapped readable; the byte is not used.
+            unsafe { pages.page(page).read_volatile() };
+        }
+        self.uffd.protect(pages)?;
+        self.pagemap.protected_prefix(pages)
+    }
+
+    fn unprotect(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.uffd.unprotect(pages)
+    }
+
+    fn wake(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.uffd.wake(pages)
+    }
+
+    fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
+        let (flags, fd, offset) = match source {
+            Source::Frames(frame) => (0, self.store.as_raw_fd(), i64::from(frame) * PAGE_SIZE as i64),
+            Source::Zeros => (libc::MAP_ANONYMOUS, -1, 0),
+        };
+        let fixed = match over {
+            Over::Pages => libc::MAP_FIXED,
+            Over::Hole => libc::MAP_FIXED_NOREPLACE,
+        };
+        // SAFETY: the range is guest RAM, reserved by this process and referred to by address
+        // alone; a new mapping over it leaves it readable and writable.
+        let mapped = unsafe {
+            libc::mmap(
+                pages.address() as *mut libc::c_void,
+                pages.bytes(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE | fixed | flags,
+                fd,
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        if source == Source::Zeros {
+            // The same advice as around it, so that the kernel makes one mapping of it all.
+            // Without the advice the pages are as good.
+            let _ = pages.use_small_pages();
+        }
+        Ok(())
+    }
+
+    fn discard(&self, pages: RamRange<'_>) -> io::Result<()> {
+        // SAFETY: the range is guest RAM, referred to by address alone.
+        let failed = unsafe {
+            libc::madvise(pages.address() as *mut libc::c_void, pages.bytes(), libc::MADV_DONTNEED)
+        } != 0;
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn punch(&self, frame: Frame, count: u32) -> io::Result<()> {
+        // SAFETY: the file is the store's own; the store punches frames that nobody maps.
+        let failed = unsafe {
+            libc::fallocate(
+                self.store.as_raw_fd(),
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                i64::from(frame) * PAGE_SIZE as i64,
+                i64::from(count) * PAGE_SIZE as i64,
+            )
+        } != 0;
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}

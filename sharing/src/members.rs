@@ -1,0 +1,228 @@
+//! The VMs of one engine, and what the search knows about each of their pages.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::ops::Range;
+
+use crate::space::{LostHandler, Space, SpaceError};
+
+/// Number of a page among the pages of all VMs.
+pub(crate) type Place = u32;
+
+/// What the search knows about a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flags(u8);
+
+impl Flags {
+    /// Private when last seen, and not merged or given back since.
+    pub(crate) const PRIVATE: Self = Self(1);
+    /// In the index of unique pages.
+    pub(crate) const UNIQUE: Self = Self(1 << 1);
+    /// Given back as a page of zeros, and not seen private since.
+    pub(crate) const ZERO: Self = Self(1 << 2);
+    /// Its digest is that of the last look.
+    pub(crate) const DIGESTED: Self = Self(1 << 3);
+    /// It had changed at the last look.
+    pub(crate) const VOLATILE: Self = Self(1 << 4);
+
+    pub(crate) fn contains(self, flag: Self) -> bool {
+        self.0 & flag.0 != 0
+    }
+
+    pub(crate) fn insert(&mut self, flag: Self) {
+        self.0 |= flag.0;
+    }
+
+    fn remove(&mut self, flag: Self) -> bool {
+        let was = self.contains(flag);
+        self.0 &= !flag.0;
+        was
+    }
+}
+
+/// Pages of a VM by what they are.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) unique: u32,
+    pub(crate) volatile: u32,
+    pub(crate) zero: u32,
+}
+
+/// One VM.
+pub(crate) struct Member {
+    pub(crate) space: Space,
+    pub(crate) digests: Vec<u32>,
+    pub(crate) flags: Vec<Flags>,
+    pub(crate) counts: Counts,
+    base: Place,
+    on_lost: LostHandler,
+}
+
+impl Member {
+    pub(crate) fn place(&self, page: u32) -> Place {
+        self.base + page
+    }
+
+    pub(crate) fn known_digest(&self, page: u32) -> Option<u32> {
+        self.flags[page as usize].contains(Flags::DIGESTED).then(|| self.digests[page as usize])
+    }
+
+    pub(crate) fn became_private(&mut self, page: u32) {
+        let flags = &mut self.flags[page as usize];
+        flags.insert(Flags::PRIVATE);
+        self.counts.zero -= u32::from(flags.remove(Flags::ZERO));
+    }
+
+    pub(crate) fn became_zero(&mut self, pages: Range<u32>) {
+        for page in pages {
+            self.left_private(page);
+            self.flags[page as usize].insert(Flags::ZERO);
+            self.counts.zero += 1;
+        }
+    }
+
+    pub(crate) fn became_merged(&mut self, page: u32) {
+        self.left_private(page);
+    }
+
+    fn left_private(&mut self, page: u32) {
+        self.set_volatile(page, false);
+        let flags = &mut self.flags[page as usize];
+        flags.remove(Flags::PRIVATE);
+        flags.remove(Flags::DIGESTED);
+    }
+
+    pub(crate) fn set_volatile(&mut self, page: u32, volatile: bool) {
+        let flags = &mut self.flags[page as usize];
+        self.counts.volatile -= u32::from(flags.remove(Flags::VOLATILE));
+        if volatile {
+            flags.insert(Flags::VOLATILE);
+            self.counts.volatile += 1;
+        }
+    }
+
+    pub(crate) fn set_unique(&mut self, page: u32) {
+        self.flags[page as usize].insert(Flags::UNIQUE);
+        self.counts.unique += 1;
+    }
+
+    /// Returns whether the page was in the index of unique pages.
+    pub(crate) fn clear_unique(&mut self, page: u32) -> bool {
+        let was = self.flags[page as usize].remove(Flags::UNIQUE);
+        self.counts.unique -= u32::from(was);
+        was
+    }
+
+    pub(crate) fn tell_lost(&self, error: &SpaceError) {
+        (self.on_lost)(error);
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        self.space.metadata_bytes() + self.digests.len() * size_of::<u32>() + self.flags.len()
+    }
+}
+
+impl fmt::Debug for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Member").field("space", &self.space.ram()).field("base", &self.base).finish()
+    }
+}
+
+/// All VMs, each in a slot that stays its own while it is a member.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    slots: Vec<Option<Member>>,
+    /// First place of each member to its slot.
+    places: BTreeMap<Place, usize>,
+}
+
+impl Members {
+    pub(crate) fn add(&mut self, space: Space, on_lost: LostHandler) -> io::Result<usize> {
+        let pages = space.pages();
+        let base = self.free_places(pages).ok_or_else(|| {
+            io::Error::other("all VMs together have more than 16 TiB of memory: too much for one engine")
+        })?;
+        let slot = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.places.insert(base, slot);
+        self.slots[slot] = Some(Member {
+            digests: vec![0; pages as usize],
+            flags: vec![Flags::default(); pages as usize],
+            counts: Counts::default(),
+            space,
+            base,
+            on_lost,
+        });
+        Ok(slot)
+    }
+
+    /// The first gap of `pages` places.
+    fn free_places(&self, pages: u32) -> Option<Place> {
+        let mut start: Place = 0;
+        for (&base, &slot) in &self.places {
+            if base - start >= pages {
+                break;
+            }
+            start = base.checked_add(self.at(slot).space.pages())?;
+        }
+        start.checked_add(pages).map(|_| start)
+    }
+
+    pub(crate) fn remove(&mut self, slot: usize) {
+        if let Some(member) = self.slots[slot].take() {
+            self.places.remove(&member.base);
+        }
+        while self.slots.last().is_some_and(Option::is_none) {
+            self.slots.pop();
+        }
+    }
+
+    /// The first slot with a member, from `slot` on.
+    pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
+        (slot..self.slots.len()).find(|&slot| self.slots[slot].is_some())
+    }
+
+    pub(crate) fn get(&self, slot: usize) -> Option<&Member> {
+        self.slots.get(slot)?.as_ref()
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: usize) -> Option<&mut Member> {
+        self.slots.get_mut(slot)?.as_mut()
+    }
+
+    /// The member of a slot that is known to have one.
+    pub(crate) fn at(&self, slot: usize) -> &Member {
+        self.get(slot).expect("a slot in use")
+    }
+
+    pub(crate) fn at_mut(&mut self, slot: usize) -> &mut Member {
+        self.get_mut(slot).expect("a slot in use")
+    }
+
+    /// The slot and page of a place.
+    pub(crate) fn locate(&self, place: Place) -> (usize, u32) {
+        let (&base, &slot) = self.places.range(..=place).next_back().expect("a place in use");
+        (slot, place - base)
+    }
+
+    pub(crate) fn digest(&self, place: Place) -> u32 {
+        let (slot, page) = self.locate(place);
+        self.at(slot).digests[page as usize]
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Member> {
+        self.slots.iter().flatten()
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Mappings of all guest RAM.
+    pub(crate) fn mappings(&self) -> u64 {
+        self.iter().map(|member| u64::from(member.space.mappings())).sum()
+    }
+}

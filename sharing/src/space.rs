@@ -1,0 +1,426 @@
+//! One VM's RAM as the engine rearranges it: which frame each page's mapping refers to, and the
+//! window in which a run of pages is protected, compared and remapped.
+//!
+//! Every page is in one of three states. Its mapping is *anonymous*; or it refers to a frame and
+//! the page is *attached*, that is counted among the frame's sharers; or it refers to a frame that
+//! the page has provably left, because the guest wrote to it and has a private copy there. In the
+//! last state the frame may hold another content by now, so nothing may drop that private copy
+//! but a new mapping.
+
+#![expect(unsafe_code, reason = "compares guest pages by address")]
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::calls::{MemoryCalls, Over, Source};
+use crate::content;
+use crate::pagemap::Pagemap;
+use crate::ram::{Ram, RamRange};
+use crate::store::{Frame, FrameStore, NO_FRAME};
+
+/// The longest run handled in one window: it bounds how long a writer waits.
+pub const WINDOW_PAGES: u32 = 512;
+
+/// Why a run was not remapped.
+#[derive(Debug, thiserror::Error)]
+pub enum SpaceError {
+    /// The kernel refused; the guest's memory is as it was.
+    #[error("{doing} {count} pages at page {first}: {error}")]
+    Refused {
+        /// What was being done.
+        doing: &'static str,
+        /// First page of the run.
+        first: u32,
+        /// Pages of the run.
+        count: u32,
+        /// What the kernel said.
+        #[source]
+        error: io::Error,
+    },
+    /// The kernel unmapped the pages, refused the new mapping, and refused it again; or it left
+    /// pages protected. The guest must not run on.
+    #[error("guest memory was lost: {doing} {count} pages at page {first}: {error}")]
+    Lost {
+        /// What was being done.
+        doing: &'static str,
+        /// First page of the run.
+        first: u32,
+        /// Pages of the run.
+        count: u32,
+        /// What the kernel said.
+        #[source]
+        error: io::Error,
+    },
+}
+
+/// What is called, once, when a part of a VM's memory was lost: the VM must not run on.
+pub type LostHandler = Box<dyn Fn(&SpaceError) + Send>;
+
+/// One VM's RAM and what its pages are mapped from.
+#[derive(Debug)]
+pub struct Space {
+    ram: Arc<Ram>,
+    /// For each page the frame that its mapping refers to.
+    refers: Vec<Frame>,
+    attached: Vec<u64>,
+    attached_count: u32,
+    mappings: u32,
+    /// The part that a failed call tore out.
+    hole: Option<Range<u32>>,
+}
+
+impl Space {
+    /// Takes RAM under management: all of it anonymous, as [`Ram::reserve`] made it.
+    ///
+    /// # Errors
+    /// Where the kernel refuses to register it with userfaultfd.
+    pub fn new(ram: Arc<Ram>, calls: &dyn MemoryCalls) -> io::Result<Self> {
+        let pages = ram.pages();
+        calls.register(ram.range(0, pages))?;
+        Ok(Self {
+            refers: vec![NO_FRAME; pages as usize],
+            attached: vec![0; (pages as usize).div_ceil(64)],
+            attached_count: 0,
+            mappings: 1,
+            hole: None,
+            ram,
+        })
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u32 {
+        self.ram.pages()
+    }
+
+    /// The RAM itself.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
+    /// Where a page can be read.
+    #[must_use]
+    pub fn page(&self, page: u32) -> *const u8 {
+        self.ram.range(page, 1).page(0)
+    }
+
+    /// The frame that the page's mapping refers to, whether or not the page has left it.
+    #[must_use]
+    pub fn refers(&self, page: u32) -> Option<Frame> {
+        Some(self.refers[page as usize]).filter(|&frame| frame != NO_FRAME)
+    }
+
+    /// Whether the page is counted among the sharers of the frame it refers to.
+    #[must_use]
+    pub fn attached(&self, page: u32) -> bool {
+        self.attached[page as usize / 64] & (1 << (page % 64)) != 0
+    }
+
+    fn set_attached(&mut self, page: u32, attached: bool) {
+        debug_assert_ne!(self.attached(page), attached);
+        self.attached[page as usize / 64] ^= 1 << (page % 64);
+        if attached {
+            self.attached_count += 1;
+        } else {
+            self.attached_count -= 1;
+        }
+    }
+
+    /// Pages that are attached to frames.
+    #[must_use]
+    pub fn attached_count(&self) -> u32 {
+        self.attached_count
+    }
+
+    /// How many mappings the kernel needs for this RAM.
+    #[must_use]
+    pub fn mappings(&self) -> u32 {
+        self.mappings
+    }
+
+    /// Whether a failed call lost a part of this RAM.
+    #[must_use]
+    pub fn lost(&self) -> bool {
+        self.hole.is_some()
+    }
+
+    /// Bytes that the books take.
+    #[must_use]
+    pub fn metadata_bytes(&self) -> usize {
+        self.refers.len() * size_of::<Frame>() + self.attached.len() * size_of::<u64>()
+    }
+
+    /// Appends to `runs` the runs of `pages` that are private and worth looking at.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn private(
+        &self,
+        pages: Range<u32>,
+        pagemap: &Pagemap,
+        runs: &mut Vec<Range<u32>>,
+    ) -> io::Result<()> {
+        pagemap.private(self.ram.range(pages.start, pages.end - pages.start), runs)
+    }
+
+    /// Gives up the frame of a page that provably has a private copy. Returns the frame if this
+    /// page was its last sharer.
+    pub fn detach(&mut self, page: u32, store: &mut FrameStore) -> Option<Frame> {
+        self.set_attached(page, false);
+        let frame = self.refers[page as usize];
+        store.detach(frame).then_some(frame)
+    }
+
+    /// How many more mappings the kernel will need once the pages are mapped from `source`.
+    #[must_use]
+    pub fn mappings_added(&self, first: u32, count: u32, source: Source) -> i64 {
+        let refers = |page: u32| match source {
+            Source::Frames(frame) if (first..first + count).contains(&page) => frame + (page - first),
+            Source::Zeros if (first..first + count).contains(&page) => NO_FRAME,
+            _ => self.refers[page as usize],
+        };
+        let edges = [first, first + count];
+        let after = edges
+            .iter()
+            .filter(|&&edge| edge > 0 && edge < self.pages())
+            .filter(|&&edge| !joined(refers(edge - 1), refers(edge)))
+            .count();
+        after as i64 - i64::from(self.boundaries(first, count))
+    }
+
+    /// Places within and at the ends of a run where one mapping ends and another starts.
+    fn boundaries(&self, first: u32, count: u32) -> u32 {
+        let from = first.saturating_sub(1) as usize;
+        let to = (first as usize + count as usize + 1).min(self.refers.len());
+        self.refers[from..to].windows(2).filter(|pair| !joined(pair[0], pair[1])).count() as u32
+    }
+
+    /// Maps the frames `frame..frame + count` over the pages from `first` on, as far as their
+    /// contents are equal, and attaches those pages. Returns how many they are.
+    ///
+    /// None of the pages may be attached, all of the frames must be live, and `count` is at most
+    /// [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub fn merge(
+        &mut self,
+        first: u32,
+        frame: Frame,
+        count: u32,
+        store: &mut FrameStore,
+        calls: &dyn MemoryCalls,
+    ) -> Result<u32, SpaceError> {
+        debug_assert!((first..first + count).all(|page| !self.attached(page)));
+        let merged = self.replace(first, count, Source::Frames(frame), calls, |page, index| {
+            // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
+            unsafe { content::equal(page, store.content(frame + index)) }
+        })?;
+        for index in 0..merged {
+            store.attach(frame + index);
+            self.set_attached(first + index, true);
+        }
+        Ok(merged)
+    }
+
+    /// Gives the memory of pages back that hold zeros alone, as far as they do. Returns how many.
+    ///
+    /// None of the pages may be attached, and `count` is at most [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub fn discard_zeros(
+        &mut self,
+        first: u32,
+        count: u32,
+        calls: &dyn MemoryCalls,
+    ) -> Result<u32, SpaceError> {
+        debug_assert!((first..first + count).all(|page| !self.attached(page)));
+        self.replace(first, count, Source::Zeros, calls, |page, _| {
+            // SAFETY: guest RAM is mapped; the page is protected.
+            unsafe { content::zero(page) }
+        })
+    }
+
+    /// The window: protects the pages, finds the prefix for which `same` holds, and maps `source`
+    /// over it.
+    fn replace(
+        &mut self,
+        first: u32,
+        count: u32,
+        source: Source,
+        calls: &dyn MemoryCalls,
+        same: impl Fn(*const u8, u32) -> bool,
+    ) -> Result<u32, SpaceError> {
+        assert!(count > 0 && count <= WINDOW_PAGES);
+        let ram = Arc::clone(&self.ram);
+        let pages = ram.range(first, count);
+        let refused = |doing, error| SpaceError::Refused { doing, first, count, error };
+
+        let mut window = Window { calls, pages, remapped: 0, open: true };
+        let protected = calls
+            .protect(pages)
+            .or_else(|_| {
+                // A part that was remapped and could not be registered again.
+                calls.register(pages)?;
+                calls.protect(pages)
+            })
+            .map_err(|error| refused("write-protecting", error));
+        let protected = match protected {
+            Ok(protected) => protected,
+            Err(error) => {
+                let closed = window.close();
+                return Err(closed.map_or_else(|error| self.lose("unprotecting", pages, error), |()| error));
+            }
+        };
+        let equal = (0..protected).take_while(|&index| same(pages.page(index), index)).count() as u32;
+        let part = pages.part(0, equal);
+        let outcome = if equal == 0 {
+            Ok(Remapped::Nothing)
+        } else if self.shows_again(first, equal, source) {
+            calls.discard(part).map(|()| Remapped::Discarded).map_err(MapError::Refused)
+        } else {
+            window.map(part, source)
+        };
+        let closed = window.close();
+        match (outcome, closed) {
+            (Ok(Remapped::Nothing), Ok(())) => Ok(0),
+            (Ok(Remapped::Discarded), Ok(())) => Ok(equal),
+            (Ok(Remapped::Mapped), Ok(())) => {
+                // Where this fails the next window tries again; only the neighbours cannot become
+                // one mapping with it.
+                let _ = calls.register(part);
+                self.note_mapping(first, equal, source);
+                Ok(equal)
+            }
+            (Err(MapError::Refused(error)), Ok(())) => Err(refused("remapping", error)),
+            (Err(MapError::Lost(error)), _) => Err(self.lose("remapping", part, error)),
+            (_, Err(error)) => Err(self.lose("unprotecting", pages, error)),
+        }
+    }
+
+    /// Notes that pages are gone, or blocked for good: nothing is done to this RAM from now on.
+    fn lose(&mut self, doing: &'static str, pages: RamRange<'_>, error: io::Error) -> SpaceError {
+        self.hole = Some(pages.first()..pages.first() + pages.count());
+        self.ram.tear();
+        SpaceError::Lost { doing, first: pages.first(), count: pages.count(), error }
+    }
+
+    /// Whether dropping the private copies makes exactly `source` show again.
+    fn shows_again(&self, first: u32, count: u32, source: Source) -> bool {
+        let refers = &self.refers[first as usize..(first + count) as usize];
+        match source {
+            Source::Frames(frame) => (frame..).zip(refers).all(|(frame, &refers)| refers == frame),
+            Source::Zeros => refers.iter().all(|&refers| refers == NO_FRAME),
+        }
+    }
+
+    fn note_mapping(&mut self, first: u32, count: u32, source: Source) {
+        let before = self.boundaries(first, count);
+        for (index, refers) in self.refers[first as usize..(first + count) as usize].iter_mut().enumerate() {
+            *refers = match source {
+                Source::Frames(frame) => frame + index as u32,
+                Source::Zeros => NO_FRAME,
+            };
+        }
+        self.mappings = self.mappings + self.boundaries(first, count) - before;
+    }
+
+    /// Makes all of the RAM anonymous again, with nothing in it, and gives up every frame. The
+    /// VM no longer runs. Returns the frames whose last sharer this was.
+    ///
+    /// # Errors
+    /// What the kernel said; nothing has changed then, and the call can be repeated.
+    pub fn clear(&mut self, store: &mut FrameStore, calls: &dyn MemoryCalls) -> io::Result<Vec<Frame>> {
+        let hole = self.hole.clone().unwrap_or(0..0);
+        for part in [0..hole.start, hole.end..self.pages()] {
+            if !part.is_empty() {
+                calls.map(self.ram.range(part.start, part.end - part.start), Source::Zeros, Over::Pages)?;
+            }
+        }
+        let mut dead = Vec::new();
+        for page in 0..self.pages() {
+            if self.attached(page) {
+                dead.extend(self.detach(page, store));
+            }
+        }
+        self.refers.fill(NO_FRAME);
+        self.mappings = 1;
+        Ok(dead)
+    }
+}
+
+fn joined(before: Frame, after: Frame) -> bool {
+    if before == NO_FRAME || after == NO_FRAME { before == after } else { after == before + 1 }
+}
+
+enum Remapped {
+    Nothing,
+    Discarded,
+    Mapped,
+}
+
+enum MapError {
+    Refused(io::Error),
+    Lost(io::Error),
+}
+
+/// The time in which a run is protected. No lock that a writer to guest memory can hold, no
+/// allocation and no output belong in it. It ends on every way out.
+struct Window<'a> {
+    calls: &'a dyn MemoryCalls,
+    pages: RamRange<'a>,
+    /// How many of the first pages have a new mapping, which is not protected.
+    remapped: u32,
+    open: bool,
+}
+
+impl Window<'_> {
+    fn map(&mut self, part: RamRange<'_>, source: Source) -> Result<Remapped, MapError> {
+        if let Err(error) = self.calls.map(part, source, Over::Pages) {
+            // The pages may be gone. Their content is known, so it can be mapped at once; only
+            // where nothing else has been placed since.
+            if self.calls.map(part, source, Over::Hole).is_err() {
+                // Pages that still can be unprotected are the guest's own, as they were.
+                return match self.calls.unprotect(part) {
+                    Ok(()) => Err(MapError::Refused(error)),
+                    Err(_) => {
+                        self.remapped = part.count();
+                        Err(MapError::Lost(error))
+                    }
+                };
+            }
+        }
+        self.remapped = part.count();
+        Ok(Remapped::Mapped)
+    }
+
+    /// Lifts what is left of the protection and wakes who waits.
+    fn close(&mut self) -> io::Result<()> {
+        if !std::mem::take(&mut self.open) {
+            return Ok(());
+        }
+        let rest = self.pages.part(self.remapped, self.pages.count() - self.remapped);
+        let lifted = if rest.count() > 0 { self.lift(rest) } else { Ok(()) };
+        lifted.and(self.calls.wake(self.pages))
+    }
+
+    fn lift(&self, pages: RamRange<'_>) -> io::Result<()> {
+        if self.calls.unprotect(pages).is_ok() {
+            return Ok(());
+        }
+        // Pages that are not registered stand in the way of the others, and were not protected.
+        (0..pages.count()).try_for_each(|page| match self.calls.unprotect(pages.part(page, 1)) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            lifted => lifted,
+        })
+    }
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}

@@ -1,0 +1,80 @@
+//! What the engine knows about its work, in KSM's terms: see
+//! `Documentation/admin-guide/mm/ksm.rst` of the kernel.
+
+use serde::Serialize;
+
+/// The engine as a whole. Pages are of 4 KiB.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct EngineStatistics {
+    /// Frames in use by two or more guest pages.
+    pub pages_shared: u64,
+    /// Further guest pages mapped to those frames: what is saved.
+    pub pages_sharing: u64,
+    /// Pages looked at and found unique.
+    pub pages_unshared: u64,
+    /// Pages that changed since the pass before.
+    pub pages_volatile: u64,
+    /// Guest pages of zeros whose memory was given back.
+    pub zero_pages: u64,
+    /// Complete passes over all VMs.
+    pub full_scans: u64,
+    /// Frames in use, with those of a single sharer.
+    pub frames: u64,
+    /// Pages looked at since the start.
+    pub pages_scanned: u64,
+    /// Pages mapped to frames since the start.
+    pub merges: u64,
+    /// Merged pages that were written to and left their frames since the start.
+    pub breaks: u64,
+    /// Runs not merged for want of mappings since the start.
+    pub mappings_denied: u64,
+    /// Calls of the kernel that failed since the start; guests are whole.
+    pub refusals: u64,
+    /// Bytes that the kernel charges for the frame store.
+    pub store_bytes: u64,
+    /// Bytes that the engine's books take.
+    pub metadata_bytes: u64,
+    /// Mappings of the process.
+    pub mappings: u64,
+    /// The kernel's limit on them.
+    pub mappings_limit: u64,
+    /// CPU time of the sharing threads, in seconds.
+    pub cpu_seconds: f64,
+}
+
+impl EngineStatistics {
+    /// Bytes saved: what merged pages and pages of zeros would take, less what sharing itself
+    /// takes for its books and the kernel's mappings.
+    #[must_use]
+    pub fn saved_bytes(&self, guest_mappings: u64) -> i64 {
+        let gross = (self.pages_sharing + self.zero_pages) as i64 * crate::PAGE_SIZE as i64;
+        gross - self.metadata_bytes as i64 - guest_mappings as i64 * MAPPING_BYTES
+    }
+}
+
+/// Kernel memory for one mapping, in bytes: a vm_area_struct and its part of the maple tree.
+const MAPPING_BYTES: i64 = 240;
+
+/// One VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct VmStatistics {
+    /// Pages of its RAM.
+    pub pages: u64,
+    /// Its pages on frames that it shares, with itself or others, counting each frame once for
+    /// its share: `pages_merged - pages_sharing`, rounded.
+    pub pages_shared: u64,
+    /// Pages that sharing saves by this VM: each of n sharers of a frame saves 1 - 1/n of a page.
+    pub pages_sharing: u64,
+    /// Its pages that are mapped to frames.
+    pub pages_merged: u64,
+    /// Its pages looked at and found unique.
+    pub pages_unshared: u64,
+    /// Its pages that changed since the pass before.
+    pub pages_volatile: u64,
+    /// Its pages of zeros whose memory was given back.
+    pub zero_pages: u64,
+    /// Its pages that take memory of their own, now.
+    pub pages_private: u64,
+    /// Mappings of its RAM.
+    pub mappings: u64,
+}
