@@ -20,7 +20,7 @@ fn main() {
     let status = Command::new(&rustc)
         .args(["--crate-name", "demo_guest", "--crate-type", "bin", "--edition", "2024"])
         .args(["--target", "x86_64-unknown-linux-gnu"])
-        .args(["-C", "panic=abort", "-C", "opt-level=2", "-C", "lto=fat", "-C", "codegen-units=1"])
+        .args(["-C", "panic=abort", "-C", "opt-level=s", "-C", "lto=fat", "-C", "codegen-units=1"])
         .args(["-C", "relocation-model=static", "-C", "strip=symbols"])
         .args(["-C", "link-args=-nostartfiles -nostdlib -static -no-pie"])
         .args(["-C", "link-args=-Wl,--build-id=none -Wl,-z,max-page-size=4096"])

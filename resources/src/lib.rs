@@ -1,6 +1,6 @@
 //! What samepage carries with it: so far, the demo guest.
 //!
-//! The demo guest is a freestanding x86-64 program, a PVH ELF image of a few kilobytes that fills its memory
+//! The demo guest is a freestanding x86-64 program, a PVH ELF image of some 40 KiB that fills its memory
 //! with known pages, keeps verifying every word of them and can drive a virtio-blk disk. It needs no
 //! distribution, kernel or disk image, starts in milliseconds, and proves that sharing memory never changes
 //! what a guest reads. [`demo`] holds what the host needs to drive it.
@@ -13,7 +13,7 @@
 //! assert!(command_line.contains("vm=3"));
 //! assert!(DEMO_GUEST.starts_with(b"\x7fELF"));
 //!
-//! let arena = Arena::on_map(&plan, [0..64 << 20])?;
+//! let arena = Arena::on_map(&plan, std::iter::once(0..64 << 20))?;
 //! assert_eq!(arena.pages(), 4096);
 //! assert!(arena.counts().reclaimable(10) > 9 * arena.counts().alike);
 //!

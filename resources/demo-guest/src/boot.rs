@@ -10,8 +10,9 @@
 
 use core::arch::global_asm;
 
-/// Vector of the gate that halts until an interrupt; may be called from ring 3.
-pub(crate) const HALT_VECTOR: usize = 0x40;
+/// Vector of the gate that halts until an interrupt: that of INT3, since a KVM that runs ring 3 natively may
+/// turn INT with a vector into an invalid opcode. May be called from ring 3.
+pub(crate) const HALT_VECTOR: usize = 3;
 /// Vector of the local APIC's timer.
 pub(crate) const TIMER_VECTOR: usize = 0x50;
 /// Vector that the local APIC raises when an interrupt goes away while being taken.
@@ -207,8 +208,6 @@ pub(crate) unsafe fn install_gates() {
 /// # Safety
 /// As for [`install_gates`].
 pub(crate) unsafe fn remove_gates() {
-    for vector in 0..256 {
-        // SAFETY: the vectors are below 256, and the caller sees to it that nobody else is here.
-        unsafe { (&raw mut interrupt_table[vector]).write_volatile([0, 0]) };
-    }
+    // SAFETY: the caller sees to it that nobody else is here.
+    unsafe { (&raw mut interrupt_table).write_volatile([[0; 2]; 256]) };
 }

@@ -7,7 +7,7 @@ use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc};
 use core::hint;
 
-use crate::boot::{HALT_VECTOR, SPURIOUS_VECTOR, TIMER_VECTOR};
+use crate::boot::{SPURIOUS_VECTOR, TIMER_VECTOR};
 
 const APIC: usize = 0xfee0_0000;
 const VERSION: usize = 0x30;
@@ -92,7 +92,8 @@ impl Clock {
             if left == 0 {
                 return;
             }
-            let us = (left / self.tsc_khz * 1000 + left % self.tsc_khz * 1000 / self.tsc_khz).min(LONGEST_HALT_US);
+            let us =
+                (left / self.tsc_khz * 1000 + left % self.tsc_khz * 1000 / self.tsc_khz).min(LONGEST_HALT_US);
             if self.timer_khz == 0 || us < SHORTEST_HALT_US {
                 hint::spin_loop();
                 continue;
@@ -118,10 +119,10 @@ pub(crate) fn sleep_forever() -> ! {
     }
 }
 
-/// Halt until an interrupt has come in.
+/// Halt until an interrupt has come in, through the gate at [`HALT_VECTOR`](crate::boot::HALT_VECTOR).
 fn halt() {
     // SAFETY: the gate leaves all registers, flags and this ring's memory as they are.
-    unsafe { asm!("int {vector}", vector = const HALT_VECTOR, options(nostack)) }
+    unsafe { asm!("int3", options(nostack)) }
 }
 
 /// Ticks of the counter and of the timer in the same time; `None` if there is no timer.

@@ -8,21 +8,28 @@
 
 mod boot;
 mod clock;
+mod crash;
 #[path = "../../src/demo/mod.rs"]
 #[expect(dead_code, reason = "the host uses the other half")]
 mod demo;
+mod disk;
+mod hostile;
 mod memory;
 mod pages;
 mod paging;
 mod port;
 mod start_info;
+mod virtio;
 
+use core::hint;
 use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use clock::Clock;
 use demo::layout::{Arena, LayoutError, Ram};
 use demo::plan::Plan;
 use demo::report::{Hex, Report, Text};
+use disk::Disk;
 use pages::Pages;
 use start_info::{Handover, LONGEST_COMMAND_LINE};
 
@@ -80,17 +87,28 @@ fn run(handover: &Handover) -> ! {
         us: clock.elapsed_us(start),
     });
 
-    let rounds = rounds(&plan, &clock, &mut pages);
+    if let Some(crash) = plan.crash {
+        crash::misbehave(crash, plan.every_ms, arena.ram(), &clock);
+    }
+    // SAFETY: this is the only disk, and its buffers are used by nothing else.
+    let mut disk = plan.disk.as_ref().map(|disk| unsafe {
+        Disk::open(&plan, disk, &arena, &clock).unwrap_or_else(|error| fail(error.reason(), disk.base))
+    });
+    let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut());
     pages.verify(false);
-    port::print(Report::Done { rounds, corrupt: pages.corrupt });
+    let corrupt = pages.corrupt + disk.map_or(0, |disk| disk.corrupt);
+    port::print(Report::Done { rounds, corrupt });
     stop()
 }
 
 /// Do the plan's rounds; gives how many were finished.
-fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>) -> u64 {
+fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>, mut disk: Option<&mut Disk<'_>>) -> u64 {
     let mut round = 0;
     let mut reported = 0;
     loop {
+        if let Some(Err(error)) = disk.as_mut().map(|disk| disk.round()) {
+            fail(error.reason(), round + 1);
+        }
         let start = clock::now();
         let Some(verified) = pages.verify(true) else { return round };
         round += 1;
@@ -121,6 +139,13 @@ fn fail(reason: &str, value: u64) -> ! {
 /// Where an exception goes on in ring 3, on a fresh stack.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_fault(vector: u64, error: u64, rip: u64, address: u64) -> ! {
+    static FAULTED: AtomicBool = AtomicBool::new(false);
+    if FAULTED.swap(true, Ordering::Relaxed) {
+        // The report itself faults: nothing is left to say it with.
+        loop {
+            hint::spin_loop();
+        }
+    }
     port::print(Report::Fault { vector, error: Hex(error), rip: Hex(rip), address: Hex(address) });
     stop()
 }

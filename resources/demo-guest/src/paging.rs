@@ -6,6 +6,8 @@ use crate::demo::layout::{Arena, DIRECTORY_SPAN, MAPPED_BY_IMAGE};
 
 const LARGE_PAGE: u64 = 2 << 20;
 const ENTRIES: usize = 512;
+/// Large pages that the boot code has mapped.
+const MAPPED_BY_BOOT: usize = 2;
 /// Present, writable, user, accessed, dirty.
 const TABLE: u64 = 0x67;
 /// The same for a 2 MiB page.
@@ -25,17 +27,18 @@ unsafe extern "C" {
 /// Only the first 4 MiB may be mapped so far, by the boot code.
 pub(crate) unsafe fn map_low() {
     let entries = &raw mut low_directories;
-    for i in (LARGE_PAGE * 2 / LARGE_PAGE) as usize..ENTRIES * 4 {
+    for i in MAPPED_BY_BOOT..ENTRIES * 4 {
         let address = i as u64 * LARGE_PAGE;
         let caching = if address >= DEVICES { UNCACHED } else { 0 };
         // SAFETY: `i` is in bounds, and the tables belong to this module once the boot code is through.
         unsafe { (&raw mut (*entries)[i]).write_volatile(address | LARGE | caching) };
     }
+    let pointers = &raw mut page_directory_pointers;
     for gib in 1..4 {
         // SAFETY: as above; the directories that the entries point to have been filled.
         unsafe {
             let directory = (&raw mut (*entries)[gib * ENTRIES]).addr() as u64;
-            (&raw mut page_directory_pointers[gib]).write_volatile(directory | TABLE);
+            (&raw mut (*pointers)[gib]).write_volatile(directory | TABLE);
         }
     }
 }

@@ -421,7 +421,8 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_handed_back_and_changes_nothing() {
-        let line = "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0";
+        let line =
+            "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0";
         let (plan, ignored) = parse(line);
         assert_eq!(plan, Plan::default());
         assert_eq!(ignored.join(" "), line);

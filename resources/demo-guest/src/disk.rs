@@ -1,0 +1,370 @@
+//! Passes over a virtio-blk disk (virtio 1.2, section 5.2).
+
+use core::hint;
+
+use crate::clock::{self, Clock};
+use crate::demo::content::{Checksum, SECTOR_BYTES, SECTOR_WORDS, disk_word};
+use crate::demo::layout::{Arena, request_bytes, request_window};
+use crate::demo::plan::{DiskOp, DiskPlan, Plan};
+use crate::demo::report::{Hex, Report, Text};
+use crate::hostile;
+use crate::pages::MOST_DESCRIBED;
+use crate::port;
+use crate::virtio::{Descriptor, Device, LARGEST_QUEUE, NEXT, SetupError, WRITE};
+
+const BLOCK_DEVICE: u32 = 2;
+const F_FLUSH: u64 = 1 << 9;
+const TYPE_READ: u32 = 0;
+const TYPE_WRITE: u32 = 1;
+const TYPE_FLUSH: u32 = 4;
+const TYPE_ID: u32 = 8;
+const ID_BYTES: u32 = 20;
+const STATUS_OK: u8 = 0;
+const STATUS_UNSUPPORTED: u8 = 2;
+/// What the status byte holds before the device sets it.
+const STATUS_UNSET: u8 = 0xff;
+
+/// Descriptors of a request: header, data, status.
+const CHAIN: usize = 3;
+const SLOTS: usize = LARGEST_QUEUE / CHAIN;
+/// An answer is waited for by spinning for this long, then with pauses as long.
+const SPIN_US: u64 = 100;
+/// A request that takes longer is taken for lost.
+const LOST_US: u64 = 30_000_000;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Header {
+    kind: u32,
+    reserved: u32,
+    sector: u64,
+}
+
+static mut HEADERS: [Header; SLOTS] = [Header { kind: 0, reserved: 0, sector: 0 }; SLOTS];
+static mut STATUSES: [u8; SLOTS] = [0; SLOTS];
+
+/// A request that the device has.
+#[derive(Clone, Copy)]
+struct Pending {
+    /// Its number in the pass.
+    number: u64,
+    sector: u64,
+    /// Address and size of its data.
+    buffer: u64,
+    bytes: u32,
+}
+
+/// What came of a pass.
+#[derive(Default)]
+struct Outcome {
+    requests: u64,
+    bytes: u64,
+    checksum: Checksum,
+    errors: u64,
+    unsupported: u64,
+}
+
+/// The disk of the plan.
+pub(crate) struct Disk<'a> {
+    pub(crate) device: Device,
+    pub(crate) clock: &'a Clock,
+    plan: &'a DiskPlan,
+    seed: u32,
+    /// Address of the buffers, bytes in each, and how many there are.
+    pub(crate) buffers: u64,
+    buffer_bytes: u64,
+    window: u64,
+    pub(crate) sectors: u64,
+    pending: [Option<Pending>; SLOTS],
+    /// Words found to be wrong so far.
+    pub(crate) corrupt: u64,
+}
+
+/// Why a disk can't be used any longer.
+#[derive(Clone, Copy)]
+pub(crate) enum DiskError {
+    /// It can't be set up.
+    Setup(SetupError),
+    /// It did not answer a request in time.
+    Timeout,
+    /// It returned a request that it did not have.
+    UnknownRequest,
+}
+
+impl DiskError {
+    /// The error in words joined by hyphens.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Setup(SetupError::OtherDevice) => "no-virtio-blk-device",
+            Self::Setup(SetupError::NoReset) => "disk-does-not-reset",
+            Self::Setup(SetupError::Rejected) => "disk-rejects-driver",
+            Self::Timeout => "disk-does-not-answer",
+            Self::UnknownRequest => "disk-returned-unknown-request",
+        }
+    }
+}
+
+impl<'a> Disk<'a> {
+    /// Set up the disk of `plan`.
+    ///
+    /// # Safety
+    /// There may be no other disk, and nobody else may use the arena's disk buffers.
+    pub(crate) unsafe fn open(
+        plan: &'a Plan,
+        disk: &'a DiskPlan,
+        arena: &Arena,
+        clock: &'a Clock,
+    ) -> Result<Self, DiskError> {
+        // SAFETY: there is no other disk to use the queue.
+        let device = unsafe { Device::open(disk.base, BLOCK_DEVICE, F_FLUSH) }.map_err(DiskError::Setup)?;
+        let sectors = device.config64();
+        port::print(Report::Disk { sectors, features: Hex(device.offered), queue: device.queue_size.into() });
+        Ok(Self {
+            device,
+            clock,
+            plan: disk,
+            seed: plan.seed,
+            buffers: arena.buffers,
+            buffer_bytes: request_bytes(plan),
+            window: request_window(plan),
+            sectors,
+            pending: [None; SLOTS],
+            corrupt: 0,
+        })
+    }
+
+    /// Do the passes of a round.
+    pub(crate) fn round(&mut self) -> Result<(), DiskError> {
+        for op in self.plan.ops.iter() {
+            let start = clock::now();
+            let outcome = match op {
+                DiskOp::Read | DiskOp::Write | DiskOp::Verify => self.transfer(op)?,
+                DiskOp::Flush => self.single(TYPE_FLUSH, 0)?,
+                DiskOp::Id => self.id()?,
+                DiskOp::Hostile => {
+                    hostile::attack(self)?;
+                    continue;
+                }
+            };
+            port::print(Report::Blk {
+                mode: op,
+                requests: outcome.requests,
+                bytes: outcome.bytes,
+                us: self.clock.elapsed_us(start),
+                checksum: Hex(outcome.checksum.0),
+                errors: outcome.errors,
+                unsupported: outcome.unsupported,
+            });
+        }
+        Ok(())
+    }
+
+    /// Read one sector; says whether that worked.
+    pub(crate) fn probe(&mut self) -> Result<bool, DiskError> {
+        let outcome = self.single(TYPE_READ, SECTOR_BYTES as u32)?;
+        Ok(outcome.errors + outcome.unsupported == 0)
+    }
+
+    /// Reset the disk and give up what it has not answered.
+    pub(crate) fn restart(&mut self) -> Result<(), DiskError> {
+        self.pending = [None; SLOTS];
+        self.device.start().map_err(DiskError::Setup)
+    }
+
+    /// The planned range, request by request, as many at a time as planned.
+    fn transfer(&mut self, op: DiskOp) -> Result<Outcome, DiskError> {
+        let sectors_each = self.buffer_bytes / SECTOR_BYTES as u64;
+        let to_end = self.sectors.saturating_sub(self.plan.sector);
+        let count = if self.plan.count == 0 { to_end.div_ceil(sectors_each) } else { self.plan.count };
+        let depth = (self.plan.depth.max(1) as usize).min(usize::from(self.device.queue_size) / CHAIN);
+
+        let mut outcome = Outcome::default();
+        let mut next = 0;
+        while outcome.requests < count {
+            let mut offered = false;
+            while next < count {
+                let Some(slot) = self.free_slot(depth, next) else { break };
+                let sector = self.plan.sector.wrapping_add(next.wrapping_mul(sectors_each));
+                let left = self.sectors.saturating_sub(sector);
+                let sectors = if self.plan.count == 0 { sectors_each.min(left) } else { sectors_each };
+                let request = Pending {
+                    number: next,
+                    sector,
+                    buffer: self.buffers + next % self.window * self.buffer_bytes,
+                    bytes: (sectors * SECTOR_BYTES as u64) as u32,
+                };
+                if op == DiskOp::Write {
+                    self.fill(request, &mut outcome);
+                }
+                let kind = if op == DiskOp::Write { TYPE_WRITE } else { TYPE_READ };
+                self.offer(slot, kind, request);
+                offered = true;
+                next += 1;
+            }
+            if offered {
+                self.device.publish();
+            }
+            let (request, status) = self.wait()?;
+            if self.count(&mut outcome, status) {
+                outcome.bytes += u64::from(request.bytes);
+                if op != DiskOp::Write {
+                    self.check(request, op == DiskOp::Verify, &mut outcome);
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// A slot for request `number`, if one of the first `depth` is free and so is the request's buffer.
+    fn free_slot(&self, depth: usize, number: u64) -> Option<usize> {
+        let slots = &self.pending[..depth];
+        let buffer_in_use =
+            slots.iter().flatten().any(|other| other.number % self.window == number % self.window);
+        if buffer_in_use {
+            return None;
+        }
+        slots.iter().position(Option::is_none)
+    }
+
+    /// A request of its own, at the start of the planned range, with `bytes` of data for the device to write.
+    fn single(&mut self, kind: u32, bytes: u32) -> Result<Outcome, DiskError> {
+        let sector = if kind == TYPE_READ { self.plan.sector } else { 0 };
+        self.offer(0, kind, Pending { number: 0, sector, buffer: self.buffers, bytes });
+        self.device.publish();
+        let (_, status) = self.wait()?;
+        let mut outcome = Outcome::default();
+        self.count(&mut outcome, status);
+        Ok(outcome)
+    }
+
+    fn id(&mut self) -> Result<Outcome, DiskError> {
+        self.words().take(ID_BYTES.div_ceil(8) as usize).for_each(|word| {
+            // SAFETY: the first buffer has at least a sector, and no request is pending.
+            unsafe { word.write_volatile(0) }
+        });
+        let outcome = self.single(TYPE_ID, ID_BYTES)?;
+        let mut id = [0; 24];
+        for (bytes, word) in id.chunks_exact_mut(8).zip(self.words()) {
+            // SAFETY: as above.
+            bytes.copy_from_slice(&unsafe { word.read_volatile() }.to_le_bytes());
+        }
+        let len = id.iter().take(ID_BYTES as usize).position(|byte| *byte == 0).unwrap_or(ID_BYTES as usize);
+        port::print(Report::BlkId { id: Text::new(&id[..len]) });
+        Ok(outcome)
+    }
+
+    /// The words of the first sector of the first buffer.
+    fn words(&self) -> impl Iterator<Item = *mut u64> + use<> {
+        let first = core::ptr::with_exposed_provenance_mut::<u64>(self.buffers as usize);
+        (0..SECTOR_WORDS).map(move |i| first.wrapping_add(i))
+    }
+
+    fn offer(&mut self, slot: usize, kind: u32, request: Pending) {
+        let head = slot * CHAIN;
+        // SAFETY: the slot is free, so the device has neither its header nor its status.
+        let (header, status) = unsafe {
+            let header = &raw mut HEADERS[slot];
+            header.write_volatile(Header { kind, reserved: 0, sector: request.sector });
+            let status = &raw mut STATUSES[slot];
+            status.write_volatile(STATUS_UNSET);
+            (header.addr() as u64, status.addr() as u64)
+        };
+        let next = |place: usize| (head + place) as u16;
+        let data = if request.bytes > 0 { 1 } else { 2 };
+        let header = Descriptor { address: header, len: 16, flags: NEXT, next: next(data) };
+        self.device.describe(head, header);
+        if request.bytes > 0 {
+            let direction = if kind == TYPE_WRITE { 0 } else { WRITE };
+            let flags = NEXT | direction;
+            let data = Descriptor { address: request.buffer, len: request.bytes, flags, next: next(2) };
+            self.device.describe(head + 1, data);
+        }
+        self.device.describe(head + 2, Descriptor { address: status, len: 1, flags: WRITE, next: 0 });
+        self.device.offer(head as u16);
+        self.pending[slot] = Some(request);
+    }
+
+    /// The next request that the device is done with, and its status.
+    fn wait(&mut self) -> Result<(Pending, u8), DiskError> {
+        let head = self.wait_for_used(LOST_US).ok_or(DiskError::Timeout)? as usize;
+        let slot = head / CHAIN;
+        let pending = self.pending.get_mut(slot).filter(|_| head.is_multiple_of(CHAIN));
+        let request = pending.and_then(Option::take).ok_or(DiskError::UnknownRequest)?;
+        // SAFETY: the index has been checked; volatile, as the device has written the byte.
+        let status = unsafe { (&raw const STATUSES[slot]).read_volatile() };
+        Ok((request, status))
+    }
+
+    /// The head of a chain that the device is done with, if it is done with one within `us` microseconds.
+    pub(crate) fn wait_for_used(&mut self, us: u64) -> Option<u32> {
+        let start = clock::now();
+        loop {
+            if let Some(head) = self.device.take_used() {
+                return Some(head);
+            }
+            match self.clock.elapsed_us(start) {
+                waited if waited >= us => return None,
+                waited if waited < SPIN_US => hint::spin_loop(),
+                _ => self.clock.sleep(SPIN_US),
+            }
+        }
+    }
+
+    /// Count a request that is done; says whether it worked.
+    fn count(&self, outcome: &mut Outcome, status: u8) -> bool {
+        outcome.requests += 1;
+        match status {
+            STATUS_OK => return true,
+            STATUS_UNSUPPORTED => outcome.unsupported += 1,
+            _ => outcome.errors += 1,
+        }
+        false
+    }
+
+    /// Fill a request's buffer with the pattern.
+    fn fill(&self, request: Pending, outcome: &mut Outcome) {
+        for (position, place) in self.positions(request) {
+            let word = self.pattern(request, position);
+            // SAFETY: the buffer is ours, as `open`'s caller confirmed, and the device doesn't have it yet.
+            unsafe { place.write_volatile(word) };
+            outcome.checksum.add(self.first_word(request) + position, word);
+        }
+    }
+
+    /// Add up what a request has read, and compare it with the pattern if `compare`.
+    fn check(&mut self, request: Pending, compare: bool, outcome: &mut Outcome) {
+        for (position, place) in self.positions(request) {
+            // SAFETY: the buffer is ours, as `open`'s caller confirmed, and the device has given it back.
+            let found = unsafe { place.read_volatile() };
+            outcome.checksum.add(self.first_word(request) + position, found);
+            let expected = self.pattern(request, position);
+            if compare && found != expected {
+                self.corrupt += 1;
+                if self.corrupt <= MOST_DESCRIBED {
+                    port::print(Report::BlkCorrupt {
+                        sector: request.sector + position / SECTOR_WORDS as u64,
+                        word: position % SECTOR_WORDS as u64,
+                        expected: Hex(expected),
+                        found: Hex(found),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Numbers and places of the words of a request's data.
+    fn positions(&self, request: Pending) -> impl Iterator<Item = (u64, *mut u64)> + use<> {
+        let first = core::ptr::with_exposed_provenance_mut::<u64>(request.buffer as usize);
+        (0..u64::from(request.bytes) / 8).map(move |i| (i, first.wrapping_add(i as usize)))
+    }
+
+    fn pattern(&self, request: Pending, position: u64) -> u64 {
+        let sectors = SECTOR_WORDS as u64;
+        disk_word(self.seed, request.sector + position / sectors, (position % sectors) as usize)
+    }
+
+    /// Number of a request's first word in the pass.
+    fn first_word(&self, request: Pending) -> u64 {
+        request.number.wrapping_mul(self.buffer_bytes / 8)
+    }
+}

@@ -1,0 +1,147 @@
+//! Malformed virtio-blk requests, to see that a device refuses them and lives on.
+//!
+//! Each case starts from a freshly reset device. A device may answer with an error status, return the request
+//! as used, ask for a reset, or drop it; after one more reset it must serve a well-formed read.
+
+use crate::demo::report::{Hex, Report, Text};
+use crate::disk::{Disk, DiskError};
+use crate::port;
+use crate::virtio::{Descriptor, INDIRECT, NEXT, QUEUE_DESCRIPTORS, QUEUE_READY, QUEUE_SIZE, WRITE};
+
+/// How long a device may take to answer a malformed request.
+const PATIENCE_US: u64 = 20_000;
+/// Beyond any memory that a guest can have.
+const NOWHERE: u64 = 1 << 60;
+
+const TYPE_READ: u32 = 0;
+const TYPE_WRITE: u32 = 1;
+const TYPE_UNKNOWN: u32 = 0xdead;
+
+/// The parts of a request. All lie in the first sector of the first buffer, where a device that takes a
+/// malformed request for a good one does no harm.
+struct Chain {
+    header: Descriptor,
+    data: Descriptor,
+    status: Descriptor,
+}
+
+/// Offers a chain of header, data and status at descriptors 0 to 2, as `change` has made it.
+fn request(disk: &mut Disk<'_>, kind: u32, sector: u64, change: impl FnOnce(&mut Chain)) {
+    const HEADER: u64 = 256;
+    const STATUS: u64 = 288;
+    let words = core::ptr::with_exposed_provenance_mut::<u64>((disk.buffers + HEADER) as usize);
+    // SAFETY: the first buffer has at least a sector, is the disk's alone, and the device has been reset.
+    unsafe {
+        words.write_volatile(kind.into());
+        words.add(1).write_volatile(sector);
+    }
+    let mut chain = Chain {
+        header: Descriptor { address: disk.buffers + HEADER, len: 16, flags: NEXT, next: 1 },
+        data: Descriptor {
+            address: disk.buffers,
+            len: 0,
+            flags: if kind == TYPE_WRITE { NEXT } else { NEXT | WRITE },
+            next: 2,
+        },
+        status: Descriptor { address: disk.buffers + STATUS, len: 1, flags: WRITE, next: 0 },
+    };
+    change(&mut chain);
+    disk.device.describe(0, chain.header);
+    disk.device.describe(1, chain.data);
+    disk.device.describe(2, chain.status);
+    disk.device.offer(0);
+    disk.device.publish();
+}
+
+/// A read of the first sector with `change` made to it.
+fn read(disk: &mut Disk<'_>, change: impl FnOnce(&mut Chain)) {
+    request(disk, TYPE_READ, 0, change);
+}
+
+type Case = (&'static str, fn(&mut Disk<'_>));
+
+/// Reads only, or writes that lie beyond the end of the disk, so that the disk keeps its contents.
+const CASES: &[Case] = &[
+    ("data-nowhere", |disk| read(disk, |chain| (chain.data.address, chain.data.len) = (NOWHERE, 512))),
+    ("data-wraps", |disk| read(disk, |chain| (chain.data.address, chain.data.len) = (u64::MAX - 255, 512))),
+    ("data-in-registers", |disk| {
+        read(disk, |chain| (chain.data.address, chain.data.len) = (0xfee0_0000, 512));
+    }),
+    ("data-empty", |disk| read(disk, |_| {})),
+    ("data-odd", |disk| read(disk, |chain| chain.data.len = 100)),
+    ("data-huge", |disk| {
+        let last = disk.sectors.saturating_sub(1);
+        request(disk, TYPE_READ, last, |chain| chain.data.len = u32::MAX - 511);
+    }),
+    ("data-read-only", |disk| read(disk, |chain| (chain.data.flags, chain.data.len) = (NEXT, 256))),
+    ("header-nowhere", |disk| read(disk, |chain| chain.header.address = NOWHERE)),
+    ("header-short", |disk| read(disk, |chain| chain.header.len = 8)),
+    ("header-empty", |disk| read(disk, |chain| chain.header.len = 0)),
+    ("header-writable", |disk| read(disk, |chain| chain.header.flags = NEXT | WRITE)),
+    ("header-alone", |disk| read(disk, |chain| chain.header.flags = 0)),
+    ("status-nowhere", |disk| read(disk, |chain| chain.status.address = NOWHERE)),
+    ("status-empty", |disk| read(disk, |chain| chain.status.len = 0)),
+    ("status-read-only", |disk| read(disk, |chain| chain.status.flags = 0)),
+    ("chain-of-one-loops", |disk| read(disk, |chain| chain.header.next = 0)),
+    ("chain-of-three-loops", |disk| {
+        read(disk, |chain| (chain.status.flags, chain.status.next) = (NEXT | WRITE, 0));
+    }),
+    ("next-out-of-range", |disk| read(disk, |chain| chain.data.next = u16::MAX)),
+    ("indirect-not-negotiated", |disk| read(disk, |chain| chain.header.flags = INDIRECT)),
+    ("type-unknown", |disk| request(disk, TYPE_UNKNOWN, 0, |_| {})),
+    ("sector-beyond-end", |disk| {
+        let end = disk.sectors;
+        request(disk, TYPE_WRITE, end, |chain| chain.data.len = 512);
+    }),
+    ("sector-wraps", |disk| request(disk, TYPE_WRITE, u64::MAX, |chain| chain.data.len = 512)),
+    ("sector-times-512-wraps", |disk| request(disk, TYPE_WRITE, 1 << 55, |chain| chain.data.len = 512)),
+    ("head-out-of-range", |disk| {
+        disk.device.offer(u16::MAX);
+        disk.device.publish();
+    }),
+    ("ring-overrun", |disk| {
+        disk.device.overrun(0x8000);
+        disk.device.publish();
+    }),
+    ("queue-nowhere", |disk| {
+        disk.device.write(QUEUE_READY, 0);
+        disk.device.write64(QUEUE_DESCRIPTORS, NOWHERE);
+        disk.device.write(QUEUE_READY, 1);
+        read(disk, |_| {});
+    }),
+    ("queue-size-zero", |disk| {
+        disk.device.write(QUEUE_READY, 0);
+        disk.device.write(QUEUE_SIZE, 0);
+        disk.device.write(QUEUE_READY, 1);
+        read(disk, |_| {});
+    }),
+    ("queue-size-huge", |disk| {
+        disk.device.write(QUEUE_READY, 0);
+        disk.device.write(QUEUE_SIZE, u32::MAX);
+        disk.device.write(QUEUE_READY, 1);
+        read(disk, |_| {});
+    }),
+    ("queue-unknown", |disk| disk.device.notify(u32::MAX)),
+];
+
+/// Try every case on the disk and report what came of it.
+///
+/// # Errors
+/// The disk can't be reset any more.
+pub(crate) fn attack(disk: &mut Disk<'_>) -> Result<(), DiskError> {
+    for (name, case) in CASES {
+        disk.restart()?;
+        case(disk);
+        let used = disk.wait_for_used(PATIENCE_US).is_some();
+        let status = disk.device.status();
+        disk.restart()?;
+        let alive = disk.probe()?;
+        port::print(Report::Hostile {
+            case: Text::new(name.as_bytes()),
+            used: used.into(),
+            status: Hex(status.into()),
+            alive: alive.into(),
+        });
+    }
+    Ok(())
+}

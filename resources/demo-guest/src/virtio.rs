@@ -1,0 +1,277 @@
+//! A virtio-mmio device with one split virtqueue, driven by polling (virtio 1.2, sections 2.7 and 4.2).
+//!
+//! The queue lies in the guest's image. The device is told that it need not interrupt.
+
+use core::sync::atomic::{Ordering, fence};
+
+const MAGIC: (usize, u32) = (0x000, 0x7472_6976);
+const VERSION: (usize, u32) = (0x004, 2);
+const DEVICE_ID: usize = 0x008;
+const DEVICE_FEATURES: usize = 0x010;
+const DEVICE_FEATURES_SELECT: usize = 0x014;
+const DRIVER_FEATURES: usize = 0x020;
+const DRIVER_FEATURES_SELECT: usize = 0x024;
+const QUEUE_SELECT: usize = 0x030;
+const QUEUE_SIZE_MAX: usize = 0x034;
+pub(crate) const QUEUE_SIZE: usize = 0x038;
+pub(crate) const QUEUE_READY: usize = 0x044;
+const QUEUE_NOTIFY: usize = 0x050;
+const STATUS: usize = 0x070;
+/// Low halves of the addresses of the queue's three parts; the high halves follow.
+pub(crate) const QUEUE_DESCRIPTORS: usize = 0x080;
+const QUEUE_AVAILABLE: usize = 0x090;
+const QUEUE_USED: usize = 0x0a0;
+const CONFIG: usize = 0x100;
+
+const ACKNOWLEDGE: u32 = 1;
+const DRIVER: u32 = 2;
+const DRIVER_OK: u32 = 4;
+const FEATURES_OK: u32 = 8;
+const F_VERSION_1: u64 = 1 << 32;
+const NO_INTERRUPT: u16 = 1;
+
+/// Descriptor flags.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// Descriptors in the queue, if the device allows as many.
+pub(crate) const LARGEST_QUEUE: usize = 256;
+/// Looks at the status register while waiting for a reset.
+const RESET_TRIES: usize = 1_000_000;
+
+/// A buffer of a request.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Descriptor {
+    pub(crate) address: u64,
+    pub(crate) len: u32,
+    pub(crate) flags: u16,
+    pub(crate) next: u16,
+}
+
+#[repr(C)]
+struct Available {
+    flags: u16,
+    index: u16,
+    ring: [u16; LARGEST_QUEUE],
+    used_event: u16,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UsedElement {
+    id: u32,
+    len: u32,
+}
+
+#[repr(C)]
+struct Used {
+    flags: u16,
+    index: u16,
+    ring: [UsedElement; LARGEST_QUEUE],
+    available_event: u16,
+}
+
+#[repr(C, align(4096))]
+struct Rings {
+    descriptors: [Descriptor; LARGEST_QUEUE],
+    available: Available,
+    used: Used,
+}
+
+static mut RINGS: Rings = Rings {
+    descriptors: [Descriptor { address: 0, len: 0, flags: 0, next: 0 }; LARGEST_QUEUE],
+    available: Available { flags: 0, index: 0, ring: [0; LARGEST_QUEUE], used_event: 0 },
+    used: Used {
+        flags: 0,
+        index: 0,
+        ring: [UsedElement { id: 0, len: 0 }; LARGEST_QUEUE],
+        available_event: 0,
+    },
+};
+
+/// Why a device can't be used.
+#[derive(Clone, Copy)]
+pub(crate) enum SetupError {
+    /// The registers are not those of a virtio 1 device of the type asked for.
+    OtherDevice,
+    /// The device does not come back from a reset.
+    NoReset,
+    /// The device rejects the features or has no queue.
+    Rejected,
+}
+
+/// A device and its queue. There is one at a time, as they share the queue's memory.
+pub(crate) struct Device {
+    base: usize,
+    kind: u32,
+    wanted_features: u64,
+    /// Descriptors in the queue.
+    pub(crate) queue_size: u16,
+    /// Features that the device offers.
+    pub(crate) offered: u64,
+    available_index: u16,
+    used_index: u16,
+}
+
+impl Device {
+    /// Set up the device of type `kind` at `base`, with those of `wanted_features` that it offers.
+    ///
+    /// # Safety
+    /// Nobody else may use the queue's memory; what lies at `base` may be anything but memory in use.
+    pub(crate) unsafe fn open(base: u64, kind: u32, wanted_features: u64) -> Result<Self, SetupError> {
+        let mut device = Self {
+            base: base as usize,
+            kind,
+            wanted_features,
+            queue_size: 0,
+            offered: 0,
+            available_index: 0,
+            used_index: 0,
+        };
+        device.start()?;
+        Ok(device)
+    }
+
+    /// Reset the device and bring it to work with an empty queue.
+    pub(crate) fn start(&mut self) -> Result<(), SetupError> {
+        let is = |(offset, value)| self.read(offset) == value;
+        if !(is(MAGIC) && is(VERSION) && is((DEVICE_ID, self.kind))) {
+            return Err(SetupError::OtherDevice);
+        }
+        self.write(STATUS, 0);
+        if (0..RESET_TRIES).all(|_| self.status() != 0) {
+            return Err(SetupError::NoReset);
+        }
+        self.write(STATUS, ACKNOWLEDGE);
+        self.write(STATUS, ACKNOWLEDGE | DRIVER);
+        self.offered = (0..2).fold(0, |features, half| {
+            self.write(DEVICE_FEATURES_SELECT, half);
+            features | u64::from(self.read(DEVICE_FEATURES)) << (32 * half)
+        });
+        let features = self.offered & (self.wanted_features | F_VERSION_1);
+        for half in 0..2 {
+            self.write(DRIVER_FEATURES_SELECT, half);
+            self.write(DRIVER_FEATURES, (features >> (32 * half)) as u32);
+        }
+        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if self.status() & FEATURES_OK == 0 {
+            return Err(SetupError::Rejected);
+        }
+
+        self.write(QUEUE_SELECT, 0);
+        let size = self.read(QUEUE_SIZE_MAX).min(LARGEST_QUEUE as u32);
+        if size == 0 {
+            return Err(SetupError::Rejected);
+        }
+        self.queue_size = size as u16;
+        self.available_index = 0;
+        self.used_index = 0;
+        let rings = &raw mut RINGS;
+        // SAFETY: the device is reset and the rings are ours alone, as `open`'s caller confirmed.
+        unsafe {
+            rings.write_bytes(0, 1);
+            (&raw mut (*rings).available.flags).write_volatile(NO_INTERRUPT);
+        }
+        self.write(QUEUE_SIZE, size);
+        // SAFETY: only addresses are taken.
+        let (descriptors, available, used) = unsafe {
+            (
+                (&raw const (*rings).descriptors).addr(),
+                (&raw const (*rings).available).addr(),
+                (&raw const (*rings).used).addr(),
+            )
+        };
+        self.write64(QUEUE_DESCRIPTORS, descriptors as u64);
+        self.write64(QUEUE_AVAILABLE, available as u64);
+        self.write64(QUEUE_USED, used as u64);
+        self.write(QUEUE_READY, 1);
+        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        Ok(())
+    }
+
+    fn register(&self, offset: usize) -> *mut u32 {
+        core::ptr::with_exposed_provenance_mut(self.base.wrapping_add(offset))
+    }
+
+    fn read(&self, offset: usize) -> u32 {
+        // SAFETY: `open`'s caller vouches for what lies at the base address.
+        unsafe { self.register(offset).read_volatile() }
+    }
+
+    /// Write a register.
+    pub(crate) fn write(&self, offset: usize, value: u32) {
+        // SAFETY: as for reads.
+        unsafe { self.register(offset).write_volatile(value) }
+    }
+
+    /// Write the two halves of an address.
+    pub(crate) fn write64(&self, offset: usize, value: u64) {
+        self.write(offset, value as u32);
+        self.write(offset + 4, (value >> 32) as u32);
+    }
+
+    /// The device status register.
+    pub(crate) fn status(&self) -> u32 {
+        self.read(STATUS)
+    }
+
+    /// A 64-bit field at the start of the device's configuration.
+    pub(crate) fn config64(&self) -> u64 {
+        u64::from(self.read(CONFIG)) | u64::from(self.read(CONFIG + 4)) << 32
+    }
+
+    /// Set a descriptor.
+    pub(crate) fn describe(&mut self, index: usize, descriptor: Descriptor) {
+        let rings = &raw mut RINGS;
+        // SAFETY: the place is checked against the table's length by indexing; the memory is ours to write,
+        // as `open`'s caller confirmed.
+        unsafe { (&raw mut (*rings).descriptors[index]).write_volatile(descriptor) }
+    }
+
+    /// Put a chain of descriptors on the ring. The device may not see it before [`publish`](Self::publish).
+    pub(crate) fn offer(&mut self, head: u16) {
+        let rings = &raw mut RINGS;
+        let place = usize::from(self.available_index % self.queue_size);
+        // SAFETY: as for `describe`.
+        unsafe { (&raw mut (*rings).available.ring[place]).write_volatile(head) };
+        self.available_index = self.available_index.wrapping_add(1);
+    }
+
+    /// Move the ring's index on by more than has been offered.
+    pub(crate) fn overrun(&mut self, entries: u16) {
+        self.available_index = self.available_index.wrapping_add(entries);
+    }
+
+    /// Show the device what has been offered, and wake it.
+    pub(crate) fn publish(&mut self) {
+        let rings = &raw mut RINGS;
+        fence(Ordering::SeqCst);
+        // SAFETY: as for `describe`.
+        unsafe { (&raw mut (*rings).available.index).write_volatile(self.available_index) };
+        fence(Ordering::SeqCst);
+        self.notify(0);
+    }
+
+    /// Tell the device to look at a queue.
+    pub(crate) fn notify(&self, queue: u32) {
+        self.write(QUEUE_NOTIFY, queue);
+    }
+
+    /// The head of a chain that the device is done with.
+    pub(crate) fn take_used(&mut self) -> Option<u32> {
+        let rings = &raw mut RINGS;
+        // SAFETY: the queue's memory is mapped; volatile, as the device writes it.
+        let index = unsafe { (&raw const (*rings).used.index).read_volatile() };
+        if index == self.used_index {
+            return None;
+        }
+        fence(Ordering::Acquire);
+        let place = usize::from(self.used_index % self.queue_size);
+        // SAFETY: as above.
+        let element = unsafe { (&raw const (*rings).used.ring[place]).read_volatile() };
+        self.used_index = self.used_index.wrapping_add(1);
+        Some(element.id)
+    }
+}
