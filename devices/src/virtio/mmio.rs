@@ -24,6 +24,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{ActivateError, Activation, ActiveQueue, Interrupt, RING_FEATURES, VirtioDevice};
 use crate::{BusDevice, GuestMemory};
 
+#[cfg(test)]
+mod tests;
+
 /// Length of the register window in guest-physical memory, in bytes.
 pub const WINDOW_SIZE: u64 = 0x200;
 /// Offset of QueueNotify, where a VMM registers [`MmioTransport::queue_events`] with KVM; the value that

@@ -34,6 +34,8 @@ pub mod block;
 mod chain;
 pub mod mmio;
 mod queue;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 /// Features of every device here, as the transport and the split rings provide them.

@@ -1,9 +1,12 @@
 //! A queue in service: requests are taken from its available ring and completed into its used ring.
 
 use std::sync::Arc;
-use std::thread;
+use std::sync::atomic::Ordering;
+use std::{mem, thread};
 
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::Interrupt;
 use super::chain::{Buffers, ChainError};
@@ -58,11 +61,13 @@ pub(crate) struct ServedQueue {
     queue: Queue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
+    /// Requests were completed that the driver has not been told of.
+    unannounced: bool,
 }
 
 impl ServedQueue {
     pub(crate) fn new(queue: Queue, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
-        Self { queue, memory, interrupt }
+        Self { queue, memory, interrupt, unannounced: false }
     }
 
     pub(crate) fn memory(&self) -> &GuestMemory {
@@ -82,15 +87,31 @@ impl ServedQueue {
     /// Returns a request to the driver; the device wrote `written` bytes into its buffers.
     pub(crate) fn complete(&mut self, mut taken: Taken, written: u32) -> Result<(), QueueError> {
         taken.settled = true;
+        self.unannounced = true;
         Ok(self.queue.add_used(&self.memory, taken.head, written)?)
     }
 
     /// Raises the interrupt, if requests were completed that the driver wants to know of.
     pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
-        if self.queue.needs_notification(&self.memory)? {
+        if mem::take(&mut self.unannounced)
+            && self.queue.needs_notification(&self.memory)?
+            && !self.interrupts_are_off()?
+        {
             self.interrupt.signal_used();
         }
         Ok(())
+    }
+
+    /// Without EVENT_IDX a driver asks for silence by a flag in the available ring.
+    fn interrupts_are_off(&self) -> Result<bool, QueueError> {
+        if self.queue.event_idx_enabled() {
+            return Ok(false);
+        }
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0)
     }
 
     /// Asks the driver not to notify while the queue is looked at anyway.

@@ -24,6 +24,10 @@ impl StopFlag {
     pub(crate) fn is_set(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
+
+    pub(crate) fn set(&self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// A running worker. Dropping it stops the thread and waits for its end.
@@ -70,7 +74,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.stop.0.store(true, Ordering::Release);
+        self.stop.set();
         // A full event counter is readable, which is all that the worker waits for.
         let _ = self.wake.write(1);
         if let Some(thread) = self.thread.take() {

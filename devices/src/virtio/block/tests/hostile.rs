@@ -1,0 +1,362 @@
+//! Drivers that break the rules, by mistake or on purpose.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::virtio::worker::StopFlag;
+use crate::virtio::{Interrupt, RING_FEATURES};
+
+const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+const DEVICE_WRITES: u16 = VRING_DESC_F_WRITE as u16;
+const IN_TABLE: u16 = VRING_DESC_F_INDIRECT as u16;
+
+#[test]
+fn senseless_requests_are_io_errors() {
+    let disk = MemoryDisk::new();
+    let before = disk.medium().data.clone();
+    let mut driver = Driver::started(disk.block(), FLUSH_FEATURE);
+    let end = SECTORS as u64;
+    for (kind, sector, data) in [
+        (READ, 0, &[][..]),
+        (WRITE, 0, &[]),
+        (READ, 0, &[(DATA, 511, true)]),
+        (WRITE, 0, &[(DATA, 513, false)]),
+        (READ, end, &[(DATA, 512, true)]),
+        (WRITE, end - 1, &[(DATA, 1024, false)]),
+        (READ, u64::MAX, &[(DATA, 512, true)]),
+        (WRITE, 1 << 55, &[(DATA, 512, false)]),
+        (WRITE, (1 << 55) - 1, &[(DATA, 512, false)]),
+        // Wrong direction.
+        (READ, 0, &[(DATA, 512, false)]),
+        (WRITE, 0, &[(DATA, 512, true)]),
+        (READ, 0, &[(DATA, 512, false), (DATA, 512, true)]),
+        // Outside memory: in the gap, across its edge, at the end of the address space.
+        (READ, 0, &[(MEMORY_SIZE, 512, true)]),
+        (WRITE, 0, &[(MEMORY_SIZE - 256, 512, false)]),
+        (READ, 0, &[(DATA, 512, true), (u64::MAX - 511, 512, true)]),
+        (WRITE, 0, &[(DATA, 512, false), (u64::MAX, 512, false)]),
+        (GET_ID, 0, &[(MEMORY_SIZE, 20, true)]),
+    ] {
+        assert_eq!(driver.request(kind, sector, data), (IO_ERROR, 1), "{kind} {sector} {data:x?}");
+    }
+    assert_eq!(disk.medium().data, before);
+
+    // A header that is too short.
+    driver.submit(&[(HEADER, 15, false), (STATUS, 1, true)]);
+    assert_eq!(driver.wait_used().1, 1);
+    assert!(driver.read_sectors(0, 1).is_ok(), "the device goes on");
+}
+
+/// Starts a device, lets `misbehave` spoil its queue, and expects it to need a reset and to work after one.
+fn breaks(misbehave: impl FnOnce(&mut Driver)) {
+    let disk = MemoryDisk::new();
+    let block = disk.block();
+    let stats = block.stats();
+    let mut driver = Driver::started(block, FLUSH_FEATURE);
+    assert!(driver.read_sectors(0, 1).is_ok());
+
+    driver.put_header(READ, 0);
+    misbehave(&mut driver);
+    driver.notify();
+    driver.wait_needs_reset();
+    assert!(stats.last_error().unwrap().contains("reset"));
+
+    driver.start(RING_FEATURES | FLUSH_FEATURE);
+    assert!(driver.read_sectors(0, 1).is_ok());
+}
+
+#[test]
+fn a_request_without_a_status_byte_breaks_the_device() {
+    breaks(|driver| driver.submit(&[(HEADER, 16, false)]));
+    breaks(|driver| driver.submit(&[(HEADER, 16, false), (DATA, 512, false), (STATUS, 1, false)]));
+    breaks(|driver| driver.submit(&[(HEADER, 16, false), (DATA, 512, true), (MEMORY_SIZE, 1, true)]));
+    breaks(|driver| driver.submit(&[(HEADER, 16, false), (STATUS, 0, true)]));
+}
+
+#[test]
+fn a_chain_that_does_not_end_breaks_the_device() {
+    for next in [0, 1, QUEUE_SIZE, u16::MAX] {
+        breaks(|driver| {
+            driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(HEADER, 16, NEXT, 1));
+            driver.put_descriptor(DESCRIPTORS, 1, Descriptor::new(DATA, 512, NEXT | DEVICE_WRITES, next));
+            driver.make_available(0);
+        });
+    }
+    // More than 2^32 bytes.
+    breaks(|driver| {
+        driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(HEADER, u32::MAX, NEXT, 1));
+        driver.put_descriptor(DESCRIPTORS, 1, Descriptor::new(STATUS, 1, DEVICE_WRITES, 0));
+        driver.make_available(0);
+    });
+}
+
+#[test]
+fn a_chain_out_of_order_breaks_the_device() {
+    breaks(|driver| driver.submit(&[(HEADER, 16, false), (STATUS, 1, true), (DATA, 512, false)]));
+}
+
+#[test]
+fn senseless_indirect_tables_break_the_device() {
+    for (table, len, flags) in [
+        (INDIRECT, 0, IN_TABLE),
+        (INDIRECT, 17, IN_TABLE),
+        (INDIRECT, !15, IN_TABLE),
+        (MEMORY_SIZE, 32, IN_TABLE),
+        (u64::MAX - 15, 32, IN_TABLE),
+    ] {
+        breaks(|driver| {
+            driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(table, len, flags, 0));
+            driver.make_available(0);
+        });
+    }
+    // A table that refers to a table, and one longer than any request.
+    breaks(|driver| {
+        driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(INDIRECT, 16, IN_TABLE, 0));
+        driver.put_descriptor(INDIRECT, 0, Descriptor::new(INDIRECT, 16, IN_TABLE, 0));
+        driver.make_available(0);
+    });
+    breaks(|driver| {
+        for i in 0..300 {
+            driver.put_descriptor(INDIRECT, i, Descriptor::new(HEADER, 1, NEXT, i + 1));
+        }
+        driver.put_descriptor(INDIRECT, 300, Descriptor::new(STATUS, 1, DEVICE_WRITES, 0));
+        driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(INDIRECT, 301 * 16, IN_TABLE, 0));
+        driver.make_available(0);
+    });
+}
+
+#[test]
+fn senseless_available_rings_break_the_device() {
+    breaks(|driver| driver.make_available(QUEUE_SIZE));
+    breaks(|driver| driver.make_available(u16::MAX));
+    breaks(|driver| driver.publish_available(driver.available.wrapping_add(QUEUE_SIZE + 1)));
+    breaks(|driver| driver.publish_available(driver.available.wrapping_sub(1)));
+}
+
+/// A back end that reports each access and waits to be let through.
+struct Gate {
+    disk: MemoryDisk,
+    entered: mpsc::Sender<()>,
+    pass: mpsc::Receiver<()>,
+}
+
+impl Backend for Gate {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn physical_block_size(&self) -> u32 {
+        512
+    }
+
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let _ = self.entered.send(());
+        // A closed gate's channel lets everything through.
+        let _ = self.pass.recv();
+        self.disk.read_at(offset, data)
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.disk.write_at(offset, data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.disk.flush()
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_io_ends_it() {
+    let (entered, has_entered) = mpsc::channel();
+    let (pass, gate) = mpsc::channel();
+    let gate = Gate { disk: MemoryDisk::new(), entered, pass: gate };
+    let block = Block::with_backend("vm", "disk", Box::new(gate)).unwrap();
+    let mut driver = Driver::started(block, FLUSH_FEATURE);
+
+    let len = (SECTORS * SECTOR) as u32;
+    driver.put_header(READ, 0);
+    driver.submit(&[(HEADER, 16, false), (DATA, len, true), (STATUS, 1, true)]);
+    has_entered.recv_timeout(Duration::from_secs(20)).unwrap();
+    std::thread::scope(|scope| {
+        let resetting = scope.spawn(|| {
+            driver.transport.reset();
+            &mut driver
+        });
+        drop(pass);
+        let driver = resetting.join().unwrap();
+        assert_eq!(driver.status(), 0);
+
+        // Nothing of the device touches memory any more.
+        driver.memory.write_slice(&vec![0x55; len as usize], GuestAddress(DATA)).unwrap();
+        assert_eq!(driver.poll_used().map(|used| used.0), Some(0));
+        let status: u8 = driver.memory.read_obj(GuestAddress(STATUS)).unwrap();
+        assert!([OK, IO_ERROR].contains(&status));
+        let mut data = vec![0; len as usize];
+        driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
+        assert!(data.iter().all(|&byte| byte == 0x55));
+    });
+
+    driver.start(RING_FEATURES | FLUSH_FEATURE);
+    assert!(driver.read_sectors(0, 1).is_ok());
+}
+
+/// A back end that asks its worker to stop after some accesses.
+struct StopAfter {
+    disk: MemoryDisk,
+    accesses: usize,
+    stop: StopFlag,
+}
+
+impl StopAfter {
+    fn count(&mut self) {
+        self.accesses = self.accesses.saturating_sub(1);
+        if self.accesses == 0 {
+            self.stop.set();
+        }
+    }
+}
+
+impl Backend for StopAfter {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn physical_block_size(&self) -> u32 {
+        512
+    }
+
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.count();
+        self.disk.read_at(offset, data)
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.count();
+        self.disk.write_at(offset, data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.count();
+        Ok(())
+    }
+}
+
+/// Serves the rings in `memory` on this thread until they are empty, broken, or `accesses` were made.
+fn serve(memory: &crate::GuestMemory, event_idx: bool, accesses: usize) {
+    let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+    queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
+    queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
+    queue.set_used_ring_address(Some(USED as u32), None);
+    queue.set_event_idx(event_idx);
+    queue.set_ready(true);
+    let interrupt = Arc::new(Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+    let queue = ServedQueue::new(queue, memory.clone(), interrupt);
+
+    let stop = StopFlag::default();
+    let mut backend = StopAfter { disk: MemoryDisk::new(), accesses, stop: stop.clone() };
+    let capacity = backend.size();
+    let mut service = Service::new(queue, [b'x'; MAX_ID_LEN], capacity, true, Arc::default());
+    // Whether the rings made sense is not the question here.
+    let _ = service.serve(&mut backend, &stop);
+}
+
+#[test]
+fn a_stop_between_two_steps_fails_the_request() {
+    let driver = Driver::new(MemoryDisk::new().block());
+    driver.put_header(READ, 0);
+    let descriptor = |address, len, flags, next| Descriptor::new(address, len, flags, next);
+    driver.put_descriptor(DESCRIPTORS, 0, descriptor(HEADER, 16, NEXT, 1));
+    driver.put_descriptor(DESCRIPTORS, 1, descriptor(DATA, 512 << 10, NEXT | DEVICE_WRITES, 2));
+    driver.put_descriptor(DESCRIPTORS, 2, descriptor(STATUS, 1, DEVICE_WRITES, 0));
+    driver.publish_available(1);
+    serve(&driver.memory, true, 1);
+    assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), IO_ERROR);
+    assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1, "and completes it");
+}
+
+fn address() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        4 => BUFFERS..BUFFERS + 0x2000,
+        2 => prop::sample::select(vec![HEADER, STATUS, INDIRECT, DESCRIPTORS, AVAILABLE, USED]),
+        2 => prop::sample::select(vec![MEMORY_SIZE - 8, MEMORY_SIZE, FAR_REGION - 1, FAR_REGION, u64::MAX - 100]),
+        1 => any::<u64>(),
+    ]
+}
+
+fn length() -> impl Strategy<Value = u32> {
+    prop_oneof![prop::sample::select(vec![0, 1, 16, 20, 32, 160, 512, 4096, 1 << 20]), any::<u32>()]
+}
+
+type Table = Vec<(u64, u32, u16, u16)>;
+
+fn table() -> impl Strategy<Value = Table> {
+    prop::collection::vec((address(), length(), 0u16..8, 0u16..QUEUE_SIZE + 2), QUEUE_SIZE as usize)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Descriptor tables that look like some, with every mistake there is.
+    #[test]
+    fn any_descriptors_are_survived(
+        direct in table(),
+        indirect in table(),
+        heads in prop::collection::vec(0u16..QUEUE_SIZE + 1, QUEUE_SIZE as usize),
+        available in 0u16..QUEUE_SIZE + 2,
+        headers in prop::collection::vec((0u32..14, 0u64..1100), 32),
+        event_idx in any::<bool>(),
+    ) {
+        let memory = memory();
+        for (base, table) in [(DESCRIPTORS, direct), (INDIRECT, indirect)] {
+            for (i, (address, len, flags, next)) in table.into_iter().enumerate() {
+                let descriptor = Descriptor::new(address, len, flags, next);
+                memory.write_obj(descriptor, GuestAddress(base + i as u64 * 16)).unwrap();
+            }
+        }
+        for (i, (kind, sector)) in headers.into_iter().enumerate() {
+            memory.write_obj(u64::from(kind), GuestAddress(BUFFERS + i as u64 * 16)).unwrap();
+            memory.write_obj(sector, GuestAddress(BUFFERS + i as u64 * 16 + 8)).unwrap();
+        }
+        for (i, head) in heads.into_iter().enumerate() {
+            memory.write_obj(head, GuestAddress(AVAILABLE + 4 + i as u64 * 2)).unwrap();
+        }
+        memory.write_obj(available, GuestAddress(AVAILABLE + 2)).unwrap();
+
+        let start = Instant::now();
+        serve(&memory, event_idx, 1000);
+        prop_assert!(start.elapsed() < Duration::from_secs(10));
+    }
+
+    /// Rings, tables and requests of arbitrary bytes.
+    #[test]
+    fn any_bytes_in_memory_are_survived(
+        bytes in prop::collection::vec(any::<u8>(), 0x400),
+        available in 0u16..QUEUE_SIZE + 2,
+        event_idx in any::<bool>(),
+    ) {
+        let memory = memory();
+        for page in 0..0x20 {
+            memory.write_slice(&bytes, GuestAddress(page * 0x1000)).unwrap();
+        }
+        memory.write_obj(available, GuestAddress(AVAILABLE + 2)).unwrap();
+
+        let start = Instant::now();
+        serve(&memory, event_idx, 1000);
+        prop_assert!(start.elapsed() < Duration::from_secs(10));
+    }
+}
