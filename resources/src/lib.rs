@@ -27,3 +27,19 @@ pub mod demo;
 /// The demo guest: an ELF image with a PVH entry point (`XEN_ELFNOTE_PHYS32_ENTRY`), linked at 1 MiB, that
 /// needs at least 2 MiB of RAM from address 0 beyond what its arena takes.
 pub const DEMO_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo-guest.elf"));
+
+#[cfg(test)]
+mod tests {
+    use super::DEMO_GUEST;
+
+    /// Name size, descriptor size and type of the note that PVH loaders look for, and its name.
+    const PVH_NOTE: [u8; 16] = *b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
+
+    #[test]
+    fn the_guest_has_a_pvh_entry_point_in_its_image() {
+        let note = DEMO_GUEST.windows(PVH_NOTE.len()).position(|bytes| bytes == PVH_NOTE).unwrap();
+        let entry = &DEMO_GUEST[note + PVH_NOTE.len()..][..8];
+        let entry = u64::from_le_bytes(entry.try_into().unwrap());
+        assert!((0x10_0000..crate::demo::layout::FLOOR).contains(&entry));
+    }
+}

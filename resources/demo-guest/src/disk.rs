@@ -133,6 +133,11 @@ impl<'a> Disk<'a> {
         })
     }
 
+    /// Address of the disk's registers.
+    pub(crate) fn base(&self) -> u64 {
+        self.plan.base
+    }
+
     /// Do the passes of a round.
     pub(crate) fn round(&mut self) -> Result<(), DiskError> {
         for op in self.plan.ops.iter() {

@@ -3,6 +3,7 @@
 //! Each case starts from a freshly reset device. A device may answer with an error status, return the request
 //! as used, ask for a reset, or drop it; after one more reset it must serve a well-formed read.
 
+use crate::demo::content::SECTOR_BYTES;
 use crate::demo::report::{Hex, Report, Text};
 use crate::disk::{Disk, DiskError};
 use crate::port;
@@ -17,8 +18,17 @@ const TYPE_READ: u32 = 0;
 const TYPE_WRITE: u32 = 1;
 const TYPE_UNKNOWN: u32 = 0xdead;
 
-/// The parts of a request. All lie in the first sector of the first buffer, where a device that takes a
-/// malformed request for a good one does no harm.
+/// Header and status of the request.
+#[repr(C, align(16))]
+struct Parts {
+    header: [u64; 2],
+    status: u8,
+}
+
+static mut PARTS: Parts = Parts { header: [0; 2], status: 0 };
+
+/// The descriptors of a request. The data goes to the first buffer, so that a device that takes a malformed
+/// request for a good one does no harm.
 struct Chain {
     header: Descriptor,
     data: Descriptor,
@@ -27,23 +37,22 @@ struct Chain {
 
 /// Offers a chain of header, data and status at descriptors 0 to 2, as `change` has made it.
 fn request(disk: &mut Disk<'_>, kind: u32, sector: u64, change: impl FnOnce(&mut Chain)) {
-    const HEADER: u64 = 256;
-    const STATUS: u64 = 288;
-    let words = core::ptr::with_exposed_provenance_mut::<u64>((disk.buffers + HEADER) as usize);
-    // SAFETY: the first buffer has at least a sector, is the disk's alone, and the device has been reset.
-    unsafe {
-        words.write_volatile(kind.into());
-        words.add(1).write_volatile(sector);
-    }
+    let parts = &raw mut PARTS;
+    // SAFETY: this is the only request, and the device has been reset since the one before.
+    let (header, status) = unsafe {
+        (&raw mut (*parts).header).write_volatile([kind.into(), sector]);
+        ((&raw const (*parts).header).addr() as u64, (&raw const (*parts).status).addr() as u64)
+    };
+    let direction = if kind == TYPE_WRITE { 0 } else { WRITE };
     let mut chain = Chain {
-        header: Descriptor { address: disk.buffers + HEADER, len: 16, flags: NEXT, next: 1 },
+        header: Descriptor { address: header, len: 16, flags: NEXT, next: 1 },
         data: Descriptor {
             address: disk.buffers,
-            len: 0,
-            flags: if kind == TYPE_WRITE { NEXT } else { NEXT | WRITE },
+            len: SECTOR_BYTES as u32,
+            flags: NEXT | direction,
             next: 2,
         },
-        status: Descriptor { address: disk.buffers + STATUS, len: 1, flags: WRITE, next: 0 },
+        status: Descriptor { address: status, len: 1, flags: WRITE, next: 0 },
     };
     change(&mut chain);
     disk.device.describe(0, chain.header);
@@ -62,18 +71,19 @@ type Case = (&'static str, fn(&mut Disk<'_>));
 
 /// Reads only, or writes that lie beyond the end of the disk, so that the disk keeps its contents.
 const CASES: &[Case] = &[
-    ("data-nowhere", |disk| read(disk, |chain| (chain.data.address, chain.data.len) = (NOWHERE, 512))),
-    ("data-wraps", |disk| read(disk, |chain| (chain.data.address, chain.data.len) = (u64::MAX - 255, 512))),
+    ("data-nowhere", |disk| read(disk, |chain| chain.data.address = NOWHERE)),
+    ("data-wraps", |disk| read(disk, |chain| chain.data.address = u64::MAX - 255)),
     ("data-in-registers", |disk| {
-        read(disk, |chain| (chain.data.address, chain.data.len) = (0xfee0_0000, 512));
+        let registers = disk.base();
+        read(disk, |chain| chain.data.address = registers);
     }),
-    ("data-empty", |disk| read(disk, |_| {})),
+    ("data-empty", |disk| read(disk, |chain| chain.data.len = 0)),
     ("data-odd", |disk| read(disk, |chain| chain.data.len = 100)),
     ("data-huge", |disk| {
         let last = disk.sectors.saturating_sub(1);
         request(disk, TYPE_READ, last, |chain| chain.data.len = u32::MAX - 511);
     }),
-    ("data-read-only", |disk| read(disk, |chain| (chain.data.flags, chain.data.len) = (NEXT, 256))),
+    ("data-read-only", |disk| read(disk, |chain| chain.data.flags = NEXT)),
     ("header-nowhere", |disk| read(disk, |chain| chain.header.address = NOWHERE)),
     ("header-short", |disk| read(disk, |chain| chain.header.len = 8)),
     ("header-empty", |disk| read(disk, |chain| chain.header.len = 0)),
@@ -91,10 +101,10 @@ const CASES: &[Case] = &[
     ("type-unknown", |disk| request(disk, TYPE_UNKNOWN, 0, |_| {})),
     ("sector-beyond-end", |disk| {
         let end = disk.sectors;
-        request(disk, TYPE_WRITE, end, |chain| chain.data.len = 512);
+        request(disk, TYPE_WRITE, end, |_| {});
     }),
-    ("sector-wraps", |disk| request(disk, TYPE_WRITE, u64::MAX, |chain| chain.data.len = 512)),
-    ("sector-times-512-wraps", |disk| request(disk, TYPE_WRITE, 1 << 55, |chain| chain.data.len = 512)),
+    ("sector-wraps", |disk| request(disk, TYPE_WRITE, u64::MAX, |_| {})),
+    ("sector-times-512-wraps", |disk| request(disk, TYPE_WRITE, 1 << 55, |_| {})),
     ("head-out-of-range", |disk| {
         disk.device.offer(u16::MAX);
         disk.device.publish();
