@@ -1,1 +1,28 @@
-//! placeholder
+//! samepage: a virtual machine monitor on KVM that hosts many VMs in one process and lets them share
+//! identical memory.
+//!
+//! - [`Hypervisor`] is the host's KVM, opened once.
+//! - [`VmConfig`] says what a VM is to be like, [`Vm`] is one.
+//! - [`fleet`] runs several of them and collects their ends.
+//! - [`host_limits`] says how much memory may be promised to guests.
+//!
+//! Guests are not trusted: what they send (registers, descriptors, requests) and the images they boot
+//! from are checked, and what is wrong ends the one VM it belongs to.
+
+pub mod boot;
+pub mod config;
+pub mod console;
+pub mod fleet;
+pub mod host_limits;
+pub mod hypervisor;
+pub mod poll;
+mod sharing;
+pub mod signals;
+pub mod vm;
+pub mod x86;
+
+pub use boot::ImageSource;
+pub use config::{ConsoleConfig, DiskConfig, VmConfig};
+pub use fleet::Fleet;
+pub use hypervisor::Hypervisor;
+pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle};

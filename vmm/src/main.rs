@@ -1,2 +1,23 @@
-//! placeholder
-fn main() {}
+//! The `samepage` program: see `samepage --help`.
+
+mod cli;
+mod plan;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    // Wrong usage ends here, with status 2.
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Command::Run(args) => run::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("samepage: {error:#}");
+        ExitCode::from(1)
+    })
+}

@@ -1,0 +1,307 @@
+//! Recognises kernel images and checks what their headers claim, before anything is loaded.
+//!
+//! Sources: the ELF-64 object file format; Linux' Documentation/arch/x86/boot.rst; the PVH boot ABI
+//! (Xen's docs/misc/pvh.pandoc).
+
+use linux_loader::elf::{PT_LOAD, PT_NOTE};
+
+use super::{ImageError, OpenImage};
+use crate::x86::layout::{COMMAND_LINE_MAX, HIMEM_START};
+
+const ELF_HEADER_BYTES: usize = 64;
+const PROGRAM_HEADER_BYTES: usize = 56;
+/// More program headers than any kernel has; bounds the work a hostile image can ask for.
+const MAX_PROGRAM_HEADERS: usize = 128;
+const MAX_NOTE_BYTES: u64 = 1 << 20;
+const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
+const EM_X86_64: u16 = 62;
+
+const SETUP_HEADER: usize = 0x1f1;
+const SETUP_MAGIC_AT: usize = 0x202;
+const SETUP_MAGIC: &[u8] = b"HdrS";
+const SECTOR: u64 = 512;
+/// The boot protocol that brought `xloadflags`, and with it the 64-bit entry.
+const PROTOCOL_WITH_64_BIT_ENTRY: u16 = 0x20c;
+const LOADED_HIGH: u8 = 1;
+const XLF_KERNEL_64: u16 = 1;
+/// The 64-bit entry lies this far behind the start of the protected-mode kernel.
+pub(crate) const BZIMAGE_64_BIT_ENTRY: u64 = 0x200;
+
+/// A kernel image whose headers hold true.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Inspected {
+    pub(crate) format: Format,
+    /// The first address behind everything the kernel needs at its start, uninitialized data included.
+    pub(crate) end: u64,
+    /// Longest command line in bytes, NUL included.
+    pub(crate) command_line_max: usize,
+    /// The address that an initrd must end at, if the image says.
+    pub(crate) initrd_end_max: Option<u64>,
+}
+
+/// What kind of kernel it is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// ELF; `segments` are the physical address ranges it is loaded to.
+    Elf { segments: Vec<(u64, u64)> },
+    /// bzImage, to be loaded at `load`.
+    BzImage { load: u64 },
+}
+
+/// Checks a kernel image against its file and against RAM below 4 GiB that ends at `ram_end`.
+pub(crate) fn inspect(image: &mut OpenImage<'_>, ram_end: u64) -> Result<Inspected, ImageError> {
+    let head = image.read_at(0, 4096)?;
+    if head.starts_with(b"\x7fELF") {
+        inspect_elf(image, &head, ram_end)
+    } else if head.get(SETUP_MAGIC_AT..SETUP_MAGIC_AT + 4) == Some(SETUP_MAGIC) {
+        inspect_bzimage(image, &head, ram_end)
+    } else {
+        Err(ImageError::NotAKernel(unrecognised(&head)))
+    }
+}
+
+fn unrecognised(head: &[u8]) -> String {
+    let guess = match head {
+        [] => "it is empty",
+        [0x1f, 0x8b, ..] => "it is compressed with gzip (gunzip it first)",
+        [0xfd, b'7', b'z', ..] => "it is compressed with xz (unxz it first)",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "it is compressed with zstd (unzstd it first)",
+        [b'Q', b'F', b'I', 0xfb, ..] => "it is a qcow2 disk image, not a kernel",
+        [b'0', b'7', b'0', b'7', b'0', ..] => "it is an initramfs (cpio), not a kernel",
+        _ if head.get(0x38..0x3c) == Some(b"ARM\x64") => "it is a kernel for 64-bit ARM",
+        _ => "it is neither ELF nor bzImage",
+    };
+    guess.into()
+}
+
+fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
+    let length = image.length();
+    if head.len() < ELF_HEADER_BYTES {
+        return Err(truncated("the ELF header", ELF_HEADER_BYTES as u64, length));
+    }
+    let not_ours = |what: &str| Err(ImageError::NotAKernel(what.into()));
+    if head[4] != 2 {
+        return not_ours("it is a 32-bit ELF");
+    }
+    if head[5] != 1 {
+        return not_ours("it is a big-endian ELF");
+    }
+    if u16_at(head, 18) != EM_X86_64 {
+        return not_ours("it is an ELF for another processor");
+    }
+    if ![ET_EXEC, ET_DYN].contains(&u16_at(head, 16)) {
+        return not_ours("it is an ELF, but not an executable one");
+    }
+
+    let (table, entry_bytes, count) = (u64_at(head, 32), u16_at(head, 54), usize::from(u16_at(head, 56)));
+    if usize::from(entry_bytes) != PROGRAM_HEADER_BYTES || count == 0 || count > MAX_PROGRAM_HEADERS {
+        return Err(ImageError::Malformed(format!("{count} program headers of {entry_bytes} bytes")));
+    }
+    if table < ELF_HEADER_BYTES as u64 {
+        return Err(ImageError::Malformed(format!("program headers at byte {table}, inside the ELF header")));
+    }
+    let table_bytes = count * PROGRAM_HEADER_BYTES;
+    inside_file("its table of program headers", table, table_bytes as u64, length)?;
+    let headers = image.read_at(table, table_bytes)?;
+
+    let mut segments = Vec::new();
+    for (index, header) in headers.chunks_exact(PROGRAM_HEADER_BYTES).enumerate() {
+        let what = || format!("its segment {index}");
+        let (offset, address) = (u64_at(header, 8), u64_at(header, 24));
+        let (file_bytes, memory_bytes) = (u64_at(header, 32), u64_at(header, 40));
+        match u32_at(header, 0) {
+            PT_LOAD if memory_bytes > 0 => {
+                if file_bytes > memory_bytes {
+                    return Err(ImageError::Malformed(format!(
+                        "segment {index} holds {file_bytes} bytes for {memory_bytes} bytes of memory"
+                    )));
+                }
+                inside_file(&what(), offset, file_bytes, length)?;
+                let end = inside_ram(&what(), address, memory_bytes, ram_end)?;
+                segments.push((address, end));
+            }
+            PT_NOTE => {
+                inside_file(&what(), offset, file_bytes, length)?;
+                if file_bytes > MAX_NOTE_BYTES {
+                    return Err(ImageError::Malformed(format!("notes of {file_bytes} bytes")));
+                }
+            }
+            PT_LOAD if file_bytes > 0 => {
+                return Err(ImageError::Malformed(format!("segment {index} holds bytes for no memory")));
+            }
+            _ => {}
+        }
+    }
+    let end = segments.iter().map(|(_, end)| *end).max();
+    let end = end.ok_or_else(|| ImageError::Malformed("it has nothing to load".into()))?;
+    Ok(Inspected {
+        format: Format::Elf { segments },
+        end,
+        command_line_max: COMMAND_LINE_MAX,
+        initrd_end_max: None,
+    })
+}
+
+fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
+    let length = image.length();
+    // The header's last field ends at 0x26c in every protocol checked for below.
+    if head.len() < 0x26c {
+        return Err(truncated("the setup header", 0x26c, length));
+    }
+    let at = |field: usize| &head[field..];
+    let protocol = u16_at(at(0x206), 0);
+    let loaded_high = head[0x211] & LOADED_HIGH != 0;
+    let has_64_bit_entry =
+        protocol >= PROTOCOL_WITH_64_BIT_ENTRY && u16_at(at(0x236), 0) & XLF_KERNEL_64 != 0;
+    if !loaded_high || !has_64_bit_entry {
+        return Err(ImageError::NotAKernel(format!(
+            "it is a Linux image without the 64-bit entry point (boot protocol {}.{:02})",
+            protocol >> 8,
+            protocol & 0xff
+        )));
+    }
+
+    let setup_sectors = match head[SETUP_HEADER] {
+        0 => 4,
+        sectors => u64::from(sectors),
+    };
+    let setup_bytes = (setup_sectors + 1) * SECTOR;
+    // In paragraphs of 16 bytes, without the setup sectors.
+    let kernel_bytes = u64::from(u32_at(at(0x1f4), 0)) * 16;
+    if kernel_bytes <= BZIMAGE_64_BIT_ENTRY {
+        return Err(ImageError::Malformed(format!("a kernel of {kernel_bytes} bytes")));
+    }
+    inside_file("its protected-mode kernel", setup_bytes, kernel_bytes, length)?;
+
+    let load = u64_at(at(0x258), 0);
+    let needed = u64::from(u32_at(at(0x260), 0)).max(length - setup_bytes);
+    let end = inside_ram("the kernel, with the room it unpacks itself in,", load, needed, ram_end)?;
+    let command_line_max = (u32_at(at(0x238), 0) as usize).saturating_add(1).min(COMMAND_LINE_MAX);
+    let initrd_end_max = Some(u64::from(u32_at(at(0x22c), 0)) + 1);
+    Ok(Inspected { format: Format::BzImage { load }, end, command_line_max, initrd_end_max })
+}
+
+fn truncated(what: &str, end: u64, length: u64) -> ImageError {
+    ImageError::Truncated { what: what.into(), end, length }
+}
+
+fn inside_file(what: &str, offset: u64, bytes: u64, length: u64) -> Result<(), ImageError> {
+    let end = offset
+        .checked_add(bytes)
+        .ok_or_else(|| ImageError::Malformed(format!("{what} wraps around the end of a 64-bit file")))?;
+    if end > length { Err(truncated(what, end, length)) } else { Ok(()) }
+}
+
+/// Checks that a part of the kernel lies in RAM clear of the boot structures; returns its end.
+fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, ImageError> {
+    if start < HIMEM_START {
+        return Err(ImageError::OverBootStructures { what: what.into(), start });
+    }
+    let end = start
+        .checked_add(bytes)
+        .ok_or_else(|| ImageError::Malformed(format!("{what} wraps around the end of memory")))?;
+    if end > ram_end {
+        return Err(ImageError::OutsideRam { what: what.into(), start, end, ram_end });
+    }
+    Ok(end)
+}
+
+// The callers have checked the lengths of what they pass.
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_images::{bzimage, elf64, pvh_elf};
+    use super::super::{ImageError, ImageSource};
+    use super::*;
+
+    const RAM: u64 = 64 << 20;
+
+    fn inspect_bytes(bytes: Vec<u8>) -> Result<Inspected, ImageError> {
+        inspect_in(bytes, RAM)
+    }
+
+    fn inspect_in(bytes: Vec<u8>, ram_end: u64) -> Result<Inspected, ImageError> {
+        let source = ImageSource::Bytes { name: "test image", bytes: bytes.into() };
+        inspect(&mut source.open()?, ram_end)
+    }
+
+    fn patched(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        image
+    }
+
+    #[test]
+    fn sound_images_are_recognised() {
+        let segments = vec![(0x10_0000, 0x10_0000 + 0x2000)];
+        let elf = inspect_bytes(pvh_elf(b"\xf4")).unwrap();
+        assert_eq!(elf.format, Format::Elf { segments: segments.clone() });
+        assert_eq!(elf.end, 0x10_2000);
+        assert_eq!(inspect_bytes(elf64(b"\xf4")).unwrap().format, Format::Elf { segments });
+
+        let bz = inspect_bytes(bzimage(b"\xf4")).unwrap();
+        assert_eq!(bz.format, Format::BzImage { load: 0x100_0000 });
+        assert_eq!((bz.end, bz.command_line_max), (0x100_0000 + 0x10_0000, 2048));
+        assert_eq!(bz.initrd_end_max, Some(0x8000_0000));
+    }
+
+    #[test]
+    fn every_truncation_of_an_image_is_an_error_and_no_panic() {
+        for image in [pvh_elf(b"\xf4"), elf64(b"\xf4"), bzimage(b"\xf4")] {
+            for length in 0..image.len() {
+                assert!(inspect_bytes(image[..length].to_vec()).is_err(), "{length} bytes");
+            }
+        }
+        let short = inspect_bytes(pvh_elf(b"\xf4")[..0x1001].to_vec()).unwrap_err();
+        assert!(matches!(short, ImageError::Truncated { .. }), "{short}");
+    }
+
+    #[test]
+    fn any_byte_of_a_header_may_be_hostile() {
+        for image in [pvh_elf(b"\xf4"), bzimage(b"\xf4")] {
+            for at in 0..0x300 {
+                for value in [0x00, 0x7f, 0x80, 0xff] {
+                    let _ = inspect_bytes(patched(image.clone(), at, &[value; 8]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn segments_must_lie_in_ram_and_off_the_boot_structures() {
+        let address_at = 64 + 24;
+        let low = patched(pvh_elf(b"\xf4"), address_at, &0x7000_u64.to_le_bytes());
+        assert!(matches!(inspect_bytes(low).unwrap_err(), ImageError::OverBootStructures { .. }));
+        let high = patched(pvh_elf(b"\xf4"), address_at, &(RAM - 0x1000).to_le_bytes());
+        assert!(matches!(inspect_bytes(high).unwrap_err(), ImageError::OutsideRam { .. }));
+        let wrapped = patched(pvh_elf(b"\xf4"), address_at, &(u64::MAX - 0x1000).to_le_bytes());
+        assert!(matches!(inspect_bytes(wrapped).unwrap_err(), ImageError::Malformed(_)));
+        assert!(matches!(inspect_in(bzimage(b"\xf4"), 16 << 20).unwrap_err(), ImageError::OutsideRam { .. }));
+    }
+
+    #[test]
+    fn foreign_files_are_named() {
+        let name = |bytes: &[u8]| inspect_bytes(bytes.to_vec()).unwrap_err().to_string();
+        assert!(name(b"").contains("empty"));
+        assert!(name(b"\x1f\x8b\x08rest").contains("gunzip"));
+        assert!(name(b"#!/bin/sh\n").contains("neither ELF nor bzImage"));
+        let arm = patched(elf64(b"\xf4"), 18, &183_u16.to_le_bytes());
+        assert!(name(&arm).contains("another processor"));
+        let elf32 = patched(elf64(b"\xf4"), 4, &[1]);
+        assert!(name(&elf32).contains("32-bit"));
+        let old = patched(bzimage(b"\xf4"), 0x206, &0x20a_u16.to_le_bytes());
+        assert!(name(&old).contains("64-bit entry"));
+    }
+}

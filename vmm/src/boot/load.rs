@@ -1,0 +1,274 @@
+//! Loads kernel, initrd and command line, and writes the boot structures that the kernel's protocol
+//! wants.
+
+use linux_loader::loader::bootparam::setup_header;
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{BzImage, KernelLoader};
+use samepage_devices::GuestMemory;
+use samepage_sharing::PAGE_SIZE;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected};
+use super::params::{self, Initrd};
+use super::{ImageError, ImageSource, OpenImage};
+use crate::x86::layout::{COMMAND_LINE, HIMEM_START, LOW_RAM_MAX};
+
+/// How the first vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// 32-bit protected mode without paging, start info in EBX (PVH boot ABI).
+    Pvh(u64),
+    /// 64-bit mode with low memory mapped one to one, boot parameters in RSI (Linux' 64-bit protocol).
+    Linux64(u64),
+}
+
+/// An error about one of the two images, or about what they share.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel, or the command line it takes.
+    #[error("kernel {image}: {source}")]
+    Kernel {
+        /// Path or name.
+        image: String,
+        /// What is wrong with it.
+        source: ImageError,
+    },
+    /// The initrd.
+    #[error("initrd {image}: {source}")]
+    Initrd {
+        /// Path or name.
+        image: String,
+        /// What is wrong with it.
+        source: ImageError,
+    },
+}
+
+impl BootError {
+    fn kernel(image: &ImageSource) -> impl FnOnce(ImageError) -> Self {
+        let image = image.to_string();
+        |source| BootError::Kernel { image, source }
+    }
+
+    fn initrd(image: &ImageSource) -> impl FnOnce(ImageError) -> Self {
+        let image = image.to_string();
+        |source| BootError::Initrd { image, source }
+    }
+}
+
+/// Checks that the images can boot in a VM of `ram_bytes` with this command line, and loads nothing.
+pub(crate) fn check(
+    kernel: &ImageSource,
+    initrd: Option<&ImageSource>,
+    command_line: &str,
+    ram_bytes: u64,
+) -> Result<(), BootError> {
+    let (inspected, _) = inspect(kernel, command_line, ram_bytes).map_err(BootError::kernel(kernel))?;
+    if let Some(initrd) = initrd {
+        place(initrd, &inspected, ram_bytes).map_err(BootError::initrd(initrd))?;
+    }
+    Ok(())
+}
+
+/// Fills fresh guest memory of `ram_bytes` with all that the guest needs to start.
+pub(crate) fn load(
+    memory: &GuestMemory,
+    ram_bytes: u64,
+    kernel: &ImageSource,
+    initrd: Option<&ImageSource>,
+    command_line: &str,
+) -> Result<Entry, BootError> {
+    let (inspected, mut image) =
+        inspect(kernel, command_line, ram_bytes).map_err(BootError::kernel(kernel))?;
+    let (entry, header) = load_kernel(memory, &inspected, &mut image).map_err(BootError::kernel(kernel))?;
+    let initrd = match initrd {
+        Some(source) => {
+            Some(load_initrd(memory, source, &inspected, ram_bytes).map_err(BootError::initrd(source))?)
+        }
+        None => None,
+    };
+    write_parameters(memory, ram_bytes, entry, header, initrd, command_line)
+        .map_err(BootError::kernel(kernel))?;
+    Ok(entry)
+}
+
+fn inspect<'a>(
+    kernel: &'a ImageSource,
+    command_line: &str,
+    ram_bytes: u64,
+) -> Result<(Inspected, OpenImage<'a>), ImageError> {
+    let mut image = kernel.open()?;
+    let inspected = image::inspect(&mut image, ram_bytes.min(LOW_RAM_MAX))?;
+    if let Some(odd) = command_line.chars().find(|c| !matches!(c, ' '..='~' | '\t')) {
+        return Err(ImageError::CommandLineCharacter(odd));
+    }
+    let limit = inspected.command_line_max - 1;
+    if command_line.len() > limit {
+        return Err(ImageError::CommandLineTooLong { length: command_line.len(), limit });
+    }
+    Ok((inspected, image))
+}
+
+fn load_kernel(
+    memory: &GuestMemory,
+    inspected: &Inspected,
+    image: &mut OpenImage<'_>,
+) -> Result<(Entry, Option<setup_header>), ImageError> {
+    let himem = Some(GuestAddress(HIMEM_START));
+    match &inspected.format {
+        Format::Elf { segments } => {
+            // An entry point below 1 MiB is caught with all others that lie in no segment.
+            let loaded = Elf::load(memory, None, image, None)?;
+            let entry = match loaded.pvh_boot_cap {
+                PvhBootCapability::PvhEntryPresent(address) => Entry::Pvh(address.0),
+                _ => Entry::Linux64(loaded.kernel_load.0),
+            };
+            let (Entry::Pvh(address) | Entry::Linux64(address)) = entry;
+            if !segments.iter().any(|(start, end)| (*start..*end).contains(&address)) {
+                return Err(ImageError::Malformed(format!("its entry point {address:#x} is in no segment")));
+            }
+            Ok((entry, None))
+        }
+        Format::BzImage { load } => {
+            let loaded = BzImage::load(memory, Some(GuestAddress(*load)), image, himem)?;
+            Ok((Entry::Linux64(load + BZIMAGE_64_BIT_ENTRY), loaded.setup_header))
+        }
+    }
+}
+
+/// Chooses the initrd's address: as high as possible, on a page boundary.
+fn place<'a>(
+    source: &'a ImageSource,
+    kernel: &Inspected,
+    ram_bytes: u64,
+) -> Result<(Initrd, OpenImage<'a>), ImageError> {
+    let image = source.open()?;
+    let size = image.length();
+    if size == 0 {
+        return Err(ImageError::EmptyInitrd);
+    }
+    let ram_end = ram_bytes.min(LOW_RAM_MAX);
+    let limit = kernel.initrd_end_max.unwrap_or(ram_end).min(ram_end);
+    let start = limit.checked_sub(size).map(|start| start & !(PAGE_SIZE as u64 - 1));
+    match start {
+        Some(start) if start >= kernel.end => Ok((Initrd { start, size }, image)),
+        _ => Err(ImageError::InitrdTooLarge { size, kernel_end: kernel.end, limit }),
+    }
+}
+
+fn load_initrd(
+    memory: &GuestMemory,
+    source: &ImageSource,
+    kernel: &Inspected,
+    ram_bytes: u64,
+) -> Result<Initrd, ImageError> {
+    let (initrd, mut image) = place(source, kernel, ram_bytes)?;
+    memory
+        .read_exact_volatile_from(GuestAddress(initrd.start), &mut image, initrd.size as usize)
+        .map_err(|source| ImageError::GuestMemory { what: "the initrd", source })?;
+    Ok(initrd)
+}
+
+fn write_parameters(
+    memory: &GuestMemory,
+    ram_bytes: u64,
+    entry: Entry,
+    header: Option<setup_header>,
+    initrd: Option<Initrd>,
+    command_line: &str,
+) -> Result<(), ImageError> {
+    // Fresh guest memory is zero, so the text ends where its bytes end.
+    memory
+        .write_slice(command_line.as_bytes(), GuestAddress(COMMAND_LINE))
+        .map_err(|source| ImageError::GuestMemory { what: "the command line", source })?;
+    let written = match entry {
+        Entry::Pvh(_) => params::write_start_info(memory, ram_bytes, initrd),
+        Entry::Linux64(_) => {
+            params::write_zero_page(memory, ram_bytes, header, initrd, command_line.len() as u32 + 1)
+        }
+    };
+    written.map_err(|source| ImageError::GuestMemory { what: "the boot parameters", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_images::{bzimage, elf64, pvh_elf};
+    use super::*;
+    use crate::vm::memory::VmMemory;
+
+    const RAM: u64 = 64 << 20;
+
+    fn source(bytes: Vec<u8>) -> ImageSource {
+        ImageSource::Bytes { name: "test image", bytes: bytes.into() }
+    }
+
+    fn load_into(memory: &VmMemory, kernel: Vec<u8>, initrd: Option<Vec<u8>>) -> Result<Entry, BootError> {
+        load(memory.view(), RAM, &source(kernel), initrd.map(source).as_ref(), "console=ttyS0")
+    }
+
+    fn bytes_at(memory: &VmMemory, address: u64, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        memory.view().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn each_kind_of_kernel_is_loaded_where_it_starts() {
+        let code = b"\xb0\x2a\xf4";
+        for (image, entry, code_at) in [
+            (pvh_elf(code), Entry::Pvh(0x10_0000), 0x10_0000),
+            (elf64(code), Entry::Linux64(0x10_0000), 0x10_0000),
+            (bzimage(code), Entry::Linux64(0x100_0200), 0x100_0200),
+        ] {
+            let memory = VmMemory::reserve(RAM, true).unwrap();
+            assert_eq!(load_into(&memory, image, None).unwrap(), entry);
+            assert_eq!(bytes_at(&memory, code_at, code.len()), code);
+            assert_eq!(bytes_at(&memory, COMMAND_LINE, 14), b"console=ttyS0\0");
+        }
+    }
+
+    #[test]
+    fn a_kernel_file_reads_like_the_same_bytes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), pvh_elf(b"\xf4")).unwrap();
+        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let kernel = ImageSource::Path(file.path().to_owned());
+        assert_eq!(load(memory.view(), RAM, &kernel, None, "").unwrap(), Entry::Pvh(0x10_0000));
+        assert_eq!(bytes_at(&memory, 0x10_0000, 1), b"\xf4");
+    }
+
+    #[test]
+    fn the_initrd_ends_at_the_top_of_low_ram() {
+        let memory = VmMemory::reserve(RAM, true).unwrap();
+        load_into(&memory, pvh_elf(b"\xf4"), Some(vec![7; 5000])).unwrap();
+        let start = RAM - 2 * PAGE_SIZE as u64;
+        assert_eq!(bytes_at(&memory, start, 5001), [vec![7; 5000], vec![0]].concat());
+    }
+
+    #[test]
+    fn an_initrd_that_is_empty_or_meets_the_kernel_is_refused() {
+        let kernel = pvh_elf(b"\xf4");
+        let refused = |bytes| check(&source(kernel.clone()), Some(&source(bytes)), "", 4 << 20).unwrap_err();
+        assert!(refused(vec![]).to_string().contains("empty"));
+        assert!(refused(vec![1; 3 << 20]).to_string().contains("more memory"));
+        check(&source(kernel.clone()), Some(&source(vec![1; 2 << 20])), "", 4 << 20).unwrap();
+    }
+
+    #[test]
+    fn a_command_line_that_does_not_fit_is_refused() {
+        let kernel = source(bzimage(b"\xf4"));
+        check(&kernel, None, &"x".repeat(2047), RAM).unwrap();
+        let long = check(&kernel, None, &"x".repeat(2048), RAM).unwrap_err();
+        assert!(long.to_string().contains("2047 bytes at most"), "{long}");
+        let odd = check(&kernel, None, "root=\0", RAM).unwrap_err();
+        assert!(odd.to_string().contains("printable"), "{odd}");
+    }
+
+    #[test]
+    fn an_entry_point_outside_the_kernel_is_refused() {
+        let mut image = elf64(b"\xf4");
+        image[24..32].copy_from_slice(&0x7000_u64.to_le_bytes());
+        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let error = load_into(&memory, image, None).unwrap_err();
+        assert!(error.to_string().contains("in no segment"), "{error}");
+    }
+}

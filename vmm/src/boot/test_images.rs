@@ -1,0 +1,77 @@
+//! Kernel images of a few bytes of machine code, for tests of the loaders.
+
+const CODE_AT: usize = 0x1000;
+const LOAD_ADDRESS: u64 = 0x10_0000;
+
+/// An ELF whose one segment holds `code` at its entry, 1 MiB, and 8 KiB of memory in all.
+pub(crate) fn elf64(code: &[u8]) -> Vec<u8> {
+    elf(code, &[])
+}
+
+/// The same with a PVH note, for code that starts in 32-bit mode.
+pub(crate) fn pvh_elf(code: &[u8]) -> Vec<u8> {
+    let mut note = Vec::new();
+    for word in [4_u32, 4, 18] {
+        note.extend(word.to_le_bytes());
+    }
+    note.extend(b"Xen\0");
+    note.extend((LOAD_ADDRESS as u32).to_le_bytes());
+    elf(code, &note)
+}
+
+fn elf(code: &[u8], note: &[u8]) -> Vec<u8> {
+    let mut image = Vec::new();
+    image.extend(b"\x7fELF\x02\x01\x01");
+    image.resize(16, 0);
+    image.extend(2_u16.to_le_bytes()); // ET_EXEC
+    image.extend(62_u16.to_le_bytes()); // EM_X86_64
+    image.extend(1_u32.to_le_bytes());
+    image.extend(LOAD_ADDRESS.to_le_bytes());
+    image.extend(64_u64.to_le_bytes()); // program headers
+    image.extend(0_u64.to_le_bytes()); // section headers
+    image.extend(0_u32.to_le_bytes());
+    for half in [64, 56, if note.is_empty() { 1 } else { 2 }, 0, 0, 0] {
+        image.extend(u16::to_le_bytes(half));
+    }
+    program_header(&mut image, 1, CODE_AT, LOAD_ADDRESS, code.len(), 0x2000);
+    if !note.is_empty() {
+        program_header(&mut image, 4, 0x800, 0, note.len(), note.len());
+    }
+    image.resize(0x800, 0);
+    image.extend(note);
+    image.resize(CODE_AT, 0);
+    image.extend(code);
+    image
+}
+
+fn program_header(image: &mut Vec<u8>, kind: u32, offset: usize, address: u64, file: usize, memory: usize) {
+    image.extend(kind.to_le_bytes());
+    image.extend(5_u32.to_le_bytes());
+    for field in [offset as u64, address, address, file as u64, memory as u64, 0x1000] {
+        image.extend(field.to_le_bytes());
+    }
+}
+
+/// A bzImage of one setup sector with `code` at its 64-bit entry, to be loaded at 16 MiB.
+pub(crate) fn bzimage(code: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; 1024 + 0x200];
+    image.extend(code);
+    image.resize(image.len().next_multiple_of(16), 0x90);
+    let kernel_paragraphs = ((image.len() - 1024) / 16) as u32;
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]); // setup sectors
+    put(0x1f4, &kernel_paragraphs.to_le_bytes());
+    put(0x1fe, &0xaa55_u16.to_le_bytes());
+    put(0x202, b"HdrS");
+    put(0x206, &0x20f_u16.to_le_bytes()); // boot protocol
+    put(0x211, &[1]); // loaded high
+    put(0x214, &0x10_0000_u32.to_le_bytes()); // code32_start
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes()); // initrd_addr_max
+    put(0x230, &0x20_0000_u32.to_le_bytes()); // kernel alignment
+    put(0x234, &[1]); // relocatable
+    put(0x236, &1_u16.to_le_bytes()); // XLF_KERNEL_64
+    put(0x238, &2047_u32.to_le_bytes()); // command line size
+    put(0x258, &0x100_0000_u64.to_le_bytes()); // preferred address
+    put(0x260, &0x10_0000_u32.to_le_bytes()); // init_size
+    image
+}

@@ -1,0 +1,201 @@
+//! The command line of `samepage`: its arguments, and their values as typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot one Linux guest on this terminal (Ctrl-A x ends it, Ctrl-A h helps):
+    samepage run --kernel vmlinux --initrd initramfs.cpio --cmdline 'console=ttyS0 reboot=k panic=-1'
+
+  Four guests that share memory, each with a disk of its own and one in common:
+    samepage run --kernel bzImage --count 4 --memory 512M --name web \\
+        --disk path=root-{index}.img --disk path=data.img,readonly \\
+        --cmdline 'console=ttyS0 root=/dev/vda hostname={name}' --console file={name}.log
+
+Exit status:
+  0  all guests powered off or reset, or were stopped from outside
+  1  samepage could not start or keep running a VM
+  2  the command line is wrong
+  3  a guest crashed";
+
+/// Hosts many KVM virtual machines in one process and shares their identical memory.
+#[derive(Debug, Parser)]
+#[command(name = "samepage", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run one or more VMs until all of them have ended
+    #[command(after_help = EXAMPLES)]
+    Run(Box<RunArgs>),
+}
+
+/// The arguments of `samepage run`. In texts and paths that say so, `{index}` and `{name}` stand for
+/// each VM's number and name.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Kernel to boot: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+
+    /// Initial RAM disk (initramfs)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// The kernel's command line; {index} and {name} are replaced for each VM
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 reboot=k panic=-1")]
+    pub(crate) cmdline: String,
+
+    /// Memory of each VM, in bytes or with K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+
+    /// Name of the VM; with --count, VMs are named NAME-0, NAME-1 and so on
+    #[arg(long, value_name = "NAME", default_value = "vm")]
+    pub(crate) name: String,
+
+    /// Number of VMs to run in this process
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) count: u32,
+
+    /// Add a disk: a raw image file or a block device; may be repeated. {index} and {name} are replaced
+    #[arg(long = "disk", value_name = "path=FILE[,readonly][,id=NAME]", value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskArg>,
+
+    /// Where the guests' consoles go: stdio (several VMs get their lines marked with their names),
+    /// file=PATH ({index} and {name} are replaced) or off
+    #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
+    pub(crate) console: ConsoleArg,
+
+    /// Share identical memory between the VMs
+    #[arg(long, value_enum, value_name = "on|off", default_value_t = Switch::On)]
+    pub(crate) sharing: Switch,
+
+    /// Check the books of memory sharing against the kernel's whenever a VM has ended
+    #[arg(long)]
+    pub(crate) audit: bool,
+
+    /// How far the VMs' memory together may exceed what the host has available
+    #[arg(long, value_name = "RATIO", default_value_t = 1.0, value_parser = parse_ratio)]
+    pub(crate) overcommit: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+/// `--disk`, before `{index}` and `{name}` are replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskArg {
+    pub(crate) path: String,
+    pub(crate) read_only: bool,
+    pub(crate) id: Option<String>,
+}
+
+/// `--console`, before `{index}` and `{name}` are replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ConsoleArg {
+    Stdio,
+    File(String),
+    Off,
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let upper = text.to_ascii_uppercase();
+    let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());
+    let (number, unit) = upper.split_at(number_end);
+    let shift = match unit {
+        "" | "B" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M")),
+    };
+    let number: u64 = number.parse().map_err(|_| "write a whole number and a unit, as in 512M".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
+}
+
+fn parse_disk(text: &str) -> Result<DiskArg, String> {
+    let mut disk = DiskArg { path: String::new(), read_only: false, id: None };
+    for field in text.split(',') {
+        match field.split_once('=') {
+            Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
+            Some(("id", id)) => disk.id = Some(id.to_owned()),
+            None if field == "readonly" => disk.read_only = true,
+            _ => {
+                return Err(format!(
+                    "unknown field {field:?}; fields are path=FILE, readonly and id=NAME (a path cannot hold a comma)"
+                ));
+            }
+        }
+    }
+    if disk.path.is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
+}
+
+fn parse_console(text: &str) -> Result<ConsoleArg, String> {
+    match text.split_once('=') {
+        None if text == "stdio" => Ok(ConsoleArg::Stdio),
+        None if text == "off" => Ok(ConsoleArg::Off),
+        Some(("file", path)) if !path.is_empty() => Ok(ConsoleArg::File(path.to_owned())),
+        _ => Err("use stdio, file=PATH or off".to_owned()),
+    }
+}
+
+fn parse_ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if ratio.is_finite() && ratio > 0.0 => Ok(ratio),
+        _ => Err("use a number above 0, as in 1.5".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("256M"), Ok(256 << 20));
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_size("64k"), Ok(64 << 10));
+        for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn disks_have_a_path_and_known_fields() {
+        let disk = |path: &str, read_only, id: Option<&str>| {
+            Ok(DiskArg { path: path.into(), read_only, id: id.map(Into::into) })
+        };
+        assert_eq!(parse_disk("path=a.img"), disk("a.img", false, None));
+        assert_eq!(parse_disk("path=a=b.img,readonly,id=root"), disk("a=b.img", true, Some("root")));
+        for wrong in
+            ["a.img", "readonly", "path=", "path=a,rw", "path=a,cache=none", "path=a,readonly=on", ""]
+        {
+            assert!(parse_disk(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn consoles_and_ratios_are_checked() {
+        assert_eq!(parse_console("file=x.log"), Ok(ConsoleArg::File("x.log".into())));
+        assert!(parse_console("file=").is_err() && parse_console("tty").is_err());
+        assert!(parse_ratio("2.5").is_ok());
+        assert!(["0", "-1", "inf", "NaN", "x"].iter().all(|text| parse_ratio(text).is_err()));
+    }
+}

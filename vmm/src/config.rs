@@ -1,0 +1,224 @@
+//! What a VM is to be like, and whether that can be.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use samepage_devices::virtio::block::MAX_ID_LEN;
+use samepage_sharing::PAGE_SIZE;
+use thiserror::Error;
+
+use crate::boot::{BootError, ImageSource, load};
+use crate::vm::devices::{MAX_DISKS, mmio_parameters};
+use crate::vm::guard::GuardMemory;
+use crate::x86::layout::{MAX_RAM, MIN_RAM};
+
+/// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
+const MAX_NAME: usize = 64;
+
+/// A virtual disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// A raw image file or a block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Its name within the VM, which the guest sees as its serial number.
+    pub id: String,
+}
+
+/// Where the guest's serial console goes.
+#[derive(Default)]
+pub enum ConsoleConfig {
+    /// Standard output, as it comes.
+    Stdio,
+    /// Standard output by whole lines, each with the VM's name in front.
+    PrefixedStdio,
+    /// A file, which is created or emptied.
+    File(PathBuf),
+    /// Nowhere.
+    #[default]
+    Off,
+    /// Anything else. It is written to by the vCPU's thread, which waits as long as it does.
+    Sink(Box<dyn Write + Send>),
+}
+
+impl fmt::Debug for ConsoleConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConsoleConfig::Stdio => f.write_str("Stdio"),
+            ConsoleConfig::PrefixedStdio => f.write_str("PrefixedStdio"),
+            ConsoleConfig::File(path) => f.debug_tuple("File").field(path).finish(),
+            ConsoleConfig::Off => f.write_str("Off"),
+            ConsoleConfig::Sink(_) => f.write_str("Sink"),
+        }
+    }
+}
+
+/// What one VM is made from.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Unique in the process; letters, digits, `.`, `_` and `-`.
+    pub name: String,
+    /// The kernel: vmlinux with or without a PVH note, or bzImage.
+    pub kernel: ImageSource,
+    /// The initial RAM disk.
+    pub initrd: Option<ImageSource>,
+    /// The kernel's command line. What names the disks is added to it.
+    pub cmdline: String,
+    /// Guest RAM, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// The serial console.
+    pub console: ConsoleConfig,
+    /// The guest's memory may be shared page by page, so it is not to be backed by huge pages.
+    pub sharing: bool,
+    /// Who is to know of the guest's memory before the guest starts, and until it is gone.
+    pub guard: Option<Arc<dyn GuardMemory>>,
+}
+
+/// What cannot be about a VM's configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The name.
+    #[error("a VM cannot be named {0:?}: use 1 to {MAX_NAME} letters, digits, '.', '_' or '-'")]
+    Name(String),
+    /// Two VMs with one name.
+    #[error("two VMs are named {0}; names are unique in a process")]
+    DuplicateName(String),
+    /// The size of RAM.
+    #[error("{bytes} bytes of memory: {reason}")]
+    Memory {
+        /// As configured.
+        bytes: u64,
+        /// What it must be.
+        reason: &'static str,
+    },
+    /// More disks than interrupt lines.
+    #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
+    TooManyDisks(usize),
+    /// The name of a disk.
+    #[error("a disk cannot be named {0:?}: use 1 to {MAX_ID_LEN} letters, digits, '.', '_' or '-'")]
+    DiskId(String),
+    /// Two disks of a VM with one name.
+    #[error("two disks are named {0}; give one of them another id=NAME")]
+    DuplicateDiskId(String),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+}
+
+impl VmConfig {
+    /// A VM with 256 MiB of memory that may be shared, no disks and no console.
+    pub fn new(name: impl Into<String>, kernel: ImageSource) -> Self {
+        Self {
+            name: name.into(),
+            kernel,
+            initrd: None,
+            cmdline: String::new(),
+            memory_bytes: 256 << 20,
+            disks: Vec::new(),
+            console: ConsoleConfig::Off,
+            sharing: true,
+            guard: None,
+        }
+    }
+
+    /// The command line that the kernel gets: as configured, with the disks' parameters added before what
+    /// is meant for init.
+    pub fn kernel_command_line(&self) -> String {
+        let disks = mmio_parameters(self.disks.len());
+        match self.cmdline.split_once(" -- ") {
+            Some((kernel, init)) => format!("{kernel}{disks} -- {init}"),
+            None => format!("{}{disks}", self.cmdline).trim_start().to_owned(),
+        }
+    }
+
+    /// Checks what can be checked without starting anything: the values themselves, and that the images
+    /// are sound and fit into the memory.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !is_name(&self.name, MAX_NAME) {
+            return Err(ConfigError::Name(self.name.clone()));
+        }
+        check_memory(self.memory_bytes)?;
+        if self.disks.len() > MAX_DISKS {
+            return Err(ConfigError::TooManyDisks(self.disks.len()));
+        }
+        let mut ids = HashSet::new();
+        for disk in &self.disks {
+            if !is_name(&disk.id, MAX_ID_LEN) {
+                return Err(ConfigError::DiskId(disk.id.clone()));
+            }
+            if !ids.insert(&disk.id) {
+                return Err(ConfigError::DuplicateDiskId(disk.id.clone()));
+            }
+        }
+        load::check(&self.kernel, self.initrd.as_ref(), &self.kernel_command_line(), self.memory_bytes)?;
+        Ok(())
+    }
+}
+
+fn is_name(text: &str, max: usize) -> bool {
+    let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=max).contains(&text.len()) && text.chars().all(letter)
+}
+
+fn check_memory(bytes: u64) -> Result<(), ConfigError> {
+    let reason = if !bytes.is_multiple_of(PAGE_SIZE as u64) {
+        "it must be a multiple of the page size, 4096"
+    } else if bytes < MIN_RAM {
+        "a VM needs 2M at least"
+    } else if bytes > MAX_RAM {
+        "a VM can address less than 8T"
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::Memory { bytes, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::test_images::pvh_elf;
+
+    fn config() -> VmConfig {
+        VmConfig::new("vm", ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() })
+    }
+
+    fn disk(id: &str) -> DiskConfig {
+        DiskConfig { path: "/nonexistent".into(), read_only: true, id: id.into() }
+    }
+
+    fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+        let mut config = config();
+        config.check().unwrap();
+        change(&mut config);
+        config.check().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        assert!(refused(|c| c.name = "a/b".into()).contains("cannot be named"));
+        assert!(refused(|c| c.name = String::new()).contains("cannot be named"));
+        assert!(refused(|c| c.memory_bytes = 0).contains("at least"));
+        assert!(refused(|c| c.memory_bytes = (64 << 20) + 1).contains("multiple"));
+        assert!(refused(|c| c.memory_bytes = 1 << 20).contains("2M"));
+        assert!(refused(|c| c.memory_bytes = 1 << 60).contains("8T"));
+        assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("two disks"));
+        assert!(refused(|c| c.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
+        assert!(refused(|c| c.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most"));
+        assert!(refused(|c| c.kernel = ImageSource::Path("/nonexistent".into())).contains("/nonexistent"));
+    }
+
+    #[test]
+    fn disks_are_announced_before_the_arguments_of_init() {
+        let mut config = config();
+        config.disks = vec![disk("a")];
+        assert_eq!(config.kernel_command_line(), "virtio_mmio.device=4K@0xd0000000:5");
+        config.cmdline = "quiet -- single".into();
+        assert_eq!(config.kernel_command_line(), "quiet virtio_mmio.device=4K@0xd0000000:5 -- single");
+    }
+}

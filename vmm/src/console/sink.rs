@@ -1,0 +1,189 @@
+//! Where a guest's serial output goes on the host.
+//!
+//! A sink is written to by a vCPU thread. A reader that is slow holds its guest up; one that is gone
+//! (EPIPE) or still does not read when the VM ends costs the output, and the serial port counts the
+//! bytes lost.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::poll;
+
+/// Writes to a file, a terminal or a pipe, without a buffer.
+pub(crate) struct FileSink {
+    file: File,
+    /// Readable once the VM is ending; `None` for files that never make a writer wait.
+    closing: Option<EventFd>,
+}
+
+impl FileSink {
+    /// A sink to this process's standard output.
+    pub(crate) fn stdout(closing: &EventFd) -> io::Result<Self> {
+        let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Self::new(file, closing)
+    }
+
+    /// A sink to a file, which is created or emptied; a FIFO or a terminal will do as well.
+    pub(crate) fn create(path: &Path, closing: &EventFd) -> io::Result<Self> {
+        Self::new(File::create(path)?, closing)
+    }
+
+    fn new(file: File, closing: &EventFd) -> io::Result<Self> {
+        let closing = if file.metadata()?.is_file() { None } else { Some(closing.try_clone()?) };
+        Ok(Self { file, closing })
+    }
+
+    /// Waits until the file takes more, or the VM is ending.
+    fn wait_for_room(&self) -> io::Result<()> {
+        let Some(closing) = &self.closing else { return Ok(()) };
+        let mut files = [
+            libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
+            libc::pollfd { fd: closing.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+        ];
+        // The signal by which a vCPU is told to pause is not heeded here: that waits for the reader.
+        poll::wait(&mut files)?;
+        if files[0].revents == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+}
+
+impl Write for FileSink {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        loop {
+            self.wait_for_room()?;
+            // What a pipe with room takes without waiting.
+            let part = &data[..data.len().min(libc::PIPE_BUF)];
+            match self.file.write(part) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One line at a time goes to standard output, so that lines of several VMs do not mix.
+static STDOUT_LINE: Mutex<()> = Mutex::new(());
+
+/// Longest line that is kept together.
+const LINE_MAX: usize = 1024;
+
+/// Passes on whole lines, each with the VM's name in front.
+pub(crate) struct PrefixSink<W: Write> {
+    prefix: String,
+    line: Vec<u8>,
+    out: W,
+}
+
+impl<W: Write> PrefixSink<W> {
+    pub(crate) fn new(vm: &str, out: W) -> Self {
+        Self { prefix: format!("[{vm}] "), line: Vec::new(), out }
+    }
+
+    fn end_line(&mut self) -> io::Result<()> {
+        while self.line.last().is_some_and(|byte| matches!(byte, b'\r' | b'\n')) {
+            self.line.pop();
+        }
+        let mut text = Vec::with_capacity(self.prefix.len() + self.line.len() + 1);
+        text.extend_from_slice(self.prefix.as_bytes());
+        text.append(&mut self.line);
+        text.push(b'\n');
+        let _whole_line = STDOUT_LINE.lock();
+        self.out.write_all(&text)
+    }
+}
+
+impl<W: Write> Write for PrefixSink<W> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        for &byte in data {
+            self.line.push(byte);
+            if byte == b'\n' || self.line.len() >= LINE_MAX {
+                self.end_line()?;
+            }
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<W: Write> Drop for PrefixSink<W> {
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            // Nobody is left to tell; the VM is gone.
+            let _ = self.end_line();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn event() -> EventFd {
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn lines_get_the_name_and_partial_ones_come_at_the_end() {
+        let mut out = Vec::new();
+        let mut sink = PrefixSink::new("vm-1", &mut out);
+        for byte in b"one\r\ntwo\n\nlogin: " {
+            sink.write_all(&[*byte]).unwrap();
+        }
+        drop(sink);
+        assert_eq!(String::from_utf8(out).unwrap(), "[vm-1] one\n[vm-1] two\n[vm-1] \n[vm-1] login: \n");
+    }
+
+    #[test]
+    fn an_endless_line_is_cut() {
+        let mut out = Vec::new();
+        let mut sink = PrefixSink::new("vm", &mut out);
+        sink.write_all(&[b'x'; 3 * LINE_MAX]).unwrap();
+        assert!(sink.line.is_empty());
+        drop(sink);
+        assert_eq!(out.iter().filter(|byte| **byte == b'\n').count(), 3);
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_up_until_the_vm_ends() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let closing = event();
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let mut sink = FileSink::new(file, &closing).unwrap();
+        let ender = std::thread::spawn({
+            let closing = closing.try_clone().unwrap();
+            move || closing.write(1).unwrap()
+        });
+        let mut written = 0;
+        let error = loop {
+            match sink.write(&[b'x'; 4096]) {
+                Ok(count) => written += count,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        ender.join().unwrap();
+        drop(sink);
+        assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), written);
+    }
+
+    #[test]
+    fn a_pipe_whose_reader_is_gone_is_an_error() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let mut sink = FileSink::new(file, &event()).unwrap();
+        assert_eq!(sink.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}

@@ -1,0 +1,120 @@
+//! The terminal in raw mode: each key goes to the guest at once, and the guest echoes it.
+//!
+//! The terminal's own settings come back whichever way the process ends: when the guard is dropped (which
+//! a panic does as well), and from a handler of the signals that kill a faulty process.
+
+#![expect(unsafe_code, reason = "reads and sets terminal attributes, also from a signal handler")]
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use libc::{STDIN_FILENO, c_int, c_void, siginfo_t, termios};
+use vmm_sys_util::signal::register_signal_handler;
+
+/// Signals that end a process for its own fault.
+const FATAL: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+
+/// Settings to go back to. There is one terminal for a process, and signal handlers can reach nothing
+/// but statics.
+struct Saved {
+    valid: AtomicBool,
+    settings: UnsafeCell<MaybeUninit<termios>>,
+}
+
+// SAFETY: `settings` is written by `RawTerminal::enter` alone, and only while `valid` is false; it is read
+// by whoever takes `valid` from true to false, which no two threads can.
+unsafe impl Sync for Saved {}
+
+static SAVED: Saved =
+    Saved { valid: AtomicBool::new(false), settings: UnsafeCell::new(MaybeUninit::uninit()) };
+
+/// What standard input is, for who would read keys from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StdinKind {
+    /// A terminal that this process may read from.
+    Terminal,
+    /// A terminal that belongs to another job of the shell: reading would stop the process.
+    BackgroundTerminal,
+    /// A pipe, a file, nothing.
+    Stream,
+}
+
+/// Asks what standard input is.
+pub fn stdin_kind() -> StdinKind {
+    // SAFETY: these calls ask about a file descriptor, whether or not it is open, and about the process.
+    unsafe {
+        if libc::isatty(STDIN_FILENO) == 0 {
+            StdinKind::Stream
+        } else if libc::tcgetpgrp(STDIN_FILENO) == libc::getpgrp() {
+            StdinKind::Terminal
+        } else {
+            StdinKind::BackgroundTerminal
+        }
+    }
+}
+
+/// Standard input in raw mode, until dropped.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Puts standard input, a terminal, into raw mode.
+    pub fn enter() -> io::Result<Self> {
+        if SAVED.valid.load(Ordering::Acquire) {
+            return Err(io::Error::other("standard input is in raw mode already"));
+        }
+        let mut settings = MaybeUninit::uninit();
+        // SAFETY: the structure is large enough, and initialized where the call succeeds.
+        let before = unsafe {
+            if libc::tcgetattr(STDIN_FILENO, settings.as_mut_ptr()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            settings.assume_init()
+        };
+        // SAFETY: nobody reads the settings while `valid` is false.
+        unsafe { (*SAVED.settings.get()).write(before) };
+        SAVED.valid.store(true, Ordering::Release);
+        let guard = Self(());
+
+        for signal in FATAL {
+            register_signal_handler(signal, die).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        }
+        let mut raw = before;
+        // Output processing stays on: our own messages end lines with a plain newline.
+        raw.c_iflag &= !(libc::BRKINT | libc::ICRNL | libc::INLCR | libc::IGNCR | libc::ISTRIP | libc::IXON);
+        raw.c_lflag &= !(libc::ECHO | libc::ECHONL | libc::ICANON | libc::IEXTEN | libc::ISIG);
+        raw.c_cc[libc::VMIN] = 1;
+        raw.c_cc[libc::VTIME] = 0;
+        // SAFETY: sets attributes from an initialized structure.
+        if unsafe { libc::tcsetattr(STDIN_FILENO, libc::TCSANOW, &raw) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Gives the terminal its settings back, if they are due. Safe to call from a signal handler.
+fn restore() {
+    if SAVED.valid.swap(false, Ordering::AcqRel) {
+        // SAFETY: `valid` was true, so the settings are initialized, and nobody else got them.
+        unsafe { libc::tcsetattr(STDIN_FILENO, libc::TCSANOW, (*SAVED.settings.get()).as_ptr()) };
+    }
+}
+
+extern "C" fn die(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    restore();
+    // SAFETY: both calls are allowed in signal handlers; the signal is blocked until the handler
+    // returns and then ends the process as if there had been no handler.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}

@@ -1,0 +1,259 @@
+//! `samepage demo`: four VMs of the embedded guest whose memory is partly alike and partly their
+//! own, merged while they run and verify every word of it.
+//!
+//! The guests fill their memory while the engine is paused, so that the memory they take without
+//! sharing can be measured; then it goes to work. Pages that are alike or zero are never
+//! rewritten, so what can be saved is known to the page; pages of a guest's own are rewritten all
+//! the time.
+
+mod display;
+mod summary;
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use samepage_resources::DEMO_GUEST;
+use samepage_resources::demo::content::Class;
+use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::plan::{Classes, Plan, Rate};
+use samepage_resources::demo::report::Report;
+use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+
+use crate::boot::ImageSource;
+use crate::config::{ConsoleConfig, VmConfig};
+use crate::hypervisor::Hypervisor;
+use crate::statistics::{Sample, Sampler, rss_anon};
+use crate::vm::{Vm, VmEnd};
+use display::Display;
+pub use summary::Summary;
+
+/// Memory of each VM, in bytes, and the part of it that the guest fills, in pages.
+const MEMORY_BYTES: u64 = 128 << 20;
+const ARENA_PAGES: u64 = 96 << 20 >> 12;
+/// Rounds that each guest verifies after everything has been merged.
+const ROUNDS_AFTER: u64 = 3;
+/// How long filling or merging may take before the demo is given up.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often the screen is drawn.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// What the demo is to be like.
+#[derive(Clone, Debug)]
+pub struct DemoOptions {
+    /// Number of VMs, 2 at least.
+    pub vms: u32,
+    /// Share of one core for the engine, in percent.
+    pub cpu_percent: f64,
+    /// Print the summary as JSON, and nothing else on standard output.
+    pub json: bool,
+}
+
+/// What happens to a VM, as the demo sees it.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    ready: bool,
+    rounds: u64,
+    verified: u64,
+    writes: u64,
+    corrupt: u64,
+    /// Wrong pages in all verifications, once the guest says that it is done.
+    done: Option<u64>,
+}
+
+/// Runs the demo. Returns its summary; [`Summary::passed`] says whether all went as it must.
+///
+/// # Errors
+/// Where VMs cannot be started, memory cannot be shared on this host, or a guest ends early.
+pub fn run(options: &DemoOptions) -> Result<Summary> {
+    let hypervisor = Hypervisor::open()?;
+    let settings = Settings { cpu_percent: options.cpu_percent, ..Settings::default() };
+    let sharing = Arc::new(Sharing::start(settings).context("memory cannot be shared on this host")?);
+    sharing.pause();
+    let plan = plan();
+    let counts = Arena::on_map(&plan, [0..MEMORY_BYTES]).context("lay out the guests' memory")?.counts();
+    let can_save = counts.reclaimable(options.vms.into()) * PAGE_SIZE as u64;
+
+    let (sender, reports) = mpsc::channel();
+    let vms = (0..options.vms)
+        .map(|index| {
+            let plan = Plan { vm: index, ..plan.clone() };
+            start(&hypervisor, &sharing, index as usize, &plan, sender.clone())
+        })
+        .collect::<Result<Vec<_>>>()?;
+    drop(sender);
+
+    let terminal = io::stdout().is_terminal() && !options.json;
+    let mut display = if options.json { Display::off() } else { Display::new(terminal, can_save) };
+    let mut demo = Demo {
+        sampler: Sampler::new().context("read this process's page map")?,
+        progress: vec![Progress::default(); vms.len()],
+        sharing,
+        vms,
+        reports,
+        started: Instant::now(),
+    };
+
+    display.phase("filling memory, nothing is shared yet");
+    demo.until(&mut display, |demo, _| demo.progress.iter().all(|vm| vm.ready))?;
+    let before_bytes = rss_anon().context("measure memory")?;
+    let filled = Instant::now();
+    demo.sharing.resume();
+    display.phase("guests run, and their memory is merged");
+    let merged = demo.until(&mut display, |_, sample| saved_pages(sample) * PAGE_SIZE as u64 >= can_save)?;
+    let merged_in = filled.elapsed();
+    display.phase("everything alike is shared; guests go on verifying");
+    let enough: Vec<_> = demo.progress.iter().map(|vm| vm.rounds + ROUNDS_AFTER).collect();
+    let last = match merged {
+        Some(_) => demo.until(&mut display, |demo, _| {
+            demo.progress.iter().zip(&enough).all(|(vm, enough)| vm.rounds >= *enough)
+        })?,
+        None => None,
+    };
+    let last = match last {
+        Some(sample) => sample,
+        None => demo.sample()?,
+    };
+    for vm in &demo.vms {
+        vm.serial_input(b"q");
+    }
+    display.phase("a last verification of every page");
+    demo.until(&mut display, |demo, _| demo.progress.iter().all(|vm| vm.done.is_some()))?;
+    let ends: Vec<_> = demo.vms.iter().map(Vm::wait).collect();
+    display.finish();
+    Ok(Summary::new(&demo.progress, &ends, &last, before_bytes, can_save, merged_in))
+}
+
+/// What each guest does: the classes in runs of 256 KiB, its own pages rewritten, until told to
+/// quit.
+fn plan() -> Plan {
+    Plan {
+        pages: Some(ARENA_PAGES),
+        rate: Rate::PerSecond(500),
+        write: Classes::new(&[Class::Own]),
+        rounds: 0,
+        every_ms: 100,
+        ..Plan::default()
+    }
+}
+
+fn saved_pages(sample: &Sample) -> u64 {
+    sample.engine.pages_sharing + sample.engine.zero_pages
+}
+
+fn start(
+    hypervisor: &Hypervisor,
+    sharing: &Arc<Sharing>,
+    index: usize,
+    plan: &Plan,
+    reports: Sender<(usize, Report)>,
+) -> Result<Vm> {
+    let kernel = ImageSource::Bytes { name: "embedded guest", bytes: DEMO_GUEST.into() };
+    let mut config = VmConfig::new(format!("demo-{index}"), kernel);
+    config.memory_bytes = MEMORY_BYTES;
+    config.cmdline = plan.to_string();
+    config.sharing = Some(Arc::clone(sharing));
+    config.console = ConsoleConfig::Sink(Box::new(Lines { index, line: Vec::new(), reports }));
+    let vm = Vm::build(config, hypervisor).with_context(|| format!("start VM demo-{index}"))?;
+    vm.start();
+    Ok(vm)
+}
+
+/// The console of one guest: lines become reports.
+struct Lines {
+    index: usize,
+    line: Vec<u8>,
+    reports: Sender<(usize, Report)>,
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.line.push(byte);
+                continue;
+            }
+            if let Some(report) = std::str::from_utf8(&self.line).ok().and_then(|line| Report::parse(line).ok()) {
+                // Nobody listens any more once the demo has ended.
+                let _ = self.reports.send((self.index, report));
+            }
+            self.line.clear();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Demo {
+    sharing: Arc<Sharing>,
+    vms: Vec<Vm>,
+    reports: Receiver<(usize, Report)>,
+    progress: Vec<Progress>,
+    sampler: Sampler,
+    started: Instant,
+}
+
+impl Demo {
+    fn sample(&self) -> Result<Sample> {
+        self.sampler.sample(Some(&self.sharing), &self.vms).context("take statistics")
+    }
+
+    /// Takes reports in and draws, until `finished` holds or patience ends. Returns the sample with
+    /// which it held.
+    fn until(
+        &mut self,
+        display: &mut Display,
+        finished: impl Fn(&Self, &Sample) -> bool,
+    ) -> Result<Option<Sample>> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let refresh = Instant::now() + REFRESH;
+            loop {
+                match self.reports.recv_timeout(refresh.saturating_duration_since(Instant::now())) {
+                    Ok((index, report)) => self.progress[index].take(&report),
+                    Err(RecvTimeoutError::Timeout) => break,
+                    // All consoles are closed: the VMs have ended.
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+            }
+            let sample = self.sample()?;
+            display.draw(self.started.elapsed(), &sample, &self.progress);
+            if finished(self, &sample) {
+                return Ok(Some(sample));
+            }
+            for (vm, progress) in self.vms.iter().zip(&self.progress) {
+                match vm.end() {
+                    Some(VmEnd::Reset) if progress.done.is_some() => {}
+                    Some(end) => bail!("VM {} ended too early: {end}", vm.name()),
+                    None => {}
+                }
+            }
+            if Instant::now() > deadline {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+impl Progress {
+    fn take(&mut self, report: &Report) {
+        match report {
+            Report::Ready { .. } => self.ready = true,
+            Report::Round { round, verified, writes, .. } => {
+                self.rounds = *round;
+                self.verified += verified;
+                self.writes += writes;
+            }
+            Report::Corrupt { .. } => self.corrupt += 1,
+            Report::Done { corrupt, .. } => self.done = Some(*corrupt),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! What the demo showed, in figures.
+
+use std::fmt;
+use std::time::Duration;
+
+use samepage_sharing::PAGE_SIZE;
+use serde::Serialize;
+
+use super::Progress;
+use super::display::mebibytes;
+use crate::statistics::Sample;
+use crate::vm::VmEnd;
+
+/// The end of a demo.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Number of VMs.
+    pub vms: usize,
+    /// Sum of their memory, in bytes.
+    pub guest_bytes: u64,
+    /// Memory of the process with all guests' memory filled and nothing shared, in bytes.
+    pub resident_before_bytes: u64,
+    /// The same with everything shared, each frame counted once.
+    pub resident_after_bytes: u64,
+    /// Frames in use by two or more guest pages.
+    pub pages_shared: u64,
+    /// Further guest pages mapped to them.
+    pub pages_sharing: u64,
+    /// Guest pages of zeros given back.
+    pub zero_pages: u64,
+    /// What sharing saved, in bytes, before the cost of its books and mappings.
+    pub saved_bytes: u64,
+    /// What the demo knows can be saved, in bytes.
+    pub can_save_bytes: u64,
+    /// Memory that the engine's books take, in bytes.
+    pub metadata_bytes: u64,
+    /// From the start of sharing until everything was shared, in seconds.
+    pub merged_in_seconds: f64,
+    /// CPU time of the sharing thread, in seconds.
+    pub cpu_seconds: f64,
+    /// Pages mapped to frames, for all of which the sharing thread's CPU time was spent.
+    pub merges: u64,
+    /// Pages that guests verified word by word.
+    pub pages_verified: u64,
+    /// Pages that guests rewrote meanwhile.
+    pub pages_written: u64,
+    /// Verifications of all memory by the guest that did the fewest.
+    pub rounds: u64,
+    /// Pages that were not what their guest had written.
+    pub corrupt: u64,
+    /// VMs that ended otherwise than by their guest's reset, or without a last verification.
+    pub unfinished: Vec<String>,
+}
+
+impl Summary {
+    pub(super) fn new(
+        progress: &[Progress],
+        ends: &[VmEnd],
+        last: &Sample,
+        resident_before_bytes: u64,
+        can_save_bytes: u64,
+        merged_in: Duration,
+    ) -> Self {
+        let engine = &last.engine;
+        let unfinished = last
+            .vms
+            .iter()
+            .zip(progress)
+            .zip(ends)
+            .filter(|((_, progress), end)| progress.done.is_none() || **end != VmEnd::Reset)
+            .map(|((vm, _), end)| format!("{}: {end}", vm.name))
+            .collect();
+        Self {
+            vms: progress.len(),
+            guest_bytes: last.guest_bytes,
+            resident_before_bytes,
+            resident_after_bytes: last.resident_bytes,
+            pages_shared: engine.pages_shared,
+            pages_sharing: engine.pages_sharing,
+            zero_pages: engine.zero_pages,
+            saved_bytes: (engine.pages_sharing + engine.zero_pages) * PAGE_SIZE as u64,
+            can_save_bytes,
+            metadata_bytes: engine.metadata_bytes,
+            merged_in_seconds: merged_in.as_secs_f64(),
+            cpu_seconds: engine.cpu_seconds,
+            merges: engine.merges,
+            pages_verified: progress.iter().map(|vm| vm.verified).sum(),
+            pages_written: progress.iter().map(|vm| vm.writes).sum(),
+            rounds: progress.iter().map(|vm| vm.rounds).min().unwrap_or(0),
+            corrupt: progress.iter().map(|vm| vm.corrupt.max(vm.done.unwrap_or(0))).sum(),
+            unfinished,
+        }
+    }
+
+    /// Whether every guest verified its memory and sharing saved what can be saved.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.corrupt == 0 && self.unfinished.is_empty() && self.saved_bytes >= self.can_save_bytes
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scale = self.guest_bytes.max(1);
+        let mut bar = |name: &str, bytes: u64| {
+            let cells = (bytes * 50).div_ceil(scale) as usize;
+            writeln!(f, "  {name:24} {:>10}  {}", mebibytes(bytes), "█".repeat(cells))
+        };
+        bar("guest memory", self.guest_bytes)?;
+        bar("resident before sharing", self.resident_before_bytes)?;
+        bar("resident with sharing", self.resident_after_bytes)?;
+        bar("saved", self.saved_bytes)?;
+        writeln!(f, "  {:24} {:>10}  known to be possible", "", mebibytes(self.can_save_bytes))?;
+        writeln!(
+            f,
+            "\n  {} frames are shared by {} pages; {} pages of zeros were given back.",
+            self.pages_shared,
+            self.pages_shared + self.pages_sharing,
+            self.zero_pages
+        )?;
+        writeln!(
+            f,
+            "  Found and merged in {:.2} s with {:.3} s of CPU time; the books take {}.",
+            self.merged_in_seconds,
+            self.cpu_seconds,
+            mebibytes(self.metadata_bytes)
+        )?;
+        writeln!(
+            f,
+            "  Guests verified {} pages word by word in {} rounds and rewrote {}: {} corrupt.",
+            self.pages_verified, self.rounds, self.pages_written, self.corrupt
+        )?;
+        for vm in &self.unfinished {
+            writeln!(f, "  {vm}")?;
+        }
+        if self.saved_bytes < self.can_save_bytes {
+            writeln!(f, "  Less was saved than can be.")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! The host's KVM: opened once, asked once what it can do, used by all VMs of the process.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use thiserror::Error;
+
+use crate::vm::control::install_kick_handler;
+use crate::x86::cpuid;
+
+const DEVICE: &str = "/dev/kvm";
+/// The one version of the API that was ever stable.
+const API_VERSION: i32 = 12;
+
+/// What every VM needs of KVM, and how its documentation calls it.
+const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// Why KVM cannot be used.
+#[derive(Debug, Error)]
+pub enum HypervisorError {
+    /// There is no device.
+    #[error(
+        "{0} does not exist: turn on virtualization in this machine's firmware (or nested virtualization in \
+         the hypervisor below) and load the module of its processor: modprobe kvm_intel, or kvm_amd"
+    )]
+    Missing(PathBuf),
+    /// The device may not be opened.
+    #[error(
+        "no permission to open {0}: add yourself to the group that owns it (sudo usermod -aG kvm $USER, then \
+         log in again), or run as root"
+    )]
+    Permission(PathBuf),
+    /// The device cannot be opened for another reason.
+    #[error("cannot open {path}: {source}")]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The device is something else, or another KVM.
+    #[error(
+        "{path} speaks version {version} of the KVM API and samepage speaks {API_VERSION}; use a Linux kernel of 5.10 or later"
+    )]
+    Version {
+        /// The device.
+        path: PathBuf,
+        /// What it answered, negative for no answer.
+        version: i32,
+    },
+    /// KVM lacks something.
+    #[error("this kernel's KVM lacks {0}; use a Linux kernel of 5.10 or later on x86-64")]
+    Lacks(String),
+    /// An ioctl failed.
+    #[error("ask KVM for {what}: {source}")]
+    Query {
+        /// What it was asked for.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// What KVM says about the processor cannot be used.
+    #[error("use the processor features that KVM reports: {0}")]
+    Cpuid(String),
+}
+
+/// KVM of this host, opened.
+#[derive(Debug)]
+pub struct Hypervisor {
+    kvm: Kvm,
+    supported_cpuid: CpuId,
+    pub(crate) has_tsc_deadline: bool,
+    pub(crate) needs_tss: bool,
+    pub(crate) needs_identity_map: bool,
+}
+
+impl Hypervisor {
+    /// Opens `/dev/kvm` and checks that it has what VMs need.
+    ///
+    /// # Errors
+    /// Says what is missing and what to do about it.
+    pub fn open() -> Result<Self, HypervisorError> {
+        Self::open_device(Path::new(DEVICE))
+    }
+
+    fn open_device(path: &Path) -> Result<Self, HypervisorError> {
+        let kvm = Kvm::new_with_path(path_to_c(path)?).map_err(|error| {
+            let path = path.to_owned();
+            match error.errno() {
+                libc::ENOENT | libc::ENODEV | libc::ENXIO => HypervisorError::Missing(path),
+                libc::EACCES | libc::EPERM => HypervisorError::Permission(path),
+                errno => HypervisorError::Open { path, source: io::Error::from_raw_os_error(errno) },
+            }
+        })?;
+        let version = kvm.get_api_version();
+        if version != API_VERSION {
+            return Err(HypervisorError::Version { path: path.to_owned(), version });
+        }
+        let lacking: Vec<&str> =
+            REQUIRED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+        if !lacking.is_empty() {
+            return Err(HypervisorError::Lacks(lacking.join(", ")));
+        }
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| {
+            HypervisorError::Query { what: "the processor features it supports", source: error.into() }
+        })?;
+        let supported_cpuid = cpuid::complete(&supported).map_err(HypervisorError::Cpuid)?;
+        install_kick_handler()
+            .map_err(|source| HypervisorError::Query { what: "a signal to interrupt vCPUs", source })?;
+        Ok(Self {
+            has_tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            needs_tss: kvm.check_extension(Cap::SetTssAddr),
+            needs_identity_map: kvm.check_extension(Cap::SetIdentityMapAddr),
+            supported_cpuid,
+            kvm,
+        })
+    }
+
+    /// A new, empty VM of KVM's.
+    pub(crate) fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        self.kvm.create_vm()
+    }
+
+    pub(crate) fn supported_cpuid(&self) -> &CpuId {
+        &self.supported_cpuid
+    }
+}
+
+fn path_to_c(path: &Path) -> Result<std::ffi::CString, HypervisorError> {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| HypervisorError::Missing(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_device_and_a_wrong_one_are_explained() {
+        let missing = Hypervisor::open_device(Path::new("/nonexistent/kvm")).unwrap_err();
+        assert!(missing.to_string().contains("modprobe"), "{missing}");
+        let wrong = Hypervisor::open_device(Path::new("/dev/null")).unwrap_err();
+        assert!(matches!(wrong, HypervisorError::Version { .. }), "{wrong}");
+    }
+}

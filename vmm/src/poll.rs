@@ -1,0 +1,48 @@
+//! Waiting for several files at once.
+
+#![expect(unsafe_code, reason = "calls poll")]
+
+use std::io;
+use std::os::fd::RawFd;
+
+use libc::{POLLIN, pollfd};
+
+/// Waits until at least one of the files is readable, at its end or in error, and tells for each whether
+/// it is. A missing file is never readable.
+pub fn wait_readable<const N: usize>(files: [Option<RawFd>; N]) -> io::Result<[bool; N]> {
+    // A negative number is one that poll leaves out.
+    let mut polled = files.map(|file| pollfd { fd: file.unwrap_or(-1), events: POLLIN, revents: 0 });
+    wait(&mut polled)?;
+    Ok(polled.map(|file| file.revents != 0))
+}
+
+/// poll(2) without a timeout; interruptions by signals are not told.
+pub(crate) fn wait(files: &mut [pollfd]) -> io::Result<()> {
+    loop {
+        // SAFETY: the slice is valid for as many entries as it has.
+        let ready = unsafe { libc::poll(files.as_mut_ptr(), files.len() as libc::nfds_t, -1) };
+        if ready >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use vmm_sys_util::eventfd::EventFd;
+
+    #[test]
+    fn readable_files_are_told_apart() {
+        let quiet = EventFd::new(0).unwrap();
+        let ready = EventFd::new(0).unwrap();
+        ready.write(1).unwrap();
+        let files = [Some(quiet.as_raw_fd()), None, Some(ready.as_raw_fd())];
+        assert_eq!(wait_readable(files).unwrap(), [false, false, true]);
+    }
+}

@@ -1,0 +1,240 @@
+//! `samepage run`: starts the VMs, carries the terminal's input to the guest, and waits for every end.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use samepage::console::escape::{EscapeFilter, HELP, Key};
+use samepage::console::terminal::{self, RawTerminal, StdinKind};
+use samepage::fleet::{self, Ended, Fleet};
+use samepage::host_limits::HostMemory;
+use samepage::poll::wait_readable;
+use samepage::signals::ShutdownSignals;
+use samepage::vm::guard::GuardMemory;
+use samepage::{Hypervisor, Vm, VmConfig, VmEnd};
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::cli::{ConsoleArg, RunArgs, Switch};
+use crate::plan;
+
+/// What the process ends with, by the worst of what happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Outcome {
+    #[default]
+    AllEnded,
+    Failed,
+    GuestCrashed,
+}
+
+impl Outcome {
+    fn of(end: &VmEnd) -> Self {
+        match end {
+            VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => Outcome::AllEnded,
+            VmEnd::Failed(_) => Outcome::Failed,
+            VmEnd::Crashed(_) => Outcome::GuestCrashed,
+        }
+    }
+
+    fn exit_code(self) -> ExitCode {
+        ExitCode::from(match self {
+            Outcome::AllEnded => 0,
+            Outcome::Failed => 1,
+            Outcome::GuestCrashed => 3,
+        })
+    }
+}
+
+/// Runs all VMs of the command line to their ends.
+pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let mut configs = plan::configurations(args);
+    fleet::check(&configs)?;
+    check_host(&configs, args.overcommit)?;
+    let hypervisor = Hypervisor::open()?;
+    let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
+    samepage::host_limits::raise_open_files();
+
+    let sharing = if args.sharing == Switch::On { start_sharing() } else { None };
+    for config in &mut configs {
+        config.guard = sharing.clone().map(|sharing| sharing as Arc<dyn GuardMemory>);
+    }
+    let fleet = Fleet::new(hypervisor).context("watch the VMs")?;
+    let vms = fleet.add(configs)?;
+    let mut input = match vms.as_slice() {
+        [vm] if args.console == ConsoleArg::Stdio => Input::open(vm)?,
+        _ => None,
+    };
+    drop(vms);
+    fleet.start_all();
+
+    let mut outcome = Outcome::default();
+    while !fleet.is_empty() {
+        let [signal, end, typed, room] = {
+            let [typed, room] = input.as_ref().map_or([None, None], Input::files);
+            wait_readable([Some(signals.as_raw_fd()), Some(fleet.as_raw_fd()), typed, room])
+                .context("wait for the VMs")?
+        };
+        if signal && signals.take().is_some() {
+            fleet.request_stop_all();
+        }
+        if end {
+            if args.audit {
+                outcome = outcome.max(audit(sharing.as_deref()));
+            }
+            let ended = fleet.take_ended().context("wait for the VMs")?;
+            if fleet.is_empty() {
+                // The terminal is the user's again before anything is told.
+                input = None;
+            }
+            for vm in &ended {
+                report(vm);
+                outcome = outcome.max(Outcome::of(&vm.end));
+            }
+        }
+        if (typed || room)
+            && let Some(open) = &mut input
+            && open.pump(&fleet, typed) == Typed::Quit
+        {
+            fleet.request_stop_all();
+        }
+    }
+    Ok(outcome.exit_code())
+}
+
+fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
+    if let Some(memory) = HostMemory::measure() {
+        let requested = configs.iter().map(|config| config.memory_bytes).fold(0, u64::saturating_add);
+        memory.check(requested, ratio)?;
+    }
+    Ok(())
+}
+
+fn start_sharing() -> Option<Arc<Sharing>> {
+    match Sharing::start(Settings::default()) {
+        Ok(sharing) => Some(Arc::new(sharing)),
+        Err(error) => {
+            eprintln!(
+                "samepage: the VMs run without sharing memory (--sharing off says so without this message): {error}"
+            );
+            None
+        }
+    }
+}
+
+/// Recounts what is shared, while the VMs that have ended still hold their part of it.
+fn audit(sharing: Option<&Sharing>) -> Outcome {
+    let problems = match sharing.map(Sharing::audit) {
+        None => return Outcome::AllEnded,
+        Some(Ok(report)) if report.passed() => {
+            eprintln!("samepage: audit of {} pages and {} frames passed", report.pages, report.frames);
+            return Outcome::AllEnded;
+        }
+        Some(Ok(report)) => report.descriptions.join("; "),
+        Some(Err(error)) => format!("the page maps cannot be read: {error}"),
+    };
+    eprintln!("samepage: audit failed: {problems}");
+    Outcome::Failed
+}
+
+fn report(vm: &Ended) {
+    eprintln!("samepage: VM {}: {}", vm.name, vm.end);
+    if vm.console_lost > 0 {
+        eprintln!(
+            "samepage: VM {}: {} bytes of console output were lost, because nobody took them",
+            vm.name, vm.console_lost
+        );
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Typed {
+    Text,
+    Quit,
+}
+
+/// Standard input on its way to the one VM that has the console.
+struct Input {
+    vm: String,
+    /// Present where standard input is a terminal: then keys have to be told from commands.
+    raw: Option<RawTerminal>,
+    filter: EscapeFilter,
+    /// Typed, and not yet taken by the guest. Nothing more is read meanwhile.
+    waiting: Vec<u8>,
+    room: EventFd,
+    at_end: bool,
+}
+
+impl Input {
+    fn open(vm: &Vm) -> anyhow::Result<Option<Self>> {
+        let raw = match terminal::stdin_kind() {
+            StdinKind::Terminal => Some(RawTerminal::enter().context("put the terminal into raw mode")?),
+            StdinKind::BackgroundTerminal => return Ok(None),
+            StdinKind::Stream => None,
+        };
+        let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("open an event")?;
+        vm.set_serial_room_event(room.try_clone().context("open an event")?);
+        let filter = EscapeFilter::default();
+        Ok(Some(Self { vm: vm.name().to_owned(), raw, filter, waiting: Vec::new(), room, at_end: false }))
+    }
+
+    /// What to wait for: something typed, or room at the guest.
+    fn files(&self) -> [Option<RawFd>; 2] {
+        if !self.waiting.is_empty() {
+            [None, Some(self.room.as_raw_fd())]
+        } else if self.at_end {
+            [None, None]
+        } else {
+            [Some(io::stdin().as_fd().as_raw_fd()), None]
+        }
+    }
+
+    fn pump(&mut self, fleet: &Fleet, typed: bool) -> Typed {
+        if typed {
+            let mut buffer = [0; 256];
+            match io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .and_then(|file| std::fs::File::from(file).read(&mut buffer))
+            {
+                Ok(count) => {
+                    self.at_end = count == 0;
+                    if self.sort(&buffer[..count]) == Typed::Quit {
+                        return Typed::Quit;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.at_end = true,
+            }
+        } else {
+            // A room event that was written meanwhile has done its work.
+            let _ = self.room.read();
+        }
+        if let Some(vm) = fleet.get(&self.vm) {
+            let taken = vm.serial_input(&self.waiting);
+            self.waiting.drain(..taken);
+        }
+        Typed::Text
+    }
+
+    fn sort(&mut self, bytes: &[u8]) -> Typed {
+        if self.raw.is_none() {
+            self.waiting.extend_from_slice(bytes);
+            return Typed::Text;
+        }
+        for byte in bytes {
+            match self.filter.feed(*byte) {
+                Key::Guest(byte) => self.waiting.push(byte),
+                Key::Quit => return Typed::Quit,
+                Key::Help => {
+                    // Who does not see the help can still type.
+                    let _ = io::stderr().write_all(HELP.as_bytes());
+                }
+                Key::Nothing => {}
+            }
+        }
+        Typed::Text
+    }
+}

@@ -1,0 +1,64 @@
+//! Signals that ask the process to end, as something that can be polled.
+
+#![expect(unsafe_code, reason = "opens a signalfd and reads from it")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::c_int;
+use vmm_sys_util::signal::create_sigset;
+
+/// SIGINT, SIGTERM, SIGHUP and SIGQUIT, caught for the whole process until it ends.
+#[derive(Debug)]
+pub struct ShutdownSignals {
+    file: OwnedFd,
+}
+
+impl ShutdownSignals {
+    /// Catches the signals. Called before any thread is started, so that all threads leave them alone.
+    /// Signals that the process was started to ignore (nohup) stay ignored.
+    pub fn catch() -> io::Result<Self> {
+        let mut caught = vec![libc::SIGTERM];
+        caught.extend([libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&s| !is_ignored(s)));
+        let set = create_sigset(&caught).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        // SAFETY: `set` is a valid set of signals.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        // SAFETY: as above; the kernel copies the set.
+        let file = unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+        if file < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the file was just opened and belongs to nobody else.
+        Ok(Self { file: unsafe { OwnedFd::from_raw_fd(file) } })
+    }
+
+    /// The next signal that came, if one did.
+    pub fn take(&self) -> Option<c_int> {
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = size_of_val(&info);
+        // SAFETY: the buffer is as large as told; a read of signalfd fills it as a whole or fails.
+        unsafe {
+            let count = libc::read(self.file.as_raw_fd(), info.as_mut_ptr().cast(), size);
+            (count == size as isize).then(|| info.assume_init().ssi_signo.cast_signed())
+        }
+    }
+}
+
+impl AsRawFd for ShutdownSignals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn is_ignored(signal: c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: asks for the action without changing it; zeroes are a valid value of the structure.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}

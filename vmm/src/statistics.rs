@@ -1,0 +1,209 @@
+//! What a process and its VMs use and share, as one JSON object a second (`--stats`).
+//!
+//! Pages are of 4 KiB and the terms are KSM's. Memory is counted as the kernel charges it:
+//! private pages by `RssAnon`, frames by the blocks of their memory file. The kernel's RSS is of
+//! no use here, since it counts a frame at every address that shows it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::pagemap::Pagemap;
+use samepage_sharing::service::Sharing;
+use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
+use serde::Serialize;
+
+use crate::vm::Vm;
+
+/// The process at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    /// Seconds since 1970.
+    pub time_seconds: f64,
+    /// Whether the engine runs.
+    pub sharing: bool,
+    /// Sum of the VMs' memory, in bytes.
+    pub guest_bytes: u64,
+    /// Memory that the process really takes, in bytes: its private pages, and each frame once.
+    pub resident_bytes: u64,
+    /// Of that, private pages: guests' own ones, and the program's.
+    pub private_bytes: u64,
+    /// What sharing saves, in bytes, less what its books and mappings take.
+    pub saved_bytes: i64,
+    /// The engine's counts.
+    #[serde(flatten)]
+    pub engine: EngineStatistics,
+    /// The VMs, in the order in which they were started.
+    pub vms: Vec<VmSample>,
+}
+
+/// One VM at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct VmSample {
+    /// Its name.
+    pub name: String,
+    /// What it does: `running`, `paused` or `ended`.
+    pub state: &'static str,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// What it takes by itself, in bytes: private pages, and its share of each frame.
+    pub resident_bytes: u64,
+    /// Counts of its pages.
+    #[serde(flatten)]
+    pub pages: VmStatistics,
+}
+
+/// Takes samples.
+#[derive(Debug)]
+pub struct Sampler {
+    pagemap: Pagemap,
+}
+
+impl Sampler {
+    /// A sampler of this process.
+    ///
+    /// # Errors
+    /// Where `/proc` hides the page map.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { pagemap: Pagemap::open()? })
+    }
+
+    /// The process now.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn sample<'a>(
+        &self,
+        sharing: Option<&Sharing>,
+        vms: impl IntoIterator<Item = &'a Vm>,
+    ) -> io::Result<Sample> {
+        let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
+        let engine = sharing.map(Sharing::statistics).unwrap_or_default();
+        let private_bytes = rss_anon()?;
+        let guest_mappings = vms.iter().map(|vm| vm.pages.mappings).sum();
+        Ok(Sample {
+            time_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
+            sharing: sharing.is_some(),
+            guest_bytes: vms.iter().map(|vm| vm.memory_bytes).sum(),
+            resident_bytes: private_bytes + engine.store_bytes,
+            private_bytes,
+            saved_bytes: if sharing.is_some() { engine.saved_bytes(guest_mappings) } else { 0 },
+            engine,
+            vms,
+        })
+    }
+
+    fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
+        let ram = vm.ram();
+        let pages = match vm.membership() {
+            Some(membership) => membership.statistics()?,
+            None => {
+                let mut runs = Vec::new();
+                self.pagemap.private(ram.range(0, ram.pages()), &mut runs)?;
+                VmStatistics {
+                    pages: ram.pages().into(),
+                    pages_private: runs.iter().map(|run| u64::from(run.end - run.start)).sum(),
+                    mappings: 1,
+                    ..VmStatistics::default()
+                }
+            }
+        };
+        let resident = pages.pages_private + pages.pages_merged - pages.pages_sharing;
+        Ok(VmSample {
+            name: vm.name().to_owned(),
+            state: vm.state().name(),
+            memory_bytes: ram.bytes() as u64,
+            resident_bytes: resident * PAGE_SIZE as u64,
+            pages,
+        })
+    }
+}
+
+/// Private anonymous memory of this process, in bytes.
+///
+/// # Errors
+/// Where `/proc/self/status` cannot be read or lacks the figure.
+pub fn rss_anon() -> io::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map(|kibibytes| kibibytes * 1024)
+        .ok_or_else(|| io::Error::other("/proc/self/status has no RssAnon: Linux 4.5 or newer is needed"))
+}
+
+/// Where samples go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StatsTarget {
+    /// Standard output.
+    Stdout,
+    /// A file, appended to.
+    File(PathBuf),
+}
+
+impl std::str::FromStr for StatsTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(if text == "-" { Self::Stdout } else { Self::File(text.into()) })
+    }
+}
+
+/// Writes samples, a line each.
+#[derive(Debug)]
+pub struct StatsWriter {
+    sampler: Sampler,
+    file: Option<File>,
+}
+
+impl StatsWriter {
+    /// Opens the target.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened for appending, or statistics cannot be read.
+    pub fn open(target: &StatsTarget) -> io::Result<Self> {
+        let file = match target {
+            StatsTarget::Stdout => None,
+            StatsTarget::File(path) => Some(OpenOptions::new().append(true).create(true).open(path)?),
+        };
+        Ok(Self { sampler: Sampler::new()?, file })
+    }
+
+    /// Writes a sample.
+    ///
+    /// # Errors
+    /// Where it cannot be taken or written.
+    pub fn write<'a>(
+        &mut self,
+        sharing: Option<&Sharing>,
+        vms: impl IntoIterator<Item = &'a Vm>,
+    ) -> io::Result<()> {
+        let mut line = serde_json::to_vec(&self.sampler.sample(sharing, vms)?)?;
+        line.push(b'\n');
+        match &mut self.file {
+            Some(file) => file.write_all(&line),
+            None => io::stdout().lock().write_all(&line),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_memory_is_counted() {
+        let before = rss_anon().unwrap();
+        let memory = vec![1_u8; 8 << 20];
+        let after = rss_anon().unwrap();
+        assert!(after >= before + (7 << 20), "{before} to {after} with {} bytes more", memory.len());
+    }
+
+    #[test]
+    fn a_dash_is_standard_output() {
+        assert_eq!("-".parse(), Ok(StatsTarget::Stdout));
+        assert_eq!("s.jsonl".parse(), Ok(StatsTarget::File("s.jsonl".into())));
+    }
+}

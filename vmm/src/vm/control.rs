@@ -1,0 +1,363 @@
+//! The life of a VM's vCPUs, in one place.
+//!
+//! ```text
+//!            start/resume             stop, fail, or a vCPU's own end
+//!  HOLD  ───────────────────▶  RUN  ─────────────────────────────────▶  END
+//!   ▲ │          pause          │                                       ▲
+//!   │ └─────────────────────────┼───────────────────────────────────────┘
+//!   └───────────────────────────┘
+//! ```
+//!
+//! The VM has a *goal*; each vCPU thread has a *phase* and follows the goal: it is held, it runs, or it
+//! is gone for good. Why a VM ended is decided once, by whoever ends it first. A VM has ended when its
+//! goal is END and every vCPU is gone; [`Control::ended`] becomes readable then and stays so.
+//!
+//! A vCPU in KVM_RUN is kicked: `immediate_exit` is set, so that KVM_RUN returns at once if it has not
+//! begun, and a signal makes it return if it has. Both happen under the lock under which the vCPU
+//! thread clears `immediate_exit` before it enters KVM_RUN, so that no kick is lost.
+
+#![expect(unsafe_code, reason = "signals vCPU threads and writes to the page they share with KVM")]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use libc::{c_int, c_void, pthread_t, siginfo_t};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::VmEnd;
+
+/// What all vCPUs of the VM are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Goal {
+    Hold,
+    Run,
+    End,
+}
+
+/// What one vCPU thread does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Held,
+    Running,
+    Gone,
+}
+
+/// How to reach a vCPU thread: its id, and `immediate_exit` in the page it shares with KVM.
+struct KickTarget {
+    thread: pthread_t,
+    immediate_exit: NonNull<u8>,
+}
+
+// SAFETY: the pointer is used through atomic accesses only, and only while its vCPU thread lives: the
+// thread takes the target back, under the lock, before it gives up the page.
+unsafe impl Send for KickTarget {}
+
+impl KickTarget {
+    fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: the byte is in the vCPU's shared page, which the vCPU's thread keeps mapped as long as
+        // this target exists; everybody, the kernel included, accesses it as a single byte.
+        unsafe { AtomicU8::from_ptr(self.immediate_exit.as_ptr()) }
+    }
+
+    fn kick(&self) {
+        self.immediate_exit().store(1, Ordering::Release);
+        // SAFETY: the thread lives as long as this target exists (see above); the signal has a handler.
+        unsafe { libc::pthread_kill(self.thread, kick_signal()) };
+    }
+}
+
+struct Vcpu {
+    phase: Phase,
+    target: Option<KickTarget>,
+}
+
+struct State {
+    goal: Goal,
+    vcpus: Vec<Vcpu>,
+    end: Option<VmEnd>,
+}
+
+impl State {
+    fn kick_all(&self) {
+        self.vcpus.iter().filter_map(|vcpu| vcpu.target.as_ref()).for_each(KickTarget::kick);
+    }
+
+    fn all(&self, phase_holds: impl Fn(Phase) -> bool) -> bool {
+        self.vcpus.iter().all(|vcpu| phase_holds(vcpu.phase))
+    }
+}
+
+/// Shared by a VM, its vCPU threads and everyone who may end it.
+pub(super) struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Written when the goal becomes END: who waits in a vCPU's stead gives up.
+    closing: EventFd,
+    /// Written when the VM has ended.
+    ended: EventFd,
+}
+
+impl Control {
+    /// A held VM with no vCPUs yet. Fails when the process is out of files.
+    pub(super) fn new() -> io::Result<Self> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        Ok(Self {
+            state: Mutex::new(State { goal: Goal::Hold, vcpus: Vec::new(), end: None }),
+            changed: Condvar::new(),
+            closing: event()?,
+            ended: event()?,
+        })
+    }
+
+    pub(super) fn closing(&self) -> &EventFd {
+        &self.closing
+    }
+
+    pub(super) fn ended(&self) -> &EventFd {
+        &self.ended
+    }
+
+    /// Counts one more vCPU, held; returns its number. Its thread has to [`Control::join`].
+    pub(super) fn add_vcpu(&self) -> usize {
+        let mut state = self.state.lock();
+        state.vcpus.push(Vcpu { phase: Phase::Held, target: None });
+        state.vcpus.len() - 1
+    }
+
+    /// A vCPU's thread could not be had: counts it as gone.
+    pub(super) fn forget_vcpu(&self, number: usize) {
+        self.leave(number);
+    }
+
+    /// Lets a held VM run. One that runs or has ended stays as it is.
+    pub(super) fn run(&self) {
+        let mut state = self.state.lock();
+        if state.goal == Goal::Hold {
+            state.goal = Goal::Run;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Holds a running VM; on return no vCPU is in KVM_RUN or at a device.
+    pub(super) fn hold(&self) {
+        let mut state = self.state.lock();
+        if state.goal == Goal::Run {
+            state.goal = Goal::Hold;
+            state.kick_all();
+        }
+        self.changed.wait_while(&mut state, |state| {
+            state.goal == Goal::Hold && !state.all(|phase| phase != Phase::Running)
+        });
+    }
+
+    /// Ends the VM for this reason, unless it is ending already. Does not wait.
+    pub(super) fn finish(&self, end: VmEnd) {
+        let mut state = self.state.lock();
+        if state.goal == Goal::End {
+            return;
+        }
+        state.goal = Goal::End;
+        state.end = Some(end);
+        raise(&self.closing);
+        state.kick_all();
+        self.note_change(&mut state);
+    }
+
+    /// How the VM ended, if it has.
+    pub(super) fn end(&self) -> Option<VmEnd> {
+        let state = self.state.lock();
+        if state.all(|phase| phase == Phase::Gone) { state.end.clone() } else { None }
+    }
+
+    /// Waits until the VM has ended.
+    pub(super) fn wait(&self) -> VmEnd {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(end) = &state.end
+                && state.all(|phase| phase == Phase::Gone)
+            {
+                return end.clone();
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Called by a vCPU's thread at its beginning; when what it returns is dropped, the vCPU is gone.
+    ///
+    /// # Safety
+    /// `immediate_exit` stays valid until the returned value is dropped.
+    pub(super) unsafe fn join(&self, number: usize, immediate_exit: NonNull<u8>) -> Member<'_> {
+        // SAFETY: always succeeds, it names the calling thread.
+        let thread = unsafe { libc::pthread_self() };
+        self.state.lock().vcpus[number].target = Some(KickTarget { thread, immediate_exit });
+        Member { control: self, number }
+    }
+
+    fn leave(&self, number: usize) {
+        let mut state = self.state.lock();
+        let vcpu = &mut state.vcpus[number];
+        vcpu.target = None;
+        vcpu.phase = Phase::Gone;
+        self.note_change(&mut state);
+    }
+
+    fn note_change(&self, state: &mut MutexGuard<'_, State>) {
+        if state.end.is_some() && state.all(|phase| phase == Phase::Gone) {
+            raise(&self.ended);
+        }
+        self.changed.notify_all();
+    }
+}
+
+fn raise(event: &EventFd) {
+    // The one failure of an event counter is that it is full: then it is readable as it is.
+    let _ = event.write(1);
+}
+
+/// A vCPU thread's part in the VM.
+pub(super) struct Member<'a> {
+    control: &'a Control,
+    number: usize,
+}
+
+impl Member<'_> {
+    /// Waits while the VM is held. Returns whether the vCPU is to run: `false` means that it ends.
+    /// A vCPU calls this whenever KVM_RUN was interrupted.
+    pub(super) fn may_run(&self) -> bool {
+        let mut state = self.control.state.lock();
+        loop {
+            let goal = state.goal;
+            let vcpu = &mut state.vcpus[self.number];
+            match goal {
+                Goal::Run => {
+                    vcpu.phase = Phase::Running;
+                    if let Some(target) = &vcpu.target {
+                        target.immediate_exit().store(0, Ordering::Release);
+                    }
+                    return true;
+                }
+                Goal::End => return false,
+                Goal::Hold => {
+                    if vcpu.phase != Phase::Held {
+                        vcpu.phase = Phase::Held;
+                        self.control.changed.notify_all();
+                    }
+                    self.control.changed.wait(&mut state);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let text = "a vCPU thread of samepage panicked; this is a defect of samepage".to_owned();
+            self.control.finish(VmEnd::Failed(text));
+        }
+        self.control.leave(self.number);
+    }
+}
+
+/// The signal that makes KVM_RUN return.
+pub(super) fn kick_signal() -> c_int {
+    SIGRTMIN() + 1
+}
+
+/// Gives the kick signal its handler, once for the process.
+pub(crate) fn install_kick_handler() -> io::Result<()> {
+    extern "C" fn interrupted(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(kick_signal(), interrupted).map_err(|e| e.errno()))
+        .map_err(io::Error::from_raw_os_error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::thread::JoinHandle;
+
+    /// A vCPU that spins in place of KVM_RUN until it is kicked.
+    fn spawn(control: &Arc<Control>) -> JoinHandle<u32> {
+        install_kick_handler().unwrap();
+        let number = control.add_vcpu();
+        let control = control.clone();
+        std::thread::spawn(move || {
+            let byte = AtomicU8::new(0);
+            // SAFETY: `byte` is dropped after `member`.
+            let member = unsafe { control.join(number, NonNull::from(&byte).cast()) };
+            let mut runs = 0;
+            while member.may_run() {
+                runs += 1;
+                while byte.load(Ordering::Acquire) == 0 {
+                    std::thread::yield_now();
+                }
+            }
+            drop(member);
+            runs
+        })
+    }
+
+    fn is_readable(event: &EventFd) -> bool {
+        let readable = event.read().is_ok();
+        if readable {
+            event.write(1).unwrap();
+        }
+        readable
+    }
+
+    #[test]
+    fn a_vm_is_held_runs_pauses_and_ends_once() {
+        let control = Arc::new(Control::new().unwrap());
+        let threads = [spawn(&control), spawn(&control)];
+        assert!(control.end().is_none());
+        for _ in 0..100 {
+            control.run();
+            control.hold();
+            assert!(control.state.lock().all(|phase| phase == Phase::Held));
+        }
+        control.run();
+        assert!(!is_readable(control.ended()));
+
+        control.finish(VmEnd::Reset);
+        control.finish(VmEnd::Stopped);
+        assert!(matches!(control.wait(), VmEnd::Reset));
+        assert!(matches!(control.end(), Some(VmEnd::Reset)));
+        assert!(is_readable(control.ended()) && is_readable(control.closing()));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        control.run();
+        control.hold();
+    }
+
+    #[test]
+    fn a_vm_that_never_ran_can_end() {
+        let control = Arc::new(Control::new().unwrap());
+        let thread = spawn(&control);
+        control.finish(VmEnd::Stopped);
+        assert!(matches!(control.wait(), VmEnd::Stopped));
+        assert_eq!(thread.join().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_thread_that_panics_ends_its_vm() {
+        let control = Arc::new(Control::new().unwrap());
+        let number = control.add_vcpu();
+        let inner = control.clone();
+        let thread = std::thread::spawn(move || {
+            let byte = AtomicU8::new(0);
+            // SAFETY: `byte` is dropped after the member.
+            let _member = unsafe { inner.join(number, NonNull::from(&byte).cast()) };
+            panic!("as a test");
+        });
+        assert!(matches!(control.wait(), VmEnd::Failed(_)));
+        assert!(thread.join().is_err());
+    }
+}

@@ -1,0 +1,183 @@
+//! What is told of a guest that cannot go on.
+
+use std::fmt;
+
+use kvm_ioctls::VcpuFd;
+use samepage_devices::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Longest instruction of x86.
+const INSTRUCTION_MAX: u64 = 15;
+const PAGE_MASK: u64 = 0xfff;
+
+/// Why the guest cannot go on. Numbers are KVM's and the hardware's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CrashKind {
+    /// KVM_EXIT_SHUTDOWN.
+    TripleFault,
+    /// KVM_EXIT_INTERNAL_ERROR.
+    InternalError {
+        /// Its suberror: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected exit.
+        suberror: u32,
+    },
+    /// KVM_EXIT_FAIL_ENTRY.
+    FailEntry {
+        /// The hardware's reason.
+        reason: u64,
+    },
+    /// Any other exit that no guest should cause.
+    Unexpected(String),
+}
+
+impl fmt::Display for CrashKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CrashKind::TripleFault => f.write_str("triple fault"),
+            CrashKind::InternalError { suberror } => write!(f, "KVM internal error, suberror {suberror}"),
+            CrashKind::FailEntry { reason } => {
+                write!(f, "the processor refused to enter the guest, reason {reason:#x}")
+            }
+            CrashKind::Unexpected(exit) => write!(f, "unexpected exit {exit}"),
+        }
+    }
+}
+
+impl CrashKind {
+    fn meaning(&self) -> &'static str {
+        match self {
+            CrashKind::TripleFault => {
+                "The guest took an exception that it could not handle, nor the exception that followed: its \
+                 exception handlers, stack or page tables are unusable. Kernels told to reboot this way \
+                 (reboot=t) end so as well; reboot=k gives a clean end."
+            }
+            CrashKind::InternalError { suberror: 1 } => {
+                "KVM had to interpret the instruction at RIP and does not know it. On hardware KVM the guest \
+                 most likely jumped into data; KVM without hardware support lacks some kernel-mode instructions, \
+                 which a guest can be kept from using (clearcpuid= on Linux' command line)."
+            }
+            CrashKind::InternalError { suberror: 2 } => {
+                "Two exceptions came at once in a combination that no processor produces."
+            }
+            CrashKind::InternalError { suberror: 3 } => {
+                "The guest's memory failed while KVM delivered an interrupt or exception: the tables or the \
+                 stack it points to are not in RAM."
+            }
+            CrashKind::InternalError { .. } => {
+                "KVM itself could not go on with this guest; the kernel log (dmesg) may say more."
+            }
+            CrashKind::FailEntry { .. } => {
+                "The guest brought its registers into a state that is not allowed; the kernel log (dmesg) may \
+                 say more."
+            }
+            CrashKind::Unexpected(_) => "KVM reported something that no guest of this machine should cause.",
+        }
+    }
+}
+
+/// A crash, where it happened and what it means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CrashReport {
+    /// What happened.
+    pub kind: CrashKind,
+    /// Number of the vCPU.
+    pub vcpu: u32,
+    /// Its instruction pointer, if it could be read.
+    pub rip: Option<u64>,
+    /// The bytes at the instruction pointer, as far as they lie in mapped RAM.
+    pub instruction: Vec<u8>,
+}
+
+impl CrashReport {
+    /// Looks at the vCPU where it stopped.
+    pub(super) fn take(kind: CrashKind, number: u32, vcpu: &VcpuFd, memory: &GuestMemory) -> Self {
+        let at = vcpu.get_regs().ok().zip(vcpu.get_sregs().ok());
+        let instruction = match &at {
+            Some((registers, system)) => {
+                let linear = system.cs.base.wrapping_add(registers.rip);
+                read_linear(linear, memory, |address| {
+                    let translation = vcpu.translate_gva(address).ok()?;
+                    (translation.valid != 0).then_some(translation.physical_address)
+                })
+            }
+            None => Vec::new(),
+        };
+        Self { kind, vcpu: number, rip: at.map(|(registers, _)| registers.rip), instruction }
+    }
+}
+
+/// Up to one instruction's bytes from a linear address on; fewer where a page is not mapped.
+fn read_linear(linear: u64, memory: &GuestMemory, translate: impl Fn(u64) -> Option<u64>) -> Vec<u8> {
+    let in_first_page = INSTRUCTION_MAX.min(PAGE_MASK + 1 - (linear & PAGE_MASK));
+    let parts =
+        [(linear, in_first_page), (linear.wrapping_add(in_first_page), INSTRUCTION_MAX - in_first_page)];
+    let mut bytes = Vec::new();
+    for (start, count) in parts {
+        if count == 0 {
+            break;
+        }
+        let mut part = vec![0; count as usize];
+        let Some(physical) = translate(start) else { break };
+        if memory.read_slice(&mut part, GuestAddress(physical)).is_err() {
+            break;
+        }
+        bytes.append(&mut part);
+    }
+    bytes
+}
+
+impl fmt::Display for CrashReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on vCPU {}", self.kind, self.vcpu)?;
+        match self.rip {
+            Some(rip) => write!(f, " at RIP {rip:#x}")?,
+            None => f.write_str(" at an unknown RIP")?,
+        }
+        if self.instruction.is_empty() {
+            f.write_str(", where no memory is mapped")?;
+        } else {
+            f.write_str(", bytes there")?;
+            for byte in &self.instruction {
+                write!(f, " {byte:02x}")?;
+            }
+        }
+        write!(f, ". {}", self.kind.meaning())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::memory::VmMemory;
+
+    #[test]
+    fn instruction_bytes_are_read_across_pages_as_far_as_they_are_mapped() {
+        let memory = VmMemory::reserve(2 << 20, true).unwrap();
+        memory.view().write_slice(&[1; 5], GuestAddress(0x5ffb)).unwrap();
+        memory.view().write_slice(&[2; 10], GuestAddress(0x9000)).unwrap();
+        let paged = |linear: u64| match linear {
+            0xffff_8000_0000_0ffb => Some(0x5ffb),
+            0xffff_8000_0000_1000 => Some(0x9000),
+            _ => None,
+        };
+        let read = |linear| read_linear(linear, memory.view(), paged);
+        assert_eq!(read(0xffff_8000_0000_0ffb), [[1; 5].as_slice(), &[2; 10]].concat());
+        assert_eq!(read_linear(0x5ffb, memory.view(), |a| (a < 0x6000).then_some(a)), [1; 5]);
+        assert_eq!(read(0), []);
+        assert_eq!(read_linear(u64::MAX, memory.view(), Some), []);
+    }
+
+    #[test]
+    fn a_report_says_where_and_what() {
+        let report = CrashReport {
+            kind: CrashKind::TripleFault,
+            vcpu: 0,
+            rip: Some(0x10_0000),
+            instruction: vec![0x0f, 0x0b],
+        };
+        let text = report.to_string();
+        assert!(
+            text.starts_with("triple fault on vCPU 0 at RIP 0x100000, bytes there 0f 0b. The guest"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,158 @@
+//! The devices of one VM and the wires between them and KVM.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use parking_lot::Mutex;
+use samepage_devices::GuestMemory;
+use samepage_devices::i8042::{self, I8042};
+use samepage_devices::serial::{self, Serial, SerialStats};
+use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
+use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::VmError;
+use super::bus::Bus;
+use crate::config::DiskConfig;
+use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
+
+/// Most disks that one VM can have: one interrupt line each.
+pub const MAX_DISKS: usize = MMIO_IRQS.len();
+
+/// All devices of a VM, by the ways to reach them.
+pub(super) struct Devices {
+    ports: Bus,
+    mmio: Bus,
+    serial: Arc<Mutex<Serial>>,
+    serial_stats: Arc<SerialStats>,
+    reset: EventFd,
+    disks: Vec<(String, Arc<BlockStats>)>,
+}
+
+impl Devices {
+    /// Makes the devices and wires them to KVM's interrupt lines and write notifications.
+    pub(super) fn new(
+        vm: &str,
+        kvm: &VmFd,
+        memory: &GuestMemory,
+        console: Box<dyn Write + Send>,
+        disks: &[DiskConfig],
+    ) -> Result<Self, VmError> {
+        let interrupt = new_event()?;
+        wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
+        let serial = Serial::new(interrupt, console);
+        let serial_stats = serial.stats().clone();
+        let serial = Arc::new(Mutex::new(serial));
+        let reset = new_event()?;
+        let i8042 = I8042::new(reset.try_clone().map_err(VmError::Event)?);
+
+        let mut ports = Bus::default();
+        ports.insert(SERIAL_PORT.into(), serial::PORTS.into(), serial.clone());
+        ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), Arc::new(Mutex::new(i8042)));
+
+        let mut mmio = Bus::default();
+        let mut disk_stats = Vec::with_capacity(disks.len());
+        for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
+            let config = BlockConfig {
+                vm: vm.to_owned(),
+                id: disk.id.clone(),
+                path: disk.path.clone(),
+                read_only: disk.read_only,
+            };
+            let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmError::Disk {
+                id: disk.id.clone(),
+                source,
+            };
+            let block = Block::open(config).map_err(|source| failed(source.into()))?;
+            disk_stats.push((disk.id.clone(), block.stats()));
+            let interrupt = new_event()?;
+            wire_interrupt(kvm, &interrupt, irq)?;
+            let transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
+                .map_err(|source| failed(source.into()))?;
+            wire_notifications(kvm, &transport, base)?;
+            mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
+        }
+        Ok(Self { ports, mmio, serial, serial_stats, reset, disks: disk_stats })
+    }
+
+    pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(port.into(), data);
+    }
+
+    pub(super) fn port_write(&self, port: u16, data: &[u8]) {
+        self.ports.write(port.into(), data);
+    }
+
+    pub(super) fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.mmio.read(address, data);
+    }
+
+    pub(super) fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.mmio.write(address, data);
+    }
+
+    /// Whether the write to `port` just made was the keyboard controller's reset command.
+    pub(super) fn reset_requested(&self, port: u16) -> bool {
+        let controller = i8042::BASE_PORT..i8042::BASE_PORT + i8042::PORTS;
+        controller.contains(&port) && self.reset.read().is_ok()
+    }
+
+    pub(super) fn serial_input(&self, data: &[u8]) -> usize {
+        self.serial.lock().input(data)
+    }
+
+    pub(super) fn set_serial_room_event(&self, event: EventFd) {
+        self.serial.lock().set_room_event(event);
+    }
+
+    pub(super) fn serial_stats(&self) -> &Arc<SerialStats> {
+        &self.serial_stats
+    }
+
+    pub(super) fn disks(&self) -> &[(String, Arc<BlockStats>)] {
+        &self.disks
+    }
+}
+
+/// Base address and interrupt line of each virtio-mmio device, in order.
+fn mmio_slots() -> impl Iterator<Item = (u64, u32)> {
+    (0..).map(|slot| MMIO_START + slot * MMIO_STRIDE).zip(MMIO_IRQS)
+}
+
+/// The kernel parameters by which Linux finds `count` virtio-mmio devices, each with a space in front.
+pub(crate) fn mmio_parameters(count: usize) -> String {
+    let parameter = |(base, irq)| format!(" virtio_mmio.device={}K@{base:#x}:{irq}", MMIO_STRIDE >> 10);
+    mmio_slots().take(count).map(parameter).collect()
+}
+
+fn new_event() -> Result<EventFd, VmError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(VmError::Event)
+}
+
+fn wire_interrupt(kvm: &VmFd, event: &EventFd, irq: u32) -> Result<(), VmError> {
+    kvm.register_irqfd(event, irq).map_err(VmError::kvm("connect an interrupt line"))
+}
+
+fn wire_notifications(kvm: &VmFd, transport: &MmioTransport, base: u64) -> Result<(), VmError> {
+    let address = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
+    for (queue, event) in (0_u32..).zip(transport.queue_events()) {
+        kvm.register_ioevent(event, &address, queue).map_err(VmError::kvm("connect a virtio queue"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linux_is_told_of_each_device() {
+        assert_eq!(mmio_parameters(0), "");
+        assert_eq!(
+            mmio_parameters(2),
+            " virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6"
+        );
+        assert_eq!(mmio_parameters(MAX_DISKS).matches("virtio_mmio").count(), 8);
+    }
+}

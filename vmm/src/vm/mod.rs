@@ -1,0 +1,375 @@
+//! One virtual machine: built, run, paused, ended, and taken apart without a trace.
+
+pub(crate) mod bus;
+pub(crate) mod control;
+mod crash;
+pub(crate) mod devices;
+pub mod guard;
+pub(crate) mod memory;
+mod vcpu;
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{VcpuFd, VmFd};
+use parking_lot::Mutex;
+use samepage_devices::serial::SerialStats;
+use samepage_devices::virtio::block::BlockStats;
+use samepage_sharing::Ram;
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{BootError, load};
+use crate::config::{ConfigError, ConsoleConfig, VmConfig};
+use crate::console::sink::{FileSink, PrefixSink};
+use crate::hypervisor::Hypervisor;
+use crate::x86::cpuid::{self, Topology};
+use crate::x86::layout::{IDENTITY_MAP, TSS};
+use crate::x86::registers;
+
+use control::Control;
+pub use crash::{CrashKind, CrashReport};
+use devices::Devices;
+pub use devices::MAX_DISKS;
+use guard::MemoryAccess;
+pub use memory::{MemorySlot, VmMemory};
+use vcpu::Vcpu;
+
+/// How a VM came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmEnd {
+    /// The guest reset the machine. There is no next boot: this ends the VM.
+    Reset,
+    /// The guest turned the machine off.
+    PowerOff,
+    /// The guest did what no machine can go on from.
+    Crashed(CrashReport),
+    /// The host could not keep the VM going.
+    Failed(String),
+    /// It was told to stop.
+    Stopped,
+}
+
+impl fmt::Display for VmEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VmEnd::Reset => f.write_str("the guest reset the machine"),
+            VmEnd::PowerOff => f.write_str("the guest powered off"),
+            VmEnd::Crashed(report) => write!(f, "the guest crashed: {report}"),
+            VmEnd::Failed(reason) => write!(f, "failed: {reason}"),
+            VmEnd::Stopped => f.write_str("stopped"),
+        }
+    }
+}
+
+/// Why a VM could not be made. The VM's name is told by who asked for it.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Its memory could not be reserved.
+    #[error(
+        "reserve {bytes} bytes of guest memory: {source}; give the VM less memory, or raise the limits on address space (ulimit -v) and commit (vm.overcommit_memory)"
+    )]
+    Memory {
+        /// How much.
+        bytes: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An ioctl of KVM's failed.
+    #[error("{what}: {source}{}", kvm_hint(.source))]
+    Kvm {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// What CPUID is to say cannot be put together.
+    #[error("describe the processor to the guest: {0}")]
+    Cpuid(String),
+    /// The tables for the first instructions could not be written.
+    #[error("write the guest's first tables: {0}")]
+    Tables(vm_memory::GuestMemoryError),
+    /// The process is out of files or threads.
+    #[error("open an event: {0}; raise the limit of open files (ulimit -n)")]
+    Event(io::Error),
+    /// The console's file.
+    #[error("open the console {path}: {source}")]
+    Console {
+        /// Path, or what stands for it.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A disk.
+    #[error("disk {id}: {source}")]
+    Disk {
+        /// Its name.
+        id: String,
+        /// What is wrong with it.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// Who was to take notice of its memory could not.
+    #[error("share its memory: {0}")]
+    Guard(Box<dyn StdError + Send + Sync>),
+    /// A thread could not be had.
+    #[error(
+        "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"
+    )]
+    Thread(io::Error),
+}
+
+impl VmError {
+    fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| VmError::Kvm { what, source: error.into() }
+    }
+}
+
+fn kvm_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => "; another hypervisor may be using the processor's virtualization",
+        Some(libc::EMFILE) => "; raise the limit of open files (ulimit -n)",
+        Some(libc::ENOMEM) => "; the host is out of memory or of mappings (vm.max_map_count)",
+        _ => "",
+    }
+}
+
+/// Ends a VM from anywhere, also after it is gone.
+#[derive(Clone)]
+pub struct VmHandle {
+    name: Arc<str>,
+    control: Arc<Control>,
+}
+
+impl fmt::Debug for VmHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("VmHandle").field(&self.name).finish()
+    }
+}
+
+impl VmHandle {
+    /// The VM's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Ends this VM alone, because the host cannot keep it going. Does not wait, and does nothing to a VM
+    /// that is ending already.
+    pub fn fail(&self, reason: String) {
+        self.control.finish(VmEnd::Failed(reason));
+    }
+
+    /// Asks the VM to stop, and does not wait for it.
+    pub fn request_stop(&self) {
+        self.control.finish(VmEnd::Stopped);
+    }
+}
+
+/// A virtual machine. Dropping it stops it and gives back all it held: threads, files and memory.
+pub struct Vm {
+    handle: VmHandle,
+    threads: Vec<JoinHandle<()>>,
+    // Fields are dropped in this order: what uses guest memory goes before it.
+    devices: Arc<Devices>,
+    /// Behind a lock because a guard need not be shared between threads, and a VM is.
+    _guard: Mutex<Option<Box<dyn Any + Send>>>,
+    _kvm: Arc<VmFd>,
+    memory: VmMemory,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("name", &self.name()).field("end", &self.end()).finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Makes a VM that is ready to run. Everything that can fail fails here.
+    pub fn build(config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
+        config.check()?;
+        let bytes = config.memory_bytes;
+        let memory =
+            VmMemory::reserve(bytes, config.sharing).map_err(|source| VmError::Memory { bytes, source })?;
+        let command_line = config.kernel_command_line();
+        let entry = load::load(memory.view(), bytes, &config.kernel, config.initrd.as_ref(), &command_line)?;
+        registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
+
+        let kvm = Arc::new(create_machine(hypervisor)?);
+        memory.register(&kvm).map_err(VmError::kvm("give guest memory to KVM"))?;
+        let control = Arc::new(Control::new().map_err(VmError::Event)?);
+        let console = open_console(config.console, &config.name, control.closing())?;
+        let devices = Arc::new(Devices::new(&config.name, &kvm, memory.view(), console, &config.disks)?);
+        let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
+        registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
+
+        let handle = VmHandle { name: config.name.as_str().into(), control };
+        let guard = match config.guard {
+            Some(user) => {
+                let access = MemoryAccess { memory: memory.clone(), kvm: kvm.clone(), vm: handle.clone() };
+                Some(user.attach(access).map_err(VmError::Guard)?)
+            }
+            None => None,
+        };
+        let mut vm =
+            Self { handle, threads: Vec::new(), devices, _guard: Mutex::new(guard), _kvm: kvm, memory };
+        let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
+        let thread = vcpu.spawn(&config.name, &vm.handle.control).map_err(VmError::Thread)?;
+        vm.threads.push(thread);
+        Ok(vm)
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &str {
+        self.handle.name()
+    }
+
+    /// A handle to end the VM with.
+    pub fn handle(&self) -> VmHandle {
+        self.handle.clone()
+    }
+
+    /// Lets the guest run: for the first time, or after [`Vm::pause`].
+    pub fn start(&self) {
+        self.handle.control.run();
+    }
+
+    /// Holds the guest. On return its vCPUs do nothing; devices finish requests they have begun.
+    pub fn pause(&self) {
+        self.handle.control.hold();
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&self) {
+        self.handle.control.run();
+    }
+
+    /// Ends the VM and waits until its vCPUs are done. The guest is not asked.
+    pub fn stop(&self) -> VmEnd {
+        self.handle.request_stop();
+        self.wait()
+    }
+
+    /// Ends the VM, because the host cannot keep it going. Does not wait.
+    pub fn fail(&self, reason: String) {
+        self.handle.fail(reason);
+    }
+
+    /// Waits until the VM has ended.
+    pub fn wait(&self) -> VmEnd {
+        self.handle.control.wait()
+    }
+
+    /// How the VM ended, if it has.
+    pub fn end(&self) -> Option<VmEnd> {
+        self.handle.control.end()
+    }
+
+    /// Becomes readable, and stays so, when the VM has ended.
+    pub fn end_event(&self) -> &EventFd {
+        self.handle.control.ended()
+    }
+
+    /// Guest RAM as pages.
+    pub fn ram(&self) -> &Arc<Ram> {
+        self.memory.ram()
+    }
+
+    /// Guest memory with its addresses.
+    pub fn memory(&self) -> &VmMemory {
+        &self.memory
+    }
+
+    /// Types to the guest's console. Returns how many bytes were taken, from the front; once there is room
+    /// for more, the event given to [`Vm::set_serial_room_event`] is written.
+    pub fn serial_input(&self, data: &[u8]) -> usize {
+        self.devices.serial_input(data)
+    }
+
+    /// Who types can be told when the console takes more; see [`Vm::serial_input`].
+    pub fn set_serial_room_event(&self, event: EventFd) {
+        self.devices.set_serial_room_event(event);
+    }
+
+    /// Counters of the console.
+    pub fn serial_stats(&self) -> &Arc<SerialStats> {
+        self.devices.serial_stats()
+    }
+
+    /// Counters of each disk, by the disk's name.
+    pub fn disks(&self) -> &[(String, Arc<BlockStats>)] {
+        self.devices.disks()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.handle.request_stop();
+        for thread in self.threads.drain(..) {
+            // A panic has been told to standard error and is the VM's end; there is no more to do.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An empty machine with interrupt controllers and timer.
+fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
+    let kvm = hypervisor.create_vm().map_err(VmError::kvm("create a VM"))?;
+    if hypervisor.needs_identity_map {
+        kvm.set_identity_map_address(IDENTITY_MAP).map_err(VmError::kvm("set KVM's identity map"))?;
+    }
+    if hypervisor.needs_tss {
+        kvm.set_tss_address(TSS as usize).map_err(VmError::kvm("set KVM's task state segment"))?;
+    }
+    kvm.create_irq_chip().map_err(VmError::kvm("create the interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    kvm.create_pit2(pit).map_err(VmError::kvm("create the timer"))?;
+    Ok(kvm)
+}
+
+fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> Result<VcpuFd, VmError> {
+    let fd = kvm.create_vcpu(number.into()).map_err(VmError::kvm("create a vCPU"))?;
+    let topology = Topology {
+        vcpu: number,
+        vcpus: count,
+        // Hosts without a stable counter have no frequency to tell; guests then measure it.
+        tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
+        tsc_deadline: hypervisor.has_tsc_deadline,
+    };
+    let entries = cpuid::for_vcpu(hypervisor.supported_cpuid(), topology).map_err(VmError::Cpuid)?;
+    fd.set_cpuid2(&entries).map_err(VmError::kvm("describe the processor to the guest"))?;
+    Ok(fd)
+}
+
+fn open_console(
+    console: ConsoleConfig,
+    vm: &str,
+    closing: &EventFd,
+) -> Result<Box<dyn Write + Send>, VmError> {
+    let failed = |path: &str| {
+        let path = path.to_owned();
+        |source| VmError::Console { path, source }
+    };
+    Ok(match console {
+        ConsoleConfig::Stdio => Box::new(FileSink::stdout(closing).map_err(failed("standard output"))?),
+        ConsoleConfig::PrefixedStdio => {
+            let out = FileSink::stdout(closing).map_err(failed("standard output"))?;
+            Box::new(PrefixSink::new(vm, out))
+        }
+        ConsoleConfig::File(path) => {
+            let open = FileSink::create(&path, closing);
+            Box::new(open.map_err(failed(&path.display().to_string()))?)
+        }
+        ConsoleConfig::Off => Box::new(io::sink()),
+        ConsoleConfig::Sink(sink) => sink,
+    })
+}

@@ -1,0 +1,143 @@
+//! A virtual CPU: its thread, and what happens each time it leaves the guest.
+
+#![expect(unsafe_code, reason = "reads the page that a vCPU shares with KVM")]
+
+use std::mem::offset_of;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::{io, thread};
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use samepage_devices::GuestMemory;
+use vmm_sys_util::signal::unblock_signal;
+
+use super::VmEnd;
+use super::control::{Control, kick_signal};
+use super::crash::{CrashKind, CrashReport};
+use super::devices::Devices;
+
+/// Enough for device models that write to a console; only touched pages cost memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// One vCPU, before and while it runs.
+pub(super) struct Vcpu {
+    pub(super) number: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) memory: GuestMemory,
+    pub(super) devices: Arc<Devices>,
+}
+
+impl Vcpu {
+    /// Starts the thread, held until the VM runs.
+    pub(super) fn spawn(self, vm: &str, control: &Arc<Control>) -> io::Result<JoinHandle<()>> {
+        let member = control.add_vcpu();
+        let shared = control.clone();
+        let spawned = thread::Builder::new()
+            .name(format!("vcpu-{vm}-{}", self.number))
+            .stack_size(STACK_BYTES)
+            .spawn(move || self.run(member, &shared));
+        if spawned.is_err() {
+            control.forget_vcpu(member);
+        }
+        spawned
+    }
+
+    fn run(mut self, member: usize, control: &Control) {
+        // The kick has to get through even if whoever started the VM blocks signals. It cannot fail:
+        // the signal is a valid one.
+        let _ = unblock_signal(kick_signal());
+        let page = NonNull::from(self.fd.get_kvm_run()).cast::<u8>();
+        // SAFETY: the field lies within the shared page. `self`, and with it the mapping, is dropped
+        // after `member`, which is declared later.
+        let member = unsafe { control.join(member, page.add(offset_of!(kvm_run, immediate_exit))) };
+        while member.may_run() {
+            if let Some(end) = self.run_until_kicked() {
+                control.finish(end);
+                break;
+            }
+        }
+    }
+
+    /// Runs the guest until it ends (`Some`) or the vCPU was interrupted (`None`).
+    fn run_until_kicked(&mut self) -> Option<VmEnd> {
+        loop {
+            let crash = match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    let (data, bytes) = (data.as_ptr(), data.len());
+                    let width = self.port_access_width();
+                    // SAFETY: KVM points to `bytes` bytes in the shared page, which nobody changes until
+                    // KVM_RUN is entered again.
+                    let data = unsafe { std::slice::from_raw_parts(data, bytes) };
+                    // A string instruction makes several accesses to the same port.
+                    data.chunks(width).for_each(|access| self.devices.port_write(port, access));
+                    if self.devices.reset_requested(port) {
+                        return Some(VmEnd::Reset);
+                    }
+                    continue;
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    let (data, bytes) = (data.as_mut_ptr(), data.len());
+                    let width = self.port_access_width();
+                    // SAFETY: as above; the vCPU's thread alone writes there.
+                    let data = unsafe { std::slice::from_raw_parts_mut(data, bytes) };
+                    data.chunks_mut(width).for_each(|access| self.devices.port_read(port, access));
+                    continue;
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    self.devices.mmio_write(address, data);
+                    continue;
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.devices.mmio_read(address, data);
+                    continue;
+                }
+                Ok(VcpuExit::Intr) => return None,
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return Some(VmEnd::PowerOff),
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Some(VmEnd::Reset),
+                Ok(VcpuExit::Shutdown) => CrashKind::TripleFault,
+                Ok(VcpuExit::FailEntry(reason, _)) => CrashKind::FailEntry { reason },
+                Ok(VcpuExit::InternalError) => {
+                    // SAFETY: KVM said by its exit reason that this is the union's field.
+                    let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+                    CrashKind::InternalError { suberror }
+                }
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => return Some(memory_lost(Some(gpa), libc::EFAULT)),
+                Ok(other) => CrashKind::Unexpected(format!("{other:?}")),
+                Err(error) => match error.errno() {
+                    libc::EINTR => return None,
+                    libc::EAGAIN => continue,
+                    errno @ (libc::EFAULT | libc::ENOMEM | libc::EHWPOISON) => {
+                        return Some(memory_lost(None, errno));
+                    }
+                    errno => {
+                        let source = io::Error::from_raw_os_error(errno);
+                        return Some(VmEnd::Failed(format!("KVM cannot run vCPU {}: {source}", self.number)));
+                    }
+                },
+            };
+            return Some(VmEnd::Crashed(CrashReport::take(crash, self.number, &self.fd, &self.memory)));
+        }
+    }
+
+    /// Bytes of one access of the port instruction that made KVM_RUN return.
+    fn port_access_width(&mut self) -> usize {
+        // SAFETY: the callers have seen a port exit, for which this is the union's field.
+        let width = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
+        usize::from(width).max(1)
+    }
+}
+
+fn memory_lost(gpa: Option<u64>, errno: i32) -> VmEnd {
+    let place = gpa.map_or_else(String::new, |gpa| format!(" at guest address {gpa:#x}"));
+    let why = match errno {
+        libc::ENOMEM => "the host is out of memory for this VM; give it a larger limit, or run fewer VMs",
+        libc::EHWPOISON => "the host's memory is faulty there; see the kernel log (dmesg)",
+        _ => "the host cannot supply it: its mapping is gone, or an I/O error hit swapped memory",
+    };
+    VmEnd::Failed(format!(
+        "guest memory{place} cannot be used: {why} ({})",
+        io::Error::from_raw_os_error(errno)
+    ))
+}

@@ -1,0 +1,196 @@
+//! What the CPUID instruction tells the guest: what KVM can run on this host, with each vCPU's own
+//! number and topology filled in.
+//!
+//! Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; Linux'
+//! Documentation/virt/kvm/x86/cpuid.rst.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+
+const HYPERVISOR_SIGNATURE: u32 = 0x4000_0000;
+const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF_1_EDX_MULTITHREADING: u32 = 1 << 28;
+/// Frequency of the APIC bus that KVM emulates.
+const APIC_BUS_KHZ: u32 = 1_000_000;
+
+/// What differs between vCPUs, VMs and hosts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Topology {
+    /// Number of the vCPU, which is its APIC id as well.
+    pub(crate) vcpu: u32,
+    /// Number of vCPUs: cores of one package, one thread each.
+    pub(crate) vcpus: u32,
+    /// Frequency of the guest's time stamp counter, if KVM knows.
+    pub(crate) tsc_khz: Option<u32>,
+    /// KVM emulates the APIC timer's deadline mode.
+    pub(crate) tsc_deadline: bool,
+}
+
+/// The CPUID entries of one vCPU, from those that KVM supports.
+pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, String> {
+    let mut entries = supported.as_slice().to_vec();
+    for entry in &mut entries {
+        set_topology(entry, topology);
+    }
+    if let Some(tsc_khz) = topology.tsc_khz {
+        add_timing(&mut entries, tsc_khz);
+    }
+    if entries.len() > KVM_MAX_CPUID_ENTRIES {
+        return Err(format!(
+            "this host reports {} CPUID entries, KVM takes {KVM_MAX_CPUID_ENTRIES}",
+            entries.len()
+        ));
+    }
+    CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
+}
+
+fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
+    let Topology { vcpu, vcpus, tsc_deadline, .. } = topology;
+    // The number of bits that tell the cores of the package apart.
+    let core_bits = vcpus.next_power_of_two().trailing_zeros();
+    match entry.function {
+        1 => {
+            entry.ebx = (entry.ebx & 0x0000_ffff) | vcpus.min(255) << 16 | (vcpu & 0xff) << 24;
+            entry.ecx |= LEAF_1_ECX_HYPERVISOR;
+            if tsc_deadline {
+                entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
+            }
+            set_bit(&mut entry.edx, LEAF_1_EDX_MULTITHREADING, vcpus > 1);
+        }
+        // Caches, on Intel and on AMD: levels 1 and 2 belong to a core, level 3 to the package.
+        4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
+            let level = (entry.eax >> 5) & 7;
+            let sharers = if level >= 3 { vcpus } else { 1 };
+            entry.eax = (entry.eax & !(0xfff << 14)) | (sharers - 1).min(0xfff) << 14;
+            if entry.function == 4 {
+                entry.eax = (entry.eax & 0x03ff_ffff) | (vcpus - 1).min(0x3f) << 26;
+            }
+        }
+        0xb | 0x1f => {
+            let (shift, processors, kind) = match entry.index {
+                0 => (0, 1, 1),             // threads of a core
+                1 => (core_bits, vcpus, 2), // cores of the package
+                _ => (0, 0, 0),
+            };
+            entry.eax = shift;
+            entry.ebx = processors;
+            entry.ecx = (entry.index & 0xff) | kind << 8;
+            entry.edx = vcpu;
+        }
+        0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | core_bits << 12 | (vcpus - 1).min(0xff),
+        0x8000_001e => {
+            entry.eax = vcpu;
+            entry.ebx = vcpu & 0xff; // one thread in this core
+            entry.ecx = 0; // one node
+        }
+        _ => {}
+    }
+}
+
+fn set_bit(word: &mut u32, bit: u32, on: bool) {
+    if on {
+        *word |= bit;
+    } else {
+        *word &= !bit;
+    }
+}
+
+/// Adds the leaf that tells the frequencies of TSC and APIC, so that a guest need not measure them.
+fn add_timing(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
+    // Without KVM's own leaves nothing leads a guest to this one.
+    let Some(signature) = entries.iter_mut().find(|e| e.function == HYPERVISOR_SIGNATURE) else { return };
+    signature.eax = signature.eax.max(HYPERVISOR_TIMING);
+    entries.retain(|entry| entry.function != HYPERVISOR_TIMING);
+    entries.push(kvm_cpuid_entry2 {
+        function: HYPERVISOR_TIMING,
+        eax: tsc_khz,
+        ebx: APIC_BUS_KHZ,
+        ..Default::default()
+    });
+}
+
+/// Completes what KVM says it supports: older kernels list the topology leaf 0xb once, or not at all
+/// below its second level, and a guest needs both levels.
+pub(crate) fn complete(supported: &CpuId) -> Result<CpuId, String> {
+    let mut entries = supported.as_slice().to_vec();
+    for leaf in [0xb, 0x1f] {
+        if entries.iter().any(|entry| entry.function == leaf) {
+            entries.retain(|entry| entry.function != leaf);
+            entries.extend((0..3).map(|index| kvm_cpuid_entry2 {
+                function: leaf,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                ..Default::default()
+            }));
+        }
+    }
+    CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn result(entries: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cpuid_entry2> {
+        let supported = complete(&CpuId::from_entries(entries).unwrap()).unwrap();
+        for_vcpu(&supported, topology).unwrap().as_slice().to_vec()
+    }
+
+    const FOURTH_OF_SIX: Topology =
+        Topology { vcpu: 3, vcpus: 6, tsc_khz: Some(2_400_000), tsc_deadline: true };
+
+    #[test]
+    fn a_vcpu_reads_its_own_number_everywhere() {
+        let all = result(
+            &[
+                entry(1, 0, [0x906ea, 0x7700_0800, 0, LEAF_1_EDX_MULTITHREADING]),
+                entry(0xb, 0, [9, 9, 9, 9]),
+                entry(0x8000_001e, 0, [9, 9, 9, 0]),
+            ],
+            FOURTH_OF_SIX,
+        );
+        let find =
+            |function, index| *all.iter().find(|e| (e.function, e.index) == (function, index)).unwrap();
+        assert_eq!(find(1, 0).ebx, 0x0306_0800);
+        assert_eq!(find(1, 0).ecx, LEAF_1_ECX_HYPERVISOR | LEAF_1_ECX_TSC_DEADLINE);
+        assert_eq!(
+            (find(0xb, 0).eax, find(0xb, 0).ebx, find(0xb, 0).ecx, find(0xb, 0).edx),
+            (0, 1, 0x100, 3)
+        );
+        assert_eq!(
+            (find(0xb, 1).eax, find(0xb, 1).ebx, find(0xb, 1).ecx, find(0xb, 1).edx),
+            (3, 6, 0x201, 3)
+        );
+        assert_eq!((find(0xb, 2).ebx, find(0xb, 2).ecx), (0, 2));
+        assert_eq!((find(0x8000_001e, 0).eax, find(0x8000_001e, 0).ebx), (3, 3));
+    }
+
+    #[test]
+    fn a_single_vcpu_is_no_multiprocessor() {
+        let alone = Topology { vcpu: 0, vcpus: 1, tsc_khz: None, tsc_deadline: false };
+        let all = result(
+            &[
+                entry(1, 0, [0, 0x1234_0800, 0, LEAF_1_EDX_MULTITHREADING]),
+                entry(4, 0, [0xfc00_4121, 0, 0, 0]),
+                entry(4, 3, [0xfc1f_c163, 0, 0, 0]),
+            ],
+            alone,
+        );
+        assert_eq!((all[0].ebx, all[0].edx), (0x0001_0800, 0));
+        assert_eq!((all[1].eax, all[2].eax), (0x0000_0121, 0x0000_0163));
+    }
+
+    #[test]
+    fn timing_is_announced_behind_kvm_s_signature_and_only_there() {
+        let with = result(&[entry(0x4000_0000, 0, [0x4000_0001, 0, 0, 0])], FOURTH_OF_SIX);
+        assert_eq!(with[0].eax, 0x4000_0010);
+        assert_eq!((with[1].function, with[1].eax, with[1].ebx), (0x4000_0010, 2_400_000, 1_000_000));
+        assert_eq!(result(&[entry(0, 0, [1, 0, 0, 0])], FOURTH_OF_SIX).len(), 1);
+    }
+}

@@ -1,0 +1,151 @@
+//! The guest's physical address space. All addresses and sizes are in bytes.
+//!
+//! ```text
+//! 0x0000_0000  boot structures (GDT, boot parameters, page tables, command line)
+//! 0x0009_fc00  legacy area, no RAM for the guest: EBDA, VGA, option ROMs
+//! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
+//! 0xc000_0000  hole: virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's own pages
+//! 0x1_0000_0000  the rest of RAM
+//! ```
+
+use samepage_sharing::PAGE_SIZE;
+
+/// End of the RAM below 4 GiB; above it lies the hole for devices.
+pub const LOW_RAM_MAX: u64 = 0xc000_0000;
+/// Where RAM goes on above the hole.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+/// The smallest RAM a VM can be given: the boot structures and 1 MiB for a kernel.
+pub const MIN_RAM: u64 = 2 << 20;
+/// The largest RAM of a VM: less pages than 32 bits can number.
+pub const MAX_RAM: u64 = (1 << 43) - HIGH_RAM_START;
+
+/// Start of "high memory", where kernels are loaded.
+pub const HIMEM_START: u64 = 0x10_0000;
+/// End of the RAM below 1 MiB that guests may use.
+pub const EBDA_START: u64 = 0x9_fc00;
+
+pub(crate) const GDT_START: u64 = 0x500;
+pub(crate) const PVH_START_INFO: u64 = 0x6000;
+pub(crate) const PVH_MODULES: u64 = 0x6040;
+pub(crate) const PVH_MEMORY_MAP: u64 = 0x6080;
+pub(crate) const ZERO_PAGE: u64 = 0x7000;
+pub(crate) const BOOT_STACK: u64 = 0x8ff0;
+pub(crate) const PML4: u64 = 0x9000;
+pub(crate) const PDPT: u64 = 0xa000;
+/// Four page directories that map the first 4 GiB.
+pub(crate) const PAGE_DIRECTORIES: u64 = 0xb000;
+pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
+/// Longest command line, its terminating NUL included: Linux' COMMAND_LINE_SIZE on x86.
+pub(crate) const COMMAND_LINE_MAX: usize = 2048;
+
+/// First virtio-mmio device; the others follow at [`MMIO_STRIDE`].
+pub(crate) const MMIO_START: u64 = 0xd000_0000;
+pub(crate) const MMIO_STRIDE: u64 = 0x1000;
+/// Lines of the legacy interrupt controllers that no legacy device claims (0 timer, 1 keyboard,
+/// 2 cascade, 3 and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
+pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
+pub(crate) const SERIAL_PORT: u16 = 0x3f8;
+pub(crate) const SERIAL_IRQ: u32 = 4;
+
+/// One page that Intel hardware without unrestricted guests needs for real mode, out of RAM's way.
+pub(crate) const IDENTITY_MAP: u64 = 0xfeff_c000;
+/// Three pages for the same purpose, right behind it.
+pub(crate) const TSS: u64 = IDENTITY_MAP + PAGE_SIZE as u64;
+const KVM_PAGES: u64 = 4 * PAGE_SIZE as u64;
+
+/// Boot structures do not overlap.
+const _: () = {
+    let page = PAGE_SIZE as u64;
+    assert!(PVH_MEMORY_MAP + 24 * 8 <= ZERO_PAGE);
+    assert!(ZERO_PAGE + page <= BOOT_STACK);
+    assert!(PAGE_DIRECTORIES + 4 * page <= COMMAND_LINE);
+    assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA_START);
+};
+
+/// A run of guest RAM: contiguous for the guest as well as in the host's reservation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRange {
+    /// Guest physical address of its first byte.
+    pub gpa: u64,
+    /// Offset of its first byte in the VM's reservation.
+    pub ram_offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// Splits RAM of the given length around the hole: one range, or two.
+pub fn ram_ranges(bytes: u64) -> Vec<RamRange> {
+    let low = RamRange { gpa: 0, ram_offset: 0, bytes: bytes.min(LOW_RAM_MAX) };
+    let high = RamRange { gpa: HIGH_RAM_START, ram_offset: LOW_RAM_MAX, bytes: bytes - low.bytes };
+    if high.bytes == 0 { vec![low] } else { vec![low, high] }
+}
+
+/// What the guest is told of a range of its physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MapKind {
+    Ram,
+    Reserved,
+}
+
+impl MapKind {
+    /// The type's number, the same in e820 and in PVH's memory map.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            MapKind::Ram => 1,
+            MapKind::Reserved => 2,
+        }
+    }
+}
+
+/// One line of the memory map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MapEntry {
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
+    pub(crate) kind: MapKind,
+}
+
+/// The memory map of a guest with RAM of the given length, by ascending address.
+pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
+    let low_end = bytes.min(LOW_RAM_MAX);
+    let mut map = vec![
+        MapEntry { start: 0, bytes: EBDA_START, kind: MapKind::Ram },
+        MapEntry { start: EBDA_START, bytes: HIMEM_START - EBDA_START, kind: MapKind::Reserved },
+        MapEntry { start: HIMEM_START, bytes: low_end - HIMEM_START, kind: MapKind::Ram },
+        MapEntry { start: IDENTITY_MAP, bytes: KVM_PAGES, kind: MapKind::Reserved },
+    ];
+    if bytes > LOW_RAM_MAX {
+        map.push(MapEntry { start: HIGH_RAM_START, bytes: bytes - LOW_RAM_MAX, kind: MapKind::Ram });
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn ram_is_split_around_the_hole() {
+        assert_eq!(ram_ranges(GIB), [RamRange { gpa: 0, ram_offset: 0, bytes: GIB }]);
+        assert_eq!(ram_ranges(3 * GIB), [RamRange { gpa: 0, ram_offset: 0, bytes: 3 * GIB }]);
+        assert_eq!(
+            ram_ranges(5 * GIB),
+            [
+                RamRange { gpa: 0, ram_offset: 0, bytes: 3 * GIB },
+                RamRange { gpa: 4 * GIB, ram_offset: 3 * GIB, bytes: 2 * GIB },
+            ]
+        );
+    }
+
+    #[test]
+    fn the_memory_map_is_sorted_disjoint_and_holds_all_ram_but_the_legacy_area() {
+        for bytes in [MIN_RAM, GIB, 3 * GIB, 3 * GIB + 4096, 6 * GIB] {
+            let map = memory_map(bytes);
+            assert!(map.windows(2).all(|pair| pair[0].start + pair[0].bytes <= pair[1].start), "{map:x?}");
+            let ram: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.bytes).sum();
+            assert_eq!(ram, bytes - (HIMEM_START - EBDA_START));
+        }
+    }
+}
