@@ -11,7 +11,7 @@ use crate::demo::report::{Hex, Report, Space};
 use crate::port;
 
 /// Addresses where a machine may have RAM but no device; the first outside RAM is probed.
-const MMIO_CANDIDATES: [u64; 3] = [0xd000_0000, 0xe000_0000, 0xc000_0000];
+const MMIO_CANDIDATES: [u64; 3] = [0xe000_0000, 0xf000_0000, 0xc800_0000];
 /// A port that no device has.
 const PORT: u16 = 0x5678;
 /// Offset of an access that crosses from one page into the next.
