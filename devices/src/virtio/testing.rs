@@ -1,10 +1,12 @@
 //! A driver for tests: sets a device up through its registers and works its first queue.
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_mmio::*;
-use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -51,6 +53,7 @@ pub(super) struct Driver {
     next_descriptor: u16,
     pub(super) available: u16,
     used: u16,
+    event_idx: bool,
 }
 
 impl Driver {
@@ -59,7 +62,7 @@ impl Driver {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let line = interrupt.try_clone().unwrap();
         let transport = MmioTransport::new(memory.clone(), Box::new(device), line).unwrap();
-        Self { transport, memory, interrupt, next_descriptor: 0, available: 0, used: 0 }
+        Self { transport, memory, interrupt, next_descriptor: 0, available: 0, used: 0, event_idx: false }
     }
 
     /// A device that is ready for requests, with the ring features and `features` of its own.
@@ -117,6 +120,7 @@ impl Driver {
         assert_eq!(self.negotiate(features), FEATURES_OK);
         self.memory.write_slice(&[0; 0x3000], GuestAddress(DESCRIPTORS)).unwrap();
         (self.next_descriptor, self.available, self.used) = (0, 0, 0);
+        self.event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         assert!(self.set_up_queue(QUEUE_SIZE.into(), DESCRIPTORS, AVAILABLE, USED));
         self.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     }
@@ -141,7 +145,22 @@ impl Driver {
         self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     }
 
-    /// Submits a request of `buffers` and notifies.
+    /// Notifies after one chain was made available, if the device has asked for it.
+    fn notify_if_asked(&mut self) {
+        fence(Ordering::SeqCst);
+        let is_asked = if self.event_idx {
+            let event = GuestAddress(USED + 4 + u64::from(QUEUE_SIZE) * 8);
+            let event: u16 = self.memory.load(event, Ordering::SeqCst).unwrap();
+            event == self.available.wrapping_sub(1)
+        } else {
+            self.memory.load::<u16>(GuestAddress(USED), Ordering::SeqCst).unwrap() == 0
+        };
+        if is_asked {
+            self.notify();
+        }
+    }
+
+    /// Submits a request of `buffers`.
     pub(super) fn submit(&mut self, buffers: &[Buffer]) {
         let head = self.next_descriptor;
         for (i, &(address, len, is_written)) in buffers.iter().enumerate() {
@@ -155,7 +174,7 @@ impl Driver {
         }
         self.next_descriptor = (head + buffers.len() as u16) % QUEUE_SIZE;
         self.make_available(head);
-        self.notify();
+        self.notify_if_asked();
     }
 
     /// Submits a request of `buffers` through an indirect table.
@@ -173,7 +192,7 @@ impl Driver {
         self.put_descriptor(DESCRIPTORS, head, table);
         self.next_descriptor = (head + 1) % QUEUE_SIZE;
         self.make_available(head);
-        self.notify();
+        self.notify_if_asked();
     }
 
     /// The next completed request, if there is one: its head and the bytes written.

@@ -2,6 +2,8 @@
 
 use super::*;
 
+const RING_FEATURES_WITH_FLUSH: u64 = crate::virtio::RING_FEATURES | FLUSH_FEATURE;
+
 #[test]
 fn the_configuration_describes_the_disk() {
     let mut disk = MemoryDisk::new();
@@ -74,9 +76,11 @@ fn the_layout_of_descriptors_does_not_matter() {
 #[test]
 fn requests_queued_together_all_complete() {
     let disk = MemoryDisk::new();
-    for features in [0, FLUSH_FEATURE] {
-        let mut driver = Driver::started(disk.block(), features);
-        for round in 0..100 {
+    // With EVENT_IDX and without it (VERSION_1 alone).
+    for features in [RING_FEATURES_WITH_FLUSH, 1 << 32] {
+        let mut driver = Driver::new(disk.block());
+        driver.start(features);
+        for round in 0..500 {
             driver.put_header(READ, round);
             for _ in 0..5 {
                 driver.submit(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
@@ -150,8 +154,6 @@ fn a_driver_without_flushes_gets_stable_writes() {
     assert_eq!(driver.write_sectors(0, &[3; SECTOR]), OK);
     assert_eq!(disk.medium().flushes, 1, "a driver that knows flushes asks for them");
 }
-
-const RING_FEATURES_WITH_FLUSH: u64 = crate::virtio::RING_FEATURES | FLUSH_FEATURE;
 
 #[test]
 fn a_read_only_disk_is_not_written() {
