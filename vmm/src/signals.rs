@@ -17,10 +17,10 @@ pub struct ShutdownSignals {
 
 impl ShutdownSignals {
     /// Catches the signals. Called before any thread is started, so that all threads leave them alone.
-    /// Signals that the process was started to ignore (nohup) stay ignored.
+    /// SIGHUP and SIGQUIT stay ignored where the process was started to ignore them (nohup).
     pub fn catch() -> io::Result<Self> {
-        let mut caught = vec![libc::SIGTERM];
-        caught.extend([libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&s| !is_ignored(s)));
+        let mut caught = vec![libc::SIGTERM, libc::SIGINT];
+        caught.extend([libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
         let set = create_sigset(&caught).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         // SAFETY: `set` is a valid set of signals.
         let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };

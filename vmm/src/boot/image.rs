@@ -264,7 +264,7 @@ mod tests {
                 assert!(inspect_bytes(image[..length].to_vec()).is_err(), "{length} bytes");
             }
         }
-        let short = inspect_bytes(pvh_elf(b"\xf4")[..0x1001].to_vec()).unwrap_err();
+        let short = inspect_bytes(pvh_elf(b"\xf4")[..0x1000].to_vec()).unwrap_err();
         assert!(matches!(short, ImageError::Truncated { .. }), "{short}");
     }
 

@@ -4,10 +4,10 @@
 const PREFIX: u8 = 0x01;
 
 /// What is shown for Ctrl-A h.
-pub const HELP: &str = "\r\n\
-    Ctrl-A x       end the VM and samepage\r\n\
-    Ctrl-A h       this help\r\n\
-    Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
+pub const HELP: &str = "\n\
+    Ctrl-A x       end the VM and samepage\n\
+    Ctrl-A h       this help\n\
+    Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
 /// What a typed byte asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
