@@ -57,6 +57,8 @@ struct Control {
     stop: bool,
     /// VMs came or went: there is something to look at.
     fresh: bool,
+    /// Nothing is to be looked for.
+    paused: bool,
     /// Slots whose RAM the kernel would not let go yet.
     leaving: Vec<usize>,
 }
@@ -116,6 +118,19 @@ impl Sharing {
         let slot = self.shared.engine.lock().add(ram, on_lost)?;
         self.shared.refresh();
         Ok(Membership { shared: Arc::clone(&self.shared), slot })
+    }
+
+    /// Looks for nothing any more. What is shared stays so, and VMs come and go as before. A step
+    /// that is under way ends first.
+    pub fn pause(&self) {
+        self.shared.control.lock().paused = true;
+        drop(self.shared.engine.lock());
+    }
+
+    /// Goes on after a [`pause`](Self::pause).
+    pub fn resume(&self) {
+        self.shared.control.lock().paused = false;
+        self.shared.refresh();
     }
 
     /// The engine's statistics.
@@ -190,8 +205,8 @@ impl Shared {
             let before = thread_cpu();
             let mut engine = self.engine.lock();
             self.retry_leaving(&mut engine);
-            let empty = engine.members.count() == 0;
-            let step = if empty { Step::PassEnded { events: 0 } } else { engine.step() };
+            let idle = engine.members.count() == 0 || self.control.lock().paused;
+            let step = if idle { Step::PassEnded { events: 0 } } else { engine.step() };
             // Whoever waits comes first.
             MutexGuard::unlock_fair(engine);
             let cpu = thread_cpu();
@@ -207,12 +222,12 @@ impl Shared {
             while !control.stop {
                 if std::mem::take(&mut control.fresh) {
                     pause = shortest;
-                    if empty {
+                    if idle {
                         break;
                     }
                     rest_until = rest_until.min(Instant::now() + shortest);
                 }
-                if empty && control.leaving.is_empty() {
+                if idle && control.leaving.is_empty() {
                     self.changed.wait(&mut control);
                 } else if self.changed.wait_until(&mut control, rest_until).timed_out() {
                     break;

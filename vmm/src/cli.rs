@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use samepage::statistics::StatsTarget;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -33,6 +34,25 @@ pub(crate) enum Command {
     /// Run one or more VMs until all of them have ended
     #[command(after_help = EXAMPLES)]
     Run(Box<RunArgs>),
+    /// Show on an embedded guest what sharing memory saves: boots VMs that are partly alike, merges
+    /// their memory while they run, and lets them verify every word of it
+    Demo(DemoArgs),
+}
+
+/// The arguments of `samepage demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Number of VMs, of 128 MiB each
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=256))]
+    pub(crate) vms: u32,
+
+    /// Share of one core that looking for alike pages may take, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_percent)]
+    pub(crate) cpu: f64,
+
+    /// Print the summary as JSON, and nothing else
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// The arguments of `samepage run`. In texts and paths that say so, `{index}` and `{name}` stand for
@@ -75,6 +95,10 @@ pub(crate) struct RunArgs {
     /// Share identical memory between the VMs
     #[arg(long, value_enum, value_name = "on|off", default_value_t = Switch::On)]
     pub(crate) sharing: Switch,
+
+    /// Append statistics to this file each second, as JSON Lines; - is standard output
+    #[arg(long, value_name = "PATH|-")]
+    pub(crate) stats: Option<StatsTarget>,
 
     /// Check the books of memory sharing against the kernel's whenever a VM has ended
     #[arg(long)]
@@ -146,6 +170,13 @@ fn parse_console(text: &str) -> Result<ConsoleArg, String> {
         None if text == "off" => Ok(ConsoleArg::Off),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleArg::File(path.to_owned())),
         _ => Err("use stdio, file=PATH or off".to_owned()),
+    }
+}
+
+fn parse_percent(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(percent) if percent.is_finite() && percent > 0.0 && percent <= 100.0 => Ok(percent),
+        _ => Err("use a number above 0, up to 100".to_owned()),
     }
 }
 

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use samepage_devices::virtio::block::MAX_ID_LEN;
 use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::service::Sharing;
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
-use crate::vm::guard::GuardMemory;
 use crate::x86::layout::{MAX_RAM, MIN_RAM};
 
 /// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
@@ -74,10 +74,9 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// The serial console.
     pub console: ConsoleConfig,
-    /// The guest's memory may be shared page by page, so it is not to be backed by huge pages.
-    pub sharing: bool,
-    /// Who is to know of the guest's memory before the guest starts, and until it is gone.
-    pub guard: Option<Arc<dyn GuardMemory>>,
+    /// The engine that shares the guest's memory from before it starts until it is gone. `None` for a VM
+    /// that keeps its memory to itself.
+    pub sharing: Option<Arc<Sharing>>,
 }
 
 /// What cannot be about a VM's configuration.
@@ -112,7 +111,7 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
-    /// A VM with 256 MiB of memory that may be shared, no disks and no console.
+    /// A VM with 256 MiB of memory of its own, no disks and no console.
     pub fn new(name: impl Into<String>, kernel: ImageSource) -> Self {
         Self {
             name: name.into(),
@@ -122,8 +121,7 @@ impl VmConfig {
             memory_bytes: 256 << 20,
             disks: Vec::new(),
             console: ConsoleConfig::Off,
-            sharing: true,
-            guard: None,
+            sharing: None,
         }
     }
 

@@ -224,14 +224,19 @@ impl Fleet {
         }
     }
 
-    /// All VMs, in no particular order.
+    /// All VMs, in the order in which they were added.
     pub fn vms(&self) -> Vec<Arc<Vm>> {
         let members = self.members.lock();
-        let present = |member: &Member| match member {
-            Member::Present(vm, _) => Some(vm.clone()),
-            Member::Reserved => None,
-        };
-        members.values().filter_map(present).collect()
+        let mut present: Vec<_> = members
+            .values()
+            .filter_map(|member| match member {
+                Member::Present(vm, token) => Some((*token, vm.clone())),
+                Member::Reserved => None,
+            })
+            .collect();
+        drop(members);
+        present.sort_by_key(|(token, _)| *token);
+        present.into_iter().map(|(_, vm)| vm).collect()
     }
 
     /// Whether there are no VMs, nor any being made.

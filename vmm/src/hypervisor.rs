@@ -7,7 +7,6 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use thiserror::Error;
 
-use crate::vm::control::install_kick_handler;
 use crate::x86::cpuid;
 
 const DEVICE: &str = "/dev/kvm";
@@ -115,8 +114,6 @@ impl Hypervisor {
             HypervisorError::Query { what: "the processor features it supports", source: error.into() }
         })?;
         let supported_cpuid = cpuid::complete(&supported).map_err(HypervisorError::Cpuid)?;
-        install_kick_handler()
-            .map_err(|source| HypervisorError::Query { what: "a signal to interrupt vCPUs", source })?;
         Ok(Self {
             has_tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             needs_tss: kvm.check_extension(Cap::SetTssAddr),

@@ -16,8 +16,8 @@ pub mod fleet;
 pub mod host_limits;
 pub mod hypervisor;
 pub mod poll;
-mod sharing;
 pub mod signals;
+pub mod statistics;
 pub mod vm;
 pub mod x86;
 
@@ -25,4 +25,4 @@ pub use boot::ImageSource;
 pub use config::{ConsoleConfig, DiskConfig, VmConfig};
 pub use fleet::Fleet;
 pub use hypervisor::Hypervisor;
-pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle};
+pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle, VmState};

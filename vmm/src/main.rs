@@ -1,6 +1,7 @@
 //! The `samepage` program: see `samepage --help`.
 
 mod cli;
+mod demo;
 mod plan;
 mod run;
 
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Demo(args) => demo::main(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("samepage: {error:#}");

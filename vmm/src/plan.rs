@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use samepage::{ConsoleConfig, DiskConfig, ImageSource, VmConfig};
 
-use crate::cli::{ConsoleArg, RunArgs, Switch};
+use crate::cli::{ConsoleArg, RunArgs};
 
 /// Replaces `{index}` and `{name}`.
 fn expand(text: &str, index: u32, name: &str) -> String {
@@ -54,7 +54,6 @@ fn configuration(args: &RunArgs, index: u32) -> VmConfig {
             ConsoleArg::File(path) => ConsoleConfig::File(PathBuf::from(expand(path))),
             ConsoleArg::Off => ConsoleConfig::Off,
         },
-        sharing: args.sharing == Switch::On,
         ..VmConfig::new(name.clone(), ImageSource::Path(args.kernel.clone()))
     }
 }
@@ -66,8 +65,8 @@ mod tests {
     use clap::Parser;
 
     fn plan(arguments: &[&str]) -> Vec<VmConfig> {
-        let Command::Run(args) =
-            Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat()).command;
+        let cli = Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat());
+        let Command::Run(args) = cli.command else { panic!("another command") };
         configurations(&args)
     }
 

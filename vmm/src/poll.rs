@@ -16,6 +16,16 @@ pub fn wait_readable<const N: usize>(files: [Option<RawFd>; N]) -> io::Result<[b
     Ok(polled.map(|file| file.revents != 0))
 }
 
+/// Whether the file is readable at this moment.
+pub fn is_readable_now(file: RawFd) -> io::Result<bool> {
+    let mut polled = pollfd { fd: file, events: POLLIN, revents: 0 };
+    // SAFETY: the one entry is valid; the call does not wait.
+    match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+        0.. => Ok(polled.revents != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// poll(2) without a timeout; interruptions by signals are not told.
 pub(crate) fn wait(files: &mut [pollfd]) -> io::Result<()> {
     loop {

@@ -4,19 +4,21 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use samepage::console::escape::{EscapeFilter, HELP, Key};
 use samepage::console::terminal::{self, RawTerminal, StdinKind};
 use samepage::fleet::{self, Ended, Fleet};
 use samepage::host_limits::HostMemory;
-use samepage::poll::wait_readable;
+use samepage::poll::{is_readable_now, wait_readable};
 use samepage::signals::ShutdownSignals;
-use samepage::vm::guard::GuardMemory;
+use samepage::statistics::{StatsTarget, StatsWriter};
 use samepage::{Hypervisor, Vm, VmConfig, VmEnd};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, RunArgs, Switch};
 use crate::plan;
@@ -59,7 +61,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 
     let sharing = if args.sharing == Switch::On { start_sharing() } else { None };
     for config in &mut configs {
-        config.guard = sharing.clone().map(|sharing| sharing as Arc<dyn GuardMemory>);
+        config.sharing = sharing.clone();
     }
     let fleet = Fleet::new(hypervisor).context("watch the VMs")?;
     let vms = fleet.add(configs)?;
@@ -70,15 +72,25 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     drop(vms);
     fleet.start_all();
 
+    let mut statistics = args.stats.as_ref().map(Statistics::open).transpose()?;
     let mut outcome = Outcome::default();
     while !fleet.is_empty() {
-        let [signal, end, typed, room] = {
+        let [signal, end, due, typed, room] = {
             let [typed, room] = input.as_ref().map_or([None, None], Input::files);
-            wait_readable([Some(signals.as_raw_fd()), Some(fleet.as_raw_fd()), typed, room])
+            let due = statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
+            wait_readable([Some(signals.as_raw_fd()), Some(fleet.as_raw_fd()), due, typed, room])
                 .context("wait for the VMs")?
         };
         if signal && signals.take().is_some() {
             fleet.request_stop_all();
+        }
+        // The VMs that have ended are still there for a last line.
+        if (due || end)
+            && let Some(open) = &mut statistics
+            && let Err(error) = open.write(sharing.as_deref(), &fleet)
+        {
+            eprintln!("samepage: no more statistics: {error}");
+            statistics = None;
         }
         if end {
             if args.audit {
@@ -146,6 +158,30 @@ fn report(vm: &Ended) {
             "samepage: VM {}: {} bytes of console output were lost, because nobody took them",
             vm.name, vm.console_lost
         );
+    }
+}
+
+/// Statistics, due each second.
+struct Statistics {
+    writer: StatsWriter,
+    timer: TimerFd,
+}
+
+impl Statistics {
+    fn open(target: &StatsTarget) -> anyhow::Result<Self> {
+        let writer = StatsWriter::open(target).with_context(|| format!("write statistics to {target}"))?;
+        let mut timer = TimerFd::new().context("open a timer")?;
+        let second = Duration::from_secs(1);
+        timer.reset(second, Some(second)).context("set a timer")?;
+        Ok(Self { writer, timer })
+    }
+
+    fn write(&mut self, sharing: Option<&Sharing>, fleet: &Fleet) -> io::Result<()> {
+        // Nothing waits here: the timer is asked only so that it is readable no more.
+        if is_readable_now(self.timer.as_raw_fd())? {
+            self.timer.wait()?;
+        }
+        self.writer.write(sharing, fleet.vms().iter().map(Arc::as_ref))
     }
 }
 

@@ -143,6 +143,15 @@ pub enum StatsTarget {
     File(PathBuf),
 }
 
+impl std::fmt::Display for StatsTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Stdout => f.write_str("standard output"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
 impl std::str::FromStr for StatsTarget {
     type Err = std::convert::Infallible;
 

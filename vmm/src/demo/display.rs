@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use samepage_sharing::PAGE_SIZE;
 
 use super::Progress;
-use crate::statistics::{Sample, VmSample};
+use samepage::statistics::{Sample, VmSample};
 
 /// Cells of a VM's bar.
 const BAR: usize = 40;
@@ -105,7 +105,8 @@ impl Display {
                 short(vm.pages.zero_pages * PAGE_SIZE as u64),
             ));
         }
-        lines.push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages given back", ""));
+        lines
+            .push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages given back", ""));
         lines.push(String::new());
         lines.push(format!(
             "resident {}   shared frames {}   saved {} of {}   sharing CPU {:.2} s",

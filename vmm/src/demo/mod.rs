@@ -10,6 +10,7 @@ mod display;
 mod summary;
 
 use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -24,13 +25,14 @@ use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
-use crate::boot::ImageSource;
-use crate::config::{ConsoleConfig, VmConfig};
-use crate::hypervisor::Hypervisor;
-use crate::statistics::{Sample, Sampler, rss_anon};
-use crate::vm::{Vm, VmEnd};
+use crate::cli::DemoArgs;
 use display::Display;
-pub use summary::Summary;
+use samepage::boot::ImageSource;
+use samepage::config::{ConsoleConfig, VmConfig};
+use samepage::hypervisor::Hypervisor;
+use samepage::statistics::{Sample, Sampler, rss_anon};
+use samepage::vm::{Vm, VmEnd};
+use summary::Summary;
 
 /// Memory of each VM, in bytes, and the part of it that the guest fills, in pages.
 const MEMORY_BYTES: u64 = 128 << 20;
@@ -41,17 +43,6 @@ const ROUNDS_AFTER: u64 = 3;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often the screen is drawn.
 const REFRESH: Duration = Duration::from_millis(200);
-
-/// What the demo is to be like.
-#[derive(Clone, Debug)]
-pub struct DemoOptions {
-    /// Number of VMs, 2 at least.
-    pub vms: u32,
-    /// Share of one core for the engine, in percent.
-    pub cpu_percent: f64,
-    /// Print the summary as JSON, and nothing else on standard output.
-    pub json: bool,
-}
 
 /// What happens to a VM, as the demo sees it.
 #[derive(Clone, Debug, Default)]
@@ -65,17 +56,27 @@ struct Progress {
     done: Option<u64>,
 }
 
-/// Runs the demo. Returns its summary; [`Summary::passed`] says whether all went as it must.
-///
-/// # Errors
-/// Where VMs cannot be started, memory cannot be shared on this host, or a guest ends early.
-pub fn run(options: &DemoOptions) -> Result<Summary> {
+/// Runs the demo and prints its summary. The status is 0 only if every guest verified its memory and
+/// sharing saved what can be saved.
+pub(crate) fn main(args: &DemoArgs) -> Result<ExitCode> {
+    let summary = run(args)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&summary)?);
+    } else {
+        print!("\n{summary}");
+    }
+    Ok(if summary.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run(options: &DemoArgs) -> Result<Summary> {
     let hypervisor = Hypervisor::open()?;
-    let settings = Settings { cpu_percent: options.cpu_percent, ..Settings::default() };
+    let settings = Settings { cpu_percent: options.cpu, ..Settings::default() };
     let sharing = Arc::new(Sharing::start(settings).context("memory cannot be shared on this host")?);
     sharing.pause();
     let plan = plan();
-    let counts = Arena::on_map(&plan, [0..MEMORY_BYTES]).context("lay out the guests' memory")?.counts();
+    let counts = Arena::on_map(&plan, std::iter::once(0..MEMORY_BYTES))
+        .context("lay out the guests' memory")?
+        .counts();
     let can_save = counts.reclaimable(options.vms.into()) * PAGE_SIZE as u64;
 
     let (sender, reports) = mpsc::channel();
@@ -177,7 +178,9 @@ impl Write for Lines {
                 self.line.push(byte);
                 continue;
             }
-            if let Some(report) = std::str::from_utf8(&self.line).ok().and_then(|line| Report::parse(line).ok()) {
+            if let Some(report) =
+                std::str::from_utf8(&self.line).ok().and_then(|line| Report::parse(line).ok())
+            {
                 // Nobody listens any more once the demo has ended.
                 let _ = self.reports.send((self.index, report));
             }

@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::Progress;
 use super::display::mebibytes;
-use crate::statistics::Sample;
-use crate::vm::VmEnd;
+use samepage::statistics::Sample;
+use samepage::vm::VmEnd;
 
 /// The end of a demo.
 #[derive(Clone, Debug, Serialize)]
-pub struct Summary {
+pub(super) struct Summary {
     /// Number of VMs.
     pub vms: usize,
     /// Sum of their memory, in bytes.
@@ -94,7 +94,7 @@ impl Summary {
 
     /// Whether every guest verified its memory and sharing saved what can be saved.
     #[must_use]
-    pub fn passed(&self) -> bool {
+    pub(super) fn passed(&self) -> bool {
         self.corrupt == 0 && self.unfinished.is_empty() && self.saved_bytes >= self.can_save_bytes
     }
 }

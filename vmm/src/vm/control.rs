@@ -28,7 +28,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::VmEnd;
+use super::{VmEnd, VmState};
 
 /// What all vCPUs of the VM are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +104,7 @@ pub(super) struct Control {
 impl Control {
     /// A held VM with no vCPUs yet. Fails when the process is out of files.
     pub(super) fn new() -> io::Result<Self> {
+        install_kick_handler()?;
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             state: Mutex::new(State { goal: Goal::Hold, vcpus: Vec::new(), end: None }),
@@ -165,6 +166,15 @@ impl Control {
         raise(&self.closing);
         state.kick_all();
         self.note_change(&mut state);
+    }
+
+    /// What the VM is to do now.
+    pub(super) fn state(&self) -> VmState {
+        match self.state.lock().goal {
+            Goal::Hold => VmState::Held,
+            Goal::Run => VmState::Running,
+            Goal::End => VmState::Ended,
+        }
     }
 
     /// How the VM ended, if it has.
@@ -269,7 +279,7 @@ pub(super) fn kick_signal() -> c_int {
 }
 
 /// Gives the kick signal its handler, once for the process.
-pub(crate) fn install_kick_handler() -> io::Result<()> {
+fn install_kick_handler() -> io::Result<()> {
     extern "C" fn interrupted(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     INSTALLED
@@ -285,7 +295,6 @@ mod tests {
 
     /// A vCPU that spins in place of KVM_RUN until it is kicked.
     fn spawn(control: &Arc<Control>) -> JoinHandle<u32> {
-        install_kick_handler().unwrap();
         let number = control.add_vcpu();
         let control = control.clone();
         std::thread::spawn(move || {

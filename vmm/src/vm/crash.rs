@@ -162,8 +162,8 @@ mod tests {
         let read = |linear| read_linear(linear, memory.view(), paged);
         assert_eq!(read(0xffff_8000_0000_0ffb), [[1; 5].as_slice(), &[2; 10]].concat());
         assert_eq!(read_linear(0x5ffb, memory.view(), |a| (a < 0x6000).then_some(a)), [1; 5]);
-        assert_eq!(read(0), []);
-        assert_eq!(read_linear(u64::MAX, memory.view(), Some), []);
+        assert!(read(0).is_empty());
+        assert!(read_linear(u64::MAX, memory.view(), Some).is_empty());
     }
 
     #[test]

@@ -4,11 +4,9 @@ pub(crate) mod bus;
 pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
-pub mod guard;
 pub(crate) mod memory;
 mod vcpu;
 
-use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io::{self, Write};
@@ -17,10 +15,10 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
-use parking_lot::Mutex;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::Ram;
+use samepage_sharing::service::Membership;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -36,7 +34,6 @@ use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::Devices;
 pub use devices::MAX_DISKS;
-use guard::MemoryAccess;
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
@@ -63,6 +60,28 @@ impl fmt::Display for VmEnd {
             VmEnd::Crashed(report) => write!(f, "the guest crashed: {report}"),
             VmEnd::Failed(reason) => write!(f, "failed: {reason}"),
             VmEnd::Stopped => f.write_str("stopped"),
+        }
+    }
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmState {
+    /// Its vCPUs are held: before the start, or by a pause.
+    Held,
+    /// Its vCPUs run.
+    Running,
+    /// It has ended, or is about to.
+    Ended,
+}
+
+impl VmState {
+    /// The state in a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            VmState::Held => "paused",
+            VmState::Running => "running",
+            VmState::Ended => "ended",
         }
     }
 }
@@ -119,9 +138,9 @@ pub enum VmError {
         /// What is wrong with it.
         source: Box<dyn StdError + Send + Sync>,
     },
-    /// Who was to take notice of its memory could not.
-    #[error("share its memory: {0}")]
-    Guard(Box<dyn StdError + Send + Sync>),
+    /// Its memory could not be taken in by the sharing engine.
+    #[error("share its memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
+    Sharing(io::Error),
     /// A thread could not be had.
     #[error(
         "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"
@@ -181,8 +200,7 @@ pub struct Vm {
     threads: Vec<JoinHandle<()>>,
     // Fields are dropped in this order: what uses guest memory goes before it.
     devices: Arc<Devices>,
-    /// Behind a lock because a guard need not be shared between threads, and a VM is.
-    _guard: Mutex<Option<Box<dyn Any + Send>>>,
+    membership: Option<Membership>,
     _kvm: Arc<VmFd>,
     memory: VmMemory,
 }
@@ -198,8 +216,8 @@ impl Vm {
     pub fn build(config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
         config.check()?;
         let bytes = config.memory_bytes;
-        let memory =
-            VmMemory::reserve(bytes, config.sharing).map_err(|source| VmError::Memory { bytes, source })?;
+        let memory = VmMemory::reserve(bytes, config.sharing.is_some())
+            .map_err(|source| VmError::Memory { bytes, source })?;
         let command_line = config.kernel_command_line();
         let entry = load::load(memory.view(), bytes, &config.kernel, config.initrd.as_ref(), &command_line)?;
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
@@ -213,15 +231,17 @@ impl Vm {
         registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
 
         let handle = VmHandle { name: config.name.as_str().into(), control };
-        let guard = match config.guard {
-            Some(user) => {
-                let access = MemoryAccess { memory: memory.clone(), kvm: kvm.clone(), vm: handle.clone() };
-                Some(user.attach(access).map_err(VmError::Guard)?)
+        let membership = match config.sharing {
+            Some(sharing) => {
+                let vm = handle.clone();
+                let lost =
+                    move |error: &_| vm.fail(format!("its memory was lost while it was shared: {error}"));
+                let ram = Arc::clone(memory.ram());
+                Some(sharing.add(ram, Box::new(lost)).map_err(VmError::Sharing)?)
             }
             None => None,
         };
-        let mut vm =
-            Self { handle, threads: Vec::new(), devices, _guard: Mutex::new(guard), _kvm: kvm, memory };
+        let mut vm = Self { handle, threads: Vec::new(), devices, membership, _kvm: kvm, memory };
         let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
         let thread = vcpu.spawn(&config.name, &vm.handle.control).map_err(VmError::Thread)?;
         vm.threads.push(thread);
@@ -277,6 +297,16 @@ impl Vm {
     /// Becomes readable, and stays so, when the VM has ended.
     pub fn end_event(&self) -> &EventFd {
         self.handle.control.ended()
+    }
+
+    /// Its part in sharing memory; `None` where it does not share.
+    pub fn membership(&self) -> Option<&Membership> {
+        self.membership.as_ref()
+    }
+
+    /// What it does now.
+    pub fn state(&self) -> VmState {
+        self.handle.control.state()
     }
 
     /// Guest RAM as pages.

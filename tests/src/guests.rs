@@ -1,0 +1,91 @@
+//! Demo guests under the test's control.
+
+use std::sync::Arc;
+
+use samepage::{ConsoleConfig, Hypervisor, ImageSource, Vm, VmConfig, VmEnd};
+use samepage_resources::DEMO_GUEST;
+use samepage_resources::demo::plan::Plan;
+use samepage_resources::demo::report::Report;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+
+use crate::console::Console;
+
+/// A VM and its console.
+#[derive(Debug)]
+pub struct Guest {
+    /// The VM, started.
+    pub vm: Vm,
+    /// What it writes.
+    pub console: Console,
+}
+
+/// Opens KVM.
+///
+/// # Panics
+/// Where there is none: the harness has checked.
+#[must_use]
+pub fn hypervisor() -> Hypervisor {
+    Hypervisor::open().expect("KVM was there a moment ago")
+}
+
+/// The engine at full speed: no ceiling, no pauses, pages looked for at first sight.
+#[must_use]
+pub fn aggressive() -> Settings {
+    Settings {
+        cpu_percent: 100.0,
+        settle: false,
+        shortest_pause_ms: 0,
+        longest_pause_ms: 0,
+        ..Settings::default()
+    }
+}
+
+/// Starts the engine.
+///
+/// # Panics
+/// Where the host cannot share memory.
+#[must_use]
+pub fn sharing(settings: Settings) -> Arc<Sharing> {
+    Arc::new(Sharing::start(settings).expect("memory can be shared here"))
+}
+
+impl Guest {
+    /// A configuration of the demo guest.
+    #[must_use]
+    pub fn config(name: &str, plan: &Plan, memory_bytes: u64, sharing: Option<&Arc<Sharing>>) -> VmConfig {
+        let kernel = ImageSource::Bytes { name: "demo guest", bytes: DEMO_GUEST.into() };
+        let mut config = VmConfig::new(name, kernel);
+        config.cmdline = plan.to_string();
+        config.memory_bytes = memory_bytes;
+        config.sharing = sharing.cloned();
+        config
+    }
+
+    /// Builds a VM with a console of the test's, and starts it.
+    ///
+    /// # Panics
+    /// Where it cannot be built.
+    #[must_use]
+    pub fn start(hypervisor: &Hypervisor, mut config: VmConfig) -> Self {
+        let console = Console::default();
+        config.console = ConsoleConfig::Sink(console.sink());
+        let vm = Vm::build(config, hypervisor).expect("a VM can be built");
+        vm.start();
+        Self { vm, console }
+    }
+
+    /// Tells the demo guest to finish, and waits for its last verification and its reset.
+    ///
+    /// # Panics
+    /// Where it found a corrupt page or ended otherwise.
+    pub fn finish(self) {
+        assert_eq!(self.vm.serial_input(b"q"), 1);
+        let corrupt = self.console.wait_for_report("the end", |report| match report {
+            Report::Done { corrupt, .. } => Some(*corrupt),
+            _ => None,
+        });
+        assert_eq!(corrupt, 0, "{}", self.console.lines().join("\n"));
+        assert_eq!(self.vm.wait(), VmEnd::Reset);
+    }
+}

@@ -1,0 +1,251 @@
+//! Guests that fill, write and verify their memory while it is shared.
+
+use std::fs;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use samepage::Hypervisor;
+use samepage_resources::demo::content::Class;
+use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::plan::{Classes, Plan, Rate};
+use samepage_resources::demo::report::Report;
+use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
+use samepage_tests::harness;
+use samepage_tests::process::Holdings;
+
+fn main() -> ExitCode {
+    harness::run(&[
+        ("guests_share_what_is_alike_and_read_what_they_wrote", share_what_is_alike),
+        ("no_page_is_corrupt_under_the_most_aggressive_merging", integrity),
+        ("vms_that_come_and_go_leave_nothing_behind", come_and_go),
+        ("vms_come_and_go_at_the_reserve_of_mappings", come_and_go_at_the_reserve),
+        ("what_is_saved_is_free_on_the_host", host_sees_savings),
+        ("a_paused_guest_is_shared_and_goes_on", pause_and_resume),
+        ("a_vm_without_the_engine_is_as_it_ever_was", without_the_engine),
+    ])
+}
+
+const MEMORY: u64 = 64 << 20;
+
+fn pages(sharing: &Sharing) -> u64 {
+    let statistics = sharing.statistics();
+    statistics.pages_sharing + statistics.zero_pages
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} did not come about");
+        // The engine's progress is a figure that is asked for, not an event.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn wait_ready(guest: &Guest) {
+    guest.console.wait_for_report("ready", |report| matches!(report, Report::Ready { .. }).then_some(()));
+}
+
+fn audit(sharing: &Sharing) {
+    let report = sharing.audit().expect("an audit");
+    assert!(report.passed(), "{report:#?}");
+}
+
+fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, plan: &Plan) -> Vec<Guest> {
+    (0..count)
+        .map(|vm| {
+            let plan = Plan { vm, ..plan.clone() };
+            Guest::start(hypervisor, Guest::config(&format!("g{vm}"), &plan, MEMORY, Some(sharing)))
+        })
+        .collect()
+}
+
+fn share_what_is_alike() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 50.0, ..Settings::default() });
+    let plan = Plan { rounds: 0, every_ms: 20, pages: Some(8192), ..Plan::default() };
+    let guests = start_all(&hypervisor, &sharing, 2, &plan);
+    let counts = Arena::on_map(&plan, std::iter::once(0..MEMORY)).unwrap().counts();
+    wait_until("sharing", || pages(&sharing) >= counts.reclaimable(2));
+    for guest in &guests {
+        guest.console.wait_for_round(guest.console.round() + 2);
+        let statistics = guest.vm.membership().unwrap().statistics().unwrap();
+        assert!(statistics.pages_merged >= counts.alike, "{statistics:?}");
+        assert!(statistics.zero_pages >= counts.zero, "{statistics:?}");
+    }
+    audit(&sharing);
+    guests.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
+
+/// Guests that rewrite pages as fast as they can, half of them back to what they were, so that they
+/// are merged and broken over and over.
+fn churn() -> Plan {
+    Plan {
+        rounds: 0,
+        pages: Some(2048),
+        run: 8,
+        rate: Rate::Max,
+        write: Classes::new(&[Class::Alike, Class::Own, Class::Zero]),
+        restore: 80,
+        ..Plan::default()
+    }
+}
+
+/// Merges to see in the test of integrity, where more than in every run are wanted.
+const MERGES: &str = "SAMEPAGE_TEST_MERGES";
+
+fn integrity() {
+    let wanted = std::env::var(MERGES).ok().and_then(|merges| merges.parse().ok()).unwrap_or(20_000_u64);
+    let hypervisor = hypervisor();
+    let sharing = sharing(aggressive());
+    let guests = start_all(&hypervisor, &sharing, 4, &churn());
+    guests.iter().for_each(wait_ready);
+    let mut audited = 0;
+    loop {
+        let merges = sharing.statistics().merges;
+        if merges / (wanted / 4).max(1) > audited {
+            audited += 1;
+            audit(&sharing);
+        }
+        if merges >= wanted {
+            break;
+        }
+        let round = guests[0].console.round();
+        guests[0].console.wait_for_round(round + 1);
+    }
+    audit(&sharing);
+    let rounds: Vec<_> = guests.iter().map(|guest| guest.console.round()).collect();
+    guests.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    println!("{} merges, {} breaks, rounds {rounds:?}", statistics.merges, statistics.breaks);
+    assert!(statistics.breaks > wanted / 10, "{statistics:?}");
+    assert_eq!(statistics.refusals, 0, "{statistics:?}");
+}
+
+fn come_and_go_with(settings: Settings, vms: u32, cycles: u32) {
+    let hypervisor = hypervisor();
+    let before_all = Holdings::now();
+    let sharing = sharing(settings);
+    let plan = Plan { rounds: 0, pages: Some(4096), run: 2, ..Plan::default() };
+    let stay = start_all(&hypervisor, &sharing, 2, &Plan { every_ms: 50, ..plan.clone() });
+    stay.iter().for_each(wait_ready);
+    let cycle = |number: u32| {
+        let guests: Vec<_> = (0..vms)
+            .map(|vm| {
+                let plan = Plan { vm: 100 + vm, ..plan.clone() };
+                let config = Guest::config(&format!("c{number}-{vm}"), &plan, MEMORY, Some(&sharing));
+                Guest::start(&hypervisor, config)
+            })
+            .collect();
+        for guest in &guests {
+            guest.console.wait_for_round(1);
+        }
+        // Half of them end by themselves, half in the middle of their work.
+        for (index, guest) in guests.into_iter().enumerate() {
+            if index.is_multiple_of(2) { guest.finish() } else { drop(guest) }
+        }
+    };
+    cycle(0);
+    wait_until("rest", || stay.iter().all(|guest| guest.console.round() > 1));
+    sharing.pause();
+    let (before, frames_before) = (Holdings::now(), sharing.statistics().frames);
+    sharing.resume();
+    (1..=cycles).for_each(cycle);
+    for guest in &stay {
+        guest.console.wait_for_round(guest.console.round() + 1);
+    }
+    sharing.pause();
+    let (after, statistics) = (Holdings::now(), sharing.statistics());
+    after.assert_no_more_than(&Holdings { mappings: before.mappings + 8192, ..before }, 4 << 20);
+    let most = 2 * plan.pages.unwrap() + 1024;
+    assert!(statistics.frames <= frames_before.max(most), "{frames_before} frames before, {statistics:?}");
+    audit(&sharing);
+    sharing.resume();
+    stay.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+    drop(sharing);
+    Holdings::now().assert_no_more_than(&before_all, 4 << 20);
+}
+
+fn come_and_go() {
+    come_and_go_with(aggressive(), 2, 8);
+}
+
+fn come_and_go_at_the_reserve() {
+    // With runs of two pages, a limit of 6,000 is reached by the two guests that stay.
+    let settings = Settings { mappings_limit: Some(6000), ..aggressive() };
+    come_and_go_with(settings, 2, 4);
+}
+
+/// Memory that the host could give to others, in bytes.
+fn available() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).expect("MemAvailable");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+fn host_sees_savings() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 100.0, ..Settings::default() });
+    sharing.pause();
+    let memory = 320 << 20;
+    let plan =
+        Plan { rounds: 0, every_ms: 50, alike: 60, own: 20, zero: 20, pages: Some(65536), ..Plan::default() };
+    let guests: Vec<_> = (0..3)
+        .map(|vm| {
+            let plan = Plan { vm, ..plan.clone() };
+            Guest::start(&hypervisor, Guest::config(&format!("m{vm}"), &plan, memory, Some(&sharing)))
+        })
+        .collect();
+    guests.iter().for_each(wait_ready);
+    let before = available();
+    sharing.resume();
+    let counts = Arena::on_map(&plan, std::iter::once(0..memory)).unwrap().counts();
+    wait_until("sharing", || pages(&sharing) >= counts.reclaimable(3));
+    sharing.pause();
+    let reported = pages(&sharing) * PAGE_SIZE as u64;
+    let freed = available().saturating_sub(before);
+    println!("reported {} MiB saved, the host has {} MiB more", reported >> 20, freed >> 20);
+    assert!(freed.abs_diff(reported) < reported / 10, "reported {reported} bytes, host {freed}");
+    guests.into_iter().for_each(Guest::finish);
+}
+
+fn pause_and_resume() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 100.0, ..Settings::default() });
+    let plan = Plan { rounds: 0, pages: Some(4096), rate: Rate::PerSecond(1000), ..Plan::default() };
+    let guests = start_all(&hypervisor, &sharing, 2, &plan);
+    guests.iter().for_each(|guest| guest.console.wait_for_round(1));
+    guests[0].vm.pause();
+    let paused_at = guests[0].console.round();
+    let scans = sharing.statistics().full_scans;
+    guests[1].console.wait_for_round(guests[1].console.round() + 2);
+    wait_until("two passes", || sharing.statistics().full_scans > scans + 2);
+    assert_eq!(guests[0].console.round(), paused_at, "a paused guest did something");
+    assert!(sharing.statistics().pages_sharing > 1000);
+    audit(&sharing);
+    guests[0].vm.resume();
+    guests[0].console.wait_for_round(paused_at + 2);
+    guests.into_iter().for_each(Guest::finish);
+}
+
+fn without_the_engine() {
+    let hypervisor = hypervisor();
+    let before = Holdings::now();
+    let plan = Plan { rounds: 0, pages: Some(4096), ..Plan::default() };
+    let guest = Guest::start(&hypervisor, Guest::config("alone", &plan, MEMORY, None));
+    guest.console.wait_for_round(2);
+    assert!(guest.vm.membership().is_none());
+    let threads: Vec<_> =
+        Holdings::now().threads.into_iter().filter(|name| !before.threads.contains(name)).collect();
+    assert_eq!(threads, ["vcpu-alone-0"]);
+    guest.finish();
+    Holdings::now().assert_no_more_than(&before, 2 << 20);
+}
