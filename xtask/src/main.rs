@@ -1,2 +1,67 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: builds what the tests need, and runs every check of the project.
+
+#![forbid(unsafe_code)]
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::artifacts::Artifacts;
+use xtask::cache::Cache;
+use xtask::{check, disk, initramfs, kernel, setup};
+
+/// Builds what the tests of samepage need, and runs every check of the project.
+///
+/// What is built lies in a cache (`$SAMEPAGE_CACHE`, or `~/.cache/samepage`) and is built again
+/// only when something that it depends on has changed.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that the builds need (as root; otherwise say how)
+    Setup,
+    /// Build the guest kernel and print its path
+    Kernel,
+    /// Build the initial RAM file system of test guests and print its path
+    Initramfs,
+    /// Build the disk image of test guests and print its path
+    Disk,
+    /// Build all of these and print their paths as JSON
+    Artifacts,
+    /// Run every check: packages, guests, format, lint, tests
+    Test {
+        /// Leave out the tests that boot guests, and what they need
+        #[arg(long)]
+        quick: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Setup => setup::install(),
+        Task::Kernel => print(Cache::of_user().and_then(|cache| kernel::build(&cache))),
+        Task::Initramfs => print(Cache::of_user().and_then(|cache| initramfs::build(&cache))),
+        Task::Disk => print(Cache::of_user().and_then(|cache| disk::build(&cache))),
+        Task::Artifacts => Artifacts::build().and_then(|artifacts| {
+            println!("{}", serde_json::to_string_pretty(&artifacts)?);
+            Ok(())
+        }),
+        Task::Test { quick } => return if check::run(quick) { ExitCode::SUCCESS } else { ExitCode::FAILURE },
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(path: Result<std::path::PathBuf>) -> Result<()> {
+    println!("{}", path?.display());
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! Running other programs, with errors that name the command.
+
+use anyhow::{Context, Result, bail};
+use std::process::{Command, Stdio};
+
+/// Runs `command` to its end.
+///
+/// # Errors
+/// It could not be started or did not succeed.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("starting {}", shown(command)))?;
+    if !status.success() {
+        bail!("{} failed: {status}", shown(command));
+    }
+    Ok(())
+}
+
+/// Runs `command` to its end and returns what it printed.
+///
+/// # Errors
+/// It could not be started, did not succeed, or printed no UTF-8.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("starting {}", shown(command)))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{} failed: {}: {}", shown(command), output.status, said.trim_end());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("reading what {} printed", shown(command)))
+}
+
+/// Whether `command` can be started and succeeds; what it prints is dropped.
+pub fn succeeds(command: &mut Command) -> bool {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// The Cargo that runs this program, or the one on the path.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(crate::project_root());
+    command
+}
+
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_is_returned() -> Result<()> {
+        assert_eq!(output(Command::new("echo").arg("a b"))?, "a b\n");
+        Ok(())
+    }
+
+    #[test]
+    fn failures_name_the_command() {
+        let error = output(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).expect_err("it failed");
+        assert_eq!(error.to_string(), "sh -c echo why >&2; exit 3 failed: exit status: 3: why");
+        let error = run(Command::new("/nonexistent").arg("x")).expect_err("it failed");
+        assert_eq!(error.to_string(), "starting /nonexistent x");
+        assert!(!succeeds(&mut Command::new("false")));
+        assert!(succeeds(&mut Command::new("true")));
+    }
+}

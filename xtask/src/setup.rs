@@ -1,0 +1,83 @@
+//! Installing the Debian packages that the builds need.
+
+use crate::process;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+
+/// Everything that building guests takes beyond the Rust toolchain.
+pub const PACKAGES: [&str; 12] = [
+    crate::kernel::SOURCE_PACKAGE,
+    "bc",
+    "bison",
+    "e2fsprogs",
+    "flex",
+    "gcc",
+    "libc6-dev",
+    "libelf-dev",
+    "libssl-dev",
+    "make",
+    "patch",
+    "xz-utils",
+];
+
+/// Installs what is missing if this process may, and does nothing if all is there.
+///
+/// # Errors
+/// Packages are missing and can't be installed; the error holds the command that would.
+pub fn install() -> Result<()> {
+    let missing = missing_packages()?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let install = format!("apt-get install --yes --no-install-recommends {}", missing.join(" "));
+    let is_root = fs::metadata("/proc/self").context("looking up the user of this process")?.uid() == 0;
+    if !is_root {
+        bail!("packages are missing; install them with:\n    sudo apt-get update && sudo {install}");
+    }
+    eprintln!("installing {}", missing.join(" "));
+    let attempt = || process::run(apt_get().args(install.split(' ').skip(1)));
+    if attempt().is_ok() {
+        return Ok(());
+    }
+    // The package lists may be missing or too old to name files that still exist.
+    process::run(apt_get().arg("update")).and_then(|()| attempt()).with_context(|| {
+        format!("installing packages with: {install}\n(they are those of Debian 12, \"bookworm\")")
+    })
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+fn missing_packages() -> Result<Vec<&'static str>> {
+    // It fails when it doesn't know a package, and still prints those that it knows.
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat=${Package} ${db:Status-Status}\n"])
+        .args(PACKAGES)
+        .output()
+        .context("looking up installed packages with dpkg-query: guests are built on Debian")?;
+    Ok(missing_from(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The packages that a `dpkg-query` listing doesn't show as installed.
+fn missing_from(listing: &str) -> Vec<&'static str> {
+    let installed: Vec<&str> = listing.lines().filter_map(|line| line.strip_suffix(" installed")).collect();
+    PACKAGES.into_iter().filter(|package| !installed.contains(package)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_installed_packages_count() {
+        let all: String = PACKAGES.iter().map(|package| format!("{package} installed\n")).collect();
+        assert!(missing_from(&all).is_empty());
+        assert_eq!(missing_from(&all.replace("make installed", "make config-files")), ["make"]);
+        assert_eq!(missing_from("").len(), PACKAGES.len());
+    }
+}
