@@ -5,7 +5,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, ConsoleConfig, VmConfig};
 use crate::hypervisor::Hypervisor;
 use crate::vm::{Vm, VmEnd, VmError};
 
@@ -63,16 +63,31 @@ pub enum FleetError {
         /// The other, or the same with two disks.
         second: String,
     },
+    /// A file for one console would be written by two.
+    #[error(
+        "console file {path} is used by {first} and by {second}; give each VM a file of its own \
+         ({{index}} and {{name}} in the path are replaced)"
+    )]
+    SharedConsole {
+        /// The console's file.
+        path: PathBuf,
+        /// The one VM.
+        first: String,
+        /// The other.
+        second: String,
+    },
     /// The fleet cannot be watched.
     #[error("watch the VMs: {0}; raise the limit of open files (ulimit -n)")]
     Watch(#[from] io::Error),
 }
 
 /// Checks what can be checked of VMs that are to run together, before any is started: each
-/// configuration, that names are unique, and that no disk is written by one while another uses it.
+/// configuration, that names are unique, that no disk is written by one while another uses it, and that
+/// each console has a file of its own.
 pub fn check(configs: &[VmConfig]) -> Result<(), FleetError> {
     let mut names = HashMap::new();
     let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
+    let mut consoles: HashMap<&Path, &str> = HashMap::new();
     for config in configs {
         let vm = || config.name.clone();
         config.check().map_err(|source| FleetError::Config { vm: vm(), source })?;
@@ -95,6 +110,13 @@ pub fn check(configs: &[VmConfig]) -> Result<(), FleetError> {
                     second: vm(),
                 });
             }
+        }
+        // A pipe or a terminal may well be everybody's.
+        if let ConsoleConfig::File(path) = &config.console
+            && path.metadata().map_or(true, |metadata| metadata.is_file())
+            && let Some(first) = consoles.insert(path, &config.name)
+        {
+            return Err(FleetError::SharedConsole { path: path.clone(), first: first.into(), second: vm() });
         }
     }
     Ok(())
@@ -321,6 +343,16 @@ mod tests {
         check(&[vm("a", &[]), vm("b", &[])]).unwrap();
         let text = check(&[vm("a", &[]), vm("a", &[])]).unwrap_err().to_string();
         assert!(text.contains("two VMs are named a"), "{text}");
+    }
+
+    #[test]
+    fn a_console_has_a_file_of_its_own() {
+        let with = |name, path: &str| VmConfig { console: ConsoleConfig::File(path.into()), ..vm(name, &[]) };
+        check(&[with("a", "/nonexistent/a"), with("b", "/nonexistent/b")]).unwrap();
+        check(&[with("a", "/dev/null"), with("b", "/dev/null")]).unwrap();
+        let text =
+            check(&[with("a", "/nonexistent/x"), with("b", "/nonexistent/x")]).unwrap_err().to_string();
+        assert!(text.contains("used by a and by b"), "{text}");
     }
 
     #[test]

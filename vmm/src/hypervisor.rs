@@ -47,14 +47,17 @@ pub enum HypervisorError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The device is something else, or another KVM.
+    /// Something else lies at the device's path.
+    #[error("{0} is not KVM's device, though it has its name; a container needs to be given it: --device {0}")]
+    NotKvm(PathBuf),
+    /// The device is another KVM.
     #[error(
         "{path} speaks version {version} of the KVM API and samepage speaks {API_VERSION}; use a Linux kernel of 5.10 or later"
     )]
     Version {
         /// The device.
         path: PathBuf,
-        /// What it answered, negative for no answer.
+        /// What it answered.
         version: i32,
     },
     /// KVM lacks something.
@@ -102,6 +105,9 @@ impl Hypervisor {
             }
         })?;
         let version = kvm.get_api_version();
+        if version < 0 {
+            return Err(HypervisorError::NotKvm(path.to_owned()));
+        }
         if version != API_VERSION {
             return Err(HypervisorError::Version { path: path.to_owned(), version });
         }
@@ -147,6 +153,6 @@ mod tests {
         let missing = Hypervisor::open_device(Path::new("/nonexistent/kvm")).unwrap_err();
         assert!(missing.to_string().contains("modprobe"), "{missing}");
         let wrong = Hypervisor::open_device(Path::new("/dev/null")).unwrap_err();
-        assert!(matches!(wrong, HypervisorError::Version { .. }), "{wrong}");
+        assert!(matches!(wrong, HypervisorError::NotKvm(_)), "{wrong}");
     }
 }

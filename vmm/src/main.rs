@@ -3,6 +3,7 @@
 mod cli;
 mod demo;
 mod plan;
+mod report;
 mod run;
 
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::main(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("samepage: {error:#}");
+        report::tell(report::causes(&error));
         ExitCode::from(1)
     })
 }

@@ -22,6 +22,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, RunArgs, Switch};
 use crate::plan;
+use crate::report::tell;
 
 /// What the process ends with, by the worst of what happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +59,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let hypervisor = Hypervisor::open()?;
     let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
     samepage::host_limits::raise_open_files();
+    let mut statistics = args.stats.as_ref().map(Statistics::open).transpose()?;
 
     let sharing = if args.sharing == Switch::On { start_sharing() } else { None };
     for config in &mut configs {
@@ -72,7 +74,6 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     drop(vms);
     fleet.start_all();
 
-    let mut statistics = args.stats.as_ref().map(Statistics::open).transpose()?;
     let mut outcome = Outcome::default();
     while !fleet.is_empty() {
         let [signal, end, due, typed, room] = {
@@ -89,7 +90,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             && let Some(open) = &mut statistics
             && let Err(error) = open.write(sharing.as_deref(), &fleet)
         {
-            eprintln!("samepage: no more statistics: {error}");
+            tell(format_args!("no more statistics: {error}"));
             statistics = None;
         }
         if end {
@@ -128,9 +129,9 @@ fn start_sharing() -> Option<Arc<Sharing>> {
     match Sharing::start(Settings::default()) {
         Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {
-            eprintln!(
-                "samepage: the VMs run without sharing memory (--sharing off says so without this message): {error}"
-            );
+            tell(format_args!(
+                "the VMs run without sharing memory (--sharing off says so without this message): {error}"
+            ));
             None
         }
     }
@@ -141,23 +142,23 @@ fn audit(sharing: Option<&Sharing>) -> Outcome {
     let problems = match sharing.map(Sharing::audit) {
         None => return Outcome::AllEnded,
         Some(Ok(report)) if report.passed() => {
-            eprintln!("samepage: audit of {} pages and {} frames passed", report.pages, report.frames);
+            tell(format_args!("audit of {} pages and {} frames passed", report.pages, report.frames));
             return Outcome::AllEnded;
         }
         Some(Ok(report)) => report.descriptions.join("; "),
         Some(Err(error)) => format!("the page maps cannot be read: {error}"),
     };
-    eprintln!("samepage: audit failed: {problems}");
+    tell(format_args!("audit failed: {problems}"));
     Outcome::Failed
 }
 
 fn report(vm: &Ended) {
-    eprintln!("samepage: VM {}: {}", vm.name, vm.end);
+    tell(format_args!("VM {}: {}", vm.name, vm.end));
     if vm.console_lost > 0 {
-        eprintln!(
-            "samepage: VM {}: {} bytes of console output were lost, because nobody took them",
+        tell(format_args!(
+            "VM {}: {} bytes of console output were lost, because nobody took them",
             vm.name, vm.console_lost
-        );
+        ));
     }
 }
 

@@ -60,11 +60,9 @@ struct Progress {
 /// sharing saved what can be saved.
 pub(crate) fn main(args: &DemoArgs) -> Result<ExitCode> {
     let summary = run(args)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
-    } else {
-        print!("\n{summary}");
-    }
+    let text =
+        if args.json { serde_json::to_string_pretty(&summary)? + "\n" } else { format!("\n{summary}") };
+    io::stdout().lock().write_all(text.as_bytes()).context("print the summary")?;
     Ok(if summary.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
