@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::budget::{Budget, mappings_of_process};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
@@ -80,7 +81,15 @@ impl Sampler {
         vms: impl IntoIterator<Item = &'a Vm>,
     ) -> io::Result<Sample> {
         let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
-        let engine = sharing.map(Sharing::statistics).unwrap_or_default();
+        let engine = match sharing {
+            Some(sharing) => sharing.statistics(),
+            // The figures that do not depend on the engine.
+            None => EngineStatistics {
+                mappings: mappings_of_process()?,
+                mappings_limit: Budget::new(None).limit(),
+                ..EngineStatistics::default()
+            },
+        };
         let private_bytes = rss_anon()?;
         let guest_mappings = vms.iter().map(|vm| vm.pages.mappings).sum();
         Ok(Sample {
