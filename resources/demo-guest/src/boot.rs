@@ -8,7 +8,7 @@
 //! write all memory and use all ports. The ports are permitted by the I/O bitmap of the TSS: a KVM that runs
 //! ring 3 natively loses the I/O privilege level. The code holds no SSE instruction.
 
-use core::arch::global_asm;
+use core::arch::{asm, global_asm};
 
 /// Vector of the gate that halts until an interrupt: that of INT3, since a KVM that runs ring 3 natively may
 /// turn INT with a vector into an invalid opcode. May be called from ring 3.
@@ -39,9 +39,9 @@ global_asm!(
         cld
         /* 0x67: present, writable, user, accessed, dirty; 0xe7: the same, and a 2 MiB page. */
         movl $(page_directory_pointers + 0x67), page_map
-        movl $(low_directories + 0x67), page_directory_pointers
-        movl $0xe7, low_directories
-        movl $0x2000e7, low_directories + 8
+        movl $(boot_directory + 0x67), page_directory_pointers
+        movl $0xe7, boot_directory
+        movl $0x2000e7, boot_directory + 8
         movl $0x620, %eax       /* CR4: PAE, OSFXSR, OSXMMEXCPT */
         movl %eax, %cr4
         movl $page_map, %eax
@@ -91,6 +91,13 @@ global_asm!(
         sti
         hlt
         cli
+        iretq
+
+    /* Forget translations, after a change of the page tables. */
+    .globl flush_gate
+    flush_gate:
+        movq %cr3, %rax
+        movq %rax, %cr3
         iretq
 
     .globl timer_gate
@@ -155,6 +162,7 @@ global_asm!(
     page_map: .skip 4096
     .globl page_directory_pointers
     page_directory_pointers: .skip 4096
+    boot_directory: .skip 4096
     .globl low_directories
     low_directories: .skip 4 * 4096
     .globl interrupt_table
@@ -173,6 +181,7 @@ global_asm!(
 
 unsafe extern "C" {
     static halt_gate: [u8; 0];
+    static flush_gate: [u8; 0];
     static timer_gate: [u8; 0];
     static spurious_gate: [u8; 0];
     static exception_gates: [u8; 0];
@@ -184,22 +193,42 @@ unsafe extern "C" {
 /// # Safety
 /// Nothing else may access the table meanwhile: call this before anything that can raise an interrupt.
 pub(crate) unsafe fn install_gates() {
-    let gate = |vector: usize, handler: u64, ring: u64| {
-        let present_interrupt_gate = 0x8e00 | ring << 13;
-        let low = handler & 0xffff
-            | KERNEL_CODE << 16
-            | present_interrupt_gate << 32
-            | (handler >> 16 & 0xffff) << 48;
-        // SAFETY: the vectors are below 256, and the caller sees to it that nobody else is here.
-        unsafe { (&raw mut interrupt_table[vector]).write_volatile([low, handler >> 32]) };
-    };
     let exceptions = (&raw const exception_gates).addr() as u64;
-    for vector in 0..EXCEPTIONS {
-        gate(vector, exceptions + vector as u64 * STUB_BYTES, 0);
+    // SAFETY: passed on from the caller.
+    unsafe {
+        for vector in 0..EXCEPTIONS {
+            install_gate(vector, exceptions + vector as u64 * STUB_BYTES, 0);
+        }
+        install_gate(HALT_VECTOR, (&raw const halt_gate).addr() as u64, 3);
+        install_gate(TIMER_VECTOR, (&raw const timer_gate).addr() as u64, 0);
+        install_gate(SPURIOUS_VECTOR, (&raw const spurious_gate).addr() as u64, 0);
     }
-    gate(HALT_VECTOR, (&raw const halt_gate).addr() as u64, 3);
-    gate(TIMER_VECTOR, (&raw const timer_gate).addr() as u64, 0);
-    gate(SPURIOUS_VECTOR, (&raw const spurious_gate).addr() as u64, 0);
+}
+
+/// Enter ring 0 to make the processor forget all translations.
+///
+/// # Safety
+/// As for [`install_gates`], which must have been called.
+pub(crate) unsafe fn flush_translations() {
+    // SAFETY: the gate changes no more than `rax`, and the page tables map what is in use as before; for the
+    // rest passed on from the caller. Nothing halts before the vector is that of halting again.
+    unsafe {
+        install_gate(HALT_VECTOR, (&raw const flush_gate).addr() as u64, 3);
+        asm!("int3", out("rax") _, options(nostack));
+        install_gate(HALT_VECTOR, (&raw const halt_gate).addr() as u64, 3);
+    }
+}
+
+/// Fill one entry of the interrupt table, for callers from `ring` on inwards.
+///
+/// # Safety
+/// As for [`install_gates`]; the vector is below 256.
+unsafe fn install_gate(vector: usize, handler: u64, ring: u64) {
+    let present_interrupt_gate = 0x8e00 | ring << 13;
+    let low =
+        handler & 0xffff | KERNEL_CODE << 16 | present_interrupt_gate << 32 | (handler >> 16 & 0xffff) << 48;
+    // SAFETY: passed on from the caller.
+    unsafe { (&raw mut interrupt_table[vector]).write_volatile([low, handler >> 32]) };
 }
 
 /// Empty the interrupt table, so that the next exception can't be delivered, nor the double fault that

@@ -1,13 +1,14 @@
 //! Identity mapping of all memory in pages of 2 MiB that ring 3 may access.
 //!
-//! Entries only ever go from absent to present, so no TLB entry needs flushing, and ring 3 can write them.
+//! The boot code's page directory is replaced as a whole: a KVM that shadows page tables intercepts each
+//! write to one that is in use, and that would be 500 interceptions. All other entries only ever go from
+//! absent to present, so that no translation needs flushing; ring 3 writes them all.
 
+use crate::boot;
 use crate::demo::layout::{Arena, DIRECTORY_SPAN, MAPPED_BY_IMAGE};
 
 const LARGE_PAGE: u64 = 2 << 20;
 const ENTRIES: usize = 512;
-/// Large pages that the boot code has mapped.
-const MAPPED_BY_BOOT: usize = 2;
 /// Present, writable, user, accessed, dirty.
 const TABLE: u64 = 0x67;
 /// The same for a 2 MiB page.
@@ -24,23 +25,25 @@ unsafe extern "C" {
 /// Map the first 4 GiB.
 ///
 /// # Safety
-/// Only the first 4 MiB may be mapped so far, by the boot code.
+/// Only the first 4 MiB may be mapped so far, by the boot code, and the gates must have been installed.
 pub(crate) unsafe fn map_low() {
     let entries = &raw mut low_directories;
-    for i in MAPPED_BY_BOOT..ENTRIES * 4 {
+    for i in 0..ENTRIES * 4 {
         let address = i as u64 * LARGE_PAGE;
         let caching = if address >= DEVICES { UNCACHED } else { 0 };
         // SAFETY: `i` is in bounds, and the tables belong to this module once the boot code is through.
         unsafe { (&raw mut (*entries)[i]).write_volatile(address | LARGE | caching) };
     }
     let pointers = &raw mut page_directory_pointers;
-    for gib in 1..4 {
+    for gib in 0..4 {
         // SAFETY: as above; the directories that the entries point to have been filled.
         unsafe {
             let directory = (&raw mut (*entries)[gib * ENTRIES]).addr() as u64;
             (&raw mut (*pointers)[gib]).write_volatile(directory | TABLE);
         }
     }
+    // SAFETY: what was mapped still is, at the same addresses; for the gates see above.
+    unsafe { boot::flush_translations() };
 }
 
 /// Map the arena's memory above 4 GiB.
