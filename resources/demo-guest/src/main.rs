@@ -87,7 +87,7 @@ fn run(handover: &Handover) -> ! {
         us: clock.elapsed_us(start),
     });
 
-    if let Some(crash) = plan.crash {
+    if let Some(crash) = plan.misbehaviour() {
         crash::misbehave(crash, plan.every_ms, arena.ram(), &clock);
     }
     // SAFETY: this is the only disk, and its buffers are used by nothing else.

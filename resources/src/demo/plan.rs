@@ -200,6 +200,8 @@ pub struct Plan {
     pub every_ms: u64,
     /// How to misbehave after filling the arena, if at all.
     pub crash: Option<Crash>,
+    /// The one VM that misbehaves, by its number; all that have this plan if `None`.
+    pub crash_vm: Option<u32>,
     /// Frequency of the time stamp counter, if known.
     pub tsc_khz: Option<u32>,
     /// What to do with a disk, if there is one.
@@ -223,6 +225,7 @@ impl Default for Plan {
             rounds: 1,
             every_ms: 0,
             crash: None,
+            crash_vm: None,
             tsc_khz: None,
             disk: None,
         }
@@ -243,6 +246,11 @@ impl Plan {
         plan
     }
 
+    /// How this VM is to misbehave, if at all.
+    pub fn misbehaviour(&self) -> Option<Crash> {
+        self.crash.filter(|_| self.crash_vm.is_none_or(|vm| vm == self.vm))
+    }
+
     fn set(&mut self, name: &str, value: &str) -> Option<()> {
         match name {
             "alike" => self.alike = percent(value)?,
@@ -260,6 +268,7 @@ impl Plan {
             "rounds" => self.rounds = number(value)?,
             "every" => self.every_ms = number(value)?,
             "crash" => self.crash = Some(Crash::ALL.into_iter().find(|crash| crash.name() == value)?),
+            "crash_vm" => self.crash_vm = Some(number32(value)?),
             "tsc_khz" => self.tsc_khz = Some(number32(value).filter(|khz| *khz > 0)?),
             "blk" => self.disk_mut().base = number(value)?,
             "blk_mode" => self.disk_mut().ops = disk_ops(value)?,
@@ -309,6 +318,9 @@ impl fmt::Display for Plan {
         }
         if let Some(crash) = self.crash {
             write!(f, " crash={}", crash.name())?;
+        }
+        if let Some(vm) = self.crash_vm {
+            write!(f, " crash_vm={vm}")?;
         }
         if let Some(khz) = self.tsc_khz {
             write!(f, " tsc_khz={khz}")?;
@@ -401,6 +413,7 @@ mod tests {
                 rounds: 0,
                 every_ms: 250,
                 crash: Some(Crash::Mmio),
+                crash_vm: Some(99),
                 tsc_khz: Some(2_100_000),
                 disk: Some(DiskPlan {
                     base: 0xfeb0_0e00,
@@ -426,6 +439,14 @@ mod tests {
         let (plan, ignored) = parse(line);
         assert_eq!(plan, Plan::default());
         assert_eq!(ignored.join(" "), line);
+    }
+
+    #[test]
+    fn one_vm_of_many_can_misbehave() {
+        let of = |vm| parse(&format!("crash=triple crash_vm=1 vm={vm}")).0.misbehaviour();
+        assert_eq!((of(0), of(1)), (None, Some(Crash::Triple)));
+        assert_eq!(parse("crash=triple vm=3").0.misbehaviour(), Some(Crash::Triple));
+        assert_eq!(parse("crash_vm=0").0.misbehaviour(), None);
     }
 
     #[test]
