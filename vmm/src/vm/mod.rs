@@ -224,6 +224,7 @@ impl Vm {
 
         let kvm = Arc::new(create_machine(hypervisor)?);
         memory.register(&kvm).map_err(VmError::kvm("give guest memory to KVM"))?;
+        add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
         let console = open_console(config.console, &config.name, control.closing())?;
         let devices = Arc::new(Devices::new(&config.name, &kvm, memory.view(), console, &config.disks)?);
@@ -351,7 +352,7 @@ impl Drop for Vm {
     }
 }
 
-/// An empty machine with interrupt controllers and timer.
+/// An empty machine.
 fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
     let kvm = hypervisor.create_vm().map_err(VmError::kvm("create a VM"))?;
     if hypervisor.needs_identity_map {
@@ -360,10 +361,16 @@ fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
     if hypervisor.needs_tss {
         kvm.set_tss_address(TSS as usize).map_err(VmError::kvm("set KVM's task state segment"))?;
     }
+    Ok(kvm)
+}
+
+/// Adds interrupt controllers and timer to a machine that has its memory. In the other order KVM would
+/// wait, for milliseconds, until no processor can still see the machine without these devices before it
+/// takes the memory.
+fn add_interrupt_controllers(kvm: &VmFd) -> Result<(), VmError> {
     kvm.create_irq_chip().map_err(VmError::kvm("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    kvm.create_pit2(pit).map_err(VmError::kvm("create the timer"))?;
-    Ok(kvm)
+    kvm.create_pit2(pit).map_err(VmError::kvm("create the timer"))
 }
 
 fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> Result<VcpuFd, VmError> {
