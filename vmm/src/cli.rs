@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use samepage::config;
 use samepage::statistics::StatsTarget;
 
 const EXAMPLES: &str = "\
@@ -72,11 +73,11 @@ pub(crate) struct RunArgs {
     pub(crate) cmdline: String,
 
     /// Memory of each VM, in bytes or with K, M, G or T
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     pub(crate) memory: u64,
 
     /// Name of the VM; with --count, VMs are named NAME-0, NAME-1 and so on
-    #[arg(long, value_name = "NAME", default_value = "vm")]
+    #[arg(long, value_name = "NAME", default_value = "vm", value_parser = parse_name)]
     pub(crate) name: String,
 
     /// Number of VMs to run in this process
@@ -131,6 +132,15 @@ pub(crate) enum ConsoleArg {
     Off,
 }
 
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    config::check_memory(bytes).map(|()| bytes).map_err(|error| error.to_string())
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    config::check_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+}
+
 fn parse_size(text: &str) -> Result<u64, String> {
     let upper = text.to_ascii_uppercase();
     let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());
@@ -152,7 +162,10 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
     for field in text.split(',') {
         match field.split_once('=') {
             Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
-            Some(("id", id)) => disk.id = Some(id.to_owned()),
+            Some(("id", id)) => {
+                config::check_disk_id(id).map_err(|error| error.to_string())?;
+                disk.id = Some(id.to_owned());
+            }
             None if field == "readonly" => disk.read_only = true,
             _ => {
                 return Err(format!(
@@ -215,9 +228,16 @@ mod tests {
         };
         assert_eq!(parse_disk("path=a.img"), disk("a.img", false, None));
         assert_eq!(parse_disk("path=a=b.img,readonly,id=root"), disk("a=b.img", true, Some("root")));
-        for wrong in
-            ["a.img", "readonly", "path=", "path=a,rw", "path=a,cache=none", "path=a,readonly=on", ""]
-        {
+        for wrong in [
+            "a.img",
+            "readonly",
+            "path=",
+            "path=a,rw",
+            "path=a,cache=none",
+            "path=a,readonly=on",
+            "path=a,id=",
+            "",
+        ] {
             assert!(parse_disk(wrong).is_err(), "{wrong}");
         }
     }

@@ -138,18 +138,14 @@ impl VmConfig {
     /// Checks what can be checked without starting anything: the values themselves, and that the images
     /// are sound and fit into the memory.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if !is_name(&self.name, MAX_NAME) {
-            return Err(ConfigError::Name(self.name.clone()));
-        }
+        check_name(&self.name)?;
         check_memory(self.memory_bytes)?;
         if self.disks.len() > MAX_DISKS {
             return Err(ConfigError::TooManyDisks(self.disks.len()));
         }
         let mut ids = HashSet::new();
         for disk in &self.disks {
-            if !is_name(&disk.id, MAX_ID_LEN) {
-                return Err(ConfigError::DiskId(disk.id.clone()));
-            }
+            check_disk_id(&disk.id)?;
             if !ids.insert(&disk.id) {
                 return Err(ConfigError::DuplicateDiskId(disk.id.clone()));
             }
@@ -159,12 +155,23 @@ impl VmConfig {
     }
 }
 
+/// Checks the name of a VM.
+pub fn check_name(name: &str) -> Result<(), ConfigError> {
+    if is_name(name, MAX_NAME) { Ok(()) } else { Err(ConfigError::Name(name.to_owned())) }
+}
+
+/// Checks the name of a disk.
+pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
+    if is_name(id, MAX_ID_LEN) { Ok(()) } else { Err(ConfigError::DiskId(id.to_owned())) }
+}
+
 fn is_name(text: &str, max: usize) -> bool {
     let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     (1..=max).contains(&text.len()) && text.chars().all(letter)
 }
 
-fn check_memory(bytes: u64) -> Result<(), ConfigError> {
+/// Checks the size of a VM's memory, in bytes.
+pub fn check_memory(bytes: u64) -> Result<(), ConfigError> {
     let reason = if !bytes.is_multiple_of(PAGE_SIZE as u64) {
         "it must be a multiple of the page size, 4096"
     } else if bytes < MIN_RAM {

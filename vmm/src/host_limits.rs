@@ -12,6 +12,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use samepage_sharing::PAGE_SIZE;
 use thiserror::Error;
 
 /// What sets the limit.
@@ -44,20 +45,49 @@ pub struct HostMemory {
     pub limited_by: LimitedBy,
 }
 
-/// More was asked for than may be promised.
+/// More was asked for than may be promised. Sizes are in MiB.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error(
-    "the VMs are to have {requested} MiB of memory together, and the host can promise {allowed} MiB \
-     ({available} MiB from {limited_by}, times --overcommit {ratio}); start fewer or smaller VMs, or raise \
-     --overcommit if sharing and idle memory will make up for it"
-)]
-pub struct Overcommitted {
-    requested: u64,
-    allowed: u64,
-    available: u64,
-    limited_by: String,
-    ratio: String,
+pub enum Overcommitted {
+    /// The guests' memory itself.
+    #[error(
+        "the VMs are to have {requested} MiB of memory together, and the host can promise {allowed} MiB \
+         ({available} MiB from {limited_by}, times --overcommit {ratio}); start fewer or smaller VMs, or raise \
+         --overcommit if sharing and idle memory will make up for it"
+    )]
+    Guests {
+        /// Asked for.
+        requested: u64,
+        /// What may be promised.
+        allowed: u64,
+        /// What there is.
+        available: u64,
+        /// What sets the limit.
+        limited_by: LimitedBy,
+        /// The ratio, as text.
+        ratio: String,
+    },
+    /// What the host keeps in its own memory about each guest page.
+    #[error(
+        "the VMs are to have {requested} MiB of memory together, and to keep track of that takes {needed} MiB of \
+         the host's {available} MiB (from {limited_by}), whether the guests use theirs or not; start fewer or \
+         smaller VMs"
+    )]
+    Bookkeeping {
+        /// Asked for.
+        requested: u64,
+        /// Used at once.
+        needed: u64,
+        /// What there is.
+        available: u64,
+        /// What sets the limit.
+        limited_by: LimitedBy,
+    },
 }
+
+/// What is kept for each guest page: the sharing engine's state, and a bit of what the VMM wrote.
+const BOOKKEEPING_BYTES_PER_PAGE: u64 = 17;
+/// The part of the available memory that this may take: a quarter.
+const BOOKKEEPING_DIVISOR: u64 = 4;
 
 const MIB: u64 = 1 << 20;
 
@@ -97,17 +127,28 @@ impl HostMemory {
     /// Whether guests with `requested` bytes of memory in all may start, where `ratio` times the available
     /// memory may be promised.
     pub fn check(&self, requested: u64, ratio: f64) -> Result<(), Overcommitted> {
+        let (requested_mib, available) = (requested.div_ceil(MIB), self.available / MIB);
+        let limited_by = self.limited_by.clone();
         let allowed = self.available as f64 * ratio;
-        if requested as f64 <= allowed {
-            return Ok(());
+        if requested as f64 > allowed {
+            return Err(Overcommitted::Guests {
+                requested: requested_mib,
+                allowed: allowed as u64 / MIB,
+                available,
+                limited_by,
+                ratio: ratio.to_string(),
+            });
         }
-        Err(Overcommitted {
-            requested: requested.div_ceil(MIB),
-            allowed: allowed as u64 / MIB,
-            available: self.available / MIB,
-            limited_by: self.limited_by.to_string(),
-            ratio: ratio.to_string(),
-        })
+        let bookkeeping = (requested / PAGE_SIZE as u64).saturating_mul(BOOKKEEPING_BYTES_PER_PAGE);
+        if bookkeeping > self.available / BOOKKEEPING_DIVISOR {
+            return Err(Overcommitted::Bookkeeping {
+                requested: requested_mib,
+                needed: bookkeeping.div_ceil(MIB),
+                available,
+                limited_by,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -245,5 +286,7 @@ mod tests {
             text.contains("2048 MiB") && text.contains("1536 MiB") && text.contains("--overcommit 1.5"),
             "{text}"
         );
+        let text = memory.check(1 << 40, 1e6).unwrap_err().to_string();
+        assert!(text.contains("keep track"), "{text}");
     }
 }
