@@ -1,10 +1,11 @@
-//! Runs tests that need KVM: one after the other, since each of them measures the process, and
-//! counted as ignored where KVM may be missing.
+//! Runs tests one after the other, since many of them measure the process, and says which were left
+//! out and why where the host lacks what they need.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
+use std::sync::LazyLock;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
 
 /// Tests are skipped, visibly, where this is set to 1 and KVM cannot be used.
@@ -13,28 +14,57 @@ pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
 /// A test: its name and what it does.
 pub type Test = (&'static str, fn());
 
-/// Runs tests that need KVM. Without KVM they fail with the reason, or are ignored where
-/// [`WITHOUT_KVM`] asks for it.
+/// A test, with what it needs.
+pub type NeedyTest = (&'static str, &'static [Need], fn());
+
+/// Something that not every host gives to tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Virtual machines. Without them a test fails, or is ignored where [`WITHOUT_KVM`] asks for it.
+    Kvm,
+    /// Mounts that this process alone sees. Without them a test is ignored.
+    Mounts,
+}
+
+/// Runs tests that need KVM.
 #[must_use]
 pub fn run(tests: &[Test]) -> ExitCode {
+    let tests: Vec<_> = tests.iter().map(|&(name, test)| (name, &[Need::Kvm][..], test)).collect();
+    run_all(&tests)
+}
+
+/// Runs tests, each with what it needs.
+#[must_use]
+pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // Mappings, memory and descriptors of the process are what these tests count.
+    // Mappings, memory and descriptors of the process are what many tests count.
     arguments.test_threads = Some(1);
     let missing = Hypervisor::open().err().map(|error| error.to_string());
     let skip = missing.is_some() && std::env::var_os(WITHOUT_KVM).is_some_and(|value| value == "1");
     let trials = tests
         .iter()
-        .map(|&(name, test)| {
-            let missing = missing.clone();
-            Trial::test(name, move || match missing {
+        .map(|&(name, needs, test)| {
+            let needs_kvm = needs.contains(&Need::Kvm);
+            let missing = missing.clone().filter(|_| needs_kvm);
+            let run = move || match missing {
                 Some(reason) => Err(format!("needs KVM: {reason} ({WITHOUT_KVM}=1 skips such tests)").into()),
-                None => catch_unwind(AssertUnwindSafe(test)).map_err(|panic| Failed::from(text(&*panic))),
-            })
-            .with_ignored_flag(skip)
+                None if needs.contains(&Need::Mounts) && !*MOUNTS => {
+                    Ok(Completion::ignored_with("needs root, to mount"))
+                }
+                None => catch_unwind(AssertUnwindSafe(test))
+                    .map(|()| Completion::Completed)
+                    .map_err(|panic| Failed::from(text(&*panic))),
+            };
+            Trial::ignorable_test(name, run).with_ignored_flag(skip && needs_kvm)
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
+
+/// Whether this process may mount for itself.
+static MOUNTS: LazyLock<bool> = LazyLock::new(|| {
+    Command::new("unshare").args(["--mount", "true"]).output().is_ok_and(|output| output.status.success())
+});
 
 fn text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());

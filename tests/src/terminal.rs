@@ -1,0 +1,144 @@
+//! A pseudo terminal with the program on it, as somebody at a terminal sees it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{InputModes, LocalModes, OutputModes, tcgetattr};
+
+use crate::program::{Finished, PATIENCE, Running};
+
+/// What of a terminal's settings makes a difference to who uses it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    input: InputModes,
+    output: OutputModes,
+    local: LocalModes,
+}
+
+impl Settings {
+    /// Whether each key goes to the program at once and as it is, without being shown.
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        !self.local.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG | LocalModes::IEXTEN)
+            && !self.input.intersects(InputModes::ICRNL | InputModes::IXON)
+    }
+}
+
+/// The terminal's side that keys go into and text comes out of.
+#[derive(Debug)]
+pub struct Terminal {
+    keyboard_and_screen: File,
+    program_side: OwnedFd,
+    seen: Vec<u8>,
+    searched: usize,
+}
+
+impl Terminal {
+    /// A new terminal.
+    ///
+    /// # Panics
+    /// Where the host has none left.
+    #[must_use]
+    pub fn open() -> Self {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).expect("open a pseudo terminal");
+        grantpt(&master).expect("grant a pseudo terminal");
+        unlockpt(&master).expect("unlock a pseudo terminal");
+        let program_side = ioctl_tiocgptpeer(&master, flags).expect("open a pseudo terminal's other side");
+        Self { keyboard_and_screen: master.into(), program_side, seen: Vec::new(), searched: 0 }
+    }
+
+    /// Starts a program as the leader of a session that has this terminal.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    #[must_use]
+    pub fn start(&self, command: &Command) -> Running {
+        let side = || Stdio::from(self.program_side.try_clone().expect("pass the terminal on"));
+        let mut leader = Command::new("setsid");
+        leader.arg("--ctty").arg(command.get_program()).args(command.get_args());
+        if let Some(folder) = command.get_current_dir() {
+            leader.current_dir(folder);
+        }
+        leader.stdin(side()).stdout(side()).stderr(side());
+        Running::start_as_is(leader)
+    }
+
+    /// The settings now.
+    ///
+    /// # Panics
+    /// Where the terminal does not tell.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        let termios = tcgetattr(&self.program_side).expect("ask for the terminal's settings");
+        Settings { input: termios.input_modes, output: termios.output_modes, local: termios.local_modes }
+    }
+
+    /// Types.
+    ///
+    /// # Panics
+    /// Where the terminal does not take it.
+    pub fn type_keys(&mut self, keys: &[u8]) {
+        self.keyboard_and_screen.write_all(keys).expect("type");
+    }
+
+    /// Waits until `text` is on the screen, after what was waited for before.
+    ///
+    /// # Panics
+    /// When it does not come, with all that did.
+    pub fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let unsearched = &self.seen[self.searched..];
+            if let Some(at) = unsearched.windows(text.len()).position(|window| window == text.as_bytes()) {
+                self.searched += at + text.len();
+                return;
+            }
+            let mut screen = [PollFd::new(&self.keyboard_and_screen, PollFlags::IN)];
+            let rest = Timespec::try_from(deadline - Instant::now()).expect("a minute is a time");
+            let ready = poll(&mut screen, Some(&rest)).expect("wait for the terminal");
+            assert!(ready > 0, "{text:?} did not come; the screen has:\n{}", self.screen());
+            self.read();
+        }
+    }
+
+    /// All that was on the screen.
+    #[must_use]
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    /// Shows what the program writes until it has ended.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[must_use]
+    pub fn wait_for_end(&mut self, program: Running) -> Finished {
+        let process = pidfd_open(program.pid(), PidfdFlags::empty()).expect("watch the program");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let rest = Timespec::try_from(deadline - Instant::now()).expect("a minute is a time");
+            let mut watched =
+                [PollFd::new(&self.keyboard_and_screen, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
+            let ready = poll(&mut watched, Some(&rest)).expect("wait for the program");
+            assert!(ready > 0, "the program does not end; the screen has:\n{}", self.screen());
+            // What it wrote before its end is on the screen by then.
+            if watched[0].revents().is_empty() {
+                return Finished { stdout: self.screen(), ..program.wait() };
+            }
+            self.read();
+        }
+    }
+
+    fn read(&mut self) {
+        let mut buffer = [0; 4096];
+        let count = self.keyboard_and_screen.read(&mut buffer).expect("read from the terminal");
+        self.seen.extend_from_slice(&buffer[..count]);
+    }
+}

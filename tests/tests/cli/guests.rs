@@ -1,0 +1,177 @@
+//! Guests from their start to their ends.
+
+use std::io::{self, BufRead, BufReader};
+use std::process::Stdio;
+
+use rustix::process::Signal;
+use samepage_resources::demo::plan::{Crash, Plan};
+use samepage_resources::demo::report::Report;
+use samepage_tests::program::Running;
+
+use crate::scratch::{Scratch, assert_verified, endless, report, short};
+
+pub(crate) fn reset() {
+    let end = Scratch::new().start(short(), &[]).wait();
+    end.assert_code(0);
+    assert_verified(&end.stdout);
+    assert_eq!(end.stderr, "samepage: VM vm: the guest reset the machine\n");
+}
+
+pub(crate) fn templates() {
+    let scratch = Scratch::new();
+    scratch.write("web-1.log", &[b'x'; 1 << 16]);
+    let cmdline = format!("{} vm={{index}} host={{name}}", short());
+    let end = scratch.start(cmdline, &["--count=3", "--name=web", "--console", "file={name}.log"]).wait();
+    end.assert_code(0);
+    assert_eq!(end.stdout, "");
+    let mut told: Vec<_> = end.stderr.lines().collect();
+    told.sort_unstable();
+    let ends = [0, 1, 2].map(|index| format!("samepage: VM web-{index}: the guest reset the machine"));
+    assert_eq!(told, ends);
+    for index in 0..3 {
+        let log = scratch.read_text(&format!("web-{index}.log"));
+        assert_verified(&log);
+        assert!(log.contains(&format!("ignored option=host=web-{index}\n")), "{log}");
+    }
+
+    let end = scratch.start(short(), &["--console", "off"]).wait();
+    assert_eq!(end.assert_code(0).stdout, "");
+}
+
+pub(crate) fn prefixes() {
+    let end = Scratch::new().start(short(), &["--count=2", "--name=n"]).wait();
+    end.assert_code(0);
+    let (first, second): (Vec<_>, Vec<_>) = end.stdout.lines().partition(|line| line.starts_with("[n-0] "));
+    assert!(second.iter().all(|line| line.starts_with("[n-1] ")), "{}", end.stdout);
+    for lines in [first, second] {
+        assert_verified(&lines.join("\n"));
+    }
+}
+
+/// Waits until a guest has verified its memory another time.
+fn wait_for_next_round(running: &Running, last: u64) -> u64 {
+    running.stdout().wait_for(|line| match report(line) {
+        Some(Report::Round { round, .. }) if round > last => Some(round),
+        _ => None,
+    })
+}
+
+pub(crate) fn keyboard() {
+    let scratch = Scratch::new();
+    let mut running = scratch.start(endless(), &[]);
+    wait_for_next_round(&running, 0);
+    // Ctrl-A is for terminals alone.
+    running.write(b"\x01xq");
+    let end = running.wait();
+    end.assert_code(0);
+    assert_verified(&end.stdout);
+    assert!(end.stderr.contains("the guest reset the machine"), "{}", end.stderr);
+
+    let mut running = scratch.start(endless(), &[]);
+    let round = wait_for_next_round(&running, 0);
+    running.close_stdin();
+    // Nobody types any more; the guest goes on.
+    wait_for_next_round(&running, round + 2);
+    running.signal(Signal::TERM);
+    running.wait().assert_code(0);
+}
+
+pub(crate) fn threads() {
+    let scratch = Scratch::new();
+    for index in 0..2 {
+        scratch.sparse(&format!("{index}.img"), 1 << 20);
+    }
+    let cmdline = format!("{} blk=0xd0000000", endless());
+    let disk = "--disk=path={index}.img,id=d";
+    let running = scratch.start(cmdline, &["--count=2", "--name=t", disk, "--stats=-"]);
+    for vm in ["t-0", "t-1"] {
+        // A disk has a thread once its driver is at work.
+        running.stdout().wait_for(|line| (line.contains(vm) && line.contains("blk mode=read")).then_some(()));
+    }
+    let threads = running.threads();
+    for name in ["vcpu-t-0-0", "vcpu-t-1-0", "block-t-0-d", "block-t-1-d", "sharing-0"] {
+        assert!(threads.iter().any(|thread| thread == name), "{name} is missing in {threads:?}");
+    }
+    running.signal(Signal::TERM);
+    running.wait().assert_code(0);
+}
+
+pub(crate) fn crash() {
+    let plan = Plan { crash: Some(Crash::Triple), crash_vm: Some(1), ..endless() };
+    let cmdline = format!("{plan} vm={{index}} rounds=20");
+    let scratch = Scratch::new();
+    let running = scratch.start(cmdline, &["--count=2", "--audit"]);
+    let line = running.stderr().wait_for_line("crashed");
+    assert!(
+        line.starts_with("samepage: VM vm-1: the guest crashed: triple fault on vCPU 0 at RIP 0x10"),
+        "{line}"
+    );
+    // ud2, by which the demo guest does it; and what that means.
+    assert!(line.contains("bytes there 0f 0b"), "{line}");
+    assert!(line.contains("an exception that it could not handle"), "{line}");
+    let end = running.wait();
+    end.assert_code(3);
+    let lines =
+        |vm: &str| end.stdout.lines().filter(|line| line.starts_with(vm)).collect::<Vec<_>>().join("\n");
+    assert_verified(&lines("[vm-0]"));
+    assert!(!lines("[vm-1]").contains("done"), "{}", end.stdout);
+    assert!(end.stderr.contains("VM vm-0: the guest reset the machine"), "{}", end.stderr);
+    assert_eq!(end.stderr.matches("audit of").count(), 2, "{}", end.stderr);
+    assert!(!end.stderr.contains("audit failed"), "{}", end.stderr);
+}
+
+pub(crate) fn signals() {
+    let scratch = Scratch::new();
+    let plans = [
+        endless(),
+        Plan { crash: Some(Crash::Hang), ..endless() },
+        Plan { crash: Some(Crash::Sleep), ..short() },
+    ];
+    for (signal, plan) in [Signal::TERM, Signal::INT, Signal::HUP].into_iter().zip(plans) {
+        let running = scratch.start(plan, &["--count=2"]);
+        for vm in ["[vm-0]", "[vm-1]"] {
+            running.stdout().wait_for(|line| (line.starts_with(vm) && line.contains("ready")).then_some(()));
+        }
+        running.signal(signal);
+        let end = running.wait();
+        end.assert_code(0);
+        let mut told: Vec<_> = end.stderr.lines().collect();
+        told.sort_unstable();
+        assert_eq!(told, ["samepage: VM vm-0: stopped", "samepage: VM vm-1: stopped"], "{signal:?}");
+    }
+}
+
+pub(crate) fn readers_that_go_away() {
+    let scratch = Scratch::new();
+    let plan = Plan { rounds: 20, ..endless() };
+    // As in `samepage run ... | head -1`.
+    let (reader, writer) = io::pipe().expect("a pipe");
+    let mut command = scratch.run(&plan, &["--stats", "stats"]);
+    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+    let running = Running::start_as_is(command);
+    let mut line = String::new();
+    BufReader::new(reader).read_line(&mut line).expect("a line");
+    assert!(matches!(report(&line), Some(Report::Start { .. })), "{line}");
+    let end = running.wait();
+    end.assert_code(0);
+    assert!(end.stderr.contains("the guest reset the machine"), "{}", end.stderr);
+    assert!(end.stderr.contains("bytes of console output were lost"), "{}", end.stderr);
+    assert!(scratch.read_text("stats").contains("\"state\":\"ended\""));
+
+    // As in `samepage run ... 2>&1 | head -1`, with statistics on standard output as well.
+    let (reader, writer) = io::pipe().expect("a pipe");
+    let mut command = scratch.run(plan, &["--stats=-", "--audit"]);
+    command.stdin(Stdio::null()).stdout(writer.try_clone().expect("a pipe")).stderr(writer);
+    let running = Running::start_as_is(command);
+    drop(reader);
+    running.wait().assert_code(0);
+}
+
+pub(crate) fn overcommit() {
+    let scratch = Scratch::new();
+    // A millionth of any host's memory is less than 16 MiB.
+    let end = scratch.start(short(), &["--overcommit", "0.000001"]).wait();
+    end.assert_code(1);
+    assert!(end.stderr.contains("16 MiB") && end.stderr.contains("--overcommit 0.000001"), "{}", end.stderr);
+    scratch.start(short(), &["--overcommit", "3"]).wait().assert_code(0);
+}
