@@ -4,6 +4,7 @@
 //! - [`Hypervisor`] is the host's KVM, opened once.
 //! - [`VmConfig`] says what a VM is to be like, [`Vm`] is one.
 //! - [`fleet`] runs several of them and collects their ends.
+//! - [`oracle`] says what sharing could save in given memory, without running anything.
 //! - [`host_limits`] says how much memory may be promised to guests.
 //!
 //! Guests are not trusted: what they send (registers, descriptors, requests) and the images they boot
@@ -15,6 +16,7 @@ pub mod console;
 pub mod fleet;
 pub mod host_limits;
 pub mod hypervisor;
+pub mod oracle;
 pub mod poll;
 pub mod signals;
 pub mod statistics;
