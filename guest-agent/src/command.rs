@@ -13,8 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 /// Every command with its arguments, for `--help`.
-pub const HELP: &str = "\
-  mount:DEV:DIR[:ro]    mount the ext2 file system on DEV at DIR
+pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DEV at DIR
   umount:DIR            unmount it
   sum:FILE              read FILE to its end; report bytes and checksum
   read:FILE:SIZE        the same for its first SIZE bytes, past the page cache
@@ -23,7 +22,7 @@ pub const HELP: &str = "\
   fill:SIZE:SEED        allocate SIZE of memory and fill it with content
   change:EVERY:SEED     give every EVERYth filled page content of another seed
   verify[:ROUNDS:MS]    check all filled memory, ROUNDS times, MS apart
-  meminfo               report total, free, cached and shared memory
+  meminfo               report total, free, cached and anonymous memory
   sleep:MS              wait
   print:TEXT            print TEXT
   idle                  do nothing for ever

@@ -5,10 +5,8 @@
 use crate::artifacts::Artifacts;
 use crate::{process, setup};
 use anyhow::{Context, Result, bail};
-use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Write};
-use std::ops::AddAssign;
 use std::process::{ChildStdout, Stdio};
 use std::time::{Duration, Instant};
 
@@ -41,9 +39,9 @@ pub fn run(quick: bool) -> bool {
         let lint = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
         component("clippy", "clippy", &lint)
     });
-    let mut counts = Counts::default();
-    report.step("tests", || test(quick, &mut counts));
-    report.summarise(counts)
+    let mut tests = Tests::default();
+    report.step("tests", || test(quick, &mut tests));
+    report.summarise(&tests)
 }
 
 /// Whether this process can create virtual machines.
@@ -59,7 +57,7 @@ fn component(subcommand: &str, name: &str, arguments: &[&str]) -> Result<()> {
     process::run(process::cargo().args(arguments))
 }
 
-fn test(quick: bool, counts: &mut Counts) -> Result<()> {
+fn test(quick: bool, tests: &mut Tests) -> Result<()> {
     let mut command = process::cargo();
     command.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
     if quick {
@@ -67,64 +65,60 @@ fn test(quick: bool, counts: &mut Counts) -> Result<()> {
     }
     let mut child = command.stdout(Stdio::piped()).spawn().context("starting cargo test")?;
     let output = child.stdout.take().context("reading what cargo test prints")?;
-    let counted = count(output, counts);
+    let counted = follow(output, tests);
     let status = child.wait().context("waiting for cargo test")?;
     counted.context("passing on what cargo test prints")?;
     if !status.success() {
         bail!("cargo test failed: {status}");
     }
+    if tests.passed == 0 {
+        bail!("cargo test reported no test");
+    }
     Ok(())
 }
 
-/// Passes on what `cargo test` prints and adds up its results.
-fn count(output: ChildStdout, counts: &mut Counts) -> io::Result<()> {
+/// Passes on what `cargo test` prints and gathers its results.
+fn follow(output: ChildStdout, tests: &mut Tests) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     for line in BufReader::new(output).split(b'\n') {
         let mut line = line?;
-        *counts += std::str::from_utf8(&line).ok().and_then(Counts::of_line).unwrap_or_default();
+        tests.add_line(&String::from_utf8_lossy(&line));
         line.push(b'\n');
         stdout.write_all(&line)?;
     }
     Ok(())
 }
 
-/// How many tests there were.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
+/// The results of all test programs.
+#[derive(Debug, Default)]
+struct Tests {
     passed: u64,
     failed: u64,
     skipped: u64,
+    failures: Vec<String>,
 }
 
-impl Counts {
-    /// Reads the closing line of a test program:
-    /// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; ...`.
-    fn of_line(line: &str) -> Option<Self> {
-        let (_, results) = line.strip_prefix("test result: ")?.split_once(". ")?;
-        let count = |what: &str| {
-            let number = results.split("; ").find_map(|part| part.strip_suffix(what))?;
-            number.trim().parse().ok()
-        };
-        Some(Self {
-            passed: count("passed")?,
-            failed: count("failed")?,
-            skipped: count("ignored")? + count("filtered out")?,
-        })
+impl Tests {
+    fn add_line(&mut self, line: &str) {
+        if let Some((passed, failed, skipped)) = closing_line(line) {
+            self.passed += passed;
+            self.failed += failed;
+            self.skipped += skipped;
+        } else if let Some(test) = line.strip_prefix("test ").and_then(|line| line.strip_suffix("... FAILED"))
+        {
+            self.failures.push(test.trim_end().to_owned());
+        }
     }
 }
 
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
-    }
-}
-
-impl fmt::Display for Counts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
-    }
+/// Reads how many tests passed, failed and were skipped from the closing line of a test program:
+/// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; ...`.
+fn closing_line(line: &str) -> Option<(u64, u64, u64)> {
+    let (_, results) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let count = |what: &str| -> Option<u64> {
+        results.split("; ").find_map(|part| part.strip_suffix(what))?.trim().parse().ok()
+    };
+    Some((count("passed")?, count("failed")?, count("ignored")? + count("filtered out")?))
 }
 
 /// What became of each step.
@@ -147,13 +141,16 @@ impl Report {
     }
 
     /// Prints the outcome of each step and of all tests; returns whether all is well.
-    fn summarise(&self, counts: Counts) -> bool {
+    fn summarise(&self, tests: &Tests) -> bool {
         println!("\n== summary");
         for (name, ok, elapsed) in &self.steps {
             println!("{name:<10} {:<6} {:>7.1} s", if *ok { "ok" } else { "FAILED" }, elapsed.as_secs_f64());
         }
-        println!("{counts}");
-        counts.failed == 0 && self.steps.iter().all(|(_, ok, _)| *ok)
+        for test in &tests.failures {
+            println!("failed: {test}");
+        }
+        println!("{} passed, {} failed, {} skipped", tests.passed, tests.failed, tests.skipped);
+        tests.failed == 0 && self.steps.iter().all(|(_, ok, _)| *ok)
     }
 }
 
@@ -163,26 +160,29 @@ mod tests {
 
     #[test]
     fn results_are_added_up() {
-        let mut counts = Counts::default();
+        let mut tests = Tests::default();
         for line in [
-            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s",
             "test a::b ... ok",
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s",
+            "test c::d ... FAILED",
+            "test padded    ... FAILED",
             "test result: FAILED. 7 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s",
             "test result: what",
             "",
         ] {
-            counts += Counts::of_line(line).unwrap_or_default();
+            tests.add_line(line);
         }
-        assert_eq!(counts.to_string(), "12 passed, 3 failed, 3 skipped");
+        assert_eq!((tests.passed, tests.failed, tests.skipped), (12, 3, 3));
+        assert_eq!(tests.failures, ["c::d", "padded"]);
     }
 
     #[test]
     fn one_failed_step_fails_all() {
         let mut report = Report::default();
         report.step("good", || Ok(()));
-        assert!(report.summarise(Counts::default()));
-        assert!(!report.summarise(Counts { failed: 1, ..Counts::default() }));
+        assert!(report.summarise(&Tests::default()));
+        assert!(!report.summarise(&Tests { failed: 1, ..Tests::default() }));
         report.step("bad", || bail!("on purpose"));
-        assert!(!report.summarise(Counts::default()));
+        assert!(!report.summarise(&Tests::default()));
     }
 }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::artifacts::Artifacts;
+use xtask::bench::{self, Benchmark};
 use xtask::cache::Cache;
 use xtask::{check, disk, initramfs, kernel, setup};
 
@@ -32,6 +33,9 @@ enum Task {
     Disk,
     /// Build all of these and print their paths as JSON
     Artifacts,
+    /// Measure what is promised of samepage, beside what others need for the same
+    #[command(subcommand)]
+    Bench(Benchmark),
     /// Run every check: packages, guests, format, lint, tests
     Test {
         /// Leave out the tests that boot guests, and what they need
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
             println!("{}", serde_json::to_string_pretty(&artifacts)?);
             Ok(())
         }),
+        Task::Bench(benchmark) => bench::run(&benchmark),
         Task::Test { quick } => return if check::run(quick) { ExitCode::SUCCESS } else { ExitCode::FAILURE },
     };
     match result {

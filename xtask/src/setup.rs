@@ -22,12 +22,20 @@ pub const PACKAGES: [&str; 12] = [
     "xz-utils",
 ];
 
-/// Installs what is missing if this process may, and does nothing if all is there.
+/// Installs what is missing of [`PACKAGES`], as [`install_packages`] does.
 ///
 /// # Errors
 /// Packages are missing and can't be installed; the error holds the command that would.
 pub fn install() -> Result<()> {
-    let missing = missing_packages()?;
+    install_packages(&PACKAGES)
+}
+
+/// Installs what is missing of `packages` if this process may, and does nothing if all is there.
+///
+/// # Errors
+/// Packages are missing and can't be installed; the error holds the command that would.
+pub fn install_packages(packages: &[&str]) -> Result<()> {
+    let missing = missing_packages(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -53,20 +61,20 @@ fn apt_get() -> Command {
     command
 }
 
-fn missing_packages() -> Result<Vec<&'static str>> {
+fn missing_packages<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
     // It fails when it doesn't know a package, and still prints those that it knows.
     let output = Command::new("dpkg-query")
         .args(["--show", "--showformat=${Package} ${db:Status-Status}\n"])
-        .args(PACKAGES)
+        .args(packages)
         .output()
         .context("looking up installed packages with dpkg-query: guests are built on Debian")?;
-    Ok(missing_from(&String::from_utf8_lossy(&output.stdout)))
+    Ok(missing_from(packages, &String::from_utf8_lossy(&output.stdout)))
 }
 
 /// The packages that a `dpkg-query` listing doesn't show as installed.
-fn missing_from(listing: &str) -> Vec<&'static str> {
+fn missing_from<'a>(packages: &[&'a str], listing: &str) -> Vec<&'a str> {
     let installed: Vec<&str> = listing.lines().filter_map(|line| line.strip_suffix(" installed")).collect();
-    PACKAGES.into_iter().filter(|package| !installed.contains(package)).collect()
+    packages.iter().copied().filter(|package| !installed.contains(package)).collect()
 }
 
 #[cfg(test)]
@@ -76,8 +84,8 @@ mod tests {
     #[test]
     fn only_installed_packages_count() {
         let all: String = PACKAGES.iter().map(|package| format!("{package} installed\n")).collect();
-        assert!(missing_from(&all).is_empty());
-        assert_eq!(missing_from(&all.replace("make installed", "make config-files")), ["make"]);
-        assert_eq!(missing_from("").len(), PACKAGES.len());
+        assert!(missing_from(&PACKAGES, &all).is_empty());
+        assert_eq!(missing_from(&PACKAGES, &all.replace("make installed", "make config-files")), ["make"]);
+        assert_eq!(missing_from(&PACKAGES, "").len(), PACKAGES.len());
     }
 }

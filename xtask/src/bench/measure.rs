@@ -1,0 +1,125 @@
+//! Measuring both monitors, in turns.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use super::guest::Files;
+use super::host::Host;
+use super::monitor::{self, GUEST_MIB, Running};
+use super::report::{MemoryRow, Pair, Spread, StartupReport, TimeRow};
+use super::smaps::{self, Memory};
+use super::{StartupArgs, quartiles};
+
+/// How many seconds a fleet of idle guests gets to come to rest.
+const SAMPLES: u32 = 60;
+const PAGE_KIB: u64 = 4;
+
+/// Measures start-up times, then memory.
+pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Result<StartupReport> {
+    let mut host = Host::look()?;
+    let qemu = crate::process::output(std::process::Command::new(monitor::QEMU).arg("--version"))?;
+    let times = vec![
+        time("first instruction", args.runs, samepage, &guests.first_instruction)?,
+        time("demo guest's first line", args.runs, samepage, &guests.demo)?,
+    ];
+    let mut numbers = args.vms.clone();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let memory = numbers.into_iter().map(|vms| memory(vms, samepage, &guests.demo)).collect::<Result<_>>()?;
+    host.look_again()?;
+    let qemu = qemu.lines().next().unwrap_or_default().to_owned();
+    Ok(StartupReport::new(host, qemu, (GUEST_MIB, args.runs), times, memory))
+}
+
+fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result<TimeRow> {
+    let milliseconds =
+        |command: &mut _| monitor::time_to_first_byte(command).map(|elapsed| elapsed.as_secs_f64() * 1000.0);
+    let mut samples = Pair { samepage: Vec::new(), qemu: Vec::new() };
+    // The first start of each, which may have to read its program from disk, does not count.
+    for run in 0..=runs {
+        let first_samepage = run % 2 == 0;
+        let mut qemu = 0.0;
+        if !first_samepage {
+            qemu = milliseconds(&mut monitor::qemu(kernel, 0))?;
+        }
+        let own = milliseconds(&mut monitor::samepage(samepage, kernel, 1, false))?;
+        if first_samepage {
+            qemu = milliseconds(&mut monitor::qemu(kernel, 0))?;
+        }
+        if run > 0 {
+            samples.samepage.push(own);
+            samples.qemu.push(qemu);
+        }
+    }
+    let spread = |samples| {
+        quartiles(samples).map(|[lower, median, upper]| Spread {
+            lower_quartile_ms: lower,
+            median_ms: median,
+            upper_quartile_ms: upper,
+        })
+    };
+    Ok(TimeRow::new(what, Pair { samepage: spread(samples.samepage)?, qemu: spread(samples.qemu)? }))
+}
+
+fn memory(vms: u32, samepage: &Path, kernel: &Path) -> Result<MemoryRow> {
+    let mut own = Running::start(&mut monitor::samepage(samepage, kernel, vms, true))?;
+    own.wait_until_idle(vms)?;
+    let samepage = memory_at_rest(&mut own)?;
+    drop(own);
+
+    let mut processes = Vec::new();
+    for vm in 0..vms {
+        let mut process = Running::start(&mut monitor::qemu(kernel, vm))?;
+        process.wait_until_idle(1)?;
+        processes.push(process);
+    }
+    let mut qemu = Memory::default();
+    for process in &processes {
+        qemu += smaps::of_qemu(process.id(), u64::from(GUEST_MIB) << 10)?;
+    }
+    Ok(MemoryRow::new(vms, Pair { samepage, qemu }))
+}
+
+/// What of samepage's statistics tells how much of its memory is guests'.
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+struct Statistics {
+    merges: u64,
+    pages_unshared: u64,
+    vms: Vec<VmStatistics>,
+}
+
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+struct VmStatistics {
+    pages_private: u64,
+}
+
+impl Statistics {
+    fn private_kib(&self) -> u64 {
+        self.vms.iter().map(|vm| vm.pages_private).sum::<u64>() * PAGE_KIB
+    }
+}
+
+/// Memory of a samepage process whose statistics, which it tells each second, have stopped changing.
+fn memory_at_rest(process: &mut Running) -> Result<Memory> {
+    let mut before = statistics(process)?;
+    for _ in 0..SAMPLES {
+        let memory = smaps::of_samepage(process.id(), before.private_kib())?;
+        let after = statistics(process)?;
+        if after == before {
+            return Ok(memory);
+        }
+        before = after;
+    }
+    bail!("memory of idle guests still changes after {SAMPLES} s; their last statistics: {before:?}")
+}
+
+fn statistics(process: &mut Running) -> Result<Statistics> {
+    loop {
+        let line = process.line()?;
+        if line.starts_with('{') {
+            return serde_json::from_str(&line).with_context(|| format!("reading the statistics {line:?}"));
+        }
+    }
+}

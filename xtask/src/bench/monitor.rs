@@ -1,0 +1,111 @@
+//! The monitors that are compared, and processes of theirs.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// QEMU's program.
+pub(super) const QEMU: &str = "qemu-system-x86_64";
+/// The leanest machine that QEMU has: no firmware tables, no legacy devices but a serial port.
+const QEMU_MACHINE: [&str; 11] = [
+    "-M",
+    "microvm,pit=off,rtc=off,pic=off,acpi=off",
+    "-accel",
+    "kvm",
+    "-cpu",
+    "host,-arch-capabilities",
+    "-nodefaults",
+    "-nographic",
+    "-serial",
+    "stdio",
+    "-no-reboot",
+];
+/// Memory of each guest, in MiB.
+pub(super) const GUEST_MIB: u32 = 64;
+/// What the demo guest is told: a few pages of memory, then nothing, for ever.
+const COMMAND_LINE: &str = "pages=8 crash=sleep vm=";
+
+/// The command by which samepage runs `vms` guests, as users run it, and tells its statistics if asked to.
+pub(super) fn samepage(program: &Path, kernel: &Path, vms: u32, statistics: bool) -> Command {
+    let mut command = Command::new(program);
+    command.arg("run").arg("--kernel").arg(kernel);
+    command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &vms.to_string()]);
+    command.args(["--cmdline", &format!("{COMMAND_LINE}{{index}}")]);
+    if statistics {
+        command.args(["--stats", "-"]);
+    }
+    command
+}
+
+/// The command by which QEMU runs guest number `vm`.
+pub(super) fn qemu(kernel: &Path, vm: u32) -> Command {
+    let mut command = Command::new(QEMU);
+    command.args(QEMU_MACHINE).args(["-m", &GUEST_MIB.to_string(), "-kernel"]).arg(kernel);
+    command.args(["-append", &format!("{COMMAND_LINE}{vm}")]);
+    command
+}
+
+/// A monitor that runs, until dropped.
+pub(super) struct Running {
+    child: Child,
+    output: BufReader<ChildStdout>,
+    name: String,
+}
+
+impl Running {
+    pub(super) fn start(command: &mut Command) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let output = child.stdout.take().context("no pipe to a monitor was made")?;
+        Ok(Self { child, output: BufReader::new(output), name })
+    }
+
+    /// Its process ID.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next line that it or a guest prints.
+    pub(super) fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        let count =
+            self.output.read_line(&mut line).with_context(|| format!("reading from {}", self.name))?;
+        if count == 0 {
+            bail!("{} ended before its guest had started: {}", self.name, self.child.wait()?);
+        }
+        Ok(line)
+    }
+
+    /// Waits until `vms` guests have filled their memory and are at rest.
+    pub(super) fn wait_until_idle(&mut self, vms: u32) -> Result<()> {
+        let mut ready = 0;
+        while ready < vms {
+            ready += u32::from(self.line()?.contains("ready pages="));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The time from starting a monitor to the first byte on its guest's serial port.
+pub(super) fn time_to_first_byte(command: &mut Command) -> Result<Duration> {
+    let start = Instant::now();
+    let mut monitor = Running::start(command)?;
+    let read = monitor.output.read(&mut [0]).with_context(|| format!("reading from {}", monitor.name))?;
+    let elapsed = start.elapsed();
+    if read == 0 {
+        monitor.line()?;
+    }
+    Ok(elapsed)
+}
