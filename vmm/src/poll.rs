@@ -4,8 +4,9 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
-use libc::{POLLIN, pollfd};
+use libc::{POLLIN, POLLOUT, c_int, c_short, pollfd};
 
 /// Waits until at least one of the files is readable, at its end or in error, and tells for each whether
 /// it is. A missing file is never readable.
@@ -18,9 +19,19 @@ pub fn wait_readable<const N: usize>(files: [Option<RawFd>; N]) -> io::Result<[b
 
 /// Whether the file is readable at this moment.
 pub fn is_readable_now(file: RawFd) -> io::Result<bool> {
-    let mut polled = pollfd { fd: file, events: POLLIN, revents: 0 };
-    // SAFETY: the one entry is valid; the call does not wait.
-    match unsafe { libc::poll(&raw mut polled, 1, 0) } {
+    is_ready(file, POLLIN, Duration::ZERO)
+}
+
+/// Whether the file takes something, or fails, without a wait longer than this.
+pub(crate) fn is_writable_within(file: RawFd, wait: Duration) -> io::Result<bool> {
+    is_ready(file, POLLOUT, wait)
+}
+
+fn is_ready(file: RawFd, events: c_short, wait: Duration) -> io::Result<bool> {
+    let mut polled = pollfd { fd: file, events, revents: 0 };
+    let milliseconds = c_int::try_from(wait.as_millis()).unwrap_or(c_int::MAX);
+    // SAFETY: the one entry is valid.
+    match unsafe { libc::poll(&raw mut polled, 1, milliseconds) } {
         0.. => Ok(polled.revents != 0),
         _ => Err(io::Error::last_os_error()),
     }

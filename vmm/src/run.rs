@@ -114,6 +114,10 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             fleet.request_stop_all();
         }
     }
+    if let Some(statistics) = statistics {
+        // The VMs have ended; their ends count, not the last line.
+        let _ = statistics.writer.finish();
+    }
     Ok(outcome.exit_code())
 }
 

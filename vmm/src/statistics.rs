@@ -6,8 +6,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
@@ -16,6 +17,7 @@ use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
+use crate::poll;
 use crate::vm::Vm;
 
 /// The process at one moment.
@@ -170,11 +172,22 @@ impl std::str::FromStr for StatsTarget {
 }
 
 /// Writes samples, a line each.
+///
+/// A reader who is slow gets fewer lines, and holds nothing else up: no sample is taken while part of
+/// the line before still has to be written.
 #[derive(Debug)]
 pub struct StatsWriter {
     sampler: Sampler,
-    file: Option<File>,
+    file: File,
+    /// How much is written at once: all to a file, and to others what they take without waiting.
+    piece: usize,
+    line: Vec<u8>,
+    /// Bytes of the line that are written.
+    written: usize,
 }
+
+/// How long a reader may take for a piece of the last line.
+const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
 
 impl StatsWriter {
     /// Opens the target.
@@ -183,13 +196,18 @@ impl StatsWriter {
     /// Where the file cannot be opened for appending, or statistics cannot be read.
     pub fn open(target: &StatsTarget) -> io::Result<Self> {
         let file = match target {
-            StatsTarget::Stdout => None,
-            StatsTarget::File(path) => Some(OpenOptions::new().append(true).create(true).open(path)?),
+            StatsTarget::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
+            StatsTarget::File(path) => OpenOptions::new().append(true).create(true).open(path)?,
         };
-        Ok(Self { sampler: Sampler::new()?, file })
+        Self::to_file(file)
     }
 
-    /// Writes a sample.
+    fn to_file(file: File) -> io::Result<Self> {
+        let piece = if file.metadata()?.is_file() { usize::MAX } else { libc::PIPE_BUF };
+        Ok(Self { sampler: Sampler::new()?, file, piece, line: Vec::new(), written: 0 })
+    }
+
+    /// Writes a sample, or what is left of the one before.
     ///
     /// # Errors
     /// Where it cannot be taken or written.
@@ -198,12 +216,36 @@ impl StatsWriter {
         sharing: Option<&Sharing>,
         vms: impl IntoIterator<Item = &'a Vm>,
     ) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&self.sampler.sample(sharing, vms)?)?;
-        line.push(b'\n');
-        match &mut self.file {
-            Some(file) => file.write_all(&line),
-            None => io::stdout().lock().write_all(&line),
+        self.pass_on(Duration::ZERO)?;
+        if self.written < self.line.len() {
+            return Ok(());
         }
+        self.line.clear();
+        self.written = 0;
+        serde_json::to_writer(&mut self.line, &self.sampler.sample(sharing, vms)?)?;
+        self.line.push(b'\n');
+        self.pass_on(Duration::ZERO)
+    }
+
+    /// Writes what is left of the last sample, unless nobody takes it.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn finish(mut self) -> io::Result<()> {
+        self.pass_on(LAST_LINE_PATIENCE)
+    }
+
+    fn pass_on(&mut self, wait: Duration) -> io::Result<()> {
+        while self.written < self.line.len() && poll::is_writable_within(self.file.as_raw_fd(), wait)? {
+            let rest = &self.line[self.written..];
+            match self.file.write(&rest[..rest.len().min(self.piece)]) {
+                Ok(count) => self.written += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -217,6 +259,23 @@ mod tests {
         let memory = vec![1_u8; 8 << 20];
         let after = rss_anon().unwrap();
         assert!(after >= before + (7 << 20), "{before} to {after} with {} bytes more", memory.len());
+    }
+
+    #[test]
+    fn a_reader_who_is_slow_gets_fewer_lines_and_each_of_them_whole() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut statistics = StatsWriter::to_file(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
+        // More than a pipe holds, and nothing waits.
+        for _ in 0..1000 {
+            statistics.write(None, []).unwrap();
+        }
+        let reader = std::thread::spawn(|| io::read_to_string(reader).unwrap());
+        statistics.finish().unwrap();
+        let text = reader.join().unwrap();
+        assert!(text.ends_with('\n') && (10..1000).contains(&text.lines().count()), "{text}");
+        for line in text.lines() {
+            serde_json::from_str::<serde_json::Value>(line).unwrap();
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::content::Class;
 use samepage_resources::demo::layout::Arena;
@@ -26,9 +26,10 @@ use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
 use crate::cli::DemoArgs;
-use display::Display;
+use display::{Display, mebibytes};
 use samepage::boot::ImageSource;
 use samepage::config::{ConsoleConfig, VmConfig};
+use samepage::host_limits::HostMemory;
 use samepage::hypervisor::Hypervisor;
 use samepage::statistics::{Sample, Sampler, rss_anon};
 use samepage::vm::{Vm, VmEnd};
@@ -68,6 +69,8 @@ pub(crate) fn main(args: &DemoArgs) -> Result<ExitCode> {
 
 fn run(options: &DemoArgs) -> Result<Summary> {
     let hypervisor = Hypervisor::open()?;
+    samepage::host_limits::raise_open_files();
+    check_host(options.vms.into())?;
     let settings = Settings { cpu_percent: options.cpu, ..Settings::default() };
     let sharing = Arc::new(Sharing::start(settings).context("memory cannot be shared on this host")?);
     sharing.pause();
@@ -125,6 +128,20 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     let ends: Vec<_> = demo.vms.iter().map(Vm::wait).collect();
     display.finish();
     Ok(Summary::new(&demo.progress, &ends, &last, before_bytes, can_save, merged_in))
+}
+
+/// The guests fill their memory before any of it is shared.
+fn check_host(vms: u64) -> Result<()> {
+    let needed = vms * ARENA_PAGES * PAGE_SIZE as u64;
+    if let Some(HostMemory { available, limited_by }) = HostMemory::measure() {
+        ensure!(
+            needed <= available,
+            "{vms} guests fill {} before sharing begins, and there are {} ({limited_by}); give fewer --vms",
+            mebibytes(needed),
+            mebibytes(available)
+        );
+    }
+    Ok(())
 }
 
 /// What each guest does: the classes in runs of 256 KiB, its own pages rewritten, until told to
