@@ -1,6 +1,7 @@
 //! Measuring both monitors, in turns.
 
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -11,6 +12,7 @@ use super::monitor::{self, GUEST_MIB, Running};
 use super::report::{MemoryRow, Pair, Spread, StartupReport, TimeRow};
 use super::smaps::{self, Memory};
 use super::{StartupArgs, quartiles};
+use crate::process;
 
 /// How many seconds a fleet of idle guests gets to come to rest.
 const SAMPLES: u32 = 60;
@@ -19,7 +21,7 @@ const PAGE_KIB: u64 = 4;
 /// Measures start-up times, then memory.
 pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Result<StartupReport> {
     let mut host = Host::look()?;
-    let qemu = crate::process::output(std::process::Command::new(monitor::QEMU).arg("--version"))?;
+    let qemu = process::output(Command::new(monitor::QEMU).arg("--version"))?;
     let times = vec![
         time("first instruction", args.runs, samepage, &guests.first_instruction)?,
         time("demo guest's first line", args.runs, samepage, &guests.demo)?,

@@ -11,6 +11,7 @@ mod report;
 mod smaps;
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -63,10 +64,10 @@ pub fn run(benchmark: &Benchmark) -> Result<()> {
 }
 
 fn startup(args: &StartupArgs) -> Result<StartupReport> {
-    host::check_kvm()?;
-    if !process::succeeds(std::process::Command::new(monitor::QEMU).arg("--version")) {
+    if !process::succeeds(Command::new(monitor::QEMU).arg("--version")) {
         setup::install_packages(&["qemu-system-x86"])?;
     }
+    host::check_kvm()?;
     let samepage = build_samepage()?;
     let guests = guest::Files::write()?;
     measure::startup(args, &samepage, &guests)
