@@ -1,5 +1,6 @@
 //! The command line of `samepage`: its arguments, and their values as typed.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -22,6 +23,18 @@ Exit status:
   2  the command line is wrong
   3  a guest crashed";
 
+const ANALYZE_USAGE: &str = "samepage analyze [OPTIONS] FILE...\n       samepage analyze [OPTIONS] --pid PID";
+
+const ANALYZE_EXAMPLES: &str = "\
+Examples:
+  Two VMs of libvirt, from dumps of their memory:
+    virsh dump --memory-only --live web-1 web-1.core
+    virsh dump --memory-only --live web-2 web-2.core
+    samepage analyze web-1.core web-2.core --svg web.svg
+
+  Two running QEMU processes:
+    samepage analyze --pid 1234 --pid 1235";
+
 /// Hosts many KVM virtual machines in one process and shares their identical memory.
 #[derive(Debug, Parser)]
 #[command(name = "samepage", version, max_term_width = 100)]
@@ -38,6 +51,44 @@ pub(crate) enum Command {
     /// Show on an embedded guest what sharing memory saves: boots VMs that are partly alike, merges
     /// their memory while they run, and lets them verify every word of it
     Demo(DemoArgs),
+    /// Say what sharing would save in memory images, or in the memory of running VMs of any monitor
+    #[command(after_help = ANALYZE_EXAMPLES, override_usage = ANALYZE_USAGE)]
+    Analyze(AnalyzeArgs),
+}
+
+/// The arguments of `samepage analyze`.
+#[derive(Debug, Args)]
+pub(crate) struct AnalyzeArgs {
+    /// Memory of a VM: a raw image, or an ELF core as `virsh dump --memory-only`, QEMU's
+    /// dump-guest-memory or gcore write it
+    #[arg(value_name = "FILE", required_unless_present = "pids")]
+    pub(crate) files: Vec<PathBuf>,
+
+    /// A running process that holds a VM (QEMU, Firecracker, Cloud Hypervisor, samepage); its memory is
+    /// read and never changed. May be repeated
+    #[arg(long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) pids: Vec<u32>,
+
+    /// Where the process holds guest memory, as in /proc/PID/maps; may be repeated. Without it, large
+    /// read-write mappings are taken
+    #[arg(long = "range", value_name = "START-END", value_parser = parse_range, requires = "pids")]
+    pub(crate) ranges: Vec<Range<u64>>,
+
+    /// The smallest mapping of a process, or of a process's core, that is taken for guest memory
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
+    pub(crate) min_mapping: u64,
+
+    /// Count each mapping or --range of a process as a VM of its own (always so for samepage)
+    #[arg(long, requires = "pids")]
+    pub(crate) each_mapping: bool,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Draw the result into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// The arguments of `samepage demo`.
@@ -157,6 +208,17 @@ fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
 }
 
+/// Addresses in hexadecimal, as the kernel writes them in `/proc/PID/maps`.
+fn parse_range(text: &str) -> Result<Range<u64>, String> {
+    let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
+    let range = text.split_once('-').and_then(|(start, end)| Some(address(start)?..address(end)?));
+    match range {
+        Some(range) if range.start < range.end && (range.start | range.end).is_multiple_of(4096) => Ok(range),
+        Some(_) => Err("the start must be below the end, and both multiples of 1000 (4 KiB)".to_owned()),
+        None => Err("use two addresses in hexadecimal, as in 7f0000000000-7f0040000000".to_owned()),
+    }
+}
+
 fn parse_disk(text: &str) -> Result<DiskArg, String> {
     let mut disk = DiskArg { path: String::new(), read_only: false, id: None };
     for field in text.split(',') {
@@ -218,6 +280,15 @@ mod tests {
         assert_eq!(parse_size("64k"), Ok(64 << 10));
         for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_whole_pages() {
+        assert_eq!(parse_range("1000-3000"), Ok(0x1000..0x3000));
+        assert_eq!(parse_range("0x7f0000000000-0x7f0040000000"), Ok(0x7f00_0000_0000..0x7f00_4000_0000));
+        for wrong in ["", "1000", "1000-1000", "2000-1000", "1001-3000", "x-y", "-1000", "1000-3000-4000"] {
+            assert!(parse_range(wrong).is_err(), "{wrong}");
         }
     }
 

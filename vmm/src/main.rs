@@ -1,5 +1,6 @@
 //! The `samepage` program: see `samepage --help`.
 
+mod analyze;
 mod cli;
 mod demo;
 mod plan;
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::main(args),
+        Command::Analyze(args) => analyze::main(args),
     };
     result.unwrap_or_else(|error| {
         report::tell(report::causes(&error));

@@ -1,0 +1,357 @@
+//! ELF cores: which parts of a file hold memory.
+//!
+//! Two kinds of cores are of use here. QEMU (`dump-guest-memory`, `virsh dump --memory-only`)
+//! writes guest memory with physical addresses; with its `-p` option several segments may name the
+//! same bytes, which are then counted once. The kernel and gcore write the memory of a process; of
+//! that, the large read-write mappings are guest memory. Source: the System V ABI, chapters 4 and 5.
+//!
+//! The file is not trusted: counts are bounded, sums are checked, and only headers are kept.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use thiserror::Error;
+
+use super::file::Region;
+use super::units::bytes;
+
+/// What an ELF file begins with.
+pub(super) const MAGIC: &[u8] = b"\x7fELF";
+
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const SECTION_HEADER: usize = 64;
+/// The number of segments is in the first section header.
+const PN_XNUM: u64 = 0xffff;
+/// More than any dump has: Linux gives a process 65,530 mappings unless told otherwise.
+const MOST_SEGMENTS: u64 = 1 << 20;
+const ET_CORE: u64 = 4;
+const EM_X86_64: u64 = 62;
+const PT_LOAD: u64 = 1;
+const PF_WRITE: u64 = 2;
+const PF_READ: u64 = 4;
+
+/// Why a file is no core to work with.
+#[derive(Debug, Error)]
+pub(super) enum CoreError {
+    #[error("the file ends within its {0}: it is truncated; dump it again")]
+    Truncated(&'static str),
+    #[error(
+        "it is an ELF file, but not of 64 bits, little-endian: memory of x86-64 guests alone can be read"
+    )]
+    Class,
+    #[error("it is an ELF file, but not a core dump (its type is {0}, a core's is 4): name a memory image")]
+    NoCore(u64),
+    #[error("it is a core dump of machine {0}: memory of x86-64 guests alone can be read")]
+    Machine(u64),
+    #[error("its program headers are {0} bytes long, not 56: the file is damaged")]
+    HeaderSize(u64),
+    #[error("it says that it has {0} segments, more than can be: the file is damaged")]
+    Segments(u64),
+    #[error(
+        "segment {index} is {bytes} bytes from offset {offset} on, and the file is {file} bytes long: it is \
+         truncated; dump it again, with enough free disk space"
+    )]
+    Segment { index: u64, offset: u64, bytes: u64, file: u64 },
+    #[error("it holds no memory: no segment to load has contents")]
+    Empty,
+    #[error(
+        "it is the core of a process without a read-write mapping of {least} or more, as guest memory would be; \
+         lower --min-mapping, and see that guest memory is dumped (/proc/PID/coredump_filter)",
+        least = bytes(*.0)
+    )]
+    NoGuest(u64),
+    #[error("it cannot be read: {0}")]
+    Read(#[from] io::Error),
+}
+
+/// A segment to load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Segment {
+    flags: u64,
+    offset: u64,
+    virtual_address: u64,
+    physical_address: u64,
+    stored: u64,
+    bytes: u64,
+}
+
+/// Finds guest memory in a core of `length` bytes. Of the core of a process, mappings below
+/// `least` bytes are left out.
+pub(super) fn regions(file: &File, length: u64, least: u64) -> Result<Vec<Region>, CoreError> {
+    let segments = segments(file, length)?;
+    if segments.iter().all(|segment| segment.stored == 0) {
+        return Err(CoreError::Empty);
+    }
+    let of_process = segments.iter().all(|segment| segment.physical_address == 0)
+        && segments.iter().any(|segment| segment.virtual_address != 0);
+    if of_process { process(segments, least) } else { Ok(physical(&segments)) }
+}
+
+fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
+    let read = |offset: u64, bytes: &mut [u8], what| {
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
+            return Err(CoreError::Truncated(what));
+        }
+        Ok(file.read_exact_at(bytes, offset)?)
+    };
+    let mut header = [0; HEADER];
+    read(0, &mut header, "ELF header")?;
+    // EI_CLASS is ELFCLASS64, EI_DATA is ELFDATA2LSB.
+    if header[4..6] != [2, 1] {
+        return Err(CoreError::Class);
+    }
+    match (number(&header, 16, 2), number(&header, 18, 2)) {
+        (ET_CORE, EM_X86_64) => {}
+        (ET_CORE, machine) => return Err(CoreError::Machine(machine)),
+        (kind, _) => return Err(CoreError::NoCore(kind)),
+    }
+    let table = number(&header, 32, 8);
+    let mut count = number(&header, 56, 2);
+    if count > 0 && number(&header, 54, 2) != PROGRAM_HEADER as u64 {
+        return Err(CoreError::HeaderSize(number(&header, 54, 2)));
+    }
+    if count == PN_XNUM {
+        let mut section = [0; SECTION_HEADER];
+        read(number(&header, 40, 8), &mut section, "first section header")?;
+        count = number(&section, 44, 4);
+    }
+    if count > MOST_SEGMENTS {
+        return Err(CoreError::Segments(count));
+    }
+
+    let mut segments = Vec::new();
+    let mut headers = vec![0; count as usize * PROGRAM_HEADER];
+    read(table, &mut headers, "program headers")?;
+    for (index, header) in (0..).zip(headers.as_chunks::<PROGRAM_HEADER>().0) {
+        if number(header, 0, 4) != PT_LOAD {
+            continue;
+        }
+        let segment = Segment {
+            flags: number(header, 4, 4),
+            offset: number(header, 8, 8),
+            virtual_address: number(header, 16, 8),
+            physical_address: number(header, 24, 8),
+            stored: number(header, 32, 8),
+            bytes: number(header, 40, 8),
+        };
+        let Segment { offset, stored, .. } = segment;
+        if stored > 0 && offset.checked_add(stored).is_none_or(|end| end > length) {
+            return Err(CoreError::Segment { index, offset, bytes: stored, file: length });
+        }
+        segments.push(segment);
+    }
+    Ok(segments)
+}
+
+/// All that is stored. Segments without contents are devices' memory or were filtered out by who
+/// made the dump.
+fn physical(segments: &[Segment]) -> Vec<Region> {
+    let regions = segments.iter().map(|segment| Region {
+        address: segment.physical_address,
+        offset: segment.offset,
+        stored: segment.stored,
+        absent: 0,
+    });
+    once(regions.filter(|region| region.stored > 0).collect())
+}
+
+/// Large read-write mappings. What was not dumped of them is absent.
+fn process(mut segments: Vec<Segment>, least: u64) -> Result<Vec<Region>, CoreError> {
+    segments.retain(|segment| segment.flags & (PF_READ | PF_WRITE) == PF_READ | PF_WRITE);
+    segments.sort_by_key(|segment| segment.virtual_address);
+    let end = |segment: &Segment| segment.virtual_address.saturating_add(segment.bytes);
+    let regions: Vec<_> = segments
+        // The kernel splits mappings where their attributes differ.
+        .chunk_by(|one, next| end(one) == next.virtual_address)
+        .filter(|group| group.iter().map(|segment| segment.bytes).fold(0, u64::saturating_add) >= least)
+        .flatten()
+        .map(|segment| Region {
+            address: segment.virtual_address,
+            offset: segment.offset,
+            stored: segment.stored.min(segment.bytes),
+            absent: segment.bytes.saturating_sub(segment.stored),
+        })
+        .collect();
+    if regions.iter().all(|region| region.stored == 0) {
+        return Err(CoreError::NoGuest(least));
+    }
+    Ok(once(regions))
+}
+
+/// The regions in the order of the file, each byte of it in one region alone, so that a file
+/// cannot make for more work than it has bytes.
+fn once(mut regions: Vec<Region>) -> Vec<Region> {
+    regions.sort_by_key(|region| region.offset);
+    let mut taken = 0;
+    regions.retain_mut(|region| {
+        if region.stored == 0 {
+            return true;
+        }
+        let end = region.offset + region.stored;
+        let repeated = taken.max(region.offset) - region.offset;
+        if repeated >= region.stored {
+            return false;
+        }
+        taken = end;
+        *region = Region {
+            address: region.address.saturating_add(repeated),
+            offset: region.offset + repeated,
+            stored: region.stored - repeated,
+            absent: region.absent,
+        };
+        true
+    });
+    regions
+}
+
+/// The little-endian number of `size` bytes at `offset`, which is within the header.
+fn number(header: &[u8], offset: usize, size: usize) -> u64 {
+    header[offset..offset + size].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const MIB: u64 = 1 << 20;
+
+    fn segment(physical_address: u64, virtual_address: u64, offset: u64, stored: u64) -> Segment {
+        Segment { flags: 6, offset, virtual_address, physical_address, stored, bytes: stored }
+    }
+
+    fn core(segments: &[Segment]) -> Vec<u8> {
+        let mut file = vec![0; HEADER];
+        file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        file[16..20].copy_from_slice(&[4, 0, 62, 0]);
+        file[32] = HEADER as u8;
+        file[54] = PROGRAM_HEADER as u8;
+        file[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
+        for segment in segments {
+            file.extend(1_u32.to_le_bytes());
+            file.extend((segment.flags as u32).to_le_bytes());
+            for word in [
+                segment.offset,
+                segment.virtual_address,
+                segment.physical_address,
+                segment.stored,
+                segment.bytes,
+                4096,
+            ] {
+                file.extend(word.to_le_bytes());
+            }
+        }
+        file
+    }
+
+    /// Parses headers in front of a hole.
+    fn parse(headers: &[u8], length: u64) -> Result<Vec<Region>, CoreError> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(headers).unwrap();
+        file.set_len(length).unwrap();
+        regions(&file, length, 16 * MIB)
+    }
+
+    #[test]
+    fn guest_memory_is_found_by_physical_addresses() {
+        let two = [segment(1 << 32, 0, MIB, MIB), segment(0, 0, 4096, 65536)];
+        let regions = parse(&core(&two), 2 * MIB).unwrap();
+        assert_eq!(
+            regions,
+            [
+                Region { address: 0, offset: 4096, stored: 65536, absent: 0 },
+                Region { address: 1 << 32, offset: MIB, stored: MIB, absent: 0 },
+            ]
+        );
+        // One segment at address 0 looks like nothing else.
+        assert_eq!(parse(&core(&[segment(0, 0, 4096, 4096)]), MIB).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn bytes_that_several_segments_name_count_once() {
+        let segments = [
+            segment(4096, 0xffff_8000_0000_1000, 4096, 8 * 4096),
+            segment(8192, 0x40_0000, 8192, 4096),
+            segment(8 * 4096, 0x50_0000, 8 * 4096, 4 * 4096),
+            segment(0xfee0_0000, 0x60_0000, 0, 0),
+        ];
+        let regions = parse(&core(&segments), MIB).unwrap();
+        assert_eq!(
+            regions,
+            [
+                Region { address: 4096, offset: 4096, stored: 8 * 4096, absent: 0 },
+                Region { address: 9 * 4096, offset: 9 * 4096, stored: 3 * 4096, absent: 0 },
+            ]
+        );
+    }
+
+    #[test]
+    fn of_a_process_its_large_writable_mappings_count() {
+        let base = 0x7f00_0000_0000;
+        let code = Segment { flags: 5, ..segment(0, 0x40_0000, 40 * MIB, 20 * MIB) };
+        let segments = [
+            code,
+            segment(0, 0x1000_0000, 4096, MIB),
+            segment(0, base + 10 * MIB, 20 * MIB, 10 * MIB),
+            Segment { bytes: 10 * MIB, ..segment(0, base, 2 * MIB, 8 * MIB) },
+        ];
+        let regions = parse(&core(&segments), 60 * MIB).unwrap();
+        assert_eq!(
+            regions,
+            [
+                Region { address: base, offset: 2 * MIB, stored: 8 * MIB, absent: 2 * MIB },
+                Region { address: base + 10 * MIB, offset: 20 * MIB, stored: 10 * MIB, absent: 0 },
+            ]
+        );
+        assert!(matches!(parse(&core(&segments[..2]), 60 * MIB), Err(CoreError::NoGuest(_))));
+    }
+
+    #[test]
+    fn many_segments_are_counted_in_a_section_header() {
+        let mut file = core(&[segment(0, 0, 4096, 4096)]);
+        file[56..58].copy_from_slice(&[0xff, 0xff]);
+        file[40..48].copy_from_slice(&512_u64.to_le_bytes());
+        file.resize(512 + SECTION_HEADER, 0);
+        file[512 + 44] = 1;
+        assert_eq!(parse(&file, MIB).unwrap().len(), 1);
+        file[512 + 44..512 + 48].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(parse(&file, MIB), Err(CoreError::Segments(_))));
+    }
+
+    #[test]
+    fn damaged_cores_are_refused() {
+        let good = core(&[segment(0, 0, 4096, 4096)]);
+        assert!(matches!(parse(&good[..40], 40), Err(CoreError::Truncated("ELF header"))));
+        assert!(matches!(parse(&good[..100], 100), Err(CoreError::Truncated("program headers"))));
+        assert!(matches!(parse(&good, 8191), Err(CoreError::Segment { index: 0, file: 8191, .. })));
+        let with = |at: usize, byte: u8| {
+            let mut file = good.clone();
+            file[at] = byte;
+            parse(&file, MIB)
+        };
+        assert!(matches!(with(4, 1), Err(CoreError::Class)));
+        assert!(matches!(with(5, 2), Err(CoreError::Class)));
+        assert!(matches!(with(16, 2), Err(CoreError::NoCore(2))));
+        assert!(matches!(with(18, 183), Err(CoreError::Machine(183))));
+        assert!(matches!(with(54, 32), Err(CoreError::HeaderSize(32))));
+        assert!(matches!(with(39, 255), Err(CoreError::Truncated("program headers"))));
+        assert!(matches!(parse(&core(&[]), MIB), Err(CoreError::Empty)));
+        let huge = segment(0, 0, u64::MAX - 4095, u64::MAX);
+        assert!(matches!(parse(&core(&[huge]), MIB), Err(CoreError::Segment { .. })));
+    }
+
+    #[test]
+    fn impossible_addresses_do_no_harm() {
+        let far = Segment { bytes: u64::MAX, ..segment(0, u64::MAX - 4095, 4096, 4096) };
+        let regions = parse(&core(&[far, far]), MIB).unwrap();
+        // Of the second, all bytes are the first one's.
+        assert_eq!(
+            regions,
+            [Region { address: u64::MAX - 4095, offset: 4096, stored: 4096, absent: u64::MAX - 4096 }]
+        );
+        let far = segment(u64::MAX, 0, 4096, 4096);
+        assert_eq!(parse(&core(&[far]), MIB).unwrap()[0].address, u64::MAX);
+    }
+}
