@@ -1,20 +1,27 @@
 //! Guests from their start to their ends.
 
-use std::io::{self, BufRead, BufReader};
+use std::fs;
+use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter};
 use std::process::Stdio;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::Signal;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_resources::demo::report::Report;
-use samepage_tests::program::Running;
+use samepage_tests::program::{PATIENCE, Running};
 
 use crate::scratch::{Scratch, assert_verified, endless, report, short};
 
 pub(crate) fn reset() {
-    let end = Scratch::new().start(short(), &[]).wait();
-    end.assert_code(0);
-    assert_verified(&end.stdout);
-    assert_eq!(end.stderr, "samepage: VM vm: the guest reset the machine\n");
+    let scratch = Scratch::new();
+    scratch.write("initrd", b"anything");
+    for arguments in [&[][..], &["--initrd", "initrd"], &["--sharing", "off"]] {
+        let end = scratch.start(short(), arguments).wait();
+        end.assert_code(0);
+        assert_verified(&end.stdout);
+        assert_eq!(end.stderr, "samepage: VM vm: the guest reset the machine\n");
+    }
 }
 
 pub(crate) fn templates() {
@@ -139,6 +146,8 @@ pub(crate) fn signals() {
         told.sort_unstable();
         assert_eq!(told, ["samepage: VM vm-0: stopped", "samepage: VM vm-1: stopped"], "{signal:?}");
     }
+    let left = fs::read_dir(scratch.folder()).expect("list the folder").count();
+    assert_eq!(left, 1, "there is more than the kernel");
 }
 
 pub(crate) fn readers_that_go_away() {
@@ -165,6 +174,46 @@ pub(crate) fn readers_that_go_away() {
     let running = Running::start_as_is(command);
     drop(reader);
     running.wait().assert_code(0);
+}
+
+/// A pipe of one page.
+fn narrow_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, writer) = io::pipe().expect("a pipe");
+    fcntl_setpipe_size(&writer, 4096).expect("narrow a pipe");
+    (reader, writer)
+}
+
+pub(crate) fn readers_that_stall() {
+    let scratch = Scratch::new();
+    let (reader, writer) = narrow_pipe();
+    let mut command = scratch.run(Plan { every_ms: 0, ..endless() }, &[]);
+    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+    let running = Running::start_as_is(command);
+    // The guest's first letter fills the pipe, as far as poll(2) tells.
+    let mut watched = [PollFd::new(&reader, PollFlags::IN)];
+    let patience = Timespec::try_from(PATIENCE).expect("a minute is a time");
+    assert_eq!(
+        poll(&mut watched, Some(&patience)).expect("wait for the guest"),
+        1,
+        "the guest does not write"
+    );
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.assert_code(0);
+    assert!(end.stderr.contains("VM vm: stopped"), "{}", end.stderr);
+
+    // The statistics of so many VMs do not fit into the pipe.
+    let (_reader, writer) = narrow_pipe();
+    let plan = Plan { crash: Some(Crash::Triple), crash_vm: Some(0), ..endless() };
+    let mut command =
+        scratch.run(format!("{plan} vm={{index}}"), &["--count=16", "--console=off", "--stats=-"]);
+    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+    let running = Running::start_as_is(command);
+    running.stderr().wait_for_line("VM vm-0: the guest crashed");
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.assert_code(3);
+    assert_eq!(end.stderr.matches(": stopped\n").count(), 15, "{}", end.stderr);
 }
 
 pub(crate) fn overcommit() {

@@ -56,6 +56,20 @@ pub(crate) fn kvm_not_permitted() {
     refused(&with_kvm_of_mode("600"), &["no permission to open /dev/kvm", "usermod -aG kvm", "run as root"]);
 }
 
+pub(crate) fn too_few_files() {
+    let scratch = Scratch::new();
+    let program = scratch.run(short(), &["--count=8"]);
+    let mut command = Command::new("sh");
+    command.args(["-ec", r#"ulimit -n 30; exec "$@""#, "sh"]).arg(program.get_program());
+    command.args(program.get_args()).current_dir(scratch.folder());
+    let end = Running::start(command).wait();
+    end.assert_code(1);
+    assert_eq!((end.stdout.as_str(), end.stderr.lines().count()), ("", 1), "{}", end.stderr);
+    for part in ["samepage: VM vm-", "Too many open files", "ulimit -n"] {
+        assert!(end.stderr.contains(part), "{part:?} is missing in:\n{}", end.stderr);
+    }
+}
+
 pub(crate) fn userfaultfd_not_permitted() {
     let permitted = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
     if permitted.trim() == "1" {

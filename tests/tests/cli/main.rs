@@ -27,6 +27,7 @@ fn main() -> ExitCode {
             &[Kvm, Mounts],
             host::userfaultfd_not_permitted,
         ),
+        ("a_process_with_too_few_files_is_told_its_limit", &[Kvm], host::too_few_files),
         ("a_guest_that_resets_ends_the_program_with_status_0", &[Kvm], guests::reset),
         ("guests_have_command_lines_and_consoles_of_their_own", &[Kvm], guests::templates),
         ("lines_of_several_guests_carry_their_names", &[Kvm], guests::prefixes),
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ("a_crash_is_explained_and_ends_no_other_vm", &[Kvm], guests::crash),
         ("signals_end_guests_that_would_run_for_ever", &[Kvm], guests::signals),
         ("readers_that_go_away_take_the_text_and_not_the_guest", &[Kvm], guests::readers_that_go_away),
+        ("readers_that_stall_hold_no_end_up", &[Kvm], guests::readers_that_stall),
         ("more_memory_than_the_host_has_needs_overcommit", &[Kvm], guests::overcommit),
         ("what_a_guest_writes_is_in_its_image", &[Kvm], disks::written),
         ("a_read_only_disk_serves_several_guests_and_stays_as_it_is", &[Kvm], disks::read_only),
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         ("the_terminal_is_restored_after_a_crash", &[Kvm], terminal::crash),
         ("the_terminal_is_restored_after_a_signal", &[Kvm], terminal::signal),
         ("the_terminal_is_restored_after_an_error", &[Kvm], terminal::error),
+        ("a_background_job_leaves_the_terminal_alone", &[Kvm], terminal::background),
         ("a_terminal_that_is_closed_ends_the_guest", &[Kvm], terminal::closed),
     ])
 }

@@ -1,5 +1,7 @@
 //! One VM on a terminal.
 
+use std::process::Command;
+
 use rustix::process::Signal;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::program::Running;
@@ -102,6 +104,24 @@ pub(crate) fn error() {
     ]));
     terminal.wait_for("the guest reset the machine");
     terminal.wait_for_end(program).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+}
+
+pub(crate) fn background() {
+    let scratch = Scratch::new();
+    let mut terminal = Terminal::open();
+    let before = terminal.settings();
+    // As a shell does for `samepage run ... &`.
+    let program = scratch.run(Plan { rounds: 3, ..endless() }, &[]);
+    let mut shell = Command::new("sh");
+    shell.args(["-mc", r#""$@" & wait $!"#, "sh"]).arg(program.get_program()).args(program.get_args());
+    let shell = terminal.start(shell.current_dir(scratch.folder()));
+    terminal.wait_for("ready pages=");
+    assert_eq!(terminal.settings(), before);
+    // What is typed is the shell's.
+    terminal.type_keys(b"q\n");
+    terminal.wait_for("done rounds=3");
+    terminal.wait_for_end(shell).assert_code(0);
     assert_eq!(terminal.settings(), before);
 }
 
