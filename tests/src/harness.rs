@@ -22,7 +22,7 @@ pub type NeedyTest = (&'static str, &'static [Need], fn());
 pub enum Need {
     /// Virtual machines. Without them a test fails, or is ignored where [`WITHOUT_KVM`] asks for it.
     Kvm,
-    /// Mounts that this process alone sees. Without them a test is ignored.
+    /// Mounts and devices that one process alone sees. Without them a test is ignored.
     Mounts,
 }
 
@@ -49,7 +49,7 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
             let run = move || match missing {
                 Some(reason) => Err(format!("needs KVM: {reason} ({WITHOUT_KVM}=1 skips such tests)").into()),
                 None if needs.contains(&Need::Mounts) && !*MOUNTS => {
-                    Ok(Completion::ignored_with("needs root, to mount"))
+                    Ok(Completion::ignored_with("needs root, to mount and to make devices"))
                 }
                 None => catch_unwind(AssertUnwindSafe(test))
                     .map(|()| Completion::Completed)
@@ -61,9 +61,11 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// Whether this process may mount for itself.
+/// Whether a process may have mounts and devices of its own.
 static MOUNTS: LazyLock<bool> = LazyLock::new(|| {
-    Command::new("unshare").args(["--mount", "true"]).output().is_ok_and(|output| output.status.success())
+    let attempt = "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3";
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", attempt]).output();
+    output.is_ok_and(|output| output.status.success())
 });
 
 fn text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -191,4 +191,8 @@ pub(crate) fn not_built() {
     for (arguments, parts) in cases {
         refused_in_one_line(scratch.run("rounds=1", arguments), parts);
     }
+    // What an earlier guest wrote outlives a run that cannot start.
+    scratch.write("log", b"earlier");
+    refused_in_one_line(scratch.run("", &["--console=file=log", "--disk=path=odd"]), &["truncate -s"]);
+    assert_eq!(scratch.read_text("log"), "earlier");
 }

@@ -38,6 +38,7 @@ pub(crate) fn templates() {
     for index in 0..3 {
         let log = scratch.read_text(&format!("web-{index}.log"));
         assert_verified(&log);
+        assert!(!log.contains("xx"), "the earlier log is still there: {log}");
         assert!(log.contains(&format!("ignored option=host=web-{index}\n")), "{log}");
     }
 

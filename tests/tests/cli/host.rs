@@ -1,4 +1,4 @@
-//! Hosts that lack something, as other mounts and users show them.
+//! Hosts that lack something, as other devices and users show them.
 
 use std::fs;
 use std::process::Command;
@@ -7,13 +7,12 @@ use samepage_tests::program::{self, Running};
 
 use crate::scratch::{Scratch, assert_verified, short};
 
-/// The program after `prepare`, which may change mounts: nobody else sees them, and they are gone
-/// when it ends. `$0` is a folder for devices, `"$@"` the program with its arguments.
+/// The program with a `/dev` that holds what `prepare` puts there. Nobody else sees that, and it is
+/// gone when the program ends. `"$@"` is the program with its arguments.
 fn on_another_host(scratch: &Scratch, prepare: &str) -> Command {
-    let mut command = Command::new("unshare");
     let program = scratch.run(short(), &[]);
-    fs::create_dir(scratch.path("dev")).expect("make a folder");
-    command.args(["--mount", "sh", "-ec", prepare]).arg(scratch.path("dev"));
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", &format!("mount -t tmpfs tmpfs /dev; {prepare}"), "sh"]);
     command.arg(program.get_program()).args(program.get_args()).current_dir(scratch.folder());
     command
 }
@@ -30,30 +29,29 @@ fn refused(prepare: &str, parts: &[&str]) {
 }
 
 pub(crate) fn without_kvm() {
-    // An empty /dev has no kvm.
-    refused(r#"mount -t tmpfs tmpfs /dev; exec "$@""#, &["/dev/kvm does not exist", "modprobe kvm_intel"]);
+    refused(r#"exec "$@""#, &["/dev/kvm does not exist", "modprobe kvm_intel"]);
 }
 
 pub(crate) fn not_kvm() {
-    // As container engines hide devices.
-    refused(r#"mount --bind /dev/null /dev/kvm; exec "$@""#, &["/dev/kvm is not KVM's device", "--device"]);
+    // As container engines hide devices: this is /dev/null.
+    refused(r#"mknod /dev/kvm c 1 3; exec "$@""#, &["/dev/kvm is not KVM's device", "--device"]);
 }
 
-/// Gives up being root, for the rest of `prepare`.
-const AS_NOBODY: &str = "exec setpriv --reuid=65534 --regid=65534 --clear-groups";
-
-/// Puts a device called kvm with this mode at its place, and the program where everybody may run it.
-fn with_kvm_of_mode(mode: &str) -> String {
+/// Runs the program as nobody, with a KVM device of this mode.
+fn as_nobody_with_kvm_of_mode(mode: &str) -> String {
+    // The way to the program may be closed to nobody.
     let program = program::path().display();
     format!(
-        "mount -t tmpfs tmpfs $0; mknod -m {mode} $0/kvm c 10 232; touch $0/samepage
-         mount --bind '{program}' $0/samepage; mount --bind $0/kvm /dev/kvm
-         shift; {AS_NOBODY} $0/samepage \"$@\""
+        "mknod -m {mode} /dev/kvm c 10 232; touch /dev/samepage; mount --bind '{program}' /dev/samepage
+         shift; exec setpriv --reuid=65534 --regid=65534 --clear-groups /dev/samepage \"$@\""
     )
 }
 
 pub(crate) fn kvm_not_permitted() {
-    refused(&with_kvm_of_mode("600"), &["no permission to open /dev/kvm", "usermod -aG kvm", "run as root"]);
+    refused(
+        &as_nobody_with_kvm_of_mode("600"),
+        &["no permission to open /dev/kvm", "usermod -aG kvm", "run as root"],
+    );
 }
 
 pub(crate) fn too_few_files() {
@@ -77,7 +75,7 @@ pub(crate) fn userfaultfd_not_permitted() {
         return;
     }
     let scratch = Scratch::new();
-    let end = Running::start(on_another_host(&scratch, &with_kvm_of_mode("666"))).wait();
+    let end = Running::start(on_another_host(&scratch, &as_nobody_with_kvm_of_mode("666"))).wait();
     end.assert_code(0);
     assert_verified(&end.stdout);
     let (first, rest) = end.stderr.split_once('\n').expect("a line");

@@ -19,6 +19,8 @@ pub(crate) struct FileSink {
     file: File,
     /// Readable once the VM is ending; `None` for files that never make a writer wait.
     closing: Option<EventFd>,
+    /// What the file held before is still in it.
+    to_be_emptied: bool,
 }
 
 impl FileSink {
@@ -28,14 +30,16 @@ impl FileSink {
         Self::new(file, closing)
     }
 
-    /// A sink to a file, which is created or emptied; a FIFO or a terminal will do as well.
+    /// A sink to a file, which is created, or emptied by the first byte: a VM that cannot start leaves what
+    /// another wrote. A FIFO or a terminal will do as well.
     pub(crate) fn create(path: &Path, closing: &EventFd) -> io::Result<Self> {
-        Self::new(File::create(path)?, closing)
+        let sink = Self::new(File::options().write(true).create(true).truncate(false).open(path)?, closing)?;
+        Ok(Self { to_be_emptied: sink.closing.is_none(), ..sink })
     }
 
     fn new(file: File, closing: &EventFd) -> io::Result<Self> {
         let closing = if file.metadata()?.is_file() { None } else { Some(closing.try_clone()?) };
-        Ok(Self { file, closing })
+        Ok(Self { file, closing, to_be_emptied: false })
     }
 
     /// Waits until the file takes more, or the VM is ending.
@@ -53,6 +57,9 @@ impl FileSink {
 
 impl Write for FileSink {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if std::mem::take(&mut self.to_be_emptied) {
+            self.file.set_len(0)?;
+        }
         loop {
             self.wait_for_room()?;
             // What a pipe with room takes without waiting.
@@ -176,6 +183,17 @@ mod tests {
         ender.join().unwrap();
         drop(sink);
         assert_eq!(reader.read_to_end(&mut Vec::new()).unwrap(), written);
+    }
+
+    #[test]
+    fn a_file_is_emptied_by_the_first_byte() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        std::fs::write(&path, "before").unwrap();
+        let mut sink = FileSink::create(&path, &event()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"before");
+        sink.write_all(b"new").unwrap();
+        sink.write_all(b"er").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"newer");
     }
 
     #[test]
