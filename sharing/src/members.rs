@@ -5,6 +5,8 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
+use crate::changes::ChangeLog;
+use crate::follow::Follower;
 use crate::space::{LostHandler, Space, SpaceError};
 
 /// Number of a page among the pages of all VMs.
@@ -55,6 +57,8 @@ pub(crate) struct Member {
     pub(crate) digests: Vec<u32>,
     pub(crate) flags: Vec<Flags>,
     pub(crate) counts: Counts,
+    /// What follows its changes; without one the VM is gone over in full passes.
+    pub(crate) follower: Option<Follower>,
     base: Place,
     on_lost: LostHandler,
 }
@@ -69,9 +73,25 @@ impl Member {
     }
 
     pub(crate) fn became_private(&mut self, page: u32) {
-        let flags = &mut self.flags[page as usize];
-        flags.insert(Flags::PRIVATE);
-        self.counts.zero -= u32::from(flags.remove(Flags::ZERO));
+        self.not_zero(page);
+        self.flags[page as usize].insert(Flags::PRIVATE);
+    }
+
+    /// A log says that the page was written.
+    pub(crate) fn changed(&mut self, page: u32, restless: bool) {
+        self.set_volatile(page, restless);
+        self.flags[page as usize].remove(Flags::PRIVATE);
+    }
+
+    /// The page provably has memory of its own.
+    pub(crate) fn not_zero(&mut self, page: u32) {
+        self.counts.zero -= u32::from(self.flags[page as usize].remove(Flags::ZERO));
+    }
+
+    /// Whether the page takes no memory of its own as far as is known: a log may say that it was
+    /// written when it was not.
+    pub(crate) fn shared_or_zero(&self, page: u32) -> bool {
+        self.space.attached(page) || self.flags[page as usize].contains(Flags::ZERO)
     }
 
     pub(crate) fn became_zero(&mut self, pages: Range<u32>) {
@@ -119,7 +139,10 @@ impl Member {
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {
-        self.space.metadata_bytes() + self.digests.len() * size_of::<u32>() + self.flags.len()
+        self.space.metadata_bytes()
+            + self.digests.len() * size_of::<u32>()
+            + self.flags.len() * size_of::<Flags>()
+            + self.follower.as_ref().map_or(0, Follower::metadata_bytes)
     }
 }
 
@@ -138,7 +161,12 @@ pub(crate) struct Members {
 }
 
 impl Members {
-    pub(crate) fn add(&mut self, space: Space, on_lost: LostHandler) -> io::Result<usize> {
+    pub(crate) fn add(
+        &mut self,
+        space: Space,
+        log: Option<Box<dyn ChangeLog>>,
+        on_lost: LostHandler,
+    ) -> io::Result<usize> {
         let pages = space.pages();
         let base = self.free_places(pages).ok_or_else(|| {
             io::Error::other("all VMs together have more than 16 TiB of memory: too much for one engine")
@@ -152,6 +180,7 @@ impl Members {
             digests: vec![0; pages as usize],
             flags: vec![Flags::default(); pages as usize],
             counts: Counts::default(),
+            follower: log.map(|log| Follower::new(log, pages)),
             space,
             base,
             on_lost,
@@ -178,6 +207,11 @@ impl Members {
         while self.slots.last().is_some_and(Option::is_none) {
             self.slots.pop();
         }
+    }
+
+    /// The slots with members, in order.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = usize> + '_ {
+        self.slots.iter().enumerate().filter(|(_, member)| member.is_some()).map(|(slot, _)| slot)
     }
 
     /// The first slot with a member, from `slot` on.

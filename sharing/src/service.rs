@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::audit::AuditReport;
 use crate::calls::{Linux, MemoryCalls};
+use crate::changes::ChangeLog;
 use crate::engine::{Engine, Settings, Step};
 use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
@@ -107,15 +108,21 @@ impl Sharing {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Takes a VM's RAM in: it is shared until the membership ends. `on_lost` is called, from the
+    /// Takes a VM's RAM in: it is shared until the membership ends. With a change log, effort follows
+    /// the VM's changes; without one, all of its memory is gone over again and again. `on_lost` is called, from the
     /// sharing thread, when a part of it could not be kept: the VM must be stopped then.
     ///
     /// The RAM must be small pages ([`Ram::use_small_pages`]), and nothing may pin it for writing.
     ///
     /// # Errors
     /// Where the RAM cannot be registered; it is not shared then and otherwise as before.
-    pub fn add(&self, ram: Arc<Ram>, on_lost: LostHandler) -> io::Result<Membership> {
-        let slot = self.shared.engine.lock().add(ram, on_lost)?;
+    pub fn add(
+        &self,
+        ram: Arc<Ram>,
+        log: Option<Box<dyn ChangeLog>>,
+        on_lost: LostHandler,
+    ) -> io::Result<Membership> {
+        let slot = self.shared.engine.lock().add(ram, log, on_lost)?;
         self.shared.refresh();
         Ok(Membership { shared: Arc::clone(&self.shared), slot })
     }
@@ -197,36 +204,25 @@ impl Shared {
     }
 
     fn work(&self) {
-        let shortest = Duration::from_millis(self.settings.shortest_pause_ms);
-        let longest = Duration::from_millis(self.settings.longest_pause_ms);
-        let mut pause = shortest;
+        let share = (self.settings.cpu_percent / 100.0).max(0.001);
         loop {
             let started = Instant::now();
             let before = thread_cpu();
             let mut engine = self.engine.lock();
             self.retry_leaving(&mut engine);
             let idle = engine.members.count() == 0 || self.control.lock().paused;
-            let step = if idle { Step::PassEnded { events: 0 } } else { engine.step() };
+            let step = if idle { None } else { Some(engine.step(started)) };
             // Whoever waits comes first.
             MutexGuard::unlock_fair(engine);
             let cpu = thread_cpu();
             self.cpu_nanoseconds.store(cpu.as_nanos() as u64, Ordering::Relaxed);
 
-            let share = (self.settings.cpu_percent / 100.0).max(0.001);
             let mut rest_until = started + (cpu - before).div_f64(share);
-            if let Step::PassEnded { events } = step {
-                pause = if events > 0 { shortest } else { (pause * 2).clamp(shortest, longest) };
-                rest_until = rest_until.max(Instant::now() + pause);
+            if let Some(Step::RestUntil(moment)) = step {
+                rest_until = rest_until.max(moment);
             }
             let mut control = self.control.lock();
-            while !control.stop {
-                if std::mem::take(&mut control.fresh) {
-                    pause = shortest;
-                    if idle {
-                        break;
-                    }
-                    rest_until = rest_until.min(Instant::now() + shortest);
-                }
+            while !control.stop && !std::mem::take(&mut control.fresh) {
                 if idle && control.leaving.is_empty() {
                     self.changed.wait(&mut control);
                 } else if self.changed.wait_until(&mut control, rest_until).timed_out() {

@@ -24,6 +24,16 @@ pub struct EngineStatistics {
     pub pages_scanned: u64,
     /// Pages mapped to frames since the start.
     pub merges: u64,
+    /// Of those, the ones found as neighbours of a page that matched, without digest or search.
+    pub merges_lookahead: u64,
+    /// The ones found in the index of frames.
+    pub merges_stable: u64,
+    /// The ones found in the index of pages that are not shared.
+    pub merges_unstable: u64,
+    /// Comparisons of pages that the search made since the start.
+    pub comparisons: u64,
+    /// Digests taken since the start.
+    pub digests: u64,
     /// Merged pages that were written to and left their frames since the start.
     pub breaks: u64,
     /// Runs not merged for want of mappings since the start.

@@ -6,7 +6,7 @@ use common::{Guest, audit, engine, losses, no_rest, pass};
 use samepage_sharing::engine::{Engine, Settings};
 
 fn add(engine: &mut Engine, guest: &Guest) -> usize {
-    engine.add(guest.ram.clone(), losses().1).unwrap()
+    engine.add(guest.ram.clone(), None, losses().1).unwrap()
 }
 
 /// Guests of `pages` pages: a third alike, a third their own, a third zeros.

@@ -23,7 +23,7 @@ fn seed(vm: u32, page: u32, round: u32) -> u64 {
 fn run_rounds(engine: &mut Engine) {
     let guests = [Guest::new(PAGES), Guest::new(PAGES)];
     for guest in &guests {
-        while engine.add(guest.ram.clone(), losses().1).is_err() {}
+        while engine.add(guest.ram.clone(), None, losses().1).is_err() {}
     }
     for round in 0..4 {
         for (vm, guest) in (0..).zip(&guests) {
@@ -119,7 +119,7 @@ fn a_vm_whose_memory_is_lost_is_told_and_others_go_on() {
     let mut counts = Vec::new();
     let mut slots = Vec::new();
     for (guest, (count, handler)) in guests.iter().zip(handlers) {
-        slots.push(engine.add(guest.ram.clone(), handler).unwrap());
+        slots.push(engine.add(guest.ram.clone(), None, handler).unwrap());
         counts.push(count);
     }
     pass(&mut engine);

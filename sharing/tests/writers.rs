@@ -41,7 +41,7 @@ fn no_write_is_lost_while_pages_are_merged_under_it() {
     let guests: Vec<_> = (0..4).map(|_| Guest::new(PAGES)).collect();
     let mut engine = engine(&no_rest(false));
     for guest in &guests {
-        engine.add(guest.ram.clone(), losses().1).unwrap();
+        engine.add(guest.ram.clone(), None, losses().1).unwrap();
     }
     let stop = AtomicBool::new(false);
     let models: Vec<Vec<u64>> = std::thread::scope(|scope| {
@@ -107,7 +107,7 @@ proptest! {
         let mut vms: Vec<_> = (0..3)
             .map(|_| {
                 let guest = Guest::new(PAGES);
-                let slot = engine.add(guest.ram.clone(), losses().1).unwrap();
+                let slot = engine.add(guest.ram.clone(), None, losses().1).unwrap();
                 (guest, slot, vec![0; PAGES as usize])
             })
             .collect();
@@ -128,7 +128,7 @@ proptest! {
                 Event::Restart { vm } => {
                     let guest = Guest::new(PAGES);
                     engine.remove(vms[vm].1).unwrap();
-                    let slot = engine.add(guest.ram.clone(), losses().1).unwrap();
+                    let slot = engine.add(guest.ram.clone(), None, losses().1).unwrap();
                     vms[vm] = (guest, slot, vec![0; PAGES as usize]);
                 }
             }

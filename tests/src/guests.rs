@@ -29,11 +29,13 @@ pub fn hypervisor() -> Hypervisor {
     Hypervisor::open().expect("KVM was there a moment ago")
 }
 
-/// The engine at full speed: no ceiling, no pauses, pages looked for at first sight.
+/// The engine at full speed: no ceiling, no pauses, every page looked for whenever it is seen, however
+/// often it changes.
 #[must_use]
 pub fn aggressive() -> Settings {
     Settings {
         cpu_percent: 100.0,
+        follow: false,
         settle: false,
         shortest_pause_ms: 0,
         longest_pause_ms: 0,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 use samepage_sharing::calls::{Linux, MemoryCalls, Over, Source};
-use samepage_sharing::engine::{Engine, Settings, Step};
+use samepage_sharing::engine::{Engine, Settings};
 use samepage_sharing::ram::RamRange;
 use samepage_sharing::store::{Frame, FrameStore};
 use samepage_sharing::{PAGE_SIZE, Ram};
@@ -143,7 +143,7 @@ pub(crate) fn faulty_engine(
 /// Steps to the end of a pass; returns how much happened in it.
 pub(crate) fn pass(engine: &mut Engine) -> u64 {
     loop {
-        if let Step::PassEnded { events } = engine.step() {
+        if let Some(events) = engine.pass_step() {
             return events;
         }
     }

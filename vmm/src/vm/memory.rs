@@ -7,7 +7,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use samepage_devices::GuestMemory;
 use samepage_sharing::{PAGE_SIZE, Ram};
@@ -58,12 +58,12 @@ impl VmMemory {
         Ok(Self { view, slots, ram })
     }
 
-    /// Tells KVM of all RAM.
-    pub(crate) fn register(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    /// Tells KVM of all RAM, which is to note writes where `logged`.
+    pub(crate) fn register(&self, vm: &VmFd, logged: bool) -> Result<(), kvm_ioctls::Error> {
         for MemorySlot { slot, range } in &self.slots {
             let region = kvm_userspace_memory_region {
                 slot: *slot,
-                flags: 0,
+                flags: if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: range.gpa,
                 memory_size: range.bytes,
                 userspace_addr: host_address(&self.ram, *range) as u64,

@@ -1,6 +1,7 @@
 //! One virtual machine: built, run, paused, ended, and taken apart without a trace.
 
 pub(crate) mod bus;
+mod changes;
 pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
@@ -18,6 +19,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::Ram;
+use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::service::Membership;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -30,6 +32,7 @@ use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{IDENTITY_MAP, TSS};
 use crate::x86::registers;
 
+use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::Devices;
@@ -223,7 +226,8 @@ impl Vm {
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
-        memory.register(&kvm).map_err(VmError::kvm("give guest memory to KVM"))?;
+        let logged = config.sharing.is_some() && changes::enable(&kvm);
+        memory.register(&kvm, logged).map_err(VmError::kvm("give guest memory to KVM"))?;
         add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
         let console = open_console(config.console, &config.name, control.closing())?;
@@ -238,7 +242,11 @@ impl Vm {
                 let lost =
                     move |error: &_| vm.fail(format!("its memory was lost while it was shared: {error}"));
                 let ram = Arc::clone(memory.ram());
-                Some(sharing.add(ram, Box::new(lost)).map_err(VmError::Sharing)?)
+                let log = logged.then(|| {
+                    let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
+                    log
+                });
+                Some(sharing.add(ram, log, Box::new(lost)).map_err(VmError::Sharing)?)
             }
             None => None,
         };

@@ -1,0 +1,219 @@
+//! Which pages of a VM were written: the engine's work follows this, not the size of memory.
+//!
+//! A page is *armed* when its next write will be noted. Arming costs the guest a fault at that
+//! write, so pages that keep changing are armed less and less often ([`crate::rest`]).
+
+use std::io;
+use std::ops::Range;
+
+/// Notes writes to the pages of one VM, whoever makes them: vCPUs and the host's devices.
+///
+/// A log may be late and may name pages that were not written. It says where to look; it is proof
+/// of nothing.
+pub trait ChangeLog: Send {
+    /// Adds to `written` every page that was written since it was armed, and every page that is
+    /// not armed. They are not armed from then on.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()>;
+
+    /// Arms pages that [`collect`](Self::collect) named.
+    ///
+    /// # Errors
+    /// What the kernel said; some pages may be armed then.
+    fn arm(&mut self, pages: &PageSet) -> io::Result<()>;
+}
+
+/// A set of a VM's pages, a bit each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageSet {
+    words: Vec<u64>,
+}
+
+impl PageSet {
+    /// An empty set for this many pages.
+    #[must_use]
+    pub fn new(pages: u32) -> Self {
+        Self { words: vec![0; (pages as usize).div_ceil(64)] }
+    }
+
+    /// The bits: page n is bit n % 64 of word n / 64.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The bits, to be changed. Bits beyond the last page stay 0.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
+    /// Whether the page is in the set.
+    #[must_use]
+    pub fn contains(&self, page: u32) -> bool {
+        self.words[page as usize / 64] & bit(page) != 0
+    }
+
+    /// Adds a page.
+    pub fn insert(&mut self, page: u32) {
+        self.words[page as usize / 64] |= bit(page);
+    }
+
+    /// Takes a page out; returns whether it was in.
+    pub fn remove(&mut self, page: u32) -> bool {
+        let word = &mut self.words[page as usize / 64];
+        let was = *word & bit(page) != 0;
+        *word &= !bit(page);
+        was
+    }
+
+    /// Adds the pages of a range.
+    pub fn insert_range(&mut self, pages: Range<u32>) {
+        for (index, mask) in masks(&pages) {
+            self.words[index] |= mask;
+        }
+    }
+
+    /// Takes the pages of a range out.
+    pub fn remove_range(&mut self, pages: Range<u32>) {
+        for (index, mask) in masks(&pages) {
+            self.words[index] &= !mask;
+        }
+    }
+
+    /// Takes all pages out.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Whether no page is in.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&word| word == 0)
+    }
+
+    /// How many pages are in.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.words.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// The first page at or after `from` that is in.
+    #[must_use]
+    pub fn next_from(&self, from: u32) -> Option<u32> {
+        let first = from as usize / 64;
+        let word = self.words.get(first)? & (u64::MAX << (from % 64));
+        if word != 0 {
+            return Some((first * 64) as u32 + word.trailing_zeros());
+        }
+        let index = first + 1 + self.words[first + 1..].iter().position(|&word| word != 0)?;
+        Some((index * 64) as u32 + self.words[index].trailing_zeros())
+    }
+
+    /// The pages in order.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.iter().enumerate().flat_map(|(index, &word)| ones(index, word))
+    }
+
+    /// The runs of consecutive pages in order.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u32>> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = self.next_from(next)?;
+            let end = self.end_of_run(start);
+            next = end;
+            Some(start..end)
+        })
+    }
+
+    fn end_of_run(&self, start: u32) -> u32 {
+        let mut index = start as usize / 64;
+        let mut gaps = !self.words[index] & (u64::MAX << (start % 64));
+        loop {
+            if gaps != 0 {
+                return (index * 64) as u32 + gaps.trailing_zeros();
+            }
+            index += 1;
+            match self.words.get(index) {
+                Some(word) => gaps = !word,
+                None => return (index * 64) as u32,
+            }
+        }
+    }
+
+    /// Bytes that the set takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.words.len() * size_of::<u64>()
+    }
+}
+
+/// The pages that the bits of one word stand for.
+pub(crate) fn ones(index: usize, mut word: u64) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        (word != 0).then(|| {
+            let bit = word.trailing_zeros();
+            word &= word - 1;
+            (index * 64) as u32 + bit
+        })
+    })
+}
+
+fn bit(page: u32) -> u64 {
+    1 << (page % 64)
+}
+
+/// The words that a range touches, and its bits in each.
+fn masks(pages: &Range<u32>) -> impl Iterator<Item = (usize, u64)> + use<> {
+    let (start, end) = (pages.start, pages.end.max(pages.start));
+    (start / 64..end.div_ceil(64)).map(move |index| {
+        let low = start.max(index * 64) - index * 64;
+        let high = end.min(index * 64 + 64) - index * 64;
+        let mask = if high - low == 64 { u64::MAX } else { ((1 << (high - low)) - 1) << low };
+        (index as usize, mask)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_set_is_a_set(changes in prop::collection::vec((any::<bool>(), 0..300_u32, 0..140_u32), 0..20)) {
+            let mut set = PageSet::new(300);
+            let mut model = BTreeSet::new();
+            for (insert, start, count) in changes {
+                let range = start..(start + count).min(300);
+                if insert {
+                    set.insert_range(range.clone());
+                    model.extend(range);
+                } else {
+                    set.remove_range(range.clone());
+                    model.retain(|page| !range.contains(page));
+                }
+            }
+            prop_assert!(set.iter().eq(model.iter().copied()));
+            prop_assert!(set.runs().flatten().eq(model.iter().copied()));
+            prop_assert!(set.runs().zip(set.runs().skip(1)).all(|(one, next)| one.end < next.start));
+            prop_assert_eq!(set.count() as usize, model.len());
+            for from in [0, 63, 64, 150, 299] {
+                prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_to_the_end_ends() {
+        let mut set = PageSet::new(128);
+        set.insert_range(60..128);
+        assert!(set.runs().eq(std::iter::once(60..128)));
+        assert_eq!(set.next_from(128), None);
+        assert!(set.remove(127) && !set.remove(127) && set.contains(126));
+    }
+}

@@ -1,0 +1,199 @@
+//! Work that follows change, for VMs with a change log: pages are looked at once after they have
+//! come to rest, frames are left when their pages were written, and nothing is done otherwise.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::changes::{ChangeLog, PageSet};
+use crate::engine::Engine;
+use crate::members::Flags;
+use crate::passes::CHUNK_PAGES;
+use crate::rest::{Changes, Tracker};
+
+/// After how many intervals pages that could not be merged for want of mappings, or because a call
+/// was refused, are tried again.
+const RETRY_INTERVALS: u32 = 16;
+/// After how many intervals all merged pages are checked, in case the log missed one.
+const SWEEP_INTERVALS: u32 = 256;
+
+/// What is known of a VM whose changes are followed.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    tracker: Tracker,
+    /// When the interval ends.
+    due: Instant,
+    intervals: u32,
+    /// At rest, and not looked at yet.
+    ready: PageSet,
+    /// Looked at, and to be tried again later.
+    later: PageSet,
+}
+
+impl Follower {
+    pub(crate) fn new(log: Box<dyn ChangeLog>, pages: u32) -> Self {
+        let set = PageSet::new(pages);
+        Self {
+            tracker: Tracker::new(log, pages),
+            due: Instant::now(),
+            intervals: 0,
+            ready: set.clone(),
+            later: set,
+        }
+    }
+
+    pub(crate) fn due(&self) -> Instant {
+        self.due
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        self.tracker.metadata_bytes() + 2 * self.ready.bytes()
+    }
+}
+
+impl Engine {
+    /// Ends the interval of one VM for which it is over. Returns whether there was one.
+    pub(crate) fn end_an_interval(&mut self, now: Instant) -> bool {
+        let over = |slot: &usize| {
+            let member = self.members.at(*slot);
+            !member.space.lost() && member.follower.as_ref().is_some_and(|follower| follower.due <= now)
+        };
+        let Some(slot) = self.members.slots().find(over) else { return false };
+        let mut changes = std::mem::take(&mut self.changes);
+        let pages = self.members.at(slot).space.pages();
+        if changes.changed.words().len() != (pages as usize).div_ceil(64) {
+            changes = Changes::new(pages);
+        }
+        let sweep = self.end_interval(slot, now, &mut changes);
+        if sweep {
+            self.release_private(slot, 0..pages);
+        } else {
+            spans(&changes.left).into_iter().for_each(|span| self.release_private(slot, span));
+        }
+        self.changes = changes;
+        self.store.reclaim(&*self.calls);
+        true
+    }
+
+    /// Notes what the interval brought, in `changes.left` the merged and zero pages that were written. Returns
+    /// whether all merged pages are to be checked.
+    fn end_interval(&mut self, slot: usize, now: Instant, changes: &mut Changes) -> bool {
+        let interval = self.interval;
+        changes.left.clear();
+        let Some(follower) = &mut self.members.at_mut(slot).follower else { return false };
+        // An engine that is behind skips intervals instead of hurrying through them.
+        follower.due = (follower.due + interval).max(now + interval / 2);
+        if follower.tracker.next_interval(changes).is_err() {
+            self.counters.refusals += 1;
+            return false;
+        }
+        for page in changes.changed.iter() {
+            self.forget_page(slot, page);
+            let member = self.members.at_mut(slot);
+            member.changed(page, changes.restless.contains(page));
+            if member.shared_or_zero(page) {
+                changes.left.insert(page);
+            }
+            if let Some(follower) = &mut member.follower {
+                follower.ready.remove(page);
+                follower.later.remove(page);
+            }
+        }
+        let member = self.members.at_mut(slot);
+        if member.counts.volatile > 0 {
+            changes.rested.iter().for_each(|page| member.set_volatile(page, false));
+        }
+        let Some(follower) = &mut member.follower else { return false };
+        follower.intervals = follower.intervals.wrapping_add(1);
+        for (ready, rested) in follower.ready.words_mut().iter_mut().zip(changes.rested.words()) {
+            *ready |= rested;
+        }
+        if follower.intervals.is_multiple_of(RETRY_INTERVALS) {
+            for (ready, later) in follower.ready.words_mut().iter_mut().zip(follower.later.words_mut()) {
+                *ready |= std::mem::take(later);
+            }
+        }
+        follower.intervals.is_multiple_of(SWEEP_INTERVALS)
+    }
+
+    /// Pages of a range that provably have private copies leave their frames, or are zero no longer.
+    fn release_private(&mut self, slot: usize, pages: Range<u32>) {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        match self.members.at(slot).space.private(pages, &self.pagemap, &mut runs) {
+            Ok(()) => runs.iter().for_each(|run| self.release(slot, run.clone())),
+            // The next sweep finds them.
+            Err(_) => self.counters.refusals += 1,
+        }
+        self.runs = runs;
+    }
+
+    /// Looks at the next pages at rest. Returns whether there were any.
+    pub(crate) fn look_at_rested(&mut self) -> bool {
+        let next = |slot: usize, from: u32| {
+            let member = self.members.get(slot).filter(|member| !member.space.lost())?;
+            let pages = member.space.pages();
+            let follower = member.follower.as_ref()?;
+            let start = (from < pages).then(|| follower.ready.next_from(from)).flatten()?;
+            Some((slot, start, pages.min(start.saturating_add(CHUNK_PAGES))))
+        };
+        let (slot, page) = self.rested_cursor;
+        let after = self.members.slots().filter(|&other| other > slot);
+        let before = self.members.slots().filter(|&other| other <= slot);
+        let found = next(slot, page).or_else(|| after.chain(before).find_map(|slot| next(slot, 0)));
+        let Some((slot, start, end)) = found else {
+            self.counters.full_scans += u64::from(std::mem::take(&mut self.looked_at_rested));
+            return false;
+        };
+        self.rested_cursor = (slot, end);
+        self.looked_at_rested = true;
+        self.look_at_ready(slot, start..end);
+        self.store.reclaim(&*self.calls);
+        true
+    }
+
+    fn look_at_ready(&mut self, slot: usize, chunk: Range<u32>) {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        if self.members.at(slot).space.private(chunk.clone(), &self.pagemap, &mut runs).is_err() {
+            self.counters.refusals += 1;
+        }
+        for run in &runs {
+            self.release(slot, run.clone());
+            let member = self.members.at_mut(slot);
+            let Some(follower) = &member.follower else { continue };
+            let ready: Vec<_> = run.clone().filter(|&page| follower.ready.contains(page)).collect();
+            ready.into_iter().for_each(|page| member.became_private(page));
+        }
+        for run in &runs {
+            self.look_at_run(slot, run.clone());
+        }
+        let member = self.members.at_mut(slot);
+        let Some(follower) = &mut member.follower else { return };
+        for page in runs.iter().cloned().flatten() {
+            let flags = member.flags[page as usize];
+            if flags.contains(Flags::PRIVATE) && !flags.contains(Flags::UNIQUE) {
+                follower.later.insert(page);
+            }
+        }
+        follower.ready.remove_range(chunk);
+        self.runs = runs;
+    }
+}
+
+/// Ranges that cover the pages of a set, with gaps of less than a chunk closed: a look at the page
+/// map costs a system call.
+fn spans(pages: &PageSet) -> Vec<Range<u32>> {
+    let mut spans: Vec<Range<u32>> = Vec::new();
+    for run in pages.runs() {
+        match spans.last_mut() {
+            Some(last) if run.start - last.end < CHUNK_PAGES => last.end = run.end,
+            _ => spans.push(run),
+        }
+    }
+    spans
+}
+
+/// How long a page must have been left alone to count as at rest.
+pub(crate) fn interval(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}

@@ -1,0 +1,94 @@
+//! Full passes, for VMs whose changes nobody notes: every private page is looked at in every pass,
+//! and counts as settled when its digest is that of the pass before.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use crate::engine::Engine;
+
+/// Pages that one step goes over: about a millisecond of work.
+pub(crate) const CHUNK_PAGES: u32 = 2048;
+
+/// Where the pass stands.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    /// The slot and page where the next step starts.
+    cursor: (usize, u32),
+    events_before: u64,
+    /// When the next pass may begin.
+    pub(crate) due: Instant,
+    /// The pause after a pass that found nothing.
+    pub(crate) pause_ms: u64,
+}
+
+impl Pass {
+    pub(crate) fn new() -> Self {
+        Self { cursor: (0, 0), events_before: 0, due: Instant::now(), pause_ms: 0 }
+    }
+}
+
+impl Engine {
+    /// Goes over the next chunk of pages of VMs without a change log. At the end of a pass returns
+    /// how many pages were merged, given back, or had changed in it.
+    pub fn pass_step(&mut self) -> Option<u64> {
+        self.recount();
+        let (slot, start) = self.pass.cursor;
+        let Some(next) = self.members.next_from(slot) else {
+            return Some(self.end_pass());
+        };
+        let start = if next == slot { start } else { 0 };
+        let member = self.members.at(next);
+        let pages = member.space.pages();
+        let end = pages.min(start.saturating_add(CHUNK_PAGES));
+        if member.follower.is_some() || member.space.lost() || start >= end {
+            self.pass.cursor = (next + 1, 0);
+            return None;
+        }
+        self.pass.cursor = if end == pages { (next + 1, 0) } else { (next, end) };
+        self.go_over(next, start..end);
+        self.store.reclaim(&*self.calls);
+        None
+    }
+
+    fn end_pass(&mut self) -> u64 {
+        self.pass.cursor = (0, 0);
+        self.counters.full_scans += 1;
+        let events = self.counters.events() - self.pass.events_before;
+        self.pass.events_before = self.counters.events();
+        events
+    }
+
+    fn go_over(&mut self, slot: usize, chunk: Range<u32>) {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        match self.members.at(slot).space.private(chunk, &self.pagemap, &mut runs) {
+            Ok(()) => {
+                for run in &runs {
+                    self.release(slot, run.clone());
+                    let member = self.members.at_mut(slot);
+                    run.clone().for_each(|page| member.became_private(page));
+                }
+                for run in &runs {
+                    self.look_at_run(slot, run.clone());
+                }
+            }
+            Err(_) => self.counters.refusals += 1,
+        }
+        self.runs = runs;
+    }
+
+    /// Private pages have left their frames, and are zero pages no longer.
+    pub(crate) fn release(&mut self, slot: usize, run: Range<u32>) {
+        let Self { members, store, stable, counters, .. } = self;
+        let member = members.at_mut(slot);
+        for page in run {
+            member.not_zero(page);
+            if member.space.attached(page) {
+                counters.breaks += 1;
+                if let Some(frame) = member.space.detach(page, store) {
+                    stable.remove(frame, store);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! When pages have come to rest: they are examined once after an interval without a write, and
+//! pages that keep changing are looked at less and less often.
+//!
+//! At the end of each interval the change log is collected. A page that was armed during the
+//! interval and was not written is *at rest*. A page that was written is armed again for the next
+//! interval, or, if that has been in vain several times, is left alone for 2, 4, up to 128
+//! intervals: meanwhile its writes cost the guest nothing.
+
+use std::io;
+
+use crate::changes::{ChangeLog, PageSet, ones};
+
+/// A page of this slowness pauses for 2 to the power of 7 intervals.
+const SLOWEST: u8 = 8;
+/// Pages that are armed in the same interval.
+const TURN_PAGES: u32 = 512;
+
+/// Follows the changes of one VM's pages.
+pub struct Tracker {
+    log: Box<dyn ChangeLog>,
+    /// Pages whose next write will be noted.
+    armed: PageSet,
+    /// Armed at the end of the last interval: at rest if they are not written in this one.
+    waiting: PageSet,
+    /// How often a page was written in an interval in which it was waited for, less how often not.
+    slowness: Vec<u8>,
+    interval: u32,
+    /// Scratch space.
+    written: PageSet,
+}
+
+/// What one interval brought. Reused from interval to interval.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Pages that were armed and have been written.
+    pub changed: PageSet,
+    /// Pages that have come to rest.
+    pub rested: PageSet,
+    /// Of those that changed, the ones that were waited for.
+    pub restless: PageSet,
+    /// For who follows: pages that changed and took no memory of their own.
+    pub left: PageSet,
+}
+
+impl Changes {
+    /// Room for this many pages.
+    #[must_use]
+    pub fn new(pages: u32) -> Self {
+        let set = PageSet::new(pages);
+        Self { changed: set.clone(), rested: set.clone(), restless: set.clone(), left: set }
+    }
+}
+
+impl std::fmt::Debug for Tracker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tracker").field("interval", &self.interval).finish_non_exhaustive()
+    }
+}
+
+impl Tracker {
+    /// Follows the log of a VM of this many pages, none of which is armed yet.
+    #[must_use]
+    pub fn new(log: Box<dyn ChangeLog>, pages: u32) -> Self {
+        let set = PageSet::new(pages);
+        Self {
+            log,
+            armed: set.clone(),
+            waiting: set.clone(),
+            written: set,
+            slowness: vec![0; pages as usize],
+            interval: 0,
+        }
+    }
+
+    /// Ends an interval and begins the next.
+    ///
+    /// # Errors
+    /// What the log said. The interval then goes on.
+    pub fn next_interval(&mut self, changes: &mut Changes) -> io::Result<()> {
+        self.written.clear();
+        self.log.collect(&mut self.written)?;
+        self.interval = self.interval.wrapping_add(1);
+        for index in 0..self.written.words().len() {
+            let written = self.written.words()[index];
+            let armed = self.armed.words()[index];
+            let waiting = self.waiting.words()[index];
+            let changed = written & armed;
+            let rested = waiting & !written;
+            changes.changed.words_mut()[index] = changed;
+            changes.rested.words_mut()[index] = rested;
+            changes.restless.words_mut()[index] = changed & waiting;
+            for page in ones(index, changed & waiting) {
+                let slowness = &mut self.slowness[page as usize];
+                *slowness = (*slowness + 1).min(SLOWEST);
+            }
+            for page in ones(index, rested) {
+                let slowness = &mut self.slowness[page as usize];
+                *slowness = slowness.saturating_sub(1);
+            }
+            let mut arm = 0;
+            for page in ones(index, written) {
+                let every = (1_u32 << self.slowness[page as usize].saturating_sub(1)) - 1;
+                // Pages of the same slowness take turns, but neighbours come to rest together.
+                if self.interval.wrapping_add(page / TURN_PAGES) & every == 0 {
+                    arm |= 1 << (page % 64);
+                }
+            }
+            self.armed.words_mut()[index] = armed & !written | arm;
+            self.waiting.words_mut()[index] = arm;
+        }
+        let armed = self.log.arm(&self.waiting);
+        if armed.is_err() {
+            // What is armed all the same is armed once more later, which does no harm.
+            for (armed, waiting) in self.armed.words_mut().iter_mut().zip(self.waiting.words_mut()) {
+                *armed &= !std::mem::take(waiting);
+            }
+        }
+        armed
+    }
+
+    /// Bytes that following takes.
+    #[must_use]
+    pub fn metadata_bytes(&self) -> usize {
+        self.slowness.len() + 3 * self.armed.bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    const PAGES: u32 = 200;
+
+    /// A log that is written to by hand, and counts how often each page was armed.
+    #[derive(Clone)]
+    struct ByHand(Arc<Mutex<(PageSet, Vec<u32>)>>);
+
+    impl ByHand {
+        fn new() -> Self {
+            let mut all = PageSet::new(PAGES);
+            all.insert_range(0..PAGES);
+            Self(Arc::new(Mutex::new((all, vec![0; PAGES as usize]))))
+        }
+
+        fn write(&self, page: u32) {
+            self.0.lock().unwrap().0.insert(page);
+        }
+
+        fn times_armed(&self, page: u32) -> u32 {
+            self.0.lock().unwrap().1[page as usize]
+        }
+    }
+
+    impl ChangeLog for ByHand {
+        fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+            written.words_mut().copy_from_slice(self.0.lock().unwrap().0.words());
+            Ok(())
+        }
+
+        fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+            let mut log = self.0.lock().unwrap();
+            for page in pages.iter() {
+                log.0.remove(page);
+                log.1[page as usize] += 1;
+            }
+            Ok(())
+        }
+    }
+
+    fn tracker() -> (ByHand, Tracker, Changes) {
+        let log = ByHand::new();
+        (log.clone(), Tracker::new(Box::new(log), PAGES), Changes::new(PAGES))
+    }
+
+    #[test]
+    fn a_page_rests_once_after_an_interval_without_a_write() {
+        let (log, mut tracker, mut changes) = tracker();
+        tracker.next_interval(&mut changes).unwrap();
+        assert!(changes.rested.is_empty() && changes.changed.is_empty());
+        log.write(7);
+        tracker.next_interval(&mut changes).unwrap();
+        assert_eq!(changes.rested.count(), PAGES - 1);
+        assert!(!changes.rested.contains(7) && changes.restless.contains(7));
+        tracker.next_interval(&mut changes).unwrap();
+        assert!(changes.rested.iter().eq([7]), "the others have been told");
+        log.write(9);
+        tracker.next_interval(&mut changes).unwrap();
+        assert!(changes.changed.iter().eq([9]) && changes.restless.is_empty());
+        tracker.next_interval(&mut changes).unwrap();
+        assert!(changes.rested.iter().eq([9]));
+    }
+
+    #[test]
+    fn a_page_that_keeps_changing_is_armed_ever_less_often() {
+        let (log, mut tracker, mut changes) = tracker();
+        for _ in 0..1000 {
+            log.write(64);
+            tracker.next_interval(&mut changes).unwrap();
+            assert!(!changes.rested.contains(64));
+        }
+        assert!(log.times_armed(64) < 20, "armed {} times", log.times_armed(64));
+        assert_eq!(log.times_armed(65), 1);
+        let mut intervals = 0;
+        while !changes.rested.contains(64) {
+            tracker.next_interval(&mut changes).unwrap();
+            intervals += 1;
+        }
+        assert!(intervals <= 130, "{intervals} intervals to rest");
+    }
+}

@@ -1,0 +1,283 @@
+//! What to merge a page with: its frame or its twin, and then its neighbours with theirs.
+//!
+//! A page of zeros is given back. A page whose digest is that of a frame is compared with the frame;
+//! otherwise it is looked for among the pages of all VMs that are not shared yet. Where one page
+//! matches, its neighbours ahead and behind are compared at once, before any digest: runs are
+//! protected, compared and remapped as one.
+//!
+//! Digests and comparisons here are hints. [`Space`](crate::space::Space) compares under protection.
+
+#![expect(unsafe_code, reason = "looks at guest pages by address")]
+
+use std::ops::Range;
+
+use crate::calls::Source;
+use crate::content;
+use crate::engine::Engine;
+use crate::members::{Flags, Member};
+use crate::space::{SpaceError, WINDOW_PAGES};
+use crate::store::Frame;
+
+/// Failed comparisons after which a run is given up: its pages are changing.
+const MISSES: u32 = 8;
+
+impl Engine {
+    /// Looks at the private pages of a run that are to be looked at.
+    pub(crate) fn look_at_run(&mut self, slot: usize, run: Range<u32>) {
+        let mut page = run.start;
+        while page < run.end && !self.members.at(slot).space.lost() {
+            page += self.look_at(slot, page, run.end).max(1);
+        }
+    }
+
+    /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how
+    /// many pages from it on are dealt with.
+    fn look_at(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+        let member = self.members.at(slot);
+        if !member.flags[page as usize].contains(Flags::PRIVATE) {
+            return 1;
+        }
+        self.counters.scanned += 1;
+        // SAFETY: a member's RAM is mapped.
+        unsafe { content::copy(member.space.page(page), &mut self.scratch) };
+        // SAFETY: the scratch page is ours.
+        if unsafe { content::zero(self.scratch.as_ptr()) } {
+            return self.give_back(slot, page, end);
+        }
+        let digest = self.digester.digest(&self.scratch);
+        self.counters.digests += 1;
+        let known = member.known_digest(page);
+        let same = known == Some(digest);
+        if same && member.flags[page as usize].contains(Flags::UNIQUE) {
+            self.members.at_mut(slot).set_volatile(page, false);
+            return 1;
+        }
+        if let Some(frame) = self.frame_like_scratch(digest) {
+            return self.merge_into(slot, page, end, frame);
+        }
+        self.forget_page(slot, page);
+        let changed = known.is_some_and(|known| known != digest);
+        self.counters.changes += u64::from(changed);
+        let member = self.members.at_mut(slot);
+        member.set_volatile(page, changed);
+        member.digests[page as usize] = digest;
+        member.flags[page as usize].insert(Flags::DIGESTED);
+        if member.follower.is_none() && self.settle && !same {
+            // New to us is as good as changed: it is looked at again.
+            self.counters.changes += u64::from(!changed);
+            return 1;
+        }
+        if let Some(twin) = self.page_like_scratch(slot, page, digest) {
+            return self.publish(slot, page, end, twin);
+        }
+        self.unique.insert(self.members.at(slot).place(page), &self.members);
+        self.members.at_mut(slot).set_unique(page);
+        1
+    }
+
+    fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {
+        let Self { stable, store, scratch, counters, .. } = self;
+        stable.find(digest, store, |frame| {
+            counters.comparisons += 1;
+            // SAFETY: frames of the index are live, and the scratch page is ours.
+            unsafe { content::equal(store.content(frame), scratch.as_ptr()) }
+        })
+    }
+
+    fn page_like_scratch(&mut self, slot: usize, page: u32, digest: u32) -> Option<(usize, u32)> {
+        let Self { unique, members, scratch, counters, .. } = self;
+        let itself = members.at(slot).place(page);
+        let twin = unique.find(digest, members, |place| {
+            place != itself && {
+                counters.comparisons += 1;
+                let (slot, page) = members.locate(place);
+                // SAFETY: a member's RAM is mapped, and the scratch page is ours.
+                unsafe { content::equal(members.at(slot).space.page(page), scratch.as_ptr()) }
+            }
+        });
+        twin.map(|place| members.locate(place))
+    }
+
+    /// Gives pages of zeros back, from `page` up to `end` as far as they go.
+    fn give_back(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+        let space = &self.members.at(slot).space;
+        let anonymous = space.refers(page).is_none();
+        let end = end.min(page + WINDOW_PAGES);
+        let count = 1
+            + (page + 1..end)
+                .take_while(|&next| {
+                    // SAFETY: a member's RAM is mapped.
+                    space.refers(next).is_none() == anonymous && unsafe { content::zero(space.page(next)) }
+                })
+                .count() as u32;
+        if !self.affordable(slot, page, count, Source::Zeros, 0) {
+            return count;
+        }
+        for page in page..page + count {
+            self.forget_page(slot, page);
+        }
+        let outcome = self.members.at_mut(slot).space.discard_zeros(page, count, &*self.calls);
+        let given = self.settle_outcome(slot, outcome);
+        self.members.at_mut(slot).became_zero(page..page + given);
+        self.counters.zeroed += u64::from(given);
+        given
+    }
+
+    /// Maps a frame over a page, and its neighbours over the page's neighbours.
+    fn merge_into(&mut self, slot: usize, page: u32, end: u32, frame: Frame) -> u32 {
+        let Self { store, members, counters, .. } = self;
+        let member = members.at(slot);
+        let mut alike = |page: u32, frame: Frame| {
+            member.flags[page as usize].contains(Flags::PRIVATE) && store.is_live(frame) && {
+                counters.comparisons += 1;
+                // SAFETY: a member's RAM is mapped, and the frame was just seen to be live.
+                unsafe { content::equal(member.space.page(page), store.content(frame)) }
+            }
+        };
+        let forward = 1
+            + (1..(end - page).min(WINDOW_PAGES))
+                .take_while(|&ahead| frame.checked_add(ahead).is_some_and(|frame| alike(page + ahead, frame)))
+                .count() as u32;
+        let backward = (1..=page.min(frame).min(WINDOW_PAGES - forward))
+            .take_while(|&behind| alike(page - behind, frame - behind))
+            .count() as u32;
+        let (first, frame, count) = (page - backward, frame - backward, forward + backward);
+        if !self.affordable(slot, first, count, Source::Frames(frame), 0) {
+            return forward;
+        }
+        let merged = self.merge_run(slot, first, frame, count);
+        self.counters.merges_stable += u64::from(merged.min(1));
+        self.counters.merges_lookahead += u64::from(merged.saturating_sub(1));
+        forward
+    }
+
+    /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
+    fn publish(&mut self, slot: usize, page: u32, end: u32, twin: (usize, u32)) -> u32 {
+        let (twin_slot, twin_page) = twin;
+        let Self { members, counters, .. } = self;
+        let member = members.at(slot);
+        let other = members.at(twin_slot);
+        let mut alike = |page: u32, twin: u32| {
+            member.flags[page as usize].contains(Flags::PRIVATE)
+                && other.flags[twin as usize].contains(Flags::PRIVATE)
+                && {
+                    counters.comparisons += 1;
+                    let twin = other.space.page(twin);
+                    // SAFETY: members' RAM is mapped.
+                    unsafe { content::equal(member.space.page(page), twin) && !content::zero(twin) }
+                }
+        };
+        // Within one VM the two runs must not overlap.
+        let apart = if slot == twin_slot { page.abs_diff(twin_page) } else { WINDOW_PAGES };
+        let longest = apart.min(WINDOW_PAGES);
+        let forward = 1
+            + (1..longest.min(end - page).min(other.space.pages() - twin_page))
+                .take_while(|&ahead| alike(page + ahead, twin_page + ahead))
+                .count() as u32;
+        let backward = (1..=page.min(twin_page).min(longest - forward))
+            .take_while(|&behind| alike(page - behind, twin_page - behind))
+            .count() as u32;
+        let (first, twin_first, count) = (page - backward, twin_page - backward, forward + backward);
+
+        let follows = |member: &Member, first: u32| {
+            let before = first.checked_sub(1)?;
+            member.space.attached(before).then(|| member.space.refers(before))?.map(|frame| frame + 1)
+        };
+        let preferred = follows(other, twin_first).or_else(|| follows(member, first));
+        let Some(frame) = self.store.allocate(count, preferred) else {
+            self.counters.refusals += 1;
+            return forward;
+        };
+        let source = Source::Frames(frame);
+        let twin_cost = self.members.at(twin_slot).space.mappings_added(twin_first, count, source);
+        let mut written = self.affordable(slot, first, count, source, twin_cost);
+        if written
+            && self.store.write(frame, self.members.at(twin_slot).space.page(twin_first), count).is_err()
+        {
+            self.counters.refusals += 1;
+            written = false;
+        }
+        if written {
+            let merged = self.merge_run(twin_slot, twin_first, frame, count)
+                + self.merge_run(slot, first, frame, count);
+            self.counters.merges_unstable += u64::from(merged.min(2));
+            self.counters.merges_lookahead += u64::from(merged.saturating_sub(2));
+        }
+        for frame in frame..frame + count {
+            if self.store.sharers(frame) == 0 {
+                self.store.abandon(frame);
+            } else {
+                self.index_frame(frame);
+            }
+        }
+        forward
+    }
+
+    /// Enters a fresh frame into the index of frames.
+    fn index_frame(&mut self, frame: Frame) {
+        // SAFETY: the frame is live; its content no longer changes.
+        unsafe { content::copy(self.store.content(frame), &mut self.scratch) };
+        let digest = self.digester.digest(&self.scratch);
+        self.counters.digests += 1;
+        self.store.set_digest(frame, digest);
+        self.stable.insert(frame, &self.store);
+    }
+
+    /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.
+    fn merge_run(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
+        let mut done = 0;
+        let mut total = 0;
+        let mut misses = 0;
+        while done < count && misses < MISSES {
+            let member = self.members.at_mut(slot);
+            let outcome =
+                member.space.merge(first + done, frame + done, count - done, &mut self.store, &*self.calls);
+            let failed = outcome.is_err();
+            let merged = self.settle_outcome(slot, outcome);
+            for page in first + done..first + done + merged {
+                self.forget_page(slot, page);
+                self.members.at_mut(slot).became_merged(page);
+            }
+            self.counters.merges += u64::from(merged);
+            total += merged;
+            done += merged + 1;
+            misses += 1;
+            if failed {
+                break;
+            }
+        }
+        total
+    }
+
+    /// Counts a refusal, tells the VM of a loss.
+    fn settle_outcome(&mut self, slot: usize, outcome: Result<u32, SpaceError>) -> u32 {
+        match outcome {
+            Ok(pages) => pages,
+            Err(error) => {
+                self.counters.refusals += 1;
+                if matches!(error, SpaceError::Lost { .. }) {
+                    self.members.at(slot).tell_lost(&error);
+                }
+                0
+            }
+        }
+    }
+
+    /// Whether the process can bear the mappings of a run, and `more` of them.
+    fn affordable(&mut self, slot: usize, first: u32, count: u32, source: Source, more: i64) -> bool {
+        let added = more + self.members.at(slot).space.mappings_added(first, count, source);
+        // A window that ends early leaves two more edges.
+        let room = self.budget.room(self.members.mappings(), self.members.count());
+        let affordable = added <= 0 || added + 2 * i64::from(MISSES) <= room;
+        self.counters.denied += u64::from(!affordable);
+        affordable
+    }
+
+    /// Takes a page out of the index of unique pages.
+    pub(crate) fn forget_page(&mut self, slot: usize, page: u32) {
+        let member = self.members.at_mut(slot);
+        if member.clear_unique(page) {
+            self.unique.remove(member.place(page), member.digests[page as usize]);
+        }
+    }
+}

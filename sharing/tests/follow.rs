@@ -1,0 +1,205 @@
+//! Work that follows change: with a log of writes, pages are looked at once when they come to
+//! rest, and an idle VM costs next to nothing.
+
+mod common;
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{Guest, audit, engine, losses, no_rest};
+use parking_lot::Mutex;
+use proptest::prelude::*;
+use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::engine::{Engine, Settings, Step};
+
+const PAGES: u32 = 3000;
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// A log that is told of each write.
+#[derive(Clone)]
+struct Told(Arc<Mutex<PageSet>>);
+
+impl ChangeLog for Told {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        written.words_mut().copy_from_slice(self.0.lock().words());
+        Ok(())
+    }
+
+    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+        let mut told = self.0.lock();
+        pages.iter().for_each(|page| {
+            told.remove(page);
+        });
+        Ok(())
+    }
+}
+
+struct Vm {
+    guest: Guest,
+    told: Told,
+    slot: usize,
+}
+
+impl Vm {
+    fn start(engine: &mut Engine, pages: u32) -> Self {
+        let mut all = PageSet::new(pages);
+        all.insert_range(0..pages);
+        let told = Told(Arc::new(Mutex::new(all)));
+        let guest = Guest::new(pages);
+        let slot = engine.add(guest.ram.clone(), Some(Box::new(told.clone())), losses().1).unwrap();
+        Self { guest, told, slot }
+    }
+
+    fn write(&self, page: u32, seed: u64) {
+        self.guest.write(page, seed);
+        self.told.0.lock().insert(page);
+    }
+}
+
+/// Time as the engine is told it.
+struct Clock(Instant);
+
+impl Clock {
+    fn new() -> Self {
+        Self(Instant::now() + Duration::from_secs(1))
+    }
+
+    /// Does all work there is now, and ends the interval.
+    fn end_interval(&mut self, engine: &mut Engine) {
+        while engine.step(self.0) == Step::Worked {}
+        self.0 += INTERVAL;
+    }
+
+    /// Lets intervals pass, doing all work in each and after the last.
+    fn intervals(&mut self, engine: &mut Engine, count: u32) {
+        (0..count).for_each(|_| self.end_interval(engine));
+        while engine.step(self.0) == Step::Worked {}
+    }
+}
+
+fn following() -> Settings {
+    Settings { rest_ms: INTERVAL.as_millis() as u64, ..no_rest(true) }
+}
+
+#[test]
+fn pages_are_merged_an_interval_after_they_came_to_rest() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    for vm in &vms {
+        (0..1000).for_each(|page| vm.write(page, 1 + u64::from(page)));
+        (1000..1100).for_each(|page| vm.write(page, 0));
+    }
+    clock.intervals(&mut engine, 2);
+    let statistics = engine.statistics();
+    assert_eq!((statistics.pages_sharing, statistics.zero_pages), (1000, 200));
+    assert_eq!(statistics.merges, 2000);
+    assert!(statistics.merges_lookahead >= 1990, "{statistics:?}");
+    audit(&mut engine);
+
+    // Nothing changes, nothing is looked at.
+    clock.intervals(&mut engine, 20);
+    assert_eq!(engine.statistics().pages_scanned, statistics.pages_scanned);
+
+    vms[0].write(500, 7777);
+    vms[1].write(2500, 7777);
+    clock.intervals(&mut engine, 3);
+    let after = engine.statistics();
+    assert_eq!(after.pages_scanned - statistics.pages_scanned, 2);
+    assert_eq!((after.breaks, after.pages_sharing), (1, 1000));
+    (0..1000).for_each(|page| vms[1].guest.check(page, 1 + u64::from(page)));
+    vms[0].guest.check(500, 7777);
+    audit(&mut engine);
+}
+
+#[test]
+fn pages_that_keep_changing_are_left_alone() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 300)).collect();
+    let mut clock = Clock::new();
+    for round in 0..60 {
+        for vm in &vms {
+            (0..100).for_each(|page| vm.write(page, round * 1000 + u64::from(page) + 1));
+        }
+        clock.end_interval(&mut engine);
+    }
+    let statistics = engine.statistics();
+    assert_eq!(statistics.merges, 0, "{statistics:?}");
+    assert_eq!(statistics.pages_volatile, 200);
+    clock.intervals(&mut engine, 300);
+    let statistics = engine.statistics();
+    assert_eq!((statistics.pages_sharing, statistics.pages_volatile), (100, 0));
+    audit(&mut engine);
+}
+
+#[test]
+fn frames_are_left_at_the_end_of_the_interval_in_which_all_pages_were_written() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 300)).collect();
+    let mut clock = Clock::new();
+    for vm in &vms {
+        (0..100).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    }
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().frames, 100);
+    for (number, vm) in (1..).zip(&vms) {
+        (0..100).for_each(|page| vm.write(page, number << 32 | u64::from(page)));
+    }
+    clock.intervals(&mut engine, 1);
+    let statistics = engine.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0));
+    audit(&mut engine);
+    engine.remove(vms[0].slot).unwrap();
+    engine.remove(vms[1].slot).unwrap();
+    assert_eq!(engine.statistics().pages_unshared, 0);
+}
+
+#[test]
+fn a_write_that_the_log_missed_is_found_in_time() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 300)).collect();
+    let mut clock = Clock::new();
+    for vm in &vms {
+        (0..100).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    }
+    clock.intervals(&mut engine, 2);
+    vms[0].guest.write(50, 99);
+    clock.intervals(&mut engine, 3);
+    assert_eq!(engine.statistics().breaks, 0, "nobody said so");
+    audit(&mut engine);
+    clock.intervals(&mut engine, 256);
+    assert_eq!(engine.statistics().breaks, 1);
+    vms[0].guest.check(50, 99);
+    vms[1].guest.check(50, 51);
+    audit(&mut engine);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #[test]
+    fn guests_read_what_they_wrote_and_all_that_rests_is_shared(
+        writes in prop::collection::vec((0..2_usize, 0..200_u32, 1..60_u32, 0..4_u64, 0..3_u32), 1..40),
+    ) {
+        const PAGES: u32 = 200;
+        let mut engine = engine(&following());
+        let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
+        let mut models = vec![vec![0; PAGES as usize]; 2];
+        let mut clock = Clock::new();
+        for (vm, page, count, seed, intervals) in writes {
+            for page in page..(page + count).min(PAGES) {
+                let seed = if seed == 0 { 0 } else { seed * 1000 + u64::from(page) };
+                vms[vm].write(page, seed);
+                models[vm][page as usize] = seed;
+            }
+            clock.intervals(&mut engine, intervals);
+            for (vm, model) in vms.iter().zip(&models) {
+                (0..).zip(model).for_each(|(page, &seed)| vm.guest.check(page, seed));
+            }
+        }
+        clock.intervals(&mut engine, 300);
+        let alike = models[0].iter().zip(&models[1]).filter(|(one, other)| one == other && **one != 0);
+        prop_assert_eq!(engine.statistics().pages_sharing, alike.count() as u64);
+        audit(&mut engine);
+    }
+}
