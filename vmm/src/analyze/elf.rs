@@ -1,8 +1,7 @@
 //! ELF cores: which parts of a file hold memory.
 //!
 //! Two kinds of cores are of use here. QEMU (`dump-guest-memory`, `virsh dump --memory-only`)
-//! writes guest memory with physical addresses; with its `-p` option several segments may name the
-//! same bytes, which are then counted once. The kernel and gcore write the memory of a process; of
+//! writes guest memory with physical addresses. The kernel and gcore write the memory of a process; of
 //! that, the large read-write mappings are guest memory. Source: the System V ABI, chapters 4 and 5.
 //!
 //! The file is not trusted: counts are bounded, sums are checked, and only headers are kept.
@@ -54,6 +53,11 @@ pub(super) enum CoreError {
          truncated; dump it again, with enough free disk space"
     )]
     Segment { index: u64, offset: u64, bytes: u64, file: u64 },
+    #[error(
+        "segment {0} has but a part of its memory in the file, as in a dump by virtual addresses (`-p` of QEMU's \
+         dump-guest-memory), which may leave out memory; dump without `-p`"
+    )]
+    Partial(u64),
     #[error("it holds no memory: no segment to load has contents")]
     Empty,
     #[error(
@@ -69,6 +73,8 @@ pub(super) enum CoreError {
 /// A segment to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Segment {
+    /// Among all program headers.
+    index: u64,
     flags: u64,
     offset: u64,
     virtual_address: u64,
@@ -86,7 +92,7 @@ pub(super) fn regions(file: &File, length: u64, least: u64) -> Result<Vec<Region
     }
     let of_process = segments.iter().all(|segment| segment.physical_address == 0)
         && segments.iter().any(|segment| segment.virtual_address != 0);
-    if of_process { process(segments, least) } else { Ok(physical(&segments)) }
+    if of_process { process(segments, least) } else { physical(&segments) }
 }
 
 fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
@@ -129,6 +135,7 @@ fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
             continue;
         }
         let segment = Segment {
+            index,
             flags: number(header, 4, 4),
             offset: number(header, 8, 8),
             virtual_address: number(header, 16, 8),
@@ -147,14 +154,16 @@ fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
 
 /// All that is stored. Segments without contents are devices' memory or were filtered out by who
 /// made the dump.
-fn physical(segments: &[Segment]) -> Vec<Region> {
-    let regions = segments.iter().map(|segment| Region {
-        address: segment.physical_address,
-        offset: segment.offset,
-        stored: segment.stored,
-        absent: 0,
-    });
-    once(regions.filter(|region| region.stored > 0).collect())
+fn physical(segments: &[Segment]) -> Result<Vec<Region>, CoreError> {
+    let mut regions = Vec::new();
+    for segment in segments.iter().filter(|segment| segment.stored > 0) {
+        if segment.stored < segment.bytes {
+            return Err(CoreError::Partial(segment.index));
+        }
+        let Segment { physical_address: address, offset, stored, .. } = *segment;
+        regions.push(Region { address, offset, stored, absent: 0 });
+    }
+    Ok(once(regions))
 }
 
 /// Large read-write mappings. What was not dumped of them is absent.
@@ -214,12 +223,13 @@ fn number(header: &[u8], offset: usize, size: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::Write;
 
     const MIB: u64 = 1 << 20;
 
     fn segment(physical_address: u64, virtual_address: u64, offset: u64, stored: u64) -> Segment {
-        Segment { flags: 6, offset, virtual_address, physical_address, stored, bytes: stored }
+        Segment { index: 0, flags: 6, offset, virtual_address, physical_address, stored, bytes: stored }
     }
 
     fn core(segments: &[Segment]) -> Vec<u8> {
@@ -248,10 +258,14 @@ mod tests {
 
     /// Parses headers in front of a hole.
     fn parse(headers: &[u8], length: u64) -> Result<Vec<Region>, CoreError> {
+        parse_from(headers, length, 16 * MIB)
+    }
+
+    fn parse_from(headers: &[u8], length: u64, least: u64) -> Result<Vec<Region>, CoreError> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(headers).unwrap();
         file.set_len(length).unwrap();
-        regions(&file, length, 16 * MIB)
+        regions(&file, length, least)
     }
 
     #[test]
@@ -338,8 +352,34 @@ mod tests {
         assert!(matches!(with(54, 32), Err(CoreError::HeaderSize(32))));
         assert!(matches!(with(39, 255), Err(CoreError::Truncated("program headers"))));
         assert!(matches!(parse(&core(&[]), MIB), Err(CoreError::Empty)));
+        let partial = Segment { bytes: MIB, ..segment(4096, 4096, 4096, 4096) };
+        assert!(matches!(parse(&core(&[partial]), MIB), Err(CoreError::Partial(0))));
         let huge = segment(0, 0, u64::MAX - 4095, u64::MAX);
         assert!(matches!(parse(&core(&[huge]), MIB), Err(CoreError::Segment { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_leads_beyond_the_file(
+            words in prop::collection::vec((0_usize..44, any::<u64>(), 0_u32..64), 0..6),
+            of_process in any::<bool>(),
+        ) {
+            let length = MIB;
+            let physical_address = if of_process { 0 } else { MIB };
+            let mut file = core(&[4096, 8192, 65536].map(|offset| segment(physical_address, offset << 20, offset, 16 * 4096)));
+            for (at, word, shift) in words {
+                // Words of all magnitudes, anywhere behind the magic number.
+                let at = 8 + at * 4;
+                file[at..at + 8].copy_from_slice(&(word >> shift).to_le_bytes());
+            }
+            if let Ok(regions) = parse_from(&file, length, 0) {
+                let stored: u64 = regions.iter().map(|region| region.stored).sum();
+                prop_assert!(stored <= length);
+                for region in regions {
+                    prop_assert!(region.stored == 0 || region.offset + region.stored <= length);
+                }
+            }
+        }
     }
 
     #[test]

@@ -22,8 +22,8 @@ const CHUNK: usize = 1 << 20;
 
 /// Files that hold memory in a form that cannot be read here: what they begin with, and what to do.
 const OTHER_FORMATS: [(&[u8], &str); 8] = [
-    (b"KDUMP   ", "a compressed kdump; dump with `--format elf` (virsh) or without `-z`, `-l`, `-s` (QEMU)"),
-    (b"makedumpfile", "a flattened kdump; dump with `--format elf` (virsh) or without `-R` (QEMU)"),
+    (b"KDUMP   ", KDUMP),
+    (b"makedumpfile", KDUMP),
     (b"LibvirtQemudSave", "a VM saved by libvirt; use `virsh dump --memory-only --format elf` instead"),
     (b"QEVM", "a QEMU migration stream; use `dump-guest-memory` instead"),
     (b"\x1f\x8b", "compressed by gzip; decompress it first"),
@@ -31,6 +31,8 @@ const OTHER_FORMATS: [(&[u8], &str); 8] = [
     (b"\xfd7zXZ", "compressed by xz; decompress it first"),
     (b"QFI\xfb", "a qcow2 disk image, and no memory image"),
 ];
+
+const KDUMP: &str = "a kdump; dump as ELF: with `--format elf` (virsh), or without `-z`, `-l`, `-s` (QEMU)";
 
 /// Why an image cannot be read.
 #[derive(Debug, Error)]

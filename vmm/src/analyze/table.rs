@@ -5,7 +5,7 @@ use std::fmt::Write;
 use samepage::oracle::{Classes, PAGE_SIZE, Report};
 
 use super::units::{bytes, count, pages, percent};
-use super::{Analysis, Origin};
+use super::{Analysis, Input, Origin};
 
 /// The widest that a VM's name may be.
 const NAME: usize = 40;
@@ -14,9 +14,18 @@ const NAME: usize = 40;
 pub(super) fn format(analysis: &Analysis) -> String {
     let report = &analysis.report;
     let sections = [inputs(analysis), classes(analysis), savings(report), runs(report), budgets(report)];
-    sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n")
-        + "\nEqual digests count as equal pages: this is an estimate. Costs of sharing (page tables, mappings,\n\
-           books) are not taken off.\n"
+    let mut text = sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n");
+    text.push_str(
+        "\nEqual digests count as equal pages: this is an estimate. Costs of sharing (page tables, mappings,\n\
+         books) are not taken off.\n",
+    );
+    let of_file = |input: &Input| !matches!(input.origin, Origin::Process { .. });
+    if report.saved.zero > 0 && analysis.inputs.iter().any(of_file) {
+        text.push_str(
+            "A dump may hold memory that was never touched, and takes none, as zeros: --pid tells them apart.\n",
+        );
+    }
+    text
 }
 
 /// Where the memory of processes was found, since that is a guess.
@@ -67,7 +76,7 @@ fn classes(analysis: &Analysis) -> String {
         format_args!(
             "  {} pages of {PAGE_SIZE} bytes, {} of them in use; read in {:.1} s",
             count(report.total.pages),
-            count(in_use(report)),
+            count(report.total.in_use()),
             analysis.seconds,
         ),
     );
@@ -76,7 +85,7 @@ fn classes(analysis: &Analysis) -> String {
 
 fn savings(report: &Report) -> String {
     let saved = &report.saved;
-    let in_use = in_use(report);
+    let in_use = report.total.in_use();
     let row = |name: &str, saved: u64| {
         vec![name.to_owned(), count(saved), pages(saved), format!("{:.1} %", percent(saved, in_use))]
     };
@@ -128,12 +137,6 @@ fn budgets(report: &Report) -> String {
         ]);
     }
     aligned("What a budget of mappings buys, longest runs first (pages of zeros need none)", &rows)
-}
-
-/// Pages that take memory now, as far as they were read.
-fn in_use(report: &Report) -> u64 {
-    let Classes { zero, between, within, unique, .. } = report.total;
-    zero + between + within + unique
 }
 
 /// A title, and rows with columns: the first to the left, the others to the right.

@@ -69,6 +69,12 @@ impl Classes {
     pub fn alike(&self) -> u64 {
         self.between + self.within
     }
+
+    /// Pages that take memory, as far as they were looked at.
+    #[must_use]
+    pub fn in_use(&self) -> u64 {
+        self.zero + self.alike() + self.unique
+    }
 }
 
 impl AddAssign for Classes {
