@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
+use xtask::artifacts::Artifacts;
 
 /// Tests are skipped, visibly, where this is set to 1 and KVM cannot be used.
 pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
@@ -24,6 +25,8 @@ pub enum Need {
     Kvm,
     /// Mounts and devices that one process alone sees. Without them a test is ignored.
     Mounts,
+    /// Linux guests, which take minutes to build. Without them a test is ignored.
+    LinuxGuest,
 }
 
 /// Runs tests that need KVM.
@@ -50,6 +53,11 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 Some(reason) => Err(format!("needs KVM: {reason} ({WITHOUT_KVM}=1 skips such tests)").into()),
                 None if needs.contains(&Need::Mounts) && !*MOUNTS => {
                     Ok(Completion::ignored_with("needs root, to mount and to make devices"))
+                }
+                None if needs.contains(&Need::LinuxGuest)
+                    && let Err(error) = Artifacts::locate() =>
+                {
+                    Ok(Completion::ignored_with(error.to_string()))
                 }
                 None => catch_unwind(AssertUnwindSafe(test))
                     .map(|()| Completion::Completed)

@@ -1,0 +1,137 @@
+//! Linux guests that boot, use a disk and are shared.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use samepage::{DiskConfig, Hypervisor, VmConfig, VmEnd};
+use samepage_agent::checksum::Fnv1a;
+use samepage_agent::content;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::guests::{Guest, hypervisor, sharing};
+use samepage_tests::harness::{self, Need};
+use xtask::artifacts::{Artifacts, COMMAND_LINE, DISK_FILES, DiskFile};
+
+fn main() -> ExitCode {
+    harness::run_all(&[(
+        "two_linux_vms_use_their_disks_are_merged_and_power_off",
+        &[Need::Kvm, Need::LinuxGuest],
+        use_disks_and_merge,
+    )])
+}
+
+/// The kernel divides memory into sections of 32 MiB.
+const MEMORY: u64 = 64 << 20;
+/// What both guests fill alike.
+const FILLED_PAGES: u64 = 2048;
+/// What the guests are to have in common at least: what they fill, and most of a kernel's image.
+const MERGED_PAGES: u64 = 4000;
+const WRITTEN_BYTES: usize = 100_000;
+
+/// A guest with an image of its own, and what it writes into that.
+struct LinuxGuest {
+    guest: Guest,
+    disk: PathBuf,
+    seed: u64,
+}
+
+impl LinuxGuest {
+    fn start(
+        hypervisor: &Hypervisor,
+        artifacts: &Artifacts,
+        sharing: &Arc<Sharing>,
+        dir: &Path,
+        seed: u64,
+    ) -> Self {
+        let name = format!("linux{seed}");
+        let disk = dir.join(&name);
+        fs::copy(&artifacts.disk, &disk).expect("a copy of the disk image");
+        let mut config = VmConfig::new(name, artifacts.kernel.clone().into());
+        config.initrd = Some(artifacts.initramfs.clone().into());
+        let fill = FILLED_PAGES * 4;
+        let small = file().name;
+        // The rounds last longer than the engine needs for all that is alike.
+        config.cmdline = format!(
+            "{COMMAND_LINE} agent=mount:/dev/vda:/mnt,sum:/mnt/{small},write:/mnt/written:{WRITTEN_BYTES}:{seed},\
+             sync,umount:/mnt,fill:{fill}K:7,verify:40:250,poweroff"
+        );
+        config.memory_bytes = MEMORY;
+        config.disks = vec![DiskConfig { path: disk.clone(), read_only: false, id: "data".into() }];
+        config.sharing = Some(Arc::clone(sharing));
+        Self { guest: Guest::start(hypervisor, config), disk, seed }
+    }
+
+    /// Waits for the agent's line on a command, and gives its figures.
+    fn wait_for(&self, command: &str) -> String {
+        self.guest.console.wait_for(command, |line| {
+            let said = line.strip_prefix("samepage-agent: ")?;
+            assert!(!said.contains(" failed: "), "{line}");
+            said.strip_prefix(command).map(str::to_owned)
+        })
+    }
+
+    /// Waits for the machine's reset, and checks on the host what the guest has left on its disk.
+    fn finish(self) {
+        self.wait_for("verify ok");
+        assert!(self.wait_for("done").ends_with(" failed=0"));
+        assert_eq!(self.guest.vm.wait(), VmEnd::Reset);
+        drop(self.guest);
+        e2fsprogs("e2fsck", &["-f", "-n"], &self.disk);
+        let written = e2fsprogs("debugfs", &["-R", "cat /written"], &self.disk);
+        assert!(written == content::bytes(self.seed, WRITTEN_BYTES), "the file that the guest wrote differs");
+        let kept = e2fsprogs("debugfs", &["-R", &format!("cat /{}", file().name)], &self.disk);
+        assert!(kept == content::bytes(file().seed, file().bytes), "a file that the guest only read differs");
+    }
+}
+
+/// The file of the image that guests read.
+fn file() -> &'static DiskFile {
+    DISK_FILES.iter().find(|file| file.name == "small").expect("the image holds it")
+}
+
+/// Runs a tool on an image, and returns what it prints.
+fn e2fsprogs(tool: &str, arguments: &[&str], image: &Path) -> Vec<u8> {
+    let found = [Path::new("/usr/sbin"), Path::new("/sbin")].map(|dir| dir.join(tool));
+    let program = found.into_iter().find(|path| path.exists()).unwrap_or_else(|| tool.into());
+    let output = Command::new(program).args(arguments).arg(image).output();
+    let output = output.unwrap_or_else(|error| panic!("{tool} of e2fsprogs cannot be run: {error}"));
+    assert!(output.status.success(), "{tool}: {output:?}");
+    output.stdout
+}
+
+fn use_disks_and_merge() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 50.0, ..Settings::default() });
+    let start = Instant::now();
+    let guests = [21, 22].map(|seed| LinuxGuest::start(&hypervisor, &artifacts, &sharing, dir.path(), seed));
+    guests.iter().for_each(|guest| drop(guest.wait_for("ready")));
+    println!("ready after {:.1} s", start.elapsed().as_secs_f64());
+    let sum = Fnv1a::of(&content::bytes(file().seed, file().bytes));
+    for guest in &guests {
+        let read = guest.wait_for("sum ok");
+        assert!(read.contains(&format!(" bytes={} fnv1a={sum}", file().bytes)), "{read}, not {sum}");
+    }
+    guests.iter().for_each(|guest| drop(guest.wait_for("fill ok")));
+    let filled = Instant::now();
+    while sharing.statistics().pages_sharing < MERGED_PAGES {
+        assert!(filled.elapsed() < PATIENCE, "the guests are not merged: {:?}", sharing.statistics());
+        // The engine's progress is a figure that is asked for, not an event.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    println!("merged {:.1} s after they had filled their memory", filled.elapsed().as_secs_f64());
+    for LinuxGuest { guest, .. } in &guests {
+        let statistics = guest.vm.membership().unwrap().statistics().unwrap();
+        assert!(statistics.pages_merged >= FILLED_PAGES, "{statistics:?}");
+    }
+    let report = sharing.audit().expect("an audit");
+    assert!(report.passed(), "{report:#?}");
+    guests.into_iter().for_each(LinuxGuest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
