@@ -11,7 +11,6 @@ use crate::budget::Budget;
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::content::{Digester, Page};
-use crate::follow;
 use crate::index::{FrameIndex, PageIndex};
 use crate::members::{Flags, Member, Members};
 use crate::pagemap::Pagemap;
@@ -104,6 +103,8 @@ pub struct Engine {
     pub(crate) settle: bool,
     follow: bool,
     pub(crate) interval: Duration,
+    /// Intervals are counted from here.
+    pub(crate) epoch: Instant,
     pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
     pub(crate) unique: PageIndex,
@@ -131,7 +132,8 @@ impl Engine {
             digester: Digester::new()?,
             settle: settings.settle,
             follow: settings.follow,
-            interval: follow::interval(settings.rest_ms),
+            interval: Duration::from_millis(settings.rest_ms),
+            epoch: Instant::now(),
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
             stable: FrameIndex::default(),
             unique: PageIndex::default(),

@@ -74,14 +74,22 @@ impl Engine {
         true
     }
 
+    /// The end of the interval that begins now. All VMs' intervals end together, so that an idle
+    /// engine wakes up once for all of them; one that is behind skips intervals.
+    fn end_of_interval(&self, now: Instant) -> Instant {
+        let interval = self.interval.max(Duration::from_micros(100));
+        let half = interval / 2;
+        let passed = (now + half).saturating_duration_since(self.epoch).as_nanos() / interval.as_nanos();
+        self.epoch + interval * (passed as u32).saturating_add(1)
+    }
+
     /// Notes what the interval brought, in `changes.left` the merged and zero pages that were written. Returns
     /// whether all merged pages are to be checked.
     fn end_interval(&mut self, slot: usize, now: Instant, changes: &mut Changes) -> bool {
-        let interval = self.interval;
+        let due = self.end_of_interval(now);
         changes.left.clear();
         let Some(follower) = &mut self.members.at_mut(slot).follower else { return false };
-        // An engine that is behind skips intervals instead of hurrying through them.
-        follower.due = (follower.due + interval).max(now + interval / 2);
+        follower.due = due;
         if follower.tracker.next_interval(changes).is_err() {
             self.counters.refusals += 1;
             return false;
@@ -191,9 +199,4 @@ fn spans(pages: &PageSet) -> Vec<Range<u32>> {
         }
     }
     spans
-}
-
-/// How long a page must have been left alone to count as at rest.
-pub(crate) fn interval(milliseconds: u64) -> Duration {
-    Duration::from_millis(milliseconds)
 }

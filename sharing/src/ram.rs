@@ -12,6 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Size of a page and of a frame, in bytes.
 pub const PAGE_SIZE: usize = 4096;
 
+/// Address space that is left without access behind each VM's RAM: the kernel cannot make one mapping
+/// of two VMs' RAM, and an access beyond the end reaches nobody's.
+const GUARD_BYTES: usize = PAGE_SIZE;
+
 /// Address space of one VM's RAM: `pages` pages of private anonymous memory, filled with zeros,
 /// that occupy nothing until they are touched. Unmapped when dropped.
 #[derive(Debug)]
@@ -44,8 +48,8 @@ impl Ram {
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
+                bytes + GUARD_BYTES,
+                libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
@@ -55,7 +59,11 @@ impl Ram {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        Ok(Self { base, pages, torn: AtomicBool::new(false) })
+        let ram = Self { base, pages, torn: AtomicBool::new(false) };
+        // SAFETY: the range was reserved above and nothing refers to it yet.
+        let failed =
+            unsafe { libc::mprotect(base.as_ptr().cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0;
+        if failed { Err(io::Error::last_os_error()) } else { Ok(ram) }
     }
 
     /// Keeps the kernel from backing this RAM with huge pages: of a huge page that is partly
@@ -113,7 +121,7 @@ impl Drop for Ram {
         }
         // SAFETY: the range was reserved by `reserve` and belongs to this value alone; whoever
         // held addresses into it has given them up with their share of ownership.
-        let failed = unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes()) } != 0;
+        let failed = unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes() + GUARD_BYTES) } != 0;
         debug_assert!(!failed, "unmapping guest RAM: {}", io::Error::last_os_error());
     }
 }

@@ -24,6 +24,9 @@ use crate::uffd::UffdError;
 /// Stack of the sharing thread, in bytes: no deep calls, no large locals.
 const STACK_BYTES: usize = 256 << 10;
 
+/// The sharing thread rests for no less than this between pieces of work.
+const SHORTEST_REST: Duration = Duration::from_millis(4);
+
 /// Why memory cannot be shared on this host. VMs run all the same.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -205,6 +208,7 @@ impl Shared {
 
     fn work(&self) {
         let share = (self.settings.cpu_percent / 100.0).max(0.001);
+        let mut rested = Instant::now();
         loop {
             let started = Instant::now();
             let before = thread_cpu();
@@ -217,12 +221,20 @@ impl Shared {
             let cpu = thread_cpu();
             self.cpu_nanoseconds.store(cpu.as_nanos() as u64, Ordering::Relaxed);
 
-            let mut rest_until = started + (cpu - before).div_f64(share);
-            if let Some(Step::RestUntil(moment)) = step {
-                rest_until = rest_until.max(moment);
-            }
+            // Every piece of work moves the moment at which the ceiling is kept. Rests of less than a
+            // few milliseconds are put together: a wake-up costs as much as a small piece of work.
+            rested = rested.max(started) + (cpu - before).div_f64(share);
+            let now = Instant::now();
+            let rest_until = match step {
+                Some(Step::RestUntil(moment)) => moment.max(rested),
+                _ if rested > now + SHORTEST_REST => rested,
+                _ => now,
+            };
             let mut control = self.control.lock();
             while !control.stop && !std::mem::take(&mut control.fresh) {
+                if !idle && rest_until <= now {
+                    break;
+                }
                 if idle && control.leaving.is_empty() {
                     self.changed.wait(&mut control);
                 } else if self.changed.wait_until(&mut control, rest_until).timed_out() {
