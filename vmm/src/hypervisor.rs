@@ -48,7 +48,9 @@ pub enum HypervisorError {
         source: io::Error,
     },
     /// Something else lies at the device's path.
-    #[error("{0} is not KVM's device, though it has its name; a container needs to be given it: --device {0}")]
+    #[error(
+        "{0} is not KVM's device, though it has its name; a container needs to be given it: --device {0}"
+    )]
     NotKvm(PathBuf),
     /// The device is another KVM.
     #[error(
