@@ -9,8 +9,10 @@ use samepage_sharing::PAGE_SIZE;
 use super::Progress;
 use samepage::statistics::{Sample, VmSample};
 
-/// Cells of a VM's bar.
-const BAR: usize = 40;
+/// Cells of a VM's bar, so that a line fits into 80 columns.
+const BAR: usize = 22;
+/// VMs that are shown one by one, so that the picture fits into 24 lines.
+const SHOWN: usize = 14;
 /// How often a plain line is printed.
 const PLAIN_EVERY: Duration = Duration::from_secs(1);
 
@@ -88,13 +90,16 @@ impl Display {
             String::new(),
             format!("VM       memory  {:BAR$}      own  shared    zero  verified", ""),
         ];
-        for (vm, progress) in sample.vms.iter().zip(progress) {
+        for (vm, progress) in sample.vms.iter().zip(progress).take(SHOWN) {
             let state = match progress.done {
                 _ if progress.corrupt > 0 => "CORRUPT".to_owned(),
                 Some(_) => format!("{} rounds, done", progress.rounds),
                 None if progress.ready => format!("{} rounds", progress.rounds),
                 None => "filling".to_owned(),
             };
+            if sample.vms.len() > SHOWN {
+                lines.push(format!("and {} more", sample.vms.len() - SHOWN));
+            }
             lines.push(format!(
                 "{:8} {:>6}  {}  {:>6}  {:>6}  {:>6}  {state}",
                 vm.name,
@@ -109,9 +114,8 @@ impl Display {
             .push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages given back", ""));
         lines.push(String::new());
         lines.push(format!(
-            "resident {}   shared frames {}   saved {} of {}   sharing CPU {:.2} s",
+            "resident {}   saved {} of {}   sharing CPU {:.2} s",
             mebibytes(sample.resident_bytes),
-            mebibytes(sample.engine.pages_shared * PAGE_SIZE as u64),
             mebibytes(gross_saved(sample)),
             mebibytes(self.can_save),
             sample.engine.cpu_seconds,

@@ -107,7 +107,7 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     demo.sharing.resume();
     display.phase("guests run, and their memory is merged");
     let merged = demo.until(&mut display, |_, sample| saved_pages(sample) * PAGE_SIZE as u64 >= can_save)?;
-    let merged_in = filled.elapsed();
+    let merged_in = (filled.elapsed(), demo.sharing.statistics().cpu_seconds);
     display.phase("everything alike is shared; guests go on verifying");
     let enough: Vec<_> = demo.progress.iter().map(|vm| vm.rounds + ROUNDS_AFTER).collect();
     let last = match merged {
@@ -246,8 +246,13 @@ impl Demo {
             if finished(self, &sample) {
                 return Ok(Some(sample));
             }
-            for (vm, progress) in self.vms.iter().zip(&self.progress) {
-                match vm.end() {
+            let ends: Vec<_> = self.vms.iter().map(Vm::end).collect();
+            // What a guest said before its end has been sent by now.
+            while let Ok((index, report)) = self.reports.try_recv() {
+                self.progress[index].take(&report);
+            }
+            for ((vm, end), progress) in self.vms.iter().zip(ends).zip(&self.progress) {
+                match end {
                     Some(VmEnd::Reset) if progress.done.is_some() => {}
                     Some(end) => bail!("VM {} ended too early: {end}", vm.name()),
                     None => {}

@@ -36,9 +36,11 @@ pub(super) struct Summary {
     pub metadata_bytes: u64,
     /// From the start of sharing until everything was shared, in seconds.
     pub merged_in_seconds: f64,
-    /// CPU time of the sharing thread, in seconds.
+    /// CPU time of the sharing thread until then, in seconds.
+    pub merged_cpu_seconds: f64,
+    /// CPU time of the sharing thread in all, in seconds.
     pub cpu_seconds: f64,
-    /// Pages mapped to frames, for all of which the sharing thread's CPU time was spent.
+    /// Mappings of pages to frames; a page that came back to a frame counts again.
     pub merges: u64,
     /// Pages that guests verified word by word.
     pub pages_verified: u64,
@@ -59,7 +61,7 @@ impl Summary {
         last: &Sample,
         resident_before_bytes: u64,
         can_save_bytes: u64,
-        merged_in: Duration,
+        merged: (Duration, f64),
     ) -> Self {
         let engine = &last.engine;
         let unfinished = last
@@ -81,7 +83,8 @@ impl Summary {
             saved_bytes: (engine.pages_sharing + engine.zero_pages) * PAGE_SIZE as u64,
             can_save_bytes,
             metadata_bytes: engine.metadata_bytes,
-            merged_in_seconds: merged_in.as_secs_f64(),
+            merged_in_seconds: merged.0.as_secs_f64(),
+            merged_cpu_seconds: merged.1,
             cpu_seconds: engine.cpu_seconds,
             merges: engine.merges,
             pages_verified: progress.iter().map(|vm| vm.verified).sum(),
@@ -103,7 +106,7 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scale = self.guest_bytes.max(1);
         let mut bar = |name: &str, bytes: u64| {
-            let cells = (bytes * 50).div_ceil(scale) as usize;
+            let cells = (bytes * 38).div_ceil(scale) as usize;
             writeln!(f, "  {name:24} {:>10}  {}", mebibytes(bytes), "█".repeat(cells))
         };
         bar("guest memory", self.guest_bytes)?;
@@ -122,12 +125,12 @@ impl fmt::Display for Summary {
             f,
             "  Found and merged in {:.2} s with {:.3} s of CPU time; the books take {}.",
             self.merged_in_seconds,
-            self.cpu_seconds,
+            self.merged_cpu_seconds,
             mebibytes(self.metadata_bytes)
         )?;
         writeln!(
             f,
-            "  Guests verified {} pages word by word in {} rounds and rewrote {}: {} corrupt.",
+            "  Guests verified {} pages word by word in {} rounds each and\n  rewrote {} pages: {} corrupt.",
             self.pages_verified, self.rounds, self.pages_written, self.corrupt
         )?;
         for vm in &self.unfinished {
