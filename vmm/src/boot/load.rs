@@ -12,6 +12,7 @@ use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected};
 use super::params::{self, Initrd};
 use super::{ImageError, ImageSource, OpenImage};
 use crate::x86::layout::{COMMAND_LINE, HIMEM_START, LOW_RAM_MAX};
+use crate::x86::mptable;
 
 /// How the first vCPU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,6 +181,8 @@ fn write_parameters(
     memory
         .write_slice(command_line.as_bytes(), GuestAddress(COMMAND_LINE))
         .map_err(|source| ImageError::GuestMemory { what: "the command line", source })?;
+    mptable::write(memory)
+        .map_err(|source| ImageError::GuestMemory { what: "the multiprocessor table", source })?;
     let written = match entry {
         Entry::Pvh(_) => params::write_start_info(memory, ram_bytes, initrd),
         Entry::Linux64(_) => {
@@ -194,6 +197,7 @@ mod tests {
     use super::super::test_images::{bzimage, elf64, pvh_elf};
     use super::*;
     use crate::vm::memory::VmMemory;
+    use crate::x86::layout::MP_TABLE;
 
     const RAM: u64 = 64 << 20;
 
@@ -223,6 +227,7 @@ mod tests {
             assert_eq!(load_into(&memory, image, None).unwrap(), entry);
             assert_eq!(bytes_at(&memory, code_at, code.len()), code);
             assert_eq!(bytes_at(&memory, COMMAND_LINE, 14), b"console=ttyS0\0");
+            assert_eq!(bytes_at(&memory, MP_TABLE, 4), b"_MP_");
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  boot structures (GDT, boot parameters, page tables, command line)
-//! 0x0009_fc00  legacy area, no RAM for the guest: EBDA, VGA, option ROMs
+//! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs
 //! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
 //! 0xc000_0000  hole: virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's own pages
 //! 0x1_0000_0000  the rest of RAM
@@ -23,6 +23,10 @@ pub const MAX_RAM: u64 = (1 << 43) - HIGH_RAM_START;
 pub const HIMEM_START: u64 = 0x10_0000;
 /// End of the RAM below 1 MiB that guests may use.
 pub const EBDA_START: u64 = 0x9_fc00;
+
+/// The multiprocessor table and the pointer to it, in the last KiB below 640 KiB, where kernels look
+/// before they search the BIOS's area.
+pub(crate) const MP_TABLE: u64 = EBDA_START;
 
 pub(crate) const GDT_START: u64 = 0x500;
 pub(crate) const PVH_START_INFO: u64 = 0x6000;
@@ -46,6 +50,10 @@ pub(crate) const MMIO_STRIDE: u64 = 0x1000;
 pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
+
+/// Registers of KVM's interrupt controllers, where every PC has them.
+pub(crate) const IO_APIC: u64 = 0xfec0_0000;
+pub(crate) const LOCAL_APIC: u64 = 0xfee0_0000;
 
 /// One page that Intel hardware without unrestricted guests needs for real mode, out of RAM's way.
 pub(crate) const IDENTITY_MAP: u64 = 0xfeff_c000;

@@ -1,0 +1,182 @@
+//! The table that tells a kernel without ACPI of its processor and its interrupt controllers.
+//!
+//! Kernels look for its floating pointer in the last KiB of conventional memory, among other places,
+//! and without one they search all of them and do without the IO-APIC. KVM's default routing leads
+//! interrupt line N to the IO-APIC's pin N, and so says the table.
+//!
+//! Source: Intel MultiProcessor Specification 1.4, chapter 4. All fields are little-endian.
+
+use samepage_devices::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::layout::{HIMEM_START, IO_APIC, LOCAL_APIC, MP_TABLE};
+
+const SPECIFICATION_1_4: u8 = 4;
+const POINTER_BYTES: usize = 16;
+const POINTER_CHECKSUM: usize = 10;
+const HEADER_BYTES: usize = 44;
+const HEADER_CHECKSUM: usize = 7;
+/// Two OEM fields of 8 and 12 bytes, padded with blanks.
+const MAKER_AND_PRODUCT: &[u8; 20] = b"SAMEPAGEMICROVM     ";
+
+const PROCESSOR: u8 = 0;
+const BUS: u8 = 1;
+const IO_APIC_ENTRY: u8 = 2;
+const IO_INTERRUPT: u8 = 3;
+const LOCAL_INTERRUPT: u8 = 4;
+
+const ENABLED: u8 = 1;
+const BOOT_PROCESSOR: u8 = 2;
+/// Family 6, and the two features that matter here: a floating-point unit and a local APIC. Kernels ask
+/// CPUID for the rest.
+const SIGNATURE: u32 = 0x600;
+const FEATURES: u32 = 1 << 9 | 1;
+/// Versions that KVM's controllers give in their registers.
+const LOCAL_APIC_VERSION: u8 = 0x14;
+const IO_APIC_VERSION: u8 = 0x11;
+
+/// The one processor's APIC. The IO-APIC's number is to differ from every processor's.
+const BOOT_APIC_ID: u8 = 0;
+const IO_APIC_ID: u8 = 1;
+const ALL_LOCAL_APICS: u8 = 0xff;
+const ISA_BUS: u8 = 0;
+/// The line between the two 8259 controllers, which no device has.
+const CASCADE: u8 = 2;
+
+/// How an interrupt is delivered.
+const VECTORED: u8 = 0;
+const NMI: u8 = 1;
+const EXTERNAL: u8 = 3;
+
+/// Writes the floating pointer and, behind it, the table of a machine with one processor.
+pub(crate) fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&bytes(), GuestAddress(MP_TABLE))
+}
+
+/// Pointer and table, as they lie at [`MP_TABLE`].
+fn bytes() -> Vec<u8> {
+    let entries = entries();
+    let table_bytes = HEADER_BYTES + entries.iter().map(Vec::len).sum::<usize>();
+    let mut table = Vec::with_capacity(table_bytes);
+    table.extend(b"PCMP");
+    table.extend((table_bytes as u16).to_le_bytes());
+    table.extend([SPECIFICATION_1_4, 0]);
+    table.extend(MAKER_AND_PRODUCT);
+    table.extend([0; 6]); // no OEM table: its address and its size
+    table.extend((entries.len() as u16).to_le_bytes());
+    table.extend((LOCAL_APIC as u32).to_le_bytes());
+    table.extend([0; 4]); // no extended table
+    table.extend(entries.concat());
+    table[HEADER_CHECKSUM] = checksum(&table);
+
+    let mut bytes = Vec::from(b"_MP_");
+    bytes.extend((MP_TABLE as u32 + POINTER_BYTES as u32).to_le_bytes());
+    bytes.extend([(POINTER_BYTES / 16) as u8, SPECIFICATION_1_4, 0]);
+    bytes.extend([0; 5]); // a table and no default configuration; interrupts by virtual wire at first
+    bytes[POINTER_CHECKSUM] = checksum(&bytes);
+    bytes.extend(table);
+    bytes
+}
+
+/// The entries, by ascending type as the specification wants them.
+fn entries() -> Vec<Vec<u8>> {
+    let mut processor = vec![PROCESSOR, BOOT_APIC_ID, LOCAL_APIC_VERSION, ENABLED | BOOT_PROCESSOR];
+    processor.extend(SIGNATURE.to_le_bytes());
+    processor.extend(FEATURES.to_le_bytes());
+    processor.extend([0; 8]);
+    let mut bus = vec![BUS, ISA_BUS];
+    bus.extend(b"ISA   ");
+    let mut io_apic = vec![IO_APIC_ENTRY, IO_APIC_ID, IO_APIC_VERSION, ENABLED];
+    io_apic.extend((IO_APIC as u32).to_le_bytes());
+    let lines = (0..16).filter(|&line| line != CASCADE);
+    // Zero flags: polarity and trigger as on the bus, which for ISA is a rising edge.
+    let interrupts = lines.map(|line| vec![IO_INTERRUPT, VECTORED, 0, 0, ISA_BUS, line, IO_APIC_ID, line]);
+    let local = [
+        vec![LOCAL_INTERRUPT, EXTERNAL, 0, 0, ISA_BUS, 0, BOOT_APIC_ID, 0],
+        vec![LOCAL_INTERRUPT, NMI, 0, 0, ISA_BUS, 0, ALL_LOCAL_APICS, 1],
+    ];
+    [processor, bus, io_apic].into_iter().chain(interrupts).chain(local).collect()
+}
+
+/// The byte that brings the sum of all to zero.
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
+}
+
+/// The pointer lies where kernels look for it, on a boundary of 16 bytes, in what is no RAM for them.
+const _: () = assert!(MP_TABLE.is_multiple_of(16) && MP_TABLE + 1024 <= HIMEM_START);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::x86::layout::{EBDA_START, MMIO_IRQS, SERIAL_IRQ};
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn word(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    /// The entries of a table, read as a kernel reads them.
+    fn read_entries(table: &[u8]) -> Vec<&[u8]> {
+        let mut rest = &table[HEADER_BYTES..];
+        let mut entries = Vec::new();
+        while let Some(kind) = rest.first() {
+            let (entry, behind) = rest.split_at(if *kind == PROCESSOR { 20 } else { 8 });
+            entries.push(entry);
+            rest = behind;
+        }
+        entries
+    }
+
+    #[test]
+    fn pointer_and_table_are_found_whole() {
+        let bytes = bytes();
+        let (pointer, table) = bytes.split_at(POINTER_BYTES);
+        assert_eq!(&pointer[..4], b"_MP_");
+        assert_eq!(u64::from(word(pointer, 4)), MP_TABLE + POINTER_BYTES as u64);
+        assert_eq!((pointer[8], sum(pointer)), (1, 0));
+        assert_eq!(&table[..4], b"PCMP");
+        assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
+        assert_eq!(sum(table), 0);
+        assert_eq!(word(table, 36), 0xfee0_0000);
+        assert_eq!(usize::from(u16::from_le_bytes([table[34], table[35]])), read_entries(table).len());
+        assert!(MP_TABLE == EBDA_START && bytes.len() <= 1024);
+    }
+
+    #[test]
+    fn the_entries_are_sorted_and_name_one_processor_one_bus_and_one_io_apic() {
+        let bytes = bytes();
+        let entries = read_entries(&bytes[POINTER_BYTES..]);
+        assert!(entries.is_sorted_by_key(|entry| entry[0]));
+        assert_eq!(entries[0][..4], [0, 0, 0x14, 3]);
+        assert_eq!(entries[1], b"\x01\x00ISA   ");
+        assert_eq!(entries[2][..4], [2, 1, 0x11, 1]);
+        assert_eq!(word(entries[2], 4), 0xfec0_0000);
+        assert_eq!(entries[3][0], IO_INTERRUPT);
+    }
+
+    #[test]
+    fn every_device_has_a_pin_and_the_cascade_has_none() {
+        let bytes = bytes();
+        let entries = read_entries(&bytes[POINTER_BYTES..]);
+        let pin = |line: u32| {
+            let of_line = |entry: &&&[u8]| entry[0] == IO_INTERRUPT && u32::from(entry[5]) == line;
+            entries.iter().find(of_line).map(|entry| (entry[1], entry[6], u32::from(entry[7])))
+        };
+        for line in MMIO_IRQS.into_iter().chain([0, SERIAL_IRQ]) {
+            assert_eq!(pin(line), Some((VECTORED, IO_APIC_ID, line)));
+        }
+        assert_eq!(pin(CASCADE.into()), None);
+    }
+
+    #[test]
+    fn the_local_inputs_are_wired_as_the_registers_are_set() {
+        let bytes = bytes();
+        let entries = read_entries(&bytes[POINTER_BYTES..]);
+        let local: Vec<_> = entries.iter().filter(|entry| entry[0] == LOCAL_INTERRUPT).collect();
+        assert_eq!(local.iter().map(|entry| (entry[1], entry[7])).collect::<Vec<_>>(), [(3, 0), (1, 1)]);
+    }
+}
