@@ -159,6 +159,12 @@ impl Engine {
         true
     }
 
+    fn next_ready(&self, slot: usize, pages: Range<u32>) -> Option<u32> {
+        let member = self.members.at(slot);
+        let follower = member.follower.as_ref().filter(|_| !pages.is_empty() && !member.space.lost())?;
+        follower.ready.next_from(pages.start).filter(|&page| page < pages.end)
+    }
+
     fn look_at_ready(&mut self, slot: usize, chunk: Range<u32>) {
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
@@ -173,7 +179,10 @@ impl Engine {
             ready.into_iter().for_each(|page| member.became_private(page));
         }
         for run in &runs {
-            self.look_at_run(slot, run.clone());
+            let mut page = run.start;
+            while let Some(next) = self.next_ready(slot, page..run.end) {
+                page = next + self.look_at(slot, next, run.end).max(1);
+            }
         }
         let member = self.members.at_mut(slot);
         let Some(follower) = &mut member.follower else { return };

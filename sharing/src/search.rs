@@ -32,7 +32,7 @@ impl Engine {
 
     /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how
     /// many pages from it on are dealt with.
-    fn look_at(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+    pub(crate) fn look_at(&mut self, slot: usize, page: u32, end: u32) -> u32 {
         let member = self.members.at(slot);
         if !member.flags[page as usize].contains(Flags::PRIVATE) {
             return 1;

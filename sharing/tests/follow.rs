@@ -114,6 +114,21 @@ fn pages_are_merged_an_interval_after_they_came_to_rest() {
 }
 
 #[test]
+fn only_what_has_come_to_rest_is_looked_at() {
+    let mut engine = engine(&following());
+    let vm = Vm::start(&mut engine, PAGES);
+    let mut clock = Clock::new();
+    (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().pages_scanned, u64::from(PAGES));
+    for page in (0..PAGES).step_by(100) {
+        vm.write(page, 5000 + u64::from(page));
+    }
+    clock.intervals(&mut engine, 3);
+    assert_eq!(engine.statistics().pages_scanned, u64::from(PAGES + PAGES / 100));
+}
+
+#[test]
 fn pages_that_keep_changing_are_left_alone() {
     let mut engine = engine(&following());
     let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 300)).collect();
