@@ -118,12 +118,17 @@ impl PageSet {
 
     /// The runs of consecutive pages in order.
     pub fn runs(&self) -> impl Iterator<Item = Range<u32>> + '_ {
-        let mut next = 0;
+        self.runs_within(0..(self.words.len() * 64) as u32)
+    }
+
+    /// The runs of consecutive pages within a range, in order.
+    pub fn runs_within(&self, pages: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
+        let mut next = pages.start;
         std::iter::from_fn(move || {
-            let start = self.next_from(next)?;
-            let end = self.end_of_run(start);
+            let start = (next < pages.end).then(|| self.next_from(next)).flatten()?;
+            let end = self.end_of_run(start).min(pages.end);
             next = end;
-            Some(start..end)
+            (start < end).then_some(start..end)
         })
     }
 
@@ -201,6 +206,7 @@ mod tests {
             prop_assert!(set.iter().eq(model.iter().copied()));
             prop_assert!(set.runs().flatten().eq(model.iter().copied()));
             prop_assert!(set.runs().zip(set.runs().skip(1)).all(|(one, next)| one.end < next.start));
+            prop_assert!(set.runs_within(70..200).flatten().eq(model.range(70..200).copied()));
             prop_assert_eq!(set.count() as usize, model.len());
             for from in [0, 63, 64, 150, 299] {
                 prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());

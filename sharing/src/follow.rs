@@ -16,6 +16,9 @@ const RETRY_INTERVALS: u32 = 16;
 /// After how many intervals all merged pages are checked, in case the log missed one.
 const SWEEP_INTERVALS: u32 = 256;
 
+/// To look at this many pages in the page map takes about as long as a system call.
+const GAP_PAGES: u32 = 64;
+
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
 pub(crate) struct Follower {
@@ -67,7 +70,7 @@ impl Engine {
         if sweep {
             self.release_private(slot, 0..pages);
         } else {
-            spans(&changes.left).into_iter().for_each(|span| self.release_private(slot, span));
+            spans(changes.left.runs()).into_iter().for_each(|span| self.release_private(slot, span));
         }
         self.changes = changes;
         self.store.reclaim(&*self.calls);
@@ -168,8 +171,12 @@ impl Engine {
     fn look_at_ready(&mut self, slot: usize, chunk: Range<u32>) {
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
-        if self.members.at(slot).space.private(chunk.clone(), &self.pagemap, &mut runs).is_err() {
-            self.counters.refusals += 1;
+        let member = self.members.at(slot);
+        let Some(follower) = &member.follower else { return };
+        for span in spans(follower.ready.runs_within(chunk.clone())) {
+            if member.space.private(span, &self.pagemap, &mut runs).is_err() {
+                self.counters.refusals += 1;
+            }
         }
         for run in &runs {
             self.release(slot, run.clone());
@@ -197,13 +204,12 @@ impl Engine {
     }
 }
 
-/// Ranges that cover the pages of a set, with gaps of less than a chunk closed: a look at the page
-/// map costs a system call.
-fn spans(pages: &PageSet) -> Vec<Range<u32>> {
+/// Ranges that cover some runs, with short gaps closed.
+fn spans(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
     let mut spans: Vec<Range<u32>> = Vec::new();
-    for run in pages.runs() {
+    for run in runs {
         match spans.last_mut() {
-            Some(last) if run.start - last.end < CHUNK_PAGES => last.end = run.end,
+            Some(last) if run.start - last.end < GAP_PAGES => last.end = run.end,
             _ => spans.push(run),
         }
     }
