@@ -256,6 +256,18 @@ fn a_process_with_known_memory() {
     drop(memory);
 }
 
+/// Pages of a range, `START-END` in hexadecimal, that another process has in memory.
+fn present_pages(pid: &str, range: &str) -> usize {
+    let address = |text| usize::from_str_radix(text, 16).expect("an address");
+    let (start, end) = range.split_once('-').expect("a range");
+    let (start, end) = (address(start), address(end));
+    let pagemap = fs::File::open(format!("/proc/{pid}/pagemap")).expect("the child's page map");
+    let mut entries = vec![0; (end - start) / 4096 * 8];
+    pagemap.read_exact_at(&mut entries, (start / 4096 * 8) as u64).expect("entries of the page map");
+    // Bit 63 of an entry says that the page is present.
+    entries.as_chunks::<8>().0.iter().filter(|entry| u64::from_ne_bytes(**entry) >> 63 == 1).count()
+}
+
 #[test]
 fn a_process_is_read_and_not_touched() {
     let mut child = Command::new(std::env::current_exe().expect("find this test"));
@@ -264,10 +276,7 @@ fn a_process_is_read_and_not_touched() {
     let line = child.stdout().wait_for_line("memory at ");
     let range = line.split_once("memory at ").expect("an address").1.trim();
     let pid = child.pid().as_raw_nonzero().to_string();
-    let resident = || {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the child's status");
-        status.lines().find(|line| line.starts_with("VmRSS")).map(str::to_owned)
-    };
+    let resident = || present_pages(&pid, range);
 
     let before = resident();
     let result = json(&["--pid", &pid, "--range", range], &[]);
