@@ -21,11 +21,26 @@ use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
 
+/// In what order the indexes keep what they look up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// By the keyed digest of the content, then by content.
+    #[default]
+    Digest,
+    /// By content, as KSM's trees are: to compare with.
+    Content,
+}
+
 /// How the engine works.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Share of one core that the sharing thread may use, in percent.
+    /// Share of one core that the sharing threads may use together, in percent.
     pub cpu_percent: f64,
+    /// Compare the neighbours of a page that matched with the neighbours of what it matched, before
+    /// any search. Without it every page is searched for, as KSM does.
+    pub lookahead: bool,
+    /// The order of the indexes.
+    pub order: Order,
     /// Let effort follow change, for VMs with a change log. Without it they are gone over in full
     /// passes as well, as KSM does.
     pub follow: bool,
@@ -48,6 +63,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             cpu_percent: 10.0,
+            lookahead: true,
+            order: Order::default(),
             follow: true,
             rest_ms: 250,
             settle: true,
@@ -102,6 +119,7 @@ pub struct Engine {
     pub(crate) digester: Digester,
     pub(crate) settle: bool,
     follow: bool,
+    pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
     /// Intervals are counted from here.
     pub(crate) epoch: Instant,
@@ -132,6 +150,7 @@ impl Engine {
             digester: Digester::new()?,
             settle: settings.settle,
             follow: settings.follow,
+            lookahead: settings.lookahead,
             interval: Duration::from_millis(settings.rest_ms),
             epoch: Instant::now(),
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),

@@ -123,8 +123,14 @@ impl Engine {
         given
     }
 
+    /// How long the runs are that lookahead may find.
+    fn longest_run(&self) -> u32 {
+        if self.lookahead { WINDOW_PAGES } else { 1 }
+    }
+
     /// Maps a frame over a page, and its neighbours over the page's neighbours.
     fn merge_into(&mut self, slot: usize, page: u32, end: u32, frame: Frame) -> u32 {
+        let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
         let mut alike = |page: u32, frame: Frame| {
@@ -135,10 +141,10 @@ impl Engine {
             }
         };
         let forward = 1
-            + (1..(end - page).min(WINDOW_PAGES))
+            + (1..(end - page).min(longest))
                 .take_while(|&ahead| frame.checked_add(ahead).is_some_and(|frame| alike(page + ahead, frame)))
                 .count() as u32;
-        let backward = (1..=page.min(frame).min(WINDOW_PAGES - forward))
+        let backward = (1..=page.min(frame).min(longest - forward))
             .take_while(|&behind| alike(page - behind, frame - behind))
             .count() as u32;
         let (first, frame, count) = (page - backward, frame - backward, forward + backward);
@@ -154,6 +160,7 @@ impl Engine {
     /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
     fn publish(&mut self, slot: usize, page: u32, end: u32, twin: (usize, u32)) -> u32 {
         let (twin_slot, twin_page) = twin;
+        let longest = self.longest_run();
         let Self { members, counters, .. } = self;
         let member = members.at(slot);
         let other = members.at(twin_slot);
@@ -168,8 +175,8 @@ impl Engine {
                 }
         };
         // Within one VM the two runs must not overlap.
-        let apart = if slot == twin_slot { page.abs_diff(twin_page) } else { WINDOW_PAGES };
-        let longest = apart.min(WINDOW_PAGES);
+        let apart = if slot == twin_slot { page.abs_diff(twin_page) } else { longest };
+        let longest = apart.min(longest);
         let forward = 1
             + (1..longest.min(end - page).min(other.space.pages() - twin_page))
                 .take_while(|&ahead| alike(page + ahead, twin_page + ahead))
