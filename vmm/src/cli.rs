@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use samepage::config;
 use samepage::statistics::StatsTarget;
 
+use crate::bench::BenchArgs;
+
 const EXAMPLES: &str = "\
 Examples:
   Boot one Linux guest on this terminal (Ctrl-A x ends it, Ctrl-A h helps):
@@ -54,6 +56,8 @@ pub(crate) enum Command {
     /// Say what sharing would save in memory images, or in the memory of running VMs of any monitor
     #[command(after_help = ANALYZE_EXAMPLES, override_usage = ANALYZE_USAGE)]
     Analyze(AnalyzeArgs),
+    /// Measure samepage beside what others need for the same
+    Bench(BenchArgs),
 }
 
 /// The arguments of `samepage analyze`.

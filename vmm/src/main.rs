@@ -1,6 +1,7 @@
 //! The `samepage` program: see `samepage --help`.
 
 mod analyze;
+mod bench;
 mod cli;
 mod demo;
 mod plan;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::main(args),
         Command::Analyze(args) => analyze::main(args),
+        Command::Bench(args) => bench::main(args),
     };
     result.unwrap_or_else(|error| {
         report::tell(report::causes(&error));

@@ -1,0 +1,71 @@
+//! The arguments of `samepage bench`.
+
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
+
+use super::WORKLOADS;
+
+const EXAMPLES: &str = "\
+Examples:
+  Everything, in some minutes; KSM is measured where this runs as root:
+    samepage bench sharing
+
+  A first impression:
+    samepage bench sharing --quick
+
+  Snapshots of two VMs over time, through KSM and through samepage:
+    samepage bench sharing --only series --series a-0.raw,a-1.raw --series b-0.raw,b-1.raw";
+
+/// The arguments of `samepage bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(super) benchmark: Benchmark,
+}
+
+/// The benchmarks.
+#[derive(Debug, Subcommand)]
+pub(super) enum Benchmark {
+    /// Compare memory sharing with the kernel's KSM: both in one run, in turns, as ratios
+    #[command(after_help = EXAMPLES)]
+    Sharing(SharingArgs),
+}
+
+/// The arguments of `samepage bench sharing`.
+#[derive(Debug, Args)]
+pub(super) struct SharingArgs {
+    /// Measure this workload alone; may be repeated
+    #[arg(long = "only", value_name = "NAME", value_parser = PossibleValuesParser::new(WORKLOADS.iter().map(|w| w.name)))]
+    pub(super) only: Vec<String>,
+
+    /// Small sizes and one round: a first impression within some seconds
+    #[arg(long)]
+    pub(super) quick: bool,
+
+    /// Rounds of each measurement; medians are printed [default: 5, or 1 with --quick]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) runs: Option<u32>,
+
+    /// Memory images of one VM, raw, in the order of time; repeated for each VM. They take the place of
+    /// the made-up ones in the workload `series`
+    #[arg(long = "series", value_name = "FILE,FILE...", value_parser = parse_series)]
+    pub(super) series: Vec<Series>,
+
+    /// Print the results as JSON, and nothing else
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// The images of one VM.
+#[derive(Clone, Debug)]
+pub(super) struct Series(pub(super) Vec<PathBuf>);
+
+fn parse_series(text: &str) -> Result<Series, String> {
+    let files: Vec<PathBuf> = text.split(',').map(PathBuf::from).collect();
+    if files.iter().any(|file| file.as_os_str().is_empty()) {
+        return Err("give files separated by commas, as in vm-0.raw,vm-1.raw".to_owned());
+    }
+    Ok(Series(files))
+}

@@ -1,0 +1,125 @@
+//! What all workloads use: the choices of the user, KSM, progress, and the signals that end the run.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use samepage::signals::ShutdownSignals;
+
+use super::args::{Series, SharingArgs};
+use super::ksm::Ksm;
+
+/// Rounds where the user does not say how many.
+const ROUNDS: u32 = 5;
+
+/// A run of the benchmark.
+#[derive(Debug)]
+pub(super) struct Bench {
+    /// Small sizes are to be used.
+    pub(super) quick: bool,
+    /// How often everything is measured.
+    pub(super) rounds: u32,
+    /// Images in place of made-up ones.
+    pub(super) series: Vec<Series>,
+    /// The kernel's side; without it the text says why, and what to do.
+    pub(super) ksm: Result<Ksm, String>,
+    signals: ShutdownSignals,
+    workload: String,
+    terminal: bool,
+}
+
+/// A signal that asks the benchmark to end.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted; KSM's settings are as before")]
+pub(super) struct Interrupted {
+    signal: i32,
+}
+
+impl Interrupted {
+    /// The exit status, as shells give it for a signal.
+    pub(super) fn status(self) -> u8 {
+        128_u8.saturating_add(u8::try_from(self.signal).unwrap_or(0))
+    }
+}
+
+impl Bench {
+    /// Catches signals and saves KSM's settings, which are put back when this value goes.
+    pub(super) fn new(args: &SharingArgs) -> Result<Self> {
+        // Before KSM is touched, and before any thread is started.
+        let signals = ShutdownSignals::catch().context("catch signals")?;
+        let bench = Self {
+            quick: args.quick,
+            rounds: args.runs.unwrap_or(if args.quick { 1 } else { ROUNDS }),
+            series: args.series.clone(),
+            ksm: Ksm::open().map_err(|error| error.to_string()),
+            signals,
+            workload: String::new(),
+            terminal: io::stderr().is_terminal(),
+        };
+        if let Err(reason) = &bench.ksm {
+            crate::report::tell(reason);
+        }
+        Ok(bench)
+    }
+
+    /// One figure for a full run, another for a quick one.
+    pub(super) fn size<T>(&self, full: T, quick: T) -> T {
+        if self.quick { quick } else { full }
+    }
+
+    /// A workload begins.
+    pub(super) fn begin(&mut self, workload: String) {
+        self.workload = workload;
+        // Where nobody watches, a line for each workload is enough.
+        if !self.terminal {
+            let _ = writeln!(io::stderr(), "{}", self.workload);
+        }
+    }
+
+    /// Says what is being measured.
+    pub(super) fn say(&self, what: impl Display) {
+        if self.terminal {
+            // Who closes standard error does not want to know.
+            let _ = write!(io::stderr(), "\r\x1b[K{}: {what}", self.workload);
+        }
+    }
+
+    /// Takes the line away that says what is being measured.
+    pub(super) fn end(&self) {
+        if self.terminal {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+
+    /// To be called at least some times a second, so that a signal is heard.
+    ///
+    /// # Errors
+    /// [`Interrupted`], once a signal came.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.signals.take() {
+            Some(signal) => {
+                self.end();
+                Err(Interrupted { signal }.into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Lets time pass.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub(super) fn rest(&self, time: Duration) -> Result<()> {
+        const SLICE: Duration = Duration::from_millis(50);
+        let end = Instant::now() + time;
+        loop {
+            self.check()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(SLICE));
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! The kernel's side: KSM's switches in `/sys/kernel/mm/ksm`, its counters, and the CPU time of its
+//! thread. See `Documentation/admin-guide/mm/ksm.rst` of the kernel.
+//!
+//! Settings are saved when KSM is opened and put back when the value goes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::context::Bench;
+
+const FOLDER: &str = "/sys/kernel/mm/ksm";
+
+/// Settings that are saved and put back, in the order of writing: while an advisor is at work
+/// `pages_to_scan` is its own, and changing advisors resets it.
+const SETTINGS: [&str; 5] =
+    ["smart_scan", "use_zero_pages", "sleep_millisecs", "advisor_target_scan_time", "pages_to_scan"];
+
+/// Pages of a batch where KSM runs without pause: many to a wake-up, and still an end of the batch
+/// within some milliseconds, since stopping waits for it.
+const BATCH: &str = "2000";
+
+/// How often the counters are read while KSM works.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Why KSM cannot be measured.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum KsmError {
+    #[error("this kernel has no KSM (no {FOLDER}): samepage is measured alone; use a kernel with CONFIG_KSM")]
+    Missing,
+    #[error("KSM's settings cannot be changed ({0}): samepage is measured alone; run as root to compare")]
+    Refused(io::Error),
+    #[error(
+        "KSM's thread, ksmd, is not to be seen in /proc, so its CPU time is not known: samepage is measured \
+         alone; run in the host's PID namespace to compare"
+    )]
+    NoThread,
+    #[error("{0} cannot be read ({1}): samepage is measured alone")]
+    Read(PathBuf, io::Error),
+}
+
+/// How KSM is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// No pause between batches.
+    Fastest,
+    /// The scan-time advisor, with its defaults.
+    Advisor,
+    /// What the kernel starts with: 100 pages every 20 ms.
+    Defaults,
+}
+
+impl Mode {
+    pub(super) const ALL: [Self; 3] = [Self::Fastest, Self::Advisor, Self::Defaults];
+
+    /// What the mode is called in results.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Fastest => "KSM fastest",
+            Self::Advisor => "KSM advisor",
+            Self::Defaults => "KSM defaults",
+        }
+    }
+}
+
+/// KSM's counters.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    /// Pages of this process that are shared, all mappings of a frame counted.
+    pub(super) merged: u64,
+    /// Complete passes.
+    pub(super) full_scans: u64,
+}
+
+/// What KSM did in one stretch of work.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    /// CPU time of ksmd.
+    pub(super) cpu: Duration,
+    /// How long it took.
+    pub(super) wall: Duration,
+    /// What was waited for came to pass.
+    pub(super) finished: bool,
+    /// The counters at the end.
+    pub(super) counts: Counts,
+}
+
+/// KSM, to be put back as it was.
+#[derive(Debug)]
+pub(super) struct Ksm {
+    schedstat: PathBuf,
+    saved: Vec<(&'static str, String)>,
+    advisor: Option<String>,
+    run: String,
+    /// For each zero page given back, KSM counts it apart.
+    zero_pages: bool,
+}
+
+impl Ksm {
+    /// Saves the settings and stops KSM.
+    ///
+    /// # Errors
+    /// Where there is no KSM, or where it cannot be set or measured.
+    pub(super) fn open() -> Result<Self, KsmError> {
+        if !Path::new(FOLDER).join("run").exists() {
+            return Err(KsmError::Missing);
+        }
+        let run = read("run")?;
+        let saved = SETTINGS
+            .iter()
+            .filter(|name| exists(name))
+            .map(|name| Ok((*name, read(name)?)))
+            .collect::<Result<_, _>>()?;
+        let advisor = if exists("advisor_mode") { Some(chosen(&read("advisor_mode")?)) } else { None };
+        let schedstat = thread().ok_or(KsmError::NoThread)?;
+        write("run", "0").map_err(KsmError::Refused)?;
+        Ok(Self { schedstat, saved, advisor, run, zero_pages: exists("use_zero_pages") })
+    }
+
+    /// Whether KSM was at work before: then it may have pages of other processes, which its CPU
+    /// time and counters are about as well.
+    pub(super) fn was_running(&self) -> bool {
+        self.run == "1"
+    }
+
+    /// Sets KSM, which does not work yet.
+    ///
+    /// # Errors
+    /// Where a setting is refused.
+    pub(super) fn set(&self, mode: Mode) -> Result<()> {
+        let set = |name: &str, value: &str| {
+            if exists(name) {
+                write(name, value).with_context(|| format!("set KSM's {name} to {value}"))
+            } else {
+                Ok(())
+            }
+        };
+        set("advisor_mode", "none")?;
+        set("smart_scan", "1")?;
+        let (pages, sleep) = if mode == Mode::Fastest { (BATCH, "0") } else { ("100", "20") };
+        set("pages_to_scan", pages)?;
+        set("sleep_millisecs", sleep)?;
+        if mode == Mode::Advisor {
+            set("advisor_target_scan_time", "200")?;
+            set("advisor_mode", "scan-time")?;
+        }
+        Ok(())
+    }
+
+    /// Whether pages of zeros are merged with the kernel's.
+    ///
+    /// # Errors
+    /// Where the setting is refused.
+    pub(super) fn use_zero_pages(&self, use_them: bool) -> Result<()> {
+        if self.zero_pages {
+            write("use_zero_pages", if use_them { "1" } else { "0" }).context("set KSM's use_zero_pages")?;
+        }
+        Ok(())
+    }
+
+    /// Whether the advisor exists.
+    pub(super) fn has(&self, mode: Mode) -> bool {
+        mode != Mode::Advisor || self.advisor.is_some()
+    }
+
+    /// Lets KSM work until `done` holds, or for `limit`, and stops it.
+    ///
+    /// # Errors
+    /// Where KSM's files cannot be used, or the benchmark was interrupted.
+    pub(super) fn work(
+        &self,
+        bench: &Bench,
+        limit: Duration,
+        mut done: impl FnMut(Counts, Duration) -> bool,
+    ) -> Result<Work> {
+        let before = self.cpu()?;
+        let started = Instant::now();
+        write("run", "1").context("start KSM")?;
+        let running = Running;
+        let mut cpu;
+        let (finished, wall) = loop {
+            std::thread::sleep(POLL);
+            bench.check()?;
+            cpu = self.cpu()?.saturating_sub(before);
+            let wall = started.elapsed();
+            if done(self.counts()?, cpu) {
+                break (true, wall);
+            }
+            if wall > limit {
+                break (false, wall);
+            }
+        };
+        drop(running);
+        // The time that the scheduler tells of a thread at work may be a tick old; now it is exact.
+        if finished {
+            cpu = self.cpu()?.saturating_sub(before);
+        }
+        Ok(Work { cpu, wall, finished, counts: self.counts()? })
+    }
+
+    /// Makes KSM forget what it knew, so that the next measurement starts afresh. Merged pages of
+    /// other processes would be split up by this: it is left where KSM was at work before.
+    ///
+    /// # Errors
+    /// Where the kernel refuses, for want of memory.
+    pub(super) fn forget(&self) -> Result<()> {
+        if !self.was_running() {
+            write("run", "2").context("split up KSM's pages")?;
+            write("run", "0").context("stop KSM")?;
+        }
+        Ok(())
+    }
+
+    /// CPU time of ksmd so far.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub(super) fn cpu(&self) -> Result<Duration> {
+        let text = fs::read_to_string(&self.schedstat)
+            .with_context(|| format!("read {}", self.schedstat.display()))?;
+        let nanoseconds = text.split_whitespace().next().and_then(|word| word.parse().ok());
+        Ok(Duration::from_nanos(nanoseconds.context("ksmd's CPU time is no number")?))
+    }
+
+    /// The counters.
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    pub(super) fn counts(&self) -> Result<Counts> {
+        Ok(Counts { merged: merged()?, full_scans: number(&read("full_scans")?)? })
+    }
+
+    /// Pages of zeros of this process that are the kernel's.
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    pub(super) fn zeros(&self) -> Result<u64> {
+        Ok(of_process("ksm_zero_pages").unwrap_or(0))
+    }
+}
+
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        let mut result = self.forget().map_err(|error| io::Error::other(error.to_string()));
+        if self.advisor.is_some() {
+            result = result.and(write("advisor_mode", "none"));
+        }
+        for (name, value) in &self.saved {
+            // What is as it was need not be written, and some settings are only refused then.
+            if read(name).is_ok_and(|now| now != *value) {
+                result = result.and(write(name, value));
+            }
+        }
+        if let Some(advisor) = self.advisor.as_ref().filter(|advisor| *advisor != "none") {
+            result = result.and(write("advisor_mode", advisor));
+        }
+        result = result.and(write("run", &self.run));
+        if let Err(error) = result {
+            crate::report::tell(format_args!("KSM's settings in {FOLDER} could not be put back: {error}"));
+        }
+    }
+}
+
+/// KSM at work; stopped when dropped.
+struct Running;
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Refused only where starting it was as well.
+        let _ = write("run", "0");
+    }
+}
+
+/// Pages of this process that are shared; of all processes where the kernel does not tell.
+fn merged() -> Result<u64> {
+    if let Some(pages) = of_process("ksm_merging_pages") {
+        return Ok(pages);
+    }
+    Ok(number(&read("pages_shared")?)? + number(&read("pages_sharing")?)?)
+}
+
+fn of_process(counter: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/ksm_stat").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(counter))?;
+    line.trim().parse().ok()
+}
+
+/// The file with the CPU time of ksmd.
+fn thread() -> Option<PathBuf> {
+    let processes = fs::read_dir("/proc").ok()?;
+    let folder = processes.flatten().map(|process| process.path()).find(|process| {
+        let comm = fs::read_to_string(process.join("comm"));
+        // A kernel thread has no command line.
+        let kernel = || fs::read(process.join("cmdline")).is_ok_and(|line| line.is_empty());
+        comm.is_ok_and(|comm| comm.trim_end() == "ksmd") && kernel()
+    })?;
+    Some(folder.join("schedstat")).filter(|file| file.exists())
+}
+
+fn exists(name: &str) -> bool {
+    Path::new(FOLDER).join(name).exists()
+}
+
+fn read(name: &str) -> Result<String, KsmError> {
+    let path = Path::new(FOLDER).join(name);
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(text.trim_end().to_owned()),
+        Err(error) => Err(KsmError::Read(path, error)),
+    }
+}
+
+fn write(name: &str, value: &str) -> io::Result<()> {
+    fs::write(Path::new(FOLDER).join(name), value)
+}
+
+fn number(text: &str) -> Result<u64> {
+    text.parse().with_context(|| format!("KSM says {text:?} where a number is due"))
+}
+
+/// The choice that is marked by brackets.
+fn chosen(text: &str) -> String {
+    let marked = text.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+    marked.unwrap_or(text).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chosen_one_of_several_is_marked() {
+        assert_eq!(chosen("[none] scan-time"), "none");
+        assert_eq!(chosen("none [scan-time]"), "scan-time");
+    }
+}

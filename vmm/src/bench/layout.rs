@@ -1,0 +1,114 @@
+//! What memory holds: for each VM and page a content, by number. Both sides are given the same.
+
+use std::collections::HashMap;
+
+use samepage_resources::demo::content::mix;
+
+/// Number of a content; 0 is a page of zeros. Different numbers are different contents.
+pub(super) type Content = u64;
+
+/// The contents of all VMs' pages; `None` is a page that is never touched.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout {
+    pub(super) vms: Vec<Vec<Option<Content>>>,
+}
+
+/// Contents below this number are shared by VMs, those above are a VM's own.
+const OWN: Content = 1 << 40;
+
+/// What lies between runs of equal pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gap {
+    /// A page that was never touched: nobody looks at it, and what is before and behind it can never
+    /// be one mapping.
+    Untouched,
+    /// A page with a content of its own.
+    Own,
+}
+
+impl Layout {
+    /// VMs that all hold the same `pages` contents, in runs of `length` pages. The runs are in an order of
+    /// its own in each VM but the first, with a gap of one page after each.
+    pub(super) fn runs(vms: u32, pages: u32, length: u32, gap: Gap) -> Self {
+        let runs = u64::from(pages / length);
+        let vms = (0..u64::from(vms)).map(|vm| {
+            let mut order: Vec<_> = (0..runs).collect();
+            if vm > 0 {
+                shuffle(&mut order, vm);
+            }
+            let length = u64::from(length);
+            let mut contents = Vec::new();
+            for (place, run) in (0..).zip(order) {
+                contents.extend((1..=length).map(|page| Some(run * length + page)));
+                contents.push(match gap {
+                    Gap::Untouched => None,
+                    Gap::Own => Some(own(vm, place)),
+                });
+            }
+            contents
+        });
+        Self { vms: vms.collect() }
+    }
+
+    /// Pages of all VMs.
+    pub(super) fn pages(&self) -> u64 {
+        self.vms.iter().map(|vm| vm.len() as u64).sum()
+    }
+
+    /// Pages that hold something.
+    pub(super) fn touched(&self) -> u64 {
+        self.contents().count() as u64
+    }
+
+    /// Pages whose content another page has as well, pages of zeros aside: those that can be merged.
+    pub(super) fn duplicates(&self) -> u64 {
+        let mut pages: HashMap<Content, u64> = HashMap::new();
+        self.contents()
+            .filter(|&content| content != 0)
+            .for_each(|content| *pages.entry(content).or_default() += 1);
+        pages.values().filter(|&&pages| pages > 1).sum()
+    }
+
+    fn contents(&self) -> impl Iterator<Item = Content> + '_ {
+        self.vms.iter().flatten().copied().flatten()
+    }
+}
+
+/// A content that no other page has.
+pub(super) fn own(vm: u64, page: u64) -> Content {
+    OWN | vm << 28 | page
+}
+
+/// Brings things into an order that depends on `seed` alone.
+pub(super) fn shuffle<T>(things: &mut [T], seed: u64) {
+    for last in (1..things.len()).rev() {
+        let other = mix(seed << 32 | last as u64) % (last as u64 + 1);
+        things.swap(last, other as usize);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_the_same_in_all_vms_and_apart() {
+        for gap in [Gap::Untouched, Gap::Own] {
+            let layout = Layout::runs(3, 64, 8, gap);
+            assert_eq!((layout.pages(), layout.duplicates()), (3 * 72, 3 * 64));
+            assert_eq!(layout.touched(), if gap == Gap::Own { 3 * 72 } else { 3 * 64 });
+            assert_ne!(layout.vms[1], layout.vms[2]);
+            let run: Vec<_> = layout.vms[0][..8].to_vec();
+            assert!(layout.vms.iter().all(|vm| vm.chunks(9).any(|chunk| chunk[..8] == run)));
+        }
+    }
+
+    #[test]
+    fn shuffling_keeps_everything() {
+        let mut things: Vec<_> = (0..100).collect();
+        shuffle(&mut things, 3);
+        assert!(!things.is_sorted());
+        things.sort_unstable();
+        assert!(things.into_iter().eq(0..100));
+    }
+}

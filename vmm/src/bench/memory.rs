@@ -1,0 +1,159 @@
+//! Memory of made-up VMs: what guests would have written is written here, by the host.
+
+#![expect(
+    unsafe_code,
+    reason = "plays the guests: writes to and reads from their memory; asks KSM to merge it"
+)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use samepage_resources::demo::content::mix;
+use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::{PAGE_SIZE, Ram};
+
+use super::layout::{Content, Layout};
+
+/// Words of a page.
+const WORDS: usize = PAGE_SIZE / 8;
+
+/// One VM's memory: plain anonymous memory in small pages, for both sides.
+#[derive(Debug)]
+pub(super) struct Memory {
+    ram: Arc<Ram>,
+    log: Log,
+}
+
+impl Memory {
+    /// Untouched memory.
+    pub(super) fn new(pages: u32) -> Result<Self> {
+        let ram = Ram::reserve(pages as usize * PAGE_SIZE).context("reserve memory")?;
+        ram.use_small_pages().context("use small pages")?;
+        Ok(Self { ram: Arc::new(ram), log: Log::new(pages) })
+    }
+
+    /// Memory of all VMs of a layout, filled.
+    pub(super) fn filled(layout: &Layout) -> Result<Vec<Self>> {
+        let fill = |contents: &Vec<Option<Content>>| {
+            let memory = Self::new(contents.len() as u32)?;
+            for (page, content) in (0..).zip(contents) {
+                content.iter().for_each(|&content| memory.write(page, content));
+            }
+            Ok(memory)
+        };
+        layout.vms.iter().map(fill).collect()
+    }
+
+    pub(super) fn ram(&self) -> Arc<Ram> {
+        Arc::clone(&self.ram)
+    }
+
+    /// What notes the writes made through this value.
+    pub(super) fn log(&self) -> Log {
+        self.log.clone()
+    }
+
+    pub(super) fn pages(&self) -> u32 {
+        self.ram.pages()
+    }
+
+    /// Writes a page as a whole.
+    pub(super) fn write(&self, page: u32, content: Content) {
+        self.write_words(page, &words(content));
+    }
+
+    /// Writes a page as a whole.
+    pub(super) fn write_words(&self, page: u32, words: &[u64; WORDS]) {
+        let address = self.address(page);
+        // SAFETY: the page is reserved and writable, and nobody holds a reference to it.
+        unsafe { address.copy_from_nonoverlapping(words.as_ptr(), WORDS) };
+        self.log.note(page);
+    }
+
+    /// Writes one word of a page.
+    pub(super) fn write_word(&self, page: u32, index: usize, word: u64) {
+        assert!(index < WORDS);
+        // SAFETY: as above; the index is within the page.
+        unsafe { self.address(page).add(index).write_volatile(word) };
+        self.log.note(page);
+    }
+
+    /// Reads the last word of a page.
+    pub(super) fn read(&self, page: u32) -> u64 {
+        // SAFETY: the page is reserved and readable.
+        unsafe { self.address(page).add(WORDS - 1).read_volatile() }
+    }
+
+    /// Whether a page shows a content, by its last word.
+    pub(super) fn shows(&self, page: u32, content: Content) -> bool {
+        self.read(page) == word(content, WORDS - 1)
+    }
+
+    /// Lets KSM merge this memory.
+    pub(super) fn mergeable(&self) -> io::Result<()> {
+        // SAFETY: advice; the contents stay what they are.
+        let failed =
+            unsafe { libc::madvise(self.ram.base().as_ptr().cast(), self.ram.bytes(), libc::MADV_MERGEABLE) }
+                != 0;
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn address(&self, page: u32) -> *mut u64 {
+        self.ram.range(page, 1).page(0).cast_mut().cast()
+    }
+}
+
+/// The words of a content.
+pub(super) fn words(content: Content) -> [u64; WORDS] {
+    std::array::from_fn(|index| word(content, index))
+}
+
+fn word(content: Content, index: usize) -> u64 {
+    if content == 0 { 0 } else { mix(content << 9 | index as u64) }
+}
+
+/// Makes sure that all pages still show what was written to them: a benchmark of sharing that loses
+/// content measures nothing.
+pub(super) fn verify(layout: &Layout, memory: &[Memory]) -> Result<()> {
+    for (vm, (contents, memory)) in layout.vms.iter().zip(memory).enumerate() {
+        for (page, content) in (0..).zip(contents) {
+            let good = content.is_none_or(|content| memory.shows(page, content));
+            ensure!(good, "page {page} of VM {vm} lost its content");
+        }
+    }
+    Ok(())
+}
+
+/// The log of a VM's writes: the host's own, noted as they are made, as devices' are.
+#[derive(Clone, Debug)]
+pub(super) struct Log(Arc<[AtomicU64]>);
+
+impl Log {
+    fn new(pages: u32) -> Self {
+        let mut all = PageSet::new(pages);
+        all.insert_range(0..pages);
+        Self(all.words().iter().map(|&word| AtomicU64::new(word)).collect())
+    }
+
+    fn note(&self, page: u32) {
+        self.0[page as usize / 64].fetch_or(1 << (page % 64), Ordering::Release);
+    }
+}
+
+impl ChangeLog for Log {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        for (word, noted) in written.words_mut().iter_mut().zip(&*self.0) {
+            *word |= noted.load(Ordering::Acquire);
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+        for (noted, &word) in self.0.iter().zip(pages.words()) {
+            noted.fetch_and(!word, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
+//! both, in one process and one run, in turns. What is printed are ratios: these hold where times
+//! do not.
+//!
+//! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
+//! back as they were, on every way out. See `docs/bench-sharing.md`.
+
+mod args;
+mod context;
+mod cpu;
+mod ksm;
+mod layout;
+mod memory;
+mod ours;
+mod report;
+mod runs;
+mod table;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+pub(crate) use args::BenchArgs;
+use args::{Benchmark, SharingArgs};
+use context::{Bench, Interrupted};
+use report::{Report, Section};
+
+/// One measurement, or several that belong together.
+struct Workload {
+    /// What `--only` calls it.
+    name: &'static str,
+    /// Measures. An error says what could not be measured; a workload that this host cannot run, or
+    /// that lacks KSM, gives sections that say so.
+    measure: fn(&mut Bench) -> Result<Vec<Section>>,
+}
+
+/// All workloads, in the order in which they run.
+const WORKLOADS: &[Workload] = &[Workload { name: "runs", measure: runs::measure }];
+
+/// Runs the command.
+pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
+    let Benchmark::Sharing(args) = &args.benchmark;
+    match sharing(args) {
+        Ok(report) => {
+            let text = if args.json {
+                serde_json::to_string_pretty(&report)? + "\n"
+            } else {
+                table::format(&report)
+            };
+            io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => match error.downcast_ref::<Interrupted>() {
+            Some(interrupted) => {
+                crate::report::tell(interrupted);
+                Ok(ExitCode::from(interrupted.status()))
+            }
+            None => Err(error),
+        },
+    }
+}
+
+fn sharing(args: &SharingArgs) -> Result<Report> {
+    let started = Instant::now();
+    let mut bench = Bench::new(args)?;
+    let chosen: Vec<_> = WORKLOADS
+        .iter()
+        .filter(|workload| args.only.is_empty() || args.only.iter().any(|name| name == workload.name))
+        .collect();
+    let mut sections = Vec::new();
+    for (index, workload) in chosen.iter().enumerate() {
+        bench.begin(format!("[{}/{}] {}", index + 1, chosen.len(), workload.name));
+        let measured =
+            (workload.measure)(&mut bench).with_context(|| format!("workload {}", workload.name))?;
+        sections.extend(measured.into_iter().map(|section| section.of(workload.name)));
+    }
+    bench.end();
+    Ok(Report::new(&bench, sections, started.elapsed()))
+}

@@ -1,0 +1,205 @@
+//! What was measured: sections of measurements, each with the figures of two sides, their ratio, and
+//! what it is to be.
+
+use std::fs;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::context::Bench;
+
+/// A run's results.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// Release of the host's kernel.
+    pub(super) kernel: String,
+    /// Processors that the process may use.
+    pub(super) processors: usize,
+    /// Whether small sizes were used.
+    pub(super) quick: bool,
+    /// How often everything was measured.
+    pub(super) rounds: u32,
+    /// How long the run took, in seconds.
+    pub(super) seconds: f64,
+    /// Why KSM was not measured; `None` where it was.
+    pub(super) without_ksm: Option<String>,
+    pub(super) sections: Vec<Section>,
+}
+
+impl Report {
+    pub(super) fn new(bench: &Bench, sections: Vec<Section>, time: Duration) -> Self {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            kernel: kernel.trim_end().to_owned(),
+            processors: std::thread::available_parallelism().map_or(1, Into::into),
+            quick: bench.quick,
+            rounds: bench.rounds,
+            seconds: time.as_secs_f64(),
+            without_ksm: bench.ksm.as_ref().err().cloned(),
+            sections,
+        }
+    }
+}
+
+/// Measurements that belong together.
+#[derive(Debug, Serialize)]
+pub(super) struct Section {
+    /// Name of the workload.
+    workload: String,
+    /// What is measured.
+    pub(super) title: String,
+    /// Whose figures are the first and the second of each measurement.
+    pub(super) sides: [String; 2],
+    pub(super) measurements: Vec<Measurement>,
+    /// What else is to be known.
+    pub(super) notes: Vec<String>,
+}
+
+impl Section {
+    /// A section that compares these two sides.
+    pub(super) fn new(title: impl Into<String>, ours: impl Into<String>, other: impl Into<String>) -> Self {
+        Self {
+            workload: String::new(),
+            title: title.into(),
+            sides: [ours.into(), other.into()],
+            measurements: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// The section as part of this workload.
+    pub(super) fn of(self, workload: &str) -> Self {
+        Self { workload: workload.to_owned(), ..self }
+    }
+
+    pub(super) fn push(&mut self, measurement: Measurement) {
+        self.measurements.push(measurement);
+    }
+
+    pub(super) fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
+    }
+}
+
+/// One thing that was measured on two sides.
+#[derive(Debug, Serialize)]
+pub(super) struct Measurement {
+    pub(super) name: String,
+    /// Of both figures.
+    pub(super) unit: &'static str,
+    pub(super) ours: Option<Figure>,
+    pub(super) other: Option<Figure>,
+    /// Ours by the other's: the median of the rounds' ratios where the rounds are pairs, otherwise that
+    /// of the medians.
+    pub(super) ratio: Option<f64>,
+    pub(super) goal: Option<Goal>,
+    /// Whether the goal is met; `None` without a goal, or without figures.
+    pub(super) met: Option<bool>,
+    pub(super) note: Option<String>,
+}
+
+impl Measurement {
+    /// A measurement from the rounds' figures of both sides; either may have none.
+    pub(super) fn new(name: impl Into<String>, unit: &'static str, ours: &[f64], other: &[f64]) -> Self {
+        let (figure, others) = (Figure::of(ours), Figure::of(other));
+        let ratio = match (&figure, &others) {
+            _ if ours.len() == other.len() => {
+                let ratios: Vec<_> = ours
+                    .iter()
+                    .zip(other)
+                    .filter(|(_, other)| **other > 0.0)
+                    .map(|(ours, other)| ours / other)
+                    .collect();
+                Figure::of(&ratios).map(|ratio| ratio.median)
+            }
+            (Some(ours), Some(other)) if other.median > 0.0 => Some(ours.median / other.median),
+            _ => None,
+        };
+        Self {
+            name: name.into(),
+            unit,
+            ours: figure,
+            other: others,
+            ratio,
+            goal: None,
+            met: None,
+            note: None,
+        }
+    }
+
+    /// The measurement, judged.
+    pub(super) fn goal(self, goal: Goal) -> Self {
+        let met = match goal {
+            Goal::RatioAtMost(most) => self.ratio.map(|ratio| ratio <= most),
+            Goal::AtMost(most) => self.ours.as_ref().map(|ours| ours.median <= most),
+            Goal::AtLeast(least) => self.ours.as_ref().map(|ours| ours.median >= least),
+        };
+        Self { goal: Some(goal), met, ..self }
+    }
+
+    pub(super) fn note(self, note: impl Into<String>) -> Self {
+        Self { note: Some(note.into()), ..self }
+    }
+}
+
+/// A figure from several rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Figure {
+    pub(super) median: f64,
+    /// First and third quartile.
+    pub(super) quartiles: [f64; 2],
+    /// How many rounds it is from.
+    pub(super) rounds: usize,
+}
+
+impl Figure {
+    /// `None` of nothing.
+    pub(super) fn of(samples: &[f64]) -> Option<Self> {
+        let mut samples = samples.to_vec();
+        samples.sort_by(f64::total_cmp);
+        let last = samples.len().checked_sub(1)?;
+        let [low, median, high] = [0.25, 0.5, 0.75].map(|part| {
+            let place = last as f64 * part;
+            let (below, above) = (samples[place.floor() as usize], samples[place.ceil() as usize]);
+            below + (above - below) * place.fract()
+        });
+        Some(Self { median, quartiles: [low, high], rounds: samples.len() })
+    }
+}
+
+/// What a measurement is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Goal {
+    /// The ratio, at most this.
+    RatioAtMost(f64),
+    /// Our figure, at most this.
+    AtMost(f64),
+    /// Our figure, at least this.
+    AtLeast(f64),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_taken_of_pairs_and_judged() {
+        let slow_second_round = Measurement::new("x", "µs", &[1.0, 10.0, 2.0], &[2.0, 20.0, 4.0]);
+        assert_eq!(slow_second_round.ratio, Some(0.5));
+        assert_eq!(slow_second_round.goal(Goal::RatioAtMost(0.5)).met, Some(true));
+        assert_eq!(Measurement::new("x", "µs", &[3.0, 3.0], &[4.0]).ratio, Some(0.75));
+        let alone = Measurement::new("x", "µs", &[3.0], &[]);
+        assert_eq!(alone.ratio, None);
+        assert_eq!(alone.goal(Goal::RatioAtMost(1.0)).met, None);
+        assert_eq!(Measurement::new("x", "µs", &[3.0], &[]).goal(Goal::AtMost(2.0)).met, Some(false));
+        assert_eq!(Measurement::new("x", "µs", &[0.0], &[0.0]).ratio, None);
+    }
+
+    #[test]
+    fn quartiles_lie_between_samples() {
+        let figure = Figure::of(&[5.0, 1.0, 3.0, 2.0, 4.0]).unwrap();
+        assert_eq!((figure.median, figure.quartiles, figure.rounds), (3.0, [2.0, 4.0], 5));
+        assert_eq!(Figure::of(&[]), None);
+    }
+}
