@@ -47,6 +47,17 @@ impl AuditReport {
         self.problems == 0
     }
 
+    /// Adds what another audit found.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.frames += other.frames;
+        self.showing += other.showing;
+        self.physically_checked += other.physically_checked;
+        self.problems += other.problems;
+        self.descriptions.extend(other.descriptions);
+        self.descriptions.truncate(DESCRIBED);
+    }
+
     fn problem(&mut self, description: impl FnOnce() -> String) {
         self.problems += 1;
         if self.descriptions.len() < DESCRIBED {

@@ -1,8 +1,11 @@
 //! Mappings, a budget of the whole process: the kernel allows `vm.max_map_count` of them, and at
-//! the limit thread creation and malloc fail as well. Merging stops at a reserve before that.
+//! the limit thread creation and malloc fail as well. Merging stops at a reserve before that, and the
+//! nearer it comes, the longer must a run be that is worth the mappings it needs.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Mappings kept free for the process itself.
 const RESERVE: u64 = 4096;
@@ -12,17 +15,22 @@ const RESERVE_PER_VM: u64 = 64;
 const DEFAULT_LIMIT: u64 = 65530;
 /// After how many steps the process is recounted although few mappings were added.
 const RECOUNT_STEPS: u32 = 4096;
+/// Every run is welcome while this part of the room is left, as a divisor.
+const AMPLE: u64 = 8;
 
 /// How many mappings there are, may be, and are kept back.
 #[derive(Debug)]
 pub struct Budget {
     limit: u64,
     reserve: u64,
+    /// Guest RAM's mappings, those of all engines.
+    guest: AtomicU64,
+    vms: AtomicU64,
     /// Mappings of the process beyond those that guest RAM is known to need.
-    other: u64,
+    other: AtomicU64,
     /// Guest RAM's at the last count.
-    counted: u64,
-    steps: u32,
+    counted: AtomicU64,
+    steps: AtomicU32,
 }
 
 impl Budget {
@@ -34,7 +42,15 @@ impl Budget {
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(DEFAULT_LIMIT);
         let limit = limit.map_or(kernels, |limit| limit.min(kernels));
-        Self { limit, reserve: RESERVE.min(limit / 2), other: 0, counted: 0, steps: u32::MAX }
+        Self {
+            limit,
+            reserve: RESERVE.min(limit / 2),
+            guest: AtomicU64::new(0),
+            vms: AtomicU64::new(0),
+            other: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
+            steps: AtomicU32::new(u32::MAX),
+        }
     }
 
     /// The limit on mappings.
@@ -43,17 +59,45 @@ impl Budget {
         self.limit
     }
 
-    /// Mappings in use by the process, given those of guest RAM.
+    /// Mappings in use by the process.
     #[must_use]
-    pub fn used(&self, guest: u64) -> u64 {
-        self.other + guest
+    pub fn used(&self) -> u64 {
+        self.other.load(Ordering::Relaxed) + self.guest.load(Ordering::Relaxed)
     }
 
-    /// How many more mappings merging may make with `vms` VMs, given those of guest RAM.
+    /// How many more mappings merging may make.
     #[must_use]
-    pub fn room(&self, guest: u64, vms: usize) -> i64 {
-        let reserve = self.reserve + RESERVE_PER_VM * vms as u64;
-        self.limit as i64 - reserve as i64 - self.used(guest) as i64
+    pub fn room(&self) -> i64 {
+        self.ceiling() - self.used() as i64
+    }
+
+    /// How many mappings merging may make in all: what is left of the limit without any.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        (self.ceiling() - self.other.load(Ordering::Relaxed) as i64).max(0) as u64
+    }
+
+    fn ceiling(&self) -> i64 {
+        let reserve = self.reserve + RESERVE_PER_VM * self.vms.load(Ordering::Relaxed);
+        self.limit as i64 - reserve as i64
+    }
+
+    /// The shortest run that is worth two mappings: 1 page while an eighth of the room is left, then
+    /// twice as long whenever half of the rest is gone.
+    #[must_use]
+    pub fn shortest_run(&self) -> u32 {
+        let room = self.room().max(0) as u64;
+        if room == 0 {
+            return u32::MAX;
+        }
+        let ample = self.capacity() / AMPLE;
+        if room >= ample { 1 } else { (ample / room + 1).next_power_of_two() as u32 }
+    }
+
+    /// The room that there should be, so that every run is welcome again.
+    #[must_use]
+    pub fn ample(&self) -> i64 {
+        (self.capacity() / AMPLE) as i64
     }
 
     /// Counts the process's mappings anew where that is due: a count costs 1 µs a mapping, so it
@@ -61,15 +105,54 @@ impl Budget {
     ///
     /// # Errors
     /// Where `/proc` cannot be read; the old count stays.
-    pub fn recount(&mut self, guest: u64, force: bool) -> io::Result<()> {
-        self.steps = self.steps.saturating_add(1);
-        let due = force || self.steps >= RECOUNT_STEPS || guest.abs_diff(self.counted) >= 1000;
+    pub fn recount(&self, force: bool) -> io::Result<()> {
+        let guest = self.guest.load(Ordering::Relaxed);
+        let steps = self.steps.load(Ordering::Relaxed).saturating_add(1);
+        self.steps.store(steps, Ordering::Relaxed);
+        let due =
+            force || steps >= RECOUNT_STEPS || guest.abs_diff(self.counted.load(Ordering::Relaxed)) >= 1000;
         if due {
-            self.other = mappings_of_process()?.saturating_sub(guest);
-            self.counted = guest;
-            self.steps = 0;
+            self.steps.store(0, Ordering::Relaxed);
+            self.other.store(mappings_of_process()?.saturating_sub(guest), Ordering::Relaxed);
+            self.counted.store(guest, Ordering::Relaxed);
         }
         Ok(())
+    }
+}
+
+/// One engine's part of the mappings; given back when dropped.
+#[derive(Debug)]
+pub struct Share {
+    budget: Arc<Budget>,
+    mappings: u64,
+    vms: u64,
+}
+
+impl Share {
+    /// A part with nothing in it yet.
+    #[must_use]
+    pub fn new(budget: Arc<Budget>) -> Self {
+        Self { budget, mappings: 0, vms: 0 }
+    }
+
+    /// The budget of the process.
+    #[must_use]
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// Notes how many mappings the RAM of this engine's VMs has, and how many VMs they are.
+    pub fn set(&mut self, mappings: u64, vms: u64) {
+        // The difference, modulo 2^64: atomics wrap around.
+        self.budget.guest.fetch_add(mappings.wrapping_sub(self.mappings), Ordering::Relaxed);
+        self.budget.vms.fetch_add(vms.wrapping_sub(self.vms), Ordering::Relaxed);
+        (self.mappings, self.vms) = (mappings, vms);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0, 0);
     }
 }
 
@@ -91,13 +174,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn room_shrinks_with_mappings_and_vms() {
-        let mut budget = Budget::new(Some(20_000));
-        budget.recount(0, true).unwrap();
-        let empty = budget.room(0, 0);
+    fn room_shrinks_with_the_mappings_and_vms_of_all_engines() {
+        let budget = Arc::new(Budget::new(Some(20_000)));
+        budget.recount(true).unwrap();
+        let empty = budget.room();
         assert!(empty > 10_000 && empty <= 20_000 - 4096, "{empty}");
-        assert_eq!(budget.room(100, 0), empty - 100);
-        assert_eq!(budget.room(100, 2), empty - 228);
+        let mut one = Share::new(Arc::clone(&budget));
+        let mut other = Share::new(Arc::clone(&budget));
+        one.set(100, 0);
+        assert_eq!(budget.room(), empty - 100);
+        other.set(50, 2);
+        assert_eq!(budget.room(), empty - 150 - 128);
+        one.set(20, 1);
+        drop(other);
+        assert_eq!(budget.room(), empty - 20 - 64);
+    }
+
+    #[test]
+    fn the_shortest_run_worth_merging_grows_as_room_runs_out() {
+        let budget = Arc::new(Budget::new(Some(20_000)));
+        budget.recount(true).unwrap();
+        let capacity = budget.capacity();
+        let mut share = Share::new(Arc::clone(&budget));
+        let mut shortest = |room: u64| {
+            share.set(capacity - room, 0);
+            budget.shortest_run()
+        };
+        let ample = capacity / AMPLE;
+        assert_eq!([capacity, capacity / 2, ample + 1].map(&mut shortest), [1; 3]);
+        assert_eq!([ample - 1, ample / 2 - 1, ample / 5, 1].map(&mut shortest)[..3], [2, 4, 8]);
+        assert!(shortest(1) >= 1024);
+        assert_eq!(shortest(0), u32::MAX);
     }
 
     #[test]

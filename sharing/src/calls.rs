@@ -7,8 +7,9 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use crate::content;
 use crate::pagemap::Pagemap;
-use crate::ram::{PAGE_SIZE, RamRange};
+use crate::ram::{PAGE_SIZE, RamRange, move_pages};
 use crate::store::Frame;
 use crate::uffd::{UffdError, Userfaultfd};
 
@@ -72,6 +73,26 @@ pub trait MemoryCalls: Send {
     /// # Errors
     /// What the kernel said; the pages are as they were.
     fn discard(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Makes a copy of the pages in their RAM's shadow.
+    ///
+    /// # Errors
+    /// What the kernel said; the pages are as they were.
+    fn stage(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Moves the copy that [`stage`](Self::stage) made over the pages, which are anonymous memory
+    /// then.
+    ///
+    /// # Errors
+    /// What the kernel said. With [`Over::Pages`] the pages may have been unmapped all the same;
+    /// with [`Over::Hole`], `EEXIST` where anything is mapped there.
+    fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()>;
+
+    /// Makes the pages' shadow empty again, whether or not the copy was moved away.
+    ///
+    /// # Errors
+    /// What the kernel said: some of the copy may be left, which the next one replaces.
+    fn unstage(&self, pages: RamRange<'_>) -> io::Result<()>;
 
     /// Gives the memory of `count` frames back.
     ///
@@ -160,6 +181,46 @@ impl MemoryCalls for Linux {
         let failed = unsafe {
             libc::madvise(pages.address() as *mut libc::c_void, pages.bytes(), libc::MADV_DONTNEED)
         } != 0;
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn stage(&self, pages: RamRange<'_>) -> io::Result<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
+        if unsafe { libc::mprotect(pages.shadow(0).cast(), pages.bytes(), access) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for index in 0..pages.count() {
+            // SAFETY: guest RAM is readable, and its shadow was just made writable.
+            unsafe { content::copy_bytes(pages.page(index), pages.shadow(index)) };
+        }
+        Ok(())
+    }
+
+    fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()> {
+        let address = pages.address() as *mut libc::c_void;
+        if over == Over::Hole {
+            // Moving cannot be told to replace nothing, so the hole becomes ours first.
+            let flags =
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+            // SAFETY: nothing is replaced.
+            let mapped = unsafe { libc::mmap(address, pages.bytes(), libc::PROT_NONE, flags, -1, 0) };
+            if mapped == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        // SAFETY: the source is the shadow of this range, which nobody else uses; the target is guest
+        // RAM, referred to by address alone, and stays readable and writable.
+        unsafe { move_pages(pages.shadow(0).cast(), address, pages.bytes()) }
+    }
+
+    fn unstage(&self, pages: RamRange<'_>) -> io::Result<()> {
+        let shadow = pages.shadow(0).cast();
+        // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
+        let failed = unsafe {
+            libc::madvise(shadow, pages.bytes(), libc::MADV_DONTNEED) != 0
+                || libc::mprotect(shadow, pages.bytes(), libc::PROT_NONE) != 0
+        };
         if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 

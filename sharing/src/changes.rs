@@ -82,6 +82,19 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages of words of another set, which stand for pages from `64 * first_word` on.
+    pub fn insert_words(&mut self, first_word: usize, words: &[u64]) {
+        for (word, other) in self.words[first_word..].iter_mut().zip(words) {
+            *word |= other;
+        }
+    }
+
+    /// Takes all pages of another set of the same size over.
+    pub fn take_all(&mut self, other: &mut Self) {
+        self.insert_words(0, &other.words);
+        other.clear();
+    }
+
     /// Takes all pages out.
     pub fn clear(&mut self) {
         self.words.fill(0);

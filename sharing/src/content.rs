@@ -53,14 +53,23 @@ impl Digester {
 /// # Safety
 /// `page` is the address of a mapped, readable page. Others may write to it meanwhile.
 pub unsafe fn copy(page: *const u8, into: &mut Page) {
-    // SAFETY: the source is readable as promised and the target is ours. The copy is made by one
-    // instruction that the compiler cannot look into, so racing writes tear bytes and no more.
+    // SAFETY: the source is readable as promised and the target is ours.
+    unsafe { copy_bytes(page, into.as_mut_ptr()) }
+}
+
+/// Copies a page to another.
+///
+/// # Safety
+/// `page` is as for [`copy`]; `into` is the address of a mapped, writable page of the caller's.
+pub(crate) unsafe fn copy_bytes(page: *const u8, into: *mut u8) {
+    // SAFETY: promised by the caller. The copy is made by one instruction that the compiler cannot
+    // look into, so racing writes tear bytes and no more.
     unsafe {
         std::arch::asm!(
             "rep movsb",
             inout("rcx") PAGE_SIZE => _,
             inout("rsi") page => _,
-            inout("rdi") into.as_mut_ptr() => _,
+            inout("rdi") into => _,
             options(nostack, preserves_flags),
         );
     }
@@ -75,6 +84,16 @@ pub unsafe fn copy(page: *const u8, into: &mut Page) {
 pub unsafe fn equal(one: *const u8, other: *const u8) -> bool {
     // SAFETY: promised by the caller; memcmp reads bytes and keeps none.
     unsafe { libc::memcmp(one.cast(), other.cast(), PAGE_SIZE) == 0 }
+}
+
+/// How two pages compare, byte by byte.
+///
+/// # Safety
+/// As [`equal`].
+#[must_use]
+pub unsafe fn order(one: *const u8, other: *const u8) -> std::cmp::Ordering {
+    // SAFETY: as in `equal`.
+    unsafe { libc::memcmp(one.cast(), other.cast(), PAGE_SIZE) }.cmp(&0)
 }
 
 /// Whether a page holds zeros alone.

@@ -7,11 +7,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::budget::Budget;
+use crate::budget::{Budget, Share};
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::content::{Digester, Page};
-use crate::index::{FrameIndex, PageIndex};
+use crate::hints::{Blocks, Hints};
+use crate::index::{Effort, FrameIndex, PageIndex};
+pub use crate::members::Mode;
 use crate::members::{Flags, Member, Members};
 use crate::pagemap::Pagemap;
 use crate::passes::Pass;
@@ -20,6 +22,7 @@ use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::undo::Pressure;
 
 /// In what order the indexes keep what they look up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,8 +97,11 @@ pub(crate) struct Counters {
     pub(crate) merges_lookahead: u64,
     pub(crate) merges_stable: u64,
     pub(crate) merges_unstable: u64,
-    pub(crate) comparisons: u64,
+    pub(crate) merges_hinted: u64,
+    pub(crate) effort: Effort,
     pub(crate) digests: u64,
+    pub(crate) hints: u64,
+    pub(crate) undone: u64,
     pub(crate) breaks: u64,
     pub(crate) denied: u64,
     pub(crate) refusals: u64,
@@ -115,17 +121,17 @@ pub struct Engine {
     pub(crate) pagemap: Pagemap,
     pub(crate) store: FrameStore,
     pub(crate) members: Members,
-    pub(crate) budget: Budget,
+    pub(crate) share: Share,
     pub(crate) digester: Digester,
     pub(crate) settle: bool,
     follow: bool,
     pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
-    /// Intervals are counted from here.
-    pub(crate) epoch: Instant,
     pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
     pub(crate) unique: PageIndex,
+    pub(crate) blocks: Blocks,
+    pub(crate) pressure: Pressure,
     pub(crate) counters: Counters,
     pub(crate) pass: Pass,
     /// The slot and page where looking at pages at rest goes on.
@@ -138,24 +144,47 @@ pub struct Engine {
     pub(crate) changes: Changes,
 }
 
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("members", &self.members).finish_non_exhaustive()
+    }
+}
+
 impl Engine {
-    /// An engine without VMs.
+    /// An engine without VMs, the only one of its process.
+    ///
+    /// # Errors
+    /// Where the page map or random numbers cannot be read.
     pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
+        Self::with_budget(settings, store, calls, Arc::new(Budget::new(settings.mappings_limit)))
+    }
+
+    /// An engine without VMs that has its part of a budget of mappings.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn with_budget(
+        settings: &Settings,
+        store: FrameStore,
+        calls: Box<dyn MemoryCalls>,
+        budget: Arc<Budget>,
+    ) -> io::Result<Self> {
         Ok(Self {
             calls,
             pagemap: Pagemap::open()?,
             store,
             members: Members::default(),
-            budget: Budget::new(settings.mappings_limit),
+            share: Share::new(budget),
             digester: Digester::new()?,
             settle: settings.settle,
             follow: settings.follow,
             lookahead: settings.lookahead,
             interval: Duration::from_millis(settings.rest_ms),
-            epoch: Instant::now(),
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
-            stable: FrameIndex::default(),
-            unique: PageIndex::default(),
+            stable: FrameIndex::new(settings.order),
+            unique: PageIndex::new(settings.order),
+            blocks: Blocks::default(),
+            pressure: Pressure::default(),
             counters: Counters::default(),
             pass: Pass::new(),
             rested_cursor: (0, 0),
@@ -185,7 +214,43 @@ impl Engine {
         if log.is_none() {
             self.pass.due = Instant::now();
         }
-        self.members.add(space, log, on_lost)
+        self.members.add(space, log, Mode::Full, on_lost)
+    }
+
+    /// Says what of a VM's memory is shared from now on. Pages that are shared and are not to be any
+    /// more are taken off their frames step by step.
+    pub fn set_mode(&mut self, slot: usize, mode: Mode) {
+        let Some(member) = self.members.get_mut(slot).filter(|member| member.mode != mode) else { return };
+        let (before, pages) = (member.mode, member.space.pages());
+        member.mode = mode;
+        member.unshare = (mode != Mode::Full).then(|| (0, Instant::now()));
+        if mode == Mode::Full || before == Mode::Off {
+            // Whatever changed meanwhile, all of it is new.
+            if let Some(follower) = &mut member.follower {
+                follower.reset(0..pages);
+            }
+            self.pass.due = Instant::now();
+        }
+        if mode != Mode::Full {
+            (0..pages).for_each(|page| self.forget_page(slot, page));
+        }
+        if mode == Mode::Off
+            && let Some(follower) = &mut self.members.at_mut(slot).follower
+        {
+            follower.reset(0..0);
+        }
+    }
+
+    /// What of a VM's memory is shared; `None` for a slot without a VM.
+    #[must_use]
+    pub fn mode(&self, slot: usize) -> Option<Mode> {
+        self.members.get(slot).map(|member| member.mode)
+    }
+
+    /// Where hints about a VM's pages go; `None` for a slot without a VM.
+    #[must_use]
+    pub fn hints(&self, slot: usize) -> Option<Arc<Hints>> {
+        self.members.get(slot).map(|member| Arc::clone(&member.hints))
     }
 
     /// Lets a VM's RAM go, which no longer runs: its pages become zeros and its frames are given
@@ -205,6 +270,7 @@ impl Engine {
             }
         }
         store.reclaim(&**calls);
+        self.blocks.forget(member.places());
         members.remove(slot);
         self.unique.shrink(&self.members);
         self.stable.shrink(&self.store);
@@ -215,10 +281,10 @@ impl Engine {
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         self.recount();
-        if self.end_an_interval(now) || self.look_at_rested() {
+        if self.take_hints() || self.end_an_interval(now) || self.look_at_rested() || self.undo(now) {
             return Step::Worked;
         }
-        let passes = self.members.iter().any(|member| member.follower.is_none() && !member.space.lost());
+        let passes = self.members.iter().any(|member| member.follower.is_none() && member.active());
         if passes && self.pass.due <= now {
             if let Some(events) = self.pass_step() {
                 let (shortest, longest) = self.pauses_ms;
@@ -228,22 +294,30 @@ impl Engine {
             }
             return Step::Worked;
         }
-        let intervals = self.members.iter().filter_map(|member| member.follower.as_ref()).map(|f| f.due());
+        let active = self.members.iter().filter(|member| member.active());
+        let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
+        let unshare = self.members.iter().filter_map(|member| member.unshare).map(|(_, due)| due);
         let pass = passes.then_some(self.pass.due);
-        Step::RestUntil(intervals.chain(pass).min().unwrap_or(now + Duration::from_secs(3600)))
+        Step::RestUntil(intervals.chain(unshare).chain(pass).min().unwrap_or(now + Duration::from_secs(3600)))
     }
 
     /// Keeps the count of the process's mappings true.
     pub(crate) fn recount(&mut self) {
         let force = std::mem::take(&mut self.membership_changed);
+        self.publish_mappings();
         // A count that failed leaves the last one in force.
-        let _ = self.budget.recount(self.members.mappings(), force);
+        let _ = self.share.budget().recount(force);
+    }
+
+    /// Lets the budget know how many mappings the VMs have.
+    pub(crate) fn publish_mappings(&mut self) {
+        self.share.set(self.members.mappings(), self.members.count() as u64);
     }
 
     /// The engine's statistics, without the CPU time.
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
-        let guest = self.members.mappings();
+        let windows = self.members.iter().map(|member| member.space.longest_window());
         EngineStatistics {
             pages_shared: self.store.shared().into(),
             pages_sharing: self.store.sharing(),
@@ -257,15 +331,24 @@ impl Engine {
             merges_lookahead: self.counters.merges_lookahead,
             merges_stable: self.counters.merges_stable,
             merges_unstable: self.counters.merges_unstable,
-            comparisons: self.counters.comparisons,
+            merges_hinted: self.counters.merges_hinted,
+            search_steps: self.counters.effort.steps,
+            comparisons: self.counters.effort.comparisons,
             digests: self.counters.digests,
             breaks: self.counters.breaks,
             mappings_denied: self.counters.denied,
+            pages_undone: self.counters.undone,
+            hints: self.counters.hints,
+            hints_dropped: self.members.iter().map(|member| member.hints.dropped()).sum(),
             refusals: self.counters.refusals,
             store_bytes: self.store.charged_bytes().unwrap_or(0),
             metadata_bytes: self.metadata_bytes() as u64,
-            mappings: self.budget.used(guest),
-            mappings_limit: self.budget.limit(),
+            page_table_bytes: self.store.page_table_bytes(),
+            guest_mappings: self.members.mappings(),
+            mappings: self.share.budget().used(),
+            mappings_limit: self.share.budget().limit(),
+            shortest_run: self.shortest_run().into(),
+            longest_window_us: windows.max().unwrap_or_default().as_micros() as u64,
             cpu_seconds: 0.0,
         }
     }
@@ -275,8 +358,13 @@ impl Engine {
         self.digester.digest(page)
     }
 
+    fn shortest_run(&self) -> u32 {
+        self.share.budget().shortest_run().max(self.pressure.floor())
+    }
+
     fn metadata_bytes(&self) -> usize {
         self.store.metadata_bytes()
+            + self.blocks.bytes()
             + self.stable.bytes()
             + self.unique.bytes()
             + self.members.iter().map(Member::metadata_bytes).sum::<usize>()

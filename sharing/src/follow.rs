@@ -2,11 +2,12 @@
 //! come to rest, frames are left when their pages were written, and nothing is done otherwise.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::changes::{ChangeLog, PageSet};
 use crate::engine::Engine;
-use crate::members::Flags;
+use crate::members::{Flags, Mode};
 use crate::passes::CHUNK_PAGES;
 use crate::rest::{Changes, Tracker};
 
@@ -19,6 +20,9 @@ const SWEEP_INTERVALS: u32 = 256;
 /// To look at this many pages in the page map takes about as long as a system call.
 const GAP_PAGES: u32 = 64;
 
+/// The intervals of all engines are counted from here, so that they end together.
+static EPOCH: OnceLock<Instant> = OnceLock::new();
+
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
 pub(crate) struct Follower {
@@ -30,6 +34,8 @@ pub(crate) struct Follower {
     ready: PageSet,
     /// Looked at, and to be tried again later.
     later: PageSet,
+    /// Not merged for want of mappings, to be tried again when there is more room.
+    denied: PageSet,
 }
 
 impl Follower {
@@ -40,7 +46,8 @@ impl Follower {
             due: Instant::now(),
             intervals: 0,
             ready: set.clone(),
-            later: set,
+            later: set.clone(),
+            denied: set,
         }
     }
 
@@ -48,8 +55,33 @@ impl Follower {
         self.due
     }
 
+    /// A page is not merged for want of mappings.
+    pub(crate) fn deny(&mut self, page: u32) {
+        self.denied.insert(page);
+    }
+
+    /// There is room again for what was denied.
+    pub(crate) fn admit(&mut self) {
+        self.ready.take_all(&mut self.denied);
+    }
+
+    /// A page is not to be looked at before it has been written again.
+    pub(crate) fn forget(&mut self, page: u32) {
+        self.ready.remove(page);
+        self.later.remove(page);
+        self.denied.remove(page);
+    }
+
+    /// All pages are to be looked at, or none until they are written.
+    pub(crate) fn reset(&mut self, pages: Range<u32>) {
+        self.later.clear();
+        self.denied.clear();
+        self.ready.clear();
+        self.ready.insert_range(pages);
+    }
+
     pub(crate) fn metadata_bytes(&self) -> usize {
-        self.tracker.metadata_bytes() + 2 * self.ready.bytes()
+        self.tracker.metadata_bytes() + 3 * self.ready.bytes()
     }
 }
 
@@ -58,7 +90,7 @@ impl Engine {
     pub(crate) fn end_an_interval(&mut self, now: Instant) -> bool {
         let over = |slot: &usize| {
             let member = self.members.at(*slot);
-            !member.space.lost() && member.follower.as_ref().is_some_and(|follower| follower.due <= now)
+            member.active() && member.follower.as_ref().is_some_and(|follower| follower.due <= now)
         };
         let Some(slot) = self.members.slots().find(over) else { return false };
         let mut changes = std::mem::take(&mut self.changes);
@@ -73,8 +105,17 @@ impl Engine {
             spans(changes.left.runs()).into_iter().for_each(|span| self.release_private(slot, span));
         }
         self.changes = changes;
+        self.admit_denied();
         self.store.reclaim(&*self.calls);
         true
+    }
+
+    /// Has pages looked at again for which there was no room, where there is more of it now.
+    fn admit_denied(&mut self) {
+        let budget = self.share.budget();
+        if self.pressure.eased(budget.room(), budget.ample()) {
+            self.members.iter_mut().filter_map(|member| member.follower.as_mut()).for_each(Follower::admit);
+        }
     }
 
     /// The end of the interval that begins now. All VMs' intervals end together, so that an idle
@@ -82,8 +123,9 @@ impl Engine {
     fn end_of_interval(&self, now: Instant) -> Instant {
         let interval = self.interval.max(Duration::from_micros(100));
         let half = interval / 2;
-        let passed = (now + half).saturating_duration_since(self.epoch).as_nanos() / interval.as_nanos();
-        self.epoch + interval * (passed as u32).saturating_add(1)
+        let epoch = *EPOCH.get_or_init(Instant::now);
+        let passed = (now + half).saturating_duration_since(epoch).as_nanos() / interval.as_nanos();
+        epoch + interval * (passed as u32).saturating_add(1)
     }
 
     /// Notes what the interval brought, in `changes.left` the merged and zero pages that were written. Returns
@@ -105,8 +147,7 @@ impl Engine {
                 changes.left.insert(page);
             }
             if let Some(follower) = &mut member.follower {
-                follower.ready.remove(page);
-                follower.later.remove(page);
+                follower.forget(page);
             }
         }
         let member = self.members.at_mut(slot);
@@ -115,13 +156,9 @@ impl Engine {
         }
         let Some(follower) = &mut member.follower else { return false };
         follower.intervals = follower.intervals.wrapping_add(1);
-        for (ready, rested) in follower.ready.words_mut().iter_mut().zip(changes.rested.words()) {
-            *ready |= rested;
-        }
+        follower.ready.insert_words(0, changes.rested.words());
         if follower.intervals.is_multiple_of(RETRY_INTERVALS) {
-            for (ready, later) in follower.ready.words_mut().iter_mut().zip(follower.later.words_mut()) {
-                *ready |= std::mem::take(later);
-            }
+            follower.ready.take_all(&mut follower.later);
         }
         follower.intervals.is_multiple_of(SWEEP_INTERVALS)
     }
@@ -141,7 +178,7 @@ impl Engine {
     /// Looks at the next pages at rest. Returns whether there were any.
     pub(crate) fn look_at_rested(&mut self) -> bool {
         let next = |slot: usize, from: u32| {
-            let member = self.members.get(slot).filter(|member| !member.space.lost())?;
+            let member = self.members.get(slot).filter(|member| member.active())?;
             let pages = member.space.pages();
             let follower = member.follower.as_ref()?;
             let start = (from < pages).then(|| follower.ready.next_from(from)).flatten()?;
@@ -173,9 +210,11 @@ impl Engine {
         runs.clear();
         let member = self.members.at(slot);
         let Some(follower) = &member.follower else { return };
+        let mut unknown = Vec::new();
         for span in spans(follower.ready.runs_within(chunk.clone())) {
-            if member.space.private(span, &self.pagemap, &mut runs).is_err() {
+            if member.space.private(span.clone(), &self.pagemap, &mut runs).is_err() {
                 self.counters.refusals += 1;
+                unknown.push(span);
             }
         }
         for run in &runs {
@@ -192,10 +231,17 @@ impl Engine {
             }
         }
         let member = self.members.at_mut(slot);
+        let full = member.mode == Mode::Full;
         let Some(follower) = &mut member.follower else { return };
         for page in runs.iter().cloned().flatten() {
             let flags = member.flags[page as usize];
-            if flags.contains(Flags::PRIVATE) && !flags.contains(Flags::UNIQUE) {
+            let open = flags.contains(Flags::PRIVATE) && !flags.contains(Flags::UNIQUE);
+            if open && full && !follower.denied.contains(page) {
+                follower.later.insert(page);
+            }
+        }
+        for page in unknown.into_iter().flatten() {
+            if follower.ready.contains(page) {
                 follower.later.insert(page);
             }
         }

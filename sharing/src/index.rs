@@ -1,80 +1,220 @@
-//! Where content is looked up: frames by digest, and pages that were found unique by digest.
+//! Where content is looked up: frames (the *stable* index), and pages of all VMs that were looked at
+//! and are not shared (the *unstable* index). An entry says only what to compare with.
 //!
-//! Both are hash tables under the keyed digest, so a look-up takes one probe or two whatever the
-//! number of entries. An entry says only what to compare with.
+//! Two orders behind one interface. Under the keyed digest both indexes are hash tables, and a search
+//! takes a probe or two whatever the number of entries. By content they are search trees, as KSM's are:
+//! every step compares two pages.
+
+#![expect(unsafe_code, reason = "compares pages by address")]
+
+use std::cmp;
 
 use hashbrown::HashTable;
 
+use crate::content::{self, Page};
+use crate::engine::Order;
 use crate::members::{Members, Place};
 use crate::store::{Frame, FrameStore};
 
-/// Frames by the digest of their content: the stable index.
-#[derive(Debug, Default)]
-pub(crate) struct FrameIndex(HashTable<Frame>);
+/// What is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) page: &'a Page,
+    pub(crate) digest: u32,
+}
 
-impl FrameIndex {
-    pub(crate) fn insert(&mut self, frame: Frame, store: &FrameStore) {
-        self.0.insert_unique(hash(store.digest(frame)), frame, |&other| hash(store.digest(other)));
+/// What searches cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Effort {
+    /// Entries that were visited; a look-up in a hash table is one at least.
+    pub(crate) steps: u64,
+    /// Pages that were compared.
+    pub(crate) comparisons: u64,
+}
+
+/// Frames and pages alike: what an entry stands for.
+trait Contents {
+    /// Where the entry's content can be read.
+    fn at(&self, entry: u32) -> *const u8;
+    /// The digest under which it was entered.
+    fn digest(&self, entry: u32) -> u32;
+}
+
+impl Contents for FrameStore {
+    fn at(&self, entry: Frame) -> *const u8 {
+        self.content(entry)
     }
 
-    pub(crate) fn remove(&mut self, frame: Frame, store: &FrameStore) {
-        if let Ok(entry) = self.0.find_entry(hash(store.digest(frame)), |&other| other == frame) {
-            entry.remove();
-        }
-    }
-
-    /// A frame of this digest for which `same` holds.
-    pub(crate) fn find(
-        &self,
-        digest: u32,
-        store: &FrameStore,
-        mut same: impl FnMut(Frame) -> bool,
-    ) -> Option<Frame> {
-        self.0.find(hash(digest), |&frame| store.digest(frame) == digest && same(frame)).copied()
-    }
-
-    pub(crate) fn shrink(&mut self, store: &FrameStore) {
-        self.0.shrink_to_fit(|&frame| hash(store.digest(frame)));
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.0.allocation_size()
+    fn digest(&self, entry: Frame) -> u32 {
+        FrameStore::digest(self, entry)
     }
 }
 
-/// Pages that are not shared, by the digest of their content when they were looked at: the unstable
-/// index. A page is taken out when it is known to have changed.
-#[derive(Debug, Default)]
-pub(crate) struct PageIndex(HashTable<Place>);
+impl Contents for Members {
+    fn at(&self, entry: Place) -> *const u8 {
+        let (slot, page) = self.locate(entry);
+        Members::at(self, slot).space.page(page)
+    }
+
+    fn digest(&self, entry: Place) -> u32 {
+        Members::digest(self, entry)
+    }
+}
+
+/// Entries in one of the orders.
+#[derive(Debug)]
+enum Index {
+    Digest(HashTable<u32>),
+    Content(crate::tree::Tree),
+}
+
+impl Index {
+    fn new(order: Order) -> Self {
+        match order {
+            Order::Digest => Self::Digest(HashTable::new()),
+            Order::Content => Self::Content(crate::tree::Tree::default()),
+        }
+    }
+
+    fn insert(&mut self, entry: u32, contents: &impl Contents) {
+        match self {
+            Self::Digest(table) => {
+                table.insert_unique(hash(contents.digest(entry)), entry, |&other| {
+                    hash(contents.digest(other))
+                });
+            }
+            Self::Content(tree) => {
+                let page = contents.at(entry);
+                // SAFETY: entries stand for pages that are mapped.
+                tree.insert(entry, |other| unsafe { content::order(page, contents.at(other)) });
+            }
+        }
+    }
+
+    fn remove(&mut self, entry: u32, digest: u32) {
+        match self {
+            Self::Digest(table) => {
+                if let Ok(entry) = table.find_entry(hash(digest), |&other| other == entry) {
+                    entry.remove();
+                }
+            }
+            Self::Content(tree) => tree.remove(entry),
+        }
+    }
+
+    fn find(
+        &self,
+        wanted: Wanted<'_>,
+        besides: Option<u32>,
+        contents: &impl Contents,
+        effort: &mut Effort,
+    ) -> Option<u32> {
+        match self {
+            Self::Digest(table) => {
+                effort.steps += 1;
+                let found = table.find(hash(wanted.digest), |&entry| {
+                    contents.digest(entry) == wanted.digest && besides != Some(entry) && {
+                        effort.comparisons += 1;
+                        // SAFETY: entries stand for pages that are mapped.
+                        unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
+                    }
+                });
+                found.copied()
+            }
+            Self::Content(tree) => tree.find(|entry| {
+                effort.steps += 1;
+                effort.comparisons += 1;
+                // SAFETY: entries stand for pages that are mapped.
+                match unsafe { content::order(wanted.page.as_ptr(), contents.at(entry)) } {
+                    cmp::Ordering::Equal if besides == Some(entry) => cmp::Ordering::Less,
+                    order => order,
+                }
+            }),
+        }
+    }
+
+    fn shrink(&mut self, contents: &impl Contents) {
+        match self {
+            Self::Digest(table) => table.shrink_to_fit(|&entry| hash(contents.digest(entry))),
+            Self::Content(tree) => tree.shrink(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Digest(table) => table.allocation_size(),
+            Self::Content(tree) => tree.bytes(),
+        }
+    }
+}
+
+/// The stable index.
+#[derive(Debug)]
+pub(crate) struct FrameIndex(Index);
+
+impl FrameIndex {
+    pub(crate) fn new(order: Order) -> Self {
+        Self(Index::new(order))
+    }
+
+    /// Enters a live frame, whose digest the store knows.
+    pub(crate) fn insert(&mut self, frame: Frame, store: &FrameStore) {
+        self.0.insert(frame, store);
+    }
+
+    pub(crate) fn remove(&mut self, frame: Frame, store: &FrameStore) {
+        self.0.remove(frame, store.digest(frame));
+    }
+
+    /// A frame of this content, as far as is known without protection.
+    pub(crate) fn find(&self, wanted: Wanted<'_>, store: &FrameStore, effort: &mut Effort) -> Option<Frame> {
+        self.0.find(wanted, None, store, effort)
+    }
+
+    pub(crate) fn shrink(&mut self, store: &FrameStore) {
+        self.0.shrink(store);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+/// The unstable index. A page is taken out when it is known to have changed.
+#[derive(Debug)]
+pub(crate) struct PageIndex(Index);
 
 impl PageIndex {
+    pub(crate) fn new(order: Order) -> Self {
+        Self(Index::new(order))
+    }
+
     pub(crate) fn insert(&mut self, place: Place, members: &Members) {
-        self.0.insert_unique(hash(members.digest(place)), place, |&other| hash(members.digest(other)));
+        self.0.insert(place, members);
     }
 
     /// Takes a page out that was entered under this digest.
     pub(crate) fn remove(&mut self, place: Place, digest: u32) {
-        if let Ok(entry) = self.0.find_entry(hash(digest), |&other| other == place) {
-            entry.remove();
-        }
+        self.0.remove(place, digest);
     }
 
-    /// A page of this digest for which `same` holds.
+    /// Another page of this content, as far as is known without protection.
     pub(crate) fn find(
         &self,
-        digest: u32,
+        wanted: Wanted<'_>,
+        itself: Place,
         members: &Members,
-        mut same: impl FnMut(Place) -> bool,
+        effort: &mut Effort,
     ) -> Option<Place> {
-        self.0.find(hash(digest), |&place| members.digest(place) == digest && same(place)).copied()
+        self.0.find(wanted, Some(itself), members, effort)
     }
 
     pub(crate) fn shrink(&mut self, members: &Members) {
-        self.0.shrink_to_fit(|&place| hash(members.digest(place)));
+        self.0.shrink(members);
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.0.allocation_size()
+        self.0.bytes()
     }
 }
 

@@ -4,10 +4,13 @@
 //! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages.
 //! - [`store`]: the frames, pages of a sealed memory file, each counted while guests refer to it.
 //! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps.
-//! - [`engine`]: what is done next; `follow` and `passes`: which pages to look at; `search`: what to
-//!   merge them with; `index`: where content is looked up.
+//! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `search`:
+//!   what to merge them with; `index` and `tree`: where content is looked up; `undo`: taking pages off
+//!   their frames again.
+//! - [`hints`]: what devices know about pages.
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
-//! - [`service`]: the engine on a thread of its own, under a ceiling of CPU time.
+//! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
+//!   their threads, under a ceiling of CPU time.
 //! - [`audit`]: recounts everything from the kernel's page maps and compares it with the books.
 //! - [`calls`], [`uffd`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
 
@@ -18,8 +21,12 @@ pub mod changes;
 pub mod content;
 pub mod engine;
 pub(crate) mod follow;
+pub(crate) mod group;
+pub(crate) mod hinted;
+pub mod hints;
 pub(crate) mod index;
 pub(crate) mod members;
+pub(crate) mod pace;
 pub mod pagemap;
 pub(crate) mod passes;
 pub mod ram;
@@ -29,6 +36,9 @@ pub mod service;
 pub mod space;
 pub mod statistics;
 pub mod store;
+pub(crate) mod tree;
 pub mod uffd;
+pub(crate) mod undo;
+pub(crate) mod worker;
 
 pub use ram::{PAGE_SIZE, Ram};

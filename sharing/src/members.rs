@@ -4,10 +4,28 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
 
 use crate::changes::ChangeLog;
 use crate::follow::Follower;
+use crate::hints::Hints;
 use crate::space::{LostHandler, Space, SpaceError};
+
+/// What of a VM's memory is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Nothing.
+    Off,
+    /// Pages of zeros are given back; nothing is shared with others.
+    Zero,
+    /// Everything that is alike.
+    #[default]
+    Full,
+}
 
 /// Number of a page among the pages of all VMs.
 pub(crate) type Place = u32;
@@ -59,6 +77,10 @@ pub(crate) struct Member {
     pub(crate) counts: Counts,
     /// What follows its changes; without one the VM is gone over in full passes.
     pub(crate) follower: Option<Follower>,
+    pub(crate) mode: Mode,
+    /// The page from which on pages are to be taken off their frames, and when.
+    pub(crate) unshare: Option<(u32, Instant)>,
+    pub(crate) hints: Arc<Hints>,
     base: Place,
     on_lost: LostHandler,
 }
@@ -66,6 +88,11 @@ pub(crate) struct Member {
 impl Member {
     pub(crate) fn place(&self, page: u32) -> Place {
         self.base + page
+    }
+
+    /// The places of all its pages.
+    pub(crate) fn places(&self) -> Range<Place> {
+        self.base..self.base + self.space.pages()
     }
 
     pub(crate) fn known_digest(&self, page: u32) -> Option<u32> {
@@ -81,6 +108,14 @@ impl Member {
     pub(crate) fn changed(&mut self, page: u32, restless: bool) {
         self.set_volatile(page, restless);
         self.flags[page as usize].remove(Flags::PRIVATE);
+    }
+
+    /// The page, which has memory of its own, is not merged for want of mappings.
+    pub(crate) fn denied(&mut self, page: u32) {
+        self.flags[page as usize].insert(Flags::PRIVATE);
+        if let Some(follower) = &mut self.follower {
+            follower.deny(page);
+        }
     }
 
     /// The page provably has memory of its own.
@@ -134,6 +169,11 @@ impl Member {
         was
     }
 
+    /// Whether there is anything to be looked for in its memory.
+    pub(crate) fn active(&self) -> bool {
+        self.mode != Mode::Off && !self.space.lost()
+    }
+
     pub(crate) fn tell_lost(&self, error: &SpaceError) {
         (self.on_lost)(error);
     }
@@ -143,6 +183,7 @@ impl Member {
             + self.digests.len() * size_of::<u32>()
             + self.flags.len() * size_of::<Flags>()
             + self.follower.as_ref().map_or(0, Follower::metadata_bytes)
+            + self.hints.metadata_bytes()
     }
 }
 
@@ -165,6 +206,7 @@ impl Members {
         &mut self,
         space: Space,
         log: Option<Box<dyn ChangeLog>>,
+        mode: Mode,
         on_lost: LostHandler,
     ) -> io::Result<usize> {
         let pages = space.pages();
@@ -181,6 +223,9 @@ impl Members {
             flags: vec![Flags::default(); pages as usize],
             counts: Counts::default(),
             follower: log.map(|log| Follower::new(log, pages)),
+            mode,
+            unshare: None,
+            hints: Arc::default(),
             space,
             base,
             on_lost,
@@ -249,6 +294,10 @@ impl Members {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Member> {
         self.slots.iter().flatten()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Member> {
+        self.slots.iter_mut().flatten()
     }
 
     pub(crate) fn count(&self) -> usize {

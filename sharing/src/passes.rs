@@ -40,7 +40,7 @@ impl Engine {
         let member = self.members.at(next);
         let pages = member.space.pages();
         let end = pages.min(start.saturating_add(CHUNK_PAGES));
-        if member.follower.is_some() || member.space.lost() || start >= end {
+        if member.follower.is_some() || !member.active() || start >= end {
             self.pass.cursor = (next + 1, 0);
             return None;
         }

@@ -16,11 +16,70 @@ pub const PAGE_SIZE: usize = 4096;
 /// of two VMs' RAM, and an access beyond the end reaches nobody's.
 const GUARD_BYTES: usize = PAGE_SIZE;
 
+/// What stays of the shadow in front of the pages that were moved.
+const SHADOW_LEAD: usize = PAGE_SIZE;
+
+/// Address space without access that is unmapped unless it is kept.
+struct Reservation(NonNull<u8>, usize);
+
+impl Reservation {
+    fn new(bytes: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, RESERVED, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        Ok(Self(base, bytes))
+    }
+
+    fn at(&self, offset: usize, bytes: usize) -> *mut libc::c_void {
+        assert!(offset + bytes <= self.1);
+        self.0.as_ptr().wrapping_add(offset).cast()
+    }
+
+    fn protect(&self, offset: usize, bytes: usize, access: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range is this reservation's own, and nobody has addresses into it.
+        succeeded(unsafe { libc::mprotect(self.at(offset, bytes), bytes, access) } == 0)
+    }
+
+    /// Moves what is in a part to the start of another reservation. The part stays reserved.
+    fn move_to(&self, offset: usize, target: &Self, bytes: usize) -> io::Result<()> {
+        // SAFETY: both ranges belong to reservations into which nobody has addresses.
+        unsafe { move_pages(self.at(offset, bytes), target.at(0, bytes), bytes) }
+    }
+
+    fn keep(self) -> NonNull<u8> {
+        let base = self.0;
+        std::mem::forget(self);
+        base
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the range is this reservation's own, and nobody has addresses into it.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), self.1) };
+    }
+}
+
+/// How address space is reserved.
+const RESERVED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+fn succeeded(success: bool) -> io::Result<()> {
+    if success { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Address space of one VM's RAM: `pages` pages of private anonymous memory, filled with zeros,
 /// that occupy nothing until they are touched. Unmapped when dropped.
+///
+/// It has a *shadow*: address space of the same length that the RAM was moved from. What is made there,
+/// without access until then, and moved over the same pages of the RAM becomes one mapping with the
+/// anonymous memory around it, which is how a run can be taken off its frames while the guest runs.
 #[derive(Debug)]
 pub struct Ram {
     base: NonNull<u8>,
+    shadow: NonNull<u8>,
     pages: u32,
     /// A part was unmapped and may be somebody else's by now: the address space is not ours to
     /// unmap as a whole.
@@ -44,26 +103,20 @@ impl Ram {
             Ok(pages) if pages > 0 && bytes.is_multiple_of(PAGE_SIZE) => pages,
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         };
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes + GUARD_BYTES,
-                libc::PROT_NONE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let ram = Self { base, pages, torn: AtomicBool::new(false) };
-        // SAFETY: the range was reserved above and nothing refers to it yet.
-        let failed =
-            unsafe { libc::mprotect(base.as_ptr().cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0;
-        if failed { Err(io::Error::last_os_error()) } else { Ok(ram) }
+        let shadow = Reservation::new(SHADOW_LEAD + bytes)?;
+        let target = Reservation::new(bytes + GUARD_BYTES)?;
+        // The kernel joins anonymous mappings only if they belong together from their first page on: one
+        // page of the shadow is touched before the rest is moved away.
+        shadow.protect(0, SHADOW_LEAD, libc::PROT_READ | libc::PROT_WRITE)?;
+        // SAFETY: the first page of the shadow was just made writable, and nobody else knows of it.
+        unsafe { shadow.0.as_ptr().write_volatile(1) };
+        shadow.protect(0, SHADOW_LEAD, libc::PROT_NONE)?;
+        shadow.move_to(SHADOW_LEAD, &target, bytes)?;
+        // The move has set the two parts of the shadow apart; a change of access joins them again.
+        shadow.protect(0, SHADOW_LEAD, libc::PROT_READ)?;
+        shadow.protect(0, SHADOW_LEAD, libc::PROT_NONE)?;
+        target.protect(0, bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Self { base: target.keep(), shadow: shadow.keep(), pages, torn: AtomicBool::new(false) })
     }
 
     /// Keeps the kernel from backing this RAM with huge pages: of a huge page that is partly
@@ -72,6 +125,8 @@ impl Ram {
     /// # Errors
     /// What madvise said. A kernel without huge pages has nothing to switch off: no error.
     pub fn use_small_pages(&self) -> io::Result<()> {
+        // SAFETY: the range is the shadow's own. The lead as well, so that it stays one mapping.
+        unsafe { advise_small_pages(self.shadow.as_ptr(), SHADOW_LEAD + self.bytes()) }?;
         self.range(0, self.pages()).use_small_pages()
     }
 
@@ -119,10 +174,12 @@ impl Drop for Ram {
         if *self.torn.get_mut() {
             return;
         }
-        // SAFETY: the range was reserved by `reserve` and belongs to this value alone; whoever
-        // held addresses into it has given them up with their share of ownership.
-        let failed = unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes() + GUARD_BYTES) } != 0;
-        debug_assert!(!failed, "unmapping guest RAM: {}", io::Error::last_os_error());
+        // Both were reserved by `reserve` and belong to this value alone; whoever held addresses into
+        // the RAM has given them up with their share of ownership.
+        drop((
+            Reservation(self.base, self.bytes() + GUARD_BYTES),
+            Reservation(self.shadow, SHADOW_LEAD + self.bytes()),
+        ));
     }
 }
 
@@ -168,6 +225,12 @@ impl<'a> RamRange<'a> {
         self.ram.base.as_ptr().wrapping_add((self.first as usize + index as usize) * PAGE_SIZE)
     }
 
+    /// Where page `index` of this range is made before it is moved over the RAM.
+    pub(crate) fn shadow(&self, index: u32) -> *mut u8 {
+        let offset = SHADOW_LEAD + (self.first as usize + index as usize) * PAGE_SIZE;
+        self.ram.shadow.as_ptr().wrapping_add(offset)
+    }
+
     /// The part from page `from` of this range on, of `count` pages.
     #[must_use]
     pub fn part(&self, from: u32, count: u32) -> RamRange<'a> {
@@ -177,13 +240,34 @@ impl<'a> RamRange<'a> {
 
     /// See [`Ram::use_small_pages`].
     pub(crate) fn use_small_pages(&self) -> io::Result<()> {
-        // SAFETY: advice about the size of pages changes no content, and the range is RAM's own.
-        let failed = unsafe {
-            libc::madvise(self.address() as *mut libc::c_void, self.bytes(), libc::MADV_NOHUGEPAGE)
-        } != 0;
-        match failed.then(io::Error::last_os_error) {
-            Some(error) if error.raw_os_error() != Some(libc::EINVAL) => Err(error),
-            _ => Ok(()),
-        }
+        // SAFETY: the range is RAM's own.
+        unsafe { advise_small_pages(self.page(0).cast_mut(), self.bytes()) }
+    }
+}
+
+/// Moves private pages; both ranges stay mapped.
+///
+/// # Safety
+/// Both ranges belong to the caller, who keeps no references into them.
+pub(crate) unsafe fn move_pages(
+    from: *mut libc::c_void,
+    to: *mut libc::c_void,
+    bytes: usize,
+) -> io::Result<()> {
+    // `MREMAP_DONTUNMAP`, since Linux 5.7: a hole could be taken by another thread's mapping.
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    // SAFETY: promised by the caller.
+    let moved = unsafe { libc::mremap(from, bytes, bytes, flags, to) };
+    succeeded(moved != libc::MAP_FAILED)
+}
+
+/// # Safety
+/// The range belongs to the caller.
+unsafe fn advise_small_pages(address: *mut u8, bytes: usize) -> io::Result<()> {
+    // SAFETY: advice about the size of pages changes no content.
+    let failed = unsafe { libc::madvise(address.cast(), bytes, libc::MADV_NOHUGEPAGE) } != 0;
+    match failed.then(io::Error::last_os_error) {
+        Some(error) if error.raw_os_error() != Some(libc::EINVAL) => Err(error),
+        _ => Ok(()),
     }
 }

@@ -14,9 +14,11 @@ use std::ops::Range;
 use crate::calls::Source;
 use crate::content;
 use crate::engine::Engine;
-use crate::members::{Flags, Member};
+use crate::index::Wanted;
+use crate::members::{Flags, Member, Mode};
 use crate::space::{SpaceError, WINDOW_PAGES};
 use crate::store::Frame;
+use crate::undo::value;
 
 /// Failed comparisons after which a run is given up: its pages are changing.
 const MISSES: u32 = 8;
@@ -43,6 +45,9 @@ impl Engine {
         // SAFETY: the scratch page is ours.
         if unsafe { content::zero(self.scratch.as_ptr()) } {
             return self.give_back(slot, page, end);
+        }
+        if self.members.at(slot).mode == Mode::Zero {
+            return 1;
         }
         let digest = self.digester.digest(&self.scratch);
         self.counters.digests += 1;
@@ -77,25 +82,14 @@ impl Engine {
 
     fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {
         let Self { stable, store, scratch, counters, .. } = self;
-        stable.find(digest, store, |frame| {
-            counters.comparisons += 1;
-            // SAFETY: frames of the index are live, and the scratch page is ours.
-            unsafe { content::equal(store.content(frame), scratch.as_ptr()) }
-        })
+        stable.find(Wanted { page: scratch, digest }, store, &mut counters.effort)
     }
 
     fn page_like_scratch(&mut self, slot: usize, page: u32, digest: u32) -> Option<(usize, u32)> {
         let Self { unique, members, scratch, counters, .. } = self;
         let itself = members.at(slot).place(page);
-        let twin = unique.find(digest, members, |place| {
-            place != itself && {
-                counters.comparisons += 1;
-                let (slot, page) = members.locate(place);
-                // SAFETY: a member's RAM is mapped, and the scratch page is ours.
-                unsafe { content::equal(members.at(slot).space.page(page), scratch.as_ptr()) }
-            }
-        });
-        twin.map(|place| members.locate(place))
+        let wanted = Wanted { page: scratch, digest };
+        unique.find(wanted, itself, members, &mut counters.effort).map(|place| members.locate(place))
     }
 
     /// Gives pages of zeros back, from `page` up to `end` as far as they go.
@@ -129,13 +123,13 @@ impl Engine {
     }
 
     /// Maps a frame over a page, and its neighbours over the page's neighbours.
-    fn merge_into(&mut self, slot: usize, page: u32, end: u32, frame: Frame) -> u32 {
+    pub(crate) fn merge_into(&mut self, slot: usize, page: u32, end: u32, frame: Frame) -> u32 {
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
         let mut alike = |page: u32, frame: Frame| {
             member.flags[page as usize].contains(Flags::PRIVATE) && store.is_live(frame) && {
-                counters.comparisons += 1;
+                counters.effort.comparisons += 1;
                 // SAFETY: a member's RAM is mapped, and the frame was just seen to be live.
                 unsafe { content::equal(member.space.page(page), store.content(frame)) }
             }
@@ -158,7 +152,7 @@ impl Engine {
     }
 
     /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
-    fn publish(&mut self, slot: usize, page: u32, end: u32, twin: (usize, u32)) -> u32 {
+    pub(crate) fn publish(&mut self, slot: usize, page: u32, end: u32, twin: (usize, u32)) -> u32 {
         let (twin_slot, twin_page) = twin;
         let longest = self.longest_run();
         let Self { members, counters, .. } = self;
@@ -168,7 +162,7 @@ impl Engine {
             member.flags[page as usize].contains(Flags::PRIVATE)
                 && other.flags[twin as usize].contains(Flags::PRIVATE)
                 && {
-                    counters.comparisons += 1;
+                    counters.effort.comparisons += 1;
                     let twin = other.space.page(twin);
                     // SAFETY: members' RAM is mapped.
                     unsafe { content::equal(member.space.page(page), twin) && !content::zero(twin) }
@@ -270,13 +264,26 @@ impl Engine {
         }
     }
 
-    /// Whether the process can bear the mappings of a run, and `more` of them.
+    /// Whether a run is worth its mappings, and `more` of them, and the process can bear them.
     fn affordable(&mut self, slot: usize, first: u32, count: u32, source: Source, more: i64) -> bool {
         let added = more + self.members.at(slot).space.mappings_added(first, count, source);
+        if added <= 0 {
+            return true;
+        }
+        self.publish_mappings();
+        let budget = self.share.budget();
+        let value = value(count, added);
+        let shortest = budget.shortest_run();
+        let least = if shortest == 1 { 0 } else { shortest };
         // A window that ends early leaves two more edges.
-        let room = self.budget.room(self.members.mappings(), self.members.count());
-        let affordable = added <= 0 || added + 2 * i64::from(MISSES) <= room;
-        self.counters.denied += u64::from(!affordable);
+        let affordable =
+            value >= least.max(self.pressure.floor()) && added + 2 * i64::from(MISSES) <= budget.room();
+        if !affordable {
+            self.counters.denied += 1;
+            self.pressure.denied(value, budget.room());
+            let member = self.members.at_mut(slot);
+            (first..first + count).for_each(|page| member.denied(page));
+        }
         affordable
     }
 

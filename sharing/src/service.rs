@@ -1,31 +1,30 @@
-//! The engine at work: one thread that takes step after step under a ceiling of CPU time, rests
-//! between passes, and sleeps while there is nothing to share.
+//! The sharing engine of a process at work: VMs join and leave, threads of its own look for what is
+//! alike, under a ceiling of CPU time, and sleep while there is nothing to do.
 
-#![expect(unsafe_code, reason = "reads the CPU clock of a thread, the size of memory")]
+#![expect(unsafe_code, reason = "asks for the size of memory")]
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::audit::AuditReport;
 use crate::calls::{Linux, MemoryCalls};
 use crate::changes::ChangeLog;
-use crate::engine::{Engine, Settings, Step};
+use crate::engine::{Mode, Settings};
+use crate::group::{Group, Groups};
+use crate::hints::{Hint, Hints};
 use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
 use crate::uffd::UffdError;
+use crate::worker::Crew;
 
-/// Stack of the sharing thread, in bytes: no deep calls, no large locals.
+/// The group of VMs for which none is named.
+pub const DEFAULT_GROUP: &str = "default";
+
+/// Stack of a sharing thread, in bytes: no deep calls, no large locals.
 const STACK_BYTES: usize = 256 << 10;
-
-/// The sharing thread rests for no less than this between pieces of work.
-const SHORTEST_REST: Duration = Duration::from_millis(4);
 
 /// Why memory cannot be shared on this host. VMs run all the same.
 #[derive(Debug, thiserror::Error)]
@@ -41,36 +40,27 @@ pub enum StartError {
     Engine(#[source] io::Error),
 }
 
+/// How a VM takes part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Participation {
+    /// The group within which it shares. Between groups nothing is shared, and nothing can be told
+    /// from the time that a write takes.
+    pub group: String,
+    /// What of its memory is shared.
+    pub mode: Mode,
+}
+
+impl Default for Participation {
+    fn default() -> Self {
+        Self { group: DEFAULT_GROUP.to_owned(), mode: Mode::default() }
+    }
+}
+
 /// The sharing engine of a process, running.
 #[derive(Debug)]
 pub struct Sharing {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-struct Shared {
-    engine: Mutex<Engine>,
-    control: Mutex<Control>,
-    changed: Condvar,
-    cpu_nanoseconds: AtomicU64,
-    settings: Settings,
-}
-
-#[derive(Debug, Default)]
-struct Control {
-    stop: bool,
-    /// VMs came or went: there is something to look at.
-    fresh: bool,
-    /// Nothing is to be looked for.
-    paused: bool,
-    /// Slots whose RAM the kernel would not let go yet.
-    leaving: Vec<usize>,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("control", &self.control).finish_non_exhaustive()
-    }
+    crew: Arc<Crew>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Sharing {
@@ -85,7 +75,8 @@ impl Sharing {
         Self::start_with(settings, store, Box::new(calls))
     }
 
-    /// Starts the engine with calls of the caller's, for a store of the caller's.
+    /// Starts the engine with calls of the caller's, for a store of the caller's, which the default
+    /// group uses.
     ///
     /// # Errors
     /// As [`Sharing::start`].
@@ -94,61 +85,75 @@ impl Sharing {
         store: FrameStore,
         calls: Box<dyn MemoryCalls>,
     ) -> Result<Self, StartError> {
-        let engine = Engine::new(&settings, store, calls).map_err(StartError::Engine)?;
-        let shared = Arc::new(Shared {
-            engine: Mutex::new(engine),
-            control: Mutex::default(),
-            changed: Condvar::new(),
-            cpu_nanoseconds: AtomicU64::new(0),
-            settings,
-        });
-        let worker = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("sharing-0".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || worker.work())
-            .map_err(StartError::Engine)?;
-        Ok(Self { shared, thread: Some(thread) })
+        let cpu_percent = settings.cpu_percent;
+        let frames = settings.frames.unwrap_or_else(default_frames);
+        let groups = Groups::new(settings, frames);
+        groups.found(DEFAULT_GROUP, store, calls).map_err(StartError::Engine)?;
+        let crew = Arc::new(Crew::new(groups, cpu_percent));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut sharing = Self { crew, threads: Vec::new() };
+        for index in 0..threads(cpu_percent, cores) {
+            let crew = Arc::clone(&sharing.crew);
+            let thread = std::thread::Builder::new()
+                .name(format!("sharing-{index}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || if index == 0 { crew.lead() } else { crew.help(index) })
+                .map_err(StartError::Engine)?;
+            sharing.threads.push(thread);
+        }
+        Ok(sharing)
     }
 
     /// Takes a VM's RAM in: it is shared until the membership ends. With a change log, effort follows
-    /// the VM's changes; without one, all of its memory is gone over again and again. `on_lost` is called, from the
-    /// sharing thread, when a part of it could not be kept: the VM must be stopped then.
+    /// the VM's changes; without one, all of its memory is gone over again and again. `on_lost` is
+    /// called, from a sharing thread, when a part of it could not be kept: the VM must be stopped then.
     ///
     /// The RAM must be small pages ([`Ram::use_small_pages`]), and nothing may pin it for writing.
     ///
     /// # Errors
-    /// Where the RAM cannot be registered; it is not shared then and otherwise as before.
+    /// Where the group cannot be put up or the RAM not be registered; it is not shared then and
+    /// otherwise as before.
     pub fn add(
         &self,
         ram: Arc<Ram>,
         log: Option<Box<dyn ChangeLog>>,
+        participation: &Participation,
         on_lost: LostHandler,
-    ) -> io::Result<Membership> {
-        let slot = self.shared.engine.lock().add(ram, log, on_lost)?;
-        self.shared.refresh();
-        Ok(Membership { shared: Arc::clone(&self.shared), slot })
+    ) -> Result<Membership, StartError> {
+        let group = self.crew.groups.join(&participation.group)?;
+        let (slot, hints) = {
+            let mut engine = group.engine.lock();
+            let slot = engine.add(ram, log, on_lost).map_err(StartError::Engine)?;
+            engine.set_mode(slot, participation.mode);
+            (slot, engine.hints(slot).unwrap_or_default())
+        };
+        self.crew.refresh();
+        Ok(Membership { crew: Arc::clone(&self.crew), group, slot, hints })
     }
 
     /// Looks for nothing any more. What is shared stays so, and VMs come and go as before. A step
     /// that is under way ends first.
     pub fn pause(&self) {
-        self.shared.control.lock().paused = true;
-        drop(self.shared.engine.lock());
+        self.crew.pause();
     }
 
     /// Goes on after a [`pause`](Self::pause).
     pub fn resume(&self) {
-        self.shared.control.lock().paused = false;
-        self.shared.refresh();
+        self.crew.resume();
     }
 
-    /// The engine's statistics.
+    /// The statistics of all groups together.
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
-        let mut statistics = self.shared.engine.lock().statistics();
-        statistics.cpu_seconds = self.shared.cpu_nanoseconds.load(Ordering::Relaxed) as f64 / 1e9;
-        statistics
+        let (mut all, _) = self.crew.groups.statistics();
+        all.cpu_seconds = self.crew.cpu().as_secs_f64();
+        all
+    }
+
+    /// The statistics of each group, by name. CPU time is not told apart.
+    #[must_use]
+    pub fn groups(&self) -> Vec<(String, EngineStatistics)> {
+        self.crew.groups.statistics().1
     }
 
     /// Recounts everything and compares it with the books. Takes about a second for each 4 GiB of
@@ -157,16 +162,26 @@ impl Sharing {
     /// # Errors
     /// Where the page maps cannot be read.
     pub fn audit(&self) -> io::Result<AuditReport> {
-        self.shared.engine.lock().audit()
+        let mut report = AuditReport::default();
+        for group in self.crew.groups.all() {
+            report.add(group.engine.lock().audit()?);
+        }
+        Ok(report)
+    }
+
+    /// Whether longer runs only are merged because the process comes near the kernel's limit on
+    /// mappings.
+    #[must_use]
+    pub fn short_of_mappings(&self) -> bool {
+        self.crew.groups.budget().shortest_run() > 1
     }
 }
 
 impl Drop for Sharing {
     fn drop(&mut self) {
-        self.shared.control.lock().stop = true;
-        self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // A panic of the worker has been reported by its own thread.
+        self.crew.stop();
+        for thread in self.threads.drain(..) {
+            // A panic of the thread has been reported by itself.
             let _ = thread.join();
         }
     }
@@ -176,8 +191,10 @@ impl Drop for Sharing {
 /// is empty then.
 #[derive(Debug)]
 pub struct Membership {
-    shared: Arc<Shared>,
+    crew: Arc<Crew>,
+    group: Arc<Group>,
     slot: usize,
+    hints: Arc<Hints>,
 }
 
 impl Membership {
@@ -186,83 +203,45 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn statistics(&self) -> io::Result<VmStatistics> {
-        Ok(self.shared.engine.lock().vm_statistics(self.slot)?.unwrap_or_default())
+        Ok(self.group.engine.lock().vm_statistics(self.slot)?.unwrap_or_default())
+    }
+
+    /// How the VM takes part.
+    #[must_use]
+    pub fn participation(&self) -> Participation {
+        let mode = self.group.engine.lock().mode(self.slot).unwrap_or_default();
+        Participation { group: self.group.name.clone(), mode }
+    }
+
+    /// Changes what of the VM's memory is shared, while it runs. What is not to be shared any more gets
+    /// memory of its own step by step; a writer waits for less than 0.1 ms.
+    pub fn set_mode(&self, mode: Mode) {
+        self.group.engine.lock().set_mode(self.slot, mode);
+        self.crew.refresh();
+    }
+
+    /// Tells the engine what a device knows about pages.
+    pub fn hint(&self, hint: Hint) {
+        if self.hints.give(hint) {
+            self.crew.refresh();
+        }
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        if self.shared.engine.lock().remove(self.slot).is_err() {
-            // The kernel lacks the memory to let memory go; the worker tries again.
-            self.shared.control.lock().leaving.push(self.slot);
+        let removed = self.group.engine.lock().remove(self.slot);
+        if removed.is_err() {
+            // The kernel lacks the memory to let memory go; it is tried again.
+            self.crew.leave_later(Arc::clone(&self.group), self.slot);
         }
-        self.shared.refresh();
+        self.crew.refresh();
     }
 }
 
-impl Shared {
-    fn refresh(&self) {
-        self.control.lock().fresh = true;
-        self.changed.notify_all();
-    }
-
-    fn work(&self) {
-        let share = (self.settings.cpu_percent / 100.0).max(0.001);
-        let mut rested = Instant::now();
-        loop {
-            let started = Instant::now();
-            let before = thread_cpu();
-            let mut engine = self.engine.lock();
-            self.retry_leaving(&mut engine);
-            let idle = engine.members.count() == 0 || self.control.lock().paused;
-            let step = if idle { None } else { Some(engine.step(started)) };
-            // Whoever waits comes first.
-            MutexGuard::unlock_fair(engine);
-            let cpu = thread_cpu();
-            self.cpu_nanoseconds.store(cpu.as_nanos() as u64, Ordering::Relaxed);
-
-            // Every piece of work moves the moment at which the ceiling is kept. Rests of less than a
-            // few milliseconds are put together: a wake-up costs as much as a small piece of work.
-            rested = rested.max(started) + (cpu - before).div_f64(share);
-            let now = Instant::now();
-            let rest_until = match step {
-                Some(Step::RestUntil(moment)) => moment.max(rested),
-                _ if rested > now + SHORTEST_REST => rested,
-                _ => now,
-            };
-            let mut control = self.control.lock();
-            while !control.stop && !std::mem::take(&mut control.fresh) {
-                if !idle && rest_until <= now {
-                    break;
-                }
-                if idle && control.leaving.is_empty() {
-                    self.changed.wait(&mut control);
-                } else if self.changed.wait_until(&mut control, rest_until).timed_out() {
-                    break;
-                }
-            }
-            if control.stop {
-                return;
-            }
-        }
-    }
-
-    fn retry_leaving(&self, engine: &mut Engine) {
-        let leaving = std::mem::take(&mut self.control.lock().leaving);
-        for slot in leaving {
-            if engine.remove(slot).is_err() {
-                self.control.lock().leaving.push(slot);
-            }
-        }
-    }
-}
-
-/// CPU time that this thread has used.
-fn thread_cpu() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes one timespec that is ours.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+/// How many threads a ceiling of CPU time is worth.
+fn threads(cpu_percent: f64, cores: usize) -> usize {
+    ((cpu_percent / 100.0).ceil() as usize).clamp(1, cores.max(1))
 }
 
 /// Frames for twice the host's memory: more could not be held, and the reservation is free.
@@ -273,4 +252,15 @@ fn default_frames() -> u32 {
     let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     let bytes = u64::try_from(pages).unwrap_or(1 << 20) * u64::try_from(page_bytes).unwrap_or(4096);
     u32::try_from(2 * bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX - 1).min(1 << 30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::threads;
+
+    #[test]
+    fn a_ceiling_above_one_core_is_worth_more_threads() {
+        assert_eq!([0.1, 10.0, 100.0].map(|percent| threads(percent, 4)), [1; 3]);
+        assert_eq!([101.0, 250.0, 1000.0].map(|percent| threads(percent, 4)), [2, 3, 4]);
+    }
 }

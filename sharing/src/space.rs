@@ -12,6 +12,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::calls::{MemoryCalls, Over, Source};
 use crate::content;
@@ -68,6 +69,8 @@ pub struct Space {
     mappings: u32,
     /// The part that a failed call tore out.
     hole: Option<Range<u32>>,
+    /// The longest window so far.
+    longest_window: Duration,
 }
 
 impl Space {
@@ -84,6 +87,7 @@ impl Space {
             attached_count: 0,
             mappings: 1,
             hole: None,
+            longest_window: Duration::ZERO,
             ram,
         })
     }
@@ -110,6 +114,11 @@ impl Space {
     #[must_use]
     pub fn refers(&self, page: u32) -> Option<Frame> {
         Some(self.refers[page as usize]).filter(|&frame| frame != NO_FRAME)
+    }
+
+    /// For each page the frame that its mapping refers to, or [`NO_FRAME`].
+    pub(crate) fn references(&self) -> &[Frame] {
+        &self.refers
     }
 
     /// Whether the page is counted among the sharers of the frame it refers to.
@@ -244,6 +253,70 @@ impl Space {
         })
     }
 
+    /// The longest time for which writers to a run of this RAM were made to wait.
+    #[must_use]
+    pub fn longest_window(&self) -> Duration {
+        self.longest_window
+    }
+
+    /// Makes pages the VM's own again: anonymous memory with the content that they have, one mapping
+    /// with the anonymous memory around them. Appends to `dead` the frames whose last sharers left.
+    ///
+    /// `count` is at most [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub fn restore(
+        &mut self,
+        first: u32,
+        count: u32,
+        store: &mut FrameStore,
+        calls: &dyn MemoryCalls,
+        dead: &mut Vec<Frame>,
+    ) -> Result<(), SpaceError> {
+        assert!(count > 0 && count <= WINDOW_PAGES);
+        let ram = Arc::clone(&self.ram);
+        let pages = ram.range(first, count);
+        let refused = |doing, error| SpaceError::Refused { doing, first, count, error };
+
+        let opened = Instant::now();
+        let mut window = Window { calls, pages, remapped: 0, open: true };
+        let moved = match protect(pages, calls) {
+            Ok(protected) if protected == count => calls
+                .stage(pages)
+                .map_err(MapError::Refused)
+                .and_then(|()| {
+                    // SAFETY: guest RAM is mapped and protected, and its shadow was just written.
+                    let same = |index| unsafe { content::equal(pages.page(index), pages.shadow(index)) };
+                    let whole = (0..count).all(same);
+                    whole.then_some(()).ok_or_else(|| MapError::Refused(io::ErrorKind::InvalidData.into()))
+                })
+                .and_then(|()| window.restore(pages)),
+            Ok(_) => Err(MapError::Refused(io::ErrorKind::Unsupported.into())),
+            Err(error) => Err(MapError::Refused(error)),
+        };
+        let closed = window.close();
+        self.longest_window = self.longest_window.max(opened.elapsed());
+        // What is left of the copy where this fails is replaced by the next.
+        let _ = calls.unstage(pages);
+        match (moved, closed) {
+            (Ok(()), Ok(())) => {
+                // Where this fails the next window tries again.
+                let _ = calls.register(pages);
+                for page in first..first + count {
+                    if self.attached(page) {
+                        dead.extend(self.detach(page, store));
+                    }
+                }
+                self.note_mapping(first, count, Source::Zeros);
+                Ok(())
+            }
+            (Err(MapError::Refused(error)), Ok(())) => Err(refused("taking off their frames", error)),
+            (Err(MapError::Lost(error)), _) => Err(self.lose("taking off their frames", pages, error)),
+            (_, Err(error)) => Err(self.lose("unprotecting", pages, error)),
+        }
+    }
+
     /// The window: protects the pages, finds the prefix for which `same` holds, and maps `source`
     /// over it.
     fn replace(
@@ -259,19 +332,13 @@ impl Space {
         let pages = ram.range(first, count);
         let refused = |doing, error| SpaceError::Refused { doing, first, count, error };
 
+        let opened = Instant::now();
         let mut window = Window { calls, pages, remapped: 0, open: true };
-        let protected = calls
-            .protect(pages)
-            .or_else(|_| {
-                // A part that was remapped and could not be registered again.
-                calls.register(pages)?;
-                calls.protect(pages)
-            })
-            .map_err(|error| refused("write-protecting", error));
-        let protected = match protected {
+        let protected = match protect(pages, calls) {
             Ok(protected) => protected,
             Err(error) => {
                 let closed = window.close();
+                let error = refused("write-protecting", error);
                 return Err(closed.map_or_else(|error| self.lose("unprotecting", pages, error), |()| error));
             }
         };
@@ -285,6 +352,7 @@ impl Space {
             window.map(part, source)
         };
         let closed = window.close();
+        self.longest_window = self.longest_window.max(opened.elapsed());
         match (outcome, closed) {
             (Ok(Remapped::Nothing), Ok(())) => Ok(0),
             (Ok(Remapped::Discarded), Ok(())) => Ok(equal),
@@ -352,6 +420,15 @@ impl Space {
     }
 }
 
+/// Protects pages. Returns how many of the first are.
+fn protect(pages: RamRange<'_>, calls: &dyn MemoryCalls) -> io::Result<u32> {
+    calls.protect(pages).or_else(|_| {
+        // A part that was remapped and could not be registered again.
+        calls.register(pages)?;
+        calls.protect(pages)
+    })
+}
+
 fn joined(before: Frame, after: Frame) -> bool {
     if before == NO_FRAME || after == NO_FRAME { before == after } else { after == before + 1 }
 }
@@ -378,19 +455,34 @@ struct Window<'a> {
 }
 
 impl Window<'_> {
+    fn restore(&mut self, pages: RamRange<'_>) -> Result<(), MapError> {
+        if let Err(error) = self.calls.restore(pages, Over::Pages) {
+            // As in `map`: the copy is still there.
+            if self.calls.restore(pages, Over::Hole).is_err() {
+                return self.still_there(pages, error);
+            }
+        }
+        self.remapped = pages.count();
+        Ok(())
+    }
+
+    /// Pages that still can be unprotected are the guest's own, as they were.
+    fn still_there<T>(&mut self, pages: RamRange<'_>, error: io::Error) -> Result<T, MapError> {
+        match self.calls.unprotect(pages) {
+            Ok(()) => Err(MapError::Refused(error)),
+            Err(_) => {
+                self.remapped = pages.count();
+                Err(MapError::Lost(error))
+            }
+        }
+    }
+
     fn map(&mut self, part: RamRange<'_>, source: Source) -> Result<Remapped, MapError> {
         if let Err(error) = self.calls.map(part, source, Over::Pages) {
             // The pages may be gone. Their content is known, so it can be mapped at once; only
             // where nothing else has been placed since.
             if self.calls.map(part, source, Over::Hole).is_err() {
-                // Pages that still can be unprotected are the guest's own, as they were.
-                return match self.calls.unprotect(part) {
-                    Ok(()) => Err(MapError::Refused(error)),
-                    Err(_) => {
-                        self.remapped = part.count();
-                        Err(MapError::Lost(error))
-                    }
-                };
+                return self.still_there(part, error);
             }
         }
         self.remapped = part.count();

@@ -30,6 +30,10 @@ pub struct EngineStatistics {
     pub merges_stable: u64,
     /// The ones found in the index of pages that are not shared.
     pub merges_unstable: u64,
+    /// Of all merges, those whose runs a device's hint began.
+    pub merges_hinted: u64,
+    /// Entries that searches of the indexes visited since the start.
+    pub search_steps: u64,
     /// Comparisons of pages that the search made since the start.
     pub comparisons: u64,
     /// Digests taken since the start.
@@ -38,27 +42,94 @@ pub struct EngineStatistics {
     pub breaks: u64,
     /// Runs not merged for want of mappings since the start.
     pub mappings_denied: u64,
+    /// Pages taken off their frames since the start, for better runs or because a VM is not to share.
+    pub pages_undone: u64,
+    /// Hints of devices taken up since the start.
+    pub hints: u64,
+    /// Hints dropped because too many waited, of the VMs that are there.
+    pub hints_dropped: u64,
     /// Calls of the kernel that failed since the start; guests are whole.
     pub refusals: u64,
     /// Bytes that the kernel charges for the frame store.
     pub store_bytes: u64,
     /// Bytes that the engine's books take.
     pub metadata_bytes: u64,
+    /// Bytes of page tables through which the engine itself reads the frames.
+    pub page_table_bytes: u64,
+    /// Mappings that the VMs' memory is made of.
+    pub guest_mappings: u64,
     /// Mappings of the process.
     pub mappings: u64,
     /// The kernel's limit on them.
     pub mappings_limit: u64,
+    /// The shortest run of pages that is worth two mappings now.
+    pub shortest_run: u64,
+    /// The longest time for which writers to a run of pages have been made to wait, in microseconds,
+    /// of the VMs that are there.
+    pub longest_window_us: u64,
     /// CPU time of the sharing threads, in seconds.
     pub cpu_seconds: f64,
 }
 
 impl EngineStatistics {
-    /// Bytes saved: what merged pages and pages of zeros would take, less what sharing itself
-    /// takes for its books and the kernel's mappings.
+    /// Bytes saved: what merged pages and pages of zeros would take, less what sharing itself takes
+    /// for its books, for the kernel's mappings and for the page tables of the frame store's view.
     #[must_use]
-    pub fn saved_bytes(&self, guest_mappings: u64) -> i64 {
+    pub fn saved_bytes(&self) -> i64 {
         let gross = (self.pages_sharing + self.zero_pages) as i64 * crate::PAGE_SIZE as i64;
-        gross - self.metadata_bytes as i64 - guest_mappings as i64 * MAPPING_BYTES
+        let mappings = self.guest_mappings as i64 * MAPPING_BYTES;
+        gross - self.metadata_bytes as i64 - mappings - self.page_table_bytes as i64
+    }
+}
+
+macro_rules! add_fields {
+    ($sum:expr, $other:expr, $($field:ident),+ $(,)?) => { $( $sum.$field += $other.$field; )+ };
+}
+
+impl EngineStatistics {
+    /// Adds another engine's, but for what is the process's: mappings, their limit and CPU time.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.add_counters(other);
+        add_fields!(
+            self,
+            other,
+            pages_shared,
+            pages_sharing,
+            pages_unshared,
+            pages_volatile,
+            zero_pages,
+            frames,
+            store_bytes,
+            metadata_bytes,
+            page_table_bytes,
+            guest_mappings,
+        );
+        self.shortest_run = self.shortest_run.max(other.shortest_run);
+        self.longest_window_us = self.longest_window_us.max(other.longest_window_us);
+    }
+
+    /// Adds what another engine has counted since its start.
+    pub(crate) fn add_counters(&mut self, other: &Self) {
+        add_fields!(
+            self,
+            other,
+            full_scans,
+            pages_scanned,
+            merges,
+            merges_lookahead,
+            merges_stable,
+            merges_unstable,
+            merges_hinted,
+            search_steps,
+            comparisons,
+            digests,
+            breaks,
+            mappings_denied,
+            pages_undone,
+            hints,
+            hints_dropped,
+            refusals,
+        );
     }
 }
 

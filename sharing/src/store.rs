@@ -349,6 +349,12 @@ impl FrameStore {
             + self.dead.capacity() * size_of::<Frame>()
     }
 
+    /// Bytes of page tables that the view of the frames takes: one page for each 512 frames.
+    #[must_use]
+    pub fn page_table_bytes(&self) -> u64 {
+        (self.records.len().div_ceil(512) * PAGE_SIZE) as u64
+    }
+
     /// The numbers of all live frames.
     pub fn live_frames(&self) -> impl Iterator<Item = Frame> + '_ {
         self.records.iter().enumerate().filter(|(_, record)| record.live).map(|(frame, _)| frame as Frame)

@@ -67,8 +67,11 @@ impl Clock {
 
     /// Does all work there is now, and ends the interval.
     fn end_interval(&mut self, engine: &mut Engine) {
-        while engine.step(self.0) == Step::Worked {}
-        self.0 += INTERVAL;
+        self.0 = loop {
+            if let Step::RestUntil(end) = engine.step(self.0) {
+                break end;
+            }
+        };
     }
 
     /// Lets intervals pass, doing all work in each and after the last.

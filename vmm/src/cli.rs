@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use samepage::config;
 use samepage::statistics::StatsTarget;
+use samepage_sharing::engine::Order;
+use samepage_sharing::service::DEFAULT_GROUP;
 
 use crate::bench::BenchArgs;
 
@@ -148,9 +150,25 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
     pub(crate) console: ConsoleArg,
 
-    /// Share identical memory between the VMs
-    #[arg(long, value_enum, value_name = "on|off", default_value_t = Switch::On)]
-    pub(crate) sharing: Switch,
+    /// What of the VMs' memory is shared: everything that is alike (full), pages of zeros alone, which
+    /// are given back (zero), or nothing (off)
+    #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingArg::Full)]
+    pub(crate) sharing: SharingArg,
+
+    /// Share memory only with VMs of the same group; {index} and {name} are replaced, so that {name}
+    /// gives every VM a group of its own
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
+    pub(crate) share_group: String,
+
+    /// Share of one core that looking for alike pages may take on average, in percent; above 100 more
+    /// than one thread looks
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_cpu)]
+    pub(crate) sharing_cpu: f64,
+
+    /// Work as KSM does in some respects, to compare: lookahead=off searches for every page,
+    /// order=content keeps search trees by content, scan=full goes over all memory again and again
+    #[arg(long, value_name = "KEY=VALUE,...", default_value = "", value_parser = parse_engine)]
+    pub(crate) sharing_engine: EngineArg,
 
     /// Append statistics to this file each second, as JSON Lines; - is standard output
     #[arg(long, value_name = "PATH|-")]
@@ -165,10 +183,21 @@ pub(crate) struct RunArgs {
     pub(crate) overcommit: f64,
 }
 
+/// `--sharing`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Switch {
-    On,
+pub(crate) enum SharingArg {
+    #[value(alias = "on")]
+    Full,
+    Zero,
     Off,
+}
+
+/// `--sharing-engine`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct EngineArg {
+    pub(crate) lookahead: bool,
+    pub(crate) order: Order,
+    pub(crate) follow: bool,
 }
 
 /// `--disk`, before `{index}` and `{name}` are replaced.
@@ -259,6 +288,34 @@ fn parse_percent(text: &str) -> Result<f64, String> {
     }
 }
 
+fn parse_cpu(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(percent) if percent.is_finite() && percent > 0.0 && percent <= 6400.0 => Ok(percent),
+        _ => Err("use a number above 0, up to 6400: 100 is one core".to_owned()),
+    }
+}
+
+fn parse_engine(text: &str) -> Result<EngineArg, String> {
+    let mut engine = EngineArg { lookahead: true, order: Order::Digest, follow: true };
+    for field in text.split(',').filter(|field| !field.is_empty()) {
+        match field {
+            "lookahead=on" => engine.lookahead = true,
+            "lookahead=off" => engine.lookahead = false,
+            "order=digest" => engine.order = Order::Digest,
+            "order=content" => engine.order = Order::Content,
+            "scan=changes" => engine.follow = true,
+            "scan=full" => engine.follow = false,
+            _ => {
+                return Err(format!(
+                    "unknown field {field:?}; fields are lookahead=on|off, order=digest|content and \
+                     scan=changes|full"
+                ));
+            }
+        }
+    }
+    Ok(engine)
+}
+
 fn parse_ratio(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(ratio) if ratio.is_finite() && ratio > 0.0 => Ok(ratio),
@@ -315,6 +372,17 @@ mod tests {
         ] {
             assert!(parse_disk(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_engine_can_be_made_to_work_as_ksm_does() {
+        assert_eq!(
+            parse_engine("lookahead=off,order=content,scan=full"),
+            Ok(EngineArg { lookahead: false, order: Order::Content, follow: false })
+        );
+        assert_eq!(parse_engine(""), parse_engine("lookahead=on,order=digest,scan=changes"));
+        assert!(parse_engine("lookahead").is_err() && parse_engine("order=random").is_err());
+        assert!(parse_cpu("250").is_ok() && parse_cpu("0").is_err() && parse_cpu("7000").is_err());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use samepage_devices::virtio::block::MAX_ID_LEN;
 use samepage_sharing::PAGE_SIZE;
-use samepage_sharing::service::Sharing;
+use samepage_sharing::service::{Participation, Sharing};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
@@ -77,6 +77,8 @@ pub struct VmConfig {
     /// The engine that shares the guest's memory from before it starts until it is gone. `None` for a VM
     /// that keeps its memory to itself.
     pub sharing: Option<Arc<Sharing>>,
+    /// How it takes part in that: its group, and what of its memory is shared.
+    pub participation: Participation,
 }
 
 /// What cannot be about a VM's configuration.
@@ -99,6 +101,9 @@ pub enum ConfigError {
     /// More disks than interrupt lines.
     #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
     TooManyDisks(usize),
+    /// The name of a group of VMs.
+    #[error("a group of VMs cannot be named {0:?}: use 1 to {MAX_NAME} letters, digits, '.', '_' or '-'")]
+    Group(String),
     /// The name of a disk.
     #[error("a disk cannot be named {0:?}: use 1 to {MAX_ID_LEN} letters, digits, '.', '_' or '-'")]
     DiskId(String),
@@ -122,6 +127,7 @@ impl VmConfig {
             disks: Vec::new(),
             console: ConsoleConfig::Off,
             sharing: None,
+            participation: Participation::default(),
         }
     }
 
@@ -140,6 +146,7 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         check_name(&self.name)?;
         check_memory(self.memory_bytes)?;
+        check_group(&self.participation.group)?;
         if self.disks.len() > MAX_DISKS {
             return Err(ConfigError::TooManyDisks(self.disks.len()));
         }
@@ -158,6 +165,11 @@ impl VmConfig {
 /// Checks the name of a VM.
 pub fn check_name(name: &str) -> Result<(), ConfigError> {
     if is_name(name, MAX_NAME) { Ok(()) } else { Err(ConfigError::Name(name.to_owned())) }
+}
+
+/// Checks the name of a group of VMs that share memory.
+pub fn check_group(name: &str) -> Result<(), ConfigError> {
+    if is_name(name, MAX_NAME) { Ok(()) } else { Err(ConfigError::Group(name.to_owned())) }
 }
 
 /// Checks the name of a disk.
@@ -208,6 +220,7 @@ mod tests {
     fn values_out_of_range_are_refused() {
         assert!(refused(|c| c.name = "a/b".into()).contains("cannot be named"));
         assert!(refused(|c| c.name = String::new()).contains("cannot be named"));
+        assert!(refused(|c| c.participation.group = "a b".into()).contains("a group of VMs"));
         assert!(refused(|c| c.memory_bytes = 0).contains("at least"));
         assert!(refused(|c| c.memory_bytes = (64 << 20) + 1).contains("multiple"));
         assert!(refused(|c| c.memory_bytes = 1 << 20).contains("2M"));

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use samepage::{ConsoleConfig, DiskConfig, ImageSource, VmConfig};
+use samepage_sharing::engine::Mode;
+use samepage_sharing::service::Participation;
 
-use crate::cli::{ConsoleArg, RunArgs};
+use crate::cli::{ConsoleArg, RunArgs, SharingArg};
 
 /// Replaces `{index}` and `{name}`.
 fn expand(text: &str, index: u32, name: &str) -> String {
@@ -54,6 +56,14 @@ fn configuration(args: &RunArgs, index: u32) -> VmConfig {
             ConsoleArg::File(path) => ConsoleConfig::File(PathBuf::from(expand(path))),
             ConsoleArg::Off => ConsoleConfig::Off,
         },
+        participation: Participation {
+            group: expand(&args.share_group),
+            mode: match args.sharing {
+                SharingArg::Full => Mode::Full,
+                SharingArg::Zero => Mode::Zero,
+                SharingArg::Off => Mode::Off,
+            },
+        },
         ..VmConfig::new(name.clone(), ImageSource::Path(args.kernel.clone()))
     }
 }
@@ -99,6 +109,9 @@ mod tests {
         assert_eq!(second.disks[0], DiskConfig { path: "d1".into(), read_only: false, id: "root".into() });
         assert_eq!(second.disks[1].id, "disk1");
         assert!(matches!(&second.console, ConsoleConfig::File(path) if path.as_os_str() == "vm-1.log"));
+        let alone = plan(&["--count=2", "--share-group={name}", "--sharing=zero"]);
+        assert_eq!(alone[1].participation, Participation { group: "vm-1".into(), mode: Mode::Zero });
+        assert_eq!(configs[0].participation, Participation::default());
         assert!(matches!(plan(&["--count=2"])[0].console, ConsoleConfig::PrefixedStdio));
     }
 }

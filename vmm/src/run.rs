@@ -20,7 +20,7 @@ use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::cli::{ConsoleArg, RunArgs, Switch};
+use crate::cli::{ConsoleArg, EngineArg, RunArgs, SharingArg};
 use crate::plan;
 use crate::report::tell;
 
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     samepage::host_limits::raise_open_files();
     let mut statistics = args.stats.as_ref().map(Statistics::open).transpose()?;
 
-    let sharing = if args.sharing == Switch::On { start_sharing() } else { None };
+    let sharing = if args.sharing == SharingArg::Off { None } else { start_sharing(args) };
     for config in &mut configs {
         config.sharing = sharing.clone();
     }
@@ -129,8 +129,10 @@ fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_sharing() -> Option<Arc<Sharing>> {
-    match Sharing::start(Settings::default()) {
+fn start_sharing(args: &RunArgs) -> Option<Arc<Sharing>> {
+    let EngineArg { lookahead, order, follow } = args.sharing_engine;
+    let cpu_percent = args.sharing_cpu;
+    match Sharing::start(Settings { cpu_percent, lookahead, order, follow, ..Settings::default() }) {
         Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {
             tell(format_args!(

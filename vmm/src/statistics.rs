@@ -93,14 +93,13 @@ impl Sampler {
             },
         };
         let private_bytes = rss_anon()?;
-        let guest_mappings = vms.iter().map(|vm| vm.pages.mappings).sum();
         Ok(Sample {
             time_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
             sharing: sharing.is_some(),
             guest_bytes: vms.iter().map(|vm| vm.memory_bytes).sum(),
             resident_bytes: private_bytes + engine.store_bytes,
             private_bytes,
-            saved_bytes: if sharing.is_some() { engine.saved_bytes(guest_mappings) } else { 0 },
+            saved_bytes: if sharing.is_some() { engine.saved_bytes() } else { 0 },
             engine,
             vms,
         })

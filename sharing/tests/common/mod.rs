@@ -117,6 +117,24 @@ impl MemoryCalls for Faulty {
         self.fault("discard").and_then(|_| self.linux.discard(pages))
     }
 
+    fn stage(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.fault("stage").and_then(|_| self.linux.stage(pages))
+    }
+
+    fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()> {
+        let call = if over == Over::Pages { "restore" } else { "restore again" };
+        if self.fault(call)? == Fault::Tear {
+            // SAFETY: as in `map`.
+            unsafe { libc::munmap(pages.address() as *mut libc::c_void, pages.bytes()) };
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        self.linux.restore(pages, over)
+    }
+
+    fn unstage(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.fault("unstage").and_then(|_| self.linux.unstage(pages))
+    }
+
     fn punch(&self, frame: Frame, count: u32) -> io::Result<()> {
         self.fault("punch").and_then(|_| self.linux.punch(frame, count))
     }

@@ -77,7 +77,7 @@ impl DirtyLog {
         if unsafe { libc::ioctl(self.kvm.as_raw_fd(), GET_DIRTY_LOG as _, &raw mut argument) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        or(&mut written.words_mut()[first_word(slot)..], &self.bitmap);
+        written.insert_words(first_word(slot), &self.bitmap);
         Ok(())
     }
 }
@@ -90,7 +90,7 @@ impl ChangeLog for DirtyLog {
         }
         // Regions and slots are the same ranges in the same order.
         for (region, slot) in self.memory.view().iter().zip(&slots) {
-            or(&mut written.words_mut()[first_word(*slot)..], &own_writes(region));
+            written.insert_words(first_word(*slot), &own_writes(region));
         }
         Ok(())
     }
@@ -133,10 +133,4 @@ fn slot_words(slot: MemorySlot) -> usize {
 /// The slot's first word in a set of all pages: slots start at multiples of 64 pages in the reservation.
 fn first_word(slot: MemorySlot) -> usize {
     slot.range.ram_offset as usize / PAGE_SIZE / 64
-}
-
-fn or(words: &mut [u64], others: &[u64]) {
-    for (word, other) in words.iter_mut().zip(others) {
-        *word |= other;
-    }
 }

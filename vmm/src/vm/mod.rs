@@ -20,7 +20,7 @@ use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
-use samepage_sharing::service::Membership;
+use samepage_sharing::service::{Membership, StartError};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -143,7 +143,7 @@ pub enum VmError {
     },
     /// Its memory could not be taken in by the sharing engine.
     #[error("share its memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
-    Sharing(io::Error),
+    Sharing(#[source] StartError),
     /// A thread could not be had.
     #[error(
         "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"
@@ -246,7 +246,8 @@ impl Vm {
                     let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
                     log
                 });
-                Some(sharing.add(ram, log, Box::new(lost)).map_err(VmError::Sharing)?)
+                let member = sharing.add(ram, log, &config.participation, Box::new(lost));
+                Some(member.map_err(VmError::Sharing)?)
             }
             None => None,
         };

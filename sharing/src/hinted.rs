@@ -1,0 +1,115 @@
+//! Pages that devices gave hints about, before all others: a page that was filled from a disk block is
+//! compared with the page that last held this block.
+
+#![expect(unsafe_code, reason = "compares guest pages by address")]
+
+use std::ops::Range;
+
+use crate::content;
+use crate::engine::Engine;
+use crate::hints::Hint;
+use crate::members::{Flags, Mode};
+
+/// Hints that one step takes up.
+const STEP_HINTS: usize = 16;
+
+impl Engine {
+    /// Takes the next hints up. Returns whether there were any.
+    pub(crate) fn take_hints(&mut self) -> bool {
+        let mut taken = 0;
+        for slot in self.members.slots().collect::<Vec<_>>() {
+            while taken < STEP_HINTS {
+                let Some(hint) = self.members.at(slot).hints.take() else { break };
+                taken += 1;
+                self.take_hint(slot, hint);
+            }
+        }
+        if taken > 0 {
+            self.store.reclaim(&*self.calls);
+        }
+        taken > 0
+    }
+
+    fn take_hint(&mut self, slot: usize, hint: Hint) {
+        self.counters.hints += 1;
+        let pages = hint.pages();
+        let member = self.members.at(slot);
+        // Page numbers come from a device, which has them from a guest.
+        if member.space.lost() || member.mode != Mode::Full || pages.end > member.space.pages() {
+            return;
+        }
+        match hint {
+            Hint::Holds { pages, image, block } => self.try_blocks(slot, pages, image, block),
+            Hint::Freed { pages } => {
+                for page in pages {
+                    self.forget_page(slot, page);
+                    if let Some(follower) = &mut self.members.at_mut(slot).follower {
+                        follower.forget(page);
+                    }
+                }
+            }
+        }
+    }
+
+    fn try_blocks(&mut self, slot: usize, pages: Range<u32>, image: u32, block: u64) {
+        if !self.own(slot, pages.clone()) {
+            return;
+        }
+        let total = self.members.iter().map(|member| u64::from(member.space.pages())).sum();
+        self.blocks.fit(total);
+        let mut next = pages.start;
+        for page in pages.clone() {
+            let place = self.members.at(slot).place(page);
+            let Some(before) = self.blocks.replace(image, block + u64::from(page - pages.start), place)
+            else {
+                continue;
+            };
+            let private = self.members.at(slot).flags[page as usize].contains(Flags::PRIVATE);
+            if page >= next && private {
+                next = page + self.merge_with(slot, page, pages.end, before);
+            }
+        }
+    }
+
+    /// Brings the books of pages up to date. Returns whether that was possible.
+    fn own(&mut self, slot: usize, pages: Range<u32>) -> bool {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        let known = self.members.at(slot).space.private(pages, &self.pagemap, &mut runs);
+        for run in &runs {
+            self.release(slot, run.clone());
+            run.clone().for_each(|page| self.members.at_mut(slot).became_private(page));
+        }
+        self.runs = runs;
+        self.counters.refusals += u64::from(known.is_err());
+        known.is_ok()
+    }
+
+    /// Merges a page with the one at `place`, if they are alike, and their neighbours. Returns how
+    /// many pages from it on are dealt with.
+    fn merge_with(&mut self, slot: usize, page: u32, end: u32, place: u32) -> u32 {
+        let (twin_slot, twin) = self.members.locate(place);
+        let Some(other) = self.members.get(twin_slot).filter(|other| !other.space.lost()) else { return 1 };
+        self.counters.effort.comparisons += 1;
+        // SAFETY: members' RAM is mapped.
+        let alike = unsafe {
+            let page = self.members.at(slot).space.page(page);
+            content::equal(page, other.space.page(twin)) && !content::zero(page)
+        };
+        if !alike {
+            return 1;
+        }
+        let before = self.counters.merges;
+        let frame = other.space.refers(twin).filter(|_| other.space.attached(twin));
+        let done = match frame {
+            Some(frame) => self.merge_into(slot, page, end, frame),
+            None if !self.own(twin_slot, twin..twin + 1) => 1,
+            None if self.members.at(twin_slot).flags[twin as usize].contains(Flags::PRIVATE) => {
+                self.publish(slot, page, end, (twin_slot, twin))
+            }
+            None => 1,
+        };
+        self.counters.merges_hinted += (self.counters.merges - before).min(1);
+        done.max(1)
+    }
+}

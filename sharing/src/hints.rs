@@ -1,0 +1,159 @@
+//! What devices know about pages before anyone has looked at them: what they were filled with, and
+//! that they are free. A hint says what to try first; contents are compared before anything is shared.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::members::Place;
+
+/// Hints that wait for the engine; further ones are dropped.
+const QUEUED: usize = 1024;
+/// Blocks are remembered for one in so many pages of all VMs.
+const PAGES_PER_BLOCK: usize = 16;
+
+/// What a device says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// These pages now hold the blocks of a disk image from `block` on. Images are numbered by who
+    /// opens them, one number for each image of a group whatever the path; blocks are of 4 KiB.
+    Holds {
+        /// The pages.
+        pages: Range<u32>,
+        /// Number of the image.
+        image: u32,
+        /// The block in the first of the pages.
+        block: u64,
+    },
+    /// The guest has no use for the content of these pages any more.
+    Freed {
+        /// The pages.
+        pages: Range<u32>,
+    },
+}
+
+impl Hint {
+    /// The pages that it is about.
+    #[must_use]
+    pub fn pages(&self) -> Range<u32> {
+        match self {
+            Self::Holds { pages, .. } | Self::Freed { pages } => pages.clone(),
+        }
+    }
+}
+
+/// One VM's hints on their way to the engine. Giving one takes a short lock and never waits for the
+/// engine.
+#[derive(Debug, Default)]
+pub struct Hints {
+    queue: Mutex<VecDeque<Hint>>,
+    dropped: AtomicU64,
+}
+
+impl Hints {
+    /// Gives a hint. Returns whether it is the first that waits: the engine may be asleep then.
+    pub(crate) fn give(&self, hint: Hint) -> bool {
+        let mut queue = self.queue.lock();
+        if queue.len() >= QUEUED {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        queue.push_back(hint);
+        queue.len() == 1
+    }
+
+    /// Hints that were dropped because the engine did not come to them.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn take(&self) -> Option<Hint> {
+        self.queue.lock().pop_front()
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        self.queue.lock().capacity() * size_of::<Hint>()
+    }
+}
+
+/// Which page was last said to hold a block: a table of fixed size, in which blocks take each other's
+/// places.
+#[derive(Debug, Default)]
+pub(crate) struct Blocks {
+    entries: Vec<Option<Entry>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    block: u64,
+    image: u32,
+    place: Place,
+}
+
+impl Blocks {
+    /// Makes room for VMs of this many pages in all; what is remembered is forgotten when the size
+    /// changes.
+    pub(crate) fn fit(&mut self, pages: u64) {
+        let wanted = (pages as usize / PAGES_PER_BLOCK).max(1);
+        if self.entries.len() != wanted {
+            self.entries = vec![None; wanted];
+        }
+    }
+
+    /// Remembers the page that holds a block. Returns the page that held it before, as far as known.
+    pub(crate) fn replace(&mut self, image: u32, block: u64, place: Place) -> Option<Place> {
+        let key = (block ^ u64::from(image) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let index = ((u128::from(key) * self.entries.len() as u128) >> 64) as usize;
+        let entry = self.entries.get_mut(index)?;
+        let before = entry.replace(Entry { block, image, place })?;
+        (before.image == image && before.block == block && before.place != place).then_some(before.place)
+    }
+
+    /// Forgets the pages of a VM.
+    pub(crate) fn forget(&mut self, places: Range<Place>) {
+        for entry in &mut self.entries {
+            *entry = entry.filter(|entry| !places.contains(&entry.place));
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.entries.capacity() * size_of::<Option<Entry>>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_remembered_where_it_was_last() {
+        let mut blocks = Blocks::default();
+        assert_eq!(blocks.replace(1, 7, 3), None, "there is no room");
+        blocks.fit(16 * 64);
+        assert_eq!(blocks.replace(1, 7, 3), None);
+        assert_eq!(blocks.replace(1, 7, 90), Some(3));
+        assert_eq!(blocks.replace(1, 7, 90), None, "the same page");
+        assert_eq!(blocks.replace(2, 7, 5), None, "another image");
+        blocks.forget(80..100);
+        assert_eq!(blocks.replace(1, 7, 4), None, "the VM has gone");
+        for block in 0..10_000 {
+            blocks.replace(1, block, block as u32);
+        }
+        assert_eq!(blocks.entries.len(), 64);
+    }
+
+    #[test]
+    fn hints_wait_in_order_and_do_not_pile_up() {
+        let hints = Hints::default();
+        let hint = |page| Hint::Freed { pages: page..page + 1 };
+        assert!(hints.give(hint(0)) && !hints.give(hint(1)));
+        (2..2000).for_each(|page| {
+            hints.give(hint(page));
+        });
+        assert_eq!(hints.dropped(), 2000 - QUEUED as u64);
+        assert_eq!(hints.take(), Some(hint(0)));
+        assert_eq!(hints.take().map(|hint| hint.pages()), Some(1..2));
+    }
+}

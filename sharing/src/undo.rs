@@ -1,0 +1,288 @@
+//! Taking pages off their frames: merges of low value for better ones when mappings run out, and all
+//! merges of a VM that is not to share any more.
+//!
+//! The *value* of a run is the pages that it saves for the mappings that it needs. Runs that guests
+//! have written to since have lost theirs and go first. Pages that are taken off their frames are
+//! anonymous memory again, in one mapping with what is around them.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::calls::Source;
+use crate::engine::Engine;
+use crate::members::Mode;
+use crate::space::{Space, SpaceError};
+use crate::store::NO_FRAME;
+
+/// Pages taken off at once: a writer waits for less than 0.1 ms.
+const BATCH_PAGES: u32 = 64;
+/// Runs taken off in one step: about a millisecond of work.
+const STEP_RUNS: u32 = 16;
+/// How many classes of value there are; the first is that of runs without any.
+const CLASSES: usize = 16;
+/// After a refusal, when a VM's pages are tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a run is worth: half pages for each mapping, so that a single page that needs two mappings is
+/// worth 1, and a run of n pages n.
+pub(crate) fn value(pages: u32, mappings: i64) -> u32 {
+    match u32::try_from(mappings) {
+        Ok(mappings @ 1..) => 2 * pages / mappings,
+        _ => u32::MAX,
+    }
+}
+
+/// Where undoing stands.
+#[derive(Debug, Default)]
+pub(crate) struct Pressure {
+    /// The most that a run was worth which was denied since.
+    wanted: u32,
+    /// The least room at which one was denied.
+    room: Option<i64>,
+    /// Runs worth less are not merged: their like was undone.
+    floor: u32,
+    /// Mappings of guests when nothing was found to be undone for a run of this worth.
+    futile: Option<(u64, u32)>,
+    work: Work,
+}
+
+#[derive(Debug, Default)]
+enum Work {
+    #[default]
+    None,
+    /// Adds up the mappings that runs of each class of value need, from this slot on.
+    /// Of runs worth less than `below` only.
+    Counting { slot: usize, below: u32, classes: [i64; CLASSES] },
+    /// Undoes runs below a value, from this slot and page on.
+    Undoing { slot: usize, page: u32, below: u32 },
+}
+
+/// The class of a value: 0 for none, then by powers of two.
+fn class(value: u32) -> usize {
+    (u32::BITS - value.leading_zeros()) as usize
+}
+
+impl Pressure {
+    /// The least that a run must be worth.
+    pub(crate) fn floor(&self) -> u32 {
+        self.floor
+    }
+
+    /// A run of this value was denied for want of mappings.
+    pub(crate) fn denied(&mut self, value: u32, room: i64) {
+        self.wanted = self.wanted.max(value);
+        self.room = Some(self.room.map_or(room, |least| least.min(room)));
+    }
+
+    /// Whether there is more room than when runs were denied, by a good part of what is `ample`.
+    pub(crate) fn eased(&mut self, room: i64, ample: i64) -> bool {
+        if room > 2 * ample {
+            self.floor = 0;
+        }
+        let eased = self.room.is_some_and(|least| room > least + ample / 4);
+        if eased {
+            self.room = None;
+        }
+        eased
+    }
+}
+
+impl Engine {
+    /// Takes the next pages off their frames, where any are to be. Returns whether there were.
+    pub(crate) fn undo(&mut self, now: Instant) -> bool {
+        self.unshare(now) || self.undo_for_better()
+    }
+
+    fn undo_for_better(&mut self) -> bool {
+        match std::mem::take(&mut self.pressure.work) {
+            Work::None => self.begin_counting(),
+            Work::Counting { slot, below, classes } => {
+                self.pressure.work = self.count_classes(slot, below, classes);
+                true
+            }
+            Work::Undoing { slot, page, below } => {
+                self.pressure.work = self.undo_below(slot, page, below);
+                true
+            }
+        }
+    }
+
+    fn begin_counting(&mut self) -> bool {
+        let mappings = self.members.mappings();
+        let wanted = std::mem::take(&mut self.pressure.wanted);
+        let futile = self
+            .pressure
+            .futile
+            .is_some_and(|(then, value)| wanted <= value && mappings.abs_diff(then) < 64 + mappings / 64);
+        if wanted == 0 || futile {
+            return false;
+        }
+        self.pressure.futile = Some((mappings, wanted));
+        // What is undone is worth half of what is wanted at most, or it would not be worth the work.
+        let below = (wanted / 2).max(1);
+        self.pressure.work = Work::Counting { slot: 0, below, classes: [0; CLASSES] };
+        true
+    }
+
+    fn count_classes(&self, slot: usize, below: u32, mut classes: [i64; CLASSES]) -> Work {
+        let Some(next) = self.members.next_from(slot) else { return self.end_counting(below, &classes) };
+        let space = &self.members.at(next).space;
+        for cluster in Clusters::new(space, 0) {
+            let (lost, gain) = worth(space, &cluster);
+            if lost < below {
+                classes[class(lost).min(CLASSES - 1)] += gain;
+                continue;
+            }
+            for run in runs(space, cluster) {
+                let (lost, gain) = worth(space, &run);
+                if gain > 0 && lost < below {
+                    classes[class(lost).min(CLASSES - 1)] += gain;
+                }
+            }
+        }
+        Work::Counting { slot: next + 1, below, classes }
+    }
+
+    fn end_counting(&self, limit: u32, classes: &[i64; CLASSES]) -> Work {
+        let budget = self.share.budget();
+        let missing = (2 * budget.ample() - budget.room()).max(1);
+        let mut found = 0;
+        let mut below = 0;
+        for (class, &mappings) in classes.iter().enumerate() {
+            let end = 1_u32 << class;
+            if found >= missing || end / 2 >= limit {
+                break;
+            }
+            if mappings > 0 {
+                found += mappings;
+                below = end.min(limit);
+            }
+        }
+        if below == 0 { Work::None } else { Work::Undoing { slot: 0, page: 0, below } }
+    }
+
+    fn undo_below(&mut self, slot: usize, page: u32, below: u32) -> Work {
+        self.pressure.floor = self.pressure.floor.max(below);
+        self.pressure.futile = None;
+        let budget = self.share.budget();
+        let enough = budget.room() >= 2 * budget.ample();
+        let Some(next) = self.members.next_from(slot).filter(|_| !enough) else { return Work::None };
+        let mut page = if next == slot { page } else { 0 };
+        let mut undone = 0;
+        while undone < STEP_RUNS {
+            let space = &self.members.at(next).space;
+            let Some(cluster) = Clusters::new(space, page).next().filter(|_| !space.lost()) else {
+                return Work::Undoing { slot: next + 1, page: 0, below };
+            };
+            page = cluster.end;
+            if worth(space, &cluster).0 < below {
+                undone += self.take_off(next, cluster);
+                continue;
+            }
+            for run in runs(space, cluster).collect::<Vec<_>>() {
+                let (lost, gain) = worth(&self.members.at(next).space, &run);
+                if gain > 0 && lost < below {
+                    undone += self.take_off(next, run);
+                }
+            }
+        }
+        self.publish_mappings();
+        Work::Undoing { slot: next, page, below }
+    }
+
+    /// Takes pages off their frames of a VM that is not to share any more. Returns whether there
+    /// were any.
+    fn unshare(&mut self, now: Instant) -> bool {
+        let wanted = |slot: &usize| {
+            let member = self.members.at(*slot);
+            member.unshare.is_some_and(|(_, due)| due <= now) && !member.space.lost()
+        };
+        let Some(slot) = self.members.slots().find(wanted) else { return false };
+        let member = self.members.at_mut(slot);
+        let from = member.unshare.map_or(0, |(page, _)| page);
+        let Some(cluster) = Clusters::new(&member.space, from).next() else {
+            // Pages that were refused are tried again.
+            let left = member.space.mappings() > 1;
+            member.unshare = left.then_some((0, now + RETRY));
+            return true;
+        };
+        let part = cluster.start..cluster.end.min(cluster.start + BATCH_PAGES);
+        member.unshare = Some((part.end, now));
+        self.take_off(slot, part);
+        true
+    }
+
+    /// Takes a run off its frames. Returns in how many batches.
+    fn take_off(&mut self, slot: usize, run: Range<u32>) -> u32 {
+        let mut batches = 0;
+        let mut dead = Vec::new();
+        for first in run.clone().step_by(BATCH_PAGES as usize) {
+            batches += 1;
+            let count = BATCH_PAGES.min(run.end - first);
+            let Self { members, store, calls, counters, .. } = self;
+            let member = members.at_mut(slot);
+            let attached = (first..first + count).filter(|&page| member.space.attached(page)).count();
+            let outcome = member.space.restore(first, count, store, &**calls, &mut dead);
+            for frame in dead.drain(..) {
+                self.stable.remove(frame, store);
+            }
+            if let Err(error) = outcome {
+                counters.refusals += 1;
+                if matches!(error, SpaceError::Lost { .. }) {
+                    member.tell_lost(&error);
+                }
+                break;
+            }
+            counters.undone += attached as u64;
+            if member.mode == Mode::Full {
+                (first..first + count).for_each(|page| member.denied(page));
+            }
+        }
+        self.store.reclaim(&*self.calls);
+        batches
+    }
+}
+
+/// What undoing some pages would cost in value, and bring in mappings.
+fn worth(space: &Space, run: &Range<u32>) -> (u32, i64) {
+    let gain = -space.mappings_added(run.start, run.end - run.start, Source::Zeros);
+    let attached = run.clone().filter(|&page| space.attached(page)).count() as u32;
+    (if attached == 0 && gain > 0 { 0 } else { value(attached, gain) }, gain)
+}
+
+/// Ranges of pages whose mappings refer to frames, between anonymous memory.
+struct Clusters<'a> {
+    space: &'a Space,
+    page: u32,
+}
+
+impl<'a> Clusters<'a> {
+    fn new(space: &'a Space, page: u32) -> Self {
+        Self { space, page }
+    }
+}
+
+impl Iterator for Clusters<'_> {
+    type Item = Range<u32>;
+
+    fn next(&mut self) -> Option<Range<u32>> {
+        let refers = self.space.references();
+        let start =
+            self.page as usize + refers.get(self.page as usize..)?.iter().position(|&f| f != NO_FRAME)?;
+        let length = refers[start..].iter().position(|&frame| frame == NO_FRAME);
+        let end = length.map_or(refers.len(), |length| start + length);
+        self.page = end as u32;
+        Some(start as u32..end as u32)
+    }
+}
+
+/// The mappings that a cluster is made of.
+fn runs(space: &Space, cluster: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
+    let refers = &space.references()[cluster.start as usize..cluster.end as usize];
+    let mut start = cluster.start;
+    refers.chunk_by(|&one, &next| next == one + 1).map(move |run| {
+        let range = start..start + run.len() as u32;
+        start = range.end;
+        range
+    })
+}

@@ -1,0 +1,208 @@
+//! The threads that do the work of all groups, one step after the other, under the ceiling of CPU
+//! time.
+//!
+//! The first thread keeps the time. Where the ceiling is above one core there are more: they sleep
+//! until a step has found work and there are other groups to turn to. Within a group one thread works at
+//! a time, since most of what takes time there is the kernel's work under one lock of the process.
+
+#![expect(unsafe_code, reason = "reads the CPU clock of a thread")]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::engine::Step;
+use crate::group::{Group, Groups};
+use crate::pace::Pace;
+
+/// What the threads and their owner have in common.
+#[derive(Debug)]
+pub(crate) struct Crew {
+    pub(crate) groups: Groups,
+    control: Mutex<Control>,
+    /// For the first thread: something new.
+    changed: Condvar,
+    /// For the others: there is more than one thread can do.
+    more: Condvar,
+    /// Nothing is to be looked for.
+    paused: AtomicBool,
+    pace: Mutex<Pace>,
+    cpu_nanoseconds: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Control {
+    stop: bool,
+    /// Something happened since the first thread last looked.
+    fresh: bool,
+    /// Slots whose RAM the kernel would not let go yet.
+    leaving: Vec<(Arc<Group>, usize)>,
+}
+
+/// What one round over the groups came to.
+enum Round {
+    Worked,
+    RestUntil(Instant),
+    /// There are no VMs.
+    Idle,
+}
+
+impl Crew {
+    pub(crate) fn new(groups: Groups, cpu_percent: f64) -> Self {
+        Self {
+            groups,
+            control: Mutex::default(),
+            changed: Condvar::new(),
+            more: Condvar::new(),
+            paused: AtomicBool::new(false),
+            pace: Mutex::new(Pace::new(cpu_percent, Instant::now())),
+            cpu_nanoseconds: AtomicU64::new(0),
+        }
+    }
+
+    /// Wakes the first thread up.
+    pub(crate) fn refresh(&self) {
+        self.control.lock().fresh = true;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.control.lock().stop = true;
+        self.changed.notify_all();
+        self.more.notify_all();
+    }
+
+    pub(crate) fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+        // A step that is under way ends first.
+        self.groups.all().iter().for_each(|group| drop(group.engine.lock()));
+    }
+
+    pub(crate) fn resume(&self) {
+        self.paused.store(false, Ordering::SeqCst);
+        self.refresh();
+    }
+
+    /// A VM's memory is to be let go; the kernel has refused so far.
+    pub(crate) fn leave_later(&self, group: Arc<Group>, slot: usize) {
+        self.control.lock().leaving.push((group, slot));
+        self.refresh();
+    }
+
+    pub(crate) fn cpu(&self) -> Duration {
+        Duration::from_nanos(self.cpu_nanoseconds.load(Ordering::Relaxed))
+    }
+
+    /// The first thread.
+    pub(crate) fn lead(&self) {
+        loop {
+            self.retry_leaving();
+            self.groups.prune();
+            let round = self.round(0);
+            let now = Instant::now();
+            let paced = self.pace.lock().rest_until(now);
+            let until = match round {
+                Round::Idle => None,
+                Round::Worked => Some(paced.unwrap_or(now)),
+                Round::RestUntil(moment) => Some(paced.map_or(moment, |paced| moment.max(paced))),
+            };
+            let mut control = self.control.lock();
+            while !control.stop && !std::mem::take(&mut control.fresh) {
+                match until {
+                    Some(until) if until <= now => break,
+                    Some(until) => {
+                        if self.changed.wait_until(&mut control, until).timed_out() {
+                            break;
+                        }
+                    }
+                    None if control.leaving.is_empty() => self.changed.wait(&mut control),
+                    None => {
+                        self.changed.wait_for(&mut control, Duration::from_millis(100));
+                        break;
+                    }
+                }
+            }
+            if control.stop {
+                return;
+            }
+        }
+    }
+
+    /// Another thread, the `index`th.
+    pub(crate) fn help(&self, index: usize) {
+        let mut control = self.control.lock();
+        loop {
+            if control.stop {
+                return;
+            }
+            self.more.wait(&mut control);
+            MutexGuard::unlocked(&mut control, || {
+                while matches!(self.round(index), Round::Worked) {
+                    let now = Instant::now();
+                    if self.pace.lock().rest_until(now).is_some() {
+                        break;
+                    }
+                }
+            });
+        }
+    }
+
+    /// A step of each group that no other thread works for, the `first` one first.
+    fn round(&self, first: usize) -> Round {
+        let groups = self.groups.all();
+        let started = thread_cpu();
+        let mut rest: Option<Instant> = None;
+        let mut worked = false;
+        for index in 0..groups.len() {
+            let group = &groups[(first + index) % groups.len()];
+            let Some(mut engine) = group.engine.try_lock() else {
+                // Whoever has it now lets it go within milliseconds.
+                worked |= first == 0;
+                continue;
+            };
+            if self.paused.load(Ordering::SeqCst) {
+                return Round::Idle;
+            }
+            match group.step(&mut engine, Instant::now()) {
+                Some(Step::Worked) => worked = true,
+                Some(Step::RestUntil(moment)) => {
+                    rest = Some(rest.map_or(moment, |before| before.min(moment)));
+                }
+                None => {}
+            }
+            // Whoever waits comes first.
+            MutexGuard::unlock_fair(engine);
+            if worked && first == 0 && groups.len() > 1 {
+                self.more.notify_all();
+            }
+        }
+        let spent = thread_cpu().saturating_sub(started);
+        self.cpu_nanoseconds.fetch_add(spent.as_nanos() as u64, Ordering::Relaxed);
+        self.pace.lock().spend(spent, Instant::now());
+        match rest {
+            _ if worked => Round::Worked,
+            Some(moment) => Round::RestUntil(moment),
+            None => Round::Idle,
+        }
+    }
+
+    fn retry_leaving(&self) {
+        let leaving = std::mem::take(&mut self.control.lock().leaving);
+        for (group, slot) in leaving {
+            let removed = group.engine.lock().remove(slot);
+            if removed.is_err() {
+                self.control.lock().leaving.push((group, slot));
+            }
+        }
+    }
+}
+
+/// CPU time that this thread has used.
+fn thread_cpu() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec that is ours.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
