@@ -92,6 +92,31 @@ impl Bench {
         }
     }
 
+    /// The figures of all rounds, one side's and the other's. Who goes first alternates. A side without
+    /// a figure gives `None`.
+    ///
+    /// # Errors
+    /// What a side said.
+    pub(super) fn in_turns<A, B>(
+        &self,
+        what: &str,
+        mut one: impl FnMut() -> Result<Option<A>>,
+        mut other: impl FnMut() -> Result<Option<B>>,
+    ) -> Result<(Vec<A>, Vec<B>)> {
+        let (mut ones, mut others) = (Vec::new(), Vec::new());
+        for round in 0..self.rounds {
+            self.say(format_args!("{what}, round {} of {}", round + 1, self.rounds));
+            if round % 2 == 0 {
+                ones.extend(one()?);
+                others.extend(other()?);
+            } else {
+                others.extend(other()?);
+                ones.extend(one()?);
+            }
+        }
+        Ok((ones, others))
+    }
+
     /// To be called at least some times a second, so that a signal is heard.
     ///
     /// # Errors

@@ -71,7 +71,7 @@ impl Mode {
 pub(super) struct Counts {
     /// Pages of this process that are shared, all mappings of a frame counted.
     pub(super) merged: u64,
-    /// Complete passes.
+    /// Complete passes; of a stretch of work, since its start.
     pub(super) full_scans: u64,
 }
 
@@ -177,16 +177,17 @@ impl Ksm {
         mut done: impl FnMut(Counts, Duration) -> bool,
     ) -> Result<Work> {
         let before = self.cpu()?;
+        let passes = self.counts()?.full_scans;
+        let since = |now: Counts| Counts { full_scans: now.full_scans.saturating_sub(passes), ..now };
         let started = Instant::now();
         write("run", "1").context("start KSM")?;
         let running = Running;
-        let mut cpu;
         let (finished, wall) = loop {
             std::thread::sleep(POLL);
             bench.check()?;
-            cpu = self.cpu()?.saturating_sub(before);
+            let cpu = self.cpu()?.saturating_sub(before);
             let wall = started.elapsed();
-            if done(self.counts()?, cpu) {
+            if done(since(self.counts()?), cpu) {
                 break (true, wall);
             }
             if wall > limit {
@@ -195,10 +196,8 @@ impl Ksm {
         };
         drop(running);
         // The time that the scheduler tells of a thread at work may be a tick old; now it is exact.
-        if finished {
-            cpu = self.cpu()?.saturating_sub(before);
-        }
-        Ok(Work { cpu, wall, finished, counts: self.counts()? })
+        let cpu = self.cpu()?.saturating_sub(before);
+        Ok(Work { cpu, wall, finished, counts: since(self.counts()?) })
     }
 
     /// Makes KSM forget what it knew, so that the next measurement starts afresh. Merged pages of

@@ -16,6 +16,9 @@ pub(super) struct Layout {
 /// Contents below this number are shared by VMs, those above are a VM's own.
 const OWN: Content = 1 << 40;
 
+/// Contents that differ from this bit on are equal but for the last word of the page.
+pub(super) const ALTERED: u32 = 48;
+
 /// What lies between runs of equal pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Gap {
@@ -46,6 +49,34 @@ impl Layout {
                 });
             }
             contents
+        });
+        Self { vms: vms.collect() }
+    }
+
+    /// VMs of `pages` pages each, of which `percent` hold what all VMs hold, in runs of `length` pages at
+    /// different places; the others have a content of their own.
+    pub(super) fn mixed(vms: u32, pages: u32, percent: u32, length: u32) -> Self {
+        let runs = u64::from(pages / length);
+        let alike = runs * u64::from(percent) / 100;
+        let vms = (0..u64::from(vms)).map(|vm| {
+            let mut order: Vec<_> = (0..runs).collect();
+            shuffle(&mut order, vm + 1);
+            let pages = order.iter().flat_map(|run| (1..=u64::from(length)).map(move |page| (run, page)));
+            let content = |(&run, page): (&u64, u64)| match run * u64::from(length) + page {
+                content if run < alike => content,
+                content => own(vm, content),
+            };
+            pages.map(|page| Some(content(page))).collect()
+        });
+        Self { vms: vms.collect() }
+    }
+
+    /// Two VMs that are all alike, and others that are like them but for the last word of every other
+    /// page: runs end after each page, and no earlier than at the end of its neighbour.
+    pub(super) fn nearly_alike(vms: u32, pages: u32) -> Self {
+        let vms = (0..u64::from(vms)).map(|vm| {
+            let altered = |page: u64| if vm >= 2 && page % 2 == 0 { vm << ALTERED } else { 0 };
+            (1..=u64::from(pages)).map(|page| Some(page | altered(page))).collect()
         });
         Self { vms: vms.collect() }
     }

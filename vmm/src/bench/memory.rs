@@ -14,10 +14,11 @@ use samepage_resources::demo::content::mix;
 use samepage_sharing::changes::{ChangeLog, PageSet};
 use samepage_sharing::{PAGE_SIZE, Ram};
 
-use super::layout::{Content, Layout};
+use super::layout::{ALTERED, Content, Layout};
 
 /// Words of a page.
 const WORDS: usize = PAGE_SIZE / 8;
+const LAST: usize = WORDS - 1;
 
 /// One VM's memory: plain anonymous memory in small pages, for both sides.
 #[derive(Debug)]
@@ -83,12 +84,12 @@ impl Memory {
     /// Reads the last word of a page.
     pub(super) fn read(&self, page: u32) -> u64 {
         // SAFETY: the page is reserved and readable.
-        unsafe { self.address(page).add(WORDS - 1).read_volatile() }
+        unsafe { self.address(page).add(LAST).read_volatile() }
     }
 
     /// Whether a page shows a content, by its last word.
     pub(super) fn shows(&self, page: u32, content: Content) -> bool {
-        self.read(page) == word(content, WORDS - 1)
+        self.read(page) == word(content, LAST)
     }
 
     /// Lets KSM merge this memory.
@@ -111,7 +112,12 @@ pub(super) fn words(content: Content) -> [u64; WORDS] {
 }
 
 fn word(content: Content, index: usize) -> u64 {
-    if content == 0 { 0 } else { mix(content << 9 | index as u64) }
+    let base = content & ((1 << ALTERED) - 1);
+    match index {
+        _ if content == 0 => 0,
+        LAST => mix(base << 9 | LAST as u64) ^ content >> ALTERED,
+        _ => mix(base << 9 | index as u64),
+    }
 }
 
 /// Makes sure that all pages still show what was written to them: a benchmark of sharing that loses

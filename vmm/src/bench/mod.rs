@@ -6,14 +6,22 @@
 //! back as they were, on every way out. See `docs/bench-sharing.md`.
 
 mod args;
+mod changing;
 mod context;
 mod cpu;
+mod duplicates;
+mod fragmented;
+mod kernels;
 mod ksm;
 mod layout;
+mod lookahead;
 mod memory;
 mod ours;
 mod report;
+mod returns;
 mod runs;
+mod sharers;
+mod state;
 mod table;
 
 use std::io::{self, Write};
@@ -33,11 +41,20 @@ struct Workload {
     name: &'static str,
     /// Measures. An error says what could not be measured; a workload that this host cannot run, or
     /// that lacks KSM, gives sections that say so.
-    measure: fn(&mut Bench) -> Result<Vec<Section>>,
+    measure: fn(&Bench) -> Result<Vec<Section>>,
 }
 
 /// All workloads, in the order in which they run.
-const WORKLOADS: &[Workload] = &[Workload { name: "runs", measure: runs::measure }];
+const WORKLOADS: &[Workload] = &[
+    Workload { name: "runs", measure: runs::measure },
+    Workload { name: "returns", measure: returns::measure },
+    Workload { name: "duplicates", measure: duplicates::measure },
+    Workload { name: "fragmented", measure: fragmented::measure },
+    Workload { name: "lookahead", measure: lookahead::measure },
+    Workload { name: "changing", measure: changing::measure },
+    Workload { name: "sharers", measure: sharers::measure },
+    Workload { name: "state", measure: state::measure },
+];
 
 /// Runs the command.
 pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
@@ -72,8 +89,7 @@ fn sharing(args: &SharingArgs) -> Result<Report> {
     let mut sections = Vec::new();
     for (index, workload) in chosen.iter().enumerate() {
         bench.begin(format!("[{}/{}] {}", index + 1, chosen.len(), workload.name));
-        let measured =
-            (workload.measure)(&mut bench).with_context(|| format!("workload {}", workload.name))?;
+        let measured = (workload.measure)(&bench).with_context(|| format!("workload {}", workload.name))?;
         sections.extend(measured.into_iter().map(|section| section.of(workload.name)));
     }
     bench.end();

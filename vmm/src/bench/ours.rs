@@ -39,14 +39,35 @@ impl Ours {
         let calls = Linux::open(Arc::clone(store.file())).context("open the kernel's calls")?;
         let engine = Engine::new(settings, store, Box::new(calls)).context("make an engine")?;
         let mut ours = Self { engine, now: Instant::now(), lost: Arc::default() };
+        ours.add(vms)?;
+        Ok(ours)
+    }
+
+    /// More VMs, which the engine has not looked at.
+    ///
+    /// # Errors
+    /// Where their memory cannot be shared.
+    pub(super) fn add(&mut self, vms: &[Memory]) -> Result<()> {
         for vm in vms {
-            let lost = Arc::clone(&ours.lost);
+            let lost = Arc::clone(&self.lost);
             let log: Box<dyn ChangeLog> = Box::new(vm.log());
-            ours.engine
+            self.engine
                 .add(vm.ram(), Some(log), Box::new(move |_| lost.store(true, Ordering::Relaxed)))
                 .context("share memory")?;
         }
-        Ok(ours)
+        Ok(())
+    }
+
+    /// Lets the engine work until this many pages are merged, and it has looked at this many, and returns
+    /// its CPU time.
+    ///
+    /// # Errors
+    /// As [`work_until`](Self::work_until).
+    pub(super) fn merge(&mut self, bench: &Bench, pages: u64, of: u64) -> Result<Duration> {
+        self.work_until(bench, |now| {
+            let merged = now.pages_shared + now.pages_sharing;
+            merged >= pages && merged + now.pages_unshared >= of
+        })
     }
 
     /// Lets the engine work until `done` holds, which is asked after each interval, and returns its CPU time.

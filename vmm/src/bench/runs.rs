@@ -1,5 +1,6 @@
 //! CPU time for each page merged, by how many equal pages follow each other: runs lie at different
-//! places in all VMs and never touch.
+//! places in all VMs and never touch. First merges, and what the first read of a page costs its guest
+//! afterwards.
 
 use std::time::Duration;
 
@@ -7,7 +8,8 @@ use anyhow::Result;
 use samepage_sharing::engine::Settings;
 
 use super::context::Bench;
-use super::cpu::micros_each;
+use super::cpu::{self, micros_each};
+use super::kernels::Kernels;
 use super::ksm::Mode;
 use super::layout::{Gap, Layout};
 use super::memory::{Memory, verify};
@@ -16,63 +18,98 @@ use super::report::{Goal, Measurement, Section};
 
 /// Equal pages that follow each other.
 const LENGTHS: [u32; 4] = [1, 8, 64, 512];
-/// How long KSM may take for one measurement.
-const LIMIT: Duration = Duration::from_secs(30);
+/// How long KSM may take at its fastest.
+const LIMIT: Duration = Duration::from_secs(60);
+const UNIT: &str = "µs/page";
 
-pub(super) fn measure(bench: &mut Bench) -> Result<Vec<Section>> {
-    let mut section = Section::new(
-        "CPU time for each merged page, 4 VMs, by the number of equal pages in a run: first merge",
-        "samepage",
-        Mode::Fastest.name(),
-    );
-    for length in LENGTHS {
-        // Each isolated page takes two mappings, of which a process has 65,530.
-        let pages = if length == 1 { bench.size(4096, 1024) } else { bench.size(16_384, 2048) };
-        let layout = Layout::runs(4, pages, length, Gap::Untouched);
-        let (mut ours, mut other) = (Vec::new(), Vec::new());
-        for round in 0..bench.rounds {
-            bench.say(format_args!("runs of {length}, round {}", round + 1));
-            // Who goes first alternates.
-            for ksm in [round % 2 == 1, round % 2 == 0] {
-                if ksm {
-                    other.extend(kernels(bench, &layout)?);
-                } else {
-                    ours.push(engines(bench, &layout)?);
-                }
-            }
-        }
-        let goal = match length {
-            1 => Some(Goal::RatioAtMost(0.75)),
-            64.. => Some(Goal::RatioAtMost(0.1)),
-            _ => None,
-        };
-        let measurement = Measurement::new(format!("runs of {length}"), "µs/page", &ours, &other);
-        section.push(match goal {
-            Some(goal) => measurement.goal(goal),
-            None => measurement,
-        });
-    }
-    Ok(vec![section])
+/// What one round brought.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    /// CPU time for each page merged, in microseconds.
+    merge: f64,
+    /// CPU time of the guest for the first read of each page afterwards, in microseconds.
+    read: f64,
 }
 
-fn engines(bench: &Bench, layout: &Layout) -> Result<f64> {
+pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
+    let title = "CPU time for each merged page, by VMs and equal pages in a run";
+    let mut merges = Section::new(title, "samepage", Mode::Fastest.name());
+    merges.note("runs never touch: between them lies a page that was never written");
+    let title = "CPU time of a guest for its first read of a page after the merge";
+    let mut reads = Section::new(title, "samepage", Mode::Fastest.name());
+    let mut slow = [Mode::Advisor, Mode::Defaults].map(|mode| {
+        (mode, Section::new("CPU time for each merged page, KSM as hosts have it", "samepage", mode.name()))
+    });
+    for (vms, length) in LENGTHS.map(|length| (4, length)).into_iter().chain([(2, 1), (2, 64)]) {
+        // Each isolated page takes two mappings, of which a process has 65,530.
+        let pages = if length == 1 { bench.size(4096, 1024) } else { bench.size(16_384, 2048) };
+        let layout = Layout::runs(vms, pages, length, Gap::Untouched);
+        let name = format!("{vms} VMs, runs of {length}");
+        let (ours, others) = bench.in_turns(
+            &name,
+            || engines(bench, &layout).map(Some),
+            || kernels(bench, &layout, Mode::Fastest, LIMIT).map(|(round, _)| round),
+        )?;
+        let (ours_read, others_read) = (pick(&ours, |round| round.read), pick(&others, |round| round.read));
+        let (ours, others) = (pick(&ours, |round| round.merge), pick(&others, |round| round.merge));
+        let measurement = Measurement::new(&name, UNIT, &ours, &others);
+        merges.push(match length {
+            1 => measurement.goal(Goal::RatioAtMost(0.75)),
+            64.. => measurement.goal(Goal::RatioAtMost(0.1)),
+            _ => measurement,
+        });
+        reads.push(Measurement::new(&name, UNIT, &ours_read, &others_read));
+        if vms == 4 && [1, 64].contains(&length) {
+            for (mode, section) in &mut slow {
+                bench.say(format_args!("{name}, {}", mode.name()));
+                let limit = Duration::from_secs(bench.size(20, 1));
+                let (round, told) = kernels(bench, &layout, *mode, limit)?;
+                let others: Vec<_> = round.iter().map(|round| round.merge).collect();
+                let measurement = Measurement::new(&name, UNIT, &ours, &others);
+                section.push(if told.is_empty() { measurement } else { measurement.note(told) });
+            }
+        }
+    }
+    let slow = slow.map(|(_, section)| section);
+    Ok([merges, reads].into_iter().chain(slow).collect())
+}
+
+fn pick(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> Vec<f64> {
+    rounds.iter().map(figure).collect()
+}
+
+fn engines(bench: &Bench, layout: &Layout) -> Result<Round> {
     let memory = Memory::filled(layout)?;
     let pages = layout.duplicates();
     let mut engine = Ours::new(&Settings::default(), &memory)?;
-    let used = engine.work_until(bench, |now| now.pages_shared + now.pages_sharing >= pages)?;
-    verify(layout, &memory)?;
-    Ok(micros_each(used, pages))
+    let used = engine.merge(bench, pages, pages)?;
+    let read = reading(layout, &memory)?;
+    Ok(Round { merge: micros_each(used, pages), read })
 }
 
-fn kernels(bench: &Bench, layout: &Layout) -> Result<Option<f64>> {
-    let Ok(ksm) = &bench.ksm else { return Ok(None) };
-    ksm.set(Mode::Fastest)?;
-    let memory = Memory::filled(layout)?;
-    memory.iter().try_for_each(Memory::mergeable)?;
+/// KSM's round, and how far it came within the time.
+fn kernels(bench: &Bench, layout: &Layout, mode: Mode, limit: Duration) -> Result<(Option<Round>, String)> {
+    let Some(kernels) = Kernels::new(bench, mode, Memory::filled(layout)?)? else {
+        return Ok((None, String::new()));
+    };
     let pages = layout.duplicates();
-    let work = ksm.work(bench, LIMIT, |counts, _| counts.merged >= pages)?;
-    verify(layout, &memory)?;
-    drop(memory);
-    ksm.forget()?;
-    Ok(work.finished.then(|| micros_each(work.cpu, pages)))
+    let work = kernels.work(bench, limit, |counts, _| counts.merged >= pages)?;
+    let merged = work.counts.merged.min(pages);
+    let told = format!(
+        "{} merged {:.0} % within {:.1} s, with {:.2} s of CPU time",
+        mode.name(),
+        merged as f64 * 100.0 / pages as f64,
+        work.wall.as_secs_f64(),
+        work.cpu.as_secs_f64()
+    );
+    let read = reading(layout, kernels.memory())?;
+    // What took the time when little was merged was not merging.
+    let round = (merged > pages / 2).then(|| Round { merge: micros_each(work.cpu, merged), read });
+    Ok((round, told))
+}
+
+/// Reads every page, and makes sure of what it shows.
+fn reading(layout: &Layout, memory: &[Memory]) -> Result<f64> {
+    let (good, time) = cpu::of(|| verify(layout, memory));
+    good.map(|()| micros_each(time, layout.touched()))
 }
