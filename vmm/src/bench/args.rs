@@ -53,6 +53,11 @@ pub(super) struct SharingArgs {
     #[arg(long = "series", value_name = "FILE,FILE...", value_parser = parse_series)]
     pub(super) series: Vec<Series>,
 
+    /// CPU time that each side of the workload `series` has from one image to the next, in milliseconds
+    /// [default: 0.3 µs for each page of memory]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) series_cpu_ms: Option<u64>,
+
     /// Print the results as JSON, and nothing else
     #[arg(long)]
     pub(super) json: bool,

@@ -24,6 +24,8 @@ pub(super) struct Bench {
     pub(super) series: Vec<Series>,
     /// The kernel's side; without it the text says why, and what to do.
     pub(super) ksm: Result<Ksm, String>,
+    /// CPU time for each image, where the user says.
+    pub(super) series_cpu: Option<Duration>,
     signals: ShutdownSignals,
     workload: String,
     terminal: bool,
@@ -52,6 +54,7 @@ impl Bench {
             quick: args.quick,
             rounds: args.runs.unwrap_or(if args.quick { 1 } else { ROUNDS }),
             series: args.series.clone(),
+            series_cpu: args.series_cpu_ms.map(Duration::from_millis),
             ksm: Ksm::open().map_err(|error| error.to_string()),
             signals,
             workload: String::new(),

@@ -34,6 +34,14 @@ impl<'a> Kernels<'a> {
         &self.memory
     }
 
+    /// Lets KSM give pages of zeros back as well.
+    ///
+    /// # Errors
+    /// Where the setting is refused.
+    pub(super) fn use_zero_pages(&self) -> Result<()> {
+        self.ksm.use_zero_pages()
+    }
+
     /// See [`Ksm::work`].
     ///
     /// # Errors

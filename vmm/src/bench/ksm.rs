@@ -95,8 +95,6 @@ pub(super) struct Ksm {
     saved: Vec<(&'static str, String)>,
     advisor: Option<String>,
     run: String,
-    /// For each zero page given back, KSM counts it apart.
-    zero_pages: bool,
 }
 
 impl Ksm {
@@ -117,7 +115,7 @@ impl Ksm {
         let advisor = if exists("advisor_mode") { Some(chosen(&read("advisor_mode")?)) } else { None };
         let schedstat = thread().ok_or(KsmError::NoThread)?;
         write("run", "0").map_err(KsmError::Refused)?;
-        Ok(Self { schedstat, saved, advisor, run, zero_pages: exists("use_zero_pages") })
+        Ok(Self { schedstat, saved, advisor, run })
     }
 
     /// Whether KSM was at work before: then it may have pages of other processes, which its CPU
@@ -131,15 +129,9 @@ impl Ksm {
     /// # Errors
     /// Where a setting is refused.
     pub(super) fn set(&self, mode: Mode) -> Result<()> {
-        let set = |name: &str, value: &str| {
-            if exists(name) {
-                write(name, value).with_context(|| format!("set KSM's {name} to {value}"))
-            } else {
-                Ok(())
-            }
-        };
         set("advisor_mode", "none")?;
         set("smart_scan", "1")?;
+        set("use_zero_pages", "0")?;
         let (pages, sleep) = if mode == Mode::Fastest { (BATCH, "0") } else { ("100", "20") };
         set("pages_to_scan", pages)?;
         set("sleep_millisecs", sleep)?;
@@ -150,15 +142,12 @@ impl Ksm {
         Ok(())
     }
 
-    /// Whether pages of zeros are merged with the kernel's.
+    /// Lets pages of zeros be merged with the kernel's own, until KSM is set again.
     ///
     /// # Errors
     /// Where the setting is refused.
-    pub(super) fn use_zero_pages(&self, use_them: bool) -> Result<()> {
-        if self.zero_pages {
-            write("use_zero_pages", if use_them { "1" } else { "0" }).context("set KSM's use_zero_pages")?;
-        }
-        Ok(())
+    pub(super) fn use_zero_pages(&self) -> Result<()> {
+        set("use_zero_pages", "1")
     }
 
     /// Whether the advisor exists.
@@ -231,14 +220,6 @@ impl Ksm {
     pub(super) fn counts(&self) -> Result<Counts> {
         Ok(Counts { merged: merged()?, full_scans: number(&read("full_scans")?)? })
     }
-
-    /// Pages of zeros of this process that are the kernel's.
-    ///
-    /// # Errors
-    /// Where they cannot be read.
-    pub(super) fn zeros(&self) -> Result<u64> {
-        Ok(of_process("ksm_zero_pages").unwrap_or(0))
-    }
 }
 
 impl Drop for Ksm {
@@ -271,6 +252,14 @@ impl Drop for Running {
         // Refused only where starting it was as well.
         let _ = write("run", "0");
     }
+}
+
+/// Changes a setting; kernels that lack it do without.
+fn set(name: &str, value: &str) -> Result<()> {
+    if exists(name) {
+        write(name, value).with_context(|| format!("set KSM's {name} to {value}"))?;
+    }
+    Ok(())
 }
 
 /// Pages of this process that are shared; of all processes where the kernel does not tell.

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use samepage_resources::demo::content::mix;
 use samepage_sharing::changes::{ChangeLog, PageSet};
 use samepage_sharing::{PAGE_SIZE, Ram};
+use twox_hash::XxHash3_64;
 
 use super::layout::{ALTERED, Content, Layout};
 
@@ -25,6 +26,7 @@ const LAST: usize = WORDS - 1;
 pub(super) struct Memory {
     ram: Arc<Ram>,
     log: Log,
+    touched: Box<[AtomicU64]>,
 }
 
 impl Memory {
@@ -32,7 +34,8 @@ impl Memory {
     pub(super) fn new(pages: u32) -> Result<Self> {
         let ram = Ram::reserve(pages as usize * PAGE_SIZE).context("reserve memory")?;
         ram.use_small_pages().context("use small pages")?;
-        Ok(Self { ram: Arc::new(ram), log: Log::new(pages) })
+        let touched = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { ram: Arc::new(ram), log: Log::new(pages), touched })
     }
 
     /// Memory of all VMs of a layout, filled.
@@ -70,7 +73,7 @@ impl Memory {
         let address = self.address(page);
         // SAFETY: the page is reserved and writable, and nobody holds a reference to it.
         unsafe { address.copy_from_nonoverlapping(words.as_ptr(), WORDS) };
-        self.log.note(page);
+        self.note(page);
     }
 
     /// Writes one word of a page.
@@ -78,7 +81,34 @@ impl Memory {
         assert!(index < WORDS);
         // SAFETY: as above; the index is within the page.
         unsafe { self.address(page).add(index).write_volatile(word) };
-        self.log.note(page);
+        self.note(page);
+    }
+
+    /// Writes a page where it holds something else.
+    pub(super) fn become_like(&self, page: u32, content: &[u8; PAGE_SIZE]) {
+        let address = self.address(page).cast::<u8>();
+        // SAFETY: the page is reserved, and as long as the content.
+        let same = unsafe { libc::memcmp(address.cast(), content.as_ptr().cast(), PAGE_SIZE) } == 0;
+        if !same {
+            // SAFETY: as above; the page is writable, and nobody holds a reference to it.
+            unsafe { address.copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE) };
+            self.note(page);
+        }
+    }
+
+    /// A digest of what a page holds.
+    pub(super) fn digest(&self, page: u32) -> u64 {
+        let mut content = [0; PAGE_SIZE];
+        // SAFETY: the page is reserved and readable.
+        unsafe { samepage_sharing::content::copy(self.address(page).cast(), &mut content) };
+        XxHash3_64::oneshot(&content)
+    }
+
+    /// Pages that were written at some time.
+    pub(super) fn touched(&self) -> impl Iterator<Item = u32> + '_ {
+        let bit = |page: &u32| 1 << (page % 64);
+        let word = |page: &u32| self.touched[*page as usize / 64].load(Ordering::Relaxed);
+        (0..self.pages()).filter(move |page| word(page) & bit(page) != 0)
     }
 
     /// Reads the last word of a page.
@@ -99,6 +129,11 @@ impl Memory {
             unsafe { libc::madvise(self.ram.base().as_ptr().cast(), self.ram.bytes(), libc::MADV_MERGEABLE) }
                 != 0;
         if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn note(&self, page: u32) {
+        self.touched[page as usize / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
+        self.log.note(page);
     }
 
     fn address(&self, page: u32) -> *mut u64 {

@@ -11,6 +11,8 @@ mod context;
 mod cpu;
 mod duplicates;
 mod fragmented;
+mod frames;
+mod images;
 mod kernels;
 mod ksm;
 mod layout;
@@ -20,6 +22,7 @@ mod ours;
 mod report;
 mod returns;
 mod runs;
+mod series;
 mod sharers;
 mod state;
 mod table;
@@ -52,6 +55,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "fragmented", measure: fragmented::measure },
     Workload { name: "lookahead", measure: lookahead::measure },
     Workload { name: "changing", measure: changing::measure },
+    Workload { name: "series", measure: series::measure },
     Workload { name: "sharers", measure: sharers::measure },
     Workload { name: "state", measure: state::measure },
 ];

@@ -97,15 +97,39 @@ impl Ours {
     pub(super) fn interval(&mut self, bench: &Bench) -> Result<Duration> {
         let mut used = Duration::ZERO;
         loop {
-            let (step, time) = cpu::of(|| self.engine.step(self.now));
-            used += time;
-            bench.check()?;
-            ensure!(!self.lost.load(Ordering::Relaxed), "memory of a VM was lost");
-            if let Step::RestUntil(until) = step {
+            if let Some(until) = self.step(bench, &mut used)? {
                 self.now = until;
                 return Ok(used);
             }
         }
+    }
+
+    /// Lets time pass, in which the engine may use `most` of CPU time; returns what it did use, which may be
+    /// a step more.
+    ///
+    /// # Errors
+    /// Where the benchmark was interrupted.
+    pub(super) fn work_for(&mut self, bench: &Bench, time: Duration, most: Duration) -> Result<Duration> {
+        let end = self.now + time;
+        let mut used = Duration::ZERO;
+        while used < most && self.now < end {
+            let rest = self.step(bench, &mut used)?;
+            self.now = rest.unwrap_or(self.now);
+        }
+        self.now = self.now.max(end);
+        Ok(used)
+    }
+
+    /// Takes a step. Returns until when there is nothing more to do.
+    fn step(&mut self, bench: &Bench, used: &mut Duration) -> Result<Option<Instant>> {
+        let (step, time) = cpu::of(|| self.engine.step(self.now));
+        *used += time;
+        bench.check()?;
+        ensure!(!self.lost.load(Ordering::Relaxed), "memory of a VM was lost");
+        Ok(match step {
+            Step::Worked => None,
+            Step::RestUntil(until) => Some(until),
+        })
     }
 
     pub(super) fn statistics(&self) -> EngineStatistics {

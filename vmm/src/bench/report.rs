@@ -51,8 +51,22 @@ pub(super) struct Section {
     /// Whose figures are the first and the second of each measurement.
     pub(super) sides: [String; 2],
     pub(super) measurements: Vec<Measurement>,
+    /// How something went on.
+    pub(super) curves: Option<Curves>,
     /// What else is to be known.
     pub(super) notes: Vec<String>,
+}
+
+/// How several went on.
+#[derive(Debug, Serialize)]
+pub(super) struct Curves {
+    /// Of the points.
+    pub(super) unit: &'static str,
+    /// What the points of a curve are of: one, two and so on.
+    pub(super) of: &'static str,
+    pub(super) names: Vec<String>,
+    /// For each name, equally many.
+    pub(super) points: Vec<Vec<f64>>,
 }
 
 impl Section {
@@ -63,6 +77,7 @@ impl Section {
             title: title.into(),
             sides: [ours.into(), other.into()],
             measurements: Vec::new(),
+            curves: None,
             notes: Vec::new(),
         }
     }

@@ -2,7 +2,10 @@
 
 use std::fmt::Write;
 
-use super::report::{Figure, Goal, Measurement, Report, Section};
+use super::report::{Curves, Figure, Goal, Measurement, Report, Section};
+
+/// How many points of a curve are printed; all of them are in the JSON.
+const POINTS: usize = 16;
 
 /// The results, as they are printed.
 pub(super) fn format(report: &Report) -> String {
@@ -35,29 +38,55 @@ pub(super) fn format(report: &Report) -> String {
 
 fn add(text: &mut String, section: &Section) {
     let [ours, other] = &section.sides;
-    let header = ["", "", ours, other, "ratio", "goal", ""].map(str::to_owned);
+    let header = ["", "", ours, other, "ratio", "goal", ""].map(str::to_owned).to_vec();
     let rows: Vec<_> = std::iter::once(header).chain(section.measurements.iter().map(row)).collect();
-    let widths: [usize; 7] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     // Writing to a string cannot fail.
     let _ = writeln!(text, "\n{}", section.title);
-    for row in &rows {
-        let mut line = String::new();
-        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            let _ = match column {
-                0 | 1 | 6 => write!(line, "  {cell:width$}"),
-                _ => write!(line, "  {cell:>width$}"),
-            };
-        }
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
+    align(text, &rows, &[0, 1, 6]);
     let notes = section.measurements.iter().filter_map(|m| Some(format!("{}: {}", m.name, m.note.as_ref()?)));
     for note in notes.chain(section.notes.iter().cloned()) {
         let _ = writeln!(text, "  - {note}");
     }
+    if let Some(curves) = &section.curves {
+        let _ = writeln!(text, "\n  {} after each {}", curves.unit, curves.of);
+        align(text, &table_of(curves), &[]);
+    }
 }
 
-fn row(measurement: &Measurement) -> [String; 7] {
+/// Curves side by side, with no more than about [`POINTS`] of their points, the last among them.
+fn table_of(curves: &Curves) -> Vec<Vec<String>> {
+    let header = std::iter::once(String::new()).chain(curves.names.iter().cloned()).collect();
+    let count = curves.points.iter().map(Vec::len).max().unwrap_or(0);
+    let every = count.div_ceil(POINTS).max(1);
+    let places = (0..count).filter(|place| (count - 1 - place).is_multiple_of(every));
+    let row = |place: usize| {
+        let point =
+            |points: &Vec<f64>| points.get(place).map_or_else(|| "-".to_owned(), |&point| number(point));
+        std::iter::once((place + 1).to_string()).chain(curves.points.iter().map(point)).collect()
+    };
+    std::iter::once(header).chain(places.map(row)).collect()
+}
+
+/// Rows with columns as wide as they must be: some to the left, the others to the right.
+fn align(text: &mut String, rows: &[Vec<String>], left: &[usize]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            // Writing to a string cannot fail.
+            let _ = if left.contains(&column) {
+                write!(line, "  {cell:width$}")
+            } else {
+                write!(line, "  {cell:>width$}")
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+}
+
+fn row(measurement: &Measurement) -> Vec<String> {
     let goal = match measurement.goal {
         None => String::new(),
         Some(Goal::RatioAtMost(most)) => format!("<= {}", number(most)),
@@ -69,7 +98,7 @@ fn row(measurement: &Measurement) -> [String; 7] {
         Some(false) => "missed",
         None => "",
     };
-    [
+    vec![
         measurement.name.clone(),
         measurement.unit.to_owned(),
         figure(measurement.ours.as_ref()),
