@@ -281,7 +281,8 @@ impl Engine {
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         self.recount();
-        if self.take_hints() || self.end_an_interval(now) || self.look_at_rested() || self.undo(now) {
+        if self.take_hints() || self.end_an_interval(now) || self.look_at_rested() || self.take_off_step(now)
+        {
             return Step::Worked;
         }
         let passes = self.members.iter().any(|member| member.follower.is_none() && member.active());

@@ -66,7 +66,12 @@ impl Follower {
     }
 
     /// A page is not to be looked at before it has been written again.
-    pub(crate) fn forget(&mut self, page: u32) {
+    pub(crate) fn skip(&mut self, page: u32) {
+        self.tracker.skip(page);
+        self.forget(page);
+    }
+
+    fn forget(&mut self, page: u32) {
         self.ready.remove(page);
         self.later.remove(page);
         self.denied.remove(page);

@@ -35,7 +35,8 @@ impl Engine {
         let pages = hint.pages();
         let member = self.members.at(slot);
         // Page numbers come from a device, which has them from a guest.
-        if member.space.lost() || member.mode != Mode::Full || pages.end > member.space.pages() {
+        let there = pages.start < pages.end && pages.end <= member.space.pages();
+        if member.space.lost() || member.mode != Mode::Full || !there {
             return;
         }
         match hint {
@@ -44,7 +45,7 @@ impl Engine {
                 for page in pages {
                     self.forget_page(slot, page);
                     if let Some(follower) = &mut self.members.at_mut(slot).follower {
-                        follower.forget(page);
+                        follower.skip(page);
                     }
                 }
             }
@@ -60,7 +61,8 @@ impl Engine {
         let mut next = pages.start;
         for page in pages.clone() {
             let place = self.members.at(slot).place(page);
-            let Some(before) = self.blocks.replace(image, block + u64::from(page - pages.start), place)
+            let Some(before) =
+                self.blocks.replace(image, block.wrapping_add(u64::from(page - pages.start)), place)
             else {
                 continue;
             };

@@ -54,7 +54,7 @@ pub struct Hints {
 
 impl Hints {
     /// Gives a hint. Returns whether it is the first that waits: the engine may be asleep then.
-    pub(crate) fn give(&self, hint: Hint) -> bool {
+    pub fn give(&self, hint: Hint) -> bool {
         let mut queue = self.queue.lock();
         if queue.len() >= QUEUED {
             self.dropped.fetch_add(1, Ordering::Relaxed);

@@ -118,6 +118,11 @@ impl Tracker {
         armed
     }
 
+    /// A page that is armed is not waited for: nobody cares when it comes to rest.
+    pub fn skip(&mut self, page: u32) {
+        self.waiting.remove(page);
+    }
+
     /// Bytes that following takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {

@@ -88,8 +88,9 @@ impl Pressure {
 }
 
 impl Engine {
-    /// Takes the next pages off their frames, where any are to be. Returns whether there were.
-    pub(crate) fn undo(&mut self, now: Instant) -> bool {
+    /// Takes the next pages off their frames, where any are to be: about a millisecond of work. Returns
+    /// whether there were.
+    pub fn take_off_step(&mut self, now: Instant) -> bool {
         self.unshare(now) || self.undo_for_better()
     }
 

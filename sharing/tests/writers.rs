@@ -5,20 +5,9 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Guest, audit, engine, losses, no_rest, pass};
+use common::{Guest, Numbers, audit, engine, losses, no_rest, pass, take_off};
 use proptest::prelude::*;
-
-/// A small generator of numbers, one for each writer.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
+use samepage_sharing::engine::{Mode, Order, Settings};
 
 /// Writes contents that are often alike to the pages `first..first + model.len()`, checking each
 /// before it is overwritten.
@@ -86,6 +75,7 @@ fn no_write_is_lost_while_pages_are_merged_under_it() {
 enum Event {
     Write { vm: usize, page: u32, count: u32, seed: u64 },
     Pass,
+    Mode { vm: usize, mode: Mode },
     Restart { vm: usize },
 }
 
@@ -94,6 +84,8 @@ fn event() -> impl Strategy<Value = Event> {
         6 => (0..3_usize, 0..120_u32, 1..40_u32, 0..8_u64)
             .prop_map(|(vm, page, count, seed)| Event::Write { vm, page, count, seed }),
         3 => Just(Event::Pass),
+        1 => (0..3_usize, prop_oneof![Just(Mode::Off), Just(Mode::Zero), Just(Mode::Full)])
+            .prop_map(|(vm, mode)| Event::Mode { vm, mode }),
         1 => (0..3_usize).prop_map(|vm| Event::Restart { vm }),
     ]
 }
@@ -101,9 +93,15 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
     #[test]
-    fn guests_read_what_they_wrote(settle: bool, events in prop::collection::vec(event(), 1..60)) {
+    fn guests_read_what_they_wrote(
+        settle: bool,
+        lookahead: bool,
+        content: bool,
+        events in prop::collection::vec(event(), 1..60),
+    ) {
         const PAGES: u32 = 128;
-        let mut engine = engine(&no_rest(settle));
+        let order = if content { Order::Content } else { Order::Digest };
+        let mut engine = engine(&Settings { lookahead, order, ..no_rest(settle) });
         let mut vms: Vec<_> = (0..3)
             .map(|_| {
                 let guest = Guest::new(PAGES);
@@ -124,7 +122,9 @@ proptest! {
                 }
                 Event::Pass => {
                     pass(&mut engine);
+                    take_off(&mut engine);
                 }
+                Event::Mode { vm, mode } => engine.set_mode(vms[vm].1, mode),
                 Event::Restart { vm } => {
                     let guest = Guest::new(PAGES);
                     engine.remove(vms[vm].1).unwrap();

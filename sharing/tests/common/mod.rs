@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![expect(unsafe_code, reason = "plays the guests: writes to and reads from their memory")]
 
+pub(crate) mod followed;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -167,6 +169,11 @@ pub(crate) fn pass(engine: &mut Engine) -> u64 {
     }
 }
 
+/// Takes all pages off their frames that are to be, without looking at others.
+pub(crate) fn take_off(engine: &mut Engine) {
+    while engine.take_off_step(std::time::Instant::now()) {}
+}
+
 pub(crate) fn audit(engine: &mut Engine) {
     let report = engine.audit().unwrap();
     assert!(report.passed(), "{report:#?}");
@@ -182,4 +189,31 @@ pub(crate) fn losses() -> (Arc<AtomicU32>, samepage_sharing::space::LostHandler)
             counted.fetch_add(1, Ordering::Relaxed);
         }),
     )
+}
+
+/// How many mappings the kernel has for a guest's RAM.
+pub(crate) fn kernels_mappings(guest: &Guest) -> usize {
+    let start = guest.ram.base().as_ptr().addr();
+    let end = start + guest.ram.bytes();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines()
+        .filter(|line| {
+            let (from, rest) = line.split_once('-').unwrap();
+            let (to, _) = rest.split_once(' ').unwrap();
+            let address = |text| usize::from_str_radix(text, 16).unwrap();
+            address(from) < end && address(to) > start
+        })
+        .count()
+}
+
+/// A small generator of numbers.
+pub(crate) struct Numbers(pub(crate) u64);
+
+impl Numbers {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
 }

@@ -1,0 +1,241 @@
+//! Pages taken off their frames: when a VM is not to share any more, and when mappings run out and
+//! longer runs want them.
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::followed::{Clock, Vm, following};
+use common::{
+    Fault, Guest, Numbers, audit, engine, faulty_engine, kernels_mappings, losses, no_rest, pass, take_off,
+};
+use samepage_sharing::engine::{Engine, Mode, Settings};
+
+const PAGES: u32 = 2000;
+
+/// Content such that every fourth page is alike in all guests, and nothing else.
+fn isolated(vm: u64, page: u32) -> u64 {
+    if page.is_multiple_of(4) { 1 + u64::from(page) } else { (vm + 1) << 32 | u64::from(page) }
+}
+
+fn fill(guest: &Guest, content: impl Fn(u32) -> u64) {
+    (0..guest.ram.pages()).for_each(|page| guest.write(page, content(page)));
+}
+
+fn add(engine: &mut Engine, guest: &Guest) -> usize {
+    engine.add(guest.ram.clone(), None, losses().1).unwrap()
+}
+
+#[test]
+fn a_vm_that_is_not_to_share_any_more_has_its_memory_in_one_mapping_again() {
+    let guests = [Guest::new(PAGES), Guest::new(PAGES)];
+    let mut engine = engine(&no_rest(false));
+    let slots: Vec<_> = (0..)
+        .zip(&guests)
+        .map(|(vm, guest)| {
+            fill(guest, |page| isolated(vm, page));
+            add(&mut engine, guest)
+        })
+        .collect();
+    pass(&mut engine);
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, u64::from(PAGES / 4));
+    assert!(kernels_mappings(&guests[0]) > 900);
+    // One page left its frame: its mapping is there, and refers to nothing.
+    guests[0].write(8, 7 << 50);
+    pass(&mut engine);
+
+    engine.set_mode(slots[0], Mode::Off);
+    take_off(&mut engine);
+    let vm = engine.vm_statistics(slots[0]).unwrap().unwrap();
+    assert_eq!((vm.pages_merged, vm.pages_private, vm.mappings), (0, u64::from(PAGES), 1));
+    assert_eq!(kernels_mappings(&guests[0]), 1, "the kernel made one mapping of it");
+    assert_eq!(engine.statistics().pages_sharing, 0);
+    assert_eq!(engine.statistics().frames, u64::from(PAGES / 4), "the other VM's");
+    (0..PAGES).for_each(|page| guests[0].check(page, if page == 8 { 7 << 50 } else { isolated(0, page) }));
+    (0..PAGES).for_each(|page| guests[1].check(page, isolated(1, page)));
+    audit(&mut engine);
+
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, 0, "it is left alone");
+    engine.set_mode(slots[0], Mode::Full);
+    pass(&mut engine);
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, u64::from(PAGES / 4 - 1));
+    audit(&mut engine);
+}
+
+#[test]
+fn of_a_vm_in_zero_mode_pages_of_zeros_alone_are_given_back() {
+    let guests = [Guest::new(400), Guest::new(400)];
+    let mut engine = engine(&no_rest(false));
+    for guest in &guests {
+        fill(guest, |page| if page < 100 { 0 } else { u64::from(page) });
+    }
+    let slots = [add(&mut engine, &guests[0]), add(&mut engine, &guests[1])];
+    engine.set_mode(slots[0], Mode::Zero);
+    pass(&mut engine);
+    pass(&mut engine);
+    let statistics = engine.statistics();
+    assert_eq!((statistics.zero_pages, statistics.pages_sharing, statistics.merges), (200, 0, 0));
+    engine.set_mode(slots[0], Mode::Full);
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, 300);
+    engine.set_mode(slots[1], Mode::Zero);
+    take_off(&mut engine);
+    pass(&mut engine);
+    let statistics = engine.statistics();
+    assert_eq!((statistics.zero_pages, statistics.pages_sharing, statistics.frames), (200, 0, 300));
+    audit(&mut engine);
+}
+
+#[test]
+fn a_followed_vm_is_looked_at_anew_when_it_shares_again() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 500)).collect();
+    let mut clock = Clock::new();
+    vms.iter().for_each(|vm| (0..500).for_each(|page| vm.write(page, 1 + u64::from(page))));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().pages_sharing, 500);
+    engine.set_mode(vms[1].slot, Mode::Off);
+    clock.intervals(&mut engine, 1);
+    assert_eq!(engine.statistics().pages_sharing, 0);
+    vms[1].write(3, 9 << 50);
+    clock.intervals(&mut engine, 10);
+    assert_eq!(engine.statistics().pages_sharing, 0);
+    engine.set_mode(vms[1].slot, Mode::Full);
+    clock.intervals(&mut engine, 3);
+    assert_eq!(engine.statistics().pages_sharing, 499);
+    audit(&mut engine);
+}
+
+#[test]
+fn writers_go_on_while_their_pages_are_taken_off() {
+    let guests = [Guest::new(PAGES), Guest::new(PAGES)];
+    let mut engine = engine(&no_rest(false));
+    let alike = |page: u32| 1 + u64::from(page);
+    guests.iter().for_each(|guest| fill(guest, alike));
+    let slots = [add(&mut engine, &guests[0]), add(&mut engine, &guests[1])];
+    let stop = AtomicBool::new(false);
+    let model = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut numbers = Numbers(1);
+            let mut model: Vec<u64> = (0..PAGES).map(alike).collect();
+            while !stop.load(Ordering::Relaxed) {
+                let page = numbers.below(u64::from(PAGES)) as u32;
+                guests[0].check(page, model[page as usize]);
+                // Often the content that it had at first, so that it is merged again.
+                let content = if numbers.below(4) > 0 { alike(page) } else { numbers.below(9) << 32 | 5 };
+                guests[0].write(page, content);
+                model[page as usize] = content;
+            }
+            model
+        });
+        while engine.statistics().pages_undone < 20_000 && !writer.is_finished() {
+            pass(&mut engine);
+            engine.set_mode(slots[0], Mode::Off);
+            take_off(&mut engine);
+            engine.set_mode(slots[0], Mode::Full);
+        }
+        stop.store(true, Ordering::Relaxed);
+        writer.join().expect("the writer found another's content")
+    });
+    (0..PAGES).for_each(|page| guests[0].check(page, model[page as usize]));
+    (0..PAGES).for_each(|page| guests[1].check(page, alike(page)));
+    assert_eq!(engine.statistics().refusals, 0);
+    audit(&mut engine);
+}
+
+/// Guests of which the first two have isolated pages in common and the last two long runs, under a
+/// limit that does not allow for both.
+fn short_of_mappings(engine: &mut Engine) -> (Vec<Vm>, Clock) {
+    let vms: Vec<_> = (0..4).map(|_| Vm::start(engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    for (number, vm) in (0..).zip(&vms[..2]) {
+        (0..PAGES).for_each(|page| vm.write(page, isolated(number, page)));
+    }
+    clock.intervals(engine, 2);
+    (vms, clock)
+}
+
+/// Runs of 31 pages that are alike in both VMs, with a page between that is not.
+fn in_runs(vm: u64, page: u32) -> u64 {
+    if page.is_multiple_of(32) { (vm + 9) << 40 | u64::from(page) } else { 1 << 50 | u64::from(page) }
+}
+
+#[test]
+fn merges_of_low_value_are_undone_for_better_ones() {
+    let mappings = samepage_sharing::budget::mappings_of_process().unwrap();
+    // Room for some 900 mappings of guests beside the reserve.
+    let limit = 2 * (mappings + 1200 + 4 * 64);
+    let mut engine = engine(&Settings { mappings_limit: Some(limit), ..following() });
+    let (vms, mut clock) = short_of_mappings(&mut engine);
+    let singles = engine.statistics();
+    assert!(singles.pages_sharing > 150 && singles.pages_sharing < u64::from(PAGES / 4), "{singles:?}");
+    assert!(singles.mappings_denied > 0 && singles.mappings < limit, "{singles:?}");
+
+    for (number, vm) in (2..).zip(&vms[2..]) {
+        (0..PAGES).for_each(|page| vm.write(page, in_runs(number, page)));
+    }
+    clock.intervals(&mut engine, 12);
+    let runs = engine.statistics();
+    let long: u64 =
+        vms[2..].iter().map(|vm| engine.vm_statistics(vm.slot).unwrap().unwrap().pages_merged).sum();
+    let all = 2 * (0..PAGES).filter(|page| !page.is_multiple_of(32)).count() as u64;
+    assert!(long > all * 9 / 10, "{long} of {all} pages in long runs are merged: {runs:?}");
+    assert!(runs.pages_undone > 0 && runs.pages_sharing > singles.pages_sharing, "{runs:?}");
+    assert!(runs.mappings < limit, "{runs:?}");
+    for (number, vm) in (0..).zip(&vms) {
+        let content = |page| if number < 2 { isolated(number, page) } else { in_runs(number, page) };
+        (0..PAGES).for_each(|page| vm.guest.check(page, content(page)));
+    }
+    audit(&mut engine);
+
+    // At rest there is no to and fro.
+    clock.intervals(&mut engine, 40);
+    assert_eq!(engine.statistics().pages_undone, runs.pages_undone);
+    assert_eq!(engine.statistics().merges, runs.merges);
+}
+
+#[test]
+fn calls_that_fail_while_pages_are_taken_off_leave_guests_whole() {
+    for (call, fault) in [
+        ("stage", Fault::Refuse),
+        ("restore", Fault::Refuse),
+        ("restore", Fault::Tear),
+        ("unstage", Fault::Refuse),
+        ("protect", Fault::Refuse),
+    ] {
+        let mut failures = 0;
+        let taking_off = std::sync::Arc::new(AtomicBool::new(false));
+        let fails = std::sync::Arc::clone(&taking_off);
+        let mut engine = faulty_engine(&no_rest(false), move |name| {
+            failures += 1;
+            let fails = name == call && fails.load(Ordering::Relaxed) && failures % 3 == 0;
+            if fails { fault } else { Fault::None }
+        });
+        let guests = [Guest::new(300), Guest::new(300)];
+        let slots: Vec<_> = (0..)
+            .zip(&guests)
+            .map(|(vm, guest)| {
+                fill(guest, |page| isolated(vm, page));
+                add(&mut engine, guest)
+            })
+            .collect();
+        pass(&mut engine);
+        pass(&mut engine);
+        taking_off.store(true, Ordering::Relaxed);
+        engine.set_mode(slots[0], Mode::Off);
+        take_off(&mut engine);
+        for (vm, guest) in (0..).zip(&guests) {
+            (0..300).for_each(|page| guest.check(page, isolated(vm, page)));
+        }
+        audit(&mut engine);
+        taking_off.store(false, Ordering::Relaxed);
+        engine.set_mode(slots[0], Mode::Full);
+        pass(&mut engine);
+        pass(&mut engine);
+        assert_eq!(engine.statistics().pages_sharing, 75, "{call}");
+        audit(&mut engine);
+    }
+}
