@@ -58,6 +58,10 @@ pub(super) struct SharingArgs {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) series_cpu_ms: Option<u64>,
 
+    /// Draw what the workload `series` measures over time into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub(super) svg: Option<PathBuf>,
+
     /// Print the results as JSON, and nothing else
     #[arg(long)]
     pub(super) json: bool,

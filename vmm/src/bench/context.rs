@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use samepage::signals::ShutdownSignals;
 
-use super::args::{Series, SharingArgs};
+use super::args::SharingArgs;
+use super::images::Images;
 use super::ksm::Ksm;
 
 /// Rounds where the user does not say how many.
@@ -21,7 +22,7 @@ pub(super) struct Bench {
     /// How often everything is measured.
     pub(super) rounds: u32,
     /// Images in place of made-up ones.
-    pub(super) series: Vec<Series>,
+    pub(super) images: Option<Images>,
     /// The kernel's side; without it the text says why, and what to do.
     pub(super) ksm: Result<Ksm, String>,
     /// CPU time for each image, where the user says.
@@ -48,12 +49,14 @@ impl Interrupted {
 impl Bench {
     /// Catches signals and saves KSM's settings, which are put back when this value goes.
     pub(super) fn new(args: &SharingArgs) -> Result<Self> {
+        // What is wrong with files is known before anything is measured.
+        let images = if args.series.is_empty() { None } else { Some(Images::open(&args.series)?) };
         // Before KSM is touched, and before any thread is started.
         let signals = ShutdownSignals::catch().context("catch signals")?;
         let bench = Self {
             quick: args.quick,
             rounds: args.runs.unwrap_or(if args.quick { 1 } else { ROUNDS }),
-            series: args.series.clone(),
+            images,
             series_cpu: args.series_cpu_ms.map(Duration::from_millis),
             ksm: Ksm::open().map_err(|error| error.to_string()),
             signals,

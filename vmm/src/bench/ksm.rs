@@ -3,7 +3,7 @@
 //!
 //! Settings are saved when KSM is opened and put back when the value goes.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -38,6 +38,10 @@ pub(super) enum KsmError {
          alone; run in the host's PID namespace to compare"
     )]
     NoThread,
+    #[error(
+        "another benchmark has KSM at work: samepage is measured alone; wait for the other's end to compare"
+    )]
+    Busy,
     #[error("{0} cannot be read ({1}): samepage is measured alone")]
     Read(PathBuf, io::Error),
 }
@@ -91,6 +95,8 @@ pub(super) struct Work {
 /// KSM, to be put back as it was.
 #[derive(Debug)]
 pub(super) struct Ksm {
+    /// Locked while this value is there.
+    _lock: File,
     schedstat: PathBuf,
     saved: Vec<(&'static str, String)>,
     advisor: Option<String>,
@@ -106,6 +112,12 @@ impl Ksm {
         if !Path::new(FOLDER).join("run").exists() {
             return Err(KsmError::Missing);
         }
+        let path = Path::new(FOLDER).join("run");
+        let lock = File::open(&path).map_err(|error| KsmError::Read(path, error))?;
+        // Where files there cannot be locked, two benchmarks at once are the user's to avoid.
+        if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Err(KsmError::Busy);
+        }
         let run = read("run")?;
         let saved = SETTINGS
             .iter()
@@ -115,7 +127,7 @@ impl Ksm {
         let advisor = if exists("advisor_mode") { Some(chosen(&read("advisor_mode")?)) } else { None };
         let schedstat = thread().ok_or(KsmError::NoThread)?;
         write("run", "0").map_err(KsmError::Refused)?;
-        Ok(Self { schedstat, saved, advisor, run })
+        Ok(Self { _lock: lock, schedstat, saved, advisor, run })
     }
 
     /// Whether KSM was at work before: then it may have pages of other processes, which its CPU

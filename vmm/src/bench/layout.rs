@@ -75,7 +75,7 @@ impl Layout {
     /// page: runs end after each page, and no earlier than at the end of its neighbour.
     pub(super) fn nearly_alike(vms: u32, pages: u32) -> Self {
         let vms = (0..u64::from(vms)).map(|vm| {
-            let altered = |page: u64| if vm >= 2 && page % 2 == 0 { vm << ALTERED } else { 0 };
+            let altered = |page: u64| if vm >= 2 && page.is_multiple_of(2) { vm << ALTERED } else { 0 };
             (1..=u64::from(pages)).map(|page| Some(page | altered(page))).collect()
         });
         Self { vms: vms.collect() }

@@ -34,6 +34,12 @@ struct Round {
     late: Effort,
 }
 
+/// One part of a round.
+struct Phase {
+    name: &'static str,
+    effort: fn(&Round) -> &Effort,
+}
+
 /// What merging took.
 struct Effort {
     merges: u64,
@@ -74,9 +80,11 @@ fn compare(bench: &Bench, layout: &Layout, order: Order, name: &str) -> Result<S
         "first VMs: {EARLIER}, of which one must be searched in vain; later: {} more",
         VMS as usize - EARLIER
     ));
-    let phases: [(&str, fn(&Round) -> &Effort); 2] =
-        [("first", |round| &round.early), ("later", |round| &round.late)];
-    for (phase, effort) in phases {
+    let phases = [
+        Phase { name: "first", effort: |round| &round.early },
+        Phase { name: "later", effort: |round| &round.late },
+    ];
+    for Phase { name: phase, effort } in phases {
         let mut add = |what: &str, unit, figure: fn(&Effort) -> f64, goal| {
             let of = |rounds: &[Round]| rounds.iter().map(|round| figure(effort(round))).collect::<Vec<_>>();
             let measurement =

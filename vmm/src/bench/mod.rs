@@ -19,6 +19,7 @@ mod layout;
 mod lookahead;
 mod memory;
 mod ours;
+mod plot;
 mod report;
 mod returns;
 mod runs;
@@ -31,7 +32,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 pub(crate) use args::BenchArgs;
 use args::{Benchmark, SharingArgs};
@@ -47,6 +48,9 @@ struct Workload {
     measure: fn(&Bench) -> Result<Vec<Section>>,
 }
 
+/// The workload that measures over time.
+const SERIES: &str = "series";
+
 /// All workloads, in the order in which they run.
 const WORKLOADS: &[Workload] = &[
     Workload { name: "runs", measure: runs::measure },
@@ -55,7 +59,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "fragmented", measure: fragmented::measure },
     Workload { name: "lookahead", measure: lookahead::measure },
     Workload { name: "changing", measure: changing::measure },
-    Workload { name: "series", measure: series::measure },
+    Workload { name: SERIES, measure: series::measure },
     Workload { name: "sharers", measure: sharers::measure },
     Workload { name: "state", measure: state::measure },
 ];
@@ -65,6 +69,15 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
     let Benchmark::Sharing(args) = &args.benchmark;
     match sharing(args) {
         Ok(report) => {
+            if let Some(path) = &args.svg {
+                let drawn = report
+                    .sections
+                    .iter()
+                    .find_map(|section| Some((&section.title, section.curves.as_ref()?)));
+                let (title, curves) = drawn.context("nothing was measured over time")?;
+                std::fs::write(path, plot::draw(title, curves))
+                    .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
+            }
             let text = if args.json {
                 serde_json::to_string_pretty(&report)? + "\n"
             } else {
@@ -85,11 +98,16 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
 
 fn sharing(args: &SharingArgs) -> Result<Report> {
     let started = Instant::now();
-    let mut bench = Bench::new(args)?;
     let chosen: Vec<_> = WORKLOADS
         .iter()
         .filter(|workload| args.only.is_empty() || args.only.iter().any(|name| name == workload.name))
         .collect();
+    let over_time = chosen.iter().any(|workload| workload.name == SERIES);
+    ensure!(
+        args.svg.is_none() || over_time,
+        "--svg draws what the workload {SERIES} measures: give --only {SERIES} too"
+    );
+    let mut bench = Bench::new(args)?;
     let mut sections = Vec::new();
     for (index, workload) in chosen.iter().enumerate() {
         bench.begin(format!("[{}/{}] {}", index + 1, chosen.len(), workload.name));

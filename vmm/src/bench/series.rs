@@ -28,6 +28,14 @@ const KSM: usize = 0;
 /// Where the engine with its defaults is.
 const SAMEPAGE: usize = 1;
 
+/// What contenders are called.
+mod names {
+    pub(super) const SAMEPAGE: &str = "samepage";
+    pub(super) const PLAIN: &str = "no lookahead";
+    pub(super) const PASSES: &str = "full passes";
+    pub(super) const LOOKAHEAD_PASSES: &str = "passes, lookahead";
+}
+
 /// One that the series goes through.
 struct Contender {
     name: &'static str,
@@ -45,30 +53,35 @@ struct Outcome {
 }
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
-    let images = if bench.series.is_empty() {
-        Images::make_up(2, bench.size(32_768, 4096), bench.size(30, 8))
-    } else {
-        Images::open(&bench.series)?
+    let made_up;
+    let images = match &bench.images {
+        Some(images) => images,
+        None => {
+            made_up = Images::make_up(2, bench.size(32_768, 4096), bench.size(30, 8));
+            &made_up
+        }
     };
     let pages: u32 = images.memory()?.iter().map(Memory::pages).sum();
     let budget = bench.series_cpu.unwrap_or(CPU_A_PAGE * pages);
-    let possible = possible(bench, &images)?;
+    let possible = possible(bench, images)?;
     let mut outcomes = Vec::new();
     for Contender { name, settings } in contenders() {
         bench.say(name);
         let outcome = match settings {
-            Some(settings) => Some(engines(bench, &images, name, &settings, budget)?),
-            None => kernels(bench, &images, name, budget)?,
+            Some(settings) => Some(engines(bench, images, name, &settings, budget)?),
+            None => kernels(bench, images, name, budget)?,
         };
         outcomes.push(outcome);
     }
-    let made_up = if bench.series.is_empty() { "made up" } else { "from files" };
+    let origin = if bench.images.is_none() { "made up" } else { "from files" };
     let title = format!(
-        "Memory of VMs over {} images ({made_up}), {:.0} ms of CPU time for each: pages saved, on average",
+        "Memory of VMs over {} images ({origin}), {:.0} ms of CPU time for each: pages saved, on average",
         images.count(),
         budget.as_secs_f64() * 1000.0
     );
-    Ok(vec![compare(title, &outcomes, possible)])
+    let (mut section, lookahead) = (compare(title, &outcomes), lookahead(&outcomes));
+    section.curves = Some(curves(&outcomes, possible));
+    Ok(vec![section, lookahead])
 }
 
 fn contenders() -> [Contender; 6] {
@@ -77,20 +90,25 @@ fn contenders() -> [Contender; 6] {
     let contender = |name, settings| Contender { name, settings };
     [
         contender(Mode::Fastest.name(), None),
-        contender("samepage", Some(settings.clone())),
-        contender("no lookahead", Some(Settings { lookahead: false, ..settings.clone() })),
+        contender(names::SAMEPAGE, Some(settings.clone())),
+        contender(names::PLAIN, Some(Settings { lookahead: false, ..settings.clone() })),
         contender("by content", Some(Settings { order: Order::Content, ..settings })),
-        contender("full passes", Some(Settings { lookahead: false, ..full.clone() })),
-        contender("passes, lookahead", Some(full)),
+        contender(names::PASSES, Some(Settings { lookahead: false, ..full.clone() })),
+        contender(names::LOOKAHEAD_PASSES, Some(full)),
     ]
 }
 
-fn compare(title: String, outcomes: &[Option<Outcome>], possible: Vec<f64>) -> Section {
+/// Pages saved, on average over the images.
+fn average(outcome: Option<&Outcome>) -> Vec<f64> {
+    let average = |outcome: &Outcome| outcome.saved.iter().sum::<f64>() / outcome.saved.len() as f64;
+    outcome.map(average).into_iter().collect()
+}
+
+fn compare(title: String, outcomes: &[Option<Outcome>]) -> Section {
     let mut section = Section::new(title, "pages saved", Mode::Fastest.name());
-    let average = |outcome: &Outcome| vec![outcome.saved.iter().sum::<f64>() / outcome.saved.len() as f64];
-    let ksm = outcomes[KSM].as_ref().map(average).unwrap_or_default();
+    let ksm = average(outcomes[KSM].as_ref());
     for outcome in outcomes.iter().skip(SAMEPAGE).flatten() {
-        section.push(Measurement::new(outcome.name, "pages", &average(outcome), &ksm));
+        section.push(Measurement::new(outcome.name, "pages", &average(Some(outcome)), &ksm));
     }
     let cpu = |outcome: &Option<Outcome>| {
         outcome.iter().flat_map(|outcome| outcome.cpu.clone()).collect::<Vec<_>>()
@@ -98,6 +116,20 @@ fn compare(title: String, outcomes: &[Option<Outcome>], possible: Vec<f64>) -> S
     let (ours, others) = (cpu(&outcomes[SAMEPAGE]), cpu(&outcomes[KSM]));
     section.push(Measurement::new("samepage: CPU time", "ms/image", &ours, &others));
     section.note("full passes: by content, as KSM works; passes, lookahead: the same with lookahead");
+    section
+}
+
+/// What lookahead gives the engine, and gave KSM's way of working.
+fn lookahead(outcomes: &[Option<Outcome>]) -> Section {
+    let mut section = Section::new("The same images: what lookahead gives", "lookahead", "without");
+    let of = |name: &str| average(outcomes.iter().flatten().find(|outcome| outcome.name == name));
+    for (with, without) in [(names::SAMEPAGE, names::PLAIN), (names::LOOKAHEAD_PASSES, names::PASSES)] {
+        section.push(Measurement::new(with, "pages", &of(with), &of(without)));
+    }
+    section
+}
+
+fn curves(outcomes: &[Option<Outcome>], possible: Vec<f64>) -> Curves {
     let mut curves = Curves { unit: "pages saved", of: "image", names: Vec::new(), points: Vec::new() };
     for outcome in outcomes.iter().flatten() {
         curves.names.push(outcome.name.to_owned());
@@ -105,8 +137,7 @@ fn compare(title: String, outcomes: &[Option<Outcome>], possible: Vec<f64>) -> S
     }
     curves.names.push("possible".to_owned());
     curves.points.push(possible);
-    section.curves = Some(curves);
-    section
+    curves
 }
 
 /// What could be saved after each image.

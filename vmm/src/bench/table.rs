@@ -157,7 +157,7 @@ mod tests {
         add(&mut text, &section);
         assert_eq!(
             text,
-            "\nCPU\n                      samepage  KSM  ratio     goal\n  \
+            "\nCPU\n                       samepage  KSM  ratio     goal\n  \
              runs of 1   µs  2 (1.50-2.50)    4   0.50  <= 0.75  met\n  \
              runs of 64  µs              1    -      -\n  - runs of 64: alone\n"
         );
