@@ -33,9 +33,16 @@ pub(crate) struct Groups {
 
 #[derive(Debug, Default)]
 struct Known {
-    groups: BTreeMap<String, Arc<Group>>,
+    groups: BTreeMap<String, Entry>,
     /// What was counted in groups that are gone.
     gone: EngineStatistics,
+}
+
+#[derive(Debug)]
+struct Entry {
+    group: Arc<Group>,
+    /// VMs that are in it or about to join.
+    vms: usize,
 }
 
 impl Groups {
@@ -52,45 +59,47 @@ impl Groups {
     pub(crate) fn found(&self, name: &str, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<()> {
         let engine = Engine::with_budget(&self.settings, store, calls, Arc::clone(&self.budget))?;
         let group = Group { name: name.to_owned(), engine: Mutex::new(engine) };
-        self.known.lock().groups.insert(name.to_owned(), Arc::new(group));
+        self.known.lock().groups.insert(name.to_owned(), Entry { group: Arc::new(group), vms: 0 });
         Ok(())
     }
 
-    /// The group of this name, which is put up if there is none.
+    /// The group of this name for one more VM. It is put up if there is none.
     pub(crate) fn join(&self, name: &str) -> Result<Arc<Group>, StartError> {
-        if let Some(group) = self.known.lock().groups.get(name) {
-            return Ok(Arc::clone(group));
+        let found = |known: &mut Known| {
+            let entry = known.groups.get_mut(name)?;
+            entry.vms += 1;
+            Some(Arc::clone(&entry.group))
+        };
+        if let Some(group) = found(&mut self.known.lock()) {
+            return Ok(group);
         }
         let store = FrameStore::create(self.frames).map_err(StartError::Store)?;
         let calls = Linux::open(Arc::clone(store.file()))?;
         let engine = Engine::with_budget(&self.settings, store, Box::new(calls), Arc::clone(&self.budget))
             .map_err(StartError::Engine)?;
-        let group = Arc::new(Group { name: name.to_owned(), engine: Mutex::new(engine) });
+        let mut known = self.known.lock();
         // Another thread may have been faster.
-        Ok(Arc::clone(self.known.lock().groups.entry(name.to_owned()).or_insert(group)))
+        if let Some(group) = found(&mut known) {
+            return Ok(group);
+        }
+        let group = Arc::new(Group { name: name.to_owned(), engine: Mutex::new(engine) });
+        known.groups.insert(name.to_owned(), Entry { group: Arc::clone(&group), vms: 1 });
+        Ok(group)
     }
 
-    /// Takes groups down that nobody is in or about to join, but for the default group.
-    pub(crate) fn prune(&self) {
+    /// A VM is gone from its group. A group without VMs is taken down, but for the default group.
+    pub(crate) fn leave(&self, group: &Group) {
         let Known { groups, gone } = &mut *self.known.lock();
-        groups.retain(|name, group| {
-            if name == DEFAULT_GROUP {
-                return true;
-            }
-            // Whoever joins holds the group.
-            let Some(engine) = (Arc::strong_count(group) == 1).then(|| group.engine.lock()) else {
-                return true;
-            };
-            let used = engine.members.count() > 0;
-            if !used {
-                gone.add_counters(&engine.statistics());
-            }
-            used
-        });
+        let Some(entry) = groups.get_mut(&group.name) else { return };
+        entry.vms -= 1;
+        if entry.vms == 0 && group.name != DEFAULT_GROUP {
+            gone.add_counters(&group.engine.lock().statistics());
+            groups.remove(&group.name);
+        }
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Group>> {
-        self.known.lock().groups.values().cloned().collect()
+        self.known.lock().groups.values().map(|entry| Arc::clone(&entry.group)).collect()
     }
 
     /// The statistics of all groups together, and of each.

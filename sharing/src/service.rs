@@ -19,6 +19,7 @@ use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
 use crate::uffd::UffdError;
 use crate::worker::Crew;
+pub use crate::worker::Notice;
 
 /// The group of VMs for which none is named.
 pub const DEFAULT_GROUP: &str = "default";
@@ -121,12 +122,18 @@ impl Sharing {
         on_lost: LostHandler,
     ) -> Result<Membership, StartError> {
         let group = self.crew.groups.join(&participation.group)?;
-        let (slot, hints) = {
-            let mut engine = group.engine.lock();
-            let slot = engine.add(ram, log, on_lost).map_err(StartError::Engine)?;
-            engine.set_mode(slot, participation.mode);
-            (slot, engine.hints(slot).unwrap_or_default())
+        let mut engine = group.engine.lock();
+        let slot = match engine.add(ram, log, on_lost) {
+            Ok(slot) => slot,
+            Err(error) => {
+                drop(engine);
+                self.crew.groups.leave(&group);
+                return Err(StartError::Engine(error));
+            }
         };
+        engine.set_mode(slot, participation.mode);
+        let hints = engine.hints(slot).unwrap_or_default();
+        drop(engine);
         self.crew.refresh();
         Ok(Membership { crew: Arc::clone(&self.crew), group, slot, hints })
     }
@@ -169,11 +176,9 @@ impl Sharing {
         Ok(report)
     }
 
-    /// Whether longer runs only are merged because the process comes near the kernel's limit on
-    /// mappings.
-    #[must_use]
-    pub fn short_of_mappings(&self) -> bool {
-        self.crew.groups.budget().shortest_run() > 1
+    /// Has `handler` told what users should know, each thing once, from a sharing thread.
+    pub fn on_notice(&self, handler: impl Fn(Notice) + Send + 'static) {
+        self.crew.on_notice(Box::new(handler));
     }
 }
 
@@ -231,9 +236,10 @@ impl Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         let removed = self.group.engine.lock().remove(self.slot);
-        if removed.is_err() {
+        match removed {
+            Ok(()) => self.crew.groups.leave(&self.group),
             // The kernel lacks the memory to let memory go; it is tried again.
-            self.crew.leave_later(Arc::clone(&self.group), self.slot);
+            Err(_) => self.crew.leave_later(Arc::clone(&self.group), self.slot),
         }
         self.crew.refresh();
     }

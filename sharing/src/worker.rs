@@ -7,6 +7,7 @@
 
 #![expect(unsafe_code, reason = "reads the CPU clock of a thread")]
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,7 +19,6 @@ use crate::group::{Group, Groups};
 use crate::pace::Pace;
 
 /// What the threads and their owner have in common.
-#[derive(Debug)]
 pub(crate) struct Crew {
     pub(crate) groups: Groups,
     control: Mutex<Control>,
@@ -30,6 +30,14 @@ pub(crate) struct Crew {
     paused: AtomicBool,
     pace: Mutex<Pace>,
     cpu_nanoseconds: AtomicU64,
+    /// Until there was one.
+    on_notice: Mutex<Option<NoticeHandler>>,
+}
+
+impl fmt::Debug for Crew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew").field("groups", &self.groups).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +48,34 @@ struct Control {
     /// Slots whose RAM the kernel would not let go yet.
     leaving: Vec<(Arc<Group>, usize)>,
 }
+
+/// What users should know, said once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The process comes near the kernel's limit on mappings: only longer runs are shared from now on.
+    ShortOfMappings {
+        /// Mappings of the process.
+        used: u64,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ShortOfMappings { used, limit } => write!(
+                f,
+                "sharing has made {used} memory mappings of the {limit} that this process may have, and from \
+                 now on merges longer runs of pages only; sysctl -w vm.max_map_count=1048576 allows for more \
+                 (for good: a line in /etc/sysctl.d; in force with the next start)"
+            ),
+        }
+    }
+}
+
+/// Who is told of notices, from a sharing thread.
+pub(crate) type NoticeHandler = Box<dyn Fn(Notice) + Send>;
 
 /// What one round over the groups came to.
 enum Round {
@@ -59,6 +95,7 @@ impl Crew {
             paused: AtomicBool::new(false),
             pace: Mutex::new(Pace::new(cpu_percent, Instant::now())),
             cpu_nanoseconds: AtomicU64::new(0),
+            on_notice: Mutex::new(None),
         }
     }
 
@@ -91,6 +128,20 @@ impl Crew {
         self.refresh();
     }
 
+    /// Has `handler` told what users should know, each thing once.
+    pub(crate) fn on_notice(&self, handler: NoticeHandler) {
+        *self.on_notice.lock() = Some(handler);
+    }
+
+    fn notice(&self) {
+        let budget = self.groups.budget();
+        if budget.shortest_run() > 1
+            && let Some(handler) = self.on_notice.lock().take()
+        {
+            handler(Notice::ShortOfMappings { used: budget.used(), limit: budget.limit() });
+        }
+    }
+
     pub(crate) fn cpu(&self) -> Duration {
         Duration::from_nanos(self.cpu_nanoseconds.load(Ordering::Relaxed))
     }
@@ -99,8 +150,8 @@ impl Crew {
     pub(crate) fn lead(&self) {
         loop {
             self.retry_leaving();
-            self.groups.prune();
             let round = self.round(0);
+            self.notice();
             let now = Instant::now();
             let paced = self.pace.lock().rest_until(now);
             let until = match round {
@@ -192,8 +243,9 @@ impl Crew {
         let leaving = std::mem::take(&mut self.control.lock().leaving);
         for (group, slot) in leaving {
             let removed = group.engine.lock().remove(slot);
-            if removed.is_err() {
-                self.control.lock().leaving.push((group, slot));
+            match removed {
+                Ok(()) => self.groups.leave(&group),
+                Err(_) => self.control.lock().leaving.push((group, slot)),
             }
         }
     }

@@ -36,12 +36,27 @@ pub fn run(tests: &[Test]) -> ExitCode {
     run_all(&tests)
 }
 
+/// Has the C library set up what it keeps for threads, so that it does not look like a leak later: an
+/// arena of the allocator and a stack for each.
+fn warm_up() {
+    let all_there = std::sync::Barrier::new(8);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                drop(std::hint::black_box(vec![1_u8; 1000]));
+                all_there.wait();
+            });
+        }
+    });
+}
+
 /// Runs tests, each with what it needs.
 #[must_use]
 pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Mappings, memory and descriptors of the process are what many tests count.
     arguments.test_threads = Some(1);
+    warm_up();
     let missing = Hypervisor::open().err().map(|error| error.to_string());
     let skip = missing.is_some() && std::env::var_os(WITHOUT_KVM).is_some_and(|value| value == "1");
     let trials = tests

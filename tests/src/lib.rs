@@ -7,4 +7,5 @@ pub mod guests;
 pub mod harness;
 pub mod process;
 pub mod program;
+pub mod shared;
 pub mod terminal;

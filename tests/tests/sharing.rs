@@ -1,21 +1,18 @@
 //! Guests that fill, write and verify their memory while it is shared.
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
 
-use samepage::Hypervisor;
-use samepage_resources::demo::content::Class;
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::{Classes, Plan, Rate};
 use samepage_resources::demo::report::Report;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
-use samepage_sharing::service::Sharing;
-use samepage_tests::console::PATIENCE;
+use samepage_sharing::service::{Notice, Sharing};
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness;
 use samepage_tests::process::{Holdings, Meter};
+use samepage_tests::shared::{MEMORY, audit, churn, start_all, wait_ready, wait_until};
 
 fn main() -> ExitCode {
     harness::run(&[
@@ -30,38 +27,9 @@ fn main() -> ExitCode {
     ])
 }
 
-const MEMORY: u64 = 64 << 20;
-
 fn pages(sharing: &Sharing) -> u64 {
     let statistics = sharing.statistics();
     statistics.pages_sharing + statistics.zero_pages
-}
-
-fn wait_until(sharing: &Sharing, what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come about: {:?}", sharing.statistics());
-        // The engine's progress is a figure that is asked for, not an event.
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn wait_ready(guest: &Guest) {
-    guest.console.wait_for_report("ready", |report| matches!(report, Report::Ready { .. }).then_some(()));
-}
-
-fn audit(sharing: &Sharing) {
-    let report = sharing.audit().expect("an audit");
-    assert!(report.passed(), "{report:#?}");
-}
-
-fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, plan: &Plan) -> Vec<Guest> {
-    (0..count)
-        .map(|vm| {
-            let plan = Plan { vm, ..plan.clone() };
-            Guest::start(hypervisor, Guest::config(&format!("g{vm}"), &plan, MEMORY, Some(sharing)))
-        })
-        .collect()
 }
 
 fn share_what_is_alike() {
@@ -84,20 +52,6 @@ fn share_what_is_alike() {
     guests.into_iter().for_each(Guest::finish);
     let statistics = sharing.statistics();
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
-}
-
-/// Guests that rewrite pages as fast as they can, half of them back to what they were, so that they
-/// are merged and broken over and over.
-fn churn() -> Plan {
-    Plan {
-        rounds: 0,
-        pages: Some(2048),
-        run: 8,
-        rate: Rate::Max,
-        write: Classes::new(&[Class::Alike, Class::Own, Class::Zero]),
-        restore: 80,
-        ..Plan::default()
-    }
 }
 
 /// Merges to see in the test of integrity, where more than in every run are wanted.
@@ -143,10 +97,13 @@ fn integrity_with(settings: Settings, wanted: u64) {
     assert_eq!(statistics.refusals, 0, "{statistics:?}");
 }
 
-fn come_and_go_with(settings: Settings, vms: u32, cycles: u32) {
+/// Returns what was to be told to users.
+fn come_and_go_with(settings: Settings, vms: u32, cycles: u32) -> Vec<Notice> {
     let hypervisor = hypervisor();
     let before_all = Holdings::now();
     let sharing = sharing(settings);
+    let (told, notices) = mpsc::channel();
+    sharing.on_notice(move |notice| told.send(notice).expect("the test listens"));
     let plan = Plan { rounds: 0, pages: Some(4096), run: 2, ..Plan::default() };
     let stay = start_all(&hypervisor, &sharing, 2, &Plan { every_ms: 50, ..plan.clone() });
     stay.iter().for_each(wait_ready);
@@ -187,16 +144,18 @@ fn come_and_go_with(settings: Settings, vms: u32, cycles: u32) {
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
     drop(sharing);
     Holdings::assert_back_to(&before_all, 4 << 20);
+    notices.try_iter().collect()
 }
 
 fn come_and_go() {
-    come_and_go_with(aggressive(), 2, 8);
+    assert_eq!(come_and_go_with(aggressive(), 2, 8), []);
 }
 
 fn come_and_go_at_the_reserve() {
     // With runs of two pages, a limit of 6,000 is reached by the two guests that stay.
     let settings = Settings { mappings_limit: Some(6000), ..aggressive() };
-    come_and_go_with(settings, 2, 4);
+    let notices = come_and_go_with(settings, 2, 4);
+    assert!(matches!(notices[..], [Notice::ShortOfMappings { limit: 6000, .. }]), "{notices:?}");
 }
 
 fn host_sees_savings() {

@@ -133,7 +133,10 @@ fn start_sharing(args: &RunArgs) -> Option<Arc<Sharing>> {
     let EngineArg { lookahead, order, follow } = args.sharing_engine;
     let cpu_percent = args.sharing_cpu;
     match Sharing::start(Settings { cpu_percent, lookahead, order, follow, ..Settings::default() }) {
-        Ok(sharing) => Some(Arc::new(sharing)),
+        Ok(sharing) => {
+            sharing.on_notice(|notice| tell(format_args!("{notice}")));
+            Some(Arc::new(sharing))
+        }
         Err(error) => {
             tell(format_args!(
                 "the VMs run without sharing memory (--sharing off says so without this message): {error}"

@@ -1,0 +1,69 @@
+//! Guests that share memory with each other, and what tests wait for.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use samepage::Hypervisor;
+use samepage_resources::demo::content::Class;
+use samepage_resources::demo::plan::{Classes, Plan, Rate};
+use samepage_resources::demo::report::Report;
+use samepage_sharing::service::Sharing;
+
+use crate::console::PATIENCE;
+use crate::guests::Guest;
+
+/// Memory of each guest, in bytes.
+pub const MEMORY: u64 = 64 << 20;
+
+/// Waits until something holds.
+///
+/// # Panics
+/// Where it does not come about.
+pub fn wait_until(sharing: &Sharing, what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} did not come about: {:?}", sharing.statistics());
+        // The engine's progress is a figure that is asked for, not an event.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until a guest has filled its memory.
+pub fn wait_ready(guest: &Guest) {
+    guest.console.wait_for_report("ready", |report| matches!(report, Report::Ready { .. }).then_some(()));
+}
+
+/// Has the books checked.
+///
+/// # Panics
+/// Where they are wrong.
+pub fn audit(sharing: &Sharing) {
+    let report = sharing.audit().expect("an audit");
+    assert!(report.passed(), "{report:#?}");
+}
+
+/// Starts guests with one plan, numbered from 0 on.
+#[must_use]
+pub fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, plan: &Plan) -> Vec<Guest> {
+    (0..count)
+        .map(|vm| {
+            let plan = Plan { vm, ..plan.clone() };
+            Guest::start(hypervisor, Guest::config(&format!("g{vm}"), &plan, MEMORY, Some(sharing)))
+        })
+        .collect()
+}
+
+/// Guests that rewrite pages as fast as they can, half of them back to what they were, so that they
+/// are merged and broken over and over.
+#[must_use]
+pub fn churn() -> Plan {
+    Plan {
+        rounds: 0,
+        pages: Some(2048),
+        run: 8,
+        rate: Rate::Max,
+        write: Classes::new(&[Class::Alike, Class::Own, Class::Zero]),
+        restore: 80,
+        ..Plan::default()
+    }
+}
