@@ -37,7 +37,7 @@ use anyhow::{Context, Result, ensure};
 pub(crate) use args::BenchArgs;
 use args::{Benchmark, SharingArgs};
 use context::{Bench, Interrupted};
-use report::{Report, Section};
+use report::{Failure, Report, Section};
 
 /// One measurement, or several that belong together.
 struct Workload {
@@ -69,22 +69,22 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
     let Benchmark::Sharing(args) = &args.benchmark;
     match sharing(args) {
         Ok(report) => {
-            if let Some(path) = &args.svg {
-                let drawn = report
-                    .sections
-                    .iter()
-                    .find_map(|section| Some((&section.title, section.curves.as_ref()?)));
-                let (title, curves) = drawn.context("nothing was measured over time")?;
-                std::fs::write(path, plot::draw(title, curves))
-                    .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
-            }
             let text = if args.json {
                 serde_json::to_string_pretty(&report)? + "\n"
             } else {
                 table::format(&report)
             };
             io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
-            Ok(ExitCode::SUCCESS)
+            if let Some(path) = &args.svg {
+                let drawn = report
+                    .sections
+                    .iter()
+                    .find_map(|section| Some((&section.title, section.curves.as_ref()?)));
+                let (title, curves) = drawn.context("there is nothing to draw")?;
+                std::fs::write(path, plot::draw(title, curves))
+                    .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
+            }
+            Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Err(error) => match error.downcast_ref::<Interrupted>() {
             Some(interrupted) => {
@@ -108,12 +108,16 @@ fn sharing(args: &SharingArgs) -> Result<Report> {
         "--svg draws what the workload {SERIES} measures: give --only {SERIES} too"
     );
     let mut bench = Bench::new(args)?;
-    let mut sections = Vec::new();
+    let (mut sections, mut failures) = (Vec::new(), Vec::new());
     for (index, workload) in chosen.iter().enumerate() {
         bench.begin(format!("[{}/{}] {}", index + 1, chosen.len(), workload.name));
-        let measured = (workload.measure)(&bench).with_context(|| format!("workload {}", workload.name))?;
-        sections.extend(measured.into_iter().map(|section| section.of(workload.name)));
+        match (workload.measure)(&bench) {
+            Ok(measured) => sections.extend(measured.into_iter().map(|section| section.of(workload.name))),
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            // What others measure is worth having all the same.
+            Err(error) => failures.push(Failure::new(workload.name, &error)),
+        }
+        bench.end();
     }
-    bench.end();
-    Ok(Report::new(&bench, sections, started.elapsed()))
+    Ok(Report::new(&bench, sections, failures, started.elapsed()))
 }

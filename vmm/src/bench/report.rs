@@ -24,10 +24,12 @@ pub(super) struct Report {
     /// Why KSM was not measured; `None` where it was.
     pub(super) without_ksm: Option<String>,
     pub(super) sections: Vec<Section>,
+    /// Workloads that could not be measured.
+    pub(super) failures: Vec<Failure>,
 }
 
 impl Report {
-    pub(super) fn new(bench: &Bench, sections: Vec<Section>, time: Duration) -> Self {
+    pub(super) fn new(bench: &Bench, sections: Vec<Section>, failures: Vec<Failure>, time: Duration) -> Self {
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
             kernel: kernel.trim_end().to_owned(),
@@ -37,7 +39,24 @@ impl Report {
             seconds: time.as_secs_f64(),
             without_ksm: bench.ksm.as_ref().err().cloned(),
             sections,
+            failures,
         }
+    }
+}
+
+/// A workload that could not be measured.
+#[derive(Debug, Serialize)]
+pub(super) struct Failure {
+    workload: String,
+    reason: String,
+}
+
+impl Failure {
+    /// Notes, and says, that a workload failed.
+    pub(super) fn new(workload: &str, error: &anyhow::Error) -> Self {
+        let reason = crate::report::causes(error);
+        crate::report::tell(format_args!("workload {workload}: {reason}"));
+        Self { workload: workload.to_owned(), reason }
     }
 }
 
