@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::budget::{Budget, Share};
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
+use crate::compact::Compaction;
 use crate::content::{Digester, Page};
 use crate::hints::{Blocks, Hints};
 use crate::index::{Effort, FrameIndex, PageIndex};
@@ -102,6 +103,7 @@ pub(crate) struct Counters {
     pub(crate) digests: u64,
     pub(crate) hints: u64,
     pub(crate) undone: u64,
+    pub(crate) compactions: u64,
     pub(crate) breaks: u64,
     pub(crate) denied: u64,
     pub(crate) refusals: u64,
@@ -132,6 +134,7 @@ pub struct Engine {
     pub(crate) unique: PageIndex,
     pub(crate) blocks: Blocks,
     pub(crate) pressure: Pressure,
+    pub(crate) compaction: Compaction,
     pub(crate) counters: Counters,
     pub(crate) pass: Pass,
     /// The slot and page where looking at pages at rest goes on.
@@ -185,6 +188,7 @@ impl Engine {
             unique: PageIndex::new(settings.order),
             blocks: Blocks::default(),
             pressure: Pressure::default(),
+            compaction: Compaction::new(),
             counters: Counters::default(),
             pass: Pass::new(),
             rested_cursor: (0, 0),
@@ -281,8 +285,12 @@ impl Engine {
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         self.recount();
-        if self.take_hints() || self.end_an_interval(now) || self.look_at_rested() || self.take_off_step(now)
-        {
+        let worked = self.take_hints()
+            || self.end_an_interval(now)
+            || self.look_at_rested()
+            || self.take_off_step(now)
+            || self.compact(now);
+        if worked {
             return Step::Worked;
         }
         let passes = self.members.iter().any(|member| member.follower.is_none() && member.active());
@@ -327,6 +335,8 @@ impl Engine {
             zero_pages: self.members.iter().map(|member| u64::from(member.counts.zero)).sum(),
             full_scans: self.counters.full_scans,
             frames: self.store.live().into(),
+            frame_places: self.store.places().into(),
+            compactions: self.counters.compactions,
             pages_scanned: self.counters.scanned,
             merges: self.counters.merges,
             merges_lookahead: self.counters.merges_lookahead,

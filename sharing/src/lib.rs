@@ -2,7 +2,8 @@
 //! frame of memory. It knows pages and frames, and nothing of KVM, virtio or HTTP.
 //!
 //! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages.
-//! - [`store`]: the frames, pages of a sealed memory file, each counted while guests refer to it.
+//! - [`store`]: the frames, pages of a sealed memory file, each counted while guests refer to it;
+//!   `compact`: closes the holes in it.
 //! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps.
 //! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `search`:
 //!   what to merge them with; `index` and `tree`: where content is looked up; `undo`: taking pages off
@@ -18,6 +19,7 @@ pub mod audit;
 pub mod budget;
 pub mod calls;
 pub mod changes;
+pub(crate) mod compact;
 pub mod content;
 pub mod engine;
 pub(crate) mod follow;

@@ -234,6 +234,39 @@ impl Space {
         Ok(merged)
     }
 
+    /// Maps the frames `frame..frame + count` over pages that are attached to others, as far as their
+    /// contents are equal, and attaches the pages to them. Returns how many they are, and appends to
+    /// `dead` the frames whose last sharers left.
+    ///
+    /// All of the pages must be attached, all of the frames live, and `count` is at most
+    /// [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub(crate) fn change_frames(
+        &mut self,
+        first: u32,
+        frame: Frame,
+        count: u32,
+        store: &mut FrameStore,
+        calls: &dyn MemoryCalls,
+        dead: &mut Vec<Frame>,
+    ) -> Result<u32, SpaceError> {
+        debug_assert!((first..first + count).all(|page| self.attached(page)));
+        let before: Vec<_> = self.refers[first as usize..(first + count) as usize].into();
+        let moved = self.replace(first, count, Source::Frames(frame), calls, |page, index| {
+            // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
+            unsafe { content::equal(page, store.content(frame + index)) }
+        })?;
+        for (index, before) in (0..moved).zip(before) {
+            store.attach(frame + index);
+            if store.detach(before) {
+                dead.push(before);
+            }
+        }
+        Ok(moved)
+    }
+
     /// Gives the memory of pages back that hold zeros alone, as far as they do. Returns how many.
     ///
     /// None of the pages may be attached, and `count` is at most [`WINDOW_PAGES`].

@@ -20,6 +20,10 @@ pub struct EngineStatistics {
     pub full_scans: u64,
     /// Frames in use, with those of a single sharer.
     pub frames: u64,
+    /// Places for frames up to the last in use; more than `frames` where the store has holes.
+    pub frame_places: u64,
+    /// Times that frames were moved to close holes, since the start.
+    pub compactions: u64,
     /// Pages looked at since the start.
     pub pages_scanned: u64,
     /// Pages mapped to frames since the start.
@@ -99,6 +103,7 @@ impl EngineStatistics {
             pages_volatile,
             zero_pages,
             frames,
+            frame_places,
             store_bytes,
             metadata_bytes,
             page_table_bytes,
@@ -126,6 +131,7 @@ impl EngineStatistics {
             breaks,
             mappings_denied,
             pages_undone,
+            compactions,
             hints,
             hints_dropped,
             refusals,

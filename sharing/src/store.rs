@@ -130,6 +130,17 @@ impl FrameStore {
         Some(start)
     }
 
+    /// Takes up to `count` consecutive frames before frame `end`, as [`allocate`](Self::allocate) does:
+    /// all of them where there is such an extent, the largest extent otherwise. `None` where all frames
+    /// before `end` are in use.
+    pub fn allocate_before(&mut self, end: Frame, count: u32) -> Option<(Frame, u32)> {
+        let extents = self.free.range(..end).map(|(&start, &len)| (start, len.min(end - start)));
+        let fits = extents.clone().find(|&(_, len)| len >= count);
+        let (start, len) = fits.or_else(|| extents.max_by_key(|&(_, len)| len))?;
+        let count = len.min(count);
+        self.allocate(count, Some(start)).map(|frame| (frame, count))
+    }
+
     fn take_free_at(&mut self, frame: Frame, count: u32) -> Option<Frame> {
         if frame as usize == self.records.len() {
             return self.take_fresh(count);
@@ -313,6 +324,12 @@ impl FrameStore {
     #[must_use]
     pub fn live(&self) -> u32 {
         self.live
+    }
+
+    /// Places for frames up to the last in use: more than are live where the store has holes.
+    #[must_use]
+    pub fn places(&self) -> u32 {
+        self.records.len() as u32
     }
 
     /// Frames that nobody refers to, whose memory is not given back yet.
