@@ -225,8 +225,23 @@ impl Membership {
         self.crew.refresh();
     }
 
-    /// Tells the engine what a device knows about pages.
-    pub fn hint(&self, hint: Hint) {
+    /// Where devices say what they know about the VM's pages.
+    #[must_use]
+    pub fn hints(&self) -> HintSender {
+        HintSender { crew: Arc::clone(&self.crew), hints: Arc::clone(&self.hints) }
+    }
+}
+
+/// The devices' end of a VM's hints. Of a VM that is gone they are ignored.
+#[derive(Clone, Debug)]
+pub struct HintSender {
+    crew: Arc<Crew>,
+    hints: Arc<Hints>,
+}
+
+impl HintSender {
+    /// Gives a hint. Never waits for the engine; where too many wait already, it is dropped.
+    pub fn give(&self, hint: Hint) {
         if self.hints.give(hint) {
             self.crew.refresh();
         }

@@ -49,6 +49,9 @@ struct Control {
     leaving: Vec<(Arc<Group>, usize)>,
 }
 
+/// After how long it is tried again to let memory go that the kernel would not.
+const RETRY_LEAVING: Duration = Duration::from_millis(100);
+
 /// What users should know, said once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -78,6 +81,7 @@ impl fmt::Display for Notice {
 pub(crate) type NoticeHandler = Box<dyn Fn(Notice) + Send>;
 
 /// What one round over the groups came to.
+#[derive(Clone, Copy)]
 enum Round {
     Worked,
     RestUntil(Instant),
@@ -152,25 +156,24 @@ impl Crew {
             self.retry_leaving();
             let round = self.round(0);
             self.notice();
-            let now = Instant::now();
-            let paced = self.pace.lock().rest_until(now);
-            let until = match round {
-                Round::Idle => None,
-                Round::Worked => Some(paced.unwrap_or(now)),
-                Round::RestUntil(moment) => Some(paced.map_or(moment, |paced| moment.max(paced))),
-            };
             let mut control = self.control.lock();
+            // The ceiling holds whatever happens meanwhile.
+            while !control.stop
+                && let Some(until) = self.pace.lock().rest_until(Instant::now())
+            {
+                self.changed.wait_until(&mut control, until);
+            }
             while !control.stop && !std::mem::take(&mut control.fresh) {
-                match until {
-                    Some(until) if until <= now => break,
-                    Some(until) => {
+                match round {
+                    Round::Worked => break,
+                    Round::RestUntil(until) => {
                         if self.changed.wait_until(&mut control, until).timed_out() {
                             break;
                         }
                     }
-                    None if control.leaving.is_empty() => self.changed.wait(&mut control),
-                    None => {
-                        self.changed.wait_for(&mut control, Duration::from_millis(100));
+                    Round::Idle if control.leaving.is_empty() => self.changed.wait(&mut control),
+                    Round::Idle => {
+                        self.changed.wait_for(&mut control, RETRY_LEAVING);
                         break;
                     }
                 }

@@ -56,11 +56,15 @@ impl LinuxGuest {
         let small = file().name;
         // The rounds last longer than the engine needs for all that is alike.
         config.cmdline = format!(
-            "{COMMAND_LINE} agent=mount:/dev/vda:/mnt,sum:/mnt/{small},write:/mnt/written:{WRITTEN_BYTES}:{seed},\
+            "{COMMAND_LINE} agent=mount:/dev/vda:/mnt,sum:/mnt/{small},sum:/dev/vdb,write:/mnt/written:{WRITTEN_BYTES}:{seed},\
              sync,umount:/mnt,fill:{fill}K:7,verify:40:250,poweroff"
         );
         config.memory_bytes = MEMORY;
-        config.disks = vec![DiskConfig { path: disk.clone(), read_only: false, id: "data".into() }];
+        let common = artifacts.disk.clone();
+        config.disks = vec![
+            DiskConfig { path: disk.clone(), read_only: false, id: "data".into() },
+            DiskConfig { path: common, read_only: true, id: "common".into() },
+        ];
         config.sharing = Some(Arc::clone(sharing));
         Self { guest: Guest::start(hypervisor, config), disk, seed }
     }
@@ -129,6 +133,9 @@ fn use_disks_and_merge() {
         let statistics = guest.vm.membership().unwrap().statistics().unwrap();
         assert!(statistics.pages_merged >= FILLED_PAGES, "{statistics:?}");
     }
+    let read = sharing.statistics();
+    assert!(read.hints > 0 && read.merges_hinted > 0, "what both guests read is not shared: {read:?}");
+    println!("{} runs of pages were merged for {} hints of disks", read.merges_hinted, read.hints);
     let report = sharing.audit().expect("an audit");
     assert!(report.passed(), "{report:#?}");
     guests.into_iter().for_each(LinuxGuest::finish);

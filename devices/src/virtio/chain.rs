@@ -6,6 +6,8 @@
 //! Devices must not rely on where one descriptor ends and the next begins (virtio 1.2, section 2.7.4), so a
 //! chain is offered as a stream of bytes to read followed by a stream of bytes to write.
 
+use std::ops::Range;
+
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
 
@@ -79,9 +81,21 @@ impl Segments {
 
     /// Copies `data` to the next `data.len()` bytes of guest memory.
     pub(crate) fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), GuestMemoryError> {
+        self.write_to(memory, data, |_, _| ())
+    }
+
+    /// As [`write`](Self::write); says to `filled` which ranges of guest memory got which part of the
+    /// data, in order.
+    pub(crate) fn write_to(
+        &mut self,
+        memory: &GuestMemory,
+        data: &[u8],
+        mut filled: impl FnMut(GuestAddress, Range<usize>),
+    ) -> Result<(), GuestMemoryError> {
         let mut done = 0;
         while let Some((address, len)) = self.advance(data.len() - done)? {
             memory.write_slice(&data[done..done + len], address)?;
+            filled(address, done..done + len);
             done += len;
         }
         Ok(())

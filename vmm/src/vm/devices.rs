@@ -10,10 +10,13 @@ use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use samepage_sharing::service::HintSender;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmError;
 use super::bus::Bus;
+use super::memory::MemorySlot;
+use super::provenance::DiskHints;
 use crate::config::DiskConfig;
 use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
 
@@ -38,6 +41,7 @@ impl Devices {
         memory: &GuestMemory,
         console: Box<dyn Write + Send>,
         disks: &[DiskConfig],
+        hints: Option<(HintSender, &[MemorySlot])>,
     ) -> Result<Self, VmError> {
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
@@ -64,7 +68,12 @@ impl Devices {
                 id: disk.id.clone(),
                 source,
             };
-            let block = Block::open(config).map_err(|source| failed(source.into()))?;
+            let mut block = Block::open(config).map_err(|source| failed(source.into()))?;
+            if let Some((hints, slots)) = &hints
+                && let Ok(file) = std::fs::metadata(&disk.path)
+            {
+                block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec(), &file)));
+            }
             disk_stats.push((disk.id.clone(), block.stats()));
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;

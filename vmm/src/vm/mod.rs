@@ -6,6 +6,7 @@ pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
 pub(crate) mod memory;
+mod provenance;
 mod vcpu;
 
 use std::error::Error as StdError;
@@ -230,11 +231,6 @@ impl Vm {
         memory.register(&kvm, logged).map_err(VmError::kvm("give guest memory to KVM"))?;
         add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
-        let console = open_console(config.console, &config.name, control.closing())?;
-        let devices = Arc::new(Devices::new(&config.name, &kvm, memory.view(), console, &config.disks)?);
-        let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
-        registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
-
         let handle = VmHandle { name: config.name.as_str().into(), control };
         let membership = match config.sharing {
             Some(sharing) => {
@@ -251,6 +247,13 @@ impl Vm {
             }
             None => None,
         };
+        let console = open_console(config.console, &config.name, handle.control.closing())?;
+        let hints = membership.as_ref().map(|membership| (membership.hints(), memory.slots()));
+        let devices =
+            Arc::new(Devices::new(&config.name, &kvm, memory.view(), console, &config.disks, hints)?);
+        let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
+        registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
+
         let mut vm = Self { handle, threads: Vec::new(), devices, membership, _kvm: kvm, memory };
         let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
         let thread = vcpu.spawn(&config.name, &vm.handle.control).map_err(VmError::Thread)?;

@@ -22,6 +22,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::GuestAddress;
 
 use super::queue::ServedQueue;
 use super::worker::Worker;
@@ -74,6 +75,13 @@ pub enum BlockError {
     Open(#[from] OpenError),
 }
 
+/// Is told what reads put into guest memory.
+pub trait ReadObserver: Send + Sync {
+    /// Guest memory at `address` now holds `bytes` bytes of the disk, from byte `offset` on. Called by the
+    /// disk's worker before the request completes; the guest may have written there since.
+    fn filled(&self, address: GuestAddress, bytes: usize, offset: u64);
+}
+
 /// A virtio block device.
 pub struct Block {
     thread_name: String,
@@ -83,6 +91,7 @@ pub struct Block {
     features: u64,
     config: [u8; 32],
     stats: Arc<BlockStats>,
+    observer: Option<Arc<dyn ReadObserver>>,
     worker: Option<Worker>,
 }
 
@@ -114,8 +123,14 @@ impl Block {
             config: config_space(backend.as_ref()),
             backend: Arc::new(Mutex::new(backend)),
             stats: Arc::default(),
+            observer: None,
             worker: None,
         })
+    }
+
+    /// Has `observer` told of reads from the next activation on.
+    pub fn set_read_observer(&mut self, observer: Arc<dyn ReadObserver>) {
+        self.observer = Some(observer);
     }
 
     /// The counters of this disk; they outlive it.
@@ -155,6 +170,7 @@ impl VirtioDevice for Block {
             self.capacity,
             features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
             self.stats.clone(),
+            self.observer.clone(),
         );
         let backend = self.backend.clone();
         let stats = self.stats.clone();

@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestMemoryError};
 
 use super::stats::add;
-use super::{Backend, BlockStats, MAX_DESCRIPTORS, MAX_ID_LEN, SECTOR_SIZE};
+use super::{Backend, BlockStats, MAX_DESCRIPTORS, MAX_ID_LEN, ReadObserver, SECTOR_SIZE};
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::{QueueError, ServedQueue};
 use crate::virtio::worker::StopFlag;
@@ -54,6 +54,7 @@ pub(super) struct Service {
     /// Writes go to the medium before they complete.
     write_through: bool,
     stats: Arc<BlockStats>,
+    observer: Option<Arc<dyn ReadObserver>>,
     buffers: Buffers,
     bounce: Vec<u8>,
 }
@@ -65,9 +66,10 @@ impl Service {
         capacity: u64,
         write_through: bool,
         stats: Arc<BlockStats>,
+        observer: Option<Arc<dyn ReadObserver>>,
     ) -> Self {
         let (buffers, bounce) = (Buffers::new(MAX_DESCRIPTORS), vec![0; STEP]);
-        Self { queue, id, capacity, write_through, stats, buffers, bounce }
+        Self { queue, id, capacity, write_through, stats, observer, buffers, bounce }
     }
 
     /// Serves requests until there are none or the device stops.
@@ -186,7 +188,12 @@ impl Service {
         while let Some(step) = next_step(self.buffers.writable.remaining(), stop)? {
             let data = &mut self.bounce[..step];
             backend.read_at(offset, data).map_err(host_failure("read", offset, step))?;
-            self.buffers.writable.write(self.queue.memory(), data)?;
+            let observer = self.observer.as_deref();
+            self.buffers.writable.write_to(self.queue.memory(), data, |address, part| {
+                if let Some(observer) = observer {
+                    observer.filled(address, part.len(), offset + part.start as u64);
+                }
+            })?;
             offset += step as u64;
         }
         Ok(())

@@ -270,7 +270,7 @@ fn serve(memory: &crate::GuestMemory, event_idx: bool, accesses: usize) {
     let stop = StopFlag::default();
     let mut backend = StopAfter { disk: MemoryDisk::new(), accesses, stop: stop.clone() };
     let capacity = backend.size();
-    let mut service = Service::new(queue, [b'x'; MAX_ID_LEN], capacity, true, Arc::default());
+    let mut service = Service::new(queue, [b'x'; MAX_ID_LEN], capacity, true, Arc::default(), None);
     // Whether the rings made sense is not the question here.
     let _ = service.serve(&mut backend, &stop);
 }

@@ -3,7 +3,7 @@ use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use super::*;
 use crate::virtio::testing::*;

@@ -39,6 +39,35 @@ fn data_is_read_and_written_in_several_segments() {
     assert_eq!(disk.medium().data[100 * SECTOR..103 * SECTOR], data);
 }
 
+/// Notes what it is told: address, bytes, offset.
+#[derive(Default)]
+struct Notes(Mutex<Vec<(u64, usize, u64)>>);
+
+impl ReadObserver for Notes {
+    fn filled(&self, address: GuestAddress, bytes: usize, offset: u64) {
+        self.0.lock().unwrap().push((address.0, bytes, offset));
+    }
+}
+
+#[test]
+fn an_observer_is_told_what_reads_put_where() {
+    let disk = MemoryDisk::new();
+    let notes = Arc::new(Notes::default());
+    let mut block = disk.block();
+    block.set_read_observer(notes.clone());
+    let mut driver = Driver::started(block, FLUSH_FEATURE);
+    driver.request(READ, 8, &[(DATA, 4096, true), (FAR_REGION, 1024, true)]);
+    assert_eq!(*notes.0.lock().unwrap(), [(DATA, 4096, 4096), (FAR_REGION, 1024, 8192)]);
+
+    // Of writes, of reads that fail and of memory that is not there, nothing.
+    notes.0.lock().unwrap().clear();
+    driver.request(WRITE, 8, &[(DATA, 4096, false)]);
+    disk.medium().bad_sectors.insert(16);
+    assert_eq!(driver.request(READ, 16, &[(DATA, 4096, true)]).0, IO_ERROR);
+    assert_eq!(driver.request(READ, 8, &[(1 << 40, 4096, true)]).0, IO_ERROR);
+    assert!(notes.0.lock().unwrap().is_empty());
+}
+
 #[test]
 fn a_request_larger_than_a_step_is_whole() {
     let disk = MemoryDisk::new();
