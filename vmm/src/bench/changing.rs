@@ -47,7 +47,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
         section.push(Measurement::new("CPU time", "ms/s", &[ours.cpu], &cpu));
         let merged: Vec<_> = other.iter().map(|other| other.merged).collect();
         section.push(Measurement::new("merged of what is alike and at rest", "%", &[ours.merged], &merged));
-        section.note(format!("measured for {stretch:.1?}, after {settle:.1?}"));
+        section.note(format!("measured once, for {stretch:?} after {settle:?}"));
         sections.push(section);
     }
     Ok(sections)

@@ -27,6 +27,7 @@ mod series;
 mod sharers;
 mod state;
 mod table;
+mod vms;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -62,6 +63,12 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: SERIES, measure: series::measure },
     Workload { name: "sharers", measure: sharers::measure },
     Workload { name: "state", measure: state::measure },
+    Workload { name: "found", measure: vms::found },
+    Workload { name: "share", measure: vms::share },
+    Workload { name: "idle", measure: vms::idle },
+    Workload { name: "breaks", measure: vms::breaks },
+    Workload { name: "faults", measure: vms::faults },
+    Workload { name: "slowdown", measure: vms::slowdown },
 ];
 
 /// Runs the command.

@@ -115,6 +115,7 @@ fn compare(title: String, outcomes: &[Option<Outcome>]) -> Section {
     };
     let (ours, others) = (cpu(&outcomes[SAMEPAGE]), cpu(&outcomes[KSM]));
     section.push(Measurement::new("samepage: CPU time", "ms/image", &ours, &others));
+    section.note("replayed once");
     section.note("full passes: by content, as KSM works; passes, lookahead: the same with lookahead");
     section
 }

@@ -1,0 +1,47 @@
+//! Workloads on virtual machines that run: the embedded demo guest, with the engine at work as it is
+//! on a host, on threads of its own.
+
+mod breaks;
+mod faults;
+mod found;
+mod guests;
+mod idle;
+mod kernels;
+mod kvm;
+mod mapping;
+mod share;
+mod slowdown;
+//mod tlb;
+
+use anyhow::Result;
+use samepage::Hypervisor;
+
+pub(super) use breaks::measure as breaks;
+pub(super) use faults::measure as faults;
+pub(super) use found::measure as found;
+pub(super) use idle::measure as idle;
+pub(super) use share::measure as share;
+pub(super) use slowdown::measure as slowdown;
+//pub(super) use tlb::measure as tlb;
+
+use super::context::Bench;
+use super::report::Section;
+
+/// Measures on VMs. Without KVM there is a section that says so.
+fn on_vms(
+    bench: &Bench,
+    what: &str,
+    measure: impl FnOnce(&Bench, &Hypervisor) -> Result<Vec<Section>>,
+) -> Result<Vec<Section>> {
+    match Hypervisor::open() {
+        Ok(hypervisor) => {
+            samepage::host_limits::raise_open_files();
+            measure(bench, &hypervisor)
+        }
+        Err(error) => {
+            let mut section = Section::new(what, "samepage", "-");
+            section.note(format!("not measured, since it needs virtual machines: {error}"));
+            Ok(vec![section])
+        }
+    }
+}
