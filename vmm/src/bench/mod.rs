@@ -88,7 +88,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
                     .iter()
                     .find_map(|section| Some((&section.title, section.curves.as_ref()?)));
                 let (title, curves) = drawn.context("there is nothing to draw")?;
-                std::fs::write(path, plot::draw(title, curves))
+                std::fs::write(path, plot::draw(title.split(':').next().unwrap_or(title), curves))
                     .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
             }
             Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -69,13 +69,23 @@ pub(super) fn draw(title: &str, curves: &Curves) -> String {
     for place in (0..count).step_by(count.div_ceil(10).max(1)) {
         line("middle", [x(place), BOTTOM + 20.0], &(place + 1).to_string());
     }
-    for (name, place) in names(curves, y) {
-        line("", [RIGHT + 10.0, place], name);
+    let names = names(curves, y);
+    for &(curve, place) in &names {
+        line("", [RIGHT + 42.0, place], &curves.names[curve]);
     }
     for tick in (0..).map(|tick| f64::from(tick) * step).take_while(|tick| *tick <= top) {
         let y = y(tick);
         let _ =
             writeln!(text, "<line class=\"grid\" x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{RIGHT}\" y2=\"{y:.1}\"/>");
+    }
+    for (curve, place) in names {
+        let (colour, dashes) = PENS[curve % PENS.len()];
+        let (from, to, y) = (RIGHT + 10.0, RIGHT + 36.0, place - 4.0);
+        let _ = writeln!(
+            text,
+            "<line class=\"curve\" stroke=\"{colour}\" stroke-dasharray=\"{dashes}\" x1=\"{from}\" y1=\"{y:.1}\" \
+             x2=\"{to}\" y2=\"{y:.1}\"/>"
+        );
     }
     for (points, (colour, dashes)) in curves.points.iter().zip(PENS.iter().cycle()) {
         let points: Vec<_> = points
@@ -93,10 +103,10 @@ pub(super) fn draw(title: &str, curves: &Curves) -> String {
     text
 }
 
-/// The curves' names, and how high they are written: where the curves end, and not over each other.
-fn names(curves: &Curves, y: impl Fn(f64) -> f64) -> Vec<(&str, f64)> {
+/// For each curve, how high its name is written: where it ends, and not over another's.
+fn names(curves: &Curves, y: impl Fn(f64) -> f64) -> Vec<(usize, f64)> {
     let ends = curves.points.iter().map(|points| y(points.last().copied().unwrap_or(0.0)) + 4.0);
-    let mut names: Vec<_> = curves.names.iter().map(String::as_str).zip(ends).collect();
+    let mut names: Vec<_> = ends.enumerate().collect();
     names.sort_by(|one, other| one.1.total_cmp(&other.1));
     // From the lowest up, each at least a line above the one below it.
     let mut lowest = BOTTOM + 4.0;
