@@ -101,7 +101,8 @@ impl Budget {
     }
 
     /// Counts the process's mappings anew where that is due: a count costs 1 µs a mapping, so it
-    /// comes with every thousand new ones, when VMs came or went (`force`), and now and then.
+    /// comes when a quarter of the room has been used up since the last, when VMs came or went
+    /// (`force`), and now and then.
     ///
     /// # Errors
     /// Where `/proc` cannot be read; the old count stays.
@@ -109,8 +110,9 @@ impl Budget {
         let guest = self.guest.load(Ordering::Relaxed);
         let steps = self.steps.load(Ordering::Relaxed).saturating_add(1);
         self.steps.store(steps, Ordering::Relaxed);
-        let due =
-            force || steps >= RECOUNT_STEPS || guest.abs_diff(self.counted.load(Ordering::Relaxed)) >= 1000;
+        let few = (self.room().max(0) as u64 / 4).max(1000);
+        let changed = guest.abs_diff(self.counted.load(Ordering::Relaxed));
+        let due = force || steps >= RECOUNT_STEPS || changed >= few;
         if due {
             self.steps.store(0, Ordering::Relaxed);
             self.other.store(mappings_of_process()?.saturating_sub(guest), Ordering::Relaxed);

@@ -94,6 +94,13 @@ pub trait MemoryCalls: Send {
     /// What the kernel said: some of the copy may be left, which the next one replaces.
     fn unstage(&self, pages: RamRange<'_>) -> io::Result<()>;
 
+    /// Breaks up the huge page that backs these pages, which are all of it, so that each of them becomes
+    /// free alone. Where no huge page backs them nothing happens.
+    ///
+    /// # Errors
+    /// What the kernel said. It may also leave the huge page as it is without saying so.
+    fn split(&self, pages: RamRange<'_>) -> io::Result<()>;
+
     /// Gives the memory of `count` frames back.
     ///
     /// # Errors
@@ -171,7 +178,7 @@ impl MemoryCalls for Linux {
         if source == Source::Zeros {
             // The same advice as around it, so that the kernel makes one mapping of it all.
             // Without the advice the pages are as good.
-            let _ = pages.use_small_pages();
+            let _ = pages.advise();
         }
         Ok(())
     }
@@ -221,6 +228,18 @@ impl MemoryCalls for Linux {
             libc::madvise(shadow, pages.bytes(), libc::MADV_DONTNEED) != 0
                 || libc::mprotect(shadow, pages.bytes(), libc::PROT_NONE) != 0
         };
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn split(&self, pages: RamRange<'_>) -> io::Result<()> {
+        // Advice to page out a part of a huge page later makes the kernel split it at once
+        // (`madvise_cold_or_pageout_pte_range` in mm/madvise.c): the only such call that leaves the
+        // contents where they are and needs no privilege. One page of 512 then counts as idle.
+        let part = pages.part(0, 1);
+        // SAFETY: the range is guest RAM; the advice changes no content.
+        let failed = unsafe {
+            libc::madvise(part.address() as *mut libc::c_void, part.bytes(), libc::MADV_COLD)
+        } != 0;
         if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 

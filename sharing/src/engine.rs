@@ -13,12 +13,13 @@ use crate::changes::ChangeLog;
 use crate::compact::Compaction;
 use crate::content::{Digester, Page};
 use crate::hints::{Blocks, Hints};
+use crate::huge::HugeRanges;
 use crate::index::{Effort, FrameIndex, PageIndex};
 pub use crate::members::Mode;
 use crate::members::{Flags, Member, Members};
 use crate::pagemap::Pagemap;
 use crate::passes::Pass;
-use crate::ram::{PAGE_SIZE, Ram};
+use crate::ram::{HUGE_PAGES, PAGE_SIZE, Ram};
 use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
@@ -109,6 +110,7 @@ pub(crate) struct Counters {
     pub(crate) refusals: u64,
     pub(crate) changes: u64,
     pub(crate) zeroed: u64,
+    pub(crate) split: u64,
 }
 
 impl Counters {
@@ -131,7 +133,12 @@ pub struct Engine {
     pub(crate) interval: Duration,
     pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
+    /// Pages that are not shared, but for those of huge pages.
     pub(crate) unique: PageIndex,
+    /// Pages of huge pages.
+    pub(crate) whole: PageIndex,
+    /// A VM wants huge pages, or one did.
+    pub(crate) any_huge: bool,
     pub(crate) blocks: Blocks,
     pub(crate) pressure: Pressure,
     pub(crate) compaction: Compaction,
@@ -144,6 +151,7 @@ pub struct Engine {
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
     pub(crate) runs: Vec<std::ops::Range<u32>>,
+    pub(crate) digests: Vec<u32>,
     pub(crate) changes: Changes,
 }
 
@@ -186,6 +194,8 @@ impl Engine {
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
             stable: FrameIndex::new(settings.order),
             unique: PageIndex::new(settings.order),
+            whole: PageIndex::new(settings.order),
+            any_huge: false,
             blocks: Blocks::default(),
             pressure: Pressure::default(),
             compaction: Compaction::new(),
@@ -196,6 +206,7 @@ impl Engine {
             membership_changed: true,
             scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
+            digests: Vec::new(),
             changes: Changes::default(),
         })
     }
@@ -212,13 +223,15 @@ impl Engine {
         log: Option<Box<dyn ChangeLog>>,
         on_lost: LostHandler,
     ) -> io::Result<usize> {
+        let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
         let space = Space::new(ram, &*self.calls)?;
         self.membership_changed = true;
+        self.any_huge |= huge.is_some();
         let log = log.filter(|_| self.follow);
         if log.is_none() {
             self.pass.due = Instant::now();
         }
-        self.members.add(space, log, Mode::Full, on_lost)
+        self.members.add(space, log, huge, Mode::Full, on_lost)
     }
 
     /// Says what of a VM's memory is shared from now on. Pages that are shared and are not to be any
@@ -228,7 +241,10 @@ impl Engine {
         let (before, pages) = (member.mode, member.space.pages());
         member.mode = mode;
         member.unshare = (mode != Mode::Full).then(|| (0, Instant::now()));
-        if mode == Mode::Full || before == Mode::Off {
+        (0..pages).for_each(|page| {
+            member.clear_alike(page);
+        });
+        if mode == Mode::Full || before == Mode::Off || member.huge.is_some() {
             // Whatever changed meanwhile, all of it is new.
             if let Some(follower) = &mut member.follower {
                 follower.reset(0..pages);
@@ -263,21 +279,22 @@ impl Engine {
     /// # Errors
     /// What the kernel said; the RAM is still a member then.
     pub fn remove(&mut self, slot: usize) -> io::Result<()> {
-        let Self { members, store, stable, unique, calls, .. } = self;
+        let Self { members, store, stable, unique, whole, calls, .. } = self;
         let Some(member) = members.get_mut(slot) else { return Ok(()) };
         for frame in member.space.clear(store, &**calls)? {
             stable.remove(frame, store);
         }
         for page in 0..member.space.pages() {
             if member.flags[page as usize].contains(Flags::UNIQUE) {
-                unique.remove(member.place(page), member.digests[page as usize]);
+                let index = if member.whole(page) { &mut *whole } else { &mut *unique };
+                index.remove(member.place(page), member.digest(page));
             }
         }
         store.reclaim(&**calls);
         self.blocks.forget(member.places());
         members.remove(slot);
-        self.unique.shrink(&self.members);
-        self.stable.shrink(&self.store);
+        self.unique.shrink();
+        self.stable.shrink();
         self.membership_changed = true;
         Ok(())
     }
@@ -288,6 +305,7 @@ impl Engine {
         let worked = self.take_hints()
             || self.end_an_interval(now)
             || self.look_at_rested()
+            || self.split_step()
             || self.take_off_step(now)
             || self.compact(now);
         if worked {
@@ -349,6 +367,7 @@ impl Engine {
             breaks: self.counters.breaks,
             mappings_denied: self.counters.denied,
             pages_undone: self.counters.undone,
+            huge_split: self.counters.split,
             hints: self.counters.hints,
             hints_dropped: self.members.iter().map(|member| member.hints.dropped()).sum(),
             refusals: self.counters.refusals,
@@ -378,6 +397,7 @@ impl Engine {
             + self.blocks.bytes()
             + self.stable.bytes()
             + self.unique.bytes()
+            + self.whole.bytes()
             + self.members.iter().map(Member::metadata_bytes).sum::<usize>()
     }
 
@@ -389,9 +409,15 @@ impl Engine {
         let Some(member) = self.members.get(slot) else { return Ok(None) };
         let space = &member.space;
         let mut runs = Vec::new();
+        let mut huge = Vec::new();
         if !space.lost() {
             space.private(0..space.pages(), &self.pagemap, &mut runs)?;
+            if member.huge.is_some() && self.pagemap.tells_huge() {
+                self.pagemap.huge(space.ram().range(0, space.pages()), &mut huge)?;
+            }
         }
+        let pages = |runs: &[std::ops::Range<u32>]| runs.iter().map(|run| u64::from(run.end - run.start)).sum();
+        let huge_pages: u64 = pages(&huge);
         let mut sharing = 0.0;
         let mut shared = 0_u64;
         for page in (0..space.pages()).filter(|&page| space.attached(page)) {
@@ -408,7 +434,9 @@ impl Engine {
             pages_unshared: member.counts.unique.into(),
             pages_volatile: member.counts.volatile.into(),
             zero_pages: member.counts.zero.into(),
-            pages_private: runs.iter().map(|run| u64::from(run.end - run.start)).sum(),
+            pages_private: pages(&runs),
+            huge_whole: huge_pages / u64::from(HUGE_PAGES),
+            huge_split: member.huge.as_ref().map_or(0, HugeRanges::splits),
             mappings: space.mappings().into(),
         }))
     }

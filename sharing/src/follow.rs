@@ -60,6 +60,11 @@ impl Follower {
         self.denied.insert(page);
     }
 
+    /// A page is to be looked at once more.
+    pub(crate) fn look_again(&mut self, page: u32) {
+        self.ready.insert(page);
+    }
+
     /// There is room again for what was denied.
     pub(crate) fn admit(&mut self) {
         self.ready.take_all(&mut self.denied);
@@ -104,7 +109,9 @@ impl Engine {
             changes = Changes::new(pages);
         }
         let sweep = self.end_interval(slot, now, &mut changes);
+        self.end_interval_of_huge(slot);
         if sweep {
+            self.learn_huge(slot, 0..pages);
             self.release_private(slot, 0..pages);
         } else {
             spans(changes.left.runs()).into_iter().for_each(|span| self.release_private(slot, span));
@@ -211,6 +218,7 @@ impl Engine {
     }
 
     fn look_at_ready(&mut self, slot: usize, chunk: Range<u32>) {
+        self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         let member = self.members.at(slot);
@@ -240,7 +248,8 @@ impl Engine {
         let Some(follower) = &mut member.follower else { return };
         for page in runs.iter().cloned().flatten() {
             let flags = member.flags[page as usize];
-            let open = flags.contains(Flags::PRIVATE) && !flags.contains(Flags::UNIQUE);
+            let settled = flags.contains(Flags::UNIQUE) || flags.contains(Flags::ALIKE);
+            let open = flags.contains(Flags::PRIVATE) && !settled;
             if open && full && !follower.denied.contains(page) {
                 follower.later.insert(page);
             }

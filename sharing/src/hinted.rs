@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::content;
 use crate::engine::Engine;
 use crate::hints::Hint;
-use crate::members::{Flags, Mode};
+use crate::members::Mode;
 
 /// Hints that one step takes up.
 const STEP_HINTS: usize = 16;
@@ -66,8 +66,7 @@ impl Engine {
             else {
                 continue;
             };
-            let private = self.members.at(slot).flags[page as usize].contains(Flags::PRIVATE);
-            if page >= next && private {
+            if page >= next && self.members.at(slot).mergeable(page) {
                 next = page + self.merge_with(slot, page, pages.end, before);
             }
         }
@@ -75,6 +74,7 @@ impl Engine {
 
     /// Brings the books of pages up to date. Returns whether that was possible.
     fn own(&mut self, slot: usize, pages: Range<u32>) -> bool {
+        self.learn_huge(slot, pages.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         let known = self.members.at(slot).space.private(pages, &self.pagemap, &mut runs);
@@ -106,7 +106,7 @@ impl Engine {
         let done = match frame {
             Some(frame) => self.merge_into(slot, page, end, frame),
             None if !self.own(twin_slot, twin..twin + 1) => 1,
-            None if self.members.at(twin_slot).flags[twin as usize].contains(Flags::PRIVATE) => {
+            None if self.members.at(twin_slot).mergeable(twin) => {
                 self.publish(slot, page, end, (twin_slot, twin))
             }
             None => 1,

@@ -9,12 +9,12 @@
 
 use std::cmp;
 
-use hashbrown::HashTable;
-
 use crate::content::{self, Page};
 use crate::engine::Order;
 use crate::members::{Members, Place};
 use crate::store::{Frame, FrameStore};
+use crate::table::Table;
+use crate::tree::Tree;
 
 /// What is looked for.
 #[derive(Clone, Copy, Debug)]
@@ -64,25 +64,21 @@ impl Contents for Members {
 /// Entries in one of the orders.
 #[derive(Debug)]
 enum Index {
-    Digest(HashTable<u32>),
-    Content(crate::tree::Tree),
+    Digest(Table),
+    Content(Tree),
 }
 
 impl Index {
     fn new(order: Order) -> Self {
         match order {
-            Order::Digest => Self::Digest(HashTable::new()),
-            Order::Content => Self::Content(crate::tree::Tree::default()),
+            Order::Digest => Self::Digest(Table::default()),
+            Order::Content => Self::Content(Tree::default()),
         }
     }
 
     fn insert(&mut self, entry: u32, contents: &impl Contents) {
         match self {
-            Self::Digest(table) => {
-                table.insert_unique(hash(contents.digest(entry)), entry, |&other| {
-                    hash(contents.digest(other))
-                });
-            }
+            Self::Digest(table) => table.insert(contents.digest(entry), entry),
             Self::Content(tree) => {
                 let page = contents.at(entry);
                 // SAFETY: entries stand for pages that are mapped.
@@ -93,11 +89,7 @@ impl Index {
 
     fn remove(&mut self, entry: u32, digest: u32) {
         match self {
-            Self::Digest(table) => {
-                if let Ok(entry) = table.find_entry(hash(digest), |&other| other == entry) {
-                    entry.remove();
-                }
-            }
+            Self::Digest(table) => table.remove(digest, entry),
             Self::Content(tree) => tree.remove(entry),
         }
     }
@@ -112,14 +104,13 @@ impl Index {
         match self {
             Self::Digest(table) => {
                 effort.steps += 1;
-                let found = table.find(hash(wanted.digest), |&entry| {
-                    contents.digest(entry) == wanted.digest && besides != Some(entry) && {
+                table.find(wanted.digest, |entry| {
+                    besides != Some(entry) && {
                         effort.comparisons += 1;
                         // SAFETY: entries stand for pages that are mapped.
                         unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
                     }
-                });
-                found.copied()
+                })
             }
             Self::Content(tree) => tree.find(|entry| {
                 effort.steps += 1;
@@ -133,16 +124,16 @@ impl Index {
         }
     }
 
-    fn shrink(&mut self, contents: &impl Contents) {
+    fn shrink(&mut self) {
         match self {
-            Self::Digest(table) => table.shrink_to_fit(|&entry| hash(contents.digest(entry))),
+            Self::Digest(table) => table.shrink(),
             Self::Content(tree) => tree.shrink(),
         }
     }
 
     fn bytes(&self) -> usize {
         match self {
-            Self::Digest(table) => table.allocation_size(),
+            Self::Digest(table) => table.bytes(),
             Self::Content(tree) => tree.bytes(),
         }
     }
@@ -171,8 +162,8 @@ impl FrameIndex {
         self.0.find(wanted, None, store, effort)
     }
 
-    pub(crate) fn shrink(&mut self, store: &FrameStore) {
-        self.0.shrink(store);
+    pub(crate) fn shrink(&mut self) {
+        self.0.shrink();
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -209,16 +200,11 @@ impl PageIndex {
         self.0.find(wanted, Some(itself), members, effort)
     }
 
-    pub(crate) fn shrink(&mut self, members: &Members) {
-        self.0.shrink(members);
+    pub(crate) fn shrink(&mut self) {
+        self.0.shrink();
     }
 
     pub(crate) fn bytes(&self) -> usize {
         self.0.bytes()
     }
-}
-
-/// Spreads a digest over the 64 bits that the tables use.
-fn hash(digest: u32) -> u64 {
-    u64::from(digest).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

@@ -1,13 +1,15 @@
 //! The sharing engine of samepage: finds identical pages of running VMs and lets them share one
 //! frame of memory. It knows pages and frames, and nothing of KVM, virtio or HTTP.
 //!
-//! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages.
+//! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages, or of huge ones as well.
 //! - [`store`]: the frames, pages of a sealed memory file, each counted while guests refer to it;
 //!   `compact`: closes the holes in it.
-//! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps.
+//! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps;
+//!   `backing`: what each page is mapped from.
 //! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `search`:
-//!   what to merge them with; `index` and `tree`: where content is looked up; `undo`: taking pages off
+//!   what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
 //!   their frames again.
+//! - `huge`: which huge pages stay whole, and which are split.
 //! - [`hints`]: what devices know about pages.
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
@@ -16,6 +18,7 @@
 //! - [`calls`], [`uffd`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
 
 pub mod audit;
+pub(crate) mod backing;
 pub mod budget;
 pub mod calls;
 pub mod changes;
@@ -26,6 +29,7 @@ pub(crate) mod follow;
 pub(crate) mod group;
 pub(crate) mod hinted;
 pub mod hints;
+pub(crate) mod huge;
 pub(crate) mod index;
 pub(crate) mod members;
 pub(crate) mod pace;
@@ -38,6 +42,7 @@ pub mod service;
 pub mod space;
 pub mod statistics;
 pub mod store;
+pub(crate) mod table;
 pub(crate) mod tree;
 pub mod uffd;
 pub(crate) mod undo;

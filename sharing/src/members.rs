@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::changes::ChangeLog;
 use crate::follow::Follower;
 use crate::hints::Hints;
+use crate::huge::HugeRanges;
 use crate::space::{LostHandler, Space, SpaceError};
 
 /// What of a VM's memory is shared.
@@ -45,6 +46,8 @@ impl Flags {
     pub(crate) const DIGESTED: Self = Self(1 << 3);
     /// It had changed at the last look.
     pub(crate) const VOLATILE: Self = Self(1 << 4);
+    /// In a range that a huge page backs, and known to have its like elsewhere or to be zero.
+    pub(crate) const ALIKE: Self = Self(1 << 5);
 
     pub(crate) fn contains(self, flag: Self) -> bool {
         self.0 & flag.0 != 0
@@ -72,7 +75,6 @@ pub(crate) struct Counts {
 /// One VM.
 pub(crate) struct Member {
     pub(crate) space: Space,
-    pub(crate) digests: Vec<u32>,
     pub(crate) flags: Vec<Flags>,
     pub(crate) counts: Counts,
     /// What follows its changes; without one the VM is gone over in full passes.
@@ -81,6 +83,8 @@ pub(crate) struct Member {
     /// The page from which on pages are to be taken off their frames, and when.
     pub(crate) unshare: Option<(u32, Instant)>,
     pub(crate) hints: Arc<Hints>,
+    /// What huge pages back, where they are wanted.
+    pub(crate) huge: Option<HugeRanges>,
     base: Place,
     on_lost: LostHandler,
 }
@@ -95,8 +99,13 @@ impl Member {
         self.base..self.base + self.space.pages()
     }
 
+    /// The digest of the last look at a page that is not attached, where there was one since it was.
+    pub(crate) fn digest(&self, page: u32) -> u32 {
+        self.space.backing().note(page)
+    }
+
     pub(crate) fn known_digest(&self, page: u32) -> Option<u32> {
-        self.flags[page as usize].contains(Flags::DIGESTED).then(|| self.digests[page as usize])
+        self.flags[page as usize].contains(Flags::DIGESTED).then(|| self.digest(page))
     }
 
     pub(crate) fn became_private(&mut self, page: u32) {
@@ -108,6 +117,44 @@ impl Member {
     pub(crate) fn changed(&mut self, page: u32, restless: bool) {
         self.set_volatile(page, restless);
         self.flags[page as usize].remove(Flags::PRIVATE);
+        self.changed_in_range(page);
+    }
+
+    /// The page has changed, and so has the range that it is in.
+    pub(crate) fn changed_in_range(&mut self, page: u32) {
+        self.clear_alike(page);
+        if let Some(huge) = &mut self.huge {
+            huge.changed(page);
+        }
+    }
+
+    /// Whether the page belongs to a huge page that is to stay whole.
+    pub(crate) fn whole(&self, page: u32) -> bool {
+        self.huge.as_ref().is_some_and(|huge| huge.whole(page))
+    }
+
+    /// Whether the page has memory of its own and may be mapped to a frame.
+    pub(crate) fn mergeable(&self, page: u32) -> bool {
+        self.flags[page as usize].contains(Flags::PRIVATE) && !self.whole(page)
+    }
+
+    /// A page of a huge page could be shared.
+    pub(crate) fn set_alike(&mut self, page: u32) {
+        if let Some(huge) = &mut self.huge
+            && !self.flags[page as usize].contains(Flags::ALIKE)
+        {
+            self.flags[page as usize].insert(Flags::ALIKE);
+            huge.add_alike(page);
+        }
+    }
+
+    /// Returns whether the page could have been shared.
+    pub(crate) fn clear_alike(&mut self, page: u32) -> bool {
+        let was = self.flags[page as usize].remove(Flags::ALIKE);
+        if let Some(huge) = self.huge.as_mut().filter(|_| was) {
+            huge.remove_alike(page);
+        }
+        was
     }
 
     /// The page, which has memory of its own, is not merged for want of mappings.
@@ -143,6 +190,7 @@ impl Member {
 
     fn left_private(&mut self, page: u32) {
         self.set_volatile(page, false);
+        self.clear_alike(page);
         let flags = &mut self.flags[page as usize];
         flags.remove(Flags::PRIVATE);
         flags.remove(Flags::DIGESTED);
@@ -180,10 +228,10 @@ impl Member {
 
     pub(crate) fn metadata_bytes(&self) -> usize {
         self.space.metadata_bytes()
-            + self.digests.len() * size_of::<u32>()
             + self.flags.len() * size_of::<Flags>()
             + self.follower.as_ref().map_or(0, Follower::metadata_bytes)
             + self.hints.metadata_bytes()
+            + self.huge.as_ref().map_or(0, HugeRanges::metadata_bytes)
     }
 }
 
@@ -206,6 +254,7 @@ impl Members {
         &mut self,
         space: Space,
         log: Option<Box<dyn ChangeLog>>,
+        huge: Option<HugeRanges>,
         mode: Mode,
         on_lost: LostHandler,
     ) -> io::Result<usize> {
@@ -219,13 +268,13 @@ impl Members {
         });
         self.places.insert(base, slot);
         self.slots[slot] = Some(Member {
-            digests: vec![0; pages as usize],
             flags: vec![Flags::default(); pages as usize],
             counts: Counts::default(),
             follower: log.map(|log| Follower::new(log, pages)),
             mode,
             unshare: None,
             hints: Arc::default(),
+            huge,
             space,
             base,
             on_lost,
@@ -259,6 +308,11 @@ impl Members {
         self.slots.iter().enumerate().filter(|(_, member)| member.is_some()).map(|(slot, _)| slot)
     }
 
+    /// The number of slots.
+    pub(crate) fn end(&self) -> usize {
+        self.slots.len()
+    }
+
     /// The first slot with a member, from `slot` on.
     pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
         (slot..self.slots.len()).find(|&slot| self.slots[slot].is_some())
@@ -289,7 +343,7 @@ impl Members {
 
     pub(crate) fn digest(&self, place: Place) -> u32 {
         let (slot, page) = self.locate(place);
-        self.at(slot).digests[page as usize]
+        self.at(slot).digest(page)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Member> {

@@ -22,6 +22,7 @@ const IOCTL_SCAN: libc::c_ulong = 0xc060_6610;
 const CATEGORY_FILE: u64 = 1 << 2;
 const CATEGORY_PRESENT: u64 = 1 << 3;
 const CATEGORY_ZERO_FRAME: u64 = 1 << 5;
+const CATEGORY_HUGE: u64 = 1 << 6;
 
 /// How many runs one scan returns at most.
 const REGIONS: usize = 256;
@@ -130,7 +131,27 @@ impl Pagemap {
         if self.scan { self.scan_private(pages, runs) } else { self.read_private(pages, runs) }
     }
 
+    /// Whether this kernel says which pages are parts of huge ones.
+    #[must_use]
+    pub fn tells_huge(&self) -> bool {
+        self.scan
+    }
+
+    /// Appends to `runs` the pages of `pages` that are private and mapped as parts of huge pages, but for
+    /// the kernel's huge page of zeros where it tells that from others.
+    ///
+    /// # Errors
+    /// As [`Pagemap::private`]; what the kernel said where it does not tell.
+    pub fn huge(&self, pages: RamRange<'_>, runs: &mut Vec<Range<u32>>) -> io::Result<()> {
+        self.scan(pages, CATEGORY_HUGE, runs)
+    }
+
     fn scan_private(&self, pages: RamRange<'_>, runs: &mut Vec<Range<u32>>) -> io::Result<()> {
+        self.scan(pages, 0, runs)
+    }
+
+    /// Finds private pages that are also in all of these categories.
+    fn scan(&self, pages: RamRange<'_>, besides: u64, runs: &mut Vec<Range<u32>>) -> io::Result<()> {
         let base = pages.address() as u64;
         let end = base + pages.bytes() as u64;
         let mut start = base;
@@ -142,7 +163,7 @@ impl Pagemap {
                 end,
                 regions: regions.as_mut_ptr().addr() as u64,
                 regions_len: REGIONS as u64,
-                category_mask: CATEGORY_PRESENT | CATEGORY_FILE | CATEGORY_ZERO_FRAME,
+                category_mask: CATEGORY_PRESENT | CATEGORY_FILE | CATEGORY_ZERO_FRAME | besides,
                 category_inverted: CATEGORY_FILE | CATEGORY_ZERO_FRAME,
                 return_mask: CATEGORY_PRESENT,
                 ..ScanArgument::default()

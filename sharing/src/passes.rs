@@ -55,10 +55,16 @@ impl Engine {
         self.counters.full_scans += 1;
         let events = self.counters.events() - self.pass.events_before;
         self.pass.events_before = self.counters.events();
+        for slot in self.members.slots().collect::<Vec<_>>() {
+            if self.members.at(slot).follower.is_none() {
+                self.end_interval_of_huge(slot);
+            }
+        }
         events
     }
 
     fn go_over(&mut self, slot: usize, chunk: Range<u32>) {
+        self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         match self.members.at(slot).space.private(chunk, &self.pagemap, &mut runs) {

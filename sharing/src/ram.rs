@@ -12,6 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Size of a page and of a frame, in bytes.
 pub const PAGE_SIZE: usize = 4096;
 
+/// Size of a huge page, in bytes.
+pub const HUGE_BYTES: usize = 2 << 20;
+/// Pages of a huge page.
+pub const HUGE_PAGES: u32 = (HUGE_BYTES / PAGE_SIZE) as u32;
+
 /// Address space that is left without access behind each VM's RAM: the kernel cannot make one mapping
 /// of two VMs' RAM, and an access beyond the end reaches nobody's.
 const GUARD_BYTES: usize = PAGE_SIZE;
@@ -31,6 +36,29 @@ impl Reservation {
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         Ok(Self(base, bytes))
+    }
+
+    /// A reservation that starts at a multiple of a power of two.
+    fn aligned(bytes: usize, alignment: usize) -> io::Result<Self> {
+        let mut reservation = Self::new(bytes + alignment - PAGE_SIZE)?;
+        let spare = reservation.1 - bytes;
+        let lead = reservation.0.as_ptr().align_offset(alignment);
+        reservation.trim(lead, spare - lead);
+        Ok(reservation)
+    }
+
+    /// Gives up what lies before and behind the part that is needed.
+    fn trim(&mut self, lead: usize, tail: usize) {
+        let bytes = self.1 - lead - tail;
+        let kept = NonNull::new(self.at(lead, bytes).cast()).expect("it lies above the start");
+        if tail > 0 {
+            drop(Self(NonNull::new(self.at(lead + bytes, tail).cast()).expect("as above"), tail));
+        }
+        let before = std::mem::replace(self, Self(kept, bytes));
+        if lead > 0 {
+            drop(Self(before.0, lead));
+        }
+        std::mem::forget(before);
     }
 
     fn at(&self, offset: usize, bytes: usize) -> *mut libc::c_void {
@@ -81,6 +109,8 @@ pub struct Ram {
     base: NonNull<u8>,
     shadow: NonNull<u8>,
     pages: u32,
+    /// Huge pages are wanted, rather than small ones.
+    huge: AtomicBool,
     /// A part was unmapped and may be somebody else's by now: the address space is not ours to
     /// unmap as a whole.
     torn: AtomicBool,
@@ -93,7 +123,8 @@ unsafe impl Send for Ram {}
 unsafe impl Sync for Ram {}
 
 impl Ram {
-    /// Reserves `bytes` of RAM, a multiple of [`PAGE_SIZE`].
+    /// Reserves `bytes` of RAM, a multiple of [`PAGE_SIZE`]. It starts at a multiple of
+    /// [`HUGE_BYTES`], if it is as long as that.
     ///
     /// # Errors
     /// What mmap said: `ENOMEM` where address space, the commit limit or mappings ran out;
@@ -104,7 +135,8 @@ impl Ram {
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         };
         let shadow = Reservation::new(SHADOW_LEAD + bytes)?;
-        let target = Reservation::new(bytes + GUARD_BYTES)?;
+        let alignment = if bytes < HUGE_BYTES { PAGE_SIZE } else { HUGE_BYTES };
+        let target = Reservation::aligned(bytes + GUARD_BYTES, alignment)?;
         // The kernel joins anonymous mappings only if they belong together from their first page on: one
         // page of the shadow is touched before the rest is moved away.
         shadow.protect(0, SHADOW_LEAD, libc::PROT_READ | libc::PROT_WRITE)?;
@@ -116,7 +148,13 @@ impl Ram {
         shadow.protect(0, SHADOW_LEAD, libc::PROT_READ)?;
         shadow.protect(0, SHADOW_LEAD, libc::PROT_NONE)?;
         target.protect(0, bytes, libc::PROT_READ | libc::PROT_WRITE)?;
-        Ok(Self { base: target.keep(), shadow: shadow.keep(), pages, torn: AtomicBool::new(false) })
+        Ok(Self {
+            base: target.keep(),
+            shadow: shadow.keep(),
+            pages,
+            huge: AtomicBool::new(false),
+            torn: AtomicBool::new(false),
+        })
     }
 
     /// Keeps the kernel from backing this RAM with huge pages: of a huge page that is partly
@@ -125,9 +163,29 @@ impl Ram {
     /// # Errors
     /// What madvise said. A kernel without huge pages has nothing to switch off: no error.
     pub fn use_small_pages(&self) -> io::Result<()> {
+        self.use_pages(false)
+    }
+
+    /// Has the kernel back this RAM with huge pages where it can; see [`Ram::huge`]. To be called before
+    /// the memory is first touched.
+    ///
+    /// # Errors
+    /// What madvise said. A kernel without huge pages goes on with small ones: no error.
+    pub fn use_huge_pages(&self) -> io::Result<()> {
+        self.use_pages(true)
+    }
+
+    /// Whether huge pages are wanted for this RAM; the kernel may have none to give.
+    #[must_use]
+    pub fn huge(&self) -> bool {
+        self.huge.load(Ordering::Relaxed)
+    }
+
+    fn use_pages(&self, huge: bool) -> io::Result<()> {
+        self.huge.store(huge, Ordering::Relaxed);
         // SAFETY: the range is the shadow's own. The lead as well, so that it stays one mapping.
-        unsafe { advise_small_pages(self.shadow.as_ptr(), SHADOW_LEAD + self.bytes()) }?;
-        self.range(0, self.pages()).use_small_pages()
+        unsafe { advise(self.shadow.as_ptr(), SHADOW_LEAD + self.bytes(), huge) }?;
+        self.range(0, self.pages()).advise()
     }
 
     /// From now on the address space is left to the process when this value goes: a failed call
@@ -238,10 +296,11 @@ impl<'a> RamRange<'a> {
         RamRange { ram: self.ram, first: self.first + from, count }
     }
 
-    /// See [`Ram::use_small_pages`].
-    pub(crate) fn use_small_pages(&self) -> io::Result<()> {
+    /// Gives the range the advice about the size of pages that all of its RAM has: mappings whose advice
+    /// differs cannot become one.
+    pub(crate) fn advise(&self) -> io::Result<()> {
         // SAFETY: the range is RAM's own.
-        unsafe { advise_small_pages(self.page(0).cast_mut(), self.bytes()) }
+        unsafe { advise(self.page(0).cast_mut(), self.bytes(), self.ram.huge()) }
     }
 }
 
@@ -263,11 +322,27 @@ pub(crate) unsafe fn move_pages(
 
 /// # Safety
 /// The range belongs to the caller.
-unsafe fn advise_small_pages(address: *mut u8, bytes: usize) -> io::Result<()> {
+unsafe fn advise(address: *mut u8, bytes: usize, huge: bool) -> io::Result<()> {
+    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
     // SAFETY: advice about the size of pages changes no content.
-    let failed = unsafe { libc::madvise(address.cast(), bytes, libc::MADV_NOHUGEPAGE) } != 0;
+    let failed = unsafe { libc::madvise(address.cast(), bytes, advice) } != 0;
     match failed.then(io::Error::last_os_error) {
         Some(error) if error.raw_os_error() != Some(libc::EINVAL) => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_starts_where_a_huge_page_can() {
+        for bytes in [HUGE_BYTES, HUGE_BYTES + PAGE_SIZE, 5 * HUGE_BYTES] {
+            let ram = Ram::reserve(bytes).unwrap();
+            assert!(ram.base().as_ptr().addr().is_multiple_of(HUGE_BYTES));
+            assert_eq!(ram.bytes(), bytes);
+        }
+        assert!(Ram::reserve(PAGE_SIZE).unwrap().base().as_ptr().addr().is_multiple_of(PAGE_SIZE));
     }
 }

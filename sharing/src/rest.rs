@@ -23,10 +23,26 @@ pub struct Tracker {
     /// Armed at the end of the last interval: at rest if they are not written in this one.
     waiting: PageSet,
     /// How often a page was written in an interval in which it was waited for, less how often not.
-    slowness: Vec<u8>,
+    slowness: Slowness,
     interval: u32,
-    /// Scratch space.
-    written: PageSet,
+}
+
+/// A number up to 15 for each page, two in a byte.
+struct Slowness(Vec<u8>);
+
+impl Slowness {
+    fn new(pages: u32) -> Self {
+        Self(vec![0; (pages as usize).div_ceil(2)])
+    }
+
+    fn get(&self, page: u32) -> u8 {
+        self.0[page as usize / 2] >> (page % 2 * 4) & 15
+    }
+
+    fn set(&mut self, page: u32, slowness: u8) {
+        let (byte, shift) = (&mut self.0[page as usize / 2], page % 2 * 4);
+        *byte = *byte & !(15 << shift) | slowness << shift;
+    }
 }
 
 /// What one interval brought. Reused from interval to interval.
@@ -38,6 +54,8 @@ pub struct Changes {
     pub rested: PageSet,
     /// Of those that changed, the ones that were waited for.
     pub restless: PageSet,
+    /// What the log said; scratch space.
+    written: PageSet,
     /// For who follows: pages that changed and took no memory of their own.
     pub left: PageSet,
 }
@@ -47,7 +65,13 @@ impl Changes {
     #[must_use]
     pub fn new(pages: u32) -> Self {
         let set = PageSet::new(pages);
-        Self { changed: set.clone(), rested: set.clone(), restless: set.clone(), left: set }
+        Self {
+            changed: set.clone(),
+            rested: set.clone(),
+            restless: set.clone(),
+            written: set.clone(),
+            left: set,
+        }
     }
 }
 
@@ -65,9 +89,8 @@ impl Tracker {
         Self {
             log,
             armed: set.clone(),
-            waiting: set.clone(),
-            written: set,
-            slowness: vec![0; pages as usize],
+            waiting: set,
+            slowness: Slowness::new(pages),
             interval: 0,
         }
     }
@@ -77,29 +100,28 @@ impl Tracker {
     /// # Errors
     /// What the log said. The interval then goes on.
     pub fn next_interval(&mut self, changes: &mut Changes) -> io::Result<()> {
-        self.written.clear();
-        self.log.collect(&mut self.written)?;
+        let Changes { changed: all_changed, rested: all_rested, restless, written: all_written, .. } = changes;
+        all_written.clear();
+        self.log.collect(all_written)?;
         self.interval = self.interval.wrapping_add(1);
-        for index in 0..self.written.words().len() {
-            let written = self.written.words()[index];
+        for index in 0..all_written.words().len() {
+            let written = all_written.words()[index];
             let armed = self.armed.words()[index];
             let waiting = self.waiting.words()[index];
             let changed = written & armed;
             let rested = waiting & !written;
-            changes.changed.words_mut()[index] = changed;
-            changes.rested.words_mut()[index] = rested;
-            changes.restless.words_mut()[index] = changed & waiting;
+            all_changed.words_mut()[index] = changed;
+            all_rested.words_mut()[index] = rested;
+            restless.words_mut()[index] = changed & waiting;
             for page in ones(index, changed & waiting) {
-                let slowness = &mut self.slowness[page as usize];
-                *slowness = (*slowness + 1).min(SLOWEST);
+                self.slowness.set(page, (self.slowness.get(page) + 1).min(SLOWEST));
             }
             for page in ones(index, rested) {
-                let slowness = &mut self.slowness[page as usize];
-                *slowness = slowness.saturating_sub(1);
+                self.slowness.set(page, self.slowness.get(page).saturating_sub(1));
             }
             let mut arm = 0;
             for page in ones(index, written) {
-                let every = (1_u32 << self.slowness[page as usize].saturating_sub(1)) - 1;
+                let every = (1_u32 << self.slowness.get(page).saturating_sub(1)) - 1;
                 // Pages of the same slowness take turns, but neighbours come to rest together.
                 if self.interval.wrapping_add(page / TURN_PAGES) & every == 0 {
                     arm |= 1 << (page % 64);
@@ -126,7 +148,7 @@ impl Tracker {
     /// Bytes that following takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
-        self.slowness.len() + 3 * self.armed.bytes()
+        self.slowness.0.len() + 2 * self.armed.bytes()
     }
 }
 

@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use crate::calls::Source;
-use crate::content;
+use crate::content::{self, Page};
 use crate::engine::Engine;
 use crate::index::Wanted;
 use crate::members::{Flags, Member, Mode};
@@ -20,6 +20,8 @@ use crate::space::{SpaceError, WINDOW_PAGES};
 use crate::store::Frame;
 use crate::undo::value;
 
+/// Neighbours that are compared as a whole before it is taken for granted that a run goes on.
+const CERTAIN: u32 = 2;
 /// Failed comparisons after which a run is given up: its pages are changing.
 const MISSES: u32 = 8;
 
@@ -42,6 +44,10 @@ impl Engine {
         self.counters.scanned += 1;
         // SAFETY: a member's RAM is mapped.
         unsafe { content::copy(member.space.page(page), &mut self.scratch) };
+        if member.whole(page) {
+            self.take_census(slot, page);
+            return 1;
+        }
         // SAFETY: the scratch page is ours.
         if unsafe { content::zero(self.scratch.as_ptr()) } {
             return self.give_back(slot, page, end);
@@ -65,7 +71,7 @@ impl Engine {
         self.counters.changes += u64::from(changed);
         let member = self.members.at_mut(slot);
         member.set_volatile(page, changed);
-        member.digests[page as usize] = digest;
+        member.space.set_note(page, digest);
         member.flags[page as usize].insert(Flags::DIGESTED);
         if member.follower.is_none() && self.settle && !same {
             // New to us is as good as changed: it is looked at again.
@@ -75,17 +81,19 @@ impl Engine {
         if let Some(twin) = self.page_like_scratch(slot, page, digest) {
             return self.publish(slot, page, end, twin);
         }
+        self.whole_twin(slot, page, digest);
         self.unique.insert(self.members.at(slot).place(page), &self.members);
         self.members.at_mut(slot).set_unique(page);
         1
     }
 
-    fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {
+    pub(crate) fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {
         let Self { stable, store, scratch, counters, .. } = self;
         stable.find(Wanted { page: scratch, digest }, store, &mut counters.effort)
     }
 
-    fn page_like_scratch(&mut self, slot: usize, page: u32, digest: u32) -> Option<(usize, u32)> {
+    /// Another page like the one in the scratch page, that belongs to no huge page.
+    pub(crate) fn page_like_scratch(&mut self, slot: usize, page: u32, digest: u32) -> Option<(usize, u32)> {
         let Self { unique, members, scratch, counters, .. } = self;
         let itself = members.at(slot).place(page);
         let wanted = Wanted { page: scratch, digest };
@@ -94,14 +102,17 @@ impl Engine {
 
     /// Gives pages of zeros back, from `page` up to `end` as far as they go.
     fn give_back(&mut self, slot: usize, page: u32, end: u32) -> u32 {
-        let space = &self.members.at(slot).space;
+        let member = self.members.at(slot);
+        let space = &member.space;
         let anonymous = space.refers(page).is_none();
         let end = end.min(page + WINDOW_PAGES);
         let count = 1
             + (page + 1..end)
                 .take_while(|&next| {
-                    // SAFETY: a member's RAM is mapped.
-                    space.refers(next).is_none() == anonymous && unsafe { content::zero(space.page(next)) }
+                    space.refers(next).is_none() == anonymous
+                        && !member.whole(next)
+                        // SAFETY: a member's RAM is mapped.
+                        && unsafe { content::zero(space.page(next)) }
                 })
                 .count() as u32;
         if !self.affordable(slot, page, count, Source::Zeros, 0) {
@@ -127,19 +138,19 @@ impl Engine {
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
-        let mut alike = |page: u32, frame: Frame| {
-            member.flags[page as usize].contains(Flags::PRIVATE) && store.is_live(frame) && {
+        let mut alike = |distance: u32, page: u32, frame: Frame| {
+            member.mergeable(page) && store.is_live(frame) && {
                 counters.effort.comparisons += 1;
                 // SAFETY: a member's RAM is mapped, and the frame was just seen to be live.
-                unsafe { content::equal(member.space.page(page), store.content(frame)) }
+                unsafe { neighbours_alike(distance, member.space.page(page), store.content(frame)) }
             }
         };
         let forward = 1
             + (1..(end - page).min(longest))
-                .take_while(|&ahead| frame.checked_add(ahead).is_some_and(|frame| alike(page + ahead, frame)))
+                .take_while(|&ahead| frame.checked_add(ahead).is_some_and(|frame| alike(ahead, page + ahead, frame)))
                 .count() as u32;
         let backward = (1..=page.min(frame).min(longest - forward))
-            .take_while(|&behind| alike(page - behind, frame - behind))
+            .take_while(|&behind| alike(behind, page - behind, frame - behind))
             .count() as u32;
         let (first, frame, count) = (page - backward, frame - backward, forward + backward);
         if !self.affordable(slot, first, count, Source::Frames(frame), 0) {
@@ -158,14 +169,12 @@ impl Engine {
         let Self { members, counters, .. } = self;
         let member = members.at(slot);
         let other = members.at(twin_slot);
-        let mut alike = |page: u32, twin: u32| {
-            member.flags[page as usize].contains(Flags::PRIVATE)
-                && other.flags[twin as usize].contains(Flags::PRIVATE)
-                && {
+        let mut alike = |distance: u32, page: u32, twin: u32| {
+            member.mergeable(page) && other.mergeable(twin) && {
                     counters.effort.comparisons += 1;
                     let twin = other.space.page(twin);
                     // SAFETY: members' RAM is mapped.
-                    unsafe { content::equal(member.space.page(page), twin) && !content::zero(twin) }
+                    unsafe { neighbours_alike(distance, member.space.page(page), twin) && !content::zero(twin) }
                 }
         };
         // Within one VM the two runs must not overlap.
@@ -173,10 +182,10 @@ impl Engine {
         let longest = apart.min(longest);
         let forward = 1
             + (1..longest.min(end - page).min(other.space.pages() - twin_page))
-                .take_while(|&ahead| alike(page + ahead, twin_page + ahead))
+                .take_while(|&ahead| alike(ahead, page + ahead, twin_page + ahead))
                 .count() as u32;
         let backward = (1..=page.min(twin_page).min(longest - forward))
-            .take_while(|&behind| alike(page - behind, twin_page - behind))
+            .take_while(|&behind| alike(behind, page - behind, twin_page - behind))
             .count() as u32;
         let (first, twin_first, count) = (page - backward, twin_page - backward, forward + backward);
 
@@ -216,9 +225,9 @@ impl Engine {
 
     /// Enters a fresh frame into the index of frames.
     fn index_frame(&mut self, frame: Frame) {
-        // SAFETY: the frame is live; its content no longer changes.
-        unsafe { content::copy(self.store.content(frame), &mut self.scratch) };
-        let digest = self.digester.digest(&self.scratch);
+        // SAFETY: the frame is live, and its content no longer changes.
+        let page = unsafe { &*self.store.content(frame).cast::<Page>() };
+        let digest = self.digester.digest(page);
         self.counters.digests += 1;
         self.store.set_digest(frame, digest);
         self.stable.insert(frame, &self.store);
@@ -226,6 +235,11 @@ impl Engine {
 
     /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.
     fn merge_run(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
+        // Digests are kept with pages as long as these are on no frame.
+        let mut digests = std::mem::take(&mut self.digests);
+        digests.clear();
+        let member = self.members.at(slot);
+        digests.extend((first..first + count).map(|page| member.digest(page)));
         let mut done = 0;
         let mut total = 0;
         let mut misses = 0;
@@ -236,7 +250,7 @@ impl Engine {
             let failed = outcome.is_err();
             let merged = self.settle_outcome(slot, outcome);
             for page in first + done..first + done + merged {
-                self.forget_page(slot, page);
+                self.forget(slot, page, digests[(page - first) as usize]);
                 self.members.at_mut(slot).became_merged(page);
             }
             self.counters.merges += u64::from(merged);
@@ -247,6 +261,7 @@ impl Engine {
                 break;
             }
         }
+        self.digests = digests;
         total
     }
 
@@ -287,11 +302,32 @@ impl Engine {
         affordable
     }
 
-    /// Takes a page out of the index of unique pages.
+    /// Takes a page that is on no frame out of the index of unique pages.
     pub(crate) fn forget_page(&mut self, slot: usize, page: u32) {
+        let member = self.members.at(slot);
+        if member.flags[page as usize].contains(Flags::UNIQUE) {
+            self.forget(slot, page, member.digest(page));
+        }
+    }
+
+    /// Takes a page out of the index of unique pages if it was entered there, under this digest.
+    fn forget(&mut self, slot: usize, page: u32, digest: u32) {
         let member = self.members.at_mut(slot);
         if member.clear_unique(page) {
-            self.unique.remove(member.place(page), member.digests[page as usize]);
+            let index = if member.whole(page) { &mut self.whole } else { &mut self.unique };
+            index.remove(member.place(page), digest);
         }
+    }
+}
+
+/// Whether the neighbours at this distance of two pages that match are alike as well. In a run that has
+/// gone on for a while a glance is enough: all of it is compared under protection.
+///
+/// # Safety
+/// As [`content::equal`].
+unsafe fn neighbours_alike(distance: u32, one: *const u8, other: *const u8) -> bool {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if distance <= CERTAIN { content::equal(one, other) } else { content::probably_equal(one, other) }
     }
 }

@@ -1,11 +1,8 @@
 //! One VM's RAM as the engine rearranges it: which frame each page's mapping refers to, and the
 //! window in which a run of pages is protected, compared and remapped.
 //!
-//! Every page is in one of three states. Its mapping is *anonymous*; or it refers to a frame and
-//! the page is *attached*, that is counted among the frame's sharers; or it refers to a frame that
-//! the page has provably left, because the guest wrote to it and has a private copy there. In the
-//! last state the frame may hold another content by now, so nothing may drop that private copy
-//! but a new mapping.
+//! The states of a page are those of [`backing`](crate::backing). The frame that a page has provably
+//! left may hold another content by now, so nothing may drop the private copy but a new mapping.
 
 #![expect(unsafe_code, reason = "compares guest pages by address")]
 
@@ -14,11 +11,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::backing::Backing;
 use crate::calls::{MemoryCalls, Over, Source};
 use crate::content;
 use crate::pagemap::Pagemap;
 use crate::ram::{Ram, RamRange};
-use crate::store::{Frame, FrameStore, NO_FRAME};
+use crate::store::{Frame, FrameStore};
 
 /// The longest run handled in one window: it bounds how long a writer waits.
 pub const WINDOW_PAGES: u32 = 512;
@@ -62,11 +60,7 @@ pub type LostHandler = Box<dyn Fn(&SpaceError) + Send>;
 #[derive(Debug)]
 pub struct Space {
     ram: Arc<Ram>,
-    /// For each page the frame that its mapping refers to.
-    refers: Vec<Frame>,
-    attached: Vec<u64>,
-    attached_count: u32,
-    mappings: u32,
+    backing: Backing,
     /// The part that a failed call tore out.
     hole: Option<Range<u32>>,
     /// The longest window so far.
@@ -82,10 +76,7 @@ impl Space {
         let pages = ram.pages();
         calls.register(ram.range(0, pages))?;
         Ok(Self {
-            refers: vec![NO_FRAME; pages as usize],
-            attached: vec![0; (pages as usize).div_ceil(64)],
-            attached_count: 0,
-            mappings: 1,
+            backing: Backing::new(pages),
             hole: None,
             longest_window: Duration::ZERO,
             ram,
@@ -113,40 +104,35 @@ impl Space {
     /// The frame that the page's mapping refers to, whether or not the page has left it.
     #[must_use]
     pub fn refers(&self, page: u32) -> Option<Frame> {
-        Some(self.refers[page as usize]).filter(|&frame| frame != NO_FRAME)
+        self.backing.refers(page)
     }
 
-    /// For each page the frame that its mapping refers to, or [`NO_FRAME`].
-    pub(crate) fn references(&self) -> &[Frame] {
-        &self.refers
+    /// What each page is mapped from.
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// Makes the note of a page that is not attached.
+    pub(crate) fn set_note(&mut self, page: u32, note: u32) {
+        self.backing.set_note(page, note);
     }
 
     /// Whether the page is counted among the sharers of the frame it refers to.
     #[must_use]
     pub fn attached(&self, page: u32) -> bool {
-        self.attached[page as usize / 64] & (1 << (page % 64)) != 0
-    }
-
-    fn set_attached(&mut self, page: u32, attached: bool) {
-        debug_assert_ne!(self.attached(page), attached);
-        self.attached[page as usize / 64] ^= 1 << (page % 64);
-        if attached {
-            self.attached_count += 1;
-        } else {
-            self.attached_count -= 1;
-        }
+        self.backing.attached(page)
     }
 
     /// Pages that are attached to frames.
     #[must_use]
     pub fn attached_count(&self) -> u32 {
-        self.attached_count
+        self.backing.attached_count()
     }
 
     /// How many mappings the kernel needs for this RAM.
     #[must_use]
     pub fn mappings(&self) -> u32 {
-        self.mappings
+        self.backing.mappings()
     }
 
     /// Whether a failed call lost a part of this RAM.
@@ -158,7 +144,7 @@ impl Space {
     /// Bytes that the books take.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
-        self.refers.len() * size_of::<Frame>() + self.attached.len() * size_of::<u64>()
+        self.backing.bytes()
     }
 
     /// Appends to `runs` the runs of `pages` that are private and worth looking at.
@@ -177,33 +163,14 @@ impl Space {
     /// Gives up the frame of a page that provably has a private copy. Returns the frame if this
     /// page was its last sharer.
     pub fn detach(&mut self, page: u32, store: &mut FrameStore) -> Option<Frame> {
-        self.set_attached(page, false);
-        let frame = self.refers[page as usize];
+        let frame = self.backing.leave(page);
         store.detach(frame).then_some(frame)
     }
 
     /// How many more mappings the kernel will need once the pages are mapped from `source`.
     #[must_use]
     pub fn mappings_added(&self, first: u32, count: u32, source: Source) -> i64 {
-        let refers = |page: u32| match source {
-            Source::Frames(frame) if (first..first + count).contains(&page) => frame + (page - first),
-            Source::Zeros if (first..first + count).contains(&page) => NO_FRAME,
-            _ => self.refers[page as usize],
-        };
-        let edges = [first, first + count];
-        let after = edges
-            .iter()
-            .filter(|&&edge| edge > 0 && edge < self.pages())
-            .filter(|&&edge| !joined(refers(edge - 1), refers(edge)))
-            .count();
-        after as i64 - i64::from(self.boundaries(first, count))
-    }
-
-    /// Places within and at the ends of a run where one mapping ends and another starts.
-    fn boundaries(&self, first: u32, count: u32) -> u32 {
-        let from = first.saturating_sub(1) as usize;
-        let to = (first as usize + count as usize + 1).min(self.refers.len());
-        self.refers[from..to].windows(2).filter(|pair| !joined(pair[0], pair[1])).count() as u32
+        self.backing.mappings_added(first, count, source)
     }
 
     /// Maps the frames `frame..frame + count` over the pages from `first` on, as far as their
@@ -227,10 +194,7 @@ impl Space {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
             unsafe { content::equal(page, store.content(frame + index)) }
         })?;
-        for index in 0..merged {
-            store.attach(frame + index);
-            self.set_attached(first + index, true);
-        }
+        (frame..frame + merged).for_each(|frame| store.attach(frame));
         Ok(merged)
     }
 
@@ -253,7 +217,7 @@ impl Space {
         dead: &mut Vec<Frame>,
     ) -> Result<u32, SpaceError> {
         debug_assert!((first..first + count).all(|page| self.attached(page)));
-        let before: Vec<_> = self.refers[first as usize..(first + count) as usize].into();
+        let before: Vec<_> = (first..first + count).filter_map(|page| self.refers(page)).collect();
         let moved = self.replace(first, count, Source::Frames(frame), calls, |page, index| {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
             unsafe { content::equal(page, store.content(frame + index)) }
@@ -341,7 +305,7 @@ impl Space {
                         dead.extend(self.detach(page, store));
                     }
                 }
-                self.note_mapping(first, count, Source::Zeros);
+                self.backing.make_anonymous(first, count);
                 Ok(())
             }
             (Err(MapError::Refused(error)), Ok(())) => Err(refused("taking off their frames", error)),
@@ -388,7 +352,10 @@ impl Space {
         self.longest_window = self.longest_window.max(opened.elapsed());
         match (outcome, closed) {
             (Ok(Remapped::Nothing), Ok(())) => Ok(0),
-            (Ok(Remapped::Discarded), Ok(())) => Ok(equal),
+            (Ok(Remapped::Discarded), Ok(())) => {
+                self.note_mapping(first, equal, source);
+                Ok(equal)
+            }
             (Ok(Remapped::Mapped), Ok(())) => {
                 // Where this fails the next window tries again; only the neighbours cannot become
                 // one mapping with it.
@@ -411,22 +378,18 @@ impl Space {
 
     /// Whether dropping the private copies makes exactly `source` show again.
     fn shows_again(&self, first: u32, count: u32, source: Source) -> bool {
-        let refers = &self.refers[first as usize..(first + count) as usize];
-        match source {
-            Source::Frames(frame) => (frame..).zip(refers).all(|(frame, &refers)| refers == frame),
-            Source::Zeros => refers.iter().all(|&refers| refers == NO_FRAME),
-        }
+        let shows = |index: u32| match source {
+            Source::Frames(frame) => self.refers(first + index) == Some(frame + index),
+            Source::Zeros => self.refers(first + index).is_none(),
+        };
+        (0..count).all(shows)
     }
 
     fn note_mapping(&mut self, first: u32, count: u32, source: Source) {
-        let before = self.boundaries(first, count);
-        for (index, refers) in self.refers[first as usize..(first + count) as usize].iter_mut().enumerate() {
-            *refers = match source {
-                Source::Frames(frame) => frame + index as u32,
-                Source::Zeros => NO_FRAME,
-            };
+        match source {
+            Source::Frames(frame) => self.backing.attach(first, frame, count),
+            Source::Zeros => self.backing.make_anonymous(first, count),
         }
-        self.mappings = self.mappings + self.boundaries(first, count) - before;
     }
 
     /// Makes all of the RAM anonymous again, with nothing in it, and gives up every frame. The
@@ -447,8 +410,7 @@ impl Space {
                 dead.extend(self.detach(page, store));
             }
         }
-        self.refers.fill(NO_FRAME);
-        self.mappings = 1;
+        self.backing.clear();
         Ok(dead)
     }
 }
@@ -460,10 +422,6 @@ fn protect(pages: RamRange<'_>, calls: &dyn MemoryCalls) -> io::Result<u32> {
         calls.register(pages)?;
         calls.protect(pages)
     })
-}
-
-fn joined(before: Frame, after: Frame) -> bool {
-    if before == NO_FRAME || after == NO_FRAME { before == after } else { after == before + 1 }
 }
 
 enum Remapped {

@@ -48,6 +48,8 @@ pub struct EngineStatistics {
     pub mappings_denied: u64,
     /// Pages taken off their frames since the start, for better runs or because a VM is not to share.
     pub pages_undone: u64,
+    /// Huge pages split since the start, to share parts of them.
+    pub huge_split: u64,
     /// Hints of devices taken up since the start.
     pub hints: u64,
     /// Hints dropped because too many waited, of the VMs that are there.
@@ -132,6 +134,7 @@ impl EngineStatistics {
             mappings_denied,
             pages_undone,
             compactions,
+            huge_split,
             hints,
             hints_dropped,
             refusals,
@@ -162,6 +165,11 @@ pub struct VmStatistics {
     pub zero_pages: u64,
     /// Its pages that take memory of their own, now.
     pub pages_private: u64,
+    /// Huge pages, of 512 pages each, that back a part of them now, where huge pages are wanted and the
+    /// kernel tells (Linux 6.7).
+    pub huge_whole: u64,
+    /// Its huge pages that were split since the start, to share parts of them.
+    pub huge_split: u64,
     /// Mappings of its RAM.
     pub mappings: u64,
 }

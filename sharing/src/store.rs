@@ -29,11 +29,20 @@ const EXTENTS_TRIED: usize = 32;
 /// The books of one frame.
 #[derive(Clone, Copy, Debug, Default)]
 struct Record {
-    /// Guest pages that refer to it.
-    sharers: u32,
+    /// One more than the guest pages that refer to it; 0 for a free place.
+    uses: u32,
     /// Keyed digest of its content.
     digest: u32,
-    live: bool,
+}
+
+impl Record {
+    fn live(self) -> bool {
+        self.uses > 0
+    }
+
+    fn sharers(self) -> u32 {
+        self.uses.saturating_sub(1)
+    }
 }
 
 /// All frames of one engine.
@@ -124,7 +133,7 @@ impl FrameStore {
             .or_else(|| self.take_free(count))
             .or_else(|| self.take_fresh(count))?;
         for record in &mut self.records[start as usize..(start + count) as usize] {
-            *record = Record { sharers: 0, digest: 0, live: true };
+            *record = Record { uses: 1, digest: 0 };
         }
         self.live += count;
         Some(start)
@@ -216,7 +225,7 @@ impl FrameStore {
     /// Whether a frame has content.
     #[must_use]
     pub fn is_live(&self, frame: Frame) -> bool {
-        self.records.get(frame as usize).is_some_and(|record| record.live)
+        self.records.get(frame as usize).is_some_and(|record| record.live())
     }
 
     /// Notes the digest of a frame's content.
@@ -233,15 +242,15 @@ impl FrameStore {
     /// How many guest pages refer to a frame.
     #[must_use]
     pub fn sharers(&self, frame: Frame) -> u32 {
-        self.records.get(frame as usize).map_or(0, |record| record.sharers)
+        self.records.get(frame as usize).map_or(0, |record| record.sharers())
     }
 
     /// One more guest page refers to the frame. Comes before the page maps it.
     pub fn attach(&mut self, frame: Frame) {
         let record = &mut self.records[frame as usize];
-        debug_assert!(record.live);
-        record.sharers += 1;
-        match record.sharers {
+        debug_assert!(record.live());
+        record.uses += 1;
+        match record.sharers() {
             1 => {}
             2 => {
                 self.shared += 1;
@@ -255,9 +264,9 @@ impl FrameStore {
     /// it was the last: the frame is dead then, and the caller forgets it.
     pub fn detach(&mut self, frame: Frame) -> bool {
         let record = &mut self.records[frame as usize];
-        assert!(record.live && record.sharers > 0, "frame {frame} left by more pages than came");
-        record.sharers -= 1;
-        match record.sharers {
+        assert!(record.sharers() > 0, "frame {frame} left by more pages than came");
+        record.uses -= 1;
+        match record.sharers() {
             0 => {
                 self.kill(frame);
                 return true;
@@ -273,12 +282,12 @@ impl FrameStore {
 
     /// Gives up a frame that was allocated and found no sharer.
     pub fn abandon(&mut self, frame: Frame) {
-        assert_eq!(self.records[frame as usize].sharers, 0, "frame {frame} is in use");
+        assert_eq!(self.records[frame as usize].sharers(), 0, "frame {frame} is in use");
         self.kill(frame);
     }
 
     fn kill(&mut self, frame: Frame) {
-        self.records[frame as usize].live = false;
+        self.records[frame as usize].uses = 0;
         self.live -= 1;
         self.dead.push(frame);
     }
@@ -374,7 +383,7 @@ impl FrameStore {
 
     /// The numbers of all live frames.
     pub fn live_frames(&self) -> impl Iterator<Item = Frame> + '_ {
-        self.records.iter().enumerate().filter(|(_, record)| record.live).map(|(frame, _)| frame as Frame)
+        self.records.iter().enumerate().filter(|(_, record)| record.live()).map(|(frame, _)| frame as Frame)
     }
 
     /// Reads a live frame through the file.

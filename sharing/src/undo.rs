@@ -8,11 +8,11 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use crate::backing::joined;
 use crate::calls::Source;
 use crate::engine::Engine;
 use crate::members::Mode;
 use crate::space::{Space, SpaceError};
-use crate::store::NO_FRAME;
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
 const BATCH_PAGES: u32 = 64;
@@ -267,23 +267,20 @@ impl Iterator for Clusters<'_> {
     type Item = Range<u32>;
 
     fn next(&mut self) -> Option<Range<u32>> {
-        let refers = self.space.references();
-        let start =
-            self.page as usize + refers.get(self.page as usize..)?.iter().position(|&f| f != NO_FRAME)?;
-        let length = refers[start..].iter().position(|&frame| frame == NO_FRAME);
-        let end = length.map_or(refers.len(), |length| start + length);
-        self.page = end as u32;
-        Some(start as u32..end as u32)
+        let pages = self.page..self.space.pages();
+        let cluster = self.space.backing().on_frames().runs_within(pages).next()?;
+        self.page = cluster.end;
+        Some(cluster)
     }
 }
 
 /// The mappings that a cluster is made of.
 fn runs(space: &Space, cluster: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
-    let refers = &space.references()[cluster.start as usize..cluster.end as usize];
     let mut start = cluster.start;
-    refers.chunk_by(|&one, &next| next == one + 1).map(move |run| {
-        let range = start..start + run.len() as u32;
-        start = range.end;
-        range
+    std::iter::from_fn(move || {
+        let first = start;
+        let joins = |page: &u32| joined(space.refers(page - 1), space.refers(*page));
+        start = (first + 1..cluster.end).find(|page| !joins(page)).unwrap_or(cluster.end);
+        (first < cluster.end).then_some(first..start)
     })
 }

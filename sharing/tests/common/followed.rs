@@ -41,10 +41,14 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn start(engine: &mut Engine, pages: u32) -> Self {
+        Self::start_guest(engine, Guest::new(pages))
+    }
+
+    pub(crate) fn start_guest(engine: &mut Engine, guest: Guest) -> Self {
+        let pages = guest.ram.pages();
         let mut all = PageSet::new(pages);
         all.insert_range(0..pages);
         let told = Told(Arc::new(Mutex::new(all)));
-        let guest = Guest::new(pages);
         let slot = engine.add(guest.ram.clone(), Some(Box::new(told.clone())), losses().1).unwrap();
         Self { guest, told, slot }
     }

@@ -35,6 +35,13 @@ impl Guest {
         Self { ram: Arc::new(ram) }
     }
 
+    /// One whose RAM huge pages back, where the kernel has them.
+    pub(crate) fn huge(pages: u32) -> Self {
+        let ram = Ram::reserve(pages as usize * PAGE_SIZE).unwrap();
+        ram.use_huge_pages().unwrap();
+        Self { ram: Arc::new(ram) }
+    }
+
     /// Writes the content named `seed` word by word, as a guest would.
     pub(crate) fn write(&self, page: u32, seed: u64) {
         let address = self.ram.range(page, 1).page(0).cast::<u64>().cast_mut();
@@ -135,6 +142,10 @@ impl MemoryCalls for Faulty {
 
     fn unstage(&self, pages: RamRange<'_>) -> io::Result<()> {
         self.fault("unstage").and_then(|_| self.linux.unstage(pages))
+    }
+
+    fn split(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.fault("split").and_then(|_| self.linux.split(pages))
     }
 
     fn punch(&self, frame: Frame, count: u32) -> io::Result<()> {
