@@ -109,6 +109,11 @@ fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>, mut disk: Option<&m
         if let Some(Err(error)) = disk.as_mut().map(|disk| disk.round()) {
             fail(error.reason(), round + 1);
         }
+        if plan.walk > 0 {
+            let start = clock::now();
+            let steps = pages.walk(plan.walk);
+            port::print(Report::Walk { steps, us: clock.elapsed_us(start) });
+        }
         let start = clock::now();
         let Some(verified) = pages.verify(true) else { return round };
         round += 1;

@@ -9,6 +9,8 @@ use crate::port;
 
 /// Pages verified between two looks at the clock.
 const CHUNK: u64 = 16;
+/// Steps of a walk between two looks at the clock.
+const STEPS_AT_ONCE: u64 = 4096;
 /// Writes between two looks at the clock.
 const WRITES_AT_ONCE: u64 = 1024;
 /// Between two looks at the serial port, in microseconds.
@@ -116,6 +118,29 @@ impl<'a> Pages<'a> {
             }
         }
         Some(verified)
+    }
+
+    /// Read words at random places one after the other, each place given by the word read before, and rewrite
+    /// pages meanwhile. Gives the number of words read: fewer than `steps` if the host asked to come to an
+    /// end, or if there is nothing to read.
+    pub(crate) fn walk(&mut self, steps: u64) -> u64 {
+        let mut place = self.random();
+        for step in 0..steps {
+            if step.is_multiple_of(STEPS_AT_ONCE) {
+                self.attend(CHUNK);
+                if self.quit || self.arena.pages() == 0 {
+                    return step;
+                }
+            }
+            place = mix(place);
+            // The upper half of the product: as even a choice as the remainder, without a division.
+            let index = (u128::from(place) * u128::from(self.arena.pages()) >> 64) as u64;
+            if let Some(words) = self.page(index) {
+                // SAFETY: the page is the arena's, as `fill`'s caller confirmed, and the index is within it.
+                place ^= unsafe { words.add(place as usize % PAGE_WORDS).read_volatile() };
+            }
+        }
+        steps
     }
 
     /// Whether the page has content to verify.

@@ -166,8 +166,8 @@ impl DiskPlan {
 
 /// What the guest does from start to end.
 ///
-/// It fills the arena, then does rounds. A round passes over the disk if there is one, verifies every word
-/// of every page, then pauses; pages are rewritten throughout at [`rate`](Self::rate). After the last round
+/// It fills the arena, then does rounds. A round passes over the disk if there is one, walks through the
+/// arena if it is to, verifies every word of every page, then pauses; pages are rewritten throughout at [`rate`](Self::rate). After the last round
 /// everything is verified once more with nothing being written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -198,6 +198,9 @@ pub struct Plan {
     pub rounds: u64,
     /// Pause between rounds, in milliseconds.
     pub every_ms: u64,
+    /// Words to read at random places in each round before it verifies, each place given by the word read
+    /// before: work that waits for memory and the translation of addresses, and for nothing else.
+    pub walk: u64,
     /// How to misbehave after filling the arena, if at all.
     pub crash: Option<Crash>,
     /// The one VM that misbehaves, by its number; all that have this plan if `None`.
@@ -224,6 +227,7 @@ impl Default for Plan {
             restore: 0,
             rounds: 1,
             every_ms: 0,
+            walk: 0,
             crash: None,
             crash_vm: None,
             tsc_khz: None,
@@ -267,6 +271,7 @@ impl Plan {
             "restore" => self.restore = percent(value)?,
             "rounds" => self.rounds = number(value)?,
             "every" => self.every_ms = number(value)?,
+            "walk" => self.walk = number(value)?,
             "crash" => self.crash = Some(Crash::ALL.into_iter().find(|crash| crash.name() == value)?),
             "crash_vm" => self.crash_vm = Some(number32(value)?),
             "tsc_khz" => self.tsc_khz = Some(number32(value).filter(|khz| *khz > 0)?),
@@ -315,6 +320,9 @@ impl fmt::Display for Plan {
         write!(f, " rounds={}", self.rounds)?;
         if self.every_ms != default.every_ms {
             write!(f, " every={}", self.every_ms)?;
+        }
+        if self.walk != default.walk {
+            write!(f, " walk={}", self.walk)?;
         }
         if let Some(crash) = self.crash {
             write!(f, " crash={}", crash.name())?;
@@ -412,6 +420,7 @@ mod tests {
                 restore: 50,
                 rounds: 0,
                 every_ms: 250,
+                walk: 1 << 40,
                 crash: Some(Crash::Mmio),
                 crash_vm: Some(99),
                 tsc_khz: Some(2_100_000),

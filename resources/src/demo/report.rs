@@ -266,6 +266,13 @@ reports! {
         /// Time it took to fill them, in microseconds.
         us: u64 = "us",
     }
+    /// A walk through the arena is done.
+    "walk" Walk {
+        /// Words read.
+        steps: u64 = "steps",
+        /// Time it took, in microseconds.
+        us: u64 = "us",
+    }
     /// A round has verified everything.
     "round" Round {
         /// Number of the round, from 1.
