@@ -69,6 +69,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "breaks", measure: vms::breaks },
     Workload { name: "faults", measure: vms::faults },
     Workload { name: "slowdown", measure: vms::slowdown },
+    Workload { name: "tlb", measure: vms::tlb },
 ];
 
 /// Runs the command.

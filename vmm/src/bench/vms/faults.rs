@@ -12,7 +12,7 @@ use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
-use super::guests::{Guest, MEMORY, finish, resting};
+use super::guests::{Guest, MEMORY, finish, resting, until_steady};
 use super::mapping::Mapping;
 use crate::bench::context::Bench;
 use crate::bench::report::{Goal, Measurement, Section};
@@ -48,7 +48,7 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
     let sharing = Arc::new(Sharing::start(Settings::default())?);
     let guests = Guest::start_all(hypervisor, &plan, VMS, memory, Some(&sharing))?;
     guests.iter().try_for_each(|guest| guest.wait_verified(bench))?;
-    until_at_ceiling(bench, &sharing)?;
+    until_steady(bench, &sharing)?;
 
     let (mut cpu, mut merges, mut time) = (0.0, 0, 0.0);
     let (ours, idle) = bench.in_turns(
@@ -92,22 +92,6 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
         merges as f64 / time
     ));
     Ok(vec![section])
-}
-
-/// Lets the engine spend what it had saved up.
-fn until_at_ceiling(bench: &Bench, sharing: &Sharing) -> Result<()> {
-    let limit = Duration::from_secs(bench.size(60, 2));
-    let started = Instant::now();
-    let mut before = sharing.statistics().cpu_seconds;
-    while started.elapsed() < limit {
-        bench.rest(SETTLE)?;
-        let now = sharing.statistics().cpu_seconds;
-        if now - before < 0.12 * SETTLE.as_secs_f64() {
-            break;
-        }
-        before = now;
-    }
-    Ok(())
 }
 
 /// Touches fresh memory for a while.

@@ -288,3 +288,25 @@ pub(super) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> 
     }
     Ok(last)
 }
+
+/// Waits until the engine has spent what it had saved up of CPU time, and needs no more than its default
+/// ceiling allows on average.
+///
+/// # Errors
+/// Where the benchmark was interrupted.
+pub(super) fn until_steady(bench: &Bench, sharing: &Sharing) -> Result<()> {
+    const STRETCH: Duration = Duration::from_millis(500);
+    const CEILING: f64 = 0.1;
+    let limit = Duration::from_secs(bench.size(30, 1));
+    let started = Instant::now();
+    let mut before = sharing.statistics().cpu_seconds;
+    while started.elapsed() < limit {
+        bench.rest(STRETCH)?;
+        let now = sharing.statistics().cpu_seconds;
+        if now - before < 1.2 * CEILING * STRETCH.as_secs_f64() {
+            break;
+        }
+        before = now;
+    }
+    Ok(())
+}

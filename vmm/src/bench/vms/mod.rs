@@ -11,7 +11,7 @@ mod kvm;
 mod mapping;
 mod share;
 mod slowdown;
-//mod tlb;
+mod tlb;
 
 use anyhow::Result;
 use samepage::Hypervisor;
@@ -22,7 +22,7 @@ pub(super) use found::measure as found;
 pub(super) use idle::measure as idle;
 pub(super) use share::measure as share;
 pub(super) use slowdown::measure as slowdown;
-//pub(super) use tlb::measure as tlb;
+pub(super) use tlb::measure as tlb;
 
 use super::context::Bench;
 use super::report::Section;
