@@ -237,9 +237,8 @@ impl MemoryCalls for Linux {
         // contents where they are and needs no privilege. One page of 512 then counts as idle.
         let part = pages.part(0, 1);
         // SAFETY: the range is guest RAM; the advice changes no content.
-        let failed = unsafe {
-            libc::madvise(part.address() as *mut libc::c_void, part.bytes(), libc::MADV_COLD)
-        } != 0;
+        let failed =
+            unsafe { libc::madvise(part.address() as *mut libc::c_void, part.bytes(), libc::MADV_COLD) } != 0;
         if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 

@@ -93,10 +93,12 @@ pub unsafe fn equal(one: *const u8, other: *const u8) -> bool {
 #[must_use]
 pub unsafe fn probably_equal(one: *const u8, other: *const u8) -> bool {
     const LINE: usize = 64;
-    [0, PAGE_SIZE / 3 / LINE * LINE, PAGE_SIZE * 2 / 3 / LINE * LINE, PAGE_SIZE - LINE].into_iter().all(|at| {
-        // SAFETY: promised by the caller; each place is a line within the page.
-        unsafe { libc::memcmp(one.wrapping_add(at).cast(), other.wrapping_add(at).cast(), LINE) == 0 }
-    })
+    [0, PAGE_SIZE / 3 / LINE * LINE, PAGE_SIZE * 2 / 3 / LINE * LINE, PAGE_SIZE - LINE].into_iter().all(
+        |at| {
+            // SAFETY: promised by the caller; each place is a line within the page.
+            unsafe { libc::memcmp(one.wrapping_add(at).cast(), other.wrapping_add(at).cast(), LINE) == 0 }
+        },
+    )
 }
 
 /// How two pages compare, byte by byte.

@@ -416,7 +416,8 @@ impl Engine {
                 self.pagemap.huge(space.ram().range(0, space.pages()), &mut huge)?;
             }
         }
-        let pages = |runs: &[std::ops::Range<u32>]| runs.iter().map(|run| u64::from(run.end - run.start)).sum();
+        let pages =
+            |runs: &[std::ops::Range<u32>]| runs.iter().map(|run| u64::from(run.end - run.start)).sum();
         let huge_pages: u64 = pages(&huge);
         let mut sharing = 0.0;
         let mut shared = 0_u64;

@@ -109,9 +109,8 @@ impl HugeRanges {
 
     /// The first page of the next range to be split, as far as is known here.
     fn next_cold(&mut self) -> Option<u32> {
-        let cold = |range: &HugeRange| {
-            range.whole && !range.tried && range.quiet >= COLD && range.alike >= ENOUGH
-        };
+        let cold =
+            |range: &HugeRange| range.whole && !range.tried && range.quiet >= COLD && range.alike >= ENOUGH;
         let found = self.ranges[self.next..].iter().position(cold).map(|after| self.next + after);
         self.next = found.map_or(self.ranges.len(), |index| index + 1);
         found.map(|index| index as u32 * HUGE_PAGES)
@@ -163,7 +162,9 @@ impl Engine {
             return;
         }
         let shared = self.frame_like_scratch(digest).is_some();
-        if shared || self.page_like_scratch(slot, page, digest).is_some() || self.whole_twin(slot, page, digest)
+        if shared
+            || self.page_like_scratch(slot, page, digest).is_some()
+            || self.whole_twin(slot, page, digest)
         {
             self.members.at_mut(slot).set_alike(page);
         }

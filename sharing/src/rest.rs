@@ -86,13 +86,7 @@ impl Tracker {
     #[must_use]
     pub fn new(log: Box<dyn ChangeLog>, pages: u32) -> Self {
         let set = PageSet::new(pages);
-        Self {
-            log,
-            armed: set.clone(),
-            waiting: set,
-            slowness: Slowness::new(pages),
-            interval: 0,
-        }
+        Self { log, armed: set.clone(), waiting: set, slowness: Slowness::new(pages), interval: 0 }
     }
 
     /// Ends an interval and begins the next.
@@ -100,7 +94,8 @@ impl Tracker {
     /// # Errors
     /// What the log said. The interval then goes on.
     pub fn next_interval(&mut self, changes: &mut Changes) -> io::Result<()> {
-        let Changes { changed: all_changed, rested: all_rested, restless, written: all_written, .. } = changes;
+        let Changes { changed: all_changed, rested: all_rested, restless, written: all_written, .. } =
+            changes;
         all_written.clear();
         self.log.collect(all_written)?;
         self.interval = self.interval.wrapping_add(1);

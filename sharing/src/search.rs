@@ -147,7 +147,9 @@ impl Engine {
         };
         let forward = 1
             + (1..(end - page).min(longest))
-                .take_while(|&ahead| frame.checked_add(ahead).is_some_and(|frame| alike(ahead, page + ahead, frame)))
+                .take_while(|&ahead| {
+                    frame.checked_add(ahead).is_some_and(|frame| alike(ahead, page + ahead, frame))
+                })
                 .count() as u32;
         let backward = (1..=page.min(frame).min(longest - forward))
             .take_while(|&behind| alike(behind, page - behind, frame - behind))
@@ -171,11 +173,11 @@ impl Engine {
         let other = members.at(twin_slot);
         let mut alike = |distance: u32, page: u32, twin: u32| {
             member.mergeable(page) && other.mergeable(twin) && {
-                    counters.effort.comparisons += 1;
-                    let twin = other.space.page(twin);
-                    // SAFETY: members' RAM is mapped.
-                    unsafe { neighbours_alike(distance, member.space.page(page), twin) && !content::zero(twin) }
-                }
+                counters.effort.comparisons += 1;
+                let twin = other.space.page(twin);
+                // SAFETY: members' RAM is mapped.
+                unsafe { neighbours_alike(distance, member.space.page(page), twin) && !content::zero(twin) }
+            }
         };
         // Within one VM the two runs must not overlap.
         let apart = if slot == twin_slot { page.abs_diff(twin_page) } else { longest };

@@ -75,12 +75,7 @@ impl Space {
     pub fn new(ram: Arc<Ram>, calls: &dyn MemoryCalls) -> io::Result<Self> {
         let pages = ram.pages();
         calls.register(ram.range(0, pages))?;
-        Ok(Self {
-            backing: Backing::new(pages),
-            hole: None,
-            longest_window: Duration::ZERO,
-            ram,
-        })
+        Ok(Self { backing: Backing::new(pages), hole: None, longest_window: Duration::ZERO, ram })
     }
 
     /// Number of pages.
@@ -486,8 +481,11 @@ impl Window<'_> {
             return Ok(());
         }
         let rest = self.pages.part(self.remapped, self.pages.count() - self.remapped);
+        // To lift the protection wakes who waits for it.
         let lifted = if rest.count() > 0 { self.lift(rest) } else { Ok(()) };
-        lifted.and(self.calls.wake(self.pages))
+        let woken =
+            if self.remapped > 0 { self.calls.wake(self.pages.part(0, self.remapped)) } else { Ok(()) };
+        lifted.and(woken)
     }
 
     fn lift(&self, pages: RamRange<'_>) -> io::Result<()> {
@@ -495,10 +493,12 @@ impl Window<'_> {
             return Ok(());
         }
         // Pages that are not registered stand in the way of the others, and were not protected.
-        (0..pages.count()).try_for_each(|page| match self.calls.unprotect(pages.part(page, 1)) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            lifted => lifted,
-        })
+        let lifted =
+            (0..pages.count()).try_for_each(|page| match self.calls.unprotect(pages.part(page, 1)) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+                lifted => lifted,
+            });
+        lifted.and(self.calls.wake(pages))
     }
 }
 

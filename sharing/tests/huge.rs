@@ -49,9 +49,9 @@ fn statistics(engine: &Engine, vm: &Vm) -> VmStatistics {
 
 /// Whether the host backs all of these VMs' full ranges with huge pages.
 fn huge(engine: &Engine, vms: &[Vm]) -> bool {
-    let all = vms.iter().all(|vm| {
-        statistics(engine, vm).huge_whole == u64::from(vm.guest.ram.pages() / HUGE_PAGES)
-    });
+    let all = vms
+        .iter()
+        .all(|vm| statistics(engine, vm).huge_whole == u64::from(vm.guest.ram.pages() / HUGE_PAGES));
     if !all {
         eprintln!("this host has no huge pages to give: the contents alone are checked");
     }
