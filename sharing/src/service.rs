@@ -7,6 +7,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use serde::Serialize;
+
 use crate::audit::AuditReport;
 use crate::calls::{Linux, MemoryCalls};
 use crate::changes::ChangeLog;
@@ -42,7 +44,7 @@ pub enum StartError {
 }
 
 /// How a VM takes part.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Participation {
     /// The group within which it shares. Between groups nothing is shared, and nothing can be told
     /// from the time that a write takes.

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
 use samepage_sharing::pagemap::Pagemap;
-use samepage_sharing::service::Sharing;
+use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
@@ -38,8 +38,34 @@ pub struct Sample {
     /// The engine's counts.
     #[serde(flatten)]
     pub engine: EngineStatistics,
+    /// The groups within which VMs share, by name.
+    pub groups: Vec<GroupSample>,
     /// The VMs, in the order in which they were started.
     pub vms: Vec<VmSample>,
+}
+
+/// One group of VMs at one moment, in the terms of [`EngineStatistics`].
+#[derive(Clone, Debug, Serialize)]
+pub struct GroupSample {
+    /// Its name.
+    pub name: String,
+    /// Frames in use by two or more guest pages.
+    pub pages_shared: u64,
+    /// Further guest pages mapped to those frames.
+    pub pages_sharing: u64,
+    /// Guest pages of zeros whose memory was given back.
+    pub zero_pages: u64,
+    /// Pages mapped to frames since the group came up.
+    pub merges: u64,
+    /// What sharing saves, in bytes, less what its books and mappings take.
+    pub saved_bytes: i64,
+}
+
+impl GroupSample {
+    fn new(name: String, engine: &EngineStatistics) -> Self {
+        let EngineStatistics { pages_shared, pages_sharing, zero_pages, merges, .. } = *engine;
+        Self { name, pages_shared, pages_sharing, zero_pages, merges, saved_bytes: engine.saved_bytes() }
+    }
 }
 
 /// One VM at one moment.
@@ -49,6 +75,9 @@ pub struct VmSample {
     pub name: String,
     /// What it does: `running`, `paused` or `ended`.
     pub state: &'static str,
+    /// Its group and what of its memory is shared, where the engine runs.
+    #[serde(flatten)]
+    pub participation: Option<Participation>,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
     /// What it takes by itself, in bytes: private pages, and its share of each frame.
@@ -83,6 +112,8 @@ impl Sampler {
         vms: impl IntoIterator<Item = &'a Vm>,
     ) -> io::Result<Sample> {
         let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
+        let groups = sharing.map_or_else(Vec::new, Sharing::groups);
+        let groups = groups.into_iter().map(|(name, engine)| GroupSample::new(name, &engine)).collect();
         let engine = match sharing {
             Some(sharing) => sharing.statistics(),
             // The figures that do not depend on the engine.
@@ -101,6 +132,7 @@ impl Sampler {
             private_bytes,
             saved_bytes: if sharing.is_some() { engine.saved_bytes() } else { 0 },
             engine,
+            groups,
             vms,
         })
     }
@@ -124,6 +156,7 @@ impl Sampler {
         Ok(VmSample {
             name: vm.name().to_owned(),
             state: vm.state().name(),
+            participation: vm.membership().map(Membership::participation),
             memory_bytes: ram.bytes() as u64,
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,

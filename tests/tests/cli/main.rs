@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         ("a_read_only_disk_serves_several_guests_and_stays_as_it_is", &[Kvm], disks::read_only),
         ("a_disk_in_use_is_refused_until_it_is_free", &[Kvm], disks::in_use),
         ("statistics_add_up_while_guests_share", &[Kvm], stats::while_sharing),
+        ("statistics_tell_groups_and_modes", &[Kvm], stats::groups_and_modes),
         ("statistics_of_unshared_guests_count_their_own_memory", &[Kvm], stats::without_sharing),
         ("statistics_are_appended_to_and_the_audit_passes", &[Kvm], stats::appended),
         ("the_demo_saves_what_can_be_saved", &[Kvm], stats::demo),

@@ -119,6 +119,34 @@ pub(crate) fn while_sharing() {
     end.stdout.lines().for_each(|line| check(&parse(line)));
 }
 
+pub(crate) fn groups_and_modes() {
+    let plan = Plan { pages: Some(2048), rounds: 0, every_ms: 100, ..Plan::default() };
+    let scratch = Scratch::new();
+    let arguments =
+        ["--count=2", "--name=s", "--console=off", "--stats=-", "--share-group={name}", "--sharing=zero"];
+    let running = scratch.start(format!("{plan} vm={{index}}"), &arguments);
+    let sample = wait_for_sample(running.stdout(), |sample| {
+        sample["groups"]
+            .as_array()
+            .expect("a list of groups")
+            .iter()
+            .filter(|group| number(group, "zero_pages") > 0)
+            .count()
+            == 2
+    });
+    let names = |list: &str, field: &str| -> Vec<_> {
+        sample[list].as_array().expect(list).iter().map(|item| item[field].clone()).collect()
+    };
+    assert_eq!(names("groups", "name"), ["default", "s-0", "s-1"], "{sample}");
+    assert_eq!(
+        (names("vms", "group"), names("vms", "mode")),
+        (vec!["s-0".into(), "s-1".into()], vec!["zero".into(); 2])
+    );
+    assert_eq!((number(&sample, "pages_sharing"), number(&sample, "merges")), (0, 0), "{sample}");
+    running.signal(Signal::TERM);
+    running.wait().assert_code(0);
+}
+
 pub(crate) fn without_sharing() {
     let scratch = Scratch::new();
     let running = scratch.start(endless(), &["--sharing=off", "--console=off", "--stats=-"]);
