@@ -37,7 +37,9 @@ impl Pace {
 
     /// Until when to rest, where the ceiling asks for it.
     pub(crate) fn rest_until(&self, now: Instant) -> Option<Instant> {
-        let rest = Duration::from_secs_f64((-self.saved / self.share).max(0.0));
+        let passed = now.saturating_duration_since(self.since).as_secs_f64();
+        let saved = self.saved + passed * self.share;
+        let rest = Duration::from_secs_f64((-saved / self.share).max(0.0));
         (rest > SHORTEST_REST).then(|| now + rest)
     }
 }
@@ -66,6 +68,16 @@ mod tests {
             pace.spend(Duration::from_millis(1), now);
         }
         assert!((1900..2100).contains(&spent.as_millis()), "{spent:?}");
+    }
+
+    #[test]
+    fn a_rest_is_over_when_its_time_has_passed() {
+        let start = Instant::now();
+        let mut pace = Pace::new(10.0, start);
+        pace.spend(Duration::from_millis(1100), start);
+        let until = pace.rest_until(start).expect("more was spent than was saved up");
+        assert_eq!(pace.rest_until(start + (until - start) / 2), Some(until), "asking changes nothing");
+        assert_eq!(pace.rest_until(until), None);
     }
 
     #[test]
