@@ -12,9 +12,10 @@
 //! with every sweep: the kernel may have had no huge page to give, or have split one by itself, and there
 //! pages are merged at once. It may also make one of small pages later (khugepaged), but under userfaultfd
 //! only of 512 populated pages of one anonymous mapping of which none is protected: never over frames, never
-//! where zeros were given back, never in a window. On kernels without `PAGEMAP_SCAN` (before 6.7) every range
-//! counts as whole until it is split here. All of this steers effort. A wrong answer costs memory that becomes
-//! free later, never content: windows protect, compare and remap whatever the kernel backs pages with.
+//! where zeros were given back, never in a window. Such a page is counted and split like any other, though
+//! not before some time has passed. On kernels without `PAGEMAP_SCAN` (before 6.7) every range counts as
+//! whole until it is split here. All of this steers effort. A wrong answer costs memory that becomes free
+//! later, never content: windows protect, compare and remap whatever the kernel backs pages with.
 //!
 //! KVM maps memory whose writes it logs by 4 KiB in the tables of the second level, so for a VM with a change
 //! log huge pages shorten neither these tables nor the walks of guests through them. What remains is on the
@@ -32,6 +33,9 @@ use crate::ram::HUGE_PAGES;
 const COLD: u8 = 8;
 /// Pages of a huge page that are to be shared for it to be split: a quarter.
 const ENOUGH: u16 = (HUGE_PAGES / 4) as u16;
+/// Intervals without a change after which a split is tried once more, where the kernel did not do it or has
+/// made a huge page of the range again.
+const RETRY: u8 = 32;
 /// Huge pages split in one step: about a millisecond of work.
 const STEP_SPLITS: usize = 4;
 
@@ -44,8 +48,8 @@ struct HugeRange {
     quiet: u8,
     /// A huge page backs it.
     whole: bool,
-    /// It has been split, or that was in vain, and it has not changed since.
-    tried: bool,
+    /// Intervals for which it is not split, since that was tried a moment ago.
+    pause: u8,
 }
 
 /// What is known of one VM's huge pages. Pages behind the last full range are never part of one.
@@ -60,7 +64,7 @@ pub(crate) struct HugeRanges {
 impl HugeRanges {
     /// RAM of this many pages, which are taken for whole from the start or only once they are known to be.
     pub(crate) fn new(pages: u32, whole: bool) -> Self {
-        let range = HugeRange { alike: 0, quiet: 0, whole, tried: false };
+        let range = HugeRange { alike: 0, quiet: 0, whole, pause: 0 };
         let ranges = vec![range; (pages / HUGE_PAGES) as usize];
         Self { next: ranges.len(), ranges, splits: 0 }
     }
@@ -77,7 +81,7 @@ impl HugeRanges {
     pub(crate) fn changed(&mut self, page: u32) {
         if let Some(range) = self.of(page) {
             range.quiet = 0;
-            range.tried = false;
+            range.pause = 0;
         }
     }
 
@@ -103,14 +107,16 @@ impl HugeRanges {
     fn grow_older(&mut self) {
         for range in &mut self.ranges {
             range.quiet = range.quiet.saturating_add(1);
+            range.pause = range.pause.saturating_sub(1);
         }
         self.next = 0;
     }
 
     /// The first page of the next range to be split, as far as is known here.
     fn next_cold(&mut self) -> Option<u32> {
-        let cold =
-            |range: &HugeRange| range.whole && !range.tried && range.quiet >= COLD && range.alike >= ENOUGH;
+        let cold = |range: &HugeRange| {
+            range.whole && range.pause == 0 && range.quiet >= COLD && range.alike >= ENOUGH
+        };
         let found = self.ranges[self.next..].iter().position(cold).map(|after| self.next + after);
         self.next = found.map_or(self.ranges.len(), |index| index + 1);
         found.map(|index| index as u32 * HUGE_PAGES)
@@ -231,7 +237,10 @@ impl Engine {
             range.quiet = 0;
         }
         if whole {
-            known.into_iter().for_each(|page| self.enter_whole(slot, page));
+            // Whether they have their like is to be counted.
+            if let Some(follower) = &mut member.follower {
+                known.into_iter().for_each(|page| follower.look_again(page));
+            }
             return;
         }
         let mut known = known.into_iter().peekable();
@@ -281,7 +290,7 @@ impl Engine {
         let member = members.at_mut(slot);
         let Some(huge) = &mut member.huge else { return };
         if let Some(range) = huge.of(first) {
-            range.tried = true;
+            range.pause = RETRY;
         }
         let pages = member.space.ram().range(first, HUGE_PAGES);
         if calls.split(pages).is_err() {
@@ -291,10 +300,6 @@ impl Engine {
         let mut left = Vec::new();
         if pagemap.tells_huge() && (pagemap.huge(pages, &mut left).is_err() || !left.is_empty()) {
             // Somebody in the kernel holds on to it; that passes.
-            if let Some(range) = huge.of(first) {
-                range.tried = false;
-                range.quiet = 0;
-            }
             return;
         }
         huge.splits += 1;

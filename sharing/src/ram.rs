@@ -38,11 +38,11 @@ impl Reservation {
         Ok(Self(base, bytes))
     }
 
-    /// A reservation that starts at a multiple of a power of two.
-    fn aligned(bytes: usize, alignment: usize) -> io::Result<Self> {
+    /// A reservation of which the part from `offset` on starts at a multiple of a power of two.
+    fn aligned(bytes: usize, offset: usize, alignment: usize) -> io::Result<Self> {
         let mut reservation = Self::new(bytes + alignment - PAGE_SIZE)?;
         let spare = reservation.1 - bytes;
-        let lead = reservation.0.as_ptr().align_offset(alignment);
+        let lead = reservation.0.as_ptr().wrapping_add(offset).align_offset(alignment);
         reservation.trim(lead, spare - lead);
         Ok(reservation)
     }
@@ -134,9 +134,11 @@ impl Ram {
             Ok(pages) if pages > 0 && bytes.is_multiple_of(PAGE_SIZE) => pages,
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         };
-        let shadow = Reservation::new(SHADOW_LEAD + bytes)?;
         let alignment = if bytes < HUGE_BYTES { PAGE_SIZE } else { HUGE_BYTES };
-        let target = Reservation::aligned(bytes + GUARD_BYTES, alignment)?;
+        // What is moved has no page table in common with the page that is touched: the table would be made
+        // for the RAM as well, and where there is one the kernel makes no huge page.
+        let shadow = Reservation::aligned(SHADOW_LEAD + bytes, SHADOW_LEAD, alignment)?;
+        let target = Reservation::aligned(bytes + GUARD_BYTES, 0, alignment)?;
         // The kernel joins anonymous mappings only if they belong together from their first page on: one
         // page of the shadow is touched before the rest is moved away.
         shadow.protect(0, SHADOW_LEAD, libc::PROT_READ | libc::PROT_WRITE)?;
