@@ -150,6 +150,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
     pub(crate) console: ConsoleArg,
 
+    /// Back guest memory with huge pages of 2 MiB where it is hot (thp). Cold ones that hold enough alike
+    /// pages are split, so that those can be shared
+    #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePagesArg::Off)]
+    pub(crate) hugepages: HugePagesArg,
+
     /// What of the VMs' memory is shared: everything that is alike (full), pages of zeros alone, which
     /// are given back (zero), or nothing (off)
     #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingArg::Full)]
@@ -190,6 +195,13 @@ pub(crate) enum SharingArg {
     Full,
     Zero,
     Off,
+}
+
+/// `--hugepages`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HugePagesArg {
+    Off,
+    Thp,
 }
 
 /// `--sharing-engine`.

@@ -12,6 +12,7 @@ use samepage_sharing::service::{Participation, Sharing};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
+use crate::huge_pages::HugePages;
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
 use crate::x86::layout::{MAX_RAM, MIN_RAM};
 
@@ -70,6 +71,8 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Guest RAM, a multiple of 4096.
     pub memory_bytes: u64,
+    /// What the host backs guest RAM with.
+    pub hugepages: HugePages,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// The serial console.
@@ -124,6 +127,7 @@ impl VmConfig {
             initrd: None,
             cmdline: String::new(),
             memory_bytes: 256 << 20,
+            hugepages: HugePages::Off,
             disks: Vec::new(),
             console: ConsoleConfig::Off,
             sharing: None,

@@ -6,6 +6,7 @@
 //! - [`fleet`] runs several of them and collects their ends.
 //! - [`oracle`] says what sharing could save in given memory, without running anything.
 //! - [`host_limits`] says how much memory may be promised to guests.
+//! - [`huge_pages`] says whether their memory can be backed with huge pages.
 //!
 //! Guests are not trusted: what they send (registers, descriptors, requests) and the images they boot
 //! from are checked, and what is wrong ends the one VM it belongs to.
@@ -15,6 +16,7 @@ pub mod config;
 pub mod console;
 pub mod fleet;
 pub mod host_limits;
+pub mod huge_pages;
 pub mod hypervisor;
 pub mod oracle;
 pub mod poll;
@@ -26,5 +28,6 @@ pub mod x86;
 pub use boot::ImageSource;
 pub use config::{ConsoleConfig, DiskConfig, VmConfig};
 pub use fleet::Fleet;
+pub use huge_pages::HugePages;
 pub use hypervisor::Hypervisor;
 pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle, VmState};

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use samepage::{ConsoleConfig, DiskConfig, ImageSource, VmConfig};
+use samepage::{ConsoleConfig, DiskConfig, HugePages, ImageSource, VmConfig};
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::Participation;
 
-use crate::cli::{ConsoleArg, RunArgs, SharingArg};
+use crate::cli::{ConsoleArg, HugePagesArg, RunArgs, SharingArg};
 
 /// Replaces `{index}` and `{name}`.
 fn expand(text: &str, index: u32, name: &str) -> String {
@@ -49,6 +49,10 @@ fn configuration(args: &RunArgs, index: u32) -> VmConfig {
         initrd: args.initrd.clone().map(ImageSource::Path),
         cmdline: expand(&args.cmdline),
         memory_bytes: args.memory,
+        hugepages: match args.hugepages {
+            HugePagesArg::Off => HugePages::Off,
+            HugePagesArg::Thp => HugePages::Thp,
+        },
         disks: disks.collect(),
         console: match &args.console {
             ConsoleArg::Stdio if args.count == 1 => ConsoleConfig::Stdio,
@@ -93,6 +97,15 @@ mod tests {
         assert_eq!(configs.len(), 1);
         assert_eq!(configs[0].name, "web");
         assert!(matches!(configs[0].console, ConsoleConfig::Stdio));
+    }
+
+    #[test]
+    fn huge_pages_are_asked_for() {
+        assert_eq!(plan(&[])[0].hugepages, HugePages::Off);
+        assert_eq!(plan(&["--hugepages=off"])[0].hugepages, HugePages::Off);
+        let both = plan(&["--count=2", "--hugepages", "thp"]);
+        assert!(both.iter().all(|config| config.hugepages == HugePages::Thp));
+        assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", "--hugepages=1G"]).is_err());
     }
 
     #[test]

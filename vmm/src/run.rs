@@ -14,7 +14,7 @@ use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
 use samepage::signals::ShutdownSignals;
 use samepage::statistics::{StatsTarget, StatsWriter};
-use samepage::{Hypervisor, Vm, VmConfig, VmEnd};
+use samepage::{HugePages, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
@@ -54,6 +54,7 @@ impl Outcome {
 /// Runs all VMs of the command line to their ends.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let mut configs = plan::configurations(args);
+    check_huge_pages(&mut configs);
     fleet::check(&configs)?;
     check_host(&configs, args.overcommit)?;
     let hypervisor = Hypervisor::open()?;
@@ -119,6 +120,17 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         let _ = statistics.writer.finish();
     }
     Ok(outcome.exit_code())
+}
+
+/// Goes on with small pages where the host has no others.
+fn check_huge_pages(configs: &mut [VmConfig]) {
+    if configs.iter().all(|config| config.hugepages == HugePages::Off) {
+        return;
+    }
+    if let Some(reason) = huge_pages::unavailable() {
+        tell(format_args!("{reason}"));
+        configs.iter_mut().for_each(|config| config.hugepages = HugePages::Off);
+    }
 }
 
 fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {

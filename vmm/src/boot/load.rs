@@ -223,7 +223,7 @@ mod tests {
             (elf64(code), Entry::Linux64(0x10_0000), 0x10_0000),
             (bzimage(code), Entry::Linux64(0x100_0200), 0x100_0200),
         ] {
-            let memory = VmMemory::reserve(RAM, true).unwrap();
+            let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
             assert_eq!(load_into(&memory, image, None).unwrap(), entry);
             assert_eq!(bytes_at(&memory, code_at, code.len()), code);
             assert_eq!(bytes_at(&memory, COMMAND_LINE, 14), b"console=ttyS0\0");
@@ -235,7 +235,7 @@ mod tests {
     fn a_kernel_file_reads_like_the_same_bytes() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), pvh_elf(b"\xf4")).unwrap();
-        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let kernel = ImageSource::Path(file.path().to_owned());
         assert_eq!(load(memory.view(), RAM, &kernel, None, "").unwrap(), Entry::Pvh(0x10_0000));
         assert_eq!(bytes_at(&memory, 0x10_0000, 1), b"\xf4");
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_initrd_ends_at_the_top_of_low_ram() {
-        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         load_into(&memory, pvh_elf(b"\xf4"), Some(vec![7; 5000])).unwrap();
         let start = RAM - 2 * PAGE_SIZE as u64;
         assert_eq!(bytes_at(&memory, start, 5001), [vec![7; 5000], vec![0]].concat());
@@ -272,7 +272,7 @@ mod tests {
     fn an_entry_point_outside_the_kernel_is_refused() {
         let mut image = elf64(b"\xf4");
         image[24..32].copy_from_slice(&0x7000_u64.to_le_bytes());
-        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let error = load_into(&memory, image, None).unwrap_err();
         assert!(error.to_string().contains("in no segment"), "{error}");
     }

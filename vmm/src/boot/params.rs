@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn start_info_points_to_command_line_initrd_and_memory_map() {
-        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         write_start_info(memory.view(), RAM, Some(INITRD)).unwrap();
         let info: hvm_start_info = memory.view().read_obj(GuestAddress(PVH_START_INFO)).unwrap();
         assert_eq!((info.magic, info.version, info.nr_modules), (0x336e_c578, 1, 1));
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn the_zero_page_keeps_the_image_s_header() {
-        let memory = VmMemory::reserve(RAM, true).unwrap();
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let header = setup_header { version: 0x20f, init_size: 77, ..Default::default() };
         write_zero_page(memory.view(), RAM, Some(header), Some(INITRD), 10).unwrap();
         let params: boot_params = memory.view().read_obj(GuestAddress(ZERO_PAGE)).unwrap();

@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn instruction_bytes_are_read_across_pages_as_far_as_they_are_mapped() {
-        let memory = VmMemory::reserve(2 << 20, true).unwrap();
+        let memory = VmMemory::reserve(2 << 20, true, crate::HugePages::Off).unwrap();
         memory.view().write_slice(&[1; 5], GuestAddress(0x5ffb)).unwrap();
         memory.view().write_slice(&[2; 10], GuestAddress(0x9000)).unwrap();
         let paged = |linear: u64| match linear {

@@ -10,11 +10,13 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use samepage_devices::GuestMemory;
+use samepage_sharing::ram::HUGE_BYTES;
 use samepage_sharing::{PAGE_SIZE, Ram};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
+use crate::huge_pages::HugePages;
 use crate::x86::layout::{RamRange, ram_ranges};
 
 /// A range of guest RAM and the KVM memory slot that holds it.
@@ -40,17 +42,23 @@ pub struct VmMemory {
 impl VmMemory {
     /// Reserves RAM of the given length, a multiple of the page size.
     ///
-    /// Memory that is to be shared page by page (`small_pages`) is kept from becoming huge pages:
-    /// a partly remapped huge page frees nothing.
-    pub(crate) fn reserve(bytes: u64, small_pages: bool) -> io::Result<Self> {
+    /// Memory that is to be shared page by page (`small_pages`) is kept from becoming huge pages: a partly
+    /// remapped huge page frees nothing. Where huge pages are wanted all the same (`huge`), the sharing
+    /// engine splits those that it needs parts of.
+    pub(crate) fn reserve(bytes: u64, small_pages: bool, huge: HugePages) -> io::Result<Self> {
         let length = usize::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let ram = Arc::new(Ram::reserve(length)?);
-        if small_pages {
-            ram.use_small_pages()?;
+        match huge {
+            HugePages::Thp => ram.use_huge_pages()?,
+            HugePages::Off if small_pages => ram.use_small_pages()?,
+            HugePages::Off => {}
         }
         let mut regions = Vec::with_capacity(2);
         let mut slots = Vec::with_capacity(2);
         for (slot, range) in (0..).zip(ram_ranges(bytes)) {
+            // Where the guest has 2 MiB, so has the host: KVM maps huge pages only then.
+            let offset = (host_address(&ram, range) as u64).wrapping_sub(range.gpa);
+            debug_assert!(offset.is_multiple_of(HUGE_BYTES as u64), "{range:x?}");
             regions.push(region(&ram, range)?);
             slots.push(MemorySlot { slot, range });
         }
@@ -119,8 +127,20 @@ mod tests {
     use vm_memory::Bytes;
 
     #[test]
+    fn guest_and_host_addresses_agree_within_huge_pages() {
+        let bytes = (3 << 30) + (1 << 20);
+        let memory = VmMemory::reserve(bytes, true, HugePages::Thp).unwrap();
+        for slot in memory.slots() {
+            let host = host_address(memory.ram(), slot.range) as u64;
+            assert_eq!(host % HUGE_BYTES as u64, slot.range.gpa % HUGE_BYTES as u64);
+        }
+        assert!(memory.ram().huge());
+        assert!(!VmMemory::reserve(bytes, true, HugePages::Off).unwrap().ram().huge());
+    }
+
+    #[test]
     fn both_views_show_the_same_memory_on_both_sides_of_the_hole() {
-        let memory = VmMemory::reserve((3 << 30) + (1 << 20), true).unwrap();
+        let memory = VmMemory::reserve((3 << 30) + (1 << 20), true, HugePages::Off).unwrap();
         assert_eq!(memory.slots().len(), 2);
 
         memory.view().write_obj(0x1122_u16, GuestAddress(0x2000)).unwrap();

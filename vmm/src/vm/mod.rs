@@ -220,7 +220,7 @@ impl Vm {
     pub fn build(config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
         config.check()?;
         let bytes = config.memory_bytes;
-        let memory = VmMemory::reserve(bytes, config.sharing.is_some())
+        let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
         let command_line = config.kernel_command_line();
         let entry = load::load(memory.view(), bytes, &config.kernel, config.initrd.as_ref(), &command_line)?;

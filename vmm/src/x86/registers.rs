@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn page_tables_map_4_gib_one_to_one() {
-        let memory = VmMemory::reserve(2 << 20, true).unwrap();
+        let memory = VmMemory::reserve(2 << 20, true, crate::HugePages::Off).unwrap();
         write_tables(memory.view(), Entry::Linux64(0)).unwrap();
         let word = |address| memory.view().read_obj::<u64>(GuestAddress(address)).unwrap();
         let address_of = |entry: u64| entry & 0x000f_ffff_ffff_f000;
