@@ -4,8 +4,7 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 
 use samepage_resources::demo::layout::Arena;
-use samepage_resources::demo::plan::{Classes, Plan, Rate};
-use samepage_resources::demo::report::Report;
+use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::{Notice, Sharing};
