@@ -294,6 +294,7 @@ impl Engine {
         self.blocks.forget(member.places());
         members.remove(slot);
         self.unique.shrink();
+        self.whole.shrink();
         self.stable.shrink();
         self.membership_changed = true;
         Ok(())

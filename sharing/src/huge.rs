@@ -243,6 +243,7 @@ impl Engine {
             }
             return;
         }
+        self.whole.shrink();
         let mut known = known.into_iter().peekable();
         for page in range {
             let entered = known.next_if_eq(&page).is_some();

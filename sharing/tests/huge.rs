@@ -300,3 +300,18 @@ fn no_write_is_lost_while_huge_pages_are_split() {
         assert_eq!(engine.vm_statistics(slots[0]).unwrap().unwrap().huge_whole, 0);
     }
 }
+
+#[test]
+fn the_books_stay_small_when_huge_pages_are_split() {
+    const PAGES: u32 = 64 * HUGE_PAGES;
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| start(&mut engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    let bytes_a_page = |engine: &Engine| engine.statistics().metadata_bytes as f64 / f64::from(2 * PAGES);
+    vms.iter().for_each(|vm| fill(vm, 130));
+    clock.intervals(&mut engine, 4);
+    assert!(bytes_a_page(&engine) <= 16.0, "{} bytes", bytes_a_page(&engine));
+    clock.intervals(&mut engine, LONG);
+    assert_eq!(engine.statistics().pages_sharing, 130 * 64);
+    assert!(bytes_a_page(&engine) <= 16.0, "{} bytes", bytes_a_page(&engine));
+}
