@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use rustix::process::Signal;
+use samepage::Hypervisor;
 use samepage_tests::program::{Finished, Running, command};
 use serde_json::Value;
 
@@ -27,7 +28,27 @@ fn bench(arguments: &[&str]) -> Finished {
     Running::start(command([&["bench", "sharing"], arguments].concat())).wait()
 }
 
-/// Both tests in one: they would set KSM at the same time.
+/// VMs are measured as well, where there can be any.
+fn vms_are_measured() {
+    let finished = bench(&["--quick", "--only", "found", "--json"]);
+    finished.assert_code(0);
+    let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+    let found = &result["sections"][0];
+    if Hypervisor::open().is_err() {
+        assert!(
+            found["notes"][0].as_str().is_some_and(|note| note.contains("virtual machines")),
+            "{found:#}"
+        );
+        return;
+    }
+    let measurements = found["measurements"].as_array().expect("measurements");
+    assert_eq!(measurements.len(), 4, "{found:#}");
+    for measurement in measurements {
+        assert!(measurement["ours"]["median"].as_f64().is_some_and(|time| time > 0.0), "{measurement:#}");
+    }
+}
+
+/// All tests in one: they would set KSM at the same time.
 #[test]
 fn ratios_are_measured_and_ksm_is_put_back() {
     let before = settings();
@@ -53,6 +74,9 @@ fn ratios_are_measured_and_ksm_is_put_back() {
     };
     // The first section is KSM's at its fastest, which always gets there.
     assert!(!result["without_ksm"].is_null() || ratios(&result["sections"][0]), "{result:#}");
+
+    vms_are_measured();
+    assert_eq!(settings(), before);
 
     let running = Running::start(command(["bench", "sharing", "--only", "runs"]));
     running.stderr().wait_for_line("runs");

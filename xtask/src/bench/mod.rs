@@ -5,20 +5,24 @@
 
 mod guest;
 mod host;
+mod lookahead;
 mod measure;
 mod monitor;
 mod report;
 mod smaps;
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::{process, setup};
 
+pub use lookahead::{LookaheadArgs, LookaheadReport};
 pub use report::StartupReport;
 
 /// The benchmarks.
@@ -26,6 +30,8 @@ pub use report::StartupReport;
 pub enum Benchmark {
     /// Compare start-up time and memory of samepage and QEMU's microvm, with the same guests
     Startup(StartupArgs),
+    /// Compare engines with and without lookahead on Linux guests that boot and work
+    Lookahead(LookaheadArgs),
 }
 
 /// What of start-up to measure.
@@ -51,14 +57,16 @@ pub struct StartupArgs {
 /// Something that it needs is missing, or a monitor doesn't start its guest.
 pub fn run(benchmark: &Benchmark) -> Result<()> {
     match benchmark {
-        Benchmark::Startup(args) => {
-            let report = startup(args)?;
-            if args.json {
-                println!("{}", serde_json::to_string_pretty(&report)?);
-            } else {
-                print!("{report}");
-            }
-        }
+        Benchmark::Startup(args) => print(&startup(args)?, args.json),
+        Benchmark::Lookahead(args) => print(&lookahead::measure(args)?, args.json),
+    }
+}
+
+fn print<R: Display + Serialize>(report: &R, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+    } else {
+        print!("{report}");
     }
     Ok(())
 }

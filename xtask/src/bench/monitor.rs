@@ -71,13 +71,18 @@ impl Running {
 
     /// The next line that it or a guest prints.
     pub(super) fn line(&mut self) -> Result<String> {
+        match self.next_line()? {
+            Some(line) => Ok(line),
+            None => bail!("{} ended before its guest had started: {}", self.name, self.child.wait()?),
+        }
+    }
+
+    /// The next line that it or a guest prints, if it has not ended.
+    pub(super) fn next_line(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         let count =
             self.output.read_line(&mut line).with_context(|| format!("reading from {}", self.name))?;
-        if count == 0 {
-            bail!("{} ended before its guest had started: {}", self.name, self.child.wait()?);
-        }
-        Ok(line)
+        Ok((count > 0).then_some(line))
     }
 
     /// Waits until `vms` guests have filled their memory and are at rest.

@@ -1,0 +1,64 @@
+//! What lookahead brings: two Linux VMs that boot and then work, shared by engines that differ in how they
+//! find what is alike, under the same ceiling of CPU time. Shared pages over time, and what finding them
+//! took.
+//!
+//! Each engine gets guests of its own, one pair after the other: what guests do takes as long each time,
+//! to within a second or so.
+
+mod report;
+mod run;
+mod svg;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::host::{self, Host};
+use crate::artifacts::Artifacts;
+pub use report::LookaheadReport;
+pub(super) use run::Engine;
+
+/// What of lookahead to measure.
+#[derive(Args, Debug)]
+pub struct LookaheadArgs {
+    /// Ceiling of CPU time for sharing, in percent of a core; where it is ample all engines keep up
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    pub cpu: f64,
+
+    /// Print the results as JSON, and nothing else
+    #[arg(long)]
+    pub json: bool,
+
+    /// Draw shared pages over time into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// The engines, in the order in which they run.
+const ENGINES: [Engine; 4] = [
+    Engine { name: "as it is", settings: "" },
+    Engine { name: "without lookahead", settings: "lookahead=off" },
+    Engine { name: "as KSM works, with lookahead", settings: "order=content,scan=full" },
+    Engine { name: "as KSM works", settings: "lookahead=off,order=content,scan=full" },
+];
+
+/// Measures all engines, and draws them where that is asked for.
+pub(super) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
+    host::check_kvm()?;
+    let artifacts = Artifacts::build()?;
+    let samepage = super::build_samepage()?;
+    let mut host = Host::look()?;
+    let curves = ENGINES.map(|engine| {
+        eprintln!("lookahead: {}", engine.name);
+        run::run(&samepage, &artifacts, engine, args.cpu)
+    });
+    let curves = curves.into_iter().collect::<Result<_>>()?;
+    host.look_again()?;
+    let report = LookaheadReport::new(host, args.cpu, curves)?;
+    if let Some(path) = &args.svg {
+        fs::write(path, svg::draw(&report)).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(report)
+}
