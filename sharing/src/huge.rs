@@ -152,7 +152,8 @@ impl Engine {
         if changed {
             member.changed_in_range(page);
         }
-        member.set_volatile(page, changed);
+        // With a log, a page that is looked at is at rest.
+        member.set_volatile(page, changed && member.follower.is_none());
         member.space.set_note(page, digest);
         member.flags[page as usize].insert(Flags::DIGESTED);
         if self.scratch.iter().all(|&byte| byte == 0) {

@@ -148,6 +148,21 @@ fn a_hot_range_stays_whole_until_it_is_cold() {
 }
 
 #[test]
+fn a_range_that_changed_once_becomes_cold_again() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| start(&mut engine, HUGE_PAGES)).collect();
+    let mut clock = Clock::new();
+    vms.iter().for_each(|vm| fill(vm, 20));
+    clock.intervals(&mut engine, 4);
+    vms.iter().for_each(|vm| fill(vm, 300));
+    clock.intervals(&mut engine, LONG);
+    let now = engine.statistics();
+    assert_eq!(now.pages_sharing, 300, "{now:?}");
+    vms.iter().for_each(|vm| check(vm, 300));
+    audit(&mut engine);
+}
+
+#[test]
 fn what_a_huge_page_brought_along_is_given_back() {
     for mode in [Mode::Full, Mode::Zero] {
         let mut engine = engine(&following());
