@@ -196,7 +196,7 @@ fn pause_and_resume() {
     guests[1].console.wait_for_round(guests[1].console.round() + 2);
     wait_until(&sharing, "two passes", || sharing.statistics().full_scans > scans + 2);
     assert_eq!(guests[0].console.round(), paused_at, "a paused guest did something");
-    assert!(sharing.statistics().pages_sharing > 1000);
+    wait_until(&sharing, "sharing", || sharing.statistics().pages_sharing > 1000);
     audit(&sharing);
     guests[0].vm.resume();
     guests[0].console.wait_for_round(paused_at + 2);
