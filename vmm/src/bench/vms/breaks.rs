@@ -111,12 +111,13 @@ impl Host {
         // Pages without memory lie between runs, so that these stay apart.
         let addresses =
             |half: u64| (0..self.pages).map(move |page| half + (page + page / RUN) * PAGE_SIZE as u64);
+        let before = self.sharing.statistics().merges;
         for half in HALVES {
             for (page, address) in (0..).zip(addresses(half)) {
                 guest.write(address, &content(number, page))?;
             }
         }
-        self.until_merged(bench)?;
+        self.until(bench, before + 2 * self.pages)?;
         self.sharing.pause();
         for address in addresses(HALVES[1]) {
             guest.read(address)?;
@@ -128,12 +129,12 @@ impl Host {
         Ok(micros_each(time, self.pages))
     }
 
-    fn until_merged(&self, bench: &Bench) -> Result<()> {
-        let member = self.guests[0].vm.membership().context("the VM shares its memory")?;
+    /// Waits for so many merges since the start.
+    fn until(&self, bench: &Bench, merges: u64) -> Result<()> {
         let started = Instant::now();
         loop {
-            let now = member.statistics().context("read a VM's page map")?;
-            if now.pages_merged >= 2 * self.pages {
+            let now = self.sharing.statistics();
+            if now.merges >= merges {
                 return Ok(());
             }
             ensure!(started.elapsed() < LIMIT, "not everything is merged: {now:?}");

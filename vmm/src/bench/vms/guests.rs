@@ -268,25 +268,25 @@ impl Write for Lines {
     }
 }
 
-/// Waits until the engine's work has come to its end: until nothing has been merged and no page been found
-/// unique for longer than it puts off what it could not merge at once.
+/// Waits until the engine has merged what it can: until what is saved has not grown by a thousandth for
+/// longer than the engine puts off what it could not merge at once.
 ///
 /// # Errors
 /// Where that does not come to pass within `limit`, or the benchmark was interrupted.
 pub(super) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> Result<EngineStatistics> {
-    let work = |now: &EngineStatistics| (now.merges, now.pages_unshared, now.zero_pages, now.pages_undone);
     let started = Instant::now();
-    let (mut last, mut since) = (sharing.statistics(), started);
-    while since.elapsed() < STILL {
-        bench.rest(SLICE)?;
+    let (mut most, mut since) = (0, started);
+    loop {
         let now = sharing.statistics();
-        if work(&now) != work(&last) {
-            since = Instant::now();
+        let saved = now.pages_sharing + now.zero_pages;
+        if saved > most + most / 1000 {
+            (most, since) = (saved, Instant::now());
             ensure!(started.elapsed() < limit, "the engine does not come to rest: {now:?}");
+        } else if since.elapsed() > STILL {
+            return Ok(now);
         }
-        last = now;
+        bench.rest(SLICE)?;
     }
-    Ok(last)
 }
 
 /// Waits until the engine has spent what it had saved up of CPU time, and needs no more than its default

@@ -144,6 +144,8 @@ fn engine(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Outcome
     let mut outcome =
         Outcome { cpu: cpu * percent, process: process.as_secs_f64() * percent, ..Outcome::default() };
     for number in 0..host.pages {
+        // The one before was merged at the end of an interval; this one is to be written anywhere in one.
+        bench.rest(Duration::from_millis(number * 89 % Settings::default().rest_ms))?;
         let before = sharing.statistics().merges;
         let written = Instant::now();
         host.make_equal(&guests, number)?;
