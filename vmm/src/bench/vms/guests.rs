@@ -1,6 +1,8 @@
 //! Demo guests under the benchmark's control.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -144,6 +146,23 @@ impl Guest {
             bail!("VM {} ended: {end}", self.vm.name());
         }
         self.reports.try_iter().map(|report| sound(self.vm.name(), report)).collect()
+    }
+
+    /// CPU time of its vCPU's thread so far, the guest's own included.
+    ///
+    /// # Errors
+    /// Where `/proc` does not tell.
+    pub(super) fn cpu(&self) -> Result<Duration> {
+        let name = format!("vcpu-{}-0", self.vm.name());
+        let threads = fs::read_dir("/proc/self/task").context("list threads")?;
+        let is_vcpu = |thread: &PathBuf| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|comm| name.starts_with(comm.trim_end()))
+        };
+        let mut folders = threads.flatten().map(|thread| thread.path());
+        let vcpu = folders.find(is_vcpu).with_context(|| format!("there is no thread {name}"))?;
+        let times = fs::read_to_string(vcpu.join("schedstat")).context("read a thread's CPU time")?;
+        let nanoseconds = times.split(' ').next().and_then(|time| time.parse().ok());
+        Ok(Duration::from_nanos(nanoseconds.context("a thread's CPU time is no number")?))
     }
 
     /// Pages of its RAM that take memory, as runs.

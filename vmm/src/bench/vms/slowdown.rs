@@ -2,7 +2,7 @@
 //! and rewrites a tenth of it each second, beside another VM that is at rest. Its work is measured with sharing and without, in turns.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use samepage::Hypervisor;
@@ -15,6 +15,7 @@ use samepage_sharing::service::Sharing;
 use super::guests::{Guest, MEMORY, finish, resting, until_steady};
 use super::kvm;
 use crate::bench::context::Bench;
+use crate::bench::cpu::micros_each;
 use crate::bench::report::{Goal, Measurement, Section};
 
 /// So much of its memory the guest rewrites in a second, as a divisor.
@@ -41,17 +42,33 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
             },
             || work(bench, hypervisor, &plan, None).map(Some),
         )?;
-        let name = format!("time for each page, {name}");
-        section.push(Measurement::new(name, "µs", &ours, &others).goal(Goal::RatioAtMost(1.02)));
+        let figures = |figure: fn(&Work) -> f64| -> [Vec<f64>; 2] {
+            [ours.iter().map(figure).collect(), others.iter().map(figure).collect()]
+        };
+        let [ours, others] = figures(|work| work.time);
+        section.push(
+            Measurement::new(format!("time, {name}"), "µs/page", &ours, &others)
+                .goal(Goal::RatioAtMost(1.02)),
+        );
+        let [ours, others] = figures(|work| work.cpu);
+        section.push(Measurement::new(format!("CPU time, {name}"), "µs/page", &ours, &others));
     }
+    section.note("CPU time is that of the vCPU's thread: waiting for a processor is not in it");
     section.note(format!("measured on {}", kvm::kind()));
     Ok(vec![section])
 }
 
-/// The time that the guest takes to read and check a page, the writes meanwhile included, in microseconds.
-fn work(bench: &Bench, hypervisor: &Hypervisor, plan: &Plan, sharing: Option<&Arc<Sharing>>) -> Result<f64> {
+/// What the guest takes to read and check a page, the writes meanwhile included, in microseconds.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    /// By the guest's clock.
+    time: f64,
+    /// CPU time of its vCPU.
+    cpu: f64,
+}
+
+fn work(bench: &Bench, hypervisor: &Hypervisor, plan: &Plan, sharing: Option<&Arc<Sharing>>) -> Result<Work> {
     let memory = bench.size(MEMORY, MEMORY / 4);
-    let settle = Duration::from_millis(bench.size(2000, 500));
     let stretch = Duration::from_millis(bench.size(3000, 1000));
     let rate = memory / PAGE_SIZE as u64 / CHANGING;
     let worker = Plan { every_ms: 0, rate: Rate::PerSecond(rate as u32), ..plan.clone() };
@@ -59,17 +76,23 @@ fn work(bench: &Bench, hypervisor: &Hypervisor, plan: &Plan, sharing: Option<&Ar
     let guests = [worker, partner].map(|plan| Guest::start(hypervisor, &plan, memory, sharing));
     let guests = guests.into_iter().collect::<Result<Vec<_>>>()?;
     guests.iter().try_for_each(|guest| guest.wait_verified(bench))?;
-    bench.rest(settle)?;
+    bench.rest(Duration::from_millis(bench.size(2000, 500)))?;
     sharing.map_or(Ok(()), |sharing| until_steady(bench, sharing))?;
-    guests[0].take_reports()?;
-    bench.rest(stretch)?;
+
+    let worker = &guests[0];
+    worker.take_reports()?;
+    worker.wait_verified(bench)?;
+    let (started, cpu) = (Instant::now(), worker.cpu()?);
     let (mut pages, mut micros) = (0, 0);
-    for report in guests[0].take_reports()? {
-        if let Report::Round { verified, us, .. } = report {
-            (pages, micros) = (pages + verified, micros + us);
-        }
+    while started.elapsed() < stretch {
+        let (verified, us) = worker.wait_for(bench, "the end of a verification", |report| match report {
+            Report::Round { verified, us, .. } => Some((*verified, *us)),
+            _ => None,
+        })?;
+        (pages, micros) = (pages + verified, micros + us);
     }
-    ensure!(pages > 0, "the guest did nothing within {stretch:?}");
+    let cpu = worker.cpu()?.saturating_sub(cpu);
+    ensure!(pages > 0, "the guest has nothing to verify");
     finish(bench, guests)?;
-    Ok(micros as f64 / pages as f64)
+    Ok(Work { time: micros as f64 / pages as f64, cpu: micros_each(cpu, pages) })
 }
