@@ -10,6 +10,7 @@
 //!   what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
 //!   their frames again.
 //! - `huge`: which huge pages stay whole, and which are split.
+//! - [`cache`]: disk blocks that the host keeps while no guest holds them.
 //! - [`hints`]: what devices know about pages.
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
@@ -20,6 +21,7 @@
 pub mod audit;
 pub(crate) mod backing;
 pub mod budget;
+pub mod cache;
 pub mod calls;
 pub mod changes;
 pub(crate) mod compact;

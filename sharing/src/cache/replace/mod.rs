@@ -1,0 +1,1 @@
+//! Which cached block goes first when memory is wanted.

@@ -1,0 +1,1 @@
+//! What a VM would gain from more memory.
