@@ -119,6 +119,9 @@ impl Counters {
     }
 }
 
+/// In so many steps each kind of work goes first once at least.
+const TURNS: u32 = 4;
+
 /// The engine: all VMs that share, their frames, and where the pass stands.
 pub struct Engine {
     pub(crate) calls: Box<dyn MemoryCalls>,
@@ -147,6 +150,8 @@ pub struct Engine {
     /// The slot and page where looking at pages at rest goes on.
     pub(crate) rested_cursor: (usize, u32),
     pub(crate) looked_at_rested: bool,
+    /// Whose turn it is to go first.
+    turn: u32,
     membership_changed: bool,
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
@@ -203,6 +208,7 @@ impl Engine {
             pass: Pass::new(),
             rested_cursor: (0, 0),
             looked_at_rested: false,
+            turn: 0,
             membership_changed: true,
             scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
@@ -303,30 +309,51 @@ impl Engine {
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         self.recount();
-        let worked = self.take_hints()
-            || self.end_an_interval(now)
-            || self.look_at_rested()
-            || self.split_step()
-            || self.take_off_step(now)
-            || self.compact(now);
+        // Guests that change faster than the engine can look would leave no time for the rest.
+        self.turn = (self.turn + 1) % TURNS;
+        let worked = match self.turn {
+            0 => self.upkeep(now) || self.follow_changes(now),
+            1 => self.unshare(now) || self.follow_changes(now) || self.upkeep(now),
+            2 => self.look_at_rested() || self.follow_changes(now) || self.upkeep(now),
+            _ => self.follow_changes(now) || self.upkeep(now),
+        };
         if worked {
             return Step::Worked;
         }
-        let passes = self.members.iter().any(|member| member.follower.is_none() && member.active());
-        if passes && self.pass.due <= now {
-            if let Some(events) = self.pass_step() {
-                let (shortest, longest) = self.pauses_ms;
-                let pause = if events > 0 { shortest } else { 2 * self.pass.pause_ms };
-                self.pass.pause_ms = pause.clamp(shortest, longest);
-                self.pass.due = now + Duration::from_millis(self.pass.pause_ms);
-            }
-            return Step::Worked;
-        }
+        let passes = self.passes();
         let active = self.members.iter().filter(|member| member.active());
         let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
         let unshare = self.members.iter().filter_map(|member| member.unshare).map(|(_, due)| due);
         let pass = passes.then_some(self.pass.due);
         Step::RestUntil(intervals.chain(unshare).chain(pass).min().unwrap_or(now + Duration::from_secs(3600)))
+    }
+
+    /// What pages that changed and pages at rest ask for.
+    fn follow_changes(&mut self, now: Instant) -> bool {
+        self.take_hints() || self.end_an_interval(now) || self.look_at_rested()
+    }
+
+    /// What is asked for by settings, by the books, and by VMs without a change log.
+    fn upkeep(&mut self, now: Instant) -> bool {
+        self.split_step() || self.take_off_step(now) || self.compact(now) || self.go_on_with_pass(now)
+    }
+
+    /// Whether there are VMs to be gone over in full passes.
+    fn passes(&self) -> bool {
+        self.members.iter().any(|member| member.follower.is_none() && member.active())
+    }
+
+    fn go_on_with_pass(&mut self, now: Instant) -> bool {
+        if self.pass.due > now || !self.passes() {
+            return false;
+        }
+        if let Some(events) = self.pass_step() {
+            let (shortest, longest) = self.pauses_ms;
+            let pause = if events > 0 { shortest } else { 2 * self.pass.pause_ms };
+            self.pass.pause_ms = pause.clamp(shortest, longest);
+            self.pass.due = now + Duration::from_millis(self.pass.pause_ms);
+        }
+        true
     }
 
     /// Keeps the count of the process's mappings true.

@@ -193,7 +193,7 @@ impl Engine {
 
     /// Takes pages off their frames of a VM that is not to share any more. Returns whether there
     /// were any.
-    fn unshare(&mut self, now: Instant) -> bool {
+    pub(crate) fn unshare(&mut self, now: Instant) -> bool {
         let wanted = |slot: &usize| {
             let member = self.members.at(*slot);
             member.unshare.is_some_and(|(_, due)| due <= now) && !member.space.lost()

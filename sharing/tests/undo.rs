@@ -109,6 +109,30 @@ fn a_followed_vm_is_looked_at_anew_when_it_shares_again() {
 }
 
 #[test]
+fn a_vm_is_taken_off_its_frames_while_others_change_faster_than_the_engine_looks() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..3).map(|_| Vm::start(&mut engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    vms.iter().for_each(|vm| (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page))));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().pages_sharing, u64::from(2 * PAGES));
+    engine.set_mode(vms[0].slot, Mode::Off);
+    let off = |engine: &Engine| engine.vm_statistics(vms[0].slot).unwrap().unwrap().mappings == 1;
+    let mut steps = 0;
+    while !off(&engine) {
+        // An interval is over with every step, and pages have come to rest in it.
+        for vm in &vms[1..] {
+            (0..64).for_each(|page| vm.write((steps * 64 + page) % PAGES, u64::from(steps) << 32));
+        }
+        clock.tick(&mut engine);
+        steps += 1;
+        assert!(steps < 1000, "{:?}", engine.statistics());
+    }
+    (0..PAGES).for_each(|page| vms[0].guest.check(page, 1 + u64::from(page)));
+    audit(&mut engine);
+}
+
+#[test]
 fn writers_go_on_while_their_pages_are_taken_off() {
     let guests = [Guest::new(PAGES), Guest::new(PAGES)];
     let mut engine = engine(&no_rest(false));

@@ -76,6 +76,12 @@ impl Clock {
         };
     }
 
+    /// Lets an interval pass, and more, in which there is time for a single step.
+    pub(crate) fn tick(&mut self, engine: &mut Engine) {
+        self.0 += 2 * INTERVAL;
+        engine.step(self.0);
+    }
+
     /// Lets intervals pass, doing all work in each and after the last.
     pub(crate) fn intervals(&mut self, engine: &mut Engine, count: u32) {
         (0..count).for_each(|_| self.end_interval(engine));
