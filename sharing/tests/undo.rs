@@ -117,7 +117,7 @@ fn a_vm_is_taken_off_its_frames_while_others_change_faster_than_the_engine_looks
     clock.intervals(&mut engine, 2);
     assert_eq!(engine.statistics().pages_sharing, u64::from(2 * PAGES));
     engine.set_mode(vms[0].slot, Mode::Off);
-    let off = |engine: &Engine| engine.vm_statistics(vms[0].slot).unwrap().unwrap().mappings == 1;
+    let off = |engine: &Engine| engine.vm_statistics(vms[0].slot).unwrap().unwrap().pages_merged == 0;
     let mut steps = 0;
     while !off(&engine) {
         // An interval is over with every step, and pages have come to rest in it.
