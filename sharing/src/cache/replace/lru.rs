@@ -1,0 +1,75 @@
+//! Least recently used. In exclusive use it makes one LRU of a guest's memory and the host's.
+
+use super::queues::Queues;
+use super::{Hashes, History, Key, Replacement};
+
+/// Least recently used goes first.
+#[derive(Debug)]
+pub struct Lru<K, S> {
+    queues: Queues<K, S, 1>,
+}
+
+impl<K: Key, S: Hashes> Lru<K, S> {
+    /// Nothing is cached.
+    pub fn new(hashes: S) -> Self {
+        Self { queues: Queues::new(hashes) }
+    }
+}
+
+impl<K: Key, S: Hashes> Replacement<K> for Lru<K, S> {
+    fn insert(&mut self, key: K, _history: History) -> bool {
+        if self.hit(key) {
+            return false;
+        }
+        self.queues.push(0, key, 0);
+        true
+    }
+
+    fn take(&mut self, key: K) -> Option<History> {
+        self.remove(key).then_some(History::NONE)
+    }
+
+    fn hit(&mut self, key: K) -> bool {
+        let found = self.queues.find(key);
+        if let Some(place) = found {
+            self.queues.refresh(0, place);
+        }
+        found.is_some()
+    }
+
+    fn miss(&mut self, _key: K) -> History {
+        History::NONE
+    }
+
+    fn remove(&mut self, key: K) -> bool {
+        let found = self.queues.find(key);
+        if let Some(place) = found {
+            self.queues.remove(place);
+        }
+        found.is_some()
+    }
+
+    fn evict(&mut self) -> Option<K> {
+        self.queues.pop(0)
+    }
+
+    fn contains(&self, key: K) -> bool {
+        self.queues.find(key).is_some()
+    }
+
+    fn len(&self) -> usize {
+        self.queues.len(0)
+    }
+
+    fn ghosts(&self) -> usize {
+        0
+    }
+
+    fn bytes(&self) -> usize {
+        self.queues.bytes()
+    }
+
+    fn shrink(&mut self) {
+        self.queues.shrink();
+    }
+}
