@@ -23,6 +23,16 @@ pub trait ChangeLog: Send {
     /// # Errors
     /// What the kernel said; some pages may be armed then.
     fn arm(&mut self, pages: &PageSet) -> io::Result<()>;
+
+    /// Notes writes from now on, or no longer: while nobody follows the VM its guest is not to pay for
+    /// it. A log begins noting, with no page armed, and is asked for nothing while it does not.
+    ///
+    /// # Errors
+    /// What the kernel said; it is as it was.
+    fn set_noting(&mut self, noting: bool) -> io::Result<()> {
+        let _ = noting;
+        Ok(())
+    }
 }
 
 /// A set of a VM's pages, a bit each.

@@ -257,13 +257,17 @@ impl Engine {
             }
             self.pass.due = Instant::now();
         }
+        if let Some(follower) = &mut member.follower
+            && (mode == Mode::Off) != (before == Mode::Off)
+            && follower.set_following(mode != Mode::Off, pages).is_err()
+        {
+            self.counters.refusals += 1;
+            if mode != Mode::Off {
+                member.follower = None;
+            }
+        }
         if mode != Mode::Full {
             (0..pages).for_each(|page| self.forget_page(slot, page));
-        }
-        if mode == Mode::Off
-            && let Some(follower) = &mut self.members.at_mut(slot).follower
-        {
-            follower.reset(0..0);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Work that follows change, for VMs with a change log: pages are looked at once after they have
 //! come to rest, frames are left when their pages were written, and nothing is done otherwise.
 
+use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -88,6 +89,12 @@ impl Follower {
         self.denied.clear();
         self.ready.clear();
         self.ready.insert_range(pages);
+    }
+
+    /// Changes are followed from now on, all pages being new, or no longer.
+    pub(crate) fn set_following(&mut self, following: bool, pages: u32) -> io::Result<()> {
+        self.reset(if following { 0..pages } else { 0..0 });
+        self.tracker.set_following(following)
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {

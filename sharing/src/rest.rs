@@ -89,6 +89,17 @@ impl Tracker {
         Self { log, armed: set.clone(), waiting: set, slowness: Slowness::new(pages), interval: 0 }
     }
 
+    /// Follows changes from now on, with no page armed, or no longer.
+    ///
+    /// # Errors
+    /// What the log said; it is as it was.
+    pub fn set_following(&mut self, following: bool) -> io::Result<()> {
+        self.log.set_noting(following)?;
+        self.armed.clear();
+        self.waiting.clear();
+        Ok(())
+    }
+
     /// Ends an interval and begins the next.
     ///
     /// # Errors

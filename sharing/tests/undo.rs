@@ -2,12 +2,15 @@
 
 mod common;
 
+use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::followed::{Clock, Vm, following};
 use common::{
     Fault, Guest, Numbers, audit, engine, faulty_engine, kernels_mappings, losses, no_rest, pass, take_off,
 };
+use samepage_sharing::changes::{ChangeLog, PageSet};
 use samepage_sharing::engine::{Engine, Mode};
 
 const PAGES: u32 = 2000;
@@ -210,4 +213,54 @@ fn calls_that_fail_while_pages_are_taken_off_leave_guests_whole() {
         assert_eq!(engine.statistics().pages_sharing, 75, "{call}");
         audit(&mut engine);
     }
+}
+
+/// A log that says whether it notes writes.
+struct Noting(Arc<AtomicBool>, PageSet);
+
+impl ChangeLog for Noting {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        assert!(self.0.load(Ordering::SeqCst), "asked while it notes nothing");
+        written.words_mut().copy_from_slice(self.1.words());
+        Ok(())
+    }
+
+    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+        pages.iter().for_each(|page| {
+            self.1.remove(page);
+        });
+        Ok(())
+    }
+
+    fn set_noting(&mut self, noting: bool) -> io::Result<()> {
+        self.0.store(noting, Ordering::SeqCst);
+        self.1.insert_range(0..PAGES);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_share_does_not_pay_for_a_log_of_its_writes() {
+    let noting = Arc::new(AtomicBool::new(true));
+    let mut all = PageSet::new(PAGES);
+    all.insert_range(0..PAGES);
+    let guest = Guest::new(PAGES);
+    fill(&guest, |page| 1 + u64::from(page % 7));
+    let mut engine = engine(&following());
+    let log = Box::new(Noting(Arc::clone(&noting), all));
+    let slot = engine.add(guest.ram.clone(), Some(log), losses().1).unwrap();
+    let mut clock = Clock::new();
+    clock.intervals(&mut engine, 2);
+    let alike = u64::from(PAGES - 7);
+    assert_eq!(engine.statistics().pages_sharing, alike);
+    engine.set_mode(slot, Mode::Zero);
+    assert!(noting.load(Ordering::SeqCst), "pages of zeros are looked for");
+    engine.set_mode(slot, Mode::Off);
+    assert!(!noting.load(Ordering::SeqCst));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().pages_sharing, 0);
+    engine.set_mode(slot, Mode::Full);
+    assert!(noting.load(Ordering::SeqCst));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().pages_sharing, alike);
 }

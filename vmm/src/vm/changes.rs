@@ -118,6 +118,19 @@ impl ChangeLog for DirtyLog {
         }
         Ok(())
     }
+
+    fn set_noting(&mut self, noting: bool) -> io::Result<()> {
+        for (index, slot) in self.memory.slots().iter().enumerate() {
+            if let Err(error) = self.memory.set_slot(&self.kvm, slot, noting) {
+                // All or none. To go back is what a guest can live without.
+                for slot in &self.memory.slots()[..index] {
+                    let _ = self.memory.set_slot(&self.kvm, slot, !noting);
+                }
+                return Err(io::Error::from_raw_os_error(error.errno()));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The VMM's own writes to a region since the last call.

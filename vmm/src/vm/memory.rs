@@ -68,19 +68,26 @@ impl VmMemory {
 
     /// Tells KVM of all RAM, which is to note writes where `logged`.
     pub(crate) fn register(&self, vm: &VmFd, logged: bool) -> Result<(), kvm_ioctls::Error> {
-        for MemorySlot { slot, range } in &self.slots {
-            let region = kvm_userspace_memory_region {
-                slot: *slot,
-                flags: if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-                guest_phys_addr: range.gpa,
-                memory_size: range.bytes,
-                userspace_addr: host_address(&self.ram, *range) as u64,
-            };
-            // SAFETY: the slot lies within the reservation, which outlives the VM's file: `Vm` closes
-            // that first. Slots do not overlap, `ram_ranges` splits the length once.
-            unsafe { vm.set_user_memory_region(region)? };
-        }
-        Ok(())
+        self.slots.iter().try_for_each(|slot| self.set_slot(vm, slot, logged))
+    }
+
+    /// Tells KVM of a slot, or whether writes to it are to be noted from now on.
+    pub(super) fn set_slot(
+        &self,
+        vm: &VmFd,
+        MemorySlot { slot, range }: &MemorySlot,
+        logged: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: *slot,
+            flags: if logged { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: range.gpa,
+            memory_size: range.bytes,
+            userspace_addr: host_address(&self.ram, *range) as u64,
+        };
+        // SAFETY: the slot lies within the reservation, which outlives the VM's file: `Vm` closes
+        // that first. Slots do not overlap, `ram_ranges` splits the length once.
+        unsafe { vm.set_user_memory_region(region) }
     }
 
     /// The reservation; page index = offset in it / 4096.
