@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use samepage::config;
+use samepage::config::{self, parse_size};
 use samepage::statistics::StatsTarget;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
@@ -237,22 +237,6 @@ fn parse_name(text: &str) -> Result<String, String> {
     config::check_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
 
-fn parse_size(text: &str) -> Result<u64, String> {
-    let upper = text.to_ascii_uppercase();
-    let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());
-    let (number, unit) = upper.split_at(number_end);
-    let shift = match unit {
-        "" | "B" => 0,
-        "K" | "KB" | "KIB" => 10,
-        "M" | "MB" | "MIB" => 20,
-        "G" | "GB" | "GIB" => 30,
-        "T" | "TB" | "TIB" => 40,
-        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M")),
-    };
-    let number: u64 = number.parse().map_err(|_| "write a whole number and a unit, as in 512M".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
-}
-
 /// Addresses in hexadecimal, as the kernel writes them in `/proc/PID/maps`.
 fn parse_range(text: &str) -> Result<Range<u64>, String> {
     let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
@@ -343,17 +327,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("256M"), Ok(256 << 20));
-        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
-        assert_eq!(parse_size("64k"), Ok(64 << 10));
-        for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

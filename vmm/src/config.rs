@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_devices::virtio::block::MAX_ID_LEN;
@@ -42,6 +42,13 @@ pub enum ConsoleConfig {
     /// Nowhere.
     #[default]
     Off,
+    /// Where `to` says, and a copy to a writer that never waits.
+    Copied {
+        /// Where it goes.
+        to: Box<ConsoleConfig>,
+        /// Gets each byte first.
+        copy: Box<dyn Write + Send>,
+    },
     /// Anything else. It is written to by the vCPU's thread, which waits as long as it does.
     Sink(Box<dyn Write + Send>),
 }
@@ -53,7 +60,19 @@ impl fmt::Debug for ConsoleConfig {
             ConsoleConfig::PrefixedStdio => f.write_str("PrefixedStdio"),
             ConsoleConfig::File(path) => f.debug_tuple("File").field(path).finish(),
             ConsoleConfig::Off => f.write_str("Off"),
+            ConsoleConfig::Copied { to, .. } => f.debug_tuple("Copied").field(to).finish(),
             ConsoleConfig::Sink(_) => f.write_str("Sink"),
+        }
+    }
+}
+
+impl ConsoleConfig {
+    /// The file that it goes to.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            ConsoleConfig::File(path) => Some(path),
+            ConsoleConfig::Copied { to, .. } => to.file(),
+            _ => None,
         }
     }
 }
@@ -181,9 +200,30 @@ pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
     if is_name(id, MAX_ID_LEN) { Ok(()) } else { Err(ConfigError::DiskId(id.to_owned())) }
 }
 
+/// An amount of memory in bytes, or with K, M, G or T.
+///
+/// # Errors
+/// What to write instead.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let upper = text.to_ascii_uppercase();
+    let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());
+    let (number, unit) = upper.split_at(number_end);
+    let shift = match unit {
+        "" | "B" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M")),
+    };
+    let number: u64 = number.parse().map_err(|_| "write a whole number and a unit, as in 512M".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
+}
+
 fn is_name(text: &str, max: usize) -> bool {
     let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=max).contains(&text.len()) && text.chars().all(letter)
+    // These two mean folders wherever names become parts of paths.
+    (1..=max).contains(&text.len()) && text.chars().all(letter) && !matches!(text, "." | "..")
 }
 
 /// Checks the size of a VM's memory, in bytes.
@@ -224,6 +264,7 @@ mod tests {
     fn values_out_of_range_are_refused() {
         assert!(refused(|c| c.name = "a/b".into()).contains("cannot be named"));
         assert!(refused(|c| c.name = String::new()).contains("cannot be named"));
+        assert!(refused(|c| c.name = "..".into()).contains("cannot be named"));
         assert!(refused(|c| c.participation.group = "a b".into()).contains("a group of VMs"));
         assert!(refused(|c| c.memory_bytes = 0).contains("at least"));
         assert!(refused(|c| c.memory_bytes = (64 << 20) + 1).contains("multiple"));
@@ -233,6 +274,17 @@ mod tests {
         assert!(refused(|c| c.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
         assert!(refused(|c| c.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most"));
         assert!(refused(|c| c.kernel = ImageSource::Path("/nonexistent".into())).contains("/nonexistent"));
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("256M"), Ok(256 << 20));
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_size("64k"), Ok(64 << 10));
+        for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Many VMs in one process: added and removed at any time, each with its own end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::config::{ConfigError, ConsoleConfig, VmConfig};
+use crate::config::{ConfigError, DiskConfig, VmConfig};
 use crate::hypervisor::Hypervisor;
 use crate::vm::{Vm, VmEnd, VmError};
 
@@ -85,13 +85,37 @@ pub enum FleetError {
 /// configuration, that names are unique, that no disk is written by one while another uses it, and that
 /// each console has a file of its own.
 pub fn check(configs: &[VmConfig]) -> Result<(), FleetError> {
-    let mut names = HashMap::new();
-    let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
-    let mut consoles: HashMap<&Path, &str> = HashMap::new();
     for config in configs {
+        config.check().map_err(|source| FleetError::Config { vm: config.name.clone(), source })?;
+    }
+    check_together(configs.iter().map(Uses::of))
+}
+
+/// The files that a VM uses, which others may not use as well.
+#[derive(Debug, Clone)]
+pub struct Uses {
+    name: String,
+    disks: Vec<DiskConfig>,
+    console: Option<PathBuf>,
+}
+
+impl Uses {
+    /// What a VM of this configuration uses.
+    pub fn of(config: &VmConfig) -> Self {
+        let console = config.console.file().map(Path::to_owned);
+        Self { name: config.name.clone(), disks: config.disks.clone(), console }
+    }
+}
+
+/// Checks that names are unique, that no disk is written by one VM while another uses it, and that each
+/// console has a file of its own.
+pub fn check_together(vms: impl IntoIterator<Item = Uses>) -> Result<(), FleetError> {
+    let mut names = HashSet::new();
+    let mut disks: HashMap<(u64, u64), (String, bool)> = HashMap::new();
+    let mut consoles: HashMap<PathBuf, String> = HashMap::new();
+    for config in vms {
         let vm = || config.name.clone();
-        config.check().map_err(|source| FleetError::Config { vm: vm(), source })?;
-        if names.insert(&config.name, ()).is_some() {
+        if !names.insert(vm()) {
             return Err(FleetError::Config { vm: vm(), source: ConfigError::DuplicateName(vm()) });
         }
         for disk in &config.disks {
@@ -101,22 +125,18 @@ pub fn check(configs: &[VmConfig]) -> Result<(), FleetError> {
                 source,
             })?;
             let file = (metadata.dev(), metadata.ino());
-            if let Some((first, read_only)) = disks.insert(file, (&config.name, disk.read_only))
+            if let Some((first, read_only)) = disks.insert(file, (vm(), disk.read_only))
                 && !(read_only && disk.read_only)
             {
-                return Err(FleetError::SharedDisk {
-                    path: disk.path.clone(),
-                    first: first.into(),
-                    second: vm(),
-                });
+                return Err(FleetError::SharedDisk { path: disk.path.clone(), first, second: vm() });
             }
         }
         // A pipe or a terminal may well be everybody's.
-        if let ConsoleConfig::File(path) = &config.console
+        if let Some(path) = &config.console
             && path.metadata().map_or(true, |metadata| metadata.is_file())
-            && let Some(first) = consoles.insert(path, &config.name)
+            && let Some(first) = consoles.insert(path.clone(), vm())
         {
-            return Err(FleetError::SharedConsole { path: path.clone(), first: first.into(), second: vm() });
+            return Err(FleetError::SharedConsole { path: path.clone(), first, second: vm() });
         }
     }
     Ok(())
@@ -322,7 +342,7 @@ mod tests {
     use super::*;
     use crate::boot::ImageSource;
     use crate::boot::test_images::pvh_elf;
-    use crate::config::DiskConfig;
+    use crate::config::ConsoleConfig;
 
     fn vm(name: &str, disks: &[(&std::path::Path, bool)]) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() };

@@ -132,6 +132,30 @@ impl<W: Write> Drop for PrefixSink<W> {
     }
 }
 
+/// Gives each byte to a writer that never waits before it goes where it is to go.
+pub(crate) struct CopySink {
+    copy: Box<dyn Write + Send>,
+    to: Box<dyn Write + Send>,
+}
+
+impl CopySink {
+    pub(crate) fn new(copy: Box<dyn Write + Send>, to: Box<dyn Write + Send>) -> Self {
+        Self { copy, to }
+    }
+}
+
+impl Write for CopySink {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.copy.write_all(data)?;
+        // The copy has all of it; a part that is not taken would be copied again.
+        self.to.write_all(data).map(|()| data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,6 +218,19 @@ mod tests {
         sink.write_all(b"new").unwrap();
         sink.write_all(b"er").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"newer");
+    }
+
+    #[test]
+    fn the_copy_is_whole_whatever_becomes_of_the_rest() {
+        let (reader, writer) = io::pipe().unwrap();
+        let (copied, copy) = io::pipe().unwrap();
+        drop(reader);
+        let file = File::from(std::os::fd::OwnedFd::from(writer));
+        let to = Box::new(FileSink::new(file, &event()).unwrap());
+        let mut sink = CopySink::new(Box::new(copy), to);
+        assert_eq!(sink.write(b"text").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        drop(sink);
+        assert_eq!(io::read_to_string(copied).unwrap(), "text");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
 use crate::config::{ConfigError, ConsoleConfig, VmConfig};
-use crate::console::sink::{FileSink, PrefixSink};
+use crate::console::sink::{CopySink, FileSink, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{IDENTITY_MAP, TSS};
@@ -419,6 +419,7 @@ fn open_console(
             Box::new(open.map_err(failed(&path.display().to_string()))?)
         }
         ConsoleConfig::Off => Box::new(io::sink()),
+        ConsoleConfig::Copied { to, copy } => Box::new(CopySink::new(copy, open_console(*to, vm, closing)?)),
         ConsoleConfig::Sink(sink) => sink,
     })
 }
