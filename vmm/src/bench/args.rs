@@ -6,6 +6,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 
 use super::WORKLOADS;
+use super::replay::ReplayArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,6 +32,9 @@ pub(super) enum Benchmark {
     /// Compare memory sharing with the kernel's KSM: both in one run, in turns, as ratios
     #[command(after_help = EXAMPLES)]
     Sharing(SharingArgs),
+    /// Replay reads of disk blocks through a guest's cache and the host's: which policy keeps what is read
+    /// again, and what the host gains by not keeping what guests hold
+    CacheSimulation(ReplayArgs),
 }
 
 /// The arguments of `samepage bench sharing`.

@@ -1,6 +1,6 @@
 //! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
 //! both, in one process and one run, in turns. What is printed are ratios: these hold where times
-//! do not.
+//! do not. [`replay`]: `samepage bench cache-simulation`.
 //!
 //! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
 //! back as they were, on every way out. See `docs/bench-sharing.md`.
@@ -20,6 +20,7 @@ mod lookahead;
 mod memory;
 mod ours;
 mod plot;
+mod replay;
 mod report;
 mod returns;
 mod runs;
@@ -74,14 +75,18 @@ const WORKLOADS: &[Workload] = &[
 
 /// Runs the command.
 pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
-    let Benchmark::Sharing(args) = &args.benchmark;
+    let args = match &args.benchmark {
+        Benchmark::Sharing(args) => args,
+        Benchmark::CacheSimulation(args) => {
+            let report = replay::measure(args)?;
+            let text = if args.json { json(&report)? } else { report.format() };
+            io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     match sharing(args) {
         Ok(report) => {
-            let text = if args.json {
-                serde_json::to_string_pretty(&report)? + "\n"
-            } else {
-                table::format(&report)
-            };
+            let text = if args.json { json(&report)? } else { table::format(&report) };
             io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
             if let Some(path) = &args.svg {
                 let drawn = report
@@ -102,6 +107,10 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
             None => Err(error),
         },
     }
+}
+
+fn json(report: &impl serde::Serialize) -> Result<String> {
+    Ok(serde_json::to_string_pretty(report)? + "\n")
 }
 
 fn sharing(args: &SharingArgs) -> Result<Report> {

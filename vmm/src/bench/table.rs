@@ -68,7 +68,7 @@ fn table_of(curves: &Curves) -> Vec<Vec<String>> {
 }
 
 /// Rows with columns as wide as they must be: some to the left, the others to the right.
-fn align(text: &mut String, rows: &[Vec<String>], left: &[usize]) {
+pub(super) fn align(text: &mut String, rows: &[Vec<String>], left: &[usize]) {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<_> = (0..columns).map(width).collect();
