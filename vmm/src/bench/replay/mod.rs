@@ -36,7 +36,7 @@ const PRECISION: f64 = 0.02;
 
 const EXAMPLES: &str = "\
 Examples:
-  Everything, in about a minute:
+  Everything, in a minute or two:
     samepage bench cache-simulation
 
   Reads that were recorded, one block number on each line:

@@ -1,1 +1,0 @@
-//! What a VM would gain from more memory.
