@@ -190,6 +190,12 @@ impl Engine {
             if if lost { counted > booked } else { counted != booked } {
                 report.problem(|| format!("frame {frame} has {counted} sharers, the books say {booked}"));
             }
+            if self.books.being_filled(frame) {
+                continue;
+            }
+            if self.store.kept(frame) != self.books.names.of(frame).is_some() {
+                report.problem(|| format!("frame {frame} is kept without a block, or the other way round"));
+            }
             self.store.read(frame, &mut page)?;
             let (is, was) = (self.digest_of(&page), self.store.digest(frame));
             if is != was {

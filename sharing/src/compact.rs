@@ -85,11 +85,42 @@ impl Engine {
                 self.move_frames(slot, run, last, &mut moves);
             }
         }
+        self.move_idle(last);
         self.compaction.due = now + RETRY;
         self.compaction.places_before = self.store.places();
         self.compaction.cursor = (0, 0);
         self.compaction.moves = moves;
         !self.compaction.moves.is_empty()
+    }
+
+    /// Moves frames that no page is on to free places before `last`, as far as there are any.
+    fn move_idle(&mut self, last: Frame) {
+        let idle = |&(frame, _): &(Frame, _)| frame >= last && self.store.sharers(frame) == 0;
+        let late: Vec<_> =
+            self.books.names.all().filter(idle).map(|(frame, named)| (frame, *named)).collect();
+        for (old, named) in late.into_iter().take(BATCH_FRAMES as usize) {
+            let Some((new, _)) = self.store.allocate_before(last, 1) else { return };
+            if self.store.write(new, self.store.content(old), 1).is_err() {
+                self.counters.refusals += 1;
+                self.store.abandon(new);
+                return;
+            }
+            self.store.set_digest(new, self.store.digest(old));
+            if named.indexed {
+                self.stable.remove(old, &self.store);
+                self.stable.insert(new, &self.store);
+            }
+            self.move_names(old, new);
+        }
+    }
+
+    /// The copy of a frame holds the blocks that the frame held.
+    fn move_names(&mut self, old: Frame, new: Frame) {
+        if self.store.kept(old) {
+            self.books.names.move_frame(old, new);
+            self.store.keep(new);
+            self.store.let_go(old);
+        }
     }
 
     /// The next run of pages on consecutive frames, the first of which is from `last` on.
@@ -128,6 +159,7 @@ impl Engine {
                 self.stable.remove(old + index, &self.store);
                 self.store.set_digest(new + index, self.store.digest(old + index));
                 self.stable.insert(new + index, &self.store);
+                self.move_names(old + index, new + index);
                 moves.insert(old + index, new + index);
             }
             page += count;
@@ -186,7 +218,7 @@ impl Engine {
 
     fn end_moves(&mut self, now: Instant) {
         for (_, new) in self.compaction.moves.drain() {
-            if self.store.is_live(new) && self.store.sharers(new) == 0 {
+            if self.store.is_live(new) && self.store.sharers(new) == 0 && !self.store.kept(new) {
                 self.stable.remove(new, &self.store);
                 self.store.abandon(new);
             }

@@ -5,9 +5,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use crate::budget::{Budget, Share};
+use crate::cache::CacheSize;
+use crate::cache::books::Books;
+use crate::cache::limit::CacheLimit;
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::compact::Compaction;
@@ -62,6 +66,8 @@ pub struct Settings {
     pub mappings_limit: Option<u64>,
     /// Frames that the store can hold; twice the host's memory where not given.
     pub frames: Option<u32>,
+    /// How much memory disk blocks may take that no guest holds.
+    pub block_cache: CacheSize,
 }
 
 impl Default for Settings {
@@ -77,6 +83,7 @@ impl Default for Settings {
             longest_pause_ms: 5000,
             mappings_limit: None,
             frames: None,
+            block_cache: CacheSize::default(),
         }
     }
 }
@@ -143,6 +150,7 @@ pub struct Engine {
     /// A VM wants huge pages, or one did.
     pub(crate) any_huge: bool,
     pub(crate) blocks: Blocks,
+    pub(crate) books: Books,
     pub(crate) pressure: Pressure,
     pub(crate) compaction: Compaction,
     pub(crate) counters: Counters,
@@ -152,6 +160,8 @@ pub struct Engine {
     pub(crate) looked_at_rested: bool,
     /// Whose turn it is to go first.
     turn: u32,
+    /// How many wait for the engine that guests wait for: steps end early then.
+    pub(crate) urgent: Arc<AtomicU32>,
     membership_changed: bool,
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
@@ -172,18 +182,20 @@ impl Engine {
     /// # Errors
     /// Where the page map or random numbers cannot be read.
     pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
-        Self::with_budget(settings, store, calls, Arc::new(Budget::new(settings.mappings_limit)))
+        let limit = Arc::new(CacheLimit::new(settings.block_cache));
+        Self::with_budget(settings, store, calls, Arc::new(Budget::new(settings.mappings_limit)), limit)
     }
 
     /// An engine without VMs that has its part of a budget of mappings.
     ///
     /// # Errors
     /// As [`Engine::new`].
-    pub fn with_budget(
+    pub(crate) fn with_budget(
         settings: &Settings,
         store: FrameStore,
         calls: Box<dyn MemoryCalls>,
         budget: Arc<Budget>,
+        limit: Arc<CacheLimit>,
     ) -> io::Result<Self> {
         Ok(Self {
             calls,
@@ -202,6 +214,7 @@ impl Engine {
             whole: PageIndex::new(settings.order),
             any_huge: false,
             blocks: Blocks::default(),
+            books: Books::new(limit)?,
             pressure: Pressure::default(),
             compaction: Compaction::new(),
             counters: Counters::default(),
@@ -209,6 +222,7 @@ impl Engine {
             rested_cursor: (0, 0),
             looked_at_rested: false,
             turn: 0,
+            urgent: Arc::default(),
             membership_changed: true,
             scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
@@ -302,17 +316,22 @@ impl Engine {
         }
         store.reclaim(&**calls);
         self.blocks.forget(member.places());
+        self.books.notes.forget_places(&member.places());
         members.remove(slot);
         self.unique.shrink();
         self.whole.shrink();
         self.stable.shrink();
         self.membership_changed = true;
+        self.settle_cache();
         Ok(())
     }
 
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         self.recount();
+        if self.store.any_left() {
+            self.settle_cache();
+        }
         // Guests that change faster than the engine can look would leave no time for the rest.
         self.turn = (self.turn + 1) % TURNS;
         let worked = match self.turn {
@@ -427,6 +446,7 @@ impl Engine {
     fn metadata_bytes(&self) -> usize {
         self.store.metadata_bytes()
             + self.blocks.bytes()
+            + self.books.bytes()
             + self.stable.bytes()
             + self.unique.bytes()
             + self.whole.bytes()

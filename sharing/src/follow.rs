@@ -4,6 +4,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::changes::{ChangeLog, PageSet};
@@ -126,6 +127,7 @@ impl Engine {
         self.changes = changes;
         self.admit_denied();
         self.store.reclaim(&*self.calls);
+        self.follow_limit(now);
         true
     }
 
@@ -211,9 +213,9 @@ impl Engine {
             self.counters.full_scans += u64::from(std::mem::take(&mut self.looked_at_rested));
             return false;
         };
-        self.rested_cursor = (slot, end);
         self.looked_at_rested = true;
-        self.look_at_ready(slot, start..end);
+        let end = self.look_at_ready(slot, start..end);
+        self.rested_cursor = (slot, end);
         self.store.reclaim(&*self.calls);
         true
     }
@@ -224,12 +226,13 @@ impl Engine {
         follower.ready.next_from(pages.start).filter(|&page| page < pages.end)
     }
 
-    fn look_at_ready(&mut self, slot: usize, chunk: Range<u32>) {
+    /// Looks at the pages of a chunk that are ready. Returns up to which: somebody may have waited.
+    fn look_at_ready(&mut self, slot: usize, mut chunk: Range<u32>) -> u32 {
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         let member = self.members.at(slot);
-        let Some(follower) = &member.follower else { return };
+        let Some(follower) = &member.follower else { return chunk.end };
         let mut unknown = Vec::new();
         for span in spans(follower.ready.runs_within(chunk.clone())) {
             if member.space.private(span.clone(), &self.pagemap, &mut runs).is_err() {
@@ -244,16 +247,20 @@ impl Engine {
             let ready: Vec<_> = run.clone().filter(|&page| follower.ready.contains(page)).collect();
             ready.into_iter().for_each(|page| member.became_private(page));
         }
-        for run in &runs {
+        'runs: for run in &runs {
             let mut page = run.start;
             while let Some(next) = self.next_ready(slot, page..run.end) {
                 page = next + self.look_at(slot, next, run.end).max(1);
+                if self.urgent.load(Ordering::Relaxed) > 0 {
+                    chunk.end = page.min(chunk.end);
+                    break 'runs;
+                }
             }
         }
         let member = self.members.at_mut(slot);
         let full = member.mode == Mode::Full;
-        let Some(follower) = &mut member.follower else { return };
-        for page in runs.iter().cloned().flatten() {
+        let Some(follower) = &mut member.follower else { return chunk.end };
+        for page in runs.iter().cloned().flatten().filter(|&page| page < chunk.end) {
             let flags = member.flags[page as usize];
             let settled = flags.contains(Flags::UNIQUE) || flags.contains(Flags::ALIKE);
             let open = flags.contains(Flags::PRIVATE) && !settled;
@@ -261,13 +268,14 @@ impl Engine {
                 follower.later.insert(page);
             }
         }
-        for page in unknown.into_iter().flatten() {
+        for page in unknown.into_iter().flatten().filter(|&page| page < chunk.end) {
             if follower.ready.contains(page) {
                 follower.later.insert(page);
             }
         }
-        follower.ready.remove_range(chunk);
+        follower.ready.remove_range(chunk.clone());
         self.runs = runs;
+        chunk.end
     }
 }
 

@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::budget::Budget;
+use crate::cache::limit::CacheLimit;
 use crate::calls::{Linux, MemoryCalls};
 use crate::engine::{Engine, Settings, Step};
 use crate::service::{DEFAULT_GROUP, StartError};
@@ -20,6 +22,8 @@ use crate::store::FrameStore;
 pub(crate) struct Group {
     pub(crate) name: String,
     pub(crate) engine: Mutex<Engine>,
+    /// Threads of guests' disks that wait for the engine.
+    urgent: Arc<AtomicU32>,
 }
 
 /// All groups of the process.
@@ -28,6 +32,7 @@ pub(crate) struct Groups {
     settings: Settings,
     frames: u32,
     budget: Arc<Budget>,
+    limit: Arc<CacheLimit>,
     known: Mutex<Known>,
 }
 
@@ -48,7 +53,8 @@ struct Entry {
 impl Groups {
     pub(crate) fn new(settings: Settings, frames: u32) -> Self {
         let budget = Arc::new(Budget::new(settings.mappings_limit));
-        Self { settings, frames, budget, known: Mutex::default() }
+        let limit = Arc::new(CacheLimit::new(settings.block_cache));
+        Self { settings, frames, budget, limit, known: Mutex::default() }
     }
 
     pub(crate) fn budget(&self) -> &Budget {
@@ -57,10 +63,18 @@ impl Groups {
 
     /// Puts a group up that uses a store and calls of the caller's.
     pub(crate) fn found(&self, name: &str, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<()> {
-        let engine = Engine::with_budget(&self.settings, store, calls, Arc::clone(&self.budget))?;
-        let group = Group { name: name.to_owned(), engine: Mutex::new(engine) };
+        let engine = self.engine(store, calls)?;
+        let group = Group::new(name, engine);
         self.known.lock().groups.insert(name.to_owned(), Entry { group: Arc::new(group), vms: 0 });
         Ok(())
+    }
+
+    fn engine(&self, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Engine> {
+        Engine::with_budget(&self.settings, store, calls, Arc::clone(&self.budget), Arc::clone(&self.limit))
+    }
+
+    pub(crate) fn cache_limit(&self) -> &CacheLimit {
+        &self.limit
     }
 
     /// The group of this name for one more VM. It is put up if there is none.
@@ -75,14 +89,13 @@ impl Groups {
         }
         let store = FrameStore::create(self.frames).map_err(StartError::Store)?;
         let calls = Linux::open(Arc::clone(store.file()))?;
-        let engine = Engine::with_budget(&self.settings, store, Box::new(calls), Arc::clone(&self.budget))
-            .map_err(StartError::Engine)?;
+        let engine = self.engine(store, Box::new(calls)).map_err(StartError::Engine)?;
         let mut known = self.known.lock();
         // Another thread may have been faster.
         if let Some(group) = found(&mut known) {
             return Ok(group);
         }
-        let group = Arc::new(Group { name: name.to_owned(), engine: Mutex::new(engine) });
+        let group = Arc::new(Group::new(name, engine));
         known.groups.insert(name.to_owned(), Entry { group: Arc::clone(&group), vms: 1 });
         Ok(group)
     }
@@ -118,6 +131,19 @@ impl Groups {
 }
 
 impl Group {
+    fn new(name: &str, engine: Engine) -> Self {
+        let urgent = Arc::clone(&engine.urgent);
+        Self { name: name.to_owned(), engine: Mutex::new(engine), urgent }
+    }
+
+    /// The engine, for somebody whom a guest waits for: a step that is under way ends early.
+    pub(crate) fn urgently(&self) -> MutexGuard<'_, Engine> {
+        self.urgent.fetch_add(1, Ordering::Relaxed);
+        let engine = self.engine.lock();
+        self.urgent.fetch_sub(1, Ordering::Relaxed);
+        engine
+    }
+
     /// One step of its engine; `None` where it has nothing to do at all.
     pub(crate) fn step(&self, engine: &mut Engine, now: Instant) -> Option<Step> {
         (engine.members.count() > 0).then(|| engine.step(now))

@@ -85,6 +85,8 @@ pub(crate) struct Member {
     pub(crate) hints: Arc<Hints>,
     /// What huge pages back, where they are wanted.
     pub(crate) huge: Option<HugeRanges>,
+    /// Its number among all that the engine ever had: another VM in its slot has another.
+    pub(crate) id: u64,
     base: Place,
     on_lost: LostHandler,
 }
@@ -247,6 +249,8 @@ pub(crate) struct Members {
     slots: Vec<Option<Member>>,
     /// First place of each member to its slot.
     places: BTreeMap<Place, usize>,
+    /// Members that there ever were.
+    ids: u64,
 }
 
 impl Members {
@@ -267,6 +271,7 @@ impl Members {
             self.slots.len() - 1
         });
         self.places.insert(base, slot);
+        self.ids += 1;
         self.slots[slot] = Some(Member {
             flags: vec![Flags::default(); pages as usize],
             counts: Counts::default(),
@@ -276,6 +281,7 @@ impl Members {
             hints: Arc::default(),
             huge,
             space,
+            id: self.ids,
             base,
             on_lost,
         });

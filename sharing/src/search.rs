@@ -218,10 +218,11 @@ impl Engine {
         for frame in frame..frame + count {
             if self.store.sharers(frame) == 0 {
                 self.store.abandon(frame);
-            } else {
-                self.index_frame(frame);
+                continue;
             }
+            self.index_frame(frame);
         }
+        self.name_published(frame, count, [(slot, first), (twin_slot, twin_first)]);
         forward
     }
 

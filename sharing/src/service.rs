@@ -4,14 +4,18 @@
 #![expect(unsafe_code, reason = "asks for the size of memory")]
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use serde::Serialize;
 
 use crate::audit::AuditReport;
+use crate::cache::statistics::CacheStatistics;
+use crate::cache::{BlockRead, CacheSize, Image, ReadPlan, VmNumber};
 use crate::calls::{Linux, MemoryCalls};
 use crate::changes::ChangeLog;
+use crate::content::Page;
 use crate::engine::{Mode, Settings};
 use crate::group::{Group, Groups};
 use crate::hints::{Hint, Hints};
@@ -178,6 +182,24 @@ impl Sharing {
         Ok(report)
     }
 
+    /// The statistics of the caches of all groups together.
+    #[must_use]
+    pub fn cache(&self) -> CacheStatistics {
+        let mut all = CacheStatistics::default();
+        for group in self.crew.groups.all() {
+            all.add(&group.engine.lock().cache_statistics());
+        }
+        all
+    }
+
+    /// Changes how much memory disk blocks may take that no guest holds.
+    pub fn set_cache_size(&self, size: CacheSize) {
+        self.crew.groups.cache_limit().set_size(size);
+        for group in self.crew.groups.all() {
+            group.engine.lock().settle_cache();
+        }
+    }
+
     /// Has `handler` told what users should know, each thing once, from a sharing thread.
     pub fn on_notice(&self, handler: impl Fn(Notice) + Send + 'static) {
         self.crew.on_notice(Box::new(handler));
@@ -227,10 +249,49 @@ impl Membership {
         self.crew.refresh();
     }
 
+    /// Where disks ask for blocks.
+    #[must_use]
+    pub fn blocks(&self) -> BlockClient {
+        let vm = self.group.engine.lock().vm_number(self.slot);
+        BlockClient { group: Arc::clone(&self.group), vm }
+    }
+
     /// Where devices say what they know about the VM's pages.
     #[must_use]
     pub fn hints(&self) -> HintSender {
         HintSender { crew: Arc::clone(&self.crew), hints: Arc::clone(&self.hints) }
+    }
+}
+
+/// A VM's way to the blocks that its group holds. Of a VM that is gone everything goes past the cache.
+#[derive(Clone, Debug)]
+pub struct BlockClient {
+    group: Arc<Group>,
+    vm: VmNumber,
+}
+
+impl BlockClient {
+    /// Delivers what the group has of a read, by `copy` what is not mapped, and says what becomes of the
+    /// rest. Each fetch is to be [ended](Self::end_fetch), and this client, or a clone of it, to be kept
+    /// until then: the memory to be read into belongs to the group.
+    pub fn begin_read(&self, read: &BlockRead<'_>, mut copy: impl FnMut(usize, &Page)) -> ReadPlan {
+        self.group.urgently().begin_read(self.vm, read, &mut copy)
+    }
+
+    /// A fetch was read in full, or not: then nothing is kept or delivered. Returns whether it was
+    /// delivered.
+    pub fn end_fetch(&self, token: u64, read: bool, mut copy: impl FnMut(usize, &Page)) -> bool {
+        self.group.urgently().end_fetch(token, read, &mut copy)
+    }
+
+    /// Before blocks are written, discarded or zeroed: nobody has them any more.
+    pub fn begin_write(&self, image: Image, blocks: &Range<u64>) {
+        self.group.urgently().begin_write(image, blocks);
+    }
+
+    /// After they were, or were not, and before the guest is told.
+    pub fn end_write(&self, image: Image, blocks: &Range<u64>) {
+        self.group.urgently().end_write(image, blocks);
     }
 }
 

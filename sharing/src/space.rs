@@ -226,6 +226,33 @@ impl Space {
         Ok(moved)
     }
 
+    /// Maps the frames `frame..frame + count` over pages whose content is no longer wanted, and attaches
+    /// the pages to them. Returns how many of the first these are: all, but for kernels that cannot
+    /// protect unpopulated pages. Appends to `dead` the frames whose last sharers left.
+    ///
+    /// All of the frames must be live, and `count` is at most [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub(crate) fn deliver(
+        &mut self,
+        first: u32,
+        frame: Frame,
+        count: u32,
+        store: &mut FrameStore,
+        calls: &dyn MemoryCalls,
+        dead: &mut Vec<Frame>,
+    ) -> Result<u32, SpaceError> {
+        let attached = |page: u32| self.refers(page).filter(|_| self.attached(page));
+        let before: Vec<_> = (first..first + count).map(attached).collect();
+        let delivered = self.replace(first, count, Source::Frames(frame), calls, |_, _| true)?;
+        for (frame, before) in (frame..frame + delivered).zip(before) {
+            store.attach(frame);
+            dead.extend(before.filter(|&before| store.detach(before)));
+        }
+        Ok(delivered)
+    }
+
     /// Gives the memory of pages back that hold zeros alone, as far as they do. Returns how many.
     ///
     /// None of the pages may be attached, and `count` is at most [`WINDOW_PAGES`].

@@ -1,8 +1,9 @@
 //! The frame store: a sealed memory file whose pages hold the contents that guests share.
 //!
 //! A frame is written once, before anyone maps it, and counted while guest pages refer to it. A
-//! frame that nobody refers to gives its memory back with the next [`FrameStore::reclaim`]. Free
-//! frames are never touched through a mapping, since reading a hole would allocate it.
+//! frame that nobody refers to gives its memory back with the next [`FrameStore::reclaim`], unless it is
+//! *kept*: it is *idle* then until it is wanted again or [let go](FrameStore::let_go). Free frames are
+//! never touched through a mapping, since reading a hole would allocate it.
 
 #![expect(unsafe_code, reason = "creates and maps the memory file")]
 
@@ -29,19 +30,26 @@ const EXTENTS_TRIED: usize = 32;
 /// The books of one frame.
 #[derive(Clone, Copy, Debug, Default)]
 struct Record {
-    /// One more than the guest pages that refer to it; 0 for a free place.
+    /// One more than the guest pages that refer to it; 0 for a free place. The highest bit is set while
+    /// the frame is kept.
     uses: u32,
     /// Keyed digest of its content.
     digest: u32,
 }
+
+const KEPT: u32 = 1 << 31;
 
 impl Record {
     fn live(self) -> bool {
         self.uses > 0
     }
 
+    fn kept(self) -> bool {
+        self.uses & KEPT != 0
+    }
+
     fn sharers(self) -> u32 {
-        self.uses.saturating_sub(1)
+        (self.uses & !KEPT).saturating_sub(1)
     }
 }
 
@@ -51,18 +59,23 @@ pub struct FrameStore {
     file: Arc<OwnedFd>,
     io: File,
     view: NonNull<u8>,
+    /// The same memory, to be written.
+    landing: NonNull<u8>,
     capacity: u32,
     records: Vec<Record>,
     /// Free extents below the high-water mark: start to length.
     free: BTreeMap<Frame, u32>,
     /// Frames that nobody refers to, whose memory is not given back yet.
     dead: Vec<Frame>,
+    /// Kept frames that their last sharers left, until they are asked for.
+    left: Vec<Frame>,
     live: u32,
+    idle: u32,
     shared: u32,
     sharing: u64,
 }
 
-// SAFETY: the view is read-only memory of the store's own; nothing in it is tied to a thread.
+// SAFETY: both mappings are memory of the store's own; nothing in them is tied to a thread.
 unsafe impl Send for FrameStore {}
 
 impl FrameStore {
@@ -89,30 +102,23 @@ impl FrameStore {
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a new read-only mapping at an address of the kernel's choice.
-        let view = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if view == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let view = NonNull::new(view.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let view = map(&file, bytes, libc::PROT_READ)?;
+        let landing = map(&file, bytes, libc::PROT_READ | libc::PROT_WRITE).inspect_err(|_| {
+            // SAFETY: the view was just mapped, and nobody knows its address.
+            unsafe { libc::munmap(view.as_ptr().cast(), bytes) };
+        })?;
         Ok(Self {
             file,
             io,
             view,
+            landing,
             capacity,
             records: Vec::new(),
             free: BTreeMap::new(),
             dead: Vec::new(),
+            left: Vec::new(),
             live: 0,
+            idle: 0,
             shared: 0,
             sharing: 0,
         })
@@ -215,6 +221,15 @@ impl FrameStore {
         Ok(())
     }
 
+    /// Where the content of frames that were just allocated can be written, until the first of them is
+    /// mapped by a guest or compared.
+    #[must_use]
+    pub fn landing(&self, frame: Frame) -> NonNull<u8> {
+        debug_assert!(self.is_live(frame), "frame {frame} is free");
+        // SAFETY: frames are within the mapping.
+        unsafe { self.landing.add(frame as usize * PAGE_SIZE) }
+    }
+
     /// Where the content of a live frame can be read in this process.
     #[must_use]
     pub fn content(&self, frame: Frame) -> *const u8 {
@@ -251,7 +266,7 @@ impl FrameStore {
         debug_assert!(record.live());
         record.uses += 1;
         match record.sharers() {
-            1 => {}
+            1 => self.idle -= u32::from(record.kept()),
             2 => {
                 self.shared += 1;
                 self.sharing += 1;
@@ -260,13 +275,17 @@ impl FrameStore {
         }
     }
 
-    /// One guest page less refers to the frame; comes after proof that it does not. Returns whether
-    /// it was the last: the frame is dead then, and the caller forgets it.
+    /// One guest page less refers to the frame; comes after proof that it does not. Returns whether the
+    /// frame is dead, and the caller forgets it: this page was the last, and it is not kept.
     pub fn detach(&mut self, frame: Frame) -> bool {
         let record = &mut self.records[frame as usize];
         assert!(record.sharers() > 0, "frame {frame} left by more pages than came");
         record.uses -= 1;
         match record.sharers() {
+            0 if record.kept() => {
+                self.idle += 1;
+                self.left.push(frame);
+            }
             0 => {
                 self.kill(frame);
                 return true;
@@ -280,9 +299,58 @@ impl FrameStore {
         false
     }
 
+    /// The frame is to stay when nobody refers to it any more.
+    pub fn keep(&mut self, frame: Frame) {
+        let record = &mut self.records[frame as usize];
+        debug_assert!(record.live());
+        if !record.kept() {
+            record.uses |= KEPT;
+            self.idle += u32::from(record.sharers() == 0);
+        }
+    }
+
+    /// Whether the frame is kept.
+    #[must_use]
+    pub fn kept(&self, frame: Frame) -> bool {
+        self.records.get(frame as usize).is_some_and(|record| record.kept())
+    }
+
+    /// A kept frame need not stay any more. Returns whether it is dead, since nobody refers to it; the
+    /// caller forgets it then.
+    pub fn let_go(&mut self, frame: Frame) -> bool {
+        let record = &mut self.records[frame as usize];
+        assert!(record.kept(), "frame {frame} was not kept");
+        record.uses &= !KEPT;
+        let idle = record.sharers() == 0;
+        if idle {
+            self.idle -= 1;
+            self.kill(frame);
+        }
+        idle
+    }
+
+    /// Takes the list of kept frames that their last sharers left since the last call. They may have been
+    /// let go or wanted again meanwhile.
+    pub fn take_left(&mut self) -> Vec<Frame> {
+        std::mem::take(&mut self.left)
+    }
+
+    /// Whether there are frames to be [taken](Self::take_left).
+    #[must_use]
+    pub fn any_left(&self) -> bool {
+        !self.left.is_empty()
+    }
+
+    /// Kept frames to which nobody refers.
+    #[must_use]
+    pub fn idle(&self) -> u32 {
+        self.idle
+    }
+
     /// Gives up a frame that was allocated and found no sharer.
     pub fn abandon(&mut self, frame: Frame) {
-        assert_eq!(self.records[frame as usize].sharers(), 0, "frame {frame} is in use");
+        let record = self.records[frame as usize];
+        assert!(record.sharers() == 0 && !record.kept(), "frame {frame} is in use");
         self.kill(frame);
     }
 
@@ -372,7 +440,7 @@ impl FrameStore {
     pub fn metadata_bytes(&self) -> usize {
         self.records.capacity() * size_of::<Record>()
             + self.free.len() * 2 * size_of::<(Frame, u32)>()
-            + self.dead.capacity() * size_of::<Frame>()
+            + (self.dead.capacity() + self.left.capacity()) * size_of::<Frame>()
     }
 
     /// Bytes of page tables that the view of the frames takes: one page for each 512 frames.
@@ -397,9 +465,24 @@ impl FrameStore {
 
 impl Drop for FrameStore {
     fn drop(&mut self) {
-        // SAFETY: the view was mapped by `create` and nobody keeps addresses into it.
-        unsafe { libc::munmap(self.view.as_ptr().cast(), self.capacity as usize * PAGE_SIZE) };
+        let bytes = self.capacity as usize * PAGE_SIZE;
+        // SAFETY: both were mapped by `create` and nobody keeps addresses into them.
+        unsafe {
+            libc::munmap(self.view.as_ptr().cast(), bytes);
+            libc::munmap(self.landing.as_ptr().cast(), bytes);
+        }
     }
+}
+
+/// Maps all of a memory file, shared, at an address of the kernel's choice.
+fn map(file: &OwnedFd, bytes: usize, access: i32) -> io::Result<NonNull<u8>> {
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, which replaces nothing.
+    let mapped = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, file.as_raw_fd(), 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(mapped.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 #[cfg(test)]
@@ -432,6 +515,30 @@ mod tests {
         assert!(store.detach(frame + 2));
         store.reclaim(&calls);
         assert_eq!((store.live(), store.charged_bytes().unwrap()), (0, 0));
+    }
+
+    #[test]
+    fn kept_frames_stay_without_sharers_until_they_are_let_go() {
+        let (mut store, calls) = store();
+        let frame = store.allocate(2, None).unwrap();
+        // SAFETY: the frames are new.
+        unsafe { store.landing(frame).write_bytes(7, 2 * PAGE_SIZE) };
+        // SAFETY: the frame is live, and was just written.
+        assert_eq!(unsafe { store.content(frame + 1).add(PAGE_SIZE - 1).read() }, 7);
+        store.keep(frame);
+        assert_eq!(store.idle(), 1);
+        store.attach(frame);
+        store.attach(frame);
+        assert_eq!((store.idle(), store.shared(), store.sharing(), store.sharers(frame)), (0, 1, 1, 2));
+        assert!(!store.detach(frame) && !store.detach(frame), "it does not die");
+        assert_eq!((store.idle(), store.live(), store.take_left()), (1, 2, vec![frame]));
+        store.attach(frame);
+        assert!(!store.let_go(frame), "it has a sharer");
+        assert!(!store.kept(frame) && store.detach(frame));
+        store.keep(frame + 1);
+        assert!(store.let_go(frame + 1));
+        store.reclaim(&calls);
+        assert_eq!((store.idle(), store.live(), store.charged_bytes().unwrap()), (0, 0, 0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![expect(unsafe_code, reason = "plays the guests: writes to and reads from their memory")]
 
+pub(crate) mod disks;
 pub(crate) mod followed;
 
 use std::io;
@@ -19,7 +20,7 @@ use samepage_sharing::{PAGE_SIZE, Ram};
 const WORDS: usize = PAGE_SIZE / 8;
 
 /// The word at `index` of the content named `seed`; content 0 is a page of zeros.
-fn word(seed: u64, index: usize) -> u64 {
+pub(crate) fn word(seed: u64, index: usize) -> u64 {
     if seed == 0 { 0 } else { (seed << 16 | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 }
 }
 

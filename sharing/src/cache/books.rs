@@ -1,0 +1,291 @@
+//! The books of the block cache of one group, and how frames come to hold blocks and are given up.
+
+#![expect(unsafe_code, reason = "reads frames by address")]
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hashbrown::HashMap;
+
+use super::limit::CacheLimit;
+use super::names::{BlockKey, Keep, Named, Names};
+use super::notes::{Notes, Proof, Prover};
+use super::reads::VmNumber;
+use super::replace::{History, Policy, Replacement};
+use super::statistics::CacheStatistics;
+use crate::content::Page;
+use crate::engine::Engine;
+use crate::store::Frame;
+
+/// Blocks dropped in one step.
+const STEP_EVICTIONS: u32 = 1024;
+
+/// One state of an image at rest, as its owner calls it: the host's device, the file's number, and a
+/// version of its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Image(pub [u64; 3]);
+
+/// Blocks that are being read from a disk into frames.
+#[derive(Debug)]
+pub(crate) struct Fetching {
+    pub(crate) vm: VmNumber,
+    pub(crate) keep: Keep,
+    /// The first block.
+    pub(crate) key: BlockKey,
+    pub(crate) frame: Frame,
+    /// The page that each block goes to, where it is a whole page.
+    pub(crate) targets: Vec<Option<u32>>,
+    pub(crate) histories: Vec<History>,
+    /// Blocks that were written to meanwhile.
+    pub(crate) stale: Vec<bool>,
+}
+
+/// The books.
+#[derive(Debug)]
+pub(crate) struct Books {
+    images: HashMap<Image, u32>,
+    pub(crate) names: Names,
+    pub(crate) notes: Notes,
+    /// Blocks of idle frames, and of some that are wanted again.
+    pub(crate) order: Box<dyn Replacement<BlockKey>>,
+    pub(crate) fetches: HashMap<u64, Fetching>,
+    next_token: u64,
+    /// Blocks that are being written.
+    pub(crate) writing: Vec<(u32, Range<u32>)>,
+    pub(crate) prover: Prover,
+    pub(crate) limit: Arc<CacheLimit>,
+    /// Idle frames as the limit knows them.
+    published: u64,
+    pub(crate) counters: CacheStatistics,
+}
+
+impl Books {
+    pub(crate) fn new(limit: Arc<CacheLimit>) -> io::Result<Self> {
+        Ok(Self {
+            images: HashMap::new(),
+            names: Names::default(),
+            notes: Notes::default(),
+            order: Policy::S3Fifo.start(),
+            fetches: HashMap::new(),
+            next_token: 0,
+            writing: Vec::new(),
+            prover: Prover::new()?,
+            limit,
+            published: 0,
+            counters: CacheStatistics::default(),
+        })
+    }
+
+    /// The number of an image in these books.
+    pub(crate) fn image(&mut self, image: Image) -> u32 {
+        let next = self.images.len() as u32;
+        *self.images.entry(image).or_insert(next)
+    }
+
+    pub(crate) fn known_image(&self, image: Image) -> Option<u32> {
+        self.images.get(&image).copied()
+    }
+
+    pub(crate) fn add_fetch(&mut self, fetching: Fetching) -> u64 {
+        self.next_token += 1;
+        self.fetches.insert(self.next_token, fetching);
+        self.next_token
+    }
+
+    pub(crate) fn being_written(&self, key: BlockKey) -> bool {
+        self.writing.iter().any(|(image, blocks)| *image == key.image && blocks.contains(&key.block))
+    }
+
+    /// Whether a frame is being filled from a disk: it is nobody's yet.
+    pub(crate) fn being_filled(&self, frame: Frame) -> bool {
+        self.fetches
+            .values()
+            .any(|fetch| (fetch.frame..fetch.frame + fetch.targets.len() as u32).contains(&frame))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        let fetches: usize = self.fetches.values().map(|fetch| fetch.targets.len() * 10).sum();
+        self.names.bytes() + self.notes.bytes() + self.order.bytes() + fetches + self.images.allocation_size()
+    }
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.limit.use_instead(self.published, 0);
+    }
+}
+
+impl Engine {
+    /// The proof of a frame's content.
+    pub(crate) fn proof_of(&self, frame: Frame) -> Proof {
+        // SAFETY: the frame is live, and its content no longer changes.
+        self.books.prover.proof(unsafe { &*self.store.content(frame).cast::<Page>() })
+    }
+
+    /// A frame holds a block, which no frame is known to hold. Returns whether that was noted.
+    pub(crate) fn name(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History) -> bool {
+        let indexed =
+            keep != Keep::Inclusive || self.books.names.of(frame).is_some_and(|named| named.indexed);
+        let first = self.books.names.of(frame).is_none();
+        let named = self.books.names.add(frame, Named { key, keep, history, indexed });
+        if named && first {
+            self.store.keep(frame);
+        }
+        named
+    }
+
+    /// Pages that were copied from the disk have become frames: these hold the blocks, where they prove to.
+    pub(crate) fn name_published(&mut self, first: Frame, count: u32, runs: [(usize, u32); 2]) {
+        if self.books.notes.is_empty() {
+            return;
+        }
+        for index in 0..count {
+            let frame = first + index;
+            for (slot, page) in runs.map(|(slot, page)| (slot, page + index)) {
+                let place = self.members.at(slot).place(page);
+                let Some(&note) = self.books.notes.get(place) else { continue };
+                if !self.store.is_live(frame) || !self.members.at(slot).space.attached(page) {
+                    continue;
+                }
+                // From now on the frame tells which block the page holds.
+                self.books.notes.remove(place);
+                let known = self.books.names.frame(note.key).is_some() || self.books.being_written(note.key);
+                if known {
+                    continue;
+                }
+                if self.proof_of(frame) == note.proof {
+                    self.name(frame, note.key, Keep::Exclusive, note.history);
+                } else {
+                    self.books.counters.refuted += 1;
+                }
+            }
+        }
+    }
+
+    /// A frame holds no block any more. Where no guest refers to it, it is given up.
+    pub(crate) fn unname(&mut self, frame: Frame) {
+        if let Some(named) = self.books.names.remove_frame(frame) {
+            self.books.order.remove(named.key);
+            self.let_go(frame, named);
+        }
+    }
+
+    fn let_go(&mut self, frame: Frame, named: Named) {
+        if self.store.let_go(frame) && named.indexed {
+            self.stable.remove(frame, &self.store);
+        }
+    }
+
+    /// A block is not what it was: no frame holds it.
+    fn forget_block(&mut self, key: BlockKey) {
+        let Some(removed) = self.books.names.remove(key) else { return };
+        self.books.counters.overwritten += 1;
+        let ordered = self.books.order.remove(key);
+        match removed.next {
+            None => self.let_go(removed.frame, removed.was),
+            Some(next) if ordered => {
+                self.books.order.insert(next, removed.was.history);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Blocks are about to change.
+    pub fn begin_write(&mut self, image: Image, blocks: &Range<u64>) {
+        let image = self.books.image(image);
+        let blocks = narrow(blocks);
+        for key in self.books.names.within(image, blocks.clone()) {
+            self.forget_block(key);
+        }
+        self.books.notes.forget_blocks(image, blocks.clone());
+        for fetch in self.books.fetches.values_mut().filter(|fetch| fetch.key.image == image) {
+            for (block, stale) in (fetch.key.block..).zip(&mut fetch.stale) {
+                *stale |= blocks.contains(&block);
+            }
+        }
+        self.books.writing.push((image, blocks));
+        self.settle_cache();
+    }
+
+    /// The change is over.
+    pub fn end_write(&mut self, image: Image, blocks: &Range<u64>) {
+        let Some(image) = self.books.known_image(image) else { return };
+        let blocks = narrow(blocks);
+        let found = self.books.writing.iter().position(|entry| *entry == (image, blocks.clone()));
+        if let Some(index) = found {
+            self.books.writing.swap_remove(index);
+        }
+    }
+
+    /// Frames that their last guests left become cached blocks, others are dropped as the limit asks for.
+    pub fn settle_cache(&mut self) {
+        if self.store.any_left() {
+            for frame in self.store.take_left() {
+                let idle = self.store.kept(frame) && self.store.sharers(frame) == 0;
+                let Some(&named) = self.books.names.of(frame).filter(|_| idle) else { continue };
+                if named.keep == Keep::Exclusive {
+                    self.books.counters.demoted_mapped += 1;
+                    self.books.order.insert(named.key, named.history);
+                } else {
+                    self.unname(frame);
+                }
+            }
+        }
+        self.publish_idle();
+        if self.books.limit.exceeded() {
+            self.evict();
+        }
+        self.store.reclaim(&*self.calls);
+    }
+
+    fn publish_idle(&mut self) {
+        let idle = self.store.idle().into();
+        self.books.limit.use_instead(self.books.published, idle);
+        self.books.published = idle;
+    }
+
+    fn evict(&mut self) {
+        for _ in 0..STEP_EVICTIONS {
+            if !self.books.limit.exceeded() {
+                return;
+            }
+            let Some(key) = self.books.order.evict() else { return };
+            let Some(frame) = self.books.names.frame(key) else { continue };
+            // Frames that guests came back to are in no order.
+            if self.store.sharers(frame) == 0 {
+                self.books.counters.evicted += 1;
+                self.unname(frame);
+                self.publish_idle();
+            }
+        }
+    }
+
+    /// Follows what is free on the host, while there is something to be given back.
+    pub(crate) fn follow_limit(&mut self, now: Instant) {
+        if self.store.idle() > 0 {
+            self.books.limit.refresh(now);
+            self.settle_cache();
+        }
+    }
+
+    /// The statistics of the cache.
+    #[must_use]
+    pub fn cache_statistics(&self) -> CacheStatistics {
+        CacheStatistics {
+            blocks_cached: self.store.idle().into(),
+            blocks_limit: self.books.limit.frames(),
+            blocks_in_guests: self.books.names.frames() as u64 - u64::from(self.store.idle()),
+            blocks_noted: self.books.notes.len() as u64,
+            metadata_bytes: self.books.bytes() as u64,
+            ..self.books.counters.clone()
+        }
+    }
+}
+
+/// Blocks by the numbers that the books have room for: those beyond are never in them.
+pub(crate) fn narrow(blocks: &Range<u64>) -> Range<u32> {
+    let end = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
+    end(blocks.start)..end(blocks.end)
+}
