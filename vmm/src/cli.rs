@@ -6,6 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use samepage::config::{self, parse_size};
 use samepage::statistics::StatsTarget;
+use samepage_devices::disk::limit::RateLimits;
+use samepage_devices::disk::{CachePolicy, Format};
+use samepage_devices::virtio::block::MAX_QUEUES;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 
@@ -52,6 +55,8 @@ pub(crate) enum Command {
     /// Run one or more VMs until all of them have ended
     #[command(after_help = EXAMPLES)]
     Run(Box<RunArgs>),
+    /// Host VMs that clients of a control socket create, until told to end (SIGTERM)
+    Serve(Box<ServeArgs>),
     /// Show on an embedded guest what sharing memory saves: boots VMs that are partly alike, merges
     /// their memory while they run, and lets them verify every word of it
     Demo(DemoArgs),
@@ -118,8 +123,8 @@ pub(crate) struct DemoArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// Kernel to boot: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    pub(crate) kernel: Option<PathBuf>,
 
     /// Initial RAM disk (initramfs)
     #[arg(long, value_name = "FILE")]
@@ -141,8 +146,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) count: u32,
 
-    /// Add a disk: a raw image file or a block device; may be repeated. {index} and {name} are replaced
-    #[arg(long = "disk", value_name = "path=FILE[,readonly][,id=NAME]", value_parser = parse_disk)]
+    /// Add a disk: an image file or a block device; may be repeated. {index} and {name} are replaced.
+    /// Further fields are readonly, id=NAME, format=raw|qcow2,
+    /// cache=exclusive|scrub|inclusive|none|buffered (what host memory holds of it), rate=BYTES (a second),
+    /// iops=N and queues=N
+    #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskArg>,
 
     /// Where the guests' consoles go: stdio (several VMs get their lines marked with their names),
@@ -164,6 +172,54 @@ pub(crate) struct RunArgs {
     /// gives every VM a group of its own
     #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
     pub(crate) share_group: String,
+
+    /// Open a control socket at this path
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) socket_access: SocketAccess,
+
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+}
+
+/// The arguments of `samepage serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Where the control socket is
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) socket_access: SocketAccess,
+
+    /// Keep all VMs' memory to themselves
+    #[arg(long)]
+    pub(crate) no_sharing: bool,
+
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+}
+
+/// Who may use the control socket.
+#[derive(Debug, Args)]
+pub(crate) struct SocketAccess {
+    /// The socket's permissions, in octal: who may write may do anything that this process can
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
+    pub(crate) socket_mode: u32,
+
+    /// The socket's group, by name or number
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) socket_group: Option<String>,
+}
+
+/// What VMs of a process have in common.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// Start the VMs of this configuration file (TOML, or JSON where it is named so)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
 
     /// Share of one core that looking for alike pages may take on average, in percent; above 100 more
     /// than one thread looks
@@ -218,6 +274,10 @@ pub(crate) struct DiskArg {
     pub(crate) path: String,
     pub(crate) read_only: bool,
     pub(crate) id: Option<String>,
+    pub(crate) format: Option<Format>,
+    pub(crate) cache: CachePolicy,
+    pub(crate) limits: RateLimits,
+    pub(crate) queues: usize,
 }
 
 /// `--console`, before `{index}` and `{name}` are replaced.
@@ -249,7 +309,15 @@ fn parse_range(text: &str) -> Result<Range<u64>, String> {
 }
 
 fn parse_disk(text: &str) -> Result<DiskArg, String> {
-    let mut disk = DiskArg { path: String::new(), read_only: false, id: None };
+    let mut disk = DiskArg {
+        path: String::new(),
+        read_only: false,
+        id: None,
+        format: None,
+        cache: CachePolicy::default(),
+        limits: RateLimits::default(),
+        queues: 1,
+    };
     for field in text.split(',') {
         match field.split_once('=') {
             Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
@@ -258,14 +326,38 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
                 disk.id = Some(id.to_owned());
             }
             None if field == "readonly" => disk.read_only = true,
+            Some(("format", format)) => disk.format = Some(format.parse()?),
+            Some(("cache", policy)) => disk.cache = policy.parse()?,
+            Some(("rate", rate)) => {
+                disk.limits.bytes =
+                    Some(parse_limit(rate, parse_size(rate.strip_suffix("/s").unwrap_or(rate)))?);
+            }
+            Some(("iops", rate)) => {
+                let number = rate.parse().map_err(|_| "write a whole number".to_owned());
+                disk.limits.operations = Some(parse_limit(rate, number)?);
+            }
+            Some(("queues", count)) => match count.parse() {
+                Ok(count) if (1..=MAX_QUEUES).contains(&count) => disk.queues = count,
+                _ => return Err(format!("{count:?} queues: a disk has 1 to {MAX_QUEUES}")),
+            },
             _ => {
                 return Err(format!(
-                    "unknown field {field:?}; fields are path=FILE, readonly and id=NAME (a path cannot hold a comma)"
+                    "unknown field {field:?}; fields are path=FILE, readonly, id=NAME, format=raw|qcow2, \
+                     cache=POLICY, rate=BYTES, iops=N and queues=N (a path cannot hold a comma)"
                 ));
             }
         }
     }
     if disk.path.is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
+}
+
+/// A limit for each second, of which something must be left.
+fn parse_limit(text: &str, limit: Result<u64, String>) -> Result<u64, String> {
+    match limit {
+        Ok(0) => Err(format!("a limit of {text:?} lets nothing through")),
+        Ok(limit) => Ok(limit),
+        Err(reason) => Err(format!("a limit of {text:?}: {reason}")),
+    }
 }
 
 fn parse_console(text: &str) -> Result<ConsoleArg, String> {
@@ -274,6 +366,13 @@ fn parse_console(text: &str) -> Result<ConsoleArg, String> {
         None if text == "off" => Ok(ConsoleArg::Off),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleArg::File(path.to_owned())),
         _ => Err("use stdio, file=PATH or off".to_owned()),
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 && mode & 0o600 == 0o600 => Ok(mode),
+        _ => Err("use permissions in octal that let the owner read and write, as in 600 or 660".to_owned()),
     }
 }
 
@@ -341,7 +440,12 @@ mod tests {
     #[test]
     fn disks_have_a_path_and_known_fields() {
         let disk = |path: &str, read_only, id: Option<&str>| {
-            Ok(DiskArg { path: path.into(), read_only, id: id.map(Into::into) })
+            Ok(DiskArg {
+                path: path.into(),
+                read_only,
+                id: id.map(Into::into),
+                ..parse_disk("path=x").unwrap()
+            })
         };
         assert_eq!(parse_disk("path=a.img"), disk("a.img", false, None));
         assert_eq!(parse_disk("path=a=b.img,readonly,id=root"), disk("a=b.img", true, Some("root")));
@@ -350,13 +454,21 @@ mod tests {
             "readonly",
             "path=",
             "path=a,rw",
-            "path=a,cache=none",
+            "path=a,cache=writeback",
+            "path=a,format=vmdk",
+            "path=a,rate=0",
+            "path=a,iops=many",
+            "path=a,queues=0",
+            "path=a,queues=17",
             "path=a,readonly=on",
             "path=a,id=",
             "",
         ] {
             assert!(parse_disk(wrong).is_err(), "{wrong}");
         }
+        let all = parse_disk("path=a,format=qcow2,cache=exclusive,rate=10M/s,iops=500,queues=4").unwrap();
+        assert_eq!((all.format, all.cache, all.queues), (Some(Format::Qcow2), CachePolicy::Exclusive, 4));
+        assert_eq!(all.limits, RateLimits { bytes: Some(10 << 20), operations: Some(500) });
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! Guests are not trusted: what they send (registers, descriptors, requests) and the images they boot
 //! from are checked, and what is wrong ends the one VM it belongs to.
 
+pub mod api;
 pub mod boot;
 pub mod config;
 pub mod console;

@@ -7,6 +7,7 @@ mod demo;
 mod plan;
 mod report;
 mod run;
+mod stdin;
 
 use std::process::ExitCode;
 
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Serve(args) => run::serve(args),
         Command::Demo(args) => demo::main(args),
         Command::Analyze(args) => analyze::main(args),
         Command::Bench(args) => bench::main(args),

@@ -1,75 +1,59 @@
-//! From the arguments of `samepage run` to the configurations of its VMs.
+//! From the arguments of `samepage run` to its VMs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use samepage::{ConsoleConfig, DiskConfig, HugePages, ImageSource, VmConfig};
-use samepage_sharing::engine::Mode;
-use samepage_sharing::service::Participation;
+use samepage::ConsoleConfig;
+use samepage::api::config_file::expand;
+use samepage::api::disk_spec::DiskSpec;
+use samepage::api::spec::{ConsoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
 
 use crate::cli::{ConsoleArg, HugePagesArg, RunArgs, SharingArg};
 
-/// Replaces `{index}` and `{name}`.
-fn expand(text: &str, index: u32, name: &str) -> String {
-    // In one pass, so that a name that contains "{index}" would not be expanded again.
-    let mut expanded = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('{') {
-        expanded.push_str(&rest[..at]);
-        rest = &rest[at..];
-        if let Some(after) = rest.strip_prefix("{index}") {
-            expanded.push_str(&index.to_string());
-            rest = after;
-        } else if let Some(after) = rest.strip_prefix("{name}") {
-            expanded.push_str(name);
-            rest = after;
-        } else {
-            expanded.push('{');
-            rest = &rest[1..];
-        }
-    }
-    expanded.push_str(rest);
-    expanded
+/// The VMs, in order, and where their consoles go.
+pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
+    let Some(kernel) = &args.kernel else { return Vec::new() };
+    (0..args.count).map(|index| vm(args, kernel, index)).collect()
 }
 
-/// The configurations of all VMs, in order.
-pub(crate) fn configurations(args: &RunArgs) -> Vec<VmConfig> {
-    (0..args.count).map(|index| configuration(args, index)).collect()
-}
-
-fn configuration(args: &RunArgs, index: u32) -> VmConfig {
+fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
     let name = if args.count == 1 { args.name.clone() } else { format!("{}-{index}", args.name) };
     let expand = |text: &str| expand(text, index, &name);
-    let disks = args.disks.iter().enumerate().map(|(number, disk)| DiskConfig {
+    let disks = args.disks.iter().map(|disk| DiskSpec {
         path: expand(&disk.path).into(),
-        read_only: disk.read_only,
-        id: disk.id.clone().unwrap_or_else(|| format!("disk{number}")),
+        readonly: disk.read_only,
+        id: disk.id.clone(),
+        format: disk.format.map(Into::into),
+        cache: Some(disk.cache.into()),
+        limits: disk.limits.into(),
+        queues: Some(disk.queues),
     });
-    VmConfig {
-        kernel: ImageSource::Path(args.kernel.clone()),
-        initrd: args.initrd.clone().map(ImageSource::Path),
+    let console = match &args.console {
+        ConsoleArg::Stdio if args.count == 1 => ConsoleConfig::Stdio,
+        ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
+        ConsoleArg::File(path) => ConsoleConfig::File(PathBuf::from(expand(path))),
+        ConsoleArg::Off => ConsoleConfig::Off,
+    };
+    let spec = VmSpec {
+        initrd: args.initrd.clone(),
         cmdline: expand(&args.cmdline),
-        memory_bytes: args.memory,
+        memory: Size(args.memory),
         hugepages: match args.hugepages {
-            HugePagesArg::Off => HugePages::Off,
-            HugePagesArg::Thp => HugePages::Thp,
+            HugePagesArg::Off => HugePagesSpec::Off,
+            HugePagesArg::Thp => HugePagesSpec::Thp,
         },
         disks: disks.collect(),
-        console: match &args.console {
-            ConsoleArg::Stdio if args.count == 1 => ConsoleConfig::Stdio,
-            ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
-            ConsoleArg::File(path) => ConsoleConfig::File(PathBuf::from(expand(path))),
-            ConsoleArg::Off => ConsoleConfig::Off,
-        },
-        participation: Participation {
+        console: ConsoleSpec { file: console.file().map(Path::to_owned) },
+        sharing: SharingSpec {
             group: expand(&args.share_group),
             mode: match args.sharing {
-                SharingArg::Full => Mode::Full,
-                SharingArg::Zero => Mode::Zero,
-                SharingArg::Off => Mode::Off,
+                SharingArg::Full => SharingMode::Full,
+                SharingArg::Zero => SharingMode::Zero,
+                SharingArg::Off => SharingMode::Off,
             },
         },
-        ..VmConfig::new(name.clone(), ImageSource::Path(args.kernel.clone()))
-    }
+        ..VmSpec::new(name.clone(), kernel)
+    };
+    (spec, console)
 }
 
 #[cfg(test)]
@@ -77,18 +61,15 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    use samepage::{DiskConfig, HugePages, VmConfig};
+    use samepage_sharing::engine::Mode;
+    use samepage_sharing::service::Participation;
 
     fn plan(arguments: &[&str]) -> Vec<VmConfig> {
+        let with_console = |(spec, console): (VmSpec, _)| VmConfig { console, ..spec.to_config() };
         let cli = Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat());
         let Command::Run(args) = cli.command else { panic!("another command") };
-        configurations(&args)
-    }
-
-    #[test]
-    fn templates_are_replaced_once() {
-        assert_eq!(expand("{name}/{index}.img", 3, "vm-3"), "vm-3/3.img");
-        assert_eq!(expand("{name}", 1, "{index}"), "{index}");
-        assert_eq!(expand("a{b}{{index}}{", 7, "n"), "a{b}{7}{");
+        vms(&args).into_iter().map(with_console).collect()
     }
 
     #[test]
@@ -119,7 +100,10 @@ mod tests {
         ]);
         let second = &configs[1];
         assert_eq!((second.name.as_str(), second.cmdline.as_str()), ("vm-1", "id=1 host=vm-1"));
-        assert_eq!(second.disks[0], DiskConfig { path: "d1".into(), read_only: false, id: "root".into() });
+        assert_eq!(
+            second.disks[0],
+            DiskConfig { path: "d1".into(), id: "root".into(), ..DiskConfig::default() }
+        );
         assert_eq!(second.disks[1].id, "disk1");
         assert!(matches!(&second.console, ConsoleConfig::File(path) if path.as_os_str() == "vm-1.log"));
         let alone = plan(&["--count=2", "--share-group={name}", "--sharing=zero"]);

@@ -1,28 +1,30 @@
-//! `samepage run`: starts the VMs, carries the terminal's input to the guest, and waits for every end.
+//! `samepage run` and `samepage serve`: VMs start, clients come and go, and every end is waited for.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use samepage::console::escape::{EscapeFilter, HELP, Key};
-use samepage::console::terminal::{self, RawTerminal, StdinKind};
-use samepage::fleet::{self, Ended, Fleet};
+use samepage::api::lifecycle::Action;
+use samepage::api::listener::SocketOptions;
+use samepage::api::spec::{HugePagesSpec, VmSpec};
+use samepage::api::{Common, Manager, Server, config_file};
+use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
 use samepage::signals::ShutdownSignals;
 use samepage::statistics::{StatsTarget, StatsWriter};
-use samepage::{HugePages, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
+use samepage::{ConsoleConfig, Hypervisor, VmConfig, VmEnd, huge_pages};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::cli::{ConsoleArg, EngineArg, RunArgs, SharingArg};
+use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
 use crate::plan;
 use crate::report::tell;
+use crate::stdin::{Input, Typed};
 
 /// What the process ends with, by the worst of what happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,85 +53,166 @@ impl Outcome {
     }
 }
 
+/// What a process does besides hosting VMs.
+struct Plan<'a> {
+    process: &'a ProcessArgs,
+    socket: Option<SocketOptions>,
+    share: bool,
+    /// The one VM that has the terminal, by its place among those of the command line.
+    terminal: bool,
+    /// The process goes on without VMs, and their ends are not its own.
+    serve: bool,
+}
+
 /// Runs all VMs of the command line to their ends.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let mut configs = plan::configurations(args);
-    check_huge_pages(&mut configs);
+    let socket = args.socket.as_ref().map(|path| socket_options(path, &args.socket_access));
+    let vms = plan::vms(args);
+    let terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
+    let share = args.sharing != SharingArg::Off;
+    host(vms, &Plan { process: &args.process, socket, share, terminal, serve: false })
+}
+
+/// Hosts VMs of clients until told to end.
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let socket = Some(socket_options(&args.socket, &args.socket_access));
+    let share = !args.no_sharing;
+    host(Vec::new(), &Plan { process: &args.process, socket, share, terminal: false, serve: true })
+}
+
+fn socket_options(path: &std::path::Path, access: &SocketAccess) -> SocketOptions {
+    SocketOptions { path: path.to_owned(), mode: access.socket_mode, group: access.socket_group.clone() }
+}
+
+fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<ExitCode> {
+    let Plan { process, .. } = plan;
+    let (mut specs, consoles): (Vec<_>, Vec<_>) =
+        named.into_iter().map(|(spec, console)| (spec, Some(console))).unzip();
+    if let Some(path) = &process.config {
+        specs.extend(config_file::load(path)?);
+    }
+    check_huge_pages(&mut specs);
+    let configs: Vec<_> = specs.iter().map(VmSpec::to_config).collect();
     fleet::check(&configs)?;
-    check_host(&configs, args.overcommit)?;
+    check_host(&configs, process.overcommit)?;
     let hypervisor = Hypervisor::open()?;
     let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
     samepage::host_limits::raise_open_files();
-    let mut statistics = args.stats.as_ref().map(Statistics::open).transpose()?;
+    let statistics = process.stats.as_ref().map(Statistics::open).transpose()?;
 
-    let sharing = if args.sharing == SharingArg::Off { None } else { start_sharing(args) };
-    for config in &mut configs {
-        config.sharing = sharing.clone();
+    let settings = settings(process);
+    let sharing = if plan.share { start_sharing(&settings) } else { None };
+    let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit };
+    let manager = Arc::new(Manager::new(hypervisor, common).context("watch the VMs")?);
+    if let Some(sharing) = &sharing {
+        let manager = Arc::downgrade(&manager);
+        sharing.on_notice(move |notice| {
+            tell(format_args!("{notice}"));
+            if let Some(manager) = manager.upgrade() {
+                manager.tell_limit(notice.to_string());
+            }
+        });
     }
-    let fleet = Fleet::new(hypervisor).context("watch the VMs")?;
-    let vms = fleet.add(configs)?;
-    let mut input = match vms.as_slice() {
-        [vm] if args.console == ConsoleArg::Stdio => Input::open(vm)?,
+    let starts: Vec<_> = specs.iter().map(|spec| !plan.serve || spec.start.unwrap_or(true)).collect();
+    let records = manager.create(specs, consoles)?;
+    let input = match records.as_slice() {
+        [record] if plan.terminal => Input::open(record)?,
         _ => None,
     };
-    drop(vms);
-    fleet.start_all();
-
-    let mut outcome = Outcome::default();
-    while !fleet.is_empty() {
-        let [signal, end, due, typed, room] = {
-            let [typed, room] = input.as_ref().map_or([None, None], Input::files);
-            let due = statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
-            wait_readable([Some(signals.as_raw_fd()), Some(fleet.as_raw_fd()), due, typed, room])
-                .context("wait for the VMs")?
-        };
-        if signal && signals.take().is_some() {
-            fleet.request_stop_all();
-        }
-        // The VMs that have ended are still there for a last line.
-        if (due || end)
-            && let Some(open) = &mut statistics
-            && let Err(error) = open.write(sharing.as_deref(), &fleet)
-        {
-            tell(format_args!("no more statistics: {error}"));
-            statistics = None;
-        }
-        if end {
-            if args.audit {
-                outcome = outcome.max(audit(sharing.as_deref()));
-            }
-            let ended = fleet.take_ended().context("wait for the VMs")?;
-            if fleet.is_empty() {
-                // The terminal is the user's again before anything is told.
-                input = None;
-            }
-            for vm in &ended {
-                report(vm);
-                outcome = outcome.max(Outcome::of(&vm.end));
-            }
-        }
-        if (typed || room)
-            && let Some(open) = &mut input
-            && open.pump(&fleet, typed) == Typed::Quit
-        {
-            fleet.request_stop_all();
+    let server = plan.socket.as_ref().map(|socket| Server::start(socket, manager.clone())).transpose()?;
+    for (record, _) in records.iter().zip(starts).filter(|(_, start)| *start) {
+        if let Some(turn) = record.try_turn() {
+            manager.act(&turn, Action::Start)?;
         }
     }
-    if let Some(statistics) = statistics {
+    drop(records);
+    let mut process = Process { manager, signals, statistics, input, audit: process.audit };
+    let outcome = process.watch(plan.serve)?;
+    // Clients hear of all ends before the socket goes.
+    drop(server);
+    if let Some(statistics) = process.statistics {
         // The VMs have ended; their ends count, not the last line.
         let _ = statistics.writer.finish();
     }
-    Ok(outcome.exit_code())
+    Ok(if plan.serve && outcome == Outcome::GuestCrashed { Outcome::AllEnded } else { outcome }.exit_code())
+}
+
+/// The process at work.
+struct Process {
+    manager: Arc<Manager>,
+    signals: ShutdownSignals,
+    statistics: Option<Statistics>,
+    input: Option<Input>,
+    audit: bool,
+}
+
+impl Process {
+    /// Waits until the last VM has ended and, where the process serves clients, until it is told to end.
+    fn watch(&mut self, serve: bool) -> anyhow::Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let mut stay = serve;
+        while stay || !self.manager.is_idle() {
+            let [signal, end, settled, due, typed, room] = {
+                let [typed, room] = self.input.as_ref().map_or([None, None], Input::files);
+                let due = self.statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
+                let (fleet, settled) = (self.manager.fleet().as_raw_fd(), self.manager.as_raw_fd());
+                wait_readable([Some(self.signals.as_raw_fd()), Some(fleet), Some(settled), due, typed, room])
+                    .context("wait for the VMs")?
+            };
+            if settled {
+                self.manager.clear_settled();
+            }
+            if signal && self.signals.take().is_some() {
+                stay = false;
+                self.manager.close();
+            }
+            // The VMs that have ended are still there for a last line.
+            if (due || end)
+                && let Some(open) = &mut self.statistics
+                && let Err(error) = open.write(&self.manager)
+            {
+                tell(format_args!("no more statistics: {error}"));
+                self.statistics = None;
+            }
+            if end {
+                outcome = outcome.max(self.take_ended()?);
+            }
+            if (typed || room)
+                && let Some(open) = &mut self.input
+                && open.pump(self.manager.fleet(), typed) == Typed::Quit
+            {
+                self.manager.close();
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn take_ended(&mut self) -> anyhow::Result<Outcome> {
+        let mut outcome = Outcome::default();
+        if self.audit {
+            outcome = audit(self.manager.sharing().map(Arc::as_ref));
+        }
+        let ended = self.manager.collect().context("wait for the VMs")?;
+        if self.manager.is_idle() {
+            // The terminal is the user's again before anything is told.
+            self.input = None;
+        }
+        for vm in &ended {
+            report(vm);
+            outcome = outcome.max(Outcome::of(&vm.end));
+        }
+        Ok(outcome)
+    }
 }
 
 /// Goes on with small pages where the host has no others.
-fn check_huge_pages(configs: &mut [VmConfig]) {
-    if configs.iter().all(|config| config.hugepages == HugePages::Off) {
+fn check_huge_pages(specs: &mut [VmSpec]) {
+    if specs.iter().all(|spec| spec.hugepages == HugePagesSpec::Off) {
         return;
     }
     if let Some(reason) = huge_pages::unavailable() {
         tell(format_args!("{reason}"));
-        configs.iter_mut().for_each(|config| config.hugepages = HugePages::Off);
+        specs.iter_mut().for_each(|spec| spec.hugepages = HugePagesSpec::Off);
     }
 }
 
@@ -141,14 +224,14 @@ fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_sharing(args: &RunArgs) -> Option<Arc<Sharing>> {
+fn settings(args: &ProcessArgs) -> Settings {
     let EngineArg { lookahead, order, follow } = args.sharing_engine;
-    let cpu_percent = args.sharing_cpu;
-    match Sharing::start(Settings { cpu_percent, lookahead, order, follow, ..Settings::default() }) {
-        Ok(sharing) => {
-            sharing.on_notice(|notice| tell(format_args!("{notice}")));
-            Some(Arc::new(sharing))
-        }
+    Settings { cpu_percent: args.sharing_cpu, lookahead, order, follow, ..Settings::default() }
+}
+
+fn start_sharing(settings: &Settings) -> Option<Arc<Sharing>> {
+    match Sharing::start(settings.clone()) {
+        Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {
             tell(format_args!(
                 "the VMs run without sharing memory (--sharing off says so without this message): {error}"
@@ -198,101 +281,12 @@ impl Statistics {
         Ok(Self { writer, timer })
     }
 
-    fn write(&mut self, sharing: Option<&Sharing>, fleet: &Fleet) -> io::Result<()> {
+    fn write(&mut self, manager: &Manager) -> io::Result<()> {
         // Nothing waits here: the timer is asked only so that it is readable no more.
         if is_readable_now(self.timer.as_raw_fd())? {
             self.timer.wait()?;
         }
-        self.writer.write(sharing, fleet.vms().iter().map(Arc::as_ref))
-    }
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Typed {
-    Text,
-    Quit,
-}
-
-/// Standard input on its way to the one VM that has the console.
-struct Input {
-    vm: String,
-    /// Present where standard input is a terminal: then keys have to be told from commands.
-    raw: Option<RawTerminal>,
-    filter: EscapeFilter,
-    /// Typed, and not yet taken by the guest. Nothing more is read meanwhile.
-    waiting: Vec<u8>,
-    room: EventFd,
-    at_end: bool,
-}
-
-impl Input {
-    fn open(vm: &Vm) -> anyhow::Result<Option<Self>> {
-        let raw = match terminal::stdin_kind() {
-            StdinKind::Terminal => Some(RawTerminal::enter().context("put the terminal into raw mode")?),
-            StdinKind::BackgroundTerminal => return Ok(None),
-            StdinKind::Stream => None,
-        };
-        let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("open an event")?;
-        vm.set_serial_room_event(room.try_clone().context("open an event")?);
-        let filter = EscapeFilter::default();
-        Ok(Some(Self { vm: vm.name().to_owned(), raw, filter, waiting: Vec::new(), room, at_end: false }))
-    }
-
-    /// What to wait for: something typed, or room at the guest.
-    fn files(&self) -> [Option<RawFd>; 2] {
-        if !self.waiting.is_empty() {
-            [None, Some(self.room.as_raw_fd())]
-        } else if self.at_end {
-            [None, None]
-        } else {
-            [Some(io::stdin().as_fd().as_raw_fd()), None]
-        }
-    }
-
-    fn pump(&mut self, fleet: &Fleet, typed: bool) -> Typed {
-        if typed {
-            let mut buffer = [0; 256];
-            match io::stdin()
-                .as_fd()
-                .try_clone_to_owned()
-                .and_then(|file| std::fs::File::from(file).read(&mut buffer))
-            {
-                Ok(count) => {
-                    self.at_end = count == 0;
-                    if self.sort(&buffer[..count]) == Typed::Quit {
-                        return Typed::Quit;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => self.at_end = true,
-            }
-        } else {
-            // A room event that was written meanwhile has done its work.
-            let _ = self.room.read();
-        }
-        if let Some(vm) = fleet.get(&self.vm) {
-            let taken = vm.serial_input(&self.waiting);
-            self.waiting.drain(..taken);
-        }
-        Typed::Text
-    }
-
-    fn sort(&mut self, bytes: &[u8]) -> Typed {
-        if self.raw.is_none() {
-            self.waiting.extend_from_slice(bytes);
-            return Typed::Text;
-        }
-        for byte in bytes {
-            match self.filter.feed(*byte) {
-                Key::Guest(byte) => self.waiting.push(byte),
-                Key::Quit => return Typed::Quit,
-                Key::Help => {
-                    // Who does not see the help can still type.
-                    let _ = io::stderr().write_all(HELP.as_bytes());
-                }
-                Key::Nothing => {}
-            }
-        }
-        Typed::Text
+        let vms = manager.fleet().vms();
+        self.writer.write(manager.sharing().map(Arc::as_ref), vms.iter().map(Arc::as_ref))
     }
 }

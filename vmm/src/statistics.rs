@@ -112,6 +112,14 @@ impl Sampler {
         vms: impl IntoIterator<Item = &'a Vm>,
     ) -> io::Result<Sample> {
         let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
+        self.process(sharing, vms)
+    }
+
+    /// The process now, with samples of its VMs.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn process(&self, sharing: Option<&Sharing>, vms: Vec<VmSample>) -> io::Result<Sample> {
         let groups = sharing.map_or_else(Vec::new, Sharing::groups);
         let groups = groups.into_iter().map(|(name, engine)| GroupSample::new(name, &engine)).collect();
         let engine = match sharing {
@@ -137,7 +145,11 @@ impl Sampler {
         })
     }
 
-    fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
+    /// One VM now. Takes time in proportion to its memory.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
         let ram = vm.ram();
         let pages = match vm.membership() {
             Some(membership) => membership.statistics()?,

@@ -1,0 +1,183 @@
+//! What a disk is to be like, as clients and configuration files say it.
+
+use std::path::PathBuf;
+
+use samepage_devices::disk::limit::RateLimits;
+use samepage_devices::disk::{CachePolicy, Format};
+use samepage_devices::virtio::block::MAX_QUEUES;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::spec::Size;
+use crate::config::DiskConfig;
+
+/// A virtual disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// An image file or a block device.
+    #[schema(value_type = String, example = "/srv/root.img")]
+    pub path: PathBuf,
+    /// The guest may not write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Its name within the VM, which the guest sees as its serial number; `disk` and its number where
+    /// none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,20}$")]
+    pub id: Option<String>,
+    /// The image's format; found out where none is given, which is refused where it would be dangerous.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<FormatSpec>,
+    /// What host memory holds of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheSpec>,
+    /// What it may do a second.
+    #[serde(default)]
+    pub limits: LimitsSpec,
+    /// How many queues the guest's driver is offered; one where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub queues: Option<usize>,
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FormatSpec {
+    /// The disk's bytes as they are.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// Who keeps a disk's blocks in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheSpec {
+    /// The block cache, those that no guest holds.
+    Exclusive,
+    /// The block cache, but for those that sharing finds in guests.
+    Scrub,
+    /// The block cache, whether guests hold them or not.
+    Inclusive,
+    /// Nobody.
+    None,
+    /// The kernel's page cache.
+    Buffered,
+}
+
+/// What a disk may do a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsSpec {
+    /// Bytes read and written; as many as there are where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Size>,
+    /// Requests; as many as there are where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub iops: Option<u64>,
+}
+
+impl DiskSpec {
+    /// The disk's configuration, where it is a VM's disk of this number.
+    pub(super) fn to_config(&self, number: usize) -> DiskConfig {
+        let defaults = DiskConfig::default();
+        DiskConfig {
+            path: self.path.clone(),
+            read_only: self.readonly,
+            id: self.id.clone().unwrap_or_else(|| format!("disk{number}")),
+            format: self.format.map(Format::from),
+            cache: self.cache.map_or(defaults.cache, CachePolicy::from),
+            limits: self.limits.into(),
+            queues: self.queues.unwrap_or(defaults.queues),
+        }
+    }
+
+    /// Checks what a configuration cannot have; says where it is wrong and how.
+    ///
+    /// # Errors
+    /// The field, and what it has to be.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if let Some(queues) = self.queues
+            && !(1..=MAX_QUEUES).contains(&queues)
+        {
+            return Err(("queues", format!("{queues} queues: a disk has 1 to {MAX_QUEUES}")));
+        }
+        self.limits.check()
+    }
+}
+
+impl LimitsSpec {
+    /// Checks that something is let through.
+    ///
+    /// # Errors
+    /// The field, and what it has to be.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.rate == Some(Size(0)) {
+            return Err(("limits/rate", "a limit of 0 bytes a second lets nothing through".to_owned()));
+        }
+        if self.iops == Some(0) {
+            return Err(("limits/iops", "a limit of 0 requests a second lets nothing through".to_owned()));
+        }
+        Ok(())
+    }
+}
+
+impl From<LimitsSpec> for RateLimits {
+    fn from(limits: LimitsSpec) -> Self {
+        Self { bytes: limits.rate.map(|size| size.0), operations: limits.iops }
+    }
+}
+
+impl From<RateLimits> for LimitsSpec {
+    fn from(limits: RateLimits) -> Self {
+        Self { rate: limits.bytes.map(Size), iops: limits.operations }
+    }
+}
+
+/// Says for each name of ours which of the devices' it is, and back.
+macro_rules! same_names {
+    ($ours:ident, $theirs:ident: $($name:ident),+) => {
+        impl From<$ours> for $theirs {
+            fn from(ours: $ours) -> Self {
+                match ours { $($ours::$name => $theirs::$name),+ }
+            }
+        }
+
+        impl From<$theirs> for $ours {
+            fn from(theirs: $theirs) -> Self {
+                match theirs { $($theirs::$name => $ours::$name),+ }
+            }
+        }
+    };
+}
+
+same_names!(FormatSpec, Format: Raw, Qcow2);
+same_names!(CacheSpec, CachePolicy: Exclusive, Scrub, Inclusive, None, Buffered);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_says_what_it_is_to_be_and_what_is_left_out_is_as_by_default() {
+        let json = r#"{"path": "x", "cache": "none", "limits": {"rate": "1M", "iops": 10}, "queues": 4}"#;
+        let config = serde_json::from_str::<DiskSpec>(json).unwrap().to_config(2);
+        assert_eq!((config.id.as_str(), config.cache, config.queues), ("disk2", CachePolicy::None, 4));
+        assert_eq!(config.limits, RateLimits { bytes: Some(1 << 20), operations: Some(10) });
+        let plain = DiskSpec { path: "x".into(), ..DiskSpec::default() }.to_config(0);
+        let expected = DiskConfig { path: "x".into(), id: "disk0".into(), ..DiskConfig::default() };
+        assert_eq!(plain, expected);
+    }
+
+    #[test]
+    fn limits_let_something_through() {
+        let check = |json: &str| serde_json::from_str::<DiskSpec>(json).unwrap().check();
+        assert!(check(r#"{"path": "x", "queues": 0}"#).unwrap_err().1.contains("1 to"));
+        assert_eq!(check(r#"{"path": "x", "limits": {"rate": 0}}"#).unwrap_err().0, "limits/rate");
+        assert_eq!(check(r#"{"path": "x", "limits": {"iops": 0}}"#).unwrap_err().0, "limits/iops");
+        check(r#"{"path": "x", "limits": {"iops": 1}}"#).unwrap();
+    }
+}

@@ -1,0 +1,77 @@
+//! From what went wrong to what clients are told.
+
+use super::manager::ManagerError;
+use super::problem::{Kind, Problem};
+use crate::boot::BootError;
+use crate::config::ConfigError;
+use crate::fleet::FleetError;
+use crate::vm::VmError;
+
+impl From<ManagerError> for Problem {
+    fn from(error: ManagerError) -> Self {
+        let text = error.to_string();
+        match error {
+            ManagerError::NoSuchVm(_) => {
+                Problem::new(Kind::NoSuchVm, text).help("GET /vms lists those there are")
+            }
+            ManagerError::Illegal { state, .. } => {
+                let actions: Vec<_> = state.actions().map(super::lifecycle::Action::name).collect();
+                let help = format!("what is {} can be asked to {}", state.name(), actions.join(", "));
+                Problem::new(Kind::IllegalTransition, text).help(help)
+            }
+            ManagerError::EndedMeanwhile { .. } => {
+                Problem::new(Kind::IllegalTransition, text).help("ask it to start")
+            }
+            ManagerError::Fleet(error) => explain_fleet(&error, text),
+            ManagerError::Spec { place, .. } => Problem::new(Kind::InvalidConfiguration, text).at(place),
+            ManagerError::Overcommitted(_) => Problem::new(Kind::Overcommitted, text),
+            ManagerError::NotSharing(..) => Problem::new(Kind::NotSharing, text)
+                .help("see what the process said when it was started, and its option --sharing"),
+            ManagerError::Closing => Problem::new(Kind::Unavailable, text),
+        }
+    }
+}
+
+fn explain_fleet(error: &FleetError, text: String) -> Problem {
+    match error {
+        FleetError::Config { source: ConfigError::DuplicateName(_), .. } => {
+            Problem::new(Kind::DuplicateName, text)
+                .at("/name")
+                .help("give it another name, or delete the other")
+        }
+        FleetError::Config { source, .. } => {
+            Problem::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
+        }
+        FleetError::Disk { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/disks"),
+        FleetError::SharedDisk { .. } => Problem::new(Kind::InUse, text).at("/disks"),
+        FleetError::SharedConsole { .. } => Problem::new(Kind::InUse, text).at("/console/file"),
+        FleetError::Build { source, .. } => match source {
+            VmError::Config(source) => {
+                Problem::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
+            }
+            VmError::Boot(BootError::Kernel { .. }) => {
+                Problem::new(Kind::InvalidConfiguration, text).at("/kernel")
+            }
+            VmError::Boot(BootError::Initrd { .. }) => {
+                Problem::new(Kind::InvalidConfiguration, text).at("/initrd")
+            }
+            VmError::Disk { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/disks"),
+            VmError::Console { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/console/file"),
+            // The host is out of something.
+            _ => Problem::new(Kind::Unavailable, text),
+        },
+        FleetError::Watch(_) => Problem::new(Kind::Unavailable, text),
+    }
+}
+
+/// Where in a VM's description a value is that cannot be, as a JSON pointer.
+pub(super) fn place(error: &ConfigError) -> Option<&'static str> {
+    Some(match error {
+        ConfigError::Name(_) | ConfigError::DuplicateName(_) => "/name",
+        ConfigError::Memory { .. } => "/memory",
+        ConfigError::Group(_) => "/sharing/group",
+        ConfigError::TooManyDisks(_) | ConfigError::DiskId(_) | ConfigError::DuplicateDiskId(_) => "/disks",
+        ConfigError::Boot(BootError::Kernel { .. }) => "/kernel",
+        ConfigError::Boot(BootError::Initrd { .. }) => "/initrd",
+    })
+}

@@ -1,0 +1,197 @@
+//! The socket that clients connect to: made so that nobody but who may can, and nobody loses one that is
+//! in use.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use thiserror::Error;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// The socket, as its owner wants it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Who may connect, as permission bits: who may write.
+    pub mode: u32,
+    /// The group that it belongs to, by name or number.
+    pub group: Option<String>,
+}
+
+/// Why there is no socket.
+#[derive(Debug, Error)]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error("{0} is the socket of a process that runs; end that one, or give this one another --socket")]
+    Live(PathBuf),
+    /// There is something else.
+    #[error("{0} is there and is no socket; remove it, or give another --socket")]
+    NotASocket(PathBuf),
+    /// The path is longer than sockets can have.
+    #[error("{0}: a socket's path has 107 bytes at most; give a shorter --socket")]
+    PathTooLong(PathBuf),
+    /// There is no such group.
+    #[error("there is no group {0}; give --socket-group one of /etc/group, or a number")]
+    NoSuchGroup(String),
+    /// The kernel refused something.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A listening socket, which is removed when dropped.
+#[derive(Debug)]
+pub struct Socket {
+    path: PathBuf,
+    /// The file's device and number: what is there later may be another's.
+    identity: (u64, u64),
+}
+
+/// Opens the socket. What is left of a process that is gone is replaced.
+///
+/// # Errors
+/// Where another process uses it, or it cannot be made.
+pub fn open(options: &SocketOptions) -> Result<(UnixListener, Socket), SocketError> {
+    let path = &options.path;
+    let failed = |what| move |source: io::Error| SocketError::Io { what, path: path.clone(), source };
+    let address = SocketAddrUnix::new(path).map_err(|_| SocketError::PathTooLong(path.clone()))?;
+    let group = options.group.as_deref().map(group_id).transpose()?;
+
+    // Two processes that start at the same time do not take a socket away from each other.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = File::open(folder).map_err(failed("open the folder of"))?;
+    flock(&folder, FlockOperation::LockExclusive).map_err(|e| failed("lock the folder of")(e.into()))?;
+    remove_stale(path)?;
+
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .map_err(|e| failed("open")(e.into()))?;
+    // The file gets these permissions as it is made, less what the umask takes away.
+    fchmod(&socket, Mode::from_raw_mode(options.mode & 0o600)).map_err(|e| failed("open")(e.into()))?;
+    bind(&socket, &address).map_err(|e| failed("make")(e.into()))?;
+    let metadata = fs::symlink_metadata(path).map_err(failed("look at"))?;
+    let guard = Socket { path: path.clone(), identity: (metadata.dev(), metadata.ino()) };
+    if let Some(group) = group {
+        chown(path, None, Some(group)).map_err(failed("change the group of"))?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(options.mode))
+        .map_err(failed("change the permissions of"))?;
+    listen(&socket, BACKLOG).map_err(|e| failed("listen at")(e.into()))?;
+    Ok((UnixListener::from(socket), guard))
+}
+
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let failed = |what| move |source: io::Error| SocketError::Io { what, path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at")(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed("remove what is left of"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Also where we may not connect, or its queue is full: somebody uses it.
+        Ok(_) | Err(_) => Err(SocketError::Live(path.to_owned())),
+    }
+}
+
+fn group_id(group: &str) -> Result<u32, SocketError> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let file = fs::read_to_string("/etc/group").unwrap_or_default();
+    let number = file.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    number.ok_or_else(|| SocketError::NoSuchGroup(group.to_owned()))
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let same = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
+        if same {
+            // Who comes next replaces what is left.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(path: &Path) -> SocketOptions {
+        SocketOptions { path: path.to_owned(), mode: 0o600, group: None }
+    }
+
+    #[test]
+    fn a_live_socket_is_refused_and_a_stale_one_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (listener, guard) = open(&options(&path)).unwrap();
+        assert!(matches!(open(&options(&path)), Err(SocketError::Live(_))));
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(listener);
+        // As it is left by a process that was killed.
+        std::mem::forget(guard);
+        let (listener, guard) = open(&options(&path)).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+        drop((listener, guard));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn permissions_are_as_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        for mode in [0o600, 0o660] {
+            let opened = open(&SocketOptions { mode, ..options(&path) }).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, mode);
+            drop(opened);
+        }
+        let group = Some("no such group".to_owned());
+        assert!(matches!(open(&SocketOptions { group, ..options(&path) }), Err(SocketError::NoSuchGroup(_))));
+        assert_eq!(group_id("root").unwrap(), 0);
+    }
+
+    #[test]
+    fn what_is_no_socket_stays() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(open(&options(file.path())), Err(SocketError::NotASocket(_))));
+        assert!(file.path().exists());
+        let long = format!("/tmp/{}", "x".repeat(200));
+        assert!(matches!(open(&options(long.as_ref())), Err(SocketError::PathTooLong(_))));
+    }
+
+    #[test]
+    fn a_socket_that_another_made_meanwhile_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (_listener, guard) = open(&options(&path)).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(guard);
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,185 @@
+//! Metrics in the text format of OpenMetrics, which Prometheus reads.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+use samepage_sharing::PAGE_SIZE;
+
+use super::lifecycle::State;
+use super::manager::Manager;
+use super::record::Record;
+use super::sampling::Seen;
+use super::views::{DiskStatistics, DiskView, saved_bytes};
+use crate::statistics::VmSample;
+
+/// The media type.
+pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything at one moment.
+#[derive(Debug)]
+struct Metrics {
+    records: Vec<Arc<Record>>,
+    seen: Arc<Seen>,
+}
+
+/// All metrics as text.
+pub(super) fn text(manager: &Manager, seen: Arc<Seen>) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix("samepage");
+    registry.register_collector(Box::new(Metrics { records: manager.list(), seen }));
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+/// Reads a figure off what was counted.
+type Count<T> = fn(&T) -> u64;
+
+type Labels<'a> = [(&'static str, &'a str)];
+
+/// Writes families of metrics.
+struct Writer<'a>(DescriptorEncoder<'a>);
+
+impl Writer<'_> {
+    fn gauge<'l, L: AsRef<Labels<'l>>>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        values.into_iter().try_for_each(|(labels, value)| match labels.as_ref() {
+            [] => family.encode_gauge(&value),
+            labels => family.encode_family(&labels)?.encode_gauge(&value),
+        })
+    }
+
+    fn counter<'l, L: AsRef<Labels<'l>>>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+        values.into_iter().try_for_each(|(labels, value)| match labels.as_ref() {
+            [] => family.encode_counter::<NoLabels, f64, f64>(&value, None),
+            labels => family.encode_family(&labels)?.encode_counter::<NoLabels, f64, f64>(&value, None),
+        })
+    }
+}
+
+type NoLabels = [(&'static str, &'static str); 0];
+
+impl Collector for Metrics {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut writer = Writer(encoder);
+        self.process(&mut writer)?;
+        self.vms(&mut writer)?;
+        self.disks(&mut writer)
+    }
+}
+
+impl Metrics {
+    fn process(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let sample = &self.seen.sample;
+        let engine = &sample.engine;
+        let one = |value: f64| [([] as [(&str, &str); 0], value)];
+        let states = State::ALL.map(|state| {
+            let count = self.records.iter().filter(|record| record.state() == state).count();
+            ([("state", state.name())], count as f64)
+        });
+        writer.gauge("vms", "VMs by state", None, states)?;
+        let bytes = || Some(Unit::Bytes);
+        let gauges = [
+            ("guest_memory", "Sum of the VMs' memory", sample.guest_bytes as f64),
+            ("resident", "Memory that the process takes, each frame once", sample.resident_bytes as f64),
+            ("private", "Private pages of the process", sample.private_bytes as f64),
+            ("saved", "What sharing saves, less what it takes itself", sample.saved_bytes as f64),
+            ("frames_stored", "Memory charged for frames", engine.store_bytes as f64),
+            ("engine_books", "What the engine's books take", engine.metadata_bytes as f64),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, bytes(), one(value))?;
+        }
+        let gauges = [
+            ("pages_shared", "Frames in use by two or more guest pages", engine.pages_shared),
+            ("pages_sharing", "Further guest pages mapped to those frames", engine.pages_sharing),
+            ("pages_unshared", "Pages looked at and found unique", engine.pages_unshared),
+            ("pages_volatile", "Pages that changed since the pass before", engine.pages_volatile),
+            ("zero_pages", "Guest pages of zeros whose memory was given back", engine.zero_pages),
+            ("mappings", "Mappings of the process", engine.mappings),
+            ("mappings_limit", "The kernel's limit on mappings", engine.mappings_limit),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, None, one(value as f64))?;
+        }
+        let counters = [
+            ("pages_scanned", "Pages looked at", engine.pages_scanned),
+            ("merges", "Pages mapped to frames", engine.merges),
+            ("breaks", "Merged pages that were written to and left their frames", engine.breaks),
+            ("mappings_denied", "Runs not merged for want of mappings", engine.mappings_denied),
+            ("refusals", "Calls of the kernel that failed", engine.refusals),
+        ];
+        for (name, help, value) in counters {
+            writer.counter(name, help, None, one(value as f64))?;
+        }
+        let help = "CPU time of the sharing threads";
+        writer.counter("sharing_cpu", help, Some(Unit::Seconds), one(engine.cpu_seconds))
+    }
+
+    fn vms(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let page = PAGE_SIZE as u64;
+        let memory: [(&str, &str, Count<VmSample>); 3] = [
+            ("vm_resident", "What a VM takes: private pages and its share of frames", |vm| vm.resident_bytes),
+            ("vm_saved", "What sharing saves by a VM, pages of zeros included", saved_bytes),
+            ("vm_private", "A VM's private pages", |vm| vm.pages.pages_private * PAGE_SIZE as u64),
+        ];
+        let all = self.records.iter().map(|record| ([("vm", record.name())], record.spec().memory.0 as f64));
+        writer.gauge("vm_memory", "A VM's memory", Some(Unit::Bytes), all)?;
+        for (name, help, value) in memory {
+            let vms = self.seen.sample.vms.iter();
+            let values = vms.map(|vm| ([("vm", vm.name.as_str())], value(vm) as f64));
+            writer.gauge(name, help, Some(Unit::Bytes), values)?;
+        }
+        let merged = self.seen.sample.vms.iter();
+        let merged = merged.map(|vm| ([("vm", vm.name.as_str())], (vm.pages.pages_merged * page) as f64));
+        writer.gauge("vm_merged", "A VM's pages that are mapped to frames", Some(Unit::Bytes), merged)?;
+        let consoles: Vec<_> =
+            self.records.iter().filter_map(|record| Some((record, record.vm()?))).collect();
+        let sent = consoles.iter().map(|(record, vm)| {
+            let sent = vm.serial_stats().sent.load(std::sync::atomic::Ordering::Relaxed);
+            ([("vm", record.name())], sent as f64)
+        });
+        writer.counter("vm_console", "What a guest wrote to its console", Some(Unit::Bytes), sent)
+    }
+
+    fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let disks: Vec<_> = self
+            .records
+            .iter()
+            .flat_map(|record| DiskView::all(record).into_iter().map(move |disk| (record.name(), disk)))
+            .filter_map(|(vm, disk)| Some((vm, disk.id, disk.statistics?)))
+            .collect();
+        let counters: [(&str, &str, Option<Unit>, Count<DiskStatistics>); 6] = [
+            ("disk_reads", "Read requests that succeeded", None, |disk| disk.reads),
+            ("disk_writes", "Write requests that succeeded", None, |disk| disk.writes),
+            ("disk_flushes", "Flush requests that succeeded", None, |disk| disk.flushes),
+            ("disk_errors", "Requests that failed", None, |disk| disk.errors),
+            ("disk_read", "Bytes of successful reads", Some(Unit::Bytes), |disk| disk.read_bytes),
+            ("disk_written", "Bytes of successful writes", Some(Unit::Bytes), |disk| disk.written_bytes),
+        ];
+        for (name, help, unit, value) in counters {
+            let values = disks
+                .iter()
+                .map(|(vm, disk, stats)| ([("vm", *vm), ("disk", disk.as_str())], value(stats) as f64));
+            writer.counter(name, help, unit, values)?;
+        }
+        Ok(())
+    }
+}

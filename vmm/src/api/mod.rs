@@ -1,0 +1,37 @@
+//! The control socket: VMs of this process made, watched and steered over HTTP.
+//!
+//! - [`lifecycle`] is the table of what a VM can be asked for in which state.
+//! - [`spec`] says what a VM is to be like; clients and configuration files share it.
+//! - [`manager`] makes VMs and does what they are asked for; it knows no HTTP.
+//! - [`server`] listens, `routes` has the resources, [`views`] what they answer and [`problem`] what they
+//!   answer when something is wrong.
+//!
+//! The description that clients get is generated from these types: [`openapi`]. For people it is in
+//! `docs/api.md`.
+
+pub mod backlog;
+pub mod config_file;
+pub mod disk_spec;
+pub mod events;
+mod explain;
+mod extract;
+pub mod lifecycle;
+pub mod listener;
+pub mod manager;
+mod metrics;
+mod patient;
+pub mod problem;
+pub mod record;
+mod routes;
+mod sampling;
+pub mod server;
+pub mod spec;
+pub mod views;
+
+pub use extract::MAX_BODY;
+pub use manager::{Common, Manager, ManagerError};
+pub use routes::openapi;
+pub use server::{Server, ServerError};
+
+/// The protocol that the stream of a console is upgraded to: bytes of the console, both ways.
+pub const CONSOLE_PROTOCOL: &str = "samepage-console";

@@ -1,0 +1,252 @@
+//! One VM as clients see it, with or without a machine.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::OwnedMutexGuard;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backlog::Backlog;
+use super::lifecycle::State;
+use super::spec::{SharingMode, VmSpec};
+use crate::fleet::{FleetError, Uses};
+use crate::vm::{Vm, VmEnd, VmState};
+
+/// How long one waits for others' operations on the same VM.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// One VM. It is there from before its first machine is built until it is deleted.
+#[derive(Debug)]
+pub struct Record {
+    pub(super) spec: VmSpec,
+    pub(super) uses: Uses,
+    pub(super) backlog: Arc<Backlog>,
+    /// Written when the console takes more of what is typed.
+    room: EventFd,
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Held by who looks at the machine for longer than a moment; it is not taken apart meanwhile.
+    inspected: Mutex<()>,
+    body: Mutex<Body>,
+    collected: Condvar,
+}
+
+#[derive(Debug)]
+struct Body {
+    vm: Option<Arc<Vm>>,
+    /// Its machine has run.
+    started: bool,
+    /// Its machine is being made: it takes files and memory.
+    booting: bool,
+    listed: bool,
+    /// Its machine is being taken apart.
+    collecting: bool,
+    mode: SharingMode,
+    end: Option<VmEnd>,
+    since: SystemTime,
+}
+
+impl Record {
+    /// A VM that is about to be made.
+    pub(super) fn new(spec: VmSpec, uses: Uses) -> io::Result<Self> {
+        let mode = spec.sharing.mode;
+        Ok(Self {
+            spec,
+            uses,
+            backlog: Arc::default(),
+            room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            turn: Arc::default(),
+            inspected: Mutex::default(),
+            body: Mutex::new(Body {
+                vm: None,
+                started: false,
+                booting: true,
+                listed: false,
+                collecting: false,
+                mode,
+                end: None,
+                since: SystemTime::now(),
+            }),
+            collected: Condvar::new(),
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// What it is made from.
+    pub fn spec(&self) -> &VmSpec {
+        &self.spec
+    }
+
+    /// Its machine, while it has one.
+    pub fn vm(&self) -> Option<Arc<Vm>> {
+        self.body.lock().vm.clone()
+    }
+
+    /// Looks at its machine, if it has one.
+    pub fn inspect<T>(&self, look: impl FnOnce(&Vm) -> T) -> Option<T> {
+        let _inspected = self.inspected.lock();
+        let vm = self.vm()?;
+        Some(look(&vm))
+    }
+
+    /// What of its memory is shared.
+    pub fn mode(&self) -> SharingMode {
+        self.body.lock().mode
+    }
+
+    pub(super) fn set_mode(&self, mode: SharingMode) {
+        self.body.lock().mode = mode;
+    }
+
+    /// What it does now.
+    pub fn state(&self) -> State {
+        self.body.lock().state()
+    }
+
+    /// Since when it has been in its state; a moment of the past while that changes.
+    pub fn since(&self) -> SystemTime {
+        self.body.lock().since
+    }
+
+    /// Why it has ended, if it has.
+    pub fn reason(&self) -> Option<String> {
+        self.body.lock().end().map(|end| end.to_string())
+    }
+
+    /// Whether clients see it.
+    pub(super) fn is_listed(&self) -> bool {
+        self.body.lock().listed
+    }
+
+    pub(super) fn delist(&self) {
+        self.body.lock().listed = false;
+    }
+
+    /// Whether it has a machine or is about to: then it uses files and memory.
+    pub(super) fn is_taking(&self) -> bool {
+        let body = self.body.lock();
+        body.vm.is_some() || body.booting
+    }
+
+    /// A machine is about to be made anew.
+    pub(super) fn begin_boot(&self) {
+        let mut body = self.body.lock();
+        body.booting = true;
+        body.end = None;
+        body.started = false;
+    }
+
+    /// The machine could not be made anew.
+    pub(super) fn abandon_boot(&self, error: &FleetError) {
+        let mut body = self.body.lock();
+        body.booting = false;
+        body.end = Some(VmEnd::Failed(error.to_string()));
+        body.since = SystemTime::now();
+    }
+
+    /// Gives it its machine, which does not run yet.
+    pub(super) fn install(&self, vm: Arc<Vm>, first: bool) {
+        if let Ok(room) = self.room.try_clone() {
+            vm.set_serial_room_event(room);
+        }
+        let mut body = self.body.lock();
+        body.booting = false;
+        body.listed |= first;
+        body.since = SystemTime::now();
+        // It may have been stopped and collected before it got here.
+        if body.end.is_none() {
+            body.vm = Some(vm);
+        }
+    }
+
+    pub(super) fn note_change(&self) {
+        self.body.lock().since = SystemTime::now();
+    }
+
+    pub(super) fn note_started(&self) {
+        let mut body = self.body.lock();
+        body.started = true;
+        body.since = SystemTime::now();
+    }
+
+    /// Its machine has ended, and is taken apart here unless somebody else still holds it.
+    pub(super) fn finish(&self, end: &VmEnd) {
+        let mut body = self.body.lock();
+        body.end = Some(end.clone());
+        body.since = SystemTime::now();
+        let vm = body.vm.take();
+        body.collecting = vm.is_some();
+        drop(body);
+        // Memory and threads are given back before anybody is told.
+        {
+            let _not_inspected = self.inspected.lock();
+            drop(vm);
+        }
+        self.body.lock().collecting = false;
+        self.collected.notify_all();
+    }
+
+    /// Waits until it has no machine.
+    pub(super) fn wait_collected(&self) {
+        let mut body = self.body.lock();
+        self.collected.wait_while(&mut body, |body| body.vm.is_some() || body.collecting);
+    }
+
+    /// Written when the console takes more; another handle to the same event.
+    ///
+    /// # Errors
+    /// When the process is out of files.
+    pub fn room(&self) -> io::Result<EventFd> {
+        self.room.try_clone()
+    }
+
+    /// Waits for one's turn to do something to the VM; `None` when that takes too long.
+    pub(super) async fn turn(self: &Arc<Self>) -> Option<Turn> {
+        let guard = tokio::time::timeout(PATIENCE, self.turn.clone().lock_owned()).await.ok()?;
+        Some(Turn { record: self.clone(), _guard: guard })
+    }
+
+    /// One's turn, at once; `None` where something is being done to the VM.
+    pub fn try_turn(self: &Arc<Self>) -> Option<Turn> {
+        let guard = self.turn.clone().try_lock_owned().ok()?;
+        Some(Turn { record: self.clone(), _guard: guard })
+    }
+}
+
+impl Body {
+    fn end(&self) -> Option<VmEnd> {
+        self.end.clone().or_else(|| self.vm.as_ref()?.end())
+    }
+
+    fn state(&self) -> State {
+        let Some(vm) = &self.vm else {
+            return self.end.as_ref().map_or(State::Created, State::from);
+        };
+        match vm.state() {
+            VmState::Running => State::Running,
+            VmState::Held if self.started => State::Paused,
+            VmState::Held => State::Created,
+            // Where its vCPUs still have to be done, how it ends is not told yet.
+            VmState::Ended => vm.end().as_ref().map_or(State::Stopped, State::from),
+        }
+    }
+}
+
+/// The right to do something to a VM, which one at a time has.
+#[derive(Debug)]
+pub struct Turn {
+    record: Arc<Record>,
+    _guard: OwnedMutexGuard<()>,
+}
+
+impl Turn {
+    /// The VM.
+    pub fn record(&self) -> &Arc<Record> {
+        &self.record
+    }
+}

@@ -1,0 +1,71 @@
+//! `/sharing`: what VMs share.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::vms::turn;
+use crate::api::extract::{self, Vm, blocking};
+use crate::api::problem::{Kind, Problem};
+use crate::api::server::Api;
+use crate::api::spec::SharingMode;
+use crate::api::views::{SharingView, VmSharingView};
+
+/// Show what a VM shares
+#[utoipa::path(
+    get, path = "/vms/{vm}/sharing", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = VmSharingView))
+)]
+pub(super) async fn of_vm(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+) -> Result<Json<VmSharingView>, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
+    Ok(Json(VmSharingView::new(&record, sample)))
+}
+
+/// What is to change about a VM's sharing.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SharingChange {
+    /// What of its memory is shared from now on. What is not any more gets memory of its own step by
+    /// step.
+    pub mode: SharingMode,
+}
+
+/// Change what a VM shares
+#[utoipa::path(
+    patch, path = "/vms/{vm}/sharing", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    request_body = SharingChange, responses((status = 200, body = VmSharingView))
+)]
+pub(super) async fn change_vm(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+    extract::Json(SharingChange { mode }): extract::Json<SharingChange>,
+) -> Result<Json<VmSharingView>, Problem> {
+    let turn = turn(&api, &record).await?;
+    let manager = api.manager.clone();
+    blocking(move || manager.set_mode(&turn, mode)).await?;
+    Ok(Json(VmSharingView::new(&record, None)))
+}
+
+/// Show what is shared
+///
+/// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
+/// a second ago or less, or some seconds ago where nobody had asked.
+#[utoipa::path(get, path = "/sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
+pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<SharingView>, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    Ok(Json(SharingView::new(&seen.sample, api.manager.settings())))
+}
+
+/// Memory cannot be looked at.
+pub(super) fn unseen(error: String) -> Problem {
+    Problem::new(Kind::Unavailable, error)
+}

@@ -1,0 +1,221 @@
+//! `/vms`: made, listed, asked for actions, deleted.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::LOCATION;
+use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api::disk_spec::LimitsSpec;
+use crate::api::extract::{self, Vm, VmAndDisk, blocking};
+use crate::api::lifecycle::Action;
+use crate::api::manager::ManagerError;
+use crate::api::problem::{Kind, Problem};
+use crate::api::record::{Record, Turn};
+use crate::api::server::Api;
+use crate::api::spec::VmSpec;
+use crate::api::views::{DiskView, VmSummary, VmView};
+
+/// List VMs
+///
+/// All VMs by name, those that have ended as well.
+#[utoipa::path(get, path = "/vms", tag = "vms", responses((status = 200, body = Vec<VmSummary>)))]
+pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<VmSummary>> {
+    let seen = api.sampling.latest(&api.manager);
+    let sample = |record: &Record| seen.as_ref()?.vm(record.name());
+    let vms = api.manager.list();
+    Json(vms.iter().map(|record| VmSummary::new(record, sample(record))).collect())
+}
+
+/// Create a VM
+///
+/// All of it or nothing: where this fails, nothing is left of the VM.
+#[utoipa::path(
+    post, path = "/vms", tag = "vms", request_body = VmSpec,
+    responses((status = 201, body = VmView, headers(("Location" = String, description = "Its path"))))
+)]
+pub(super) async fn create(
+    State(api): State<Arc<Api>>,
+    extract::Json(spec): extract::Json<VmSpec>,
+) -> Result<impl IntoResponse, Problem> {
+    let manager = api.manager.clone();
+    let record = blocking(move || {
+        let start = spec.start.unwrap_or(false);
+        let record = manager.create(vec![spec], Vec::new())?.remove(0);
+        // Nobody else can have had a turn that matters: what was asked for is done or undone by them.
+        if start && let Some(turn) = record.try_turn() {
+            manager.act(&turn, Action::Start)?;
+        }
+        Ok(record)
+    })
+    .await?;
+    let location = format!("/vms/{}", record.name());
+    Ok((StatusCode::CREATED, [(LOCATION, location)], Json(view(&api, &record))))
+}
+
+fn view(api: &Api, record: &Record) -> VmView {
+    let seen = api.sampling.latest(&api.manager);
+    VmView::new(record, seen.as_ref().and_then(|seen| seen.vm(record.name())))
+}
+
+/// Show a VM
+#[utoipa::path(
+    get, path = "/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = VmView))
+)]
+pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
+    Json(view(&api, &record))
+}
+
+/// Delete a VM
+///
+/// It is ended first where it runs; its guest is not asked. All that it held is free afterwards.
+#[utoipa::path(
+    delete, path = "/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 204, description = "It is gone"))
+)]
+pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Problem> {
+    // Whoever waits for the VM in a turn of theirs need not wait any longer.
+    if let Some(vm) = record.vm() {
+        vm.handle().request_stop();
+    }
+    let turn = turn(&api, &record).await?;
+    let manager = api.manager.clone();
+    blocking(move || {
+        manager.delete(&turn);
+        Ok(())
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// What a VM is asked to do.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ActionRequest {
+    /// The action.
+    pub action: Action,
+}
+
+/// Ask a VM to do something
+///
+/// The answer comes once it is done. What a VM can be asked for depends on its state.
+#[utoipa::path(
+    post, path = "/vms/{vm}/actions", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    request_body = ActionRequest, responses((status = 200, body = VmSummary))
+)]
+pub(super) async fn act(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+    extract::Json(ActionRequest { action }): extract::Json<ActionRequest>,
+) -> Result<Json<VmSummary>, Problem> {
+    if action == Action::Kill {
+        api.manager.check(&record, action)?;
+        // Whoever waits for the VM in a turn of theirs need not wait any longer.
+        if let Some(vm) = record.vm() {
+            vm.handle().request_stop();
+        }
+    }
+    let turn = turn(&api, &record).await?;
+    let manager = api.manager.clone();
+    blocking(move || match action {
+        Action::Kill => {
+            manager.end(turn.record());
+            Ok(())
+        }
+        _ => manager.act(&turn, action).map(drop),
+    })
+    .await?;
+    Ok(Json(VmSummary::new(&record, None)))
+}
+
+/// Ask a VM to do something
+///
+/// The same as with POST.
+#[utoipa::path(
+    put, path = "/vms/{vm}/actions", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    request_body = ActionRequest, responses((status = 200, body = VmSummary))
+)]
+pub(super) async fn put_action(
+    api: State<Arc<Api>>,
+    vm: Vm,
+    body: extract::Json<ActionRequest>,
+) -> Result<Json<VmSummary>, Problem> {
+    act(api, vm, body).await
+}
+
+/// The right to do something to a VM that still is.
+pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Problem> {
+    let busy = || {
+        Problem::new(Kind::Busy, format!("something else is being done to VM {}", record.name()))
+            .help("try again")
+    };
+    let turn = record.turn().await.ok_or_else(busy)?;
+    // It may have been deleted meanwhile, and another may have its name.
+    match api.manager.find(record.name()) {
+        Ok(present) if Arc::ptr_eq(&present, record) => Ok(turn),
+        _ => Err(ManagerError::NoSuchVm(record.name().to_owned()).into()),
+    }
+}
+
+/// List a VM's disks
+#[utoipa::path(
+    get, path = "/vms/{vm}/disks", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = Vec<DiskView>))
+)]
+pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
+    Json(DiskView::all(&record))
+}
+
+/// Show a disk
+#[utoipa::path(
+    get, path = "/vms/{vm}/disks/{disk}", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    responses((status = 200, body = DiskView))
+)]
+pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Problem> {
+    find_disk(&record, &id).map(Json)
+}
+
+/// What is to change about a disk.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DiskChange {
+    /// What it may do a second from now on, until the VM is booted anew. What is left out has no limit.
+    pub(crate) limits: LimitsSpec,
+}
+
+/// Change a disk's limits
+#[utoipa::path(
+    patch, path = "/vms/{vm}/disks/{disk}", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    request_body = DiskChange, responses((status = 200, body = DiskView))
+)]
+pub(super) async fn change_disk(
+    VmAndDisk(record, id): VmAndDisk,
+    extract::Json(DiskChange { limits }): extract::Json<DiskChange>,
+) -> Result<Json<DiskView>, Problem> {
+    limits.check().map_err(|(place, reason)| {
+        Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}"))
+    })?;
+    let disk = find_disk(&record, &id)?;
+    match record.vm().as_ref().and_then(|vm| vm.disks().iter().find(|disk| disk.id == id)) {
+        Some(disk) => disk.limiter.set(limits.into()),
+        None => {
+            let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
+            return Err(Problem::new(Kind::IllegalTransition, detail).help("start it first"));
+        }
+    }
+    Ok(Json(DiskView { limits, ..disk }))
+}
+
+fn find_disk(record: &Record, id: &str) -> Result<DiskView, Problem> {
+    DiskView::all(record).into_iter().find(|disk| disk.id == id).ok_or_else(|| {
+        Problem::new(Kind::NoSuchResource, format!("VM {} has no disk {id}", record.name()))
+            .help(format!("GET /vms/{}/disks lists those it has", record.name()))
+    })
+}

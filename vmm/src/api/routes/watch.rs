@@ -1,0 +1,110 @@
+//! `/events` and `/metrics`: for those who watch.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde::Deserialize;
+use tokio::sync::watch;
+use utoipa::IntoParams;
+
+use super::sharing::unseen;
+use crate::api::events::Event;
+use crate::api::extract::Parameters;
+use crate::api::metrics;
+use crate::api::problem::{Kind, Problem};
+use crate::api::server::{Api, is_ending};
+
+/// How often who listens to events hears at least something.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Which events.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Since {
+    /// Those after the event of this number, as far as they are kept (the last 1024); those to come where
+    /// not given. The header `Last-Event-ID` says the same.
+    since: Option<u64>,
+}
+
+/// Listen to events
+///
+/// Server-sent events: states of VMs, crashes, limits that were reached. The data of each is an `Event` in
+/// JSON.
+#[utoipa::path(
+    get, path = "/events", tag = "process", params(Since),
+    responses((status = 200, description = "Events as they happen", content_type = "text/event-stream", body = String))
+)]
+pub(super) async fn events(
+    State(api): State<Arc<Api>>,
+    Parameters(Since { since }): Parameters<Since>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let last = match headers.get("last-event-id") {
+        None => None,
+        Some(id) => Some(id.to_str().ok().and_then(|id| id.parse().ok()).ok_or_else(|| {
+            Problem::new(Kind::BadRequest, "the header Last-Event-ID is no number of an event")
+        })?),
+    };
+    let newest = api.manager.events.last();
+    let after = last.or(since).unwrap_or(newest).min(newest);
+    let reader = Reader { ending: api.ending.clone(), api, after, ready: VecDeque::new(), begun: false };
+    let events = stream::unfold(reader, |mut reader| async {
+        let text = reader.next().await?;
+        Some((io::Result::Ok(Bytes::from(text)), reader))
+    });
+    let headers = [(CONTENT_TYPE, "text/event-stream"), (CACHE_CONTROL, "no-cache")];
+    Ok((headers, Body::from_stream(events)).into_response())
+}
+
+/// Reads along.
+struct Reader {
+    api: Arc<Api>,
+    after: u64,
+    ready: VecDeque<Arc<Event>>,
+    begun: bool,
+    ending: watch::Receiver<bool>,
+}
+
+impl Reader {
+    /// What comes next; `None` at the end.
+    async fn next(&mut self) -> Option<String> {
+        if !std::mem::replace(&mut self.begun, true) {
+            // Who has this hears everything that happens from now on.
+            return Some(": listening\n\n".to_owned());
+        }
+        if self.ready.is_empty() {
+            tokio::select! {
+                new = self.api.manager.events.after(self.after) => self.ready.extend(new),
+                () = tokio::time::sleep(KEEP_ALIVE) => return Some(": nothing new\n\n".to_owned()),
+                () = is_ending(&mut self.ending) => return None,
+            }
+        }
+        let event = self.ready.pop_front()?;
+        self.after = event.id;
+        let data = serde_json::to_string(&*event).unwrap_or_default();
+        Some(format!("id: {}\nevent: {}\ndata: {data}\n\n", event.id, event.what.name()))
+    }
+}
+
+/// Read metrics
+///
+/// Counters and gauges in the text format of OpenMetrics, which Prometheus reads.
+#[utoipa::path(
+    get, path = "/metrics", tag = "process",
+    responses((status = 200, description = "Metrics", content_type = "application/openmetrics-text", body = String))
+)]
+pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let text = metrics::text(&api.manager, seen)
+        .map_err(|error| Problem::new(Kind::Internal, format!("write metrics: {error}")))?;
+    Ok(([(CONTENT_TYPE, metrics::MEDIA_TYPE)], text).into_response())
+}

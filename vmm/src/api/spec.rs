@@ -1,0 +1,292 @@
+//! What a VM is to be like, as clients and configuration files say it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::path::PathBuf;
+
+use samepage_sharing::engine::Mode;
+use samepage_sharing::service::{DEFAULT_GROUP, Participation};
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
+use utoipa::{PartialSchema, ToSchema};
+
+use super::disk_spec::DiskSpec;
+use crate::boot::ImageSource;
+use crate::config::{self, ConsoleConfig, VmConfig};
+use crate::huge_pages::HugePages;
+
+/// The kernel's command line where none is given.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+fn default_command_line() -> String {
+    DEFAULT_COMMAND_LINE.to_owned()
+}
+
+/// What one VM is made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name, unique in the process: letters, digits, `.`, `_` and `-`.
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$", example = "web-0")]
+    pub name: String,
+    /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin
+    /// where the process was started.
+    #[schema(value_type = String, example = "/srv/vmlinux")]
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line. What names the disks is added to it.
+    #[serde(default = "default_command_line")]
+    #[schema(default = json!(DEFAULT_COMMAND_LINE))]
+    pub cmdline: String,
+    /// Its memory.
+    #[serde(default)]
+    #[schema(default = 268_435_456)]
+    pub memory: Size,
+    /// What the host backs its memory with.
+    #[serde(default)]
+    #[schema(inline)]
+    pub hugepages: HugePagesSpec,
+    /// Its disks, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8)]
+    pub disks: Vec<DiskSpec>,
+    /// Where its console goes besides the backlog that is kept for clients.
+    #[serde(default)]
+    pub console: ConsoleSpec,
+    /// How it takes part in sharing memory.
+    #[serde(default)]
+    pub sharing: SharingSpec,
+    /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
+    /// started and a VM that a client creates is not.
+    #[serde(default, skip_serializing)]
+    pub start: Option<bool>,
+}
+
+/// Where a console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSpec {
+    /// A file that takes a copy of it, which is created or emptied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub file: Option<PathBuf>,
+}
+
+/// How a VM takes part in sharing memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SharingSpec {
+    /// What of its memory is shared.
+    #[serde(default)]
+    #[schema(inline)]
+    pub mode: SharingMode,
+    /// The group of VMs that it shares with.
+    #[serde(default = "default_group")]
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$", default = json!(DEFAULT_GROUP))]
+    pub group: String,
+}
+
+fn default_group() -> String {
+    DEFAULT_GROUP.to_owned()
+}
+
+impl Default for SharingSpec {
+    fn default() -> Self {
+        Self { mode: SharingMode::default(), group: default_group() }
+    }
+}
+
+/// What of a VM's memory is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SharingMode {
+    /// Everything that is alike.
+    #[default]
+    Full,
+    /// Pages of zeros are given back; nothing is shared with others.
+    Zero,
+    /// Nothing.
+    Off,
+}
+
+impl From<SharingMode> for Mode {
+    fn from(mode: SharingMode) -> Self {
+        match mode {
+            SharingMode::Full => Mode::Full,
+            SharingMode::Zero => Mode::Zero,
+            SharingMode::Off => Mode::Off,
+        }
+    }
+}
+
+/// What the host backs a VM's memory with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePagesSpec {
+    /// Pages of 4 KiB.
+    #[default]
+    Off,
+    /// Pages of 2 MiB where memory is hot.
+    Thp,
+}
+
+/// An amount of memory: a number of bytes, or text with a unit, as in `512M`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Size(pub u64);
+
+impl Default for Size {
+    fn default() -> Self {
+        Self(256 << 20)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+
+        impl Visitor<'_> for SizeVisitor {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes, or text with a unit as in \"512M\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                Ok(Size(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<Size, E> {
+                let size = u64::try_from(bytes).map(Size);
+                size.map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                config::parse_size(text).map(Size).map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+impl PartialSchema for Size {
+    fn schema() -> RefOr<Schema> {
+        let bytes = ObjectBuilder::new()
+            .schema_type(Type::Integer)
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+            .minimum(Some(0))
+            .description(Some("Bytes"));
+        let text = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .pattern(Some("^[0-9]+([KkMmGgTt]([Ii]?[Bb])?|[Bb])?$"))
+            .description(Some("A number and a unit, as in 512M"));
+        let either = OneOfBuilder::new().item(bytes).item(text);
+        Schema::OneOf(either.description(Some("An amount of memory")).build()).into()
+    }
+}
+
+impl ToSchema for Size {
+    fn name() -> Cow<'static, str> {
+        "Size".into()
+    }
+}
+
+impl VmSpec {
+    /// A VM with this kernel, and everything else as it is by default.
+    pub fn new(name: impl Into<String>, kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: default_command_line(),
+            memory: Size::default(),
+            hugepages: HugePagesSpec::default(),
+            disks: Vec::new(),
+            console: ConsoleSpec::default(),
+            sharing: SharingSpec::default(),
+            start: None,
+        }
+    }
+
+    /// Checks what a configuration cannot have; says where it is wrong, as a JSON pointer, and how.
+    ///
+    /// # Errors
+    /// The place, and what has to be there.
+    pub fn check(&self) -> Result<(), (String, String)> {
+        let disks = self.disks.iter().enumerate();
+        disks.map(|(number, disk)| (number, disk.check())).try_for_each(|(number, result)| {
+            result.map_err(|(field, reason)| (format!("/disks/{number}/{field}"), reason))
+        })
+    }
+
+    /// The configuration of the VM, before it is said which engine shares its memory.
+    #[must_use]
+    pub fn to_config(&self) -> VmConfig {
+        VmConfig {
+            initrd: self.initrd.clone().map(ImageSource::Path),
+            cmdline: self.cmdline.clone(),
+            memory_bytes: self.memory.0,
+            hugepages: match self.hugepages {
+                HugePagesSpec::Off => HugePages::Off,
+                HugePagesSpec::Thp => HugePages::Thp,
+            },
+            disks: self.disks.iter().enumerate().map(|(number, disk)| disk.to_config(number)).collect(),
+            console: self.console.file.clone().map_or(ConsoleConfig::Off, ConsoleConfig::File),
+            participation: Participation {
+                group: self.sharing.group.clone(),
+                mode: self.sharing.mode.into(),
+            },
+            ..VmConfig::new(self.name.clone(), ImageSource::Path(self.kernel.clone()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<VmSpec, String> {
+        serde_json::from_str(json).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_name_and_a_kernel_are_enough() {
+        let spec = parse(r#"{"name": "web", "kernel": "/k"}"#).unwrap();
+        assert_eq!(spec, VmSpec::new("web", "/k"));
+        let config = spec.to_config();
+        assert_eq!((config.memory_bytes, config.participation), (256 << 20, Participation::default()));
+    }
+
+    #[test]
+    fn sizes_are_numbers_or_text() {
+        let memory = |value: &str| parse(&format!(r#"{{"name":"a","kernel":"k","memory":{value}}}"#));
+        assert_eq!(memory("4096").unwrap().memory, Size(4096));
+        assert_eq!(memory("\"1G\"").unwrap().memory, Size(1 << 30));
+        for wrong in ["-1", "1.5", "\"1X\"", "null", "[]", "true", "99999999999999999999999"] {
+            assert!(memory(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_double_fields_are_refused() {
+        assert!(parse(r#"{"name":"a","kernel":"k","cpus":2}"#).unwrap_err().contains("unknown field"));
+        assert!(parse(r#"{"name":"a","name":"b","kernel":"k"}"#).unwrap_err().contains("duplicate"));
+        let disk = r#"{"name":"a","kernel":"k","disks":[{"path":"d","rw":true}]}"#;
+        assert!(parse(disk).unwrap_err().contains("unknown field `rw`"));
+    }
+
+    #[test]
+    fn disks_are_numbered_where_they_have_no_names() {
+        let json =
+            r#"{"name":"a","kernel":"k","disks":[{"path":"x"},{"path":"y","id":"root","readonly":true}]}"#;
+        let disks = parse(json).unwrap().to_config().disks;
+        assert_eq!((disks[0].id.as_str(), disks[1].id.as_str()), ("disk0", "root"));
+        assert!(!disks[0].read_only && disks[1].read_only);
+    }
+}
