@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::cache::names::BlockKey;
+use crate::cache::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
 use crate::follow::Follower;
 use crate::hints::Hints;
@@ -85,6 +87,8 @@ pub(crate) struct Member {
     pub(crate) hints: Arc<Hints>,
     /// What huge pages back, where they are wanted.
     pub(crate) huge: Option<HugeRanges>,
+    /// What more memory would bring it, once it has read a block through the cache.
+    pub(crate) working_set: Option<Box<WorkingSet>>,
     /// Its number among all that the engine ever had: another VM in its slot has another.
     pub(crate) id: u64,
     base: Place,
@@ -224,6 +228,20 @@ impl Member {
         self.mode != Mode::Off && !self.space.lost()
     }
 
+    /// The VM reads a block that it does not hold.
+    pub(crate) fn missed(&mut self, key: BlockKey) {
+        self.working_set
+            .get_or_insert_with(|| Box::new(WorkingSet::new(working_set::Settings::default())))
+            .missed(key);
+    }
+
+    /// The VM holds a block no more.
+    pub(crate) fn gave_up(&mut self, key: BlockKey) {
+        if let Some(working_set) = &mut self.working_set {
+            working_set.evicted(key);
+        }
+    }
+
     pub(crate) fn tell_lost(&self, error: &SpaceError) {
         (self.on_lost)(error);
     }
@@ -234,6 +252,7 @@ impl Member {
             + self.follower.as_ref().map_or(0, Follower::metadata_bytes)
             + self.hints.metadata_bytes()
             + self.huge.as_ref().map_or(0, HugeRanges::metadata_bytes)
+            + self.working_set.as_ref().map_or(0, |working_set| working_set.bytes())
     }
 }
 
@@ -280,6 +299,7 @@ impl Members {
             unshare: None,
             hints: Arc::default(),
             huge,
+            working_set: None,
             space,
             id: self.ids,
             base,

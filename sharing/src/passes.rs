@@ -85,12 +85,15 @@ impl Engine {
 
     /// Private pages have left their frames, and are zero pages no longer.
     pub(crate) fn release(&mut self, slot: usize, run: Range<u32>) {
-        let Self { members, store, stable, counters, .. } = self;
+        let Self { members, store, stable, counters, books, .. } = self;
         let member = members.at_mut(slot);
         for page in run {
             member.not_zero(page);
             if member.space.attached(page) {
                 counters.breaks += 1;
+                if let Some(named) = member.space.refers(page).and_then(|frame| books.names.of(frame)) {
+                    member.gave_up(named.key);
+                }
                 if let Some(frame) = member.space.detach(page, store) {
                     stable.remove(frame, store);
                 }

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::audit::AuditReport;
 use crate::cache::statistics::CacheStatistics;
+use crate::cache::working_set::Curve;
 use crate::cache::{BlockRead, CacheSize, Image, ReadPlan, VmNumber};
 use crate::calls::{Linux, MemoryCalls};
 use crate::changes::ChangeLog;
@@ -247,6 +248,13 @@ impl Membership {
     pub fn set_mode(&self, mode: Mode) {
         self.group.engine.lock().set_mode(self.slot, mode);
         self.crew.refresh();
+    }
+
+    /// What more memory would bring the VM, as its disks' reads tell: which part of them it would have
+    /// been spared. `None` before the first.
+    #[must_use]
+    pub fn working_set(&self) -> Option<Curve> {
+        self.group.engine.lock().working_set(self.slot)
     }
 
     /// Where disks ask for blocks.

@@ -361,3 +361,19 @@ fn every_read_has_the_content_of_the_disk() {
 fn every_read_has_the_content_of_the_disk_when_calls_are_refused() {
     (1..9).for_each(|seed| at_random(seed << 8, true));
 }
+
+#[test]
+fn what_a_vm_reads_again_tells_what_more_memory_would_bring() {
+    let mut engine = engine(&settings(0));
+    let vm = Vm::start(&mut engine, PAGES);
+    let mut disk = Disk::new(1, Keep::Exclusive);
+    // The guest goes over 600 blocks again and again, and has memory for 200.
+    for round in 0..60_u64 {
+        let first = round % 12 * 50;
+        disk.read(&mut engine, &vm, first, (round % 4 * 50) as u32, 50);
+    }
+    let curve = engine.working_set(vm.slot).unwrap();
+    assert_eq!(curve.miss_ratio(300), 1.0, "{curve:?}");
+    assert!(curve.miss_ratio(450) < 0.4, "{curve:?}");
+    assert!((350..=450).contains(&curve.working_set()), "{curve:?}");
+}

@@ -15,6 +15,7 @@ use super::notes::{Notes, Proof, Prover};
 use super::reads::VmNumber;
 use super::replace::{History, Policy, Replacement};
 use super::statistics::CacheStatistics;
+use super::working_set::Curve;
 use crate::content::Page;
 use crate::engine::Engine;
 use crate::store::Frame;
@@ -268,6 +269,12 @@ impl Engine {
             self.books.limit.refresh(now);
             self.settle_cache();
         }
+    }
+
+    /// What more memory would bring a VM; `None` where it has read nothing through the cache.
+    #[must_use]
+    pub fn working_set(&self, slot: usize) -> Option<Curve> {
+        self.members.get(slot)?.working_set.as_ref().map(|working_set| working_set.curve())
     }
 
     /// The statistics of the cache.

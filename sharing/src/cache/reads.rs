@@ -121,6 +121,7 @@ impl Engine {
         let mut missing: Option<Range<usize>> = None;
         let mut held: Vec<Delivery> = Vec::new();
         for (index, &target) in read.targets.iter().enumerate() {
+            self.members.at_mut(slot).missed(key(index));
             let found = if self.books.being_written(key(index)) { None } else { self.find_block(key(index)) };
             match found {
                 Some(Found::Frame(frame)) => {
@@ -268,9 +269,17 @@ impl Engine {
         None
     }
 
+    /// A page does not hold what was copied to it.
     fn refute(&mut self, place: Place) {
-        self.books.notes.remove(place);
         self.books.counters.refuted += 1;
+        self.give_up(place);
+    }
+
+    fn give_up(&mut self, place: Place) {
+        let (slot, _) = self.members.locate(place);
+        if let Some(note) = self.books.notes.remove(place) {
+            self.members.at_mut(slot).gave_up(note.key);
+        }
     }
 
     /// Guest pages are about to hold other blocks: what they hold provably now becomes cached.
@@ -297,7 +306,7 @@ impl Engine {
                 self.refute(place);
                 continue;
             }
-            self.books.notes.remove(place);
+            self.give_up(place);
             let frame = self.enter(frame, note.key, Keep::Exclusive, note.history, false);
             if self.store.sharers(frame) == 0 && self.store.kept(frame) {
                 self.books.order.insert(note.key, note.history);
@@ -359,8 +368,12 @@ impl Engine {
             self.forget_page(slot, page);
             self.members.at_mut(slot).not_zero(page);
         }
-        let place = self.members.at(slot).place(page);
-        self.books.notes.remove(place);
+        let member = self.members.at_mut(slot);
+        let place = member.place(page);
+        let before = self.books.notes.remove(place).map(|note| note.key);
+        if let Some(before) = before.filter(|&before| note.is_none_or(|note| note.key != before)) {
+            member.gave_up(before);
+        }
         if let Some(note) = note {
             self.books.notes.insert(place, note);
         }
@@ -398,6 +411,12 @@ impl Engine {
                 self.forget_page(slot, page);
             }
         }
+        let held = |page: u32| {
+            let space = &self.members.at(slot).space;
+            let frame = space.refers(page).filter(|_| space.attached(page))?;
+            self.books.names.of(frame).map(|named| named.key)
+        };
+        let held: Vec<_> = (first..first + count).map(held).collect();
         let mut dead = Vec::new();
         let Self { members, store, calls, .. } = self;
         let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &**calls, &mut dead);
@@ -412,12 +431,15 @@ impl Engine {
                 return 0;
             }
         };
-        for page in first..first + mapped {
+        for ((page, delivery), held) in (first..first + mapped).zip(run).zip(held) {
             let member = self.members.at_mut(slot);
             member.not_zero(page);
             member.became_merged(page);
             let place = member.place(page);
-            self.books.notes.remove(place);
+            let noted = self.books.notes.remove(place).map(|note| note.key);
+            if let Some(key) = held.or(noted).filter(|&key| key != delivery.key) {
+                member.gave_up(key);
+            }
         }
         self.books.counters.delivered_mapped += u64::from(mapped);
         self.publish_mappings();
