@@ -66,6 +66,9 @@ pub struct Settings {
     pub mappings_limit: Option<u64>,
     /// Frames that the store can hold; twice the host's memory where not given.
     pub frames: Option<u32>,
+    /// Runs of disk blocks shorter than this are copied to guests, not mapped, unless that takes no
+    /// mapping: see `samepage bench sharing --only delivery`.
+    pub shortest_mapping: u32,
     /// How much memory disk blocks may take that no guest holds.
     pub block_cache: CacheSize,
 }
@@ -83,6 +86,7 @@ impl Default for Settings {
             longest_pause_ms: 5000,
             mappings_limit: None,
             frames: None,
+            shortest_mapping: 2,
             block_cache: CacheSize::default(),
         }
     }
@@ -141,6 +145,7 @@ pub struct Engine {
     follow: bool,
     pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
+    pub(crate) shortest_mapping: u32,
     pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
     /// Pages that are not shared, but for those of huge pages.
@@ -208,6 +213,7 @@ impl Engine {
             follow: settings.follow,
             lookahead: settings.lookahead,
             interval: Duration::from_millis(settings.rest_ms),
+            shortest_mapping: settings.shortest_mapping,
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
             stable: FrameIndex::new(settings.order),
             unique: PageIndex::new(settings.order),

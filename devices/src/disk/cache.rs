@@ -51,6 +51,11 @@ impl ImageId {
     pub const fn new(device: u64, inode: u64, version: u64) -> Self {
         Self { device, inode, version }
     }
+
+    /// Its three parts, in the order in which [`new`](Self::new) takes them.
+    pub const fn parts(self) -> [u64; 3] {
+        [self.device, self.inode, self.version]
+    }
 }
 
 /// A run of whole blocks, one after the other.

@@ -26,9 +26,6 @@ use crate::undo::value;
 
 /// Blocks that are fetched as one.
 const LONGEST_FETCH: u32 = 512;
-/// Runs shorter than this are copied: a mapping costs as much as copying this many blocks and the
-/// faults that follow.
-const SHORTEST_MAPPING: u32 = 4;
 
 /// A run of blocks that a VM reads.
 #[derive(Clone, Copy, Debug)]
@@ -463,7 +460,7 @@ impl Engine {
         let budget = self.share.budget();
         let shortest = budget.shortest_run();
         let least = if shortest == 1 { 0 } else { shortest };
-        count >= SHORTEST_MAPPING
+        count >= self.shortest_mapping
             && value(count, added) >= least.max(self.pressure.floor())
             && added + 2 <= budget.room()
     }

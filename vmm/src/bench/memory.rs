@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use samepage_resources::demo::content::mix;
+use samepage_sharing::cache::FetchRun;
 use samepage_sharing::changes::{ChangeLog, PageSet};
 use samepage_sharing::{PAGE_SIZE, Ram};
 use twox_hash::XxHash3_64;
@@ -93,6 +94,26 @@ impl Memory {
             // SAFETY: as above; the page is writable, and nobody holds a reference to it.
             unsafe { address.copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE) };
             self.note(page);
+        }
+    }
+
+    /// Copies a block to a page, as a disk does.
+    pub(super) fn fill(&self, page: u32, content: &[u8; PAGE_SIZE]) {
+        let address = self.address(page).cast::<u8>();
+        // SAFETY: the page is reserved and writable, and nobody holds a reference to it.
+        unsafe { address.copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE) };
+        self.note(page);
+    }
+
+    /// Plays the disk: fills the memory of a fetch with blocks that are like no others.
+    pub(super) fn land(&self, fetch: &FetchRun, content: u64) {
+        for block in 0..fetch.blocks as usize {
+            let words = words(content + block as u64 + 1);
+            // SAFETY: the memory of a fetch is its own until it has ended.
+            unsafe {
+                let to = fetch.landing.as_ptr().add(block * PAGE_SIZE).cast::<u64>();
+                to.copy_from_nonoverlapping(words.as_ptr(), WORDS);
+            }
         }
     }
 

@@ -9,6 +9,7 @@ mod args;
 mod changing;
 mod context;
 mod cpu;
+mod delivery;
 mod duplicates;
 mod fragmented;
 mod frames;
@@ -64,6 +65,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: SERIES, measure: series::measure },
     Workload { name: "sharers", measure: sharers::measure },
     Workload { name: "state", measure: state::measure },
+    Workload { name: "delivery", measure: delivery::measure },
     Workload { name: "found", measure: vms::found },
     Workload { name: "share", measure: vms::share },
     Workload { name: "idle", measure: vms::idle },
