@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use samepage_devices::disk::DiskOptions;
 use samepage_devices::virtio::RING_FEATURES;
 use samepage_devices::virtio::block::{Block, BlockConfig, SECTOR_SIZE};
 use samepage_devices::virtio::mmio::MmioTransport;
@@ -64,14 +65,14 @@ fn stopping_joins_the_worker_and_closes_every_file() {
     let config = BlockConfig {
         vm: "alpha".to_owned(),
         id: "root".to_owned(),
-        path: image.path().to_owned(),
-        read_only: false,
+        queues: 1,
+        disk: DiskOptions::new(image.path()),
     };
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let before = open_files();
 
     for _ in 0..3 {
-        let block = Block::open(config.clone()).unwrap();
+        let block = Block::open(&config, None).unwrap();
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let mut transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt).unwrap();
         let idle = open_files();

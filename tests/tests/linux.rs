@@ -62,8 +62,8 @@ impl LinuxGuest {
         config.memory_bytes = MEMORY;
         let common = artifacts.disk.clone();
         config.disks = vec![
-            DiskConfig { path: disk.clone(), read_only: false, id: "data".into() },
-            DiskConfig { path: common, read_only: true, id: "common".into() },
+            DiskConfig { path: disk.clone(), id: "data".into(), ..DiskConfig::default() },
+            DiskConfig { path: common, read_only: true, id: "common".into(), ..DiskConfig::default() },
         ];
         config.sharing = Some(Arc::clone(sharing));
         Self { guest: Guest::start(hypervisor, config), disk, seed }

@@ -6,6 +6,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use samepage_devices::disk::limit::RateLimits;
+use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_ID_LEN;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::service::{Participation, Sharing};
@@ -22,12 +24,36 @@ const MAX_NAME: usize = 64;
 /// A virtual disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
-    /// A raw image file or a block device.
+    /// An image file or a block device.
     pub path: PathBuf,
     /// The guest may not write.
     pub read_only: bool,
     /// Its name within the VM, which the guest sees as its serial number.
     pub id: String,
+    /// The image's format; `None` to have it found out, which is refused where it would be dangerous.
+    pub format: Option<Format>,
+    /// Who keeps its blocks in host memory.
+    pub cache: CachePolicy,
+    /// What it may do a second.
+    pub limits: RateLimits,
+    /// How many queues the guest's driver is offered.
+    pub queues: usize,
+}
+
+impl Default for DiskConfig {
+    /// A disk that can be written, with one queue, no limits and the default policy. It still needs a path
+    /// and a name.
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            read_only: false,
+            id: String::new(),
+            format: None,
+            cache: CachePolicy::default(),
+            limits: RateLimits::default(),
+            queues: 1,
+        }
+    }
 }
 
 /// Where the guest's serial console goes.
@@ -250,7 +276,7 @@ mod tests {
     }
 
     fn disk(id: &str) -> DiskConfig {
-        DiskConfig { path: "/nonexistent".into(), read_only: true, id: id.into() }
+        DiskConfig { path: "/nonexistent".into(), read_only: true, id: id.into(), ..DiskConfig::default() }
     }
 
     fn refused(change: impl FnOnce(&mut VmConfig)) -> String {

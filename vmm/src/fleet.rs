@@ -353,6 +353,7 @@ mod tests {
                 path: path.to_path_buf(),
                 read_only: *read_only,
                 id: format!("disk{n}"),
+                ..DiskConfig::default()
             })
             .collect();
         config

@@ -1,3 +1,316 @@
 //! What lies behind a disk: images, the ways to read and write them, and the cache of their blocks.
+//!
+//! - [`image::Image`] is an array of bytes in some format. [`raw`] images are files and block devices whose
+//!   bytes are the disk's; qcow2 images hold what differs from others that back them.
+//! - A channel carries operations of one queue to an image, many at a time: by io_uring where the image is
+//!   raw and the kernel allows it, by a few threads otherwise.
+//! - [`cache::BlockCache`] is asked before whole blocks are read, and told before any are written.
+//! - [`limit::RateLimiter`] bounds what the disk does a second.
+//!
+//! # What holds data
+//! With [`CachePolicy::Buffered`] the kernel's page cache does. All other policies go past it (`O_DIRECT`).
+//! A file system that cannot do that is used through its page cache; [`Disk::notices`] says so.
+//!
+//! Host I/O never reads into guest memory. It reads into the cache's memory or into bounce buffers, and
+//! writes from either or from guest memory.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub mod cache;
+pub(crate) mod channel;
+pub mod image;
+pub mod limit;
+pub(crate) mod memory;
+mod open;
+mod qcow2;
+pub(crate) mod ranges;
+pub mod raw;
+mod threads;
+mod uring;
+pub(crate) mod wakers;
+
+pub use open::OpenError;
+
+use cache::BlockCache;
+use channel::Channel;
+use image::Image;
+use limit::{RateLimiter, RateLimits};
+use open::ImageFile;
+use qcow2::Qcow2Image;
+use ranges::RangeLocks;
+use raw::RawFile;
+use threads::{ThreadChannel, ThreadPool};
+use uring::UringChannel;
+use wakers::Wakers;
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The file's bytes are the disk's.
+    Raw,
+    /// QEMU's format of sparse images, snapshots and overlays.
+    Qcow2,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(format!("unknown format {text:?}; use raw or qcow2")),
+        }
+    }
+}
+
+/// Who keeps blocks of a disk in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// The block cache, those that no guest holds.
+    Exclusive,
+    /// The block cache, but for those that sharing finds in guests.
+    Scrub,
+    /// The block cache, whether guests hold them or not.
+    Inclusive,
+    /// Nobody.
+    None,
+    /// The kernel's page cache.
+    Buffered,
+}
+
+/// What holds where a disk does not say.
+pub const DEFAULT_POLICY: CachePolicy = CachePolicy::Buffered;
+
+impl Default for CachePolicy {
+    fn default() -> Self {
+        DEFAULT_POLICY
+    }
+}
+
+impl CachePolicy {
+    /// All policies, by their names.
+    const NAMES: [(&'static str, Self); 5] = [
+        ("exclusive", Self::Exclusive),
+        ("scrub", Self::Scrub),
+        ("inclusive", Self::Inclusive),
+        ("none", Self::None),
+        ("buffered", Self::Buffered),
+    ];
+
+    /// Takes a [`BlockCache`].
+    pub fn wants_cache(self) -> bool {
+        matches!(self, Self::Exclusive | Self::Scrub | Self::Inclusive)
+    }
+}
+
+impl fmt::Display for CachePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::NAMES.iter().find(|(_, policy)| policy == self).map_or("", |(name, _)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for CachePolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let policy = Self::NAMES.iter().find(|(name, _)| *name == text).map(|&(_, policy)| policy);
+        policy.ok_or_else(|| {
+            format!("unknown cache policy {text:?}; use exclusive, scrub, inclusive, none or buffered")
+        })
+    }
+}
+
+/// What carries operations out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring where it is to be had and the image is raw; threads otherwise.
+    #[default]
+    Auto,
+    /// Threads in any case.
+    Threads,
+}
+
+/// What a disk is made from.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// An image file or a block device.
+    pub path: PathBuf,
+    /// Nothing is to be written.
+    pub read_only: bool,
+    /// The image's format; none to have it found out, which is refused where it would be dangerous.
+    pub format: Option<Format>,
+    /// Who keeps blocks in host memory.
+    pub policy: CachePolicy,
+    /// What carries operations out.
+    pub engine: Engine,
+}
+
+impl DiskOptions {
+    /// A disk on the image at `path` that can be written, with the default policy.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+            format: None,
+            policy: DEFAULT_POLICY,
+            engine: Engine::Auto,
+        }
+    }
+}
+
+/// An open image with all that its queues have in common.
+pub struct Disk {
+    image: Arc<dyn Image>,
+    use_uring: bool,
+    cache: Option<Arc<dyn BlockCache>>,
+    limiter: Arc<RateLimiter>,
+    locks: Arc<RangeLocks>,
+    wakers: Arc<Wakers>,
+    threads: Mutex<Weak<ThreadPool>>,
+    notices: Vec<String>,
+    lost: AtomicBool,
+    zeroes_have_to_be_written: AtomicBool,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("size", &self.image.size()).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens the image and all that back it, and locks them.
+    ///
+    /// # Errors
+    /// Where a file cannot be opened, is in use, or is no image of the format.
+    pub fn open(options: &DiskOptions) -> Result<Self, OpenError> {
+        let file = ImageFile::open(&options.path, options.read_only)?;
+        let looks_like_qcow2 = file.looks_like_qcow2()?;
+        let (format, trusted) = match options.format {
+            Some(format) => (format, true),
+            None if looks_like_qcow2 && !options.read_only => {
+                let reason =
+                    "its first bytes are those of a qcow2 image, which a guest could have written too";
+                return Err(OpenError::Format { path: options.path.clone(), reason });
+            }
+            None if looks_like_qcow2 => (Format::Qcow2, false),
+            None => (Format::Raw, true),
+        };
+        let direct = options.policy != CachePolicy::Buffered;
+        let path = options.path.display();
+        let mut notices = Vec::new();
+        let image: Arc<dyn Image> = match format {
+            Format::Qcow2 => Arc::new(Qcow2Image::open(file, direct, trusted)?),
+            Format::Raw => {
+                let raw = RawFile::new(file, direct)?;
+                if direct && raw.direct().is_none() {
+                    notices.push(format!(
+                        "disk {path}: direct I/O is not possible on it, so the kernel's page cache is used too"
+                    ));
+                }
+                Arc::new(raw)
+            }
+        };
+        let mut disk = Self::new(image, options.engine);
+        if disk.use_uring
+            && let Err(error) = uring::probe()
+        {
+            disk.use_uring = false;
+            notices.push(format!("disk {path}: io_uring cannot be used ({error}), so threads do its I/O"));
+        }
+        disk.notices = notices;
+        Ok(disk)
+    }
+
+    /// A disk on any image, without limits and without a cache.
+    pub fn new(image: Arc<dyn Image>, engine: Engine) -> Self {
+        let wakers = Arc::<Wakers>::default();
+        Self {
+            use_uring: engine == Engine::Auto && image.raw().is_some(),
+            image,
+            cache: None,
+            limiter: Arc::new(RateLimiter::new(RateLimits::default(), wakers.clone())),
+            locks: Arc::new(RangeLocks::new(wakers.clone())),
+            wakers,
+            threads: Mutex::default(),
+            notices: Vec::new(),
+            lost: AtomicBool::new(false),
+            zeroes_have_to_be_written: AtomicBool::new(false),
+        }
+    }
+
+    /// Has reads of whole blocks go through `cache`.
+    pub fn set_cache(&mut self, cache: Arc<dyn BlockCache>) {
+        self.cache = Some(cache);
+    }
+
+    /// The image.
+    pub fn image(&self) -> &dyn Image {
+        self.image.as_ref()
+    }
+
+    /// The cache, if there is one.
+    pub fn cache(&self) -> Option<&Arc<dyn BlockCache>> {
+        self.cache.as_ref()
+    }
+
+    /// The limits, to be changed at any time.
+    pub fn limiter(&self) -> &Arc<RateLimiter> {
+        &self.limiter
+    }
+
+    /// What the user should know about how the disk is accessed, in sentences.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    pub(crate) fn locks(&self) -> &Arc<RangeLocks> {
+        &self.locks
+    }
+
+    pub(crate) fn wakers(&self) -> &Wakers {
+        &self.wakers
+    }
+
+    /// A way to the image for one queue. Threads that it may need are called `name`.
+    pub(crate) fn channel(&self, name: &str) -> io::Result<Box<dyn Channel>> {
+        // Where there is no memory for a ring, there may be for threads.
+        if self.use_uring
+            && let Ok(ring) = UringChannel::new(self.image.clone())
+        {
+            return Ok(Box::new(ring));
+        }
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = match threads.upgrade() {
+            Some(pool) => pool,
+            None => Arc::new(ThreadPool::start(name, &self.image)?),
+        };
+        *threads = Arc::downgrade(&pool);
+        Ok(Box::new(ThreadChannel::new(pool)?))
+    }
+
+    /// The image cannot be used any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_lost(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// The image was found unable to make zeroes by itself.
+    pub(crate) fn zeroes_have_to_be_written(&self) -> bool {
+        self.zeroes_have_to_be_written.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn write_zeroes_from_now_on(&self) {
+        self.zeroes_have_to_be_written.store(true, Ordering::Relaxed);
+    }
+}

@@ -6,8 +6,6 @@
 //! Devices must not rely on where one descriptor ends and the next begins (virtio 1.2, section 2.7.4), so a
 //! chain is offered as a stream of bytes to read followed by a stream of bytes to write.
 
-use std::ops::Range;
-
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
 
@@ -28,7 +26,7 @@ pub(crate) enum ChainError {
 }
 
 /// Ranges of guest memory, read or written from front to back.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Segments {
     ranges: Vec<(GuestAddress, usize)>,
     /// The range that comes next, and how far into it.
@@ -81,24 +79,28 @@ impl Segments {
 
     /// Copies `data` to the next `data.len()` bytes of guest memory.
     pub(crate) fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), GuestMemoryError> {
-        self.write_to(memory, data, |_, _| ())
-    }
-
-    /// As [`write`](Self::write); says to `filled` which ranges of guest memory got which part of the
-    /// data, in order.
-    pub(crate) fn write_to(
-        &mut self,
-        memory: &GuestMemory,
-        data: &[u8],
-        mut filled: impl FnMut(GuestAddress, Range<usize>),
-    ) -> Result<(), GuestMemoryError> {
         let mut done = 0;
         while let Some((address, len)) = self.advance(data.len() - done)? {
             memory.write_slice(&data[done..done + len], address)?;
-            filled(address, done..done + len);
             done += len;
         }
         Ok(())
+    }
+
+    /// Takes the next `len` bytes, as ranges of which no two neighbours touch.
+    pub(crate) fn take(&mut self, len: usize) -> Result<Vec<(GuestAddress, usize)>, GuestMemoryError> {
+        let mut ranges: Vec<(GuestAddress, usize)> = Vec::new();
+        let mut left = len;
+        while let Some((address, len)) = self.advance(left)? {
+            left -= len;
+            match ranges.last_mut() {
+                Some((start, before)) if start.0.checked_add(*before as u64) == Some(address.0) => {
+                    *before += len
+                }
+                _ => ranges.push((address, len)),
+            }
+        }
+        Ok(ranges)
     }
 
     /// The next contiguous range, of `wanted` bytes at most; none when none is wanted.
@@ -140,8 +142,7 @@ pub(crate) struct Buffers {
 impl Buffers {
     /// Buffers for chains of up to `limit` descriptors.
     pub(crate) fn new(limit: usize) -> Self {
-        let segments = || Segments { ranges: Vec::with_capacity(limit), ..Segments::default() };
-        Self { readable: segments(), writable: segments(), in_memory: true, limit }
+        Self { readable: Segments::default(), writable: Segments::default(), in_memory: true, limit }
     }
 
     /// Replaces the contents by the descriptors of `chain`, whose buffers lie in `memory`.

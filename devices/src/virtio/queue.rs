@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::Interrupt;
 use super::chain::{Buffers, ChainError};
 use crate::GuestMemory;
+use crate::disk::channel::ChannelLost;
 
 /// Why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,9 @@ pub(crate) enum QueueError {
         "serve a virtio queue: a request has no status byte in guest memory; the driver must reset the device"
     )]
     NoStatus,
+    /// What lies behind the device is gone.
+    #[error(transparent)]
+    Channel(#[from] ChannelLost),
 }
 
 /// A request that was taken from the available ring and is owed to the used ring.

@@ -1,9 +1,9 @@
 //! The thread that serves a queue, asleep until the driver notifies or the device stops.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -38,37 +38,70 @@ pub(crate) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-impl Worker {
-    /// Starts a thread called `name` that calls `serve` once, and again whenever `notified` is written.
+/// What a worker does.
+pub(crate) trait Serve {
+    /// Files that become readable with each thing that happens, whether or not anybody has read them.
+    fn events(&self) -> Vec<RawFd>;
+
+    /// Does what there is to do, and returns when nothing is left or the flag is set.
     ///
-    /// `serve` returns when there is nothing left to do or the flag is set. When it fails or panics the
-    /// driver is told that the device needs a reset, and the thread ends.
-    pub(crate) fn spawn(
+    /// # Errors
+    /// Where the worker cannot go on.
+    fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError>;
+}
+
+impl Worker {
+    /// Starts a thread called `name` on which `make` makes what is served: once at first, and again whenever
+    /// something happens to one of its events.
+    ///
+    /// When serving fails or panics the driver is told that the device needs a reset, and the thread ends.
+    ///
+    /// # Errors
+    /// Where `make` fails, or thread or events are not to be had.
+    pub(crate) fn spawn<S: Serve>(
         name: String,
-        notified: EventFd,
         interrupt: Arc<Interrupt>,
-        mut serve: impl FnMut(&StopFlag) -> Result<(), QueueError> + Send + 'static,
+        make: impl FnOnce() -> io::Result<S> + Send + 'static,
     ) -> io::Result<Self> {
         let stop = StopFlag::default();
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
-        for event in [&notified, &wake] {
-            let interest = EpollEvent::new(EventSet::IN, 0);
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
-        }
+        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), interest)?;
+        let (report, reported) = mpsc::sync_channel(1);
         let thread = thread::Builder::new().name(name).stack_size(STACK_SIZE).spawn({
             let stop = stop.clone();
             move || {
+                let made = make().and_then(|service| {
+                    for event in service.events() {
+                        epoll.ctl(ControlOperation::Add, event, interest)?;
+                    }
+                    Ok(service)
+                });
+                let mut service = match made {
+                    Ok(service) => service,
+                    Err(error) => {
+                        // Whoever started this thread is waiting for it.
+                        let _ = report.send(Err(error));
+                        return;
+                    }
+                };
+                let _ = report.send(Ok(()));
                 let end = NeedsResetOnDrop(&interrupt);
                 while !stop.is_set() {
-                    if serve(&stop).is_err() || wait(&epoll, &notified).is_err() {
+                    if service.serve(&stop).is_err() || wait(&epoll).is_err() {
                         return;
                     }
                 }
-                std::mem::forget(end);
+                // Asked to stop between two calls: what is under way is waited for, and given up.
+                if service.serve(&stop).is_ok() {
+                    std::mem::forget(end);
+                }
             }
         })?;
-        Ok(Self { stop, wake, thread: Some(thread) })
+        let started = reported.recv().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        let worker = Self { stop, wake, thread: Some(thread) };
+        started.map(|()| worker)
     }
 }
 
@@ -95,17 +128,13 @@ impl Drop for NeedsResetOnDrop<'_> {
     }
 }
 
-/// Sleeps until either event is written, then clears the driver's.
-fn wait(epoll: &Epoll, notified: &EventFd) -> io::Result<()> {
+/// Sleeps until something has happened since the last time.
+fn wait(epoll: &Epoll) -> io::Result<()> {
     loop {
-        match epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
-            Ok(_) => break,
+        match epoll.wait(-1, &mut [EpollEvent::default(); 8]) {
+            Ok(_) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
-    }
-    match notified.read() {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Ok(()),
     }
 }

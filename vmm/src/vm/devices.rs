@@ -6,6 +6,8 @@ use std::sync::Arc;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
+use samepage_devices::disk::limit::RateLimiter;
+use samepage_devices::disk::{DiskOptions, Engine};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
@@ -23,6 +25,19 @@ use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_
 /// Most disks that one VM can have: one interrupt line each.
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
 
+/// A disk of a VM, as it is seen from outside.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its name within the VM.
+    pub id: String,
+    /// Its counters.
+    pub stats: Arc<BlockStats>,
+    /// What it may do a second, to be changed at any time.
+    pub limiter: Arc<RateLimiter>,
+    /// What the user should know about how it is accessed, in sentences.
+    pub notices: Vec<String>,
+}
+
 /// All devices of a VM, by the ways to reach them.
 pub(super) struct Devices {
     ports: Bus,
@@ -30,7 +45,7 @@ pub(super) struct Devices {
     serial: Arc<Mutex<Serial>>,
     serial_stats: Arc<SerialStats>,
     reset: EventFd,
-    disks: Vec<(String, Arc<BlockStats>)>,
+    disks: Vec<Disk>,
 }
 
 impl Devices {
@@ -56,25 +71,35 @@ impl Devices {
         ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), Arc::new(Mutex::new(i8042)));
 
         let mut mmio = Bus::default();
-        let mut disk_stats = Vec::with_capacity(disks.len());
+        let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
             let config = BlockConfig {
                 vm: vm.to_owned(),
                 id: disk.id.clone(),
-                path: disk.path.clone(),
-                read_only: disk.read_only,
+                queues: disk.queues,
+                disk: DiskOptions {
+                    path: disk.path.clone(),
+                    read_only: disk.read_only,
+                    format: disk.format,
+                    policy: disk.cache,
+                    engine: Engine::Auto,
+                },
             };
             let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmError::Disk {
                 id: disk.id.clone(),
                 source,
             };
-            let mut block = Block::open(config).map_err(|source| failed(source.into()))?;
-            if let Some((hints, slots)) = &hints
-                && let Ok(file) = std::fs::metadata(&disk.path)
-            {
-                block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec(), &file)));
+            let mut block = Block::open(&config, None).map_err(|source| failed(source.into()))?;
+            if let Some((hints, slots)) = &hints {
+                block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
-            disk_stats.push((disk.id.clone(), block.stats()));
+            block.limiter().set(disk.limits);
+            attached.push(Disk {
+                id: disk.id.clone(),
+                stats: block.stats(),
+                limiter: block.limiter(),
+                notices: block.notices().to_vec(),
+            });
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
             let transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
@@ -82,7 +107,7 @@ impl Devices {
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }
-        Ok(Self { ports, mmio, serial, serial_stats, reset, disks: disk_stats })
+        Ok(Self { ports, mmio, serial, serial_stats, reset, disks: attached })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -119,7 +144,7 @@ impl Devices {
         &self.serial_stats
     }
 
-    pub(super) fn disks(&self) -> &[(String, Arc<BlockStats>)] {
+    pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
     }
 }

@@ -18,7 +18,6 @@ use std::thread::JoinHandle;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use samepage_devices::serial::SerialStats;
-use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::service::{Membership, StartError};
@@ -37,7 +36,7 @@ use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::Devices;
-pub use devices::MAX_DISKS;
+pub use devices::{Disk, MAX_DISKS};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
@@ -348,8 +347,8 @@ impl Vm {
         self.devices.serial_stats()
     }
 
-    /// Counters of each disk, by the disk's name.
-    pub fn disks(&self) -> &[(String, Arc<BlockStats>)] {
+    /// Its disks, in the order in which they were configured.
+    pub fn disks(&self) -> &[Disk] {
         self.devices.disks()
     }
 }

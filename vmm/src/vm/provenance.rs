@@ -1,8 +1,8 @@
 //! Where the content of guest pages came from: reads of disks become hints to the sharing engine.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
+use samepage_devices::disk::cache::ImageId;
 use samepage_devices::virtio::block::ReadObserver;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::hints::Hint;
@@ -17,32 +17,31 @@ const PAGE: u64 = PAGE_SIZE as u64;
 pub(super) struct DiskHints {
     hints: HintSender,
     slots: Vec<MemorySlot>,
-    image: u32,
 }
 
 impl DiskHints {
-    /// Hints about what is read from the file with this metadata.
-    pub(super) fn new(hints: HintSender, slots: Vec<MemorySlot>, file: &Metadata) -> Self {
-        Self { hints, slots, image: image_number(file) }
+    /// Hints about what is read into the guest memory of `slots`.
+    pub(super) fn new(hints: HintSender, slots: Vec<MemorySlot>) -> Self {
+        Self { hints, slots }
     }
 }
 
 impl ReadObserver for DiskHints {
-    fn filled(&self, address: GuestAddress, bytes: usize, offset: u64) {
+    fn filled(&self, image: ImageId, address: GuestAddress, bytes: usize, offset: u64) {
         let whole = whole_pages(address.0, bytes as u64, offset);
         if let Some((address, pages, block)) = whole
             && let Some(first) = page_of(&self.slots, address, pages)
         {
-            self.hints.give(Hint::Holds { pages: first..first + pages, image: self.image, block });
+            self.hints.give(Hint::Holds { pages: first..first + pages, image: image_number(image), block });
         }
     }
 }
 
-/// A number for a file, the same for every path to it. That two files may have the same costs an
-/// attempt at sharing, no more.
-fn image_number(file: &Metadata) -> u32 {
-    let number = (file.ino() ^ file.dev().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (number >> 32) as u32
+/// A number for an image. That two images may have the same costs an attempt at sharing, no more.
+fn image_number(image: ImageId) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    image.hash(&mut hasher);
+    hasher.finish() as u32
 }
 
 /// The whole pages within a range of guest memory that hold whole blocks: address, number of pages and

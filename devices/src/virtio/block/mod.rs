@@ -1,25 +1,26 @@
-//! Virtio block device (virtio 1.2, section 5.2): one queue, one worker thread, one [`Backend`].
+//! Virtio block device (virtio 1.2, section 5.2) on a [`Disk`]: up to [`MAX_QUEUES`] queues, each with a
+//! worker thread of its own.
 //!
-//! Data moves through a bounce buffer of the worker's: host I/O never goes to guest memory directly, so
-//! nothing pins a guest page, and a page that the host write-protects for a moment just delays the copy.
+//! Requests of a queue are under way together and complete in any order. Host I/O never reads into guest
+//! memory, so nothing pins a page of it for writing; a page that the host write-protects for a moment just
+//! delays the copy.
 //!
 //! # What a completed request means
-//! A read or write that succeeded moved all of its data. A flush that succeeded put all completed writes on
-//! the medium (`fdatasync`). A driver that does not know flushes gets writes that are on the medium when
-//! they complete.
+//! A read or write that succeeded moved all of its data. A flush that succeeded put all writes that were
+//! complete before it on the medium (`fdatasync`). A driver that does not know flushes gets writes that are
+//! on the medium when they complete.
 //!
 //! # Errors
 //! Host errors, requests beyond the end of the disk, of no or of part of a sector, with buffers outside
-//! guest memory or of the wrong direction end in VIRTIO_BLK_S_IOERR; unknown types in VIRTIO_BLK_S_UNSUPP.
-//! A request without a place for the status breaks the device until it is reset. Either way it is counted
-//! in [`BlockStats`].
+//! guest memory or of the wrong direction end in VIRTIO_BLK_S_IOERR; unknown types and flags in
+//! VIRTIO_BLK_S_UNSUPP. A request without a place for the status breaks the device until it is reset.
+//! Either way it is counted in [`BlockStats`].
 
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddress;
@@ -27,38 +28,48 @@ use vm_memory::GuestAddress;
 use super::queue::ServedQueue;
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_config};
+use crate::disk::cache::{BlockCache, ImageId};
+use crate::disk::image::Image;
+use crate::disk::limit::RateLimiter;
+use crate::disk::{Disk, DiskOptions, OpenError};
 
-mod backend;
+mod request;
 mod service;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
-pub use backend::{Backend, OpenError, RawFile};
+pub use crate::disk::image::SECTOR_SIZE;
 pub use stats::BlockStats;
 
-use service::Service;
+use request::Rules;
+use service::{Common, Service};
 
-/// Unit of request positions and lengths, in bytes.
-pub const SECTOR_SIZE: u64 = 512;
 /// Longest serial number that virtio can carry, in bytes.
 pub const MAX_ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Most queues of a disk.
+pub const MAX_QUEUES: usize = 16;
 
-const QUEUE_SIZES: [u16; 1] = [256];
+const MAX_QUEUE_SIZE: u16 = 256;
 /// Descriptors of one request: as many data segments as the driver is told, a header and a status.
-const MAX_DESCRIPTORS: usize = QUEUE_SIZES[0] as usize;
+const MAX_DESCRIPTORS: usize = MAX_QUEUE_SIZE as usize;
+/// Most ranges of a request that discards or zeroes.
+const MAX_CLEAR_RANGES: u32 = 16;
+/// Longest of them, in bytes.
+const MAX_CLEAR_BYTES: u64 = 1 << 30;
 
 /// A disk of one VM.
 #[derive(Clone, Debug)]
 pub struct BlockConfig {
-    /// The VM's name, for the worker's thread name.
+    /// The VM's name, for the workers' thread names.
     pub vm: String,
     /// The disk's name within the VM, which the guest sees as its serial number: 1 to 20 bytes.
     pub id: String,
-    /// A raw image file or a block device.
-    pub path: PathBuf,
-    /// The guest may not write.
-    pub read_only: bool,
+    /// How many queues the driver is offered: 1 to [`MAX_QUEUES`].
+    pub queues: usize,
+    /// What the disk is on.
+    pub disk: DiskOptions,
 }
 
 /// Why a disk could not be made.
@@ -70,61 +81,81 @@ pub enum BlockError {
         /// The name as given.
         id: String,
     },
+    /// So many queues are not to be had.
+    #[error("give a disk {queues} queues: it can have 1 to {MAX_QUEUES}")]
+    Queues {
+        /// As many as were asked for.
+        queues: usize,
+    },
     /// The file cannot be a disk.
     #[error(transparent)]
     Open(#[from] OpenError),
 }
 
-/// Is told what reads put into guest memory.
+/// Is told what reads put into guest memory without the block cache.
 pub trait ReadObserver: Send + Sync {
-    /// Guest memory at `address` now holds `bytes` bytes of the disk, from byte `offset` on. Called by the
-    /// disk's worker before the request completes; the guest may have written there since.
-    fn filled(&self, address: GuestAddress, bytes: usize, offset: u64);
+    /// Guest memory at `address` now holds `bytes` bytes of `image`, from its byte `offset` on. Called by
+    /// the disk's workers before the request completes; the guest may have written there since.
+    fn filled(&self, image: ImageId, address: GuestAddress, bytes: usize, offset: u64);
 }
 
 /// A virtio block device.
 pub struct Block {
     thread_name: String,
     id: [u8; MAX_ID_LEN],
-    backend: Arc<Mutex<Box<dyn Backend>>>,
-    capacity: u64,
+    disk: Arc<Disk>,
     features: u64,
-    config: [u8; 32],
+    config: [u8; 60],
+    queue_sizes: Vec<u16>,
     stats: Arc<BlockStats>,
     observer: Option<Arc<dyn ReadObserver>>,
-    worker: Option<Worker>,
+    workers: Vec<Worker>,
 }
 
 impl Block {
-    /// A disk on the raw file or block device of `config`, which it locks for its own life.
-    pub fn open(config: BlockConfig) -> Result<Self, BlockError> {
-        // A bad name is found before the file is touched.
+    /// A disk on the image of `config`, which it locks for its own life. `cache` serves the reads of whole
+    /// blocks, if the disk's policy wants one.
+    pub fn open(config: &BlockConfig, cache: Option<Arc<dyn BlockCache>>) -> Result<Self, BlockError> {
+        // Bad values are found before the file is touched.
         serial_number(&config.id)?;
-        let file = RawFile::open(&config.path, config.read_only)?;
-        Self::with_backend(&config.vm, &config.id, Box::new(file))
+        check_queues(config.queues)?;
+        let mut disk = Disk::open(&config.disk)?;
+        if let Some(cache) = cache.filter(|_| config.disk.policy.wants_cache()) {
+            disk.set_cache(cache);
+        }
+        Self::new(&config.vm, &config.id, config.queues, disk)
     }
 
-    /// A disk called `id` of the VM `vm` on any back end.
-    pub fn with_backend(vm: &str, id: &str, backend: Box<dyn Backend>) -> Result<Self, BlockError> {
+    /// A disk called `id` of the VM `vm` on an open image.
+    pub fn new(vm: &str, id: &str, queues: usize, disk: Disk) -> Result<Self, BlockError> {
         let serial = serial_number(id)?;
+        check_queues(queues)?;
         let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_FLUSH;
-        if backend.is_read_only() {
+        if disk.image().is_read_only() {
             features |= 1 << VIRTIO_BLK_F_RO;
+        } else {
+            features |= 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+            if disk.image().can_discard() {
+                features |= 1 << VIRTIO_BLK_F_DISCARD;
+            }
+        }
+        if queues > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
         }
         Ok(Self {
             // The kernel keeps 15 bytes of a thread's name; a zero byte would end it early.
             thread_name: format!("block-{vm}-{id}").replace('\0', "?"),
             id: serial,
-            capacity: backend.size(),
             features,
-            config: config_space(backend.as_ref()),
-            backend: Arc::new(Mutex::new(backend)),
+            config: config_space(disk.image(), features, queues),
+            queue_sizes: vec![MAX_QUEUE_SIZE; queues],
+            disk: Arc::new(disk),
             stats: Arc::default(),
             observer: None,
-            worker: None,
+            workers: Vec::new(),
         })
     }
 
@@ -136,6 +167,16 @@ impl Block {
     /// The counters of this disk; they outlive it.
     pub fn stats(&self) -> Arc<BlockStats> {
         self.stats.clone()
+    }
+
+    /// The limits of this disk, to be changed at any time.
+    pub fn limiter(&self) -> Arc<RateLimiter> {
+        self.disk.limiter().clone()
+    }
+
+    /// What the user should know about how the disk is accessed, in sentences.
+    pub fn notices(&self) -> &[String] {
+        self.disk.notices()
     }
 }
 
@@ -149,7 +190,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -157,36 +198,46 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if self.backend.is_poisoned() {
+        if self.disk.is_lost() {
             return Err(ActivateError::BackendLost);
         }
-        let Activation { memory, features, queues, interrupt } = activation;
-        let active =
-            queues.into_iter().find(|queue| queue.index == 0).ok_or(ActivateError::QueueNotReady(0))?;
-
-        let mut service = Service::new(
-            ServedQueue::new(active.queue, memory, interrupt.clone()),
-            self.id,
-            self.capacity,
-            features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
-            self.stats.clone(),
-            self.observer.clone(),
-        );
-        let backend = self.backend.clone();
-        let stats = self.stats.clone();
-        let worker = Worker::spawn(self.thread_name.clone(), active.event, interrupt, move |stop| {
-            // Nobody else takes this lock while the worker runs; a panic with it held ends the worker.
-            let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
-            service.serve(backend.as_mut(), stop).inspect_err(|error| stats.record_error(error.to_string()))
-        })
-        .map_err(ActivateError::Worker)?;
-        self.worker = Some(worker);
+        let Activation { memory, features, mut queues, interrupt } = activation;
+        if features & (1 << VIRTIO_BLK_F_MQ) == 0 {
+            queues.retain(|queue| queue.index == 0);
+        }
+        if !queues.iter().any(|queue| queue.index == 0) {
+            return Err(ActivateError::QueueNotReady(0));
+        }
+        let image = self.disk.image();
+        let common = Arc::new(Common {
+            rules: Rules { capacity: image.size(), read_only: image.is_read_only(), features },
+            disk: self.disk.clone(),
+            id: self.id,
+            write_through: features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+            stats: self.stats.clone(),
+            observer: self.observer.clone(),
+        });
+        // If one cannot be had, dropping those before it stops them.
+        let mut workers = Vec::with_capacity(queues.len());
+        for active in queues {
+            let served = ServedQueue::new(active.queue, memory.clone(), interrupt.clone());
+            let (common, name, notified) = (common.clone(), self.thread_name.clone(), active.event);
+            let make = move || Service::new(common, served, notified, &name);
+            let worker = Worker::spawn(self.thread_name.clone(), interrupt.clone(), make)
+                .map_err(ActivateError::Worker)?;
+            workers.push(worker);
+        }
+        self.workers = workers;
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.workers.clear();
     }
+}
+
+fn check_queues(queues: usize) -> Result<(), BlockError> {
+    if (1..=MAX_QUEUES).contains(&queues) { Ok(()) } else { Err(BlockError::Queues { queues }) }
 }
 
 fn serial_number(id: &str) -> Result<[u8; MAX_ID_LEN], BlockError> {
@@ -198,19 +249,35 @@ fn serial_number(id: &str) -> Result<[u8; MAX_ID_LEN], BlockError> {
     Ok(serial)
 }
 
-/// The first fields of `struct virtio_blk_config`, up to the topology (virtio 1.2, section 5.2.4).
-fn config_space(backend: &dyn Backend) -> [u8; 32] {
-    let capacity = backend.size() / SECTOR_SIZE;
+/// `struct virtio_blk_config` up to what zeroing may do (virtio 1.2, section 5.2.4).
+fn config_space(image: &dyn Image, features: u64, queues: usize) -> [u8; 60] {
+    let capacity = image.size() / SECTOR_SIZE;
     let segments = MAX_DESCRIPTORS as u32 - 2;
     let logical = SECTOR_SIZE as u32;
-    let physical = backend.physical_block_size().max(logical);
+    let physical = image.physical_block_size().max(logical);
+    let in_physical = physical / logical;
+    let clear_sectors = (MAX_CLEAR_BYTES / SECTOR_SIZE) as u32;
 
-    let mut config = [0; 32];
-    config[0..8].copy_from_slice(&capacity.to_le_bytes());
-    config[12..16].copy_from_slice(&segments.to_le_bytes());
-    config[20..24].copy_from_slice(&logical.to_le_bytes());
+    let mut config = [0; 60];
+    let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    put(0, &capacity.to_le_bytes());
+    put(12, &segments.to_le_bytes());
+    put(20, &logical.to_le_bytes());
     // Logical blocks in a physical one, as a power of two; the first of them is aligned.
-    config[24] = (physical / logical).ilog2() as u8;
-    config[26..28].copy_from_slice(&u16::try_from(physical / logical).unwrap_or(u16::MAX).to_le_bytes());
+    put(24, &[in_physical.ilog2() as u8]);
+    put(26, &u16::try_from(in_physical).unwrap_or(u16::MAX).to_le_bytes());
+    if features & (1 << VIRTIO_BLK_F_MQ) != 0 {
+        put(34, &(queues as u16).to_le_bytes());
+    }
+    if features & (1 << VIRTIO_BLK_F_DISCARD) != 0 {
+        put(36, &clear_sectors.to_le_bytes());
+        put(40, &MAX_CLEAR_RANGES.to_le_bytes());
+        put(44, &in_physical.to_le_bytes());
+    }
+    if features & (1 << VIRTIO_BLK_F_WRITE_ZEROES) != 0 {
+        put(48, &clear_sectors.to_le_bytes());
+        put(52, &MAX_CLEAR_RANGES.to_le_bytes());
+        put(56, &[u8::from(image.can_discard())]);
+    }
     config
 }

@@ -1,224 +1,529 @@
-//! The worker's side of a disk: takes requests from the queue, carries them out, completes them.
+//! The worker's side of one queue: takes requests, has them carried out, completes them in any order.
+//!
+//! Requests are begun one after the other; one that has to wait, for memory or for a range that another one
+//! is writing, holds those behind it up. Once begun they are under way together. How a request becomes
+//! operations is [`transfer`](super::transfer)'s part.
 
-use std::io;
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
+use std::{io, mem};
 
-use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-};
-use vm_memory::{Bytes, GuestMemoryError};
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
+use super::request::{Clearing, Failure, Job, Rules};
 use super::stats::add;
-use super::{Backend, BlockStats, MAX_DESCRIPTORS, MAX_ID_LEN, ReadObserver, SECTOR_SIZE};
+use super::transfer::{Part, PartKind};
+use super::{BlockStats, MAX_DESCRIPTORS, MAX_ID_LEN, ReadObserver};
+use crate::disk::Disk;
+use crate::disk::cache::{BLOCK_SIZE, BlockCache, ImageId};
+use crate::disk::channel::{Action, Channel, ChannelLost, Completion, Operation};
+use crate::disk::memory::{BouncePool, Memory, widen};
+use crate::disk::ranges::RangeGuard;
 use crate::virtio::chain::Buffers;
-use crate::virtio::queue::{QueueError, ServedQueue};
-use crate::virtio::worker::StopFlag;
+use crate::virtio::queue::{QueueError, ServedQueue, Taken};
+use crate::virtio::worker::{Serve, StopFlag};
 
-/// Bytes that one step moves. As much as the kernel reads ahead; more would not save system calls that
-/// matter and would leave the processor's cache between the two copies.
-const STEP: usize = 128 << 10;
+/// Most requests under way: a driver that makes the same chain available again and again gets no further.
+const MAX_REQUESTS: usize = MAX_DESCRIPTORS;
+/// Requests that are begun before those that are complete are looked at.
+const BATCH: usize = 32;
+/// Most bytes of bounce buffers.
+const BOUNCE_BYTES: usize = 4 << 20;
 
-/// Type, reserved, sector.
-const HEADER_LEN: usize = 16;
-
-/// Why a request failed; the guest sees a status byte.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("{action} {len} bytes at sector {sector}: {source}")]
-    Host { action: &'static str, len: usize, sector: u64, source: io::Error },
-    #[error("flush: {0}")]
-    Flush(#[source] io::Error),
-    #[error("copy to or from guest memory: {0}")]
-    Guest(#[from] GuestMemoryError),
-    #[error("refuse a request: {0}")]
-    Malformed(&'static str),
-    #[error("refuse a request of unknown type {0}")]
-    Unsupported(u32),
-    #[error("give up a request: the device is being reset")]
-    Stopped,
-}
-
-/// A request's header (virtio 1.2, section 5.2.6).
-struct Header {
-    kind: u32,
-    sector: u64,
-}
-
-/// Everything that serving the queue takes, but the back end.
-pub(super) struct Service {
-    queue: ServedQueue,
-    id: [u8; MAX_ID_LEN],
-    /// In bytes.
-    capacity: u64,
+/// What all queues of a disk have in common.
+pub(super) struct Common {
+    pub(super) disk: Arc<Disk>,
+    pub(super) id: [u8; MAX_ID_LEN],
+    pub(super) rules: Rules,
     /// Writes go to the medium before they complete.
-    write_through: bool,
-    stats: Arc<BlockStats>,
-    observer: Option<Arc<dyn ReadObserver>>,
-    buffers: Buffers,
-    bounce: Vec<u8>,
+    pub(super) write_through: bool,
+    pub(super) stats: Arc<BlockStats>,
+    pub(super) observer: Option<Arc<dyn ReadObserver>>,
+}
+
+/// Blocks that the cache has been told are changing. Dropping it says that they have changed.
+pub(super) struct Change {
+    cache: Arc<dyn BlockCache>,
+    image: ImageId,
+    blocks: std::ops::Range<u64>,
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        self.cache.end_write(self.image, self.blocks.clone());
+    }
+}
+
+/// A request that was taken from the queue and is owed to the driver.
+pub(super) struct Request {
+    taken: Taken,
+    status: GuestAddress,
+    pub(super) buffers: Buffers,
+    pub(super) job: Job,
+    kind: Kind,
+    /// Bytes of the data, for the statistics.
+    bytes: u64,
+    /// Parts under way.
+    pub(super) in_flight: usize,
+    pub(super) failure: Option<Failure>,
+    /// Bytes put into guest memory, if all goes well.
+    written: u64,
+    is_prepared: bool,
+    /// Waits to be begun.
+    is_queued: bool,
+    needs_flush: bool,
+    changes: Vec<Change>,
+    range: Option<RangeGuard>,
+}
+
+/// What a request is counted as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Flush,
+    GetId,
+    Discard,
+    Zero,
+}
+
+/// Whether a request can be begun.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flow {
+    /// All of it is under way or over.
+    Begun,
+    /// It has to wait for something to be given back.
+    Blocked,
+}
+
+/// Everything that serving one queue takes.
+pub(super) struct Service {
+    pub(super) common: Arc<Common>,
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) queue: ServedQueue,
+    pub(super) bounces: BouncePool,
+    requests: Vec<Option<Request>>,
+    free_requests: Vec<usize>,
+    parts: Vec<Option<Part>>,
+    free_parts: Vec<usize>,
+    /// Requests of which something is left to be begun, in the order of their turns.
+    turns: VecDeque<usize>,
+    /// A request that has to wait for the disk's limits.
+    throttled: Option<usize>,
+    timer: TimerFd,
+    notified: EventFd,
+    /// Written when ranges are given back or limits change.
+    wake: Arc<EventFd>,
+    completions: Vec<Completion>,
+    /// Buffers of requests that are complete.
+    spare: Vec<Buffers>,
 }
 
 impl Service {
+    /// The service of a queue whose driver notifies through `notified`. A ring for host I/O belongs to the
+    /// thread that makes it.
     pub(super) fn new(
+        common: Arc<Common>,
         queue: ServedQueue,
-        id: [u8; MAX_ID_LEN],
-        capacity: u64,
-        write_through: bool,
-        stats: Arc<BlockStats>,
-        observer: Option<Arc<dyn ReadObserver>>,
-    ) -> Self {
-        let (buffers, bounce) = (Buffers::new(MAX_DESCRIPTORS), vec![0; STEP]);
-        Self { queue, id, capacity, write_through, stats, observer, buffers, bounce }
+        notified: EventFd,
+        name: &str,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            notified,
+            channel: common.disk.channel(name)?,
+            wake: common.disk.wakers().register()?,
+            timer: TimerFd::new().map_err(io::Error::from)?,
+            common,
+            queue,
+            bounces: BouncePool::new(BOUNCE_BYTES),
+            requests: Vec::new(),
+            free_requests: Vec::new(),
+            parts: Vec::new(),
+            free_parts: Vec::new(),
+            turns: VecDeque::new(),
+            throttled: None,
+            completions: Vec::new(),
+            spare: Vec::new(),
+        })
     }
 
-    /// Serves requests until there are none or the device stops.
-    pub(super) fn serve(&mut self, backend: &mut dyn Backend, stop: &StopFlag) -> Result<(), QueueError> {
-        loop {
-            self.queue.silence_driver()?;
-            let mut unannounced = 0;
-            while !stop.is_set() {
-                let Some(taken) = self.queue.take(&mut self.buffers)? else {
-                    break;
-                };
-                let Some(status_address) = self.buffers.writable.split_last_byte() else {
-                    return Err(taken.break_queue(QueueError::NoStatus));
-                };
-                let room = self.buffers.writable.remaining();
-                let status = self.execute(backend, stop);
-                let written = room - self.buffers.writable.remaining();
+    fn in_use(&self) -> usize {
+        self.requests.len() - self.free_requests.len()
+    }
 
-                if self.queue.memory().write_obj(status, status_address).is_err() {
-                    return Err(taken.break_queue(QueueError::NoStatus));
-                }
-                self.queue.complete(taken, u32::try_from(written + 1).unwrap_or(u32::MAX))?;
+    fn has_room(&self) -> bool {
+        self.throttled.is_none() && self.in_use() < MAX_REQUESTS
+    }
 
-                // Small requests share an interrupt; the driver does not wait for the rest of a long queue.
-                unannounced += written as usize;
-                if unannounced >= STEP {
-                    self.queue.notify_driver()?;
-                    unannounced = 0;
-                }
+    /// Ends all requests: what is under way is waited for, what is not is given up.
+    fn wind_up(&mut self) -> Result<(), QueueError> {
+        self.turns.extend(self.throttled.take());
+        for index in mem::take(&mut self.turns) {
+            self.request(index).failure.get_or_insert(Failure::Stopped);
+            self.request(index).is_queued = false;
+            self.settle(index)?;
+        }
+        while self.in_use() > 0 {
+            self.channel.wait()?;
+            self.reap()?;
+            for index in mem::take(&mut self.turns) {
+                self.request(index).failure.get_or_insert(Failure::Stopped);
+                self.request(index).is_queued = false;
+                self.settle(index)?;
             }
-            self.queue.notify_driver()?;
-            if stop.is_set() || !self.queue.listen_to_driver()? {
+            self.channel.kick()?;
+        }
+        self.queue.notify_driver()
+    }
+
+    pub(super) fn request(&mut self, index: usize) -> &mut Request {
+        self.requests[index].as_mut().expect("a request stays until it is complete")
+    }
+
+    /// Takes requests from the queue and begins them. True if there were any.
+    fn take(&mut self) -> Result<bool, QueueError> {
+        if let Some(index) = self.throttled {
+            let cost = self.request(index).job.cost();
+            if !self.is_allowed(cost) {
+                return Ok(false);
+            }
+            self.throttled = None;
+            self.enqueue(index);
+        }
+        let mut taken = 0;
+        while taken < BATCH && self.has_room() {
+            let mut buffers = self.spare.pop().unwrap_or_else(|| Buffers::new(MAX_DESCRIPTORS));
+            let Some(chain) = self.queue.take(&mut buffers)? else {
+                self.spare.push(buffers);
+                break;
+            };
+            taken += 1;
+            let Some(status) = buffers.writable.split_last_byte() else {
+                return Err(chain.break_queue(QueueError::NoStatus));
+            };
+            let index = self.accept(chain, status, buffers);
+            if self.request(index).failure.is_some() {
+                self.settle(index)?;
+                continue;
+            }
+            let cost = self.request(index).job.cost();
+            if self.is_allowed(cost) {
+                self.enqueue(index);
+            } else {
+                add(&self.common.stats.throttled, 1);
+                self.throttled = Some(index);
+            }
+        }
+        self.begin()?;
+        Ok(taken > 0)
+    }
+
+    /// Whether the disk's limits let a request of `cost` bytes begin. If not, the worker is woken when they
+    /// may.
+    fn is_allowed(&mut self, cost: u64) -> bool {
+        match self.common.disk.limiter().begin(cost) {
+            Ok(()) => true,
+            // A timer that cannot be set leaves the request to go on unlimited rather than to hang.
+            Err(wait) => self.timer.reset(wait.max(Duration::from_nanos(1)), None).is_err(),
+        }
+    }
+
+    fn accept(&mut self, taken: Taken, status: GuestAddress, mut buffers: Buffers) -> usize {
+        let parsed = self.common.rules.parse(&mut buffers, self.queue.memory());
+        let (job, failure) = match parsed {
+            Ok(job) => (job, None),
+            Err(failure) => (Job::Read(0..0), Some(failure)),
+        };
+        let kind = match &job {
+            Job::Read(_) => Kind::Read,
+            Job::Write(_) => Kind::Write,
+            Job::Flush => Kind::Flush,
+            Job::GetId => Kind::GetId,
+            Job::Clear { how: Clearing::Discard, .. } => Kind::Discard,
+            Job::Clear { .. } => Kind::Zero,
+        };
+        let changes = matches!(kind, Kind::Write | Kind::Discard | Kind::Zero);
+        let request = Request {
+            taken,
+            status,
+            buffers,
+            bytes: job.cost(),
+            written: if kind == Kind::Read { job.cost() } else { 0 },
+            job,
+            kind,
+            in_flight: 0,
+            failure,
+            is_prepared: false,
+            is_queued: false,
+            needs_flush: self.common.write_through && changes,
+            changes: Vec::new(),
+            range: None,
+        };
+        match self.free_requests.pop() {
+            Some(index) => {
+                self.requests[index] = Some(request);
+                index
+            }
+            None => {
+                self.requests.push(Some(request));
+                self.requests.len() - 1
+            }
+        }
+    }
+
+    /// Gives a request its turn, behind those that wait for theirs.
+    fn enqueue(&mut self, index: usize) {
+        if !mem::replace(&mut self.request(index).is_queued, true) {
+            self.turns.push_back(index);
+        }
+    }
+
+    /// Begins requests until one has to wait.
+    fn begin(&mut self) -> Result<(), QueueError> {
+        while let Some(&index) = self.turns.front() {
+            if !self.prepare(index) || self.begin_parts(index) == Flow::Blocked {
                 return Ok(());
             }
+            self.turns.pop_front();
+            self.request(index).is_queued = false;
+            self.settle(index)?;
         }
+        Ok(())
     }
 
-    /// Carries out the request in the buffers. Returns its status byte.
-    fn execute(&mut self, backend: &mut dyn Backend, stop: &StopFlag) -> u8 {
-        let status = match self.try_execute(backend, stop) {
-            Ok(()) => return VIRTIO_BLK_S_OK as u8,
-            Err(failure) => {
-                self.stats.record_error(failure.to_string());
-                match failure {
-                    Failure::Unsupported(_) => VIRTIO_BLK_S_UNSUPP,
-                    _ => VIRTIO_BLK_S_IOERR,
-                }
+    /// Takes what the request has to have to itself, and tells the cache of what it changes. False if it has
+    /// to wait.
+    fn prepare(&mut self, index: usize) -> bool {
+        if self.request(index).is_prepared {
+            return true;
+        }
+        let common = self.common.clone();
+        let changes = self.request(index).job.changes();
+        let hull = changes.iter().cloned().reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
+        let (alignment, _) = self.alignment();
+        if let Some(hull) = hull
+            && alignment > super::SECTOR_SIZE
+        {
+            let is_whole = |range: &std::ops::Range<u64>| widen(range, alignment) == *range;
+            let exclusive = !changes.iter().all(is_whole);
+            match common.disk.locks().try_take(widen(&hull, alignment), exclusive) {
+                None => return false,
+                range => self.request(index).range = range,
+            }
+        }
+        if let (Some(cache), Some(image)) = (common.disk.cache(), common.disk.image().identity()) {
+            for range in changes {
+                let range = widen(&range, BLOCK_SIZE);
+                let blocks = range.start / BLOCK_SIZE..range.end / BLOCK_SIZE;
+                cache.begin_write(image, blocks.clone());
+                self.request(index).changes.push(Change { cache: cache.clone(), image, blocks });
+            }
+        }
+        self.request(index).is_prepared = true;
+        true
+    }
+
+    /// What offsets and lengths, and addresses, have to be multiples of.
+    pub(super) fn alignment(&self) -> (u64, usize) {
+        let direct = self.common.disk.image().raw().and_then(|raw| raw.direct());
+        direct.map_or((1, 1), |direct| (direct.offset.into(), direct.memory as usize))
+    }
+
+    /// Submits an operation on behalf of a request.
+    pub(super) fn submit(&mut self, part: Part, offset: u64, action: Action) {
+        self.request(part.request).in_flight += 1;
+        let id = match self.free_parts.pop() {
+            Some(id) => {
+                self.parts[id] = Some(part);
+                id
+            }
+            None => {
+                self.parts.push(Some(part));
+                self.parts.len() - 1
             }
         };
-        status as u8
+        self.channel.submit(Operation { id, offset, action });
     }
 
-    fn try_execute(&mut self, backend: &mut dyn Backend, stop: &StopFlag) -> Result<(), Failure> {
-        if !self.buffers.in_memory {
-            return Err(Failure::Malformed("a buffer is outside guest memory"));
-        }
-        let header = self.read_header()?;
-        let (incoming, outgoing) = (self.buffers.readable.remaining(), self.buffers.writable.remaining());
-        match header.kind {
-            VIRTIO_BLK_T_IN if incoming > 0 => Err(Failure::Malformed("a read brings data")),
-            VIRTIO_BLK_T_IN => {
-                let offset = self.disk_offset(&header, outgoing)?;
-                self.read(backend, offset, stop)?;
-                add(&self.stats.reads, 1);
-                add(&self.stats.read_bytes, outgoing);
-                Ok(())
+    /// Takes in what is over. True if there was anything.
+    fn reap(&mut self) -> Result<bool, QueueError> {
+        let mut completions = mem::take(&mut self.completions);
+        self.channel.reap(&mut completions)?;
+        let any = !completions.is_empty();
+        let mut outcome = Ok(());
+        for completion in completions.drain(..) {
+            let lost = completion.lost;
+            let index = self.take_in(completion);
+            if lost {
+                self.common.disk.set_lost();
+                outcome = Err(ChannelLost("the code that serves the image has failed".to_owned()).into());
             }
-            VIRTIO_BLK_T_OUT if outgoing > 0 => Err(Failure::Malformed("a write asks for data")),
-            VIRTIO_BLK_T_OUT if backend.is_read_only() => Err(Failure::Malformed("the disk is read-only")),
-            VIRTIO_BLK_T_OUT => {
-                let offset = self.disk_offset(&header, incoming)?;
-                self.write(backend, offset, stop)?;
-                if self.write_through {
-                    backend.flush().map_err(Failure::Flush)?;
+            if outcome.is_ok() {
+                outcome = self.settle(index);
+            }
+        }
+        self.completions = completions;
+        outcome.map(|()| any)
+    }
+
+    /// Takes one completion in. Returns the request that it belongs to.
+    fn take_in(&mut self, completion: Completion) -> usize {
+        let Completion { operation, result, .. } = completion;
+        let part = self.parts[operation.id].take().expect("a part stays until its operation is over");
+        self.free_parts.push(operation.id);
+        let index = part.request;
+        self.request(index).in_flight -= 1;
+        self.finish_part(part, operation, result);
+        if !self.request(index).job.is_begun() && self.request(index).failure.is_none() {
+            self.enqueue(index);
+        }
+        index
+    }
+
+    /// Completes a request of which nothing is left to do.
+    fn settle(&mut self, index: usize) -> Result<(), QueueError> {
+        let request = self.request(index);
+        if request.in_flight > 0
+            || request.is_queued
+            || (request.failure.is_none() && !request.job.is_begun())
+        {
+            return Ok(());
+        }
+        if request.failure.is_none() && mem::take(&mut request.needs_flush) {
+            self.submit(Part { request: index, kind: PartKind::Flush }, 0, Action::Flush);
+            return Ok(());
+        }
+        let Some(request) = self.requests[index].take() else { return Ok(()) };
+        self.free_requests.push(index);
+        let Request { taken, status, buffers, failure, kind, bytes, written, changes, range, .. } = request;
+        // Before the guest can know, and before others may write there.
+        drop(changes);
+        drop(range);
+        self.spare.push(buffers);
+        let (answer, written) = self.account(kind, bytes, written, failure);
+        if self.queue.memory().write_obj(answer as u8, status).is_err() {
+            return Err(taken.break_queue(QueueError::NoStatus));
+        }
+        self.queue.complete(taken, u32::try_from(written + 1).unwrap_or(u32::MAX))
+    }
+
+    /// Counts a request that is over. Returns its status and the bytes written before that.
+    fn account(&self, kind: Kind, bytes: u64, written: u64, failure: Option<Failure>) -> (u32, u64) {
+        let stats = &self.common.stats;
+        if let Some(failure) = failure {
+            stats.record_error(failure.to_string());
+            let status = if failure.is_unsupported() { VIRTIO_BLK_S_UNSUPP } else { VIRTIO_BLK_S_IOERR };
+            return (status, 0);
+        }
+        match kind {
+            Kind::Read => {
+                add(&stats.reads, 1);
+                add(&stats.read_bytes, bytes);
+            }
+            Kind::Write => {
+                add(&stats.writes, 1);
+                add(&stats.written_bytes, bytes);
+            }
+            Kind::Flush => add(&stats.flushes, 1),
+            Kind::Discard => add(&stats.discards, 1),
+            Kind::Zero => add(&stats.write_zeroes, 1),
+            Kind::GetId => {}
+        }
+        (VIRTIO_BLK_S_OK, written)
+    }
+
+    /// Answers a request for the disk's name.
+    pub(super) fn answer_id(&mut self, index: usize) {
+        let (id, memory) = (self.common.id, self.queue.memory().clone());
+        let request = self.request(index);
+        let len = id.len().min(usize::try_from(request.buffers.writable.remaining()).unwrap_or(usize::MAX));
+        match request.buffers.writable.write(&memory, &id[..len]) {
+            Ok(()) => request.written = len as u64,
+            Err(error) => request.failure = Some(error.into()),
+        }
+        request.job = Job::Read(0..0);
+    }
+
+    /// Gives a buffer back to whoever it came from, without use for what is in it.
+    pub(super) fn give_back(&mut self, memory: Memory) {
+        match memory {
+            Memory::Bounce(bounce) => self.bounces.give(bounce),
+            Memory::Fetch(fetch) => {
+                if let Some(cache) = self.common.disk.cache() {
+                    // What the request comes to is known already.
+                    let _ = cache.end_fetch(fetch, Err(()));
                 }
-                add(&self.stats.writes, 1);
-                add(&self.stats.written_bytes, incoming);
-                Ok(())
             }
-            VIRTIO_BLK_T_FLUSH => {
-                backend.flush().map_err(Failure::Flush)?;
-                add(&self.stats.flushes, 1);
-                Ok(())
-            }
-            VIRTIO_BLK_T_GET_ID => {
-                let len = self.id.len().min(usize::try_from(outgoing).unwrap_or(usize::MAX));
-                Ok(self.buffers.writable.write(self.queue.memory(), &self.id[..len])?)
-            }
-            kind => Err(Failure::Unsupported(kind)),
+            Memory::Guest(_) => {}
         }
-    }
-
-    fn read_header(&mut self) -> Result<Header, Failure> {
-        if self.buffers.readable.remaining() < HEADER_LEN as u64 {
-            return Err(Failure::Malformed("the header is incomplete"));
-        }
-        let mut header = [0; HEADER_LEN];
-        self.buffers.readable.read(self.queue.memory(), &mut header)?;
-        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
-        Ok(Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes(sector) })
-    }
-
-    /// Where on the disk `len` bytes at the header's sector begin, if all of them are on it.
-    fn disk_offset(&self, header: &Header, len: u64) -> Result<u64, Failure> {
-        if len == 0 || !len.is_multiple_of(SECTOR_SIZE) {
-            return Err(Failure::Malformed("the data is not a positive number of whole sectors"));
-        }
-        header
-            .sector
-            .checked_mul(SECTOR_SIZE)
-            .filter(|offset| offset.checked_add(len).is_some_and(|end| end <= self.capacity))
-            .ok_or(Failure::Malformed("the sectors are beyond the end of the disk"))
-    }
-
-    fn read(&mut self, backend: &mut dyn Backend, mut offset: u64, stop: &StopFlag) -> Result<(), Failure> {
-        while let Some(step) = next_step(self.buffers.writable.remaining(), stop)? {
-            let data = &mut self.bounce[..step];
-            backend.read_at(offset, data).map_err(host_failure("read", offset, step))?;
-            let observer = self.observer.as_deref();
-            self.buffers.writable.write_to(self.queue.memory(), data, |address, part| {
-                if let Some(observer) = observer {
-                    observer.filled(address, part.len(), offset + part.start as u64);
-                }
-            })?;
-            offset += step as u64;
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, backend: &mut dyn Backend, mut offset: u64, stop: &StopFlag) -> Result<(), Failure> {
-        while let Some(step) = next_step(self.buffers.readable.remaining(), stop)? {
-            let data = &mut self.bounce[..step];
-            self.buffers.readable.read(self.queue.memory(), data)?;
-            backend.write_at(offset, data).map_err(host_failure("write", offset, step))?;
-            offset += step as u64;
-        }
-        Ok(())
     }
 }
 
-/// Bytes of the next step, if anything remains to be moved.
-fn next_step(remaining: u64, stop: &StopFlag) -> Result<Option<usize>, Failure> {
-    match remaining {
-        0 => Ok(None),
-        _ if stop.is_set() => Err(Failure::Stopped),
-        _ => Ok(Some(usize::try_from(remaining).map_or(STEP, |remaining| remaining.min(STEP)))),
+impl Serve for Service {
+    fn events(&self) -> Vec<RawFd> {
+        let [notified, timer, wake] =
+            [self.notified.as_raw_fd(), self.timer.as_raw_fd(), self.wake.as_raw_fd()];
+        vec![notified, self.channel.event(), timer, wake]
+    }
+
+    fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
+        self.work(stop).inspect_err(|error| self.common.stats.record_error(error.to_string()))
     }
 }
 
-fn host_failure(action: &'static str, offset: u64, len: usize) -> impl FnOnce(io::Error) -> Failure {
-    move |source| Failure::Host { action, len, sector: offset / SECTOR_SIZE, source }
+impl Service {
+    /// Serves what there is to serve, until it has to wait for something or the device stops.
+    fn work(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
+        self.queue.silence_driver()?;
+        loop {
+            if stop.is_set() {
+                return self.wind_up();
+            }
+            let mut progress = self.reap()?;
+            self.begin()?;
+            progress |= self.take()?;
+            self.channel.kick()?;
+            // What the host had at hand is over already.
+            progress |= self.reap()?;
+            self.queue.notify_driver()?;
+            if progress {
+                continue;
+            }
+            if self.in_use() == 0 {
+                self.bounces.trim();
+                self.spare.truncate(1);
+            }
+            if !self.has_room() || !self.queue.listen_to_driver()? {
+                return Ok(());
+            }
+            self.queue.silence_driver()?;
+        }
+    }
+}
+
+impl Drop for Service {
+    /// Waits for what is under way, and gives up the requests that are still there: the queue broke.
+    fn drop(&mut self) {
+        while self.channel.in_flight() > 0 {
+            let mut completions = Vec::new();
+            if self.channel.wait().is_err() || self.channel.reap(&mut completions).is_err() {
+                break;
+            }
+            for completion in completions {
+                if let Action::Read(_, memory) | Action::Write(memory) = completion.operation.action {
+                    self.give_back(memory);
+                }
+            }
+        }
+        for request in self.requests.drain(..).flatten() {
+            let Request { taken, changes, range, .. } = request;
+            drop((changes, range));
+            let _ = taken.break_queue(QueueError::NoStatus);
+        }
+    }
 }

@@ -12,10 +12,22 @@ pub struct BlockStats {
     pub writes: AtomicU64,
     /// Flush requests that succeeded.
     pub flushes: AtomicU64,
+    /// Requests to discard that succeeded.
+    pub discards: AtomicU64,
+    /// Requests to write zeroes that succeeded.
+    pub write_zeroes: AtomicU64,
     /// Bytes of successful reads.
     pub read_bytes: AtomicU64,
-    /// Bytes of successful writes.
+    /// Bytes of successful writes, those of zeroes not among them.
     pub written_bytes: AtomicU64,
+    /// Blocks that were read from what guests held.
+    pub blocks_from_guests: AtomicU64,
+    /// Blocks that were read from what the host held.
+    pub blocks_from_host: AtomicU64,
+    /// Blocks that the cache had read from the image.
+    pub blocks_fetched: AtomicU64,
+    /// Requests that were held back to keep to the disk's limits.
+    pub throttled: AtomicU64,
     /// Requests that failed, on account of guest or host, and queues that broke.
     pub errors: AtomicU64,
     last_error: Mutex<Option<String>>,

@@ -14,8 +14,11 @@ fn image(sectors: usize) -> NamedTempFile {
 }
 
 fn open(path: &Path, read_only: bool) -> Result<Block, BlockError> {
-    let (vm, id) = ("vm".to_owned(), "root".to_owned());
-    Block::open(BlockConfig { vm, id, path: path.to_owned(), read_only })
+    Block::open(&config("root", DiskOptions { read_only, ..DiskOptions::new(path) }), None)
+}
+
+fn config(id: &str, disk: DiskOptions) -> BlockConfig {
+    BlockConfig { vm: "vm".to_owned(), id: id.to_owned(), queues: 1, disk }
 }
 
 fn error(path: &Path, read_only: bool) -> String {
@@ -50,7 +53,7 @@ fn a_file_that_shrinks_fails_the_reads_that_it_cannot_serve() {
 #[test]
 fn a_write_that_the_host_refuses_fails_as_a_whole() {
     let file = image(1);
-    let mut raw = RawFile::open(file.path(), false).unwrap();
+    let raw = RawFile::open(file.path(), false).unwrap();
     // No file system has files of this size.
     assert!(raw.write_at(i64::MAX as u64 - 100, &[0; SECTOR]).is_err());
     assert!(raw.write_at(0, &[0; SECTOR]).is_ok());
@@ -91,13 +94,12 @@ fn what_is_not_a_disk_is_refused() {
 fn a_name_fits_the_serial_number() {
     let file = image(8);
     for id in ["", "a name that is too long", "zero\0byte"] {
-        let config = BlockConfig {
-            vm: "vm".to_owned(),
-            id: id.to_owned(),
-            path: file.path().to_owned(),
-            read_only: false,
-        };
-        assert!(matches!(Block::open(config), Err(BlockError::Id { .. })));
+        let refused = Block::open(&config(id, DiskOptions::new(file.path())), None);
+        assert!(matches!(refused, Err(BlockError::Id { .. })));
     }
-    assert!(Block::with_backend("v\0m", "twenty bytes exactly", Box::new(MemoryDisk::new())).is_ok());
+    assert!(Block::new("v\0m", "twenty bytes exactly", 1, MemoryDisk::new().disk()).is_ok());
+    for queues in [0, MAX_QUEUES + 1] {
+        let refused = Block::new("vm", "disk", queues, MemoryDisk::new().disk());
+        assert!(matches!(refused, Err(BlockError::Queues { .. })));
+    }
 }

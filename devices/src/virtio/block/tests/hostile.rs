@@ -1,7 +1,7 @@
 //! Drivers that break the rules, by mistake or on purpose.
 
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::virtio::worker::StopFlag;
+use crate::virtio::worker::{Serve as _, StopFlag};
 use crate::virtio::{Interrupt, RING_FEATURES};
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -140,14 +140,14 @@ fn senseless_available_rings_break_the_device() {
     breaks(|driver| driver.publish_available(driver.available.wrapping_sub(1)));
 }
 
-/// A back end that reports each access and waits to be let through.
+/// An image that reports each read and waits to be let through.
 struct Gate {
     disk: MemoryDisk,
     entered: mpsc::Sender<()>,
-    pass: mpsc::Receiver<()>,
+    pass: Mutex<mpsc::Receiver<()>>,
 }
 
-impl Backend for Gate {
+impl Image for Gate {
     fn size(&self) -> u64 {
         self.disk.size()
     }
@@ -160,19 +160,39 @@ impl Backend for Gate {
         512
     }
 
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let _ = self.entered.send(());
-        // A closed gate's channel lets everything through.
-        let _ = self.pass.recv();
-        self.disk.read_at(offset, data)
+    fn can_discard(&self) -> bool {
+        true
     }
 
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn identity(&self) -> Option<ImageId> {
+        self.disk.identity()
+    }
+
+    fn locate(&self, offset: u64, len: u64) -> io::Result<Location> {
+        self.disk.locate(offset, len)
+    }
+
+    fn read_at(&self, layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let _ = self.entered.send(());
+        // A closed gate's channel lets everything through.
+        let _ = self.pass.lock().unwrap().recv();
+        self.disk.read_at(layer, offset, data)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.disk.write_at(offset, data)
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&self) -> io::Result<()> {
         self.disk.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.disk.write_zeroes(offset, len, unmap)
     }
 }
 
@@ -180,14 +200,14 @@ impl Backend for Gate {
 fn a_reset_in_the_middle_of_io_ends_it() {
     let (entered, has_entered) = mpsc::channel();
     let (pass, gate) = mpsc::channel();
-    let gate = Gate { disk: MemoryDisk::new(), entered, pass: gate };
-    let block = Block::with_backend("vm", "disk", Box::new(gate)).unwrap();
+    let gate = Gate { disk: MemoryDisk::new(), entered, pass: Mutex::new(gate) };
+    let block = Block::new("vm", "disk", 1, Disk::new(Arc::new(gate), Engine::Auto)).unwrap();
     let mut driver = Driver::started(block, FLUSH_FEATURE);
 
     let len = (SECTORS * SECTOR) as u32;
     driver.put_header(READ, 0);
     driver.submit(&[(HEADER, 16, false), (DATA, len, true), (STATUS, 1, true)]);
-    has_entered.recv_timeout(Duration::from_secs(20)).unwrap();
+    has_entered.recv_timeout(Duration::from_secs(120)).unwrap();
     std::thread::scope(|scope| {
         let resetting = scope.spawn(|| {
             driver.transport.reset();
@@ -211,53 +231,8 @@ fn a_reset_in_the_middle_of_io_ends_it() {
     assert!(driver.read_sectors(0, 1).is_ok());
 }
 
-/// A back end that asks its worker to stop after some accesses.
-struct StopAfter {
-    disk: MemoryDisk,
-    accesses: usize,
-    stop: StopFlag,
-}
-
-impl StopAfter {
-    fn count(&mut self) {
-        self.accesses = self.accesses.saturating_sub(1);
-        if self.accesses == 0 {
-            self.stop.set();
-        }
-    }
-}
-
-impl Backend for StopAfter {
-    fn size(&self) -> u64 {
-        self.disk.size()
-    }
-
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
-    fn physical_block_size(&self) -> u32 {
-        512
-    }
-
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.count();
-        self.disk.read_at(offset, data)
-    }
-
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.count();
-        self.disk.write_at(offset, data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.count();
-        Ok(())
-    }
-}
-
-/// Serves the rings in `memory` on this thread until they are empty, broken, or `accesses` were made.
-fn serve(memory: &crate::GuestMemory, event_idx: bool, accesses: usize) {
+/// Serves the rings in `memory` on this thread until they are empty or broken, and stops.
+fn serve(memory: &crate::GuestMemory, event_idx: bool) {
     let mut queue = Queue::new(QUEUE_SIZE).unwrap();
     queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
     queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
@@ -267,26 +242,30 @@ fn serve(memory: &crate::GuestMemory, event_idx: bool, accesses: usize) {
     let interrupt = Arc::new(Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
     let queue = ServedQueue::new(queue, memory.clone(), interrupt);
 
+    let disk = Arc::new(MemoryDisk::new().disk());
+    let rules = Rules { capacity: disk.image().size(), read_only: false, features: ALL_FEATURES };
+    let common = Common {
+        disk,
+        id: [b'x'; MAX_ID_LEN],
+        rules,
+        write_through: true,
+        stats: Arc::default(),
+        observer: None,
+    };
+    let mut service =
+        Service::new(Arc::new(common), queue, EventFd::new(libc::EFD_NONBLOCK).unwrap(), "block-test")
+            .unwrap();
     let stop = StopFlag::default();
-    let mut backend = StopAfter { disk: MemoryDisk::new(), accesses, stop: stop.clone() };
-    let capacity = backend.size();
-    let mut service = Service::new(queue, [b'x'; MAX_ID_LEN], capacity, true, Arc::default(), None);
-    // Whether the rings made sense is not the question here.
-    let _ = service.serve(&mut backend, &stop);
-}
-
-#[test]
-fn a_stop_between_two_steps_fails_the_request() {
-    let driver = Driver::new(MemoryDisk::new().block());
-    driver.put_header(READ, 0);
-    let descriptor = |address, len, flags, next| Descriptor::new(address, len, flags, next);
-    driver.put_descriptor(DESCRIPTORS, 0, descriptor(HEADER, 16, NEXT, 1));
-    driver.put_descriptor(DESCRIPTORS, 1, descriptor(DATA, 512 << 10, NEXT | DEVICE_WRITES, 2));
-    driver.put_descriptor(DESCRIPTORS, 2, descriptor(STATUS, 1, DEVICE_WRITES, 0));
-    driver.publish_available(1);
-    serve(&driver.memory, true, 1);
-    assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), IO_ERROR);
-    assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 1, "and completes it");
+    // Whether the rings made sense is not the question here. A queue that wraps around may be served for
+    // ever, so it is stopped at some point.
+    for _ in 0..64 {
+        if service.serve(&stop).is_err() || service.channel.in_flight() == 0 {
+            break;
+        }
+        let _ = service.channel.wait();
+    }
+    stop.set();
+    let _ = service.serve(&stop);
 }
 
 fn address() -> impl Strategy<Value = u64> {
@@ -337,9 +316,7 @@ proptest! {
         }
         memory.write_obj(available, GuestAddress(AVAILABLE + 2)).unwrap();
 
-        let start = Instant::now();
-        serve(&memory, event_idx, 1000);
-        prop_assert!(start.elapsed() < Duration::from_secs(10));
+        serve(&memory, event_idx);
     }
 
     /// Rings, tables and requests of arbitrary bytes.
@@ -355,8 +332,6 @@ proptest! {
         }
         memory.write_obj(available, GuestAddress(AVAILABLE + 2)).unwrap();
 
-        let start = Instant::now();
-        serve(&memory, event_idx, 1000);
-        prop_assert!(start.elapsed() < Duration::from_secs(10));
+        serve(&memory, event_idx);
     }
 }

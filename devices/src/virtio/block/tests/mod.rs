@@ -1,22 +1,33 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::Bytes;
 
 use super::*;
+use crate::disk::cache::ImageId;
+use crate::disk::image::{Layer, Location};
+use crate::disk::raw::RawFile;
+use crate::disk::{CachePolicy, Disk, Engine, Format};
 use crate::virtio::testing::*;
 
+mod cache;
 mod files;
 mod hostile;
+mod limits;
 mod model;
+mod power;
+mod qcow2;
 mod requests;
+mod targets;
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
@@ -25,12 +36,18 @@ const UNSUPPORTED: u8 = 2;
 const NO_STATUS: u8 = 0xee;
 
 const FLUSH_FEATURE: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+const DISCARD_FEATURE: u64 = 1 << VIRTIO_BLK_F_DISCARD;
+const ZEROES_FEATURE: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+/// What a modern driver accepts of a disk that can be written.
+const ALL_FEATURES: u64 = FLUSH_FEATURE | DISCARD_FEATURE | ZEROES_FEATURE;
 const SECTOR: usize = SECTOR_SIZE as usize;
 const SECTORS: usize = 1024;
 
 const HEADER: u64 = BUFFERS;
 const STATUS: u64 = BUFFERS + 0x100;
 const DATA: u64 = BUFFERS + 0x1000;
+
+const MEMORY_IMAGE: ImageId = ImageId::new(1, 2, 3);
 
 /// A disk in memory that fails as it is told to, seen from outside.
 #[derive(Default)]
@@ -41,6 +58,8 @@ struct Medium {
     flush_fails: bool,
     flushes: usize,
     panics: bool,
+    /// Zeroes have to be written.
+    no_zeroes: bool,
 }
 
 #[derive(Clone)]
@@ -65,7 +84,11 @@ impl MemoryDisk {
     }
 
     fn block(&self) -> Block {
-        Block::with_backend("vm", "disk", Box::new(self.clone())).unwrap()
+        Block::new("vm", "disk", 1, self.disk()).unwrap()
+    }
+
+    fn disk(&self) -> Disk {
+        Disk::new(Arc::new(self.clone()), Engine::Auto)
     }
 
     /// Where an access lies in the medium's data, unless the medium fails.
@@ -80,7 +103,7 @@ impl MemoryDisk {
     }
 }
 
-impl Backend for MemoryDisk {
+impl Image for MemoryDisk {
     fn size(&self) -> u64 {
         self.medium().data.len() as u64
     }
@@ -93,19 +116,31 @@ impl Backend for MemoryDisk {
         4096
     }
 
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+    fn can_discard(&self) -> bool {
+        true
+    }
+
+    fn identity(&self) -> Option<ImageId> {
+        Some(MEMORY_IMAGE)
+    }
+
+    fn locate(&self, _offset: u64, len: u64) -> io::Result<Location> {
+        Ok(Location { layer: Layer(0), image: self.identity(), len })
+    }
+
+    fn read_at(&self, _layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let range = self.range(offset, data.len())?;
         data.copy_from_slice(&self.medium().data[range]);
         Ok(())
     }
 
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let range = self.range(offset, data.len())?;
         self.medium().data[range].copy_from_slice(data);
         Ok(())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&self) -> io::Result<()> {
         let mut medium = self.medium();
         if medium.flush_fails {
             return Err(io::Error::other("no flush"));
@@ -113,14 +148,44 @@ impl Backend for MemoryDisk {
         medium.flushes += 1;
         Ok(())
     }
+
+    /// What is discarded gets a content that nobody could have written.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let range = self.range(offset, len as usize)?;
+        self.medium().data[range].fill(0xdd);
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
+        if self.medium().no_zeroes {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let range = self.range(offset, len as usize)?;
+        self.medium().data[range].fill(0);
+        Ok(())
+    }
 }
 
 impl Driver {
     fn put_header(&self, kind: u32, sector: u64) {
-        self.memory.write_obj(kind, GuestAddress(HEADER)).unwrap();
-        self.memory.write_obj(0u32, GuestAddress(HEADER + 4)).unwrap();
-        self.memory.write_obj(sector, GuestAddress(HEADER + 8)).unwrap();
+        self.put_header_at(HEADER, kind, sector);
         self.memory.write_obj(NO_STATUS, GuestAddress(STATUS)).unwrap();
+    }
+
+    fn put_header_at(&self, address: u64, kind: u32, sector: u64) {
+        self.memory.write_obj(kind, GuestAddress(address)).unwrap();
+        self.memory.write_obj(0u32, GuestAddress(address + 4)).unwrap();
+        self.memory.write_obj(sector, GuestAddress(address + 8)).unwrap();
+    }
+
+    /// A request with ranges of sectors: start, number, flags.
+    fn clear_sectors(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
+        for (i, (sector, sectors, flags)) in (0..).zip(ranges) {
+            self.memory.write_obj(*sector, GuestAddress(DATA + i * 16)).unwrap();
+            self.memory.write_obj(*sectors, GuestAddress(DATA + i * 16 + 8)).unwrap();
+            self.memory.write_obj(*flags, GuestAddress(DATA + i * 16 + 12)).unwrap();
+        }
+        self.request(kind, 0, &[(DATA, ranges.len() as u32 * 16, false)]).0
     }
 
     /// A request with `data` between header and status. Returns the status and the bytes written.

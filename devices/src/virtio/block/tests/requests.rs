@@ -18,6 +18,21 @@ fn the_configuration_describes_the_disk() {
     assert_eq!(config[20..24], 512u32.to_le_bytes(), "logical block");
     assert_eq!(config[24..28], [3, 0, 8, 0], "eight logical blocks in a physical one");
     assert_eq!(config[28..], [0; 12]);
+
+    let block = MemoryDisk::new().block();
+    assert_eq!(block.features() & ALL_FEATURES, ALL_FEATURES);
+    let mut config = [0xaa; 64];
+    block.read_config(0, &mut config);
+    assert_eq!(config[34..36], [0; 2], "one queue needs no count");
+    for limits in [36, 48] {
+        assert_eq!(config[limits..limits + 4], (1u32 << 21).to_le_bytes(), "sectors of a range");
+        assert_eq!(config[limits + 4..limits + 8], 16u32.to_le_bytes(), "ranges");
+    }
+    assert_eq!(config[44..48], 8u32.to_le_bytes(), "alignment of discards");
+    assert_eq!(config[56..], [1, 0, 0, 0, 0, 0, 0, 0], "zeroing may unmap");
+    let several = Block::new("vm", "disk", 4, MemoryDisk::new().disk()).unwrap();
+    several.read_config(0, &mut config);
+    assert_eq!((several.queue_sizes().len(), &config[34..36]), (4, &[4, 0][..]));
 }
 
 #[test]
@@ -39,13 +54,13 @@ fn data_is_read_and_written_in_several_segments() {
     assert_eq!(disk.medium().data[100 * SECTOR..103 * SECTOR], data);
 }
 
-/// Notes what it is told: address, bytes, offset.
+/// Notes what it is told: image, address, bytes, offset.
 #[derive(Default)]
-struct Notes(Mutex<Vec<(u64, usize, u64)>>);
+struct Notes(Mutex<Vec<(ImageId, u64, usize, u64)>>);
 
 impl ReadObserver for Notes {
-    fn filled(&self, address: GuestAddress, bytes: usize, offset: u64) {
-        self.0.lock().unwrap().push((address.0, bytes, offset));
+    fn filled(&self, image: ImageId, address: GuestAddress, bytes: usize, offset: u64) {
+        self.0.lock().unwrap().push((image, address.0, bytes, offset));
     }
 }
 
@@ -57,7 +72,10 @@ fn an_observer_is_told_what_reads_put_where() {
     block.set_read_observer(notes.clone());
     let mut driver = Driver::started(block, FLUSH_FEATURE);
     driver.request(READ, 8, &[(DATA, 4096, true), (FAR_REGION, 1024, true)]);
-    assert_eq!(*notes.0.lock().unwrap(), [(DATA, 4096, 4096), (FAR_REGION, 1024, 8192)]);
+    assert_eq!(
+        *notes.0.lock().unwrap(),
+        [(MEMORY_IMAGE, DATA, 4096, 4096), (MEMORY_IMAGE, FAR_REGION, 1024, 8192)]
+    );
 
     // Of writes, of reads that fail and of memory that is not there, nothing.
     notes.0.lock().unwrap().clear();

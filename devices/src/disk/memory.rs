@@ -1,0 +1,293 @@
+//! Memory that host I/O reads from and writes to.
+//!
+//! A buffer belongs to the operation that is under way with it and moves along with it, so it cannot go
+//! away, or be used otherwise, before the kernel has finished. Reads go to memory of the host's alone
+//! ([`Bounce`], [`Fetch`]): a read into guest memory would pin pages that the host may be remapping.
+//! Writes may come straight from guest memory ([`GuestSlices`]): the kernel only reads there, and a page
+//! that is remapped meanwhile keeps its content.
+
+#![expect(unsafe_code, reason = "buffers are shared with the kernel by address")]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::slice;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice};
+use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+
+use super::cache::Fetch;
+use crate::GuestMemory;
+
+/// Alignment of bounce buffers: enough for direct I/O on any device.
+pub(crate) const BUFFER_ALIGNMENT: usize = 4096;
+/// Sizes of bounce buffers, in bytes. The largest is what one operation moves through a buffer at most: as
+/// much as the kernel reads ahead.
+const CLASSES: [usize; 3] = [4 << 10, 32 << 10, MAX_BOUNCE];
+/// Most bytes of one bounce buffer.
+pub(crate) const MAX_BOUNCE: usize = 128 << 10;
+
+/// Aligned memory of the host's that data goes through between image and guest.
+#[derive(Debug)]
+pub(crate) struct Bounce {
+    memory: NonNull<u8>,
+    class: usize,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to this value alone.
+unsafe impl Send for Bounce {}
+
+impl Bounce {
+    fn new(class: usize) -> Self {
+        let layout = Self::layout(class);
+        // SAFETY: the layout has a positive size.
+        let memory = unsafe { alloc_zeroed(layout) };
+        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
+        Self { memory, class, len: CLASSES[class] }
+    }
+
+    fn layout(class: usize) -> Layout {
+        Layout::from_size_align(CLASSES[class], BUFFER_ALIGNMENT)
+            .expect("sizes are multiples of the alignment")
+    }
+
+    /// The bytes in use.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: `len` is at most the size of the allocation, which was initialised to zeroes and belongs
+        // to this value alone; no I/O is under way, since that would own this value.
+        unsafe { slice::from_raw_parts(self.memory.as_ptr(), self.len) }
+    }
+
+    /// The bytes in use.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and this value is borrowed mutably.
+        unsafe { slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Bounce {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.class)) }
+    }
+}
+
+/// The bounce buffers of one queue: so many bytes at most, of which few are kept for the next request.
+#[derive(Debug)]
+pub(crate) struct BouncePool {
+    free: [Vec<Bounce>; CLASSES.len()],
+    /// Bytes of all buffers, free or in use.
+    total: usize,
+    limit: usize,
+}
+
+impl BouncePool {
+    /// A pool of `limit` bytes at most, or of one buffer.
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { free: Default::default(), total: 0, limit: limit.max(MAX_BOUNCE) }
+    }
+
+    /// A buffer of `len` bytes, [`MAX_BOUNCE`] at most; none while too many are in use.
+    pub(crate) fn take(&mut self, len: usize) -> Option<Bounce> {
+        let class = CLASSES.iter().position(|&size| len <= size)?;
+        let mut buffer = match self.free[class].pop() {
+            Some(buffer) => buffer,
+            None => {
+                if self.total + CLASSES[class] > self.limit {
+                    self.drop_free();
+                }
+                if self.total + CLASSES[class] > self.limit {
+                    return None;
+                }
+                self.total += CLASSES[class];
+                Bounce::new(class)
+            }
+        };
+        buffer.len = len;
+        Some(buffer)
+    }
+
+    /// Takes a buffer back.
+    pub(crate) fn give(&mut self, buffer: Bounce) {
+        self.free[buffer.class].push(buffer);
+    }
+
+    /// Gives the host back what is not in use, but for one small buffer: an idle disk costs little.
+    pub(crate) fn trim(&mut self) {
+        let kept = self.free[0].pop();
+        self.drop_free();
+        self.free[0].extend(kept);
+    }
+
+    fn drop_free(&mut self) {
+        for buffer in self.free.iter_mut().flat_map(|free| free.drain(..)) {
+            self.total -= CLASSES[buffer.class];
+        }
+    }
+}
+
+/// Ranges of guest memory that are written to an image.
+pub(crate) struct GuestSlices {
+    /// Keeps the addresses below mapped.
+    _memory: GuestMemory,
+    vectors: Vec<libc::iovec>,
+    len: usize,
+}
+
+// SAFETY: the addresses are of guest memory, which any thread may read; `_memory` keeps it mapped.
+unsafe impl Send for GuestSlices {}
+
+impl GuestSlices {
+    /// The ranges `pieces`, if each begins at a host address aligned to `address_alignment`, has a length
+    /// that is a multiple of `length_alignment`, and lies in guest memory. Both are powers of two.
+    pub(crate) fn new(
+        memory: &GuestMemory,
+        pieces: &[(GuestAddress, usize)],
+        address_alignment: usize,
+        length_alignment: usize,
+    ) -> Option<Self> {
+        let mut vectors = Vec::with_capacity(pieces.len());
+        let mut len = 0;
+        for &(address, bytes) in pieces {
+            for slice in memory.get_slices(address, bytes, Permissions::Read).ok()? {
+                let slice = slice.ok()?;
+                let base = address_of(&slice);
+                let aligned = (base as usize).is_multiple_of(address_alignment)
+                    && slice.len().is_multiple_of(length_alignment);
+                if !aligned {
+                    return None;
+                }
+                vectors.push(libc::iovec { iov_base: base.cast(), iov_len: slice.len() });
+                len += slice.len();
+            }
+        }
+        let fits = vectors.len() <= libc::UIO_MAXIOV as usize;
+        fits.then(|| Self { _memory: memory.clone(), vectors, len })
+    }
+}
+
+fn address_of<B: Bitmap + BitmapSlice>(slice: &VolatileSlice<'_, B>) -> *mut u8 {
+    slice.ptr_guard().as_ptr().cast_mut()
+}
+
+/// What an operation reads into or writes from.
+pub(crate) enum Memory {
+    /// A bounce buffer.
+    Bounce(Bounce),
+    /// A buffer of the cache's, to read into.
+    Fetch(Fetch),
+    /// Guest memory, to write from.
+    Guest(GuestSlices),
+}
+
+impl Memory {
+    /// Bytes to be moved.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Bounce(bounce) => bounce.len,
+            Self::Fetch(fetch) => fetch.bytes(),
+            Self::Guest(slices) => slices.len,
+        }
+    }
+
+    /// The bytes to read into; none where that is forbidden.
+    pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        match self {
+            Self::Bounce(bounce) => Some(bounce.bytes_mut()),
+            Self::Fetch(fetch) => {
+                let (start, len) = (fetch.buffer().as_ptr(), fetch.bytes());
+                // SAFETY: whoever made the fetch vouched that its buffer can be written and that nobody else
+                // touches it while the fetch lives, which is borrowed here.
+                Some(unsafe { slice::from_raw_parts_mut(start, len) })
+            }
+            Self::Guest(_) => None,
+        }
+    }
+
+    /// The vectors that remain after the first `done` bytes. They are valid as long as this value lives and
+    /// is not borrowed otherwise.
+    pub(crate) fn vectors(&self, done: usize) -> Vec<libc::iovec> {
+        let whole =
+            |base: NonNull<u8>, len| vec![libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len }];
+        let vectors = match self {
+            Self::Bounce(bounce) => whole(bounce.memory, bounce.len),
+            Self::Fetch(fetch) => whole(fetch.buffer(), fetch.bytes()),
+            Self::Guest(slices) => slices.vectors.clone(),
+        };
+        skip(vectors, done)
+    }
+}
+
+/// Cuts the first `done` bytes off.
+fn skip(mut vectors: Vec<libc::iovec>, mut done: usize) -> Vec<libc::iovec> {
+    let whole = vectors
+        .iter()
+        .take_while(|vector| {
+            let is_done = done >= vector.iov_len;
+            if is_done {
+                done -= vector.iov_len;
+            }
+            is_done
+        })
+        .count();
+    vectors.drain(..whole);
+    if let Some(first) = vectors.first_mut() {
+        first.iov_base = first.iov_base.cast::<u8>().wrapping_add(done).cast();
+        first.iov_len -= done;
+    }
+    vectors
+}
+
+/// The range of whole pieces of `alignment` bytes that `range` touches.
+pub(crate) fn widen(range: &Range<u64>, alignment: u64) -> Range<u64> {
+    range.start - range.start % alignment..range.end.next_multiple_of(alignment)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn a_pool_is_bounded_and_gives_memory_back() {
+        let mut pool = BouncePool::new(2 * MAX_BOUNCE);
+        let large = [pool.take(MAX_BOUNCE).unwrap(), pool.take(MAX_BOUNCE).unwrap()];
+        assert!(pool.take(1).is_none());
+        for buffer in large {
+            assert!((buffer.bytes().as_ptr() as usize).is_multiple_of(BUFFER_ALIGNMENT));
+            pool.give(buffer);
+        }
+        // Free buffers make way for others.
+        let small: Vec<_> = (0..64).map(|_| pool.take(512).unwrap()).collect();
+        assert!(small.iter().all(|buffer| buffer.bytes().len() == 512));
+        assert!(pool.take(MAX_BOUNCE).is_none() && pool.take(MAX_BOUNCE + 1).is_none());
+        small.into_iter().for_each(|buffer| pool.give(buffer));
+        pool.trim();
+        assert_eq!(pool.total, CLASSES[0]);
+    }
+
+    #[test]
+    fn guest_memory_is_written_from_where_it_is_aligned() {
+        let ranges = [(GuestAddress(0), 0x4000), (GuestAddress(0x4000), 0x4000)];
+        let memory = GuestMemory::from_ranges(&ranges).unwrap();
+        memory.write_slice(&[7; 0x1000], GuestAddress(0x3800)).unwrap();
+        let slices = |address, len| GuestSlices::new(&memory, &[(GuestAddress(address), len)], 512, 512);
+        assert!(
+            slices(0x201, 512).is_none() && slices(0x200, 511).is_none() && slices(0x7e00, 1024).is_none()
+        );
+        // Across two regions that are not neighbours in the host.
+        let memory = Memory::Guest(slices(0x3800, 0x1000).unwrap());
+        assert_eq!((memory.len(), memory.vectors(0).len(), memory.vectors(0x800).len()), (0x1000, 2, 1));
+        assert_eq!(memory.vectors(0x900)[0].iov_len, 0x700);
+        assert!(memory.vectors(0x1000).is_empty());
+    }
+
+    #[test]
+    fn ranges_widen_to_whole_pieces() {
+        assert_eq!(widen(&(512..1024), 4096), 0..4096);
+        assert_eq!(widen(&(4096..8192), 4096), 4096..8192);
+        assert_eq!(widen(&(4095..8193), 4096), 0..12288);
+    }
+}

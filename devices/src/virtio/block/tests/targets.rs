@@ -1,0 +1,121 @@
+//! Disks of every kind, with known content.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::cache::FakeCache;
+use super::*;
+
+/// A kind of disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Target {
+    Memory {
+        zeroes: bool,
+    },
+    Raw {
+        policy: CachePolicy,
+        engine: Engine,
+        align: Option<u32>,
+    },
+    /// A chain of images, the lowest first, by the sizes of their clusters.
+    Qcow2 {
+        clusters: &'static [u32],
+        policy: CachePolicy,
+    },
+    /// A raw image behind a cache.
+    Cached {
+        align: Option<u32>,
+    },
+}
+
+/// A disk and what is on it.
+pub(super) struct Test {
+    pub(super) disk: Disk,
+    pub(super) initial: Vec<u8>,
+    pub(super) memory: Option<MemoryDisk>,
+    /// What its driver has to use.
+    pub(super) guest: crate::GuestMemory,
+    pub(super) _directory: tempfile::TempDir,
+}
+
+impl Target {
+    /// Makes one; none if the host lacks a tool for it, which it says.
+    pub(super) fn make(self) -> Option<Test> {
+        let directory = tempfile::tempdir().unwrap();
+        let mut initial = MemoryDisk::new().medium().data.clone();
+        let mut memory = None;
+        let guest = crate::virtio::testing::memory();
+        let disk = match self {
+            Self::Memory { zeroes } => {
+                let disk = MemoryDisk::new();
+                disk.medium().no_zeroes = !zeroes;
+                memory = Some(disk.clone());
+                disk.disk()
+            }
+            Self::Raw { policy, engine, align } => {
+                raw(&directory.path().join("raw"), &initial, policy, engine, align)
+            }
+            Self::Qcow2 { clusters, policy } => {
+                let path = chain(directory.path(), clusters, &mut initial)?;
+                let options = DiskOptions { format: Some(Format::Qcow2), policy, ..DiskOptions::new(path) };
+                Disk::open(&options).unwrap()
+            }
+            Self::Cached { align } => {
+                let path = directory.path().join("raw");
+                let mut disk = raw(&path, &initial, CachePolicy::Exclusive, Engine::Auto, align);
+                disk.set_cache(Arc::new(FakeCache::new(guest.clone())));
+                disk
+            }
+        };
+        Some(Test { disk, initial, memory, guest, _directory: directory })
+    }
+}
+
+/// A raw image that holds `data`; `align` has direct I/O keep to larger blocks than it must.
+pub(super) fn raw(path: &Path, data: &[u8], policy: CachePolicy, engine: Engine, align: Option<u32>) -> Disk {
+    fs::write(path, data).unwrap();
+    let options = DiskOptions { policy, engine, ..DiskOptions::new(path) };
+    match align {
+        None => Disk::open(&options).unwrap(),
+        Some(align) => Disk::new(Arc::new(RawFile::open_in_blocks(path, align).unwrap()), engine),
+    }
+}
+
+/// Runs qemu-img; none if there is none.
+pub(super) fn qemu_img(arguments: &[&str], path: &Path) -> Option<()> {
+    let output = match Command::new("qemu-img").args(arguments).arg(path).output() {
+        Ok(output) => output,
+        Err(error) => {
+            println!("skipped: qemu-img cannot be run: {error}");
+            return None;
+        }
+    };
+    assert!(output.status.success(), "qemu-img {arguments:?} {path:?}: {output:?}");
+    Some(())
+}
+
+/// Makes a chain of qcow2 images over a raw one that holds `data`, the lowest first. Where there are several,
+/// each but the last holds some sectors of its own, which are entered into `data`.
+pub(super) fn chain(directory: &Path, clusters: &[u32], data: &mut Vec<u8>) -> Option<PathBuf> {
+    let mut below = (directory.join("base"), "raw");
+    fs::write(&below.0, &*data).unwrap();
+    for (number, cluster) in clusters.iter().enumerate() {
+        let path = directory.join(format!("layer{number}"));
+        let backing =
+            format!("backing_file={},backing_fmt={},cluster_size={cluster}", below.0.display(), below.1);
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &backing], &path)?;
+        below = (path, "qcow2");
+        if number + 1 < clusters.len() {
+            let options = DiskOptions { format: Some(Format::Qcow2), ..DiskOptions::new(&below.0) };
+            let disk = Disk::open(&options).unwrap();
+            for start in (number * 7 * SECTOR..data.len() - 8 * SECTOR).step_by(67 * SECTOR) {
+                let piece = &mut data[start..start + 5 * SECTOR];
+                piece.fill(0xa0 + number as u8);
+                disk.image().write_at(start as u64, piece).unwrap();
+            }
+            disk.image().flush().unwrap();
+        }
+    }
+    Some(below.0)
+}

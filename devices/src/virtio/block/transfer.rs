@@ -1,0 +1,432 @@
+//! How a request becomes operations on the image, and what becomes of their results.
+//!
+//! - Reads of whole blocks are asked of the cache, if there is one; what it wants fetched is read into its
+//!   memory. All other reads go through bounce buffers.
+//! - Writes go straight from guest memory where the image can take them from there and all is aligned as
+//!   direct I/O demands, and through bounce buffers otherwise.
+//! - Where the host takes larger pieces only, what surrounds the data is read first and written back with
+//!   it; [`ranges`](crate::disk::ranges) keeps other writes out meanwhile.
+
+use std::io;
+use std::ops::Range;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::SECTOR_SIZE;
+use super::request::{Clearing, Failure, Job};
+use super::service::{Flow, Service};
+use super::stats::add;
+use crate::GuestMemory;
+use crate::disk::cache::{BLOCK_SIZE, BlockRead, ImageId};
+use crate::disk::channel::{Action, Operation};
+use crate::disk::image::{Layer, Location};
+use crate::disk::memory::{GuestSlices, MAX_BOUNCE, Memory, widen};
+
+/// Most bytes of one operation straight from guest memory. Bounds the vectors that it takes.
+const MAX_DIRECT: u64 = 1 << 20;
+
+/// Where in guest memory the bytes of a part are, in order.
+type Pieces = Vec<(GuestAddress, usize)>;
+
+/// An operation of a request.
+pub(super) struct Part {
+    pub(super) request: usize,
+    pub(super) kind: PartKind,
+}
+
+pub(super) enum PartKind {
+    /// Bytes of the buffer are copied to the guest when they have been read.
+    Copy {
+        /// For the observer.
+        image: Option<ImageId>,
+        /// Which bytes of the buffer go where.
+        copies: Vec<(GuestAddress, Range<usize>)>,
+    },
+    /// The cache delivers what has been read.
+    Fetch,
+    /// The data is put into the buffer when what surrounds it has been read.
+    Surround(Source, Range<usize>),
+    Write,
+    Flush,
+    Clear(Clearing, Range<u64>),
+}
+
+/// What is written.
+pub(super) enum Source {
+    Guest(Pieces),
+    Zeroes,
+}
+
+impl Source {
+    fn fill(&self, memory: &GuestMemory, data: &mut [u8]) -> Result<(), GuestMemoryError> {
+        match self {
+            Self::Zeroes => data.fill(0),
+            Self::Guest(pieces) => {
+                let mut rest = data;
+                for &(address, len) in pieces {
+                    let (piece, others) = rest.split_at_mut(len.min(rest.len()));
+                    memory.read_slice(piece, address)?;
+                    rest = others;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The end of the piece of at most `size` bytes that begins at `range.start`: pieces end where the disk is
+/// aligned.
+fn piece_end(range: &Range<u64>, size: u64) -> u64 {
+    range.end.min((range.start / size + 1).saturating_mul(size))
+}
+
+impl Service {
+    /// Submits all operations of the request that can be submitted now.
+    pub(super) fn begin_parts(&mut self, index: usize) -> Flow {
+        while self.request(index).failure.is_none() && !self.request(index).job.is_begun() {
+            let flow = match &mut self.request(index).job {
+                Job::GetId => {
+                    self.answer_id(index);
+                    Ok(Flow::Begun)
+                }
+                Job::Flush => {
+                    self.request(index).job = Job::Read(0..0);
+                    self.submit(Part { request: index, kind: PartKind::Flush }, 0, Action::Flush);
+                    Ok(Flow::Begun)
+                }
+                Job::Read(range) => {
+                    let range = range.clone();
+                    self.begin_read(index, range)
+                }
+                Job::Write(range) => {
+                    let range = range.clone();
+                    self.begin_write(index, range)
+                }
+                Job::Clear { fill, .. } if !fill.is_empty() => {
+                    let range = fill[0].clone();
+                    self.begin_fill(index, range)
+                }
+                Job::Clear { how, ranges, .. } => {
+                    let (how, range) = (*how, ranges.pop_front());
+                    self.begin_clear(index, how, range);
+                    Ok(Flow::Begun)
+                }
+            };
+            match flow {
+                Ok(Flow::Begun) => {}
+                Ok(Flow::Blocked) => return Flow::Blocked,
+                Err(failure) => self.request(index).failure = Some(failure),
+            }
+        }
+        Flow::Begun
+    }
+
+    /// Begins to read the first piece of `range`.
+    fn begin_read(&mut self, index: usize, range: Range<u64>) -> Result<Flow, Failure> {
+        let end = piece_end(&range, MAX_BOUNCE as u64);
+        let location = self.locate(range.start, end - range.start)?;
+        let mut end = end.min(range.start + location.len.max(1));
+        let (alignment, _) = self.alignment();
+        let has_cache = self.common.disk.cache().is_some() && alignment <= BLOCK_SIZE;
+        let image = location.image.filter(|_| has_cache);
+        // Whole blocks apart from what comes before and after them.
+        let first_block = range.start.next_multiple_of(BLOCK_SIZE);
+        let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
+        let is_cached = image.is_some() && first_block == range.start && last_block > first_block;
+        if is_cached {
+            end = last_block;
+        } else if image.is_some() && first_block > range.start && first_block < end {
+            end = first_block;
+        }
+
+        let wide = widen(&(range.start..end), alignment);
+        let Some(bounce) = self.bounces.take((wide.end - wide.start) as usize) else {
+            return Ok(Flow::Blocked);
+        };
+        let request = self.request(index);
+        request.job = Job::Read(end..range.end);
+        let pieces = match request.buffers.writable.take((end - range.start) as usize) {
+            Ok(pieces) => pieces,
+            Err(error) => {
+                self.bounces.give(bounce);
+                return Err(error.into());
+            }
+        };
+        let copies = match image {
+            Some(image) if is_cached => self.begin_cached(index, image, location.layer, range.start, &pieces),
+            _ => copies_of(&pieces, (range.start - wide.start) as usize),
+        };
+        if copies.is_empty() {
+            self.bounces.give(bounce);
+        } else {
+            let kind = PartKind::Copy { image: location.image, copies };
+            let action = Action::Read(location.layer, Memory::Bounce(bounce));
+            self.submit(Part { request: index, kind }, wide.start, action);
+        }
+        Ok(Flow::Begun)
+    }
+
+    /// Where the bytes are; for plain files that is known.
+    fn locate(&self, offset: u64, len: u64) -> Result<Location, Failure> {
+        self.common.disk.image().locate(offset, len).map_err(host_failure("locate", offset, len))
+    }
+
+    /// Asks the cache for whole blocks from byte `start` on, whose data goes to `pieces`, and submits what it
+    /// wants fetched. Returns what is left to be read from there through a buffer.
+    fn begin_cached(
+        &mut self,
+        index: usize,
+        image: ImageId,
+        layer: Layer,
+        start: u64,
+        pieces: &[(GuestAddress, usize)],
+    ) -> Vec<(GuestAddress, Range<usize>)> {
+        let common = self.common.clone();
+        let Some(cache) = common.disk.cache() else { return copies_of(pieces, 0) };
+        let mut copies = Vec::new();
+        let mut run: Vec<GuestAddress> = Vec::new();
+        let mut run_first = start / BLOCK_SIZE;
+        let blocks = split_blocks(pieces);
+        let count = blocks.len();
+        for (i, block) in blocks.into_iter().enumerate() {
+            let number = start / BLOCK_SIZE + i as u64;
+            let offset = i * BLOCK_SIZE as usize;
+            match block[..] {
+                [(address, _)] => run.push(address),
+                // A block in several places is nothing that the cache could deliver.
+                _ => copies.extend(copies_of(&block, offset)),
+            }
+            if (block.len() > 1 || i + 1 == count) && !run.is_empty() {
+                let plan = cache.begin_read(&BlockRead { image, first: run_first, targets: &run });
+                add(&common.stats.blocks_from_guests, plan.served.from_guests);
+                add(&common.stats.blocks_from_host, plan.served.from_host);
+                for fetch in plan.fetches {
+                    add(&common.stats.blocks_fetched, fetch.blocks().into());
+                    let offset = fetch.first() * BLOCK_SIZE;
+                    let part = Part { request: index, kind: PartKind::Fetch };
+                    self.submit(part, offset, Action::Read(layer, Memory::Fetch(fetch)));
+                }
+                for number in plan.past.into_iter().flatten() {
+                    let target = run[(number - run_first) as usize];
+                    let offset = (number * BLOCK_SIZE - start) as usize;
+                    copies.push((target, offset..offset + BLOCK_SIZE as usize));
+                }
+                run.clear();
+            }
+            if run.is_empty() {
+                run_first = number + 1;
+            }
+        }
+        copies
+    }
+
+    /// Begins to write the first piece of `range` with what the guest has given.
+    fn begin_write(&mut self, index: usize, range: Range<u64>) -> Result<Flow, Failure> {
+        let (alignment, memory_alignment) = self.alignment();
+        if self.common.disk.image().raw().is_some() && range.start.is_multiple_of(alignment) {
+            let end = piece_end(&range, MAX_DIRECT);
+            let memory = self.queue.memory().clone();
+            let mut ahead = self.request(index).buffers.readable.clone();
+            let pieces = ahead.take((end - range.start) as usize)?;
+            if let Some(slices) = GuestSlices::new(&memory, &pieces, memory_alignment, alignment as usize) {
+                let request = self.request(index);
+                request.buffers.readable = ahead;
+                request.job = Job::Write(end..range.end);
+                let action = Action::Write(Memory::Guest(slices));
+                self.submit(Part { request: index, kind: PartKind::Write }, range.start, action);
+                return Ok(Flow::Begun);
+            }
+        }
+        let piece = range.start..piece_end(&range, MAX_BOUNCE as u64);
+        let mut ahead = self.request(index).buffers.readable.clone();
+        let pieces = ahead.take((piece.end - piece.start) as usize)?;
+        let flow = self.begin_buffered(index, piece.clone(), Source::Guest(pieces))?;
+        if flow == Flow::Begun {
+            let request = self.request(index);
+            request.buffers.readable = ahead;
+            request.job = Job::Write(piece.end..range.end);
+        }
+        Ok(flow)
+    }
+
+    /// Begins to write zeroes over the first piece of `range`, the first that the request has to fill.
+    fn begin_fill(&mut self, index: usize, range: Range<u64>) -> Result<Flow, Failure> {
+        let piece = range.start..piece_end(&range, MAX_BOUNCE as u64);
+        let flow = self.begin_buffered(index, piece.clone(), Source::Zeroes)?;
+        if flow == Flow::Begun
+            && let Job::Clear { fill, .. } = &mut self.request(index).job
+        {
+            fill[0].start = piece.end;
+            if fill[0].is_empty() {
+                fill.pop_front();
+            }
+        }
+        Ok(flow)
+    }
+
+    /// Writes `range` from `source` through a buffer.
+    fn begin_buffered(&mut self, index: usize, range: Range<u64>, source: Source) -> Result<Flow, Failure> {
+        let (alignment, _) = self.alignment();
+        let wide = widen(&range, alignment);
+        let Some(mut bounce) = self.bounces.take((wide.end - wide.start) as usize) else {
+            return Ok(Flow::Blocked);
+        };
+        if wide != range {
+            let inner = (range.start - wide.start) as usize..(range.end - wide.start) as usize;
+            let part = Part { request: index, kind: PartKind::Surround(source, inner) };
+            self.submit(part, wide.start, Action::Read(Layer(0), Memory::Bounce(bounce)));
+            return Ok(Flow::Begun);
+        }
+        if let Err(error) = source.fill(self.queue.memory(), bounce.bytes_mut()) {
+            self.bounces.give(bounce);
+            return Err(error.into());
+        }
+        let action = Action::Write(Memory::Bounce(bounce));
+        self.submit(Part { request: index, kind: PartKind::Write }, range.start, action);
+        Ok(Flow::Begun)
+    }
+
+    fn begin_clear(&mut self, index: usize, how: Clearing, range: Option<Range<u64>>) {
+        let Some(range) = range else { return };
+        let len = range.end - range.start;
+        let action = match how {
+            Clearing::Discard => Action::Discard(len),
+            Clearing::Zero { .. } if self.common.disk.zeroes_have_to_be_written() => {
+                return self.fill(index, range);
+            }
+            Clearing::Zero { unmap } => Action::Zero { len, unmap },
+        };
+        let offset = range.start;
+        self.submit(Part { request: index, kind: PartKind::Clear(how, range) }, offset, action);
+    }
+
+    fn fill(&mut self, index: usize, range: Range<u64>) {
+        if let Job::Clear { fill, .. } = &mut self.request(index).job {
+            fill.push_back(range);
+        }
+    }
+
+    /// Takes in how an operation of a part ended.
+    pub(super) fn finish_part(&mut self, part: Part, operation: Operation, result: io::Result<()>) {
+        let index = part.request;
+        if let Err(failure) = self.try_finish_part(part, operation, result) {
+            self.request(index).failure.get_or_insert(failure);
+        }
+    }
+
+    fn try_finish_part(
+        &mut self,
+        part: Part,
+        operation: Operation,
+        result: io::Result<()>,
+    ) -> Result<(), Failure> {
+        let Part { request: index, kind } = part;
+        let offset = operation.offset;
+        match (kind, operation.action) {
+            (PartKind::Copy { image, copies }, Action::Read(_, Memory::Bounce(bounce))) => {
+                let copied = result
+                    .map_err(host_failure("read", offset, bounce.bytes().len() as u64))
+                    .and_then(|()| self.copy_to_guest(offset, bounce.bytes(), image, &copies));
+                self.bounces.give(bounce);
+                copied
+            }
+            (PartKind::Fetch, Action::Read(_, Memory::Fetch(fetch))) => {
+                let len = fetch.bytes() as u64;
+                let Some(cache) = self.common.disk.cache() else { return Ok(()) };
+                let outcome = if result.is_ok() { Ok(()) } else { Err(()) };
+                let delivered = cache.end_fetch(fetch, outcome);
+                result.map_err(host_failure("read", offset, len))?;
+                delivered.map_err(host_failure("deliver", offset, len))
+            }
+            (PartKind::Surround(source, inner), Action::Read(_, Memory::Bounce(mut bounce))) => {
+                let len = bounce.bytes().len() as u64;
+                let filled = result
+                    .map_err(host_failure("read what surrounds", offset, len))
+                    .and_then(|()| Ok(source.fill(self.queue.memory(), &mut bounce.bytes_mut()[inner])?));
+                if let Err(failure) = filled {
+                    self.bounces.give(bounce);
+                    return Err(failure);
+                }
+                let action = Action::Write(Memory::Bounce(bounce));
+                self.submit(Part { request: index, kind: PartKind::Write }, offset, action);
+                Ok(())
+            }
+            (PartKind::Write, Action::Write(memory)) => {
+                let len = memory.len() as u64;
+                self.give_back(memory);
+                result.map_err(host_failure("write", offset, len))
+            }
+            (PartKind::Flush, _) => result.map_err(Failure::Flush),
+            (PartKind::Clear(how, range), _) => match (result, how) {
+                (Err(error), Clearing::Discard) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+                (Err(error), Clearing::Zero { .. }) if error.kind() == io::ErrorKind::Unsupported => {
+                    self.common.disk.write_zeroes_from_now_on();
+                    self.fill(index, range);
+                    Ok(())
+                }
+                (result, how) => {
+                    let action = if how == Clearing::Discard { "discard" } else { "zero" };
+                    result.map_err(host_failure(action, offset, range.end - range.start))
+                }
+            },
+            // An operation comes back as it was submitted.
+            (_, action) => {
+                if let Action::Read(_, memory) | Action::Write(memory) = action {
+                    self.give_back(memory);
+                }
+                Err(Failure::Malformed("it came back as another one"))
+            }
+        }
+    }
+
+    fn copy_to_guest(
+        &self,
+        offset: u64,
+        data: &[u8],
+        image: Option<ImageId>,
+        copies: &[(GuestAddress, Range<usize>)],
+    ) -> Result<(), Failure> {
+        for (address, range) in copies {
+            self.queue.memory().write_slice(&data[range.clone()], *address)?;
+            if let (Some(observer), Some(image)) = (&self.common.observer, image) {
+                observer.filled(image, *address, range.len(), offset + range.start as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where `pieces` are to be copied from, given that the first comes from byte `offset` of a buffer.
+fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Vec<(GuestAddress, Range<usize>)> {
+    let copy = |&(address, len): &(GuestAddress, usize)| {
+        offset += len;
+        (address, offset - len..offset)
+    };
+    pieces.iter().map(copy).collect()
+}
+
+/// The places of each block of data that goes to `pieces`.
+fn split_blocks(pieces: &[(GuestAddress, usize)]) -> Vec<Pieces> {
+    let mut blocks: Vec<Pieces> = Vec::new();
+    let mut room = 0;
+    for &(mut address, mut len) in pieces {
+        while len > 0 {
+            if room == 0 {
+                blocks.push(Vec::new());
+                room = BLOCK_SIZE as usize;
+            }
+            let step = len.min(room);
+            if let Some(block) = blocks.last_mut() {
+                block.push((address, step));
+            }
+            // The ranges were found to lie in guest memory.
+            address = GuestAddress(address.0.wrapping_add(step as u64));
+            (len, room) = (len - step, room - step);
+        }
+    }
+    blocks
+}
+
+fn host_failure(action: &'static str, offset: u64, len: u64) -> impl FnOnce(io::Error) -> Failure {
+    move |source| Failure::Host { action, len, sector: offset / SECTOR_SIZE, source }
+}
