@@ -12,6 +12,7 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use imago::file::File as ImagoFile;
@@ -34,6 +35,8 @@ type Overlay = Qcow2<ImagoFile, Arc<View>>;
 struct Backing {
     view: Arc<View>,
     file: ImageFile,
+    /// Bytes of the file when it was looked at last.
+    len: AtomicU64,
 }
 
 /// A disk on a qcow2 image.
@@ -43,6 +46,8 @@ pub(super) struct Qcow2Image {
     /// From the image that backs the top one downwards.
     backing: Vec<Backing>,
     file: ImageFile,
+    /// Bytes of the file when it was looked at last.
+    len: AtomicU64,
     size: u64,
 }
 
@@ -67,7 +72,8 @@ impl Qcow2Image {
         }
         // They were opened from the bottom up.
         backing.reverse();
-        Ok(Self { top: RwLock::new(FormatAccess::new(overlay)), backing, file, size })
+        let len = AtomicU64::new(file.size);
+        Ok(Self { top: RwLock::new(FormatAccess::new(overlay)), backing, file, len, size })
     }
 
     fn top(&self) -> io::Result<RwLockReadGuard<'_, View>> {
@@ -77,6 +83,15 @@ impl Qcow2Image {
     fn exclusively(&self, change: impl FnOnce(&mut View) -> io::Result<()>) -> io::Result<()> {
         change(&mut *self.top.write().map_err(|_| lost())?)
     }
+}
+
+/// Fails if somebody has cut the file: what it has lost would be read as zeroes.
+fn check_length(file: &ImageFile, len: &AtomicU64) -> io::Result<()> {
+    let metadata = file.file.metadata()?;
+    if metadata.is_file() && metadata.len() < len.fetch_max(metadata.len(), Ordering::Relaxed) {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "an image file has become too short"));
+    }
+    Ok(())
 }
 
 fn lost() -> io::Error {
@@ -150,7 +165,8 @@ fn open_backing(
         FormatAccess::new(raw)
     };
     let view = Arc::new(view);
-    backing.push(Backing { view: view.clone(), file });
+    let len = AtomicU64::new(file.size);
+    backing.push(Backing { view: view.clone(), file, len });
     Ok(view)
 }
 
@@ -213,6 +229,8 @@ impl Image for Qcow2Image {
     }
 
     fn read_at(&self, layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        check_length(&self.file, &self.len)?;
+        self.backing.iter().try_for_each(|backing| check_length(&backing.file, &backing.len))?;
         match layer.0.checked_sub(1) {
             None => self.top()?.read(data, offset),
             Some(lower) => {
@@ -238,11 +256,13 @@ impl Image for Qcow2Image {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        if unmap {
-            self.exclusively(|top| top.discard_to_zero(offset, len))
-        } else {
-            self.top()?.write_zeroes(offset, len)
-        }
+        // Zeroing makes whole clusters zero whose other parts it has found to be zeroes, which a write must
+        // not change meanwhile.
+        self.exclusively(
+            |top| {
+                if unmap { top.discard_to_zero(offset, len) } else { top.write_zeroes(offset, len) }
+            },
+        )
     }
 }
 

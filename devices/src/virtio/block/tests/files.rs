@@ -51,6 +51,83 @@ fn a_file_that_shrinks_fails_the_reads_that_it_cannot_serve() {
 }
 
 #[test]
+fn a_file_that_shrinks_under_direct_io_does_so_too() {
+    for (engine, align) in [(Engine::Auto, None), (Engine::Threads, None), (Engine::Auto, Some(4096))] {
+        let file = image(64);
+        let disk = super::targets::raw(file.path(), &[0x11; 64 * SECTOR], CachePolicy::None, engine, align);
+        let mut driver = Driver::started(Block::new("vm", "disk", 1, disk).unwrap(), ALL_FEATURES);
+        File::options().write(true).open(file.path()).unwrap().set_len(16 * SECTOR_SIZE + 100).unwrap();
+        assert!(driver.read_sectors(0, 16).is_ok());
+        assert_eq!(driver.read_sectors(16, 1), Err(IO_ERROR));
+        assert_eq!(driver.read_sectors(40, 8), Err(IO_ERROR));
+        // Nor is there anything that part of a block could be written back with.
+        assert_eq!(driver.write_sectors(41, &[1; SECTOR]), if align.is_some() { IO_ERROR } else { OK });
+        assert_eq!(driver.write_sectors(48, &[1; 16 * SECTOR]), OK, "whole blocks make the file longer");
+        assert_eq!(driver.read_sectors(48, 16).unwrap(), [1; 16 * SECTOR]);
+        assert_eq!(driver.request(FLUSH, 0, &[]), (OK, 1));
+    }
+}
+
+#[test]
+fn discarded_sectors_take_no_space_and_zeroes_are_zeroes() {
+    let file = image(2048);
+    let mut driver = Driver::started(open(file.path(), false).unwrap(), ALL_FEATURES);
+    let blocks = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(file.path()).unwrap());
+    File::open(file.path()).unwrap().sync_all().unwrap();
+    let before = blocks();
+    assert_eq!(driver.clear_sectors(DISCARD, &[(0, 512, 0), (1024, 512, 0)]), OK);
+    assert!(blocks() < before, "{} of {before} blocks are left", blocks());
+    assert_eq!(driver.clear_sectors(WRITE_ZEROES, &[(600, 3, 0), (700, 5, 1)]), OK);
+    let data = fs::read(file.path()).unwrap();
+    assert_eq!(data.len(), 2048 * SECTOR);
+    for sector in 0..2048 {
+        let zeroed = sector < 512
+            || (1024..1536).contains(&sector)
+            || [600..603, 700..705].iter().any(|r| r.contains(&sector));
+        assert_eq!(data[sector * SECTOR], if zeroed { 0 } else { 0x11 }, "sector {sector}");
+    }
+}
+
+#[test]
+fn a_file_that_ends_within_a_block_goes_through_the_page_cache() {
+    let file = image(9);
+    let options = DiskOptions { policy: CachePolicy::None, ..DiskOptions::new(file.path()) };
+    let mut driver = Driver::started(Block::open(&config("root", options), None).unwrap(), FLUSH_FEATURE);
+    assert_eq!(driver.write_sectors(8, &[3; SECTOR]), OK);
+    assert_eq!(driver.read_sectors(8, 1).unwrap(), [3; SECTOR]);
+    assert_eq!(fs::metadata(file.path()).unwrap().len(), 9 * SECTOR_SIZE);
+}
+
+#[test]
+fn a_file_system_without_direct_io_is_used_all_the_same() {
+    // Files in memory may know direct I/O or not, by the kernel's age.
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return };
+    let path = directory.path().join("raw");
+    let disk = super::targets::raw(&path, &[0x11; 64 * SECTOR], CachePolicy::None, Engine::Auto, None);
+    let mut driver = Driver::started(Block::new("vm", "disk", 1, disk).unwrap(), ALL_FEATURES);
+    assert_eq!(driver.write_sectors(3, &[0x22; 9 * SECTOR]), OK);
+    assert_eq!(driver.read_sectors(3, 9).unwrap(), [0x22; 9 * SECTOR]);
+    assert_eq!(driver.clear_sectors(WRITE_ZEROES, &[(4, 2, 0)]), OK);
+    assert_eq!(driver.request(FLUSH, 0, &[]), (OK, 1));
+    let data = fs::read(&path).unwrap();
+    assert_eq!((data[3 * SECTOR], data[4 * SECTOR], data[6 * SECTOR]), (0x22, 0, 0x22));
+}
+
+#[test]
+fn a_full_disk_is_an_error_of_the_guest_and_loses_nothing() {
+    let disk = MemoryDisk::new();
+    let block = disk.block();
+    let stats = block.stats();
+    let mut driver = Driver::started(block, ALL_FEATURES);
+    disk.medium().full_from = Some(100);
+    assert_eq!(driver.write_sectors(98, &[9; 8 * SECTOR]), IO_ERROR);
+    assert!(stats.last_error().unwrap().contains("No space left"), "{:?}", stats.last_error());
+    assert_eq!(driver.write_sectors(90, &[9; 2 * SECTOR]), OK);
+    assert_eq!(driver.clear_sectors(WRITE_ZEROES, &[(99, 2, 0)]), IO_ERROR);
+    assert_eq!(driver.read_sectors(90, 2).unwrap(), [9; 2 * SECTOR]);
+}
+
+#[test]
 fn a_write_that_the_host_refuses_fails_as_a_whole() {
     let file = image(1);
     let raw = RawFile::open(file.path(), false).unwrap();

@@ -54,6 +54,78 @@ fn senseless_requests_are_io_errors() {
     assert!(driver.read_sectors(0, 1).is_ok(), "the device goes on");
 }
 
+#[test]
+fn senseless_ranges_are_refused() {
+    let disk = MemoryDisk::new();
+    let before = disk.medium().data.clone();
+    let mut driver = Driver::started(disk.block(), ALL_FEATURES);
+    let end = SECTORS as u64;
+    for kind in [DISCARD, WRITE_ZEROES] {
+        for (ranges, status) in [
+            (&[(0, 0, 0)][..], IO_ERROR),
+            (&[(0, end as u32 + 1, 0)], IO_ERROR),
+            (&[(end, 1, 0)], IO_ERROR),
+            (&[(u64::MAX, 1, 0)], IO_ERROR),
+            (&[(1 << 55, 1, 0)], IO_ERROR),
+            (&[((1 << 55) - 1, u32::MAX, 0)], IO_ERROR),
+            (&[(0, u32::MAX, 0)], IO_ERROR),
+            // One that is wrong spoils those before it.
+            (&[(0, 8, 0), (8, 8, 0), (end - 1, 2, 0)], IO_ERROR),
+            (&[(0, 1, 0); 17], IO_ERROR),
+            (&[(0, 8, 2)], UNSUPPORTED),
+            (&[(0, 8, 1 << 31)], UNSUPPORTED),
+            (&[(0, 8, 0), (8, 8, 3)], UNSUPPORTED),
+        ] {
+            assert_eq!(driver.clear_sectors(kind, ranges), status, "{kind} {ranges:?}");
+        }
+        // Parts of ranges, none, ranges that the device is to write, and more than memory holds.
+        for data in [
+            &[][..],
+            &[(DATA, 15, false)],
+            &[(DATA, 17, false)],
+            &[(DATA, 16, true)],
+            &[(DATA, 16, false), (DATA + 16, 16, true)],
+            &[(DATA, 16, false), (MEMORY_SIZE - 8, 16, false)],
+            &[(DATA, 0x10000, false)],
+        ] {
+            assert_eq!(driver.request(kind, 0, data).0, IO_ERROR, "{kind} {data:x?}");
+        }
+    }
+    assert_eq!(driver.clear_sectors(DISCARD, &[(0, 8, 1)]), UNSUPPORTED, "a discard has no unmap flag");
+    assert_eq!(disk.medium().data, before);
+    assert_eq!(driver.clear_sectors(WRITE_ZEROES, &[(0, 1, 1); 16]), OK);
+    assert_eq!(disk.medium().data[..SECTOR], [0; SECTOR]);
+
+    // Who has not negotiated them cannot use them, nor can anybody on a read-only disk.
+    driver.start(RING_FEATURES | FLUSH_FEATURE);
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(driver.clear_sectors(kind, &[(0, 8, 0)]), UNSUPPORTED);
+    }
+    let read_only = MemoryDisk { read_only: true, ..MemoryDisk::new() }.block();
+    assert_eq!(read_only.features() & (DISCARD_FEATURE | ZEROES_FEATURE), 0);
+}
+
+#[test]
+fn a_chain_made_available_again_and_again_is_bounded() {
+    let (entered, _has_entered) = mpsc::channel();
+    let (pass, gate) = mpsc::channel();
+    let gate = Gate { disk: MemoryDisk::new(), entered, pass: Mutex::new(gate) };
+    let block = Block::new("vm", "disk", 1, Disk::new(Arc::new(gate), Engine::Auto)).unwrap();
+    let mut driver = Driver::started(block, FLUSH_FEATURE);
+    driver.put_header(READ, 0);
+    let chain = [(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+    driver.put_chain(DESCRIPTORS, &chain);
+    for _ in 0..1000 {
+        driver.make_available(0);
+        driver.notify();
+        std::thread::yield_now();
+    }
+    drop(pass);
+    driver.transport.reset();
+    driver.start(RING_FEATURES | FLUSH_FEATURE);
+    assert!(driver.read_sectors(0, 1).is_ok());
+}
+
 /// Starts a device, lets `misbehave` spoil its queue, and expects it to need a reset and to work after one.
 fn breaks(misbehave: impl FnOnce(&mut Driver)) {
     let disk = MemoryDisk::new();

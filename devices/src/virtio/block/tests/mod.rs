@@ -58,6 +58,8 @@ struct Medium {
     flush_fails: bool,
     flushes: usize,
     panics: bool,
+    /// There is no space from this sector on.
+    full_from: Option<u64>,
     /// Zeroes have to be written.
     no_zeroes: bool,
 }
@@ -89,6 +91,11 @@ impl MemoryDisk {
 
     fn disk(&self) -> Disk {
         Disk::new(Arc::new(self.clone()), Engine::Auto)
+    }
+
+    fn check_space(&self, range: &std::ops::Range<usize>) -> io::Result<()> {
+        let full = self.medium().full_from.is_some_and(|sector| range.end > sector as usize * SECTOR);
+        if full { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
 
     /// Where an access lies in the medium's data, unless the medium fails.
@@ -136,6 +143,7 @@ impl Image for MemoryDisk {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let range = self.range(offset, data.len())?;
+        self.check_space(&range)?;
         self.medium().data[range].copy_from_slice(data);
         Ok(())
     }
@@ -161,6 +169,7 @@ impl Image for MemoryDisk {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let range = self.range(offset, len as usize)?;
+        self.check_space(&range)?;
         self.medium().data[range].fill(0);
         Ok(())
     }

@@ -125,6 +125,24 @@ fn damaged_images_are_refused() {
 }
 
 #[test]
+fn an_image_that_is_cut_fails_reads_instead_of_losing_data() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut data = MemoryDisk::new().medium().data.clone();
+    let Some(top) = chain(directory.path(), &[65536], &mut data) else { return };
+    let disk = open(&top, Some(Format::Qcow2), false).unwrap();
+    let mut driver = Driver::started(Block::new("vm", "disk", 1, disk).unwrap(), ALL_FEATURES);
+    assert_eq!(driver.write_sectors(0, &data[..64 * SECTOR]), OK);
+    assert_eq!(driver.read_sectors(500, 8).unwrap(), data[500 * SECTOR..508 * SECTOR]);
+    let base = File::options().write(true).open(directory.path().join("base")).unwrap();
+    base.set_len(300 * SECTOR_SIZE).unwrap();
+    assert_eq!(driver.read_sectors(500, 8), Err(IO_ERROR));
+    base.set_len(data.len() as u64).unwrap();
+    assert!(driver.read_sectors(100, 8).is_ok());
+    File::options().write(true).open(&top).unwrap().set_len(70000).unwrap();
+    assert_eq!(driver.read_sectors(100, 8), Err(IO_ERROR));
+}
+
+#[test]
 fn what_was_written_is_what_other_programs_read() {
     let directory = tempfile::tempdir().unwrap();
     let mut data = MemoryDisk::new().medium().data.clone();
