@@ -1,0 +1,421 @@
+//! The memory hole: memory outside guest RAM in which a guest tells its host what each of its pages is
+//! for. This is the one description of its layout, for both sides.
+//!
+//! The hole is an array of 32-bit words, little-endian as all of an x86-64 guest, in 4 KiB pages:
+//!
+//! ```text
+//! word 0      the host's header: what the guest may rely on, and what the host asks for
+//! word 1024   the guest's header: how far it is
+//! word 2048   a counter for each block of 1024 page frames: another value when one of its flags changed
+//! ...         from the next page on, one word of flags for each page frame, by its number
+//! ```
+//!
+//! A word of flags is [`PUBLISHED`] and what `/proc/kpageflags` says of the page frame ([`flags`]); 0 says
+//! nothing. Page frame numbers count from guest physical address 0, so those of a gap in RAM have words
+//! that nobody uses.
+//!
+//! # Protocol
+//! The guest goes over its page frames in *passes*. It writes the words that changed, then the counters of
+//! their blocks. At the end of a pass it makes the sequence counter odd, writes its header, makes the
+//! counter even again and rings the doorbell by writing any word at its address. While the sequence
+//! counter is odd, or when it has changed meanwhile, what was read of the header means nothing; words of
+//! flags are claims about their own page frames alone and may be read at any time.
+//!
+//! The host asks for a pass by raising [`HostHeader::requested`]. A pass that began after that answers it,
+//! and says so in [`GuestHeader::answered`]: each of its words is younger than the request.
+//!
+//! Nothing here protects the host: the guest can write any of it, at any time. What is read is a claim by
+//! a stranger, and what a host needs to know for itself it must keep elsewhere.
+//!
+//! # A guest finds it
+//! by the kernel parameter `samepage.hole=BYTES@ADDRESS` ([`PARAMETER`], [`parse_parameter`]), which Linux
+//! itself ignores. The memory is reserved in the memory map.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+pub mod flags;
+
+use core::sync::atomic::{AtomicU32, Ordering, fence};
+
+pub use flags::{PUBLISHED, PageType};
+
+/// What the host's header begins with: "SPHL".
+pub const HOST_MAGIC: u32 = u32::from_le_bytes(*b"SPHL");
+/// What a guest's header begins with: "sphl".
+pub const GUEST_MAGIC: u32 = u32::from_le_bytes(*b"sphl");
+/// The version of this layout.
+pub const VERSION: u32 = 1;
+/// The kernel parameter by which guests find the hole.
+pub const PARAMETER: &str = "samepage.hole";
+/// Ranges of RAM that the host's header has room for.
+pub const MAX_RANGES: usize = 4;
+/// Page frames for which one counter stands.
+pub const BLOCK_PAGES: u32 = 1024;
+/// Bytes of a page.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Content of freed pages matters to the guest: it poisons them and checks the poison when it takes them
+/// again. The host must not discard them.
+pub const FREED_PAGES_MATTER: u32 = 1 << 0;
+/// The guest clears pages when it frees them, and expects them to read as zeros when it takes them again.
+pub const FREED_PAGES_ARE_ZERO: u32 = 1 << 1;
+
+const PAGE_WORDS: usize = 1024;
+const HOST: usize = 0;
+const GUEST: usize = PAGE_WORDS;
+const COUNTERS: usize = 2 * PAGE_WORDS;
+
+/// A run of page frames that are RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrameRange {
+    /// Its first page frame.
+    pub first: u32,
+    /// How many there are.
+    pub count: u32,
+}
+
+/// What the host writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostHeader {
+    /// Page frames that have words of flags: one more than the highest number.
+    pub frames: u32,
+    /// Guest physical address of the doorbell; 0 for none.
+    pub doorbell: u64,
+    /// RAM, by ascending number; unused ones are empty.
+    pub ranges: [FrameRange; MAX_RANGES],
+    /// Number of the pass that the host asks for; it goes up, and wraps around.
+    pub requested: u32,
+    /// The host wants a pass in so many milliseconds; 0: it leaves that to the guest.
+    pub interval_ms: u32,
+}
+
+/// What the guest writes at the end of a pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestHeader {
+    /// [`FREED_PAGES_MATTER`], [`FREED_PAGES_ARE_ZERO`]; other bits are ignored.
+    pub features: u32,
+    /// Number of the pass: another one after each.
+    pub generation: u32,
+    /// The last request that the host had made when the pass began.
+    pub answered: u32,
+    /// The next pass begins in so many milliseconds if nobody asks for one.
+    pub next_ms: u32,
+    /// When the pass ended, in milliseconds of the guest's monotonic clock.
+    pub time_ms: u64,
+    /// Words that this pass changed.
+    pub changed: u32,
+    /// The guest's CPU time for this pass, in microseconds.
+    pub cpu_us: u32,
+}
+
+/// Why a guest's header was not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// There is none, or none of this version.
+    Absent,
+    /// It kept changing.
+    Unsettled,
+}
+
+/// Pages of counters for page frames.
+const fn counter_words(frames: u32) -> usize {
+    (frames.div_ceil(BLOCK_PAGES) as usize).next_multiple_of(PAGE_WORDS)
+}
+
+/// The size of a hole for so many page frames, in bytes: whole pages.
+#[must_use]
+pub const fn bytes_for(frames: u32) -> u64 {
+    let words = COUNTERS + counter_words(frames) + (frames as usize).next_multiple_of(PAGE_WORDS);
+    words as u64 * 4
+}
+
+/// Size and address out of the value of [`PARAMETER`]; `None` if it is not one.
+#[must_use]
+pub fn parse_parameter(value: &str) -> Option<(u64, u64)> {
+    let (bytes, address) = value.split_once('@')?;
+    Some((number(bytes)?, number(address)?))
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |digits| u64::from_str_radix(digits, 16).ok())
+}
+
+/// The words of a hole, and what they mean.
+///
+/// Every access is one of a whole word, so that neither side sees half of what the other wrote.
+#[derive(Clone, Copy, Debug)]
+pub struct Hole<'a> {
+    words: &'a [AtomicU32],
+    frames: u32,
+}
+
+impl<'a> Hole<'a> {
+    /// A hole for this many page frames; `None` where the memory is too small for it.
+    #[must_use]
+    pub fn new(words: &'a [AtomicU32], frames: u32) -> Option<Self> {
+        (words.len() as u64 * 4 >= bytes_for(frames)).then_some(Self { words, frames })
+    }
+
+    /// A hole as the host describes it in its header; `None` where there is no such header, or where it
+    /// does not fit into the memory.
+    #[must_use]
+    pub fn described(words: &'a [AtomicU32]) -> Option<Self> {
+        let nothing = Self::new(words, 0)?;
+        let header = nothing.host_header()?;
+        Self::new(words, header.frames)
+    }
+
+    /// Page frames that have words.
+    #[must_use]
+    pub fn frames(&self) -> u32 {
+        self.frames
+    }
+
+    /// Blocks of page frames, each with a counter.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.frames.div_ceil(BLOCK_PAGES)
+    }
+
+    /// The host's header; `None` where there is none of this version.
+    #[must_use]
+    pub fn host_header(&self) -> Option<HostHeader> {
+        let word = |index: usize| self.load(HOST + index);
+        if (word(0), word(1)) != (HOST_MAGIC, VERSION) {
+            return None;
+        }
+        let mut ranges = [FrameRange::default(); MAX_RANGES];
+        for (index, range) in ranges.iter_mut().enumerate() {
+            *range = FrameRange { first: word(16 + 2 * index), count: word(17 + 2 * index) };
+        }
+        Some(HostHeader {
+            frames: word(2),
+            doorbell: u64::from(word(4)) | u64::from(word(5)) << 32,
+            ranges,
+            requested: word(8),
+            interval_ms: word(9),
+        })
+    }
+
+    /// Writes the host's header, the magic number last.
+    pub fn set_host_header(&self, header: &HostHeader) {
+        let set = |index: usize, value: u32| self.store(HOST + index, value);
+        set(2, header.frames);
+        set(4, header.doorbell as u32);
+        set(5, (header.doorbell >> 32) as u32);
+        set(8, header.requested);
+        set(9, header.interval_ms);
+        for (index, range) in header.ranges.iter().enumerate() {
+            set(16 + 2 * index, range.first);
+            set(17 + 2 * index, range.count);
+        }
+        set(1, VERSION);
+        self.words[HOST].store(HOST_MAGIC, Ordering::Release);
+    }
+
+    /// The guest's header, if it holds still. Tries a few times, and never waits.
+    ///
+    /// # Errors
+    /// Why it was not read.
+    pub fn guest_header(&self) -> Result<GuestHeader, Unread> {
+        const ATTEMPTS: u32 = 16;
+        let word = |index: usize| self.load(GUEST + index);
+        if (word(0), word(1)) != (GUEST_MAGIC, VERSION) {
+            return Err(Unread::Absent);
+        }
+        for _ in 0..ATTEMPTS {
+            let before = self.words[GUEST + 2].load(Ordering::Acquire);
+            let header = GuestHeader {
+                features: word(3),
+                generation: word(4),
+                answered: word(5),
+                next_ms: word(6),
+                changed: word(7),
+                time_ms: u64::from(word(8)) | u64::from(word(9)) << 32,
+                cpu_us: word(10),
+            };
+            fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && word(2) == before {
+                return Ok(header);
+            }
+            core::hint::spin_loop();
+        }
+        Err(Unread::Unsettled)
+    }
+
+    /// Writes the guest's header under the sequence counter.
+    pub fn set_guest_header(&self, header: &GuestHeader) {
+        let set = |index: usize, value: u32| self.store(GUEST + index, value);
+        // One that died in the middle may have left the counter odd.
+        let sequence = self.load(GUEST + 2) & !1;
+        set(2, sequence.wrapping_add(1));
+        fence(Ordering::Release);
+        set(3, header.features);
+        set(4, header.generation);
+        set(5, header.answered);
+        set(6, header.next_ms);
+        set(7, header.changed);
+        set(8, header.time_ms as u32);
+        set(9, (header.time_ms >> 32) as u32);
+        set(10, header.cpu_us);
+        set(1, VERSION);
+        set(0, GUEST_MAGIC);
+        self.words[GUEST + 2].store(sequence.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Takes the guest's header away: whatever it said holds no more.
+    pub fn clear_guest_header(&self) {
+        self.words[GUEST].store(0, Ordering::Release);
+    }
+
+    /// The counter of a block, which is below [`Hole::blocks`].
+    #[must_use]
+    pub fn counter(&self, block: u32) -> u32 {
+        self.words[COUNTERS + block as usize].load(Ordering::Acquire)
+    }
+
+    /// Tells that words of a block have changed.
+    pub fn count(&self, block: u32) {
+        let counter = &self.words[COUNTERS + block as usize];
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+    }
+
+    /// The words of a block's page frames, the first of which is `block * BLOCK_PAGES`.
+    #[must_use]
+    pub fn block(&self, block: u32) -> &'a [AtomicU32] {
+        let first = block * BLOCK_PAGES;
+        &self.flags()[first as usize..self.frames.min(first + BLOCK_PAGES) as usize]
+    }
+
+    /// The words of all page frames.
+    #[must_use]
+    pub fn flags(&self) -> &'a [AtomicU32] {
+        let start = COUNTERS + counter_words(self.frames);
+        &self.words[start..start + self.frames as usize]
+    }
+
+    fn load(&self, index: usize) -> u32 {
+        self.words[index].load(Ordering::Relaxed)
+    }
+
+    fn store(&self, index: usize, value: u32) {
+        self.words[index].store(value, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn memory(frames: u32) -> Vec<AtomicU32> {
+        (0..bytes_for(frames) / 4).map(|_| AtomicU32::new(0)).collect()
+    }
+
+    #[test]
+    fn sizes_are_whole_pages() {
+        assert_eq!(bytes_for(0), 8192);
+        assert_eq!(bytes_for(1), 16384);
+        assert_eq!(bytes_for(1024), 16384);
+        assert_eq!(bytes_for(1025), 20480);
+        assert_eq!(bytes_for(1 << 20), (4 << 20) + 8192 + 4096);
+    }
+
+    #[test]
+    fn headers_are_read_as_written() {
+        let memory = memory(5000);
+        assert!(Hole::described(&memory).is_none());
+        let hole = Hole::new(&memory, 5000).unwrap();
+        let host = HostHeader {
+            frames: 5000,
+            doorbell: 0x12_3456_7000,
+            ranges: [
+                FrameRange { first: 1, count: 2 },
+                FrameRange { first: 3, count: 4 },
+                FrameRange::default(),
+                FrameRange { first: 7, count: 8 },
+            ],
+            requested: u32::MAX,
+            interval_ms: 250,
+        };
+        hole.set_host_header(&host);
+        assert_eq!(hole.host_header(), Some(host));
+        assert_eq!(Hole::described(&memory).unwrap().frames(), 5000);
+        assert_eq!(hole.guest_header(), Err(Unread::Absent));
+        let guest = GuestHeader {
+            features: FREED_PAGES_MATTER,
+            generation: 3,
+            answered: 9,
+            next_ms: 1000,
+            time_ms: 1 << 40,
+            changed: 12,
+            cpu_us: 77,
+        };
+        hole.set_guest_header(&guest);
+        assert_eq!(hole.guest_header(), Ok(guest));
+        memory[GUEST + 2].fetch_add(1, Ordering::Relaxed);
+        assert_eq!(hole.guest_header(), Err(Unread::Unsettled));
+        hole.set_guest_header(&guest);
+        assert_eq!(hole.guest_header(), Ok(guest));
+        hole.clear_guest_header();
+        assert_eq!(hole.guest_header(), Err(Unread::Absent));
+    }
+
+    #[test]
+    fn blocks_cover_all_page_frames_once() {
+        for frames in [1, 1023, 1024, 1025, 4096, 5000] {
+            let memory = memory(frames);
+            let hole = Hole::new(&memory, frames).unwrap();
+            (0..hole.blocks()).flat_map(|block| hole.block(block)).for_each(|word| {
+                word.fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(hole.flags().iter().all(|word| word.load(Ordering::Relaxed) == 1));
+            assert_eq!(memory.iter().map(|word| word.load(Ordering::Relaxed)).sum::<u32>(), frames);
+            hole.count(hole.blocks() - 1);
+            assert_eq!(hole.counter(hole.blocks() - 1), 1);
+        }
+    }
+
+    #[test]
+    fn a_header_that_asks_for_more_than_there_is_is_refused() {
+        let memory = memory(1000);
+        let hole = Hole::new(&memory, 1000).unwrap();
+        for frames in [1025, 1 << 20, u32::MAX] {
+            hole.set_host_header(&HostHeader { frames, ..HostHeader::default() });
+            assert!(Hole::described(&memory).is_none());
+        }
+        assert!(Hole::new(&memory[..10], 0).is_none());
+    }
+
+    #[test]
+    fn the_parameter_names_size_and_address() {
+        assert_eq!(parse_parameter("16384@0xc0000000"), Some((16384, 0xc000_0000)));
+        assert_eq!(parse_parameter("0x4000@4096"), Some((16384, 4096)));
+        for wrong in ["", "@", "1@", "@1", "1", "1@-1", "x@1", "1@0xg"] {
+            assert_eq!(parse_parameter(wrong), None, "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_memory_is_read_without_harm(words in prop::collection::vec(any::<u32>(), 0..8192), magic: bool) {
+            let words: Vec<_> = words.into_iter().map(AtomicU32::new).collect();
+            if magic && words.len() > GUEST + 2 {
+                words[HOST].store(HOST_MAGIC, Ordering::Relaxed);
+                words[GUEST].store(GUEST_MAGIC, Ordering::Relaxed);
+                words[HOST + 1].store(VERSION, Ordering::Relaxed);
+                words[GUEST + 1].store(VERSION, Ordering::Relaxed);
+            }
+            if let Some(hole) = Hole::described(&words) {
+                let _ = hole.guest_header();
+                prop_assert_eq!(hole.flags().len(), hole.frames() as usize);
+            }
+        }
+    }
+}
