@@ -2,7 +2,9 @@
 
 use core::hint;
 
+use crate::client::Client;
 use crate::clock::{self, Clock};
+use crate::demo::client::ClientLayout;
 use crate::demo::content::{Checksum, SECTOR_BYTES, SECTOR_WORDS, disk_word};
 use crate::demo::layout::{Arena, request_bytes, request_window};
 use crate::demo::plan::{DiskOp, DiskPlan, Plan};
@@ -14,15 +16,17 @@ use crate::virtio::{Descriptor, Device, LARGEST_QUEUE, NEXT, SetupError, WRITE};
 
 const BLOCK_DEVICE: u32 = 2;
 const F_FLUSH: u64 = 1 << 9;
-const TYPE_READ: u32 = 0;
-const TYPE_WRITE: u32 = 1;
+/// Of the queue: requests may be tables of descriptors.
+const F_INDIRECT: u64 = 1 << 28;
+pub(crate) const TYPE_READ: u32 = 0;
+pub(crate) const TYPE_WRITE: u32 = 1;
 const TYPE_FLUSH: u32 = 4;
 const TYPE_ID: u32 = 8;
 const ID_BYTES: u32 = 20;
-const STATUS_OK: u8 = 0;
+pub(crate) const STATUS_OK: u8 = 0;
 const STATUS_UNSUPPORTED: u8 = 2;
 /// What the status byte holds before the device sets it.
-const STATUS_UNSET: u8 = 0xff;
+pub(crate) const STATUS_UNSET: u8 = 0xff;
 
 /// Descriptors of a request: header, data, status.
 const CHAIN: usize = 3;
@@ -30,14 +34,15 @@ const SLOTS: usize = LARGEST_QUEUE / CHAIN;
 /// An answer is waited for by spinning for this long, then with pauses as long.
 const SPIN_US: u64 = 100;
 /// A request that takes longer is taken for lost.
-const LOST_US: u64 = 30_000_000;
+pub(crate) const LOST_US: u64 = 30_000_000;
 
+/// What a request begins with.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Header {
-    kind: u32,
-    reserved: u32,
-    sector: u64,
+pub(crate) struct Header {
+    pub(crate) kind: u32,
+    pub(crate) reserved: u32,
+    pub(crate) sector: u64,
 }
 
 static mut HEADERS: [Header; SLOTS] = [Header { kind: 0, reserved: 0, sector: 0 }; SLOTS];
@@ -77,7 +82,8 @@ pub(crate) struct Disk<'a> {
     pub(crate) sectors: u64,
     pending: [Option<Pending>; SLOTS],
     /// Words found to be wrong so far.
-    pub(crate) corrupt: u64,
+    corrupt: u64,
+    client: Option<Client<'a>>,
 }
 
 /// Why a disk can't be used any longer.
@@ -89,6 +95,12 @@ pub(crate) enum DiskError {
     Timeout,
     /// It returned a request that it did not have.
     UnknownRequest,
+    /// It is smaller than what the client is to use, or the client's cache is too small for its requests.
+    Size,
+    /// It lacks what the client needs: tables of descriptors.
+    NoTables,
+    /// It failed a request of the client's.
+    Failed,
 }
 
 impl DiskError {
@@ -100,6 +112,9 @@ impl DiskError {
             Self::Setup(SetupError::Rejected) => "disk-rejects-driver",
             Self::Timeout => "disk-does-not-answer",
             Self::UnknownRequest => "disk-returned-unknown-request",
+            Self::Size => "disk-or-cache-too-small-for-client",
+            Self::NoTables => "disk-lacks-indirect-descriptors",
+            Self::Failed => "disk-failed-request-of-client",
         }
     }
 }
@@ -108,17 +123,30 @@ impl<'a> Disk<'a> {
     /// Set up the disk of `plan`.
     ///
     /// # Safety
-    /// There may be no other disk, and nobody else may use the arena's disk buffers.
+    /// There may be no other disk, and nobody else may use the arena's disk buffers nor the memory of its
+    /// client, which has not been touched since the machine started.
     pub(crate) unsafe fn open(
         plan: &'a Plan,
         disk: &'a DiskPlan,
         arena: &Arena,
         clock: &'a Clock,
     ) -> Result<Self, DiskError> {
+        let with_client = ClientLayout::new(disk).is_some();
+        // A malformed request is to be malformed by what was agreed upon.
+        let features = if with_client { F_FLUSH | F_INDIRECT } else { F_FLUSH };
         // SAFETY: there is no other disk to use the queue.
-        let device = unsafe { Device::open(disk.base, BLOCK_DEVICE, F_FLUSH) }.map_err(DiskError::Setup)?;
+        let device = unsafe { Device::open(disk.base, BLOCK_DEVICE, features) }.map_err(DiskError::Setup)?;
         let sectors = device.config64();
         port::print(Report::Disk { sectors, features: Hex(device.offered), queue: device.queue_size.into() });
+        let client = if with_client {
+            if device.offered & F_INDIRECT == 0 {
+                return Err(DiskError::NoTables);
+            }
+            // SAFETY: passed on from the caller.
+            Some(unsafe { Client::new(plan, disk, arena, clock, sectors) }.ok_or(DiskError::Size)?)
+        } else {
+            None
+        };
         Ok(Self {
             device,
             clock,
@@ -130,6 +158,7 @@ impl<'a> Disk<'a> {
             sectors,
             pending: [None; SLOTS],
             corrupt: 0,
+            client,
         })
     }
 
@@ -146,6 +175,12 @@ impl<'a> Disk<'a> {
                 DiskOp::Read | DiskOp::Write | DiskOp::Verify => self.transfer(op)?,
                 DiskOp::Flush => self.single(TYPE_FLUSH, 0)?,
                 DiskOp::Id => self.id()?,
+                DiskOp::Client => {
+                    if let Some(client) = &mut self.client {
+                        client.pass(&mut self.device)?;
+                    }
+                    continue;
+                }
                 DiskOp::Hostile => {
                     hostile::attack(self)?;
                     continue;
@@ -162,6 +197,11 @@ impl<'a> Disk<'a> {
             });
         }
         Ok(())
+    }
+
+    /// Print the client's totals. Gives the number of words that were found to be wrong in all.
+    pub(crate) fn finish(self) -> u64 {
+        self.corrupt + self.client.map_or(0, Client::finish)
     }
 
     /// Read one sector; says whether that worked.

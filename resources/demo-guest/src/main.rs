@@ -7,6 +7,8 @@
 #![no_main]
 
 mod boot;
+mod cache;
+mod client;
 mod clock;
 mod crash;
 #[path = "../../src/demo/mod.rs"]
@@ -96,7 +98,7 @@ fn run(handover: &Handover) -> ! {
     });
     let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut());
     pages.verify(false);
-    let corrupt = pages.corrupt + disk.map_or(0, |disk| disk.corrupt);
+    let corrupt = pages.corrupt + disk.map_or(0, Disk::finish);
     port::print(Report::Done { rounds, corrupt });
     stop()
 }

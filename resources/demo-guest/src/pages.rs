@@ -134,7 +134,7 @@ impl<'a> Pages<'a> {
             }
             place = mix(place);
             // The upper half of the product: as even a choice as the remainder, without a division.
-            let index = (u128::from(place) * u128::from(self.arena.pages()) >> 64) as u64;
+            let index = ((u128::from(place) * u128::from(self.arena.pages())) >> 64) as u64;
             if let Some(words) = self.page(index) {
                 // SAFETY: the page is the arena's, as `fill`'s caller confirmed, and the index is within it.
                 place ^= unsafe { words.add(place as usize % PAGE_WORDS).read_volatile() };

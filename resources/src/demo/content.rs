@@ -141,6 +141,16 @@ pub const fn disk_word(seed: u32, sector: u64, index: usize) -> u64 {
     mix(counter(KIND_DISK, seed, sector * SECTOR_WORDS as u64 + index as u64))
 }
 
+/// What tells a sector that was written `version` times, counting from 0, from the pattern: its first word
+/// is combined with this by exclusive or.
+#[inline]
+pub const fn version_tag(seed: u32, sector: u64, version: u32) -> u64 {
+    match version {
+        0 => 0,
+        _ => mix(disk_word(seed, sector, 0).wrapping_add(version as u64)),
+    }
+}
+
 /// Checksum of a disk transfer: the sum, modulo 2^64, of each little-endian 64-bit word times
 /// `2 * position + 1`, where positions count words from the start of the transfer.
 ///

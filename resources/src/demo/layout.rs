@@ -1,12 +1,13 @@
 //! Where the guest's arena lies in guest-physical memory and what each of its pages is for.
 //!
 //! Usable memory is what the memory map calls RAM between [`FLOOR`] and [`CEILING`]. Its first pages hold, in
-//! this order, page tables for memory above 4 GiB, the version table and the disk buffers; the arena is the
-//! rest. Arena pages are counted from 0 across holes in the memory map.
+//! this order, page tables for memory above 4 GiB, the version table, the disk buffers and the memory of the
+//! disk's client; the arena is the rest. Arena pages are counted from 0 across holes in the memory map.
 
 use core::fmt;
 use core::ops::Range;
 
+use super::client::ClientLayout;
 use super::content::{Class, PAGE_BYTES, SECTOR_BYTES};
 use super::plan::Plan;
 
@@ -47,8 +48,9 @@ impl fmt::Display for LayoutError {
             }
             Self::TooSmall { needed, usable } => write!(
                 f,
-                "tables and disk buffers need {needed} pages, the lowest range of usable memory above {FLOOR:#x} \
-                 has {usable}: give the guest more memory or a smaller disk window"
+                "tables, disk buffers and the client's cache need {needed} pages, the lowest range of usable \
+                 memory above {FLOOR:#x} has {usable}: give the guest more memory, a smaller disk window or a \
+                 smaller cache"
             ),
         }
     }
@@ -152,6 +154,8 @@ pub struct Arena {
     pub versions: u64,
     /// Address of the disk buffers, one after the other, each a whole number of sectors.
     pub buffers: u64,
+    /// Address of the memory of the disk's client, if there is one.
+    pub client: u64,
 }
 
 impl Arena {
@@ -164,7 +168,9 @@ impl Arena {
         let directories = ram.directories();
         let versions = (most * VERSION_BYTES).div_ceil(PAGE);
         let buffers = buffer_bytes(plan).div_ceil(PAGE);
-        let needed = directories + versions + buffers;
+        let client = plan.disk.as_ref().and_then(ClientLayout::new);
+        let client = client.map_or(0, |layout| layout.bytes.div_ceil(PAGE));
+        let needed = directories + versions + buffers + client;
         let (base, usable) = ram.ranges().next().unwrap_or((FLOOR, 0));
         if needed > usable {
             return Err(LayoutError::TooSmall { needed, usable });
@@ -179,6 +185,7 @@ impl Arena {
             directories: base,
             versions: base + directories * PAGE,
             buffers: base + (directories + versions) * PAGE,
+            client: base + (directories + versions + buffers) * PAGE,
         })
     }
 

@@ -9,9 +9,14 @@
 //! | [`plan`] | the guest's command line: what to fill, write, verify and break |
 //! | [`layout`] | where in RAM the arena lies and which class each of its pages has |
 //! | [`content`] | what every word of a page or a disk sector must be |
+//! | [`client`] | a client of a disk, with a page cache of its own: which blocks it uses, where its tables lie |
+//! | [`zipf`], [`histogram`] | how popular blocks are; how long requests take |
 //! | [`report`] | the lines that the guest prints on its serial port |
 
+pub mod client;
 pub mod content;
+pub mod histogram;
 pub mod layout;
 pub mod plan;
 pub mod report;
+pub mod zipf;

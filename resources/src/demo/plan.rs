@@ -6,6 +6,7 @@
 
 use core::fmt;
 
+use super::client::ClientPlan;
 use super::content::Class;
 
 /// A set of page classes.
@@ -79,12 +80,15 @@ pub enum DiskOp {
     Flush,
     /// Ask for the disk's serial number, once.
     Id,
+    /// Use blocks through a page cache: see [`client`](super::client).
+    Client,
     /// Put malformed requests on the ring, then see whether the device can be reset and still reads.
     Hostile,
 }
 
 impl DiskOp {
-    const ALL: [Self; 6] = [Self::Read, Self::Write, Self::Verify, Self::Flush, Self::Id, Self::Hostile];
+    const ALL: [Self; 7] =
+        [Self::Read, Self::Write, Self::Verify, Self::Flush, Self::Id, Self::Client, Self::Hostile];
 
     /// The word in `blk_mode=` and in reports.
     pub const fn name(self) -> &'static str {
@@ -94,6 +98,7 @@ impl DiskOp {
             Self::Verify => "verify",
             Self::Flush => "flush",
             Self::Id => "id",
+            Self::Client => "client",
             Self::Hostile => "hostile",
         }
     }
@@ -147,6 +152,8 @@ pub struct DiskPlan {
     /// Requests whose buffers are distinct: request `n` uses buffer `n % window`, so what was read last stays
     /// in guest memory as in a page cache. At least [`depth`](Self::depth).
     pub window: u32,
+    /// What a client does, which has a buffer in its cache and no other.
+    pub client: ClientPlan,
 }
 
 impl DiskPlan {
@@ -160,6 +167,7 @@ impl DiskPlan {
             size: 4096,
             depth: 1,
             window: 1,
+            client: ClientPlan::default(),
         }
     }
 }
@@ -282,7 +290,12 @@ impl Plan {
             "blk_size" => self.disk_mut().size = number32(value)?,
             "blk_depth" => self.disk_mut().depth = number32(value)?,
             "blk_window" => self.disk_mut().window = number32(value)?,
-            _ => return None,
+            _ => {
+                let name = name.strip_prefix("client_")?;
+                let mut disk = self.disk.unwrap_or(DiskPlan::new(0));
+                disk.client.set(name, value)?;
+                self.disk = Some(disk);
+            }
         }
         Some(())
     }
@@ -338,6 +351,9 @@ impl fmt::Display for Plan {
             list(f, disk.ops.iter().map(DiskOp::name))?;
             write!(f, " blk_sector={} blk_count={} blk_size={}", disk.sector, disk.count, disk.size)?;
             write!(f, " blk_depth={} blk_window={}", disk.depth, disk.window)?;
+            if disk.ops.iter().any(|op| op == DiskOp::Client) {
+                write!(f, " {}", disk.client)?;
+            }
         }
         Ok(())
     }
@@ -368,11 +384,11 @@ pub(super) fn number(text: &str) -> Option<u64> {
     })
 }
 
-fn number32(text: &str) -> Option<u32> {
+pub(super) fn number32(text: &str) -> Option<u32> {
     u32::try_from(number(text)?).ok()
 }
 
-fn percent(text: &str) -> Option<u8> {
+pub(super) fn percent(text: &str) -> Option<u8> {
     u8::try_from(number(text)?).ok().filter(|percent| *percent <= 100)
 }
 
@@ -394,6 +410,7 @@ fn disk_ops(text: &str) -> Option<DiskOps> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::client::Pattern;
     use super::*;
 
     fn parse(line: &str) -> (Plan, Vec<String>) {
@@ -432,7 +449,28 @@ mod tests {
                     size: 65536,
                     depth: 4,
                     window: 64,
+                    client: ClientPlan::default(),
                 }),
+            },
+            Plan {
+                disk: Some(DiskPlan {
+                    ops: DiskOps::new(&[DiskOp::Client]),
+                    client: ClientPlan {
+                        pages: 9,
+                        blocks: 99,
+                        run: 32,
+                        reads: Pattern::ScanOverZipf,
+                        theta: 120,
+                        units: 1 << 40,
+                        writes: 3,
+                        clear: true,
+                        scatter: true,
+                        check: false,
+                        warmup: 2,
+                    },
+                    ..DiskPlan::new(0xd000_0000)
+                }),
+                ..Plan::default()
             },
             Plan { rate: Rate::PerSecond(300), write: Classes::new(&[]), ..Plan::default() },
         ];

@@ -345,6 +345,50 @@ reports! {
         /// What it is.
         found: Hex = "found",
     }
+    /// A pass of the disk's client is done.
+    "client" Client {
+        /// Blocks used.
+        blocks: u64 = "blocks",
+        /// Blocks of them that were read and that its cache held.
+        hits: u64 = "hits",
+        /// Blocks of them that were read from the disk.
+        misses: u64 = "misses",
+        /// Blocks of them that were written.
+        written: u64 = "written",
+        /// Requests completed.
+        requests: u64 = "requests",
+        /// Time the pass took, in microseconds.
+        us: u64 = "us",
+        /// Time that half of the requests took at most, in nanoseconds.
+        p50: u64 = "p50_ns",
+        /// Time that 99 of 100 requests took at most, in nanoseconds.
+        p99: u64 = "p99_ns",
+    }
+    /// What a client has done in all passes but the first ones, which its plan leaves out.
+    "client-total" ClientTotal {
+        /// Passes.
+        passes: u64 = "passes",
+        /// Blocks used.
+        blocks: u64 = "blocks",
+        /// Blocks of them that were read and that its cache held.
+        hits: u64 = "hits",
+        /// Blocks of them that were read from the disk.
+        misses: u64 = "misses",
+        /// Blocks of them that were written.
+        written: u64 = "written",
+        /// Requests completed.
+        requests: u64 = "requests",
+        /// Time the passes took, in microseconds.
+        us: u64 = "us",
+        /// Time that half of the requests took at most, in nanoseconds.
+        p50: u64 = "p50_ns",
+        /// Time that 99 of 100 requests took at most, in nanoseconds.
+        p99: u64 = "p99_ns",
+        /// Blocks in its cache.
+        held: u64 = "held",
+        /// Wrong words found.
+        corrupt: u64 = "corrupt",
+    }
     /// The disk's serial number.
     "blk-id" BlkId {
         /// The serial number.

@@ -1,0 +1,314 @@
+//! A client of a disk: reads and writes blocks through a page cache of its own, as an operating system
+//! does.
+//!
+//! The disk is read in *units* of one or more consecutive blocks of 4 KiB, each unit as a whole. What the
+//! cache lacks is read into the pages of the blocks that were not used for the longest time: the cache is
+//! exact LRU. Every block's content is a function of its number and of how often the client has written it
+//! ([`disk_word`](super::content::disk_word), [`version_tag`](super::content::version_tag)), and the client
+//! checks what it uses.
+
+use core::fmt;
+
+use super::content::{PAGE_BYTES, mix};
+use super::plan::{DiskOp, DiskPlan, number, number32, percent};
+use super::zipf;
+
+/// Bytes of a block.
+pub const BLOCK_BYTES: u64 = PAGE_BYTES as u64;
+/// Blocks that a unit may have.
+pub const LONGEST_RUN: u32 = 64;
+/// Requests that may be in flight.
+pub const MOST_REQUESTS: u32 = 32;
+
+/// Which unit comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pattern {
+    /// Each choice by itself, by Zipf's law with the exponent [`ClientPlan::theta`].
+    Zipf,
+    /// Each choice by itself, all units alike.
+    Uniform,
+    /// One after the other, from the last on to the first again.
+    Scan,
+    /// By Zipf's law in the first half of the units; each fourth time the next of a scan of the second half.
+    ScanOverZipf,
+}
+
+impl Pattern {
+    const ALL: [Self; 4] = [Self::Zipf, Self::Uniform, Self::Scan, Self::ScanOverZipf];
+
+    /// The value of `client_reads=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Zipf => "zipf",
+            Self::Uniform => "uniform",
+            Self::Scan => "scan",
+            Self::ScanOverZipf => "scan-over-zipf",
+        }
+    }
+}
+
+/// What a client does with its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientPlan {
+    /// Pages of its cache.
+    pub pages: u32,
+    /// Blocks of the disk that it uses, from [`DiskPlan::sector`] on.
+    pub blocks: u32,
+    /// Blocks in a unit, at most [`LONGEST_RUN`]. Blocks beyond the last whole unit are not used.
+    pub run: u32,
+    /// Which units it uses.
+    pub reads: Pattern,
+    /// The exponent of Zipf's law, in hundredths.
+    pub theta: u32,
+    /// Units used in a pass.
+    pub units: u64,
+    /// Percentage of units that are written rather than read, at once and in full.
+    pub writes: u8,
+    /// Fill pages with zeros before blocks are read into them, as Linux does with `init_on_alloc=1`.
+    pub clear: bool,
+    /// Consecutive pages of the cache do not follow each other in memory.
+    pub scatter: bool,
+    /// Check every word of every block that is used, not the first alone.
+    pub check: bool,
+    /// Passes that are not in the totals, to fill the caches.
+    pub warmup: u64,
+}
+
+impl Default for ClientPlan {
+    fn default() -> Self {
+        Self {
+            pages: 1024,
+            blocks: 4096,
+            run: 1,
+            reads: Pattern::Zipf,
+            theta: 90,
+            units: 10_000,
+            writes: 0,
+            clear: false,
+            scatter: false,
+            check: true,
+            warmup: 0,
+        }
+    }
+}
+
+impl ClientPlan {
+    /// Sets the option `client_` and `name`; `None` if there is none, or the value can't be read.
+    pub(super) fn set(&mut self, name: &str, value: &str) -> Option<()> {
+        match name {
+            "pages" => self.pages = number32(value)?,
+            "blocks" => self.blocks = number32(value)?,
+            "run" => self.run = number32(value).filter(|run| (1..=LONGEST_RUN).contains(run))?,
+            "reads" => self.reads = Pattern::ALL.into_iter().find(|pattern| pattern.name() == value)?,
+            // An exponent that is no larger keeps chances within what a float can tell apart.
+            "theta" => self.theta = number32(value).filter(|theta| *theta <= 1000)?,
+            "units" => self.units = number(value)?,
+            "writes" => self.writes = percent(value)?,
+            "clear" => self.clear = flag(value)?,
+            "scatter" => self.scatter = flag(value)?,
+            "check" => self.check = flag(value)?,
+            "warmup" => self.warmup = number(value)?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Units of the disk.
+    pub const fn disk_units(&self) -> u32 {
+        match self.run {
+            0 => 0,
+            run => self.blocks / run,
+        }
+    }
+}
+
+impl fmt::Display for ClientPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pages, blocks, run, reads, theta, units, writes, clear, scatter, check, warmup } = *self;
+        write!(f, "client_pages={pages} client_blocks={blocks} client_run={run}")?;
+        write!(f, " client_reads={} client_theta={theta} client_units={units}", reads.name())?;
+        write!(f, " client_writes={writes} client_clear={} client_scatter={}", clear as u8, scatter as u8)?;
+        write!(f, " client_check={} client_warmup={warmup}", check as u8)
+    }
+}
+
+fn flag(value: &str) -> Option<bool> {
+    number(value).filter(|number| *number <= 1).map(|number| number == 1)
+}
+
+/// The units that a client uses, one after the other. The table of [`zipf::chances`] belongs to the caller.
+#[derive(Debug, Clone)]
+pub struct Units {
+    pattern: Pattern,
+    units: u32,
+    /// Units that Zipf's law chooses from.
+    ranked: u32,
+    /// Neighbouring ranks are so many units apart: what is popular lies all over the disk.
+    stride: u32,
+    scanned: u64,
+    count: u64,
+    random: u64,
+}
+
+impl Units {
+    /// The units for VM number `vm`.
+    pub fn new(plan: &ClientPlan, vm: u32) -> Self {
+        let units = plan.disk_units();
+        let ranked = ranks(plan);
+        let stride = stride(ranked);
+        Self { pattern: plan.reads, units, ranked, stride, scanned: 0, count: 0, random: mix(vm.into()) }
+    }
+
+    /// A number that is as good as random.
+    pub fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.random)
+    }
+
+    /// The next unit, given the table of chances; 0 if there are none.
+    pub fn next(&mut self, chance: impl Fn(u32) -> u64) -> u32 {
+        self.count += 1;
+        match self.pattern {
+            Pattern::Uniform => ((u128::from(self.random()) * u128::from(self.units)) >> 64) as u32,
+            Pattern::Scan => self.scan(0, self.units),
+            Pattern::ScanOverZipf if self.count.is_multiple_of(4) => {
+                self.scan(self.ranked, self.units - self.ranked)
+            }
+            Pattern::Zipf | Pattern::ScanOverZipf => {
+                let rank = zipf::choose(self.ranked, self.random(), chance);
+                (u64::from(rank) * u64::from(self.stride) % u64::from(self.ranked.max(1))) as u32
+            }
+        }
+    }
+
+    fn scan(&mut self, first: u32, units: u32) -> u32 {
+        let unit = first + (self.scanned % u64::from(units.max(1))) as u32;
+        self.scanned += 1;
+        unit
+    }
+}
+
+/// Entries of the table of chances.
+pub const fn ranks(plan: &ClientPlan) -> u32 {
+    match plan.reads {
+        Pattern::Zipf => plan.disk_units(),
+        Pattern::ScanOverZipf => plan.disk_units() / 2,
+        Pattern::Uniform | Pattern::Scan => 0,
+    }
+}
+
+/// How far apart to put things that follow each other, so that so many of them lie in as many places as
+/// spread out as can be: about the golden ratio of them. Has no common divisor with their number.
+pub fn stride(count: u32) -> u32 {
+    let wanted = (u64::from(count) * 618 / 1000) as u32;
+    (wanted.max(1)..).find(|&stride| coprime(stride, count)).unwrap_or(1)
+}
+
+const fn coprime(a: u32, b: u32) -> bool {
+    let (mut a, mut b) = (a, b);
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a == 1
+}
+
+/// Where a client's tables and pages lie, in bytes from the start of its memory, which is aligned to pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientLayout {
+    /// Chances of ranks: a `u64` each.
+    pub chances: u64,
+    /// For each block, a `u32` that says the place in the cache, from 1 on, or 0; and a `u32` for its
+    /// version.
+    pub blocks: u64,
+    /// The places of the cache: see the guest.
+    pub places: u64,
+    /// A table of descriptors for each request in flight.
+    pub descriptors: u64,
+    /// The pages of the cache.
+    pub pages: u64,
+    /// All of it.
+    pub bytes: u64,
+}
+
+impl ClientLayout {
+    /// Bytes of a block's entry.
+    pub const BLOCK_ENTRY: u64 = 8;
+    /// Bytes of a place of the cache.
+    pub const PLACE: u64 = 16;
+    /// Bytes of a request's table: header, blocks, status.
+    pub const DESCRIPTORS: u64 = (LONGEST_RUN as u64 + 2) * 16;
+
+    /// The layout for a disk's plan; `None` if no client uses it.
+    pub fn new(disk: &DiskPlan) -> Option<Self> {
+        disk.ops.iter().any(|op| op == DiskOp::Client).then(|| Self::of(&disk.client))
+    }
+
+    fn of(plan: &ClientPlan) -> Self {
+        let blocks = u64::from(ranks(plan)) * 8;
+        let places = blocks + u64::from(plan.blocks) * Self::BLOCK_ENTRY;
+        // The place 0 is the end of the list.
+        let descriptors = places.next_multiple_of(16) + (u64::from(plan.pages) + 1) * Self::PLACE;
+        let tables = descriptors + u64::from(MOST_REQUESTS) * Self::DESCRIPTORS;
+        let pages = tables.next_multiple_of(BLOCK_BYTES);
+        Self {
+            chances: 0,
+            blocks,
+            places: places.next_multiple_of(16),
+            descriptors,
+            pages,
+            bytes: pages + u64::from(plan.pages) * BLOCK_BYTES,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn units(plan: &ClientPlan, count: usize) -> Vec<u32> {
+        let mut table = Vec::new();
+        zipf::chances(ranks(plan), plan.theta, |_, chance| table.push(chance));
+        let mut units = Units::new(plan, 0);
+        (0..count).map(|_| units.next(|rank| table[rank as usize])).collect()
+    }
+
+    #[test]
+    fn a_scan_visits_every_unit_in_turn() {
+        let plan = ClientPlan { reads: Pattern::Scan, blocks: 15, run: 2, ..ClientPlan::default() };
+        assert_eq!(units(&plan, 9), [0, 1, 2, 3, 4, 5, 6, 0, 1]);
+    }
+
+    #[test]
+    fn every_unit_is_reached_whatever_their_number() {
+        for blocks in [1, 2, 3, 10, 97, 100] {
+            for reads in [Pattern::Zipf, Pattern::Uniform, Pattern::ScanOverZipf] {
+                let plan = ClientPlan { reads, blocks, theta: 0, ..ClientPlan::default() };
+                let mut seen = units(&plan, 4000);
+                seen.sort_unstable();
+                seen.dedup();
+                assert_eq!(seen.len(), blocks as usize, "{reads:?} of {blocks}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_scan_goes_on_beside_popular_units() {
+        let plan = ClientPlan { reads: Pattern::ScanOverZipf, blocks: 8, ..ClientPlan::default() };
+        let units = units(&plan, 16);
+        let scanned: Vec<_> = units.iter().skip(3).step_by(4).copied().collect();
+        assert_eq!(scanned, [4, 5, 6, 7]);
+        assert!(units.iter().enumerate().all(|(i, unit)| i % 4 == 3 || *unit < 4));
+    }
+
+    #[test]
+    fn tables_do_not_overlap() {
+        let plan = ClientPlan { pages: 7, blocks: 101, ..ClientPlan::default() };
+        let layout = ClientLayout::of(&plan);
+        assert_eq!(layout.blocks, 101 * 8);
+        assert!(layout.places >= layout.blocks + 101 * ClientLayout::BLOCK_ENTRY);
+        assert!(layout.descriptors >= layout.places + 8 * ClientLayout::PLACE);
+        assert!(layout.pages >= layout.descriptors + 32 * ClientLayout::DESCRIPTORS);
+        assert_eq!((layout.pages % 4096, layout.bytes), (0, layout.pages + 7 * 4096));
+        assert_eq!(ClientLayout::new(&DiskPlan::new(0)), None);
+    }
+}
