@@ -22,6 +22,9 @@ pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DE
   fill:SIZE:SEED        allocate SIZE of memory and fill it with content
   change:EVERY:SEED     give every EVERYth filled page content of another seed
   verify[:ROUNDS:MS]    check all filled memory, ROUNDS times, MS apart
+  release               give all filled memory back to the kernel
+  publish[:MS]          tell the host what pages are for, from now on, every MS
+  check                 see whether what the host was told is so
   meminfo               report total, free, cached and anonymous memory
   sleep:MS              wait
   print:TEXT            print TEXT
@@ -92,6 +95,15 @@ pub enum Command {
         /// The time between two rounds.
         pause: Duration,
     },
+    /// Give all filled memory back to the kernel.
+    Release,
+    /// Tell the host what pages are for, from now on.
+    Publish {
+        /// The time between two passes, if it is given.
+        interval: Option<Duration>,
+    },
+    /// See whether what the host was told of pages is so.
+    Check,
     /// Report the guest's memory figures.
     Meminfo,
     /// Wait.
@@ -151,6 +163,9 @@ impl Command {
             Self::Fill { .. } => "fill",
             Self::Change { .. } => "change",
             Self::Verify { .. } => "verify",
+            Self::Release => "release",
+            Self::Publish { .. } => "publish",
+            Self::Check => "check",
             Self::Meminfo => "meminfo",
             Self::Sleep(_) => "sleep",
             Self::Print(_) => "print",
@@ -225,6 +240,13 @@ impl FromStr for Command {
                 pause: time(pause)?,
             },
             ("verify", _) => return usage("verify[:ROUNDS:MS]"),
+            ("release", []) => Self::Release,
+            ("release", _) => return usage("release"),
+            ("publish", []) => Self::Publish { interval: None },
+            ("publish", [interval]) => Self::Publish { interval: Some(time(interval)?) },
+            ("publish", _) => return usage("publish[:MS]"),
+            ("check", []) => Self::Check,
+            ("check", _) => return usage("check"),
             ("meminfo", []) => Self::Meminfo,
             ("meminfo", _) => return usage("meminfo"),
             ("sleep", [ms]) => Self::Sleep(time(ms)?),

@@ -5,6 +5,8 @@
 //! carries out the commands given as arguments. It never forks and never executes another
 //! program: where a kernel is slow to do either, one static binary still starts at once.
 //!
+//! It also tells the host what the guest's pages are for ([`hole`]), as a service or as a command.
+//!
 //! What it writes and what it reports can be computed again outside the guest: [`content`] gives
 //! the bytes that `fill` and `write` produce, [`checksum`] what `sum` and `read` report.
 //!
@@ -17,12 +19,12 @@
 //! samepage-agent: done ran=4 failed=0
 //! ```
 
-#![forbid(unsafe_code)]
-
 pub mod checksum;
 pub mod command;
 pub mod content;
 pub mod files;
+pub mod hole;
 pub mod init;
 pub mod memory;
+pub mod options;
 pub mod run;

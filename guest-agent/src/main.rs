@@ -3,17 +3,34 @@
 #![forbid(unsafe_code)]
 
 use samepage_agent::command::{HELP, parse_list};
+use samepage_agent::hole::check::check;
+use samepage_agent::hole::serve::{self, Publisher};
+use samepage_agent::hole::{self};
 use samepage_agent::init;
-use samepage_agent::run::Runner;
+use samepage_agent::options::{self, Action, Options};
+use samepage_agent::run::{Runner, say};
 use std::process::ExitCode;
 
 const USAGE: &str = "\
 The agent of samepage inside Linux guests.
 
-Usage: samepage-agent COMMAND...
+Usage: samepage-agent --publish|--once|--check [--interval SECONDS] [--verbose]
+       samepage-agent COMMAND...
        agent=COMMAND,COMMAND,...  on the kernel's command line, with the agent as init
 
-Runs the commands one after the other and prints one line for each:
+Publishing tells the host what the guest's pages are for, as /proc/kpageflags has
+it, so that the host looks first where sharing memory pays and takes back what is
+free. It needs root, /dev/mem and a VM of samepage with --memory-hole on.
+  --publish             publish again and again, at less than 1% of a processor
+  --once                publish once
+  --check               publish once and compare with /proc/kpageflags: fails
+                        where the flags are not the kernel's
+  --interval SECONDS    the time between two passes, whatever they cost
+  --verbose, -v         print a line for each pass
+It exits with 0, with 1 if something failed on the way, with 2 if an option could
+not be read, or with 3 where this guest cannot publish; then it says why.
+
+With commands it runs them one after the other and prints one line for each:
   samepage-agent: NAME ok KEY=VALUE...
   samepage-agent: NAME failed: REASON
 The first failure ends the list. As init (process 1) it mounts /proc, /sys and
@@ -44,12 +61,64 @@ fn main() -> ExitCode {
         }
         Some(_) => {}
     }
+    match options::parse(&arguments) {
+        Ok(Some(options)) => return publish(options),
+        Ok(None) => {}
+        Err(error) => {
+            eprintln!("samepage-agent: {error}; `samepage-agent --help` lists the options");
+            return ExitCode::from(2);
+        }
+    }
     match parse_list(&arguments.join(",")) {
         Ok(commands) if Runner::new(false).run(&commands) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("samepage-agent: {error}; `samepage-agent --help` lists the commands");
             ExitCode::from(2)
+        }
+    }
+}
+
+/// This guest cannot publish.
+const CANNOT: u8 = 3;
+
+fn publish(options: Options) -> ExitCode {
+    let how = serve::Options { interval: options.interval, verbose: options.verbose };
+    let mut publisher = match Publisher::open(how) {
+        Ok(publisher) => publisher,
+        Err(error) => {
+            eprintln!("samepage-agent: {error}");
+            return ExitCode::from(CANNOT);
+        }
+    };
+    match act(options, &mut publisher) {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => {}
+        Err(error) => eprintln!("samepage-agent: {error}"),
+    }
+    ExitCode::FAILURE
+}
+
+/// Returns whether what was to be seen is so.
+fn act(options: Options, publisher: &mut Publisher) -> Result<bool, hole::Error> {
+    match options.action {
+        Action::Serve => match publisher.serve()? {},
+        Action::Once => {
+            let pass = publisher.pass()?;
+            if options.verbose {
+                say(format_args!("pass {pass}"));
+            }
+            Ok(true)
+        }
+        Action::Check => {
+            let pass = publisher.pass()?;
+            if options.verbose {
+                say(format_args!("pass {pass}"));
+            }
+            let (mapping, flags) = publisher.parts();
+            let checked = check(mapping, flags)?;
+            say(format_args!("check {} {checked}", if checked.passed() { "ok" } else { "failed:" }));
+            Ok(checked.passed())
         }
     }
 }

@@ -76,6 +76,13 @@ impl Memory {
         changed
     }
 
+    /// Gives all of it back, and returns how many pages that were.
+    pub fn release(&mut self) -> usize {
+        let pages = self.fills.iter().map(Vec::len).sum();
+        *self = Self::default();
+        pages
+    }
+
     /// Compares every page with what was last written to it, and returns how many there are.
     ///
     /// # Errors
@@ -129,6 +136,14 @@ mod tests {
         assert_eq!(memory.verify(), Ok(10));
         assert_eq!(memory.change(0, 7), 10);
         assert_eq!(memory.fills[0][3].0, before);
+    }
+
+    #[test]
+    fn nothing_is_left_of_released_memory() {
+        let mut memory = Memory::default();
+        memory.fill(3, 7);
+        memory.fill(2, 0);
+        assert_eq!((memory.release(), memory.verify()), (5, Ok(0)));
     }
 
     #[test]

@@ -2,12 +2,15 @@
 
 use crate::command::Command;
 use crate::files::{self, Source};
+use crate::hole;
+use crate::hole::check::{Checked, check};
+use crate::hole::serve::{Options, Publisher};
 use crate::memory::{Memory, Mismatch};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Prints one line to standard output. A console that can't be written to is no reason to stop.
 pub fn say(line: impl std::fmt::Display) {
@@ -28,6 +31,12 @@ pub enum Error {
     /// Filled memory has changed.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
+    /// The hole.
+    #[error(transparent)]
+    Hole(#[from] hole::Error),
+    /// What was published is not what the kernel says.
+    #[error("the host was told otherwise: {0}")]
+    Told(Checked),
     /// Meant for init alone.
     #[error("only the init of a guest may do this, not a process of a running system")]
     NotInit,
@@ -125,6 +134,17 @@ impl Runner {
                 }
                 format!("pages={pages} rounds={rounds}")
             }
+            Command::Release => format!("pages={}", self.memory.release()),
+            Command::Publish { interval } => publish(*interval)?,
+            Command::Check => {
+                let mut publisher = Publisher::open(Options::default())?;
+                let (mapping, flags) = publisher.parts();
+                let checked = check(mapping, flags)?;
+                if !checked.passed() {
+                    return Err(Error::Told(checked));
+                }
+                checked.to_string()
+            }
             Command::Meminfo => return meminfo().map(Next::Continue),
             Command::Sleep(time) => {
                 thread::sleep(*time);
@@ -155,6 +175,21 @@ fn at<E: Into<io::Error>>(path: &Path) -> impl FnOnce(E) -> Error {
 fn summed(path: &Path, result: io::Result<files::Summed>) -> Result<String, Error> {
     let summed = result.map_err(at(path))?;
     Ok(format!("path={} bytes={} fnv1a={}", path.display(), summed.bytes, summed.checksum))
+}
+
+/// Publishes once, and from then on in a thread of its own.
+fn publish(interval: Option<Duration>) -> Result<String, Error> {
+    /// Stack of the thread, in bytes: the agent is to be small.
+    const STACK: usize = 64 << 10;
+    let mut publisher = Publisher::open(Options { interval, verbose: false })?;
+    let first = publisher.pass()?;
+    let serve = move || {
+        let Err(error) = publisher.serve();
+        say(format_args!("publish failed: {error}"));
+    };
+    let thread = thread::Builder::new().name("publish".into()).stack_size(STACK).spawn(serve);
+    thread.map_err(at(Path::new("thread")))?;
+    Ok(first.to_string())
 }
 
 /// Figures of `/proc/meminfo`, in KiB.

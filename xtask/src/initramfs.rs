@@ -49,7 +49,9 @@ fn key() -> Result<Key> {
         .file(&root.join("Cargo.toml"))?
         .file(&root.join("Cargo.lock"))?
         .file(&root.join("guest-agent/Cargo.toml"))?
-        .folder(&root.join("guest-agent/src"))
+        .folder(&root.join("guest-agent/src"))?
+        .file(&root.join("guest-agent/layout/Cargo.toml"))?
+        .folder(&root.join("guest-agent/layout/src"))
 }
 
 /// Compiles the agent and returns the program.
