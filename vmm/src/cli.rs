@@ -9,10 +9,12 @@ use samepage::statistics::StatsTarget;
 use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_QUEUES;
+use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 
 use crate::bench::BenchArgs;
+use crate::client::args::ClientCommand;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -65,6 +67,36 @@ pub(crate) enum Command {
     Analyze(AnalyzeArgs),
     /// Measure samepage beside what others need for the same
     Bench(BenchArgs),
+    #[command(flatten)]
+    Client(ClientCommand),
+    /// Check configuration files
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages
+    Man {
+        /// The folder that they are written to
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Tell all that is wrong with a configuration file, with the numbers of lines
+    Check {
+        /// The file (TOML, or JSON where it is named so)
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Print the JSON Schema of configuration files
+    Schema,
 }
 
 /// The arguments of `samepage analyze`.
@@ -226,6 +258,11 @@ pub(crate) struct ProcessArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_cpu)]
     pub(crate) sharing_cpu: f64,
 
+    /// Most memory that blocks of disks may take which no guest holds: a size, or a share of what is free
+    /// and of what they take
+    #[arg(long, value_name = "SIZE|PERCENT", default_value = "25%", value_parser = parse_cache_size)]
+    pub(crate) block_cache: CacheSize,
+
     /// Work as KSM does in some respects, to compare: lookahead=off searches for every page,
     /// order=content keeps search trees by content, scan=full goes over all memory again and again
     #[arg(long, value_name = "KEY=VALUE,...", default_value = "", value_parser = parse_engine)]
@@ -291,6 +328,14 @@ pub(crate) enum ConsoleArg {
 fn parse_memory(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
     config::check_memory(bytes).map(|()| bytes).map_err(|error| error.to_string())
+}
+
+fn parse_cache_size(text: &str) -> Result<CacheSize, String> {
+    let Some(percent) = text.strip_suffix('%') else { return parse_size(text).map(CacheSize::Bytes) };
+    match percent.parse() {
+        Ok(percent @ 0..=100) => Ok(CacheSize::Percent(percent)),
+        _ => Err(format!("{text:?} is no share: give 0% to 100%, or a size as in 512M")),
+    }
 }
 
 fn parse_name(text: &str) -> Result<String, String> {

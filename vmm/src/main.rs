@@ -3,7 +3,9 @@
 mod analyze;
 mod bench;
 mod cli;
+mod client;
 mod demo;
+mod generate;
 mod plan;
 mod report;
 mod run;
@@ -24,6 +26,10 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::main(args),
         Command::Analyze(args) => analyze::main(args),
         Command::Bench(args) => bench::main(args),
+        Command::Client(command) => client::main(command),
+        Command::Config { command } => generate::config(command),
+        Command::Completions { shell } => generate::completions(*shell),
+        Command::Man { folder } => generate::manual(folder),
     };
     result.unwrap_or_else(|error| {
         report::tell(report::causes(&error));

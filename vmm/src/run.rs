@@ -120,6 +120,9 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         _ => None,
     };
     let server = plan.socket.as_ref().map(|socket| Server::start(socket, manager.clone())).transpose()?;
+    if let Some(socket) = plan.socket.as_ref().filter(|_| plan.serve) {
+        tell(format_args!("the control socket is {}", socket.path.display()));
+    }
     for (record, _) in records.iter().zip(starts).filter(|(_, start)| *start) {
         if let Some(turn) = record.try_turn() {
             manager.act(&turn, Action::Start)?;
@@ -226,7 +229,14 @@ fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
 
 fn settings(args: &ProcessArgs) -> Settings {
     let EngineArg { lookahead, order, follow } = args.sharing_engine;
-    Settings { cpu_percent: args.sharing_cpu, lookahead, order, follow, ..Settings::default() }
+    Settings {
+        cpu_percent: args.sharing_cpu,
+        lookahead,
+        order,
+        follow,
+        block_cache: args.block_cache,
+        ..Settings::default()
+    }
 }
 
 fn start_sharing(settings: &Settings) -> Option<Arc<Sharing>> {

@@ -10,6 +10,7 @@
 //! `docs/api.md`.
 
 pub mod backlog;
+pub mod client;
 pub mod config_file;
 pub mod disk_spec;
 pub mod events;
@@ -24,10 +25,12 @@ pub mod problem;
 pub mod record;
 mod routes;
 mod sampling;
+pub mod schema;
 pub mod server;
 pub mod spec;
 pub mod views;
 
+pub use client::{Client, ClientError};
 pub use extract::MAX_BODY;
 pub use manager::{Common, Manager, ManagerError};
 pub use routes::openapi;

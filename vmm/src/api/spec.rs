@@ -49,7 +49,6 @@ pub struct VmSpec {
     pub memory: Size,
     /// What the host backs its memory with.
     #[serde(default)]
-    #[schema(inline)]
     pub hugepages: HugePagesSpec,
     /// Its disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -63,7 +62,7 @@ pub struct VmSpec {
     pub sharing: SharingSpec,
     /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
     /// started and a VM that a client creates is not.
-    #[serde(default, skip_serializing)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<bool>,
 }
 
@@ -83,7 +82,6 @@ pub struct ConsoleSpec {
 pub struct SharingSpec {
     /// What of its memory is shared.
     #[serde(default)]
-    #[schema(inline)]
     pub mode: SharingMode,
     /// The group of VMs that it shares with.
     #[serde(default = "default_group")]

@@ -315,6 +315,8 @@ impl VmView {
     pub(super) fn new(record: &Record, sample: Option<&VmSample>) -> Self {
         let mut config = record.spec().clone();
         config.sharing.mode = record.mode();
+        // A wish of whoever made it, and no property of the VM.
+        config.start = None;
         let vm = record.vm();
         let console = vm.map(|vm| {
             let stats = vm.serial_stats();

@@ -47,7 +47,7 @@ pub(crate) struct Tail {
 #[utoipa::path(
     get, path = "/vms/{vm}/console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Tail),
-    responses((status = 200, description = "Bytes as the guest wrote them", content_type = OCTETS, body = Vec<u8>))
+    responses((status = 200, description = "Bytes as the guest wrote them", content_type = OCTETS, body = String))
 )]
 pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameters<Tail>) -> Response {
     let piece = record.backlog.tail(tail.unwrap_or(usize::MAX));
@@ -64,7 +64,7 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
     get, path = "/vms/{vm}/console/stream", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Tail),
     responses(
-        (status = 200, description = "Bytes as the guest writes them", content_type = OCTETS, body = Vec<u8>),
+        (status = 200, description = "Bytes as the guest writes them", content_type = OCTETS, body = String),
         (status = 101, description = "The connection is the console")
     )
 )]
@@ -120,6 +120,8 @@ impl Reader {
     /// What comes next; `None` at the end.
     async fn next(&mut self) -> Option<Vec<u8>> {
         let piece = tokio::select! {
+            // What there is comes before the end.
+            biased;
             piece = self.record.backlog.read(self.from) => piece?,
             () = is_ending(&mut self.ending) => return None,
         };
@@ -208,7 +210,7 @@ pub(crate) struct Typed {
 #[utoipa::path(
     post, path = "/vms/{vm}/console/input", tag = "console",
     params(("vm" = String, Path, description = "The VM's name")),
-    request_body(content_type = OCTETS, content = Vec<u8>), responses((status = 200, body = Typed))
+    request_body(content_type = OCTETS, content = String), responses((status = 200, body = Typed))
 )]
 pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed>, Problem> {
     let bytes = read_body(request.into_body()).await?;

@@ -83,6 +83,8 @@ impl Reader {
         }
         if self.ready.is_empty() {
             tokio::select! {
+                // What there is comes before the end.
+                biased;
                 new = self.api.manager.events.after(self.after) => self.ready.extend(new),
                 () = tokio::time::sleep(KEEP_ALIVE) => return Some(": nothing new\n\n".to_owned()),
                 () = is_ending(&mut self.ending) => return None,

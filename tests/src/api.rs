@@ -1,0 +1,253 @@
+//! A process with a control socket, as its clients see it. Every answer is checked against the description
+//! of the API that the process itself gives.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use samepage::api::{Client, client::Answer};
+use samepage_resources::DEMO_GUEST;
+use samepage_resources::demo::plan::Plan;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::console::PATIENCE;
+use crate::program::{Finished, Running, command};
+
+/// Memory of each guest, in bytes.
+pub const MEMORY: u64 = 64 << 20;
+
+/// A process with a control socket in a folder of its own.
+#[derive(Debug)]
+pub struct Host {
+    /// Its process.
+    pub running: Running,
+    /// A client of it.
+    pub client: Client,
+    /// The folder.
+    pub folder: TempDir,
+    openapi: Value,
+}
+
+impl Host {
+    /// `samepage serve` with more arguments, ready for clients.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn serve(arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("make a folder");
+        fs::write(folder.path().join("demo.elf"), DEMO_GUEST).expect("write the guest");
+        Self::serve_in(folder, arguments)
+    }
+
+    /// The same in a folder that is there.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn serve_in(folder: TempDir, arguments: &[&str]) -> Self {
+        let socket = folder.path().join("socket");
+        let mut serve = command(["serve", "--socket"]);
+        serve.arg(&socket).args(arguments).current_dir(folder.path());
+        let running = Running::start(serve);
+        running.stderr().wait_for_line("the control socket is");
+        let client = Client::new(socket);
+        let openapi = client.get("/openapi.json").expect("the description of the API");
+        Self { running, client, folder, openapi }
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.client.socket().to_owned()
+    }
+
+    /// What creates a VM with the demo guest.
+    #[must_use]
+    pub fn vm(&self, name: &str, plan: &Plan, start: bool) -> Value {
+        let kernel = self.folder.path().join("demo.elf");
+        json!({ "name": name, "kernel": kernel, "memory": MEMORY, "cmdline": plan.to_string(), "start": start })
+    }
+
+    /// Asks for something, checks that the answer is as described, and returns its status and JSON.
+    ///
+    /// # Panics
+    /// Where there is no answer, or it is not as described.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let bytes = body.map_or_else(Vec::new, |body| body.to_string().into_bytes());
+        let answer = self.client.raw(method.parse().expect("a method"), path, bytes);
+        let answer = answer.unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        self.check(method, path, &answer)
+    }
+
+    /// The same for what has to be done.
+    ///
+    /// # Panics
+    /// Where it is refused.
+    pub fn done(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
+        let (status, json) = self.ask(method, path, body);
+        assert!(status < 300, "{method} {path}: {status} {json}");
+        json
+    }
+
+    /// Asks a VM to do something, and returns its state.
+    ///
+    /// # Panics
+    /// Where it is refused.
+    pub fn act(&self, vm: &str, action: &str) -> String {
+        let vm = self.done("POST", &format!("/vms/{vm}/actions"), Some(&json!({ "action": action })));
+        vm["state"].as_str().expect("a state").to_owned()
+    }
+
+    /// Checks that an answer is as described.
+    ///
+    /// # Panics
+    /// Where it is not.
+    pub fn check(&self, method: &str, path: &str, answer: &Answer) -> (u16, Value) {
+        let status = answer.status;
+        let json = match answer.body.as_slice() {
+            [] => Value::Null,
+            body if answer.media_type.ends_with("json") => {
+                serde_json::from_slice(body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+            }
+            _ => return (status, Value::Null),
+        };
+        if let Some(schema) = self.schema(method, path, status, &answer.media_type) {
+            let validator = jsonschema::validator_for(&schema).expect("a schema");
+            let wrong: Vec<_> = validator.iter_errors(&json).map(|error| error.to_string()).collect();
+            assert!(wrong.is_empty(), "{method} {path}: {status} {json} is not as described: {wrong:?}");
+        } else {
+            assert!(matches!(status, 204 | 404), "{method} {path} has no description of {status} {json}");
+        }
+        (status, json)
+    }
+
+    /// The schema of an answer.
+    fn schema(&self, method: &str, path: &str, status: u16, media_type: &str) -> Option<Value> {
+        let parts: Vec<_> = path.split('?').next()?.split('/').collect();
+        let fits = |template: &str| {
+            let template: Vec<_> = template.split('/').collect();
+            template.len() == parts.len()
+                && template.iter().zip(&parts).all(|(one, other)| one.starts_with('{') || one == other)
+        };
+        let (_, item) = self.openapi["paths"].as_object()?.iter().find(|(template, _)| fits(template))?;
+        // What a resource does not have is described as what others lack.
+        let operation = match &item[method.to_lowercase()] {
+            Value::Null => item.as_object()?.values().next()?,
+            operation => operation,
+        };
+        let responses = &operation["responses"];
+        let response = match &responses[status.to_string()] {
+            Value::Null => &responses["default"],
+            response => response,
+        };
+        let mut schema = response["content"].get(media_type)?["schema"].clone();
+        schema["components"] = self.openapi["components"].clone();
+        Some(schema)
+    }
+
+    /// Waits until something holds of what is at a path.
+    ///
+    /// # Panics
+    /// Where it does not come about, with what is there.
+    pub fn wait_for(&self, path: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let json = self.done("GET", path, None);
+            if holds(&json) {
+                return json;
+            }
+            assert!(Instant::now() < deadline, "{what} did not come about: {json}");
+            // Figures are asked for; there is no event for them.
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until a VM's console shows something.
+    ///
+    /// # Panics
+    /// Where it does not come.
+    pub fn wait_for_console(&self, vm: &str, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let console = self.console(vm);
+            if console.contains(text) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{text} did not come; the console has:\n{console}");
+            // The stream is tested elsewhere.
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The end of a VM's console.
+    ///
+    /// # Panics
+    /// Where there is no such VM.
+    #[must_use]
+    pub fn console(&self, vm: &str) -> String {
+        let path = format!("/vms/{vm}/console");
+        let answer = self.client.raw("GET".parse().expect("a method"), &path, Vec::new());
+        String::from_utf8_lossy(&answer.expect("a console").body).into_owned()
+    }
+
+    /// Writes bytes to the socket, and returns all that comes back.
+    ///
+    /// # Panics
+    /// When nothing comes.
+    #[must_use]
+    pub fn raw(&self, bytes: &[u8], then_close: bool) -> String {
+        let mut stream = connect(&self.socket());
+        // The server may have had enough before the end.
+        let _ = stream.write_all(bytes);
+        if then_close {
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        let mut answer = Vec::new();
+        // A connection that is cut off has brought what it could.
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Files that the process has open.
+    ///
+    /// # Panics
+    /// Where it has ended.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.running.pid().as_raw_nonzero());
+        fs::read_dir(folder).expect("list open files").count()
+    }
+
+    /// Threads of VMs that the process has.
+    #[must_use]
+    pub fn vm_threads(&self) -> usize {
+        let of_vm = |name: &String| name.starts_with("vcpu-") || name.starts_with("blk-");
+        self.running.threads().iter().filter(|name| of_vm(name)).count()
+    }
+
+    /// Ends the process as its user does.
+    #[must_use]
+    pub fn end(self) -> Finished {
+        self.running.signal(Signal::TERM);
+        let finished = self.running.wait();
+        assert!(!self.client.socket().exists(), "the socket was left behind");
+        finished
+    }
+}
+
+/// A connection to a socket, on which an answer has to come in time.
+///
+/// # Panics
+/// Where nobody listens.
+#[must_use]
+pub fn connect(socket: &Path) -> UnixStream {
+    let stream = UnixStream::connect(socket).expect("connect to the control socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream
+}

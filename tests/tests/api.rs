@@ -1,0 +1,523 @@
+//! The control socket: VMs that clients create, watch and steer, and clients that mean no good.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, ExitCode};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use samepage::api::events::{Event, Happening};
+use samepage::api::lifecycle::State;
+use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::plan::{Crash, Plan};
+use samepage_tests::api::{Host, MEMORY, connect};
+use samepage_tests::console::PATIENCE;
+use samepage_tests::harness;
+use samepage_tests::program::{self, Running, command};
+use samepage_tests::terminal::Terminal;
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    harness::run(&[
+        ("clients_create_steer_and_delete_vms_and_nothing_is_left", many_vms),
+        ("what_cannot_be_is_refused_and_leaves_nothing", refusals),
+        ("broken_slow_and_greedy_clients_harm_nobody", broken_clients),
+        ("events_tell_what_happens", events),
+        ("metrics_can_be_read", metrics),
+        ("a_console_is_read_along_and_typed_to", console),
+        ("the_socket_is_its_owners_and_replaced_when_stale", socket),
+        ("a_disk_is_limited_while_it_is_used", disks),
+        ("people_use_the_same_by_commands", commands),
+        ("a_console_is_attached_to_a_terminal_and_left", terminal),
+        ("run_opens_a_socket_and_starts_what_a_file_describes", run_with_socket),
+    ])
+}
+
+/// How many VMs there are in the test of many.
+const VMS: &str = "SAMEPAGE_TEST_API_VMS";
+
+/// A guest that goes on until it is told to finish.
+fn endless(vm: u32) -> Plan {
+    Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
+}
+
+fn many_vms() {
+    let host = Host::serve(&["--sharing-cpu", "100"]);
+    let count = std::env::var(VMS).ok().and_then(|count| count.parse().ok()).unwrap_or(8_u32);
+    cycle(&host, 2);
+    let files = host.open_files();
+    cycle(&host, count);
+    let deadline = Instant::now() + PATIENCE;
+    // Connections that were closed are noticed in a moment.
+    while host.open_files() > files {
+        assert!(Instant::now() < deadline, "{} open files, {files} before", host.open_files());
+        thread::sleep(Duration::from_millis(20));
+    }
+    host.end().assert_code(0);
+}
+
+/// VMs come, share, are steered, and go.
+fn cycle(host: &Host, count: u32) {
+    let name = |vm: u32| format!("vm-{vm}");
+    thread::scope(|scope| {
+        for vm in 0..count {
+            scope.spawn(move || {
+                let body = host.vm(&name(vm), &endless(vm), true);
+                let (status, created) = host.ask("POST", "/vms", Some(&body));
+                assert_eq!((status, created["state"].as_str()), (201, Some("running")), "{created}");
+            });
+        }
+    });
+    let all = host.done("GET", "/vms", None);
+    assert_eq!(all.as_array().map(Vec::len), Some(count as usize), "{all}");
+    (0..count).for_each(|vm| host.wait_for_console(&name(vm), "round="));
+    let counts = Arena::on_map(&endless(0), std::iter::once(0..MEMORY)).unwrap().counts();
+    let wanted = counts.reclaimable(count.into());
+    host.wait_for("/sharing", "sharing all that is alike", |sharing| {
+        let counted = &sharing["statistics"];
+        counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted
+    });
+    host.wait_for("/vms/vm-0/sharing", "statistics of a VM", |vm| {
+        vm["statistics"]["pages_merged"].as_u64().is_some_and(|merged| merged >= counts.alike)
+    });
+
+    assert_eq!(host.act("vm-0", "pause"), "paused");
+    assert_eq!(host.act("vm-1", "reset"), "running");
+    assert_eq!(host.act("vm-0", "resume"), "running");
+    assert_eq!(host.act("vm-1", "kill"), "stopped");
+    let stopped = host.done("GET", "/vms/vm-1", None);
+    assert_eq!((&stopped["reason"], &stopped["actions"]), (&json!("stopped"), &json!(["start"])));
+    assert_eq!(host.act("vm-1", "start"), "running");
+    // A guest verifies all of its memory before it ends by itself.
+    host.done("POST", "/vms/vm-0/console/input", Some(&json!("q")));
+    let ended = host.wait_for("/vms/vm-0", "the guest's end", |vm| vm["state"] == "stopped");
+    assert!(ended["reason"].as_str().unwrap().contains("reset"), "{ended}");
+    assert!(host.console("vm-0").contains("corrupt=0"), "{}", host.console("vm-0"));
+
+    thread::scope(|scope| {
+        for vm in 0..count {
+            scope.spawn(move || assert_eq!(host.ask("DELETE", &format!("/vms/{}", name(vm)), None).0, 204));
+        }
+    });
+    assert_eq!(host.done("GET", "/vms", None), json!([]));
+    assert_eq!(host.vm_threads(), 0, "{:?}", host.running.threads());
+    host.wait_for("/sharing", "an empty process", |sharing| {
+        sharing["guest_bytes"] == 0 && sharing["statistics"]["frames"] == 0
+    });
+}
+
+fn refusals() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("taken", &endless(0), false)));
+    let vm = |change: &dyn Fn(&mut Value)| {
+        let mut vm = host.vm("new", &endless(0), true);
+        change(&mut vm);
+        vm
+    };
+    let not_a_kernel = host.folder.path().join("text");
+    fs::write(&not_a_kernel, "no kernel").unwrap();
+    let disk = host.folder.path().join("disk");
+    fs::write(&disk, vec![0; 4096]).unwrap();
+    let disk = json!([{ "path": disk }]);
+    host.done(
+        "POST",
+        "/vms",
+        Some(&vm(&|vm| {
+            vm["name"] = json!("writer");
+            vm["disks"] = disk.clone();
+            vm["start"] = json!(false);
+        })),
+    );
+    let cases: [(u16, &str, Value); 17] = [
+        (409, "duplicate-name", vm(&|vm| vm["name"] = json!("taken"))),
+        (422, "invalid-configuration", vm(&|vm| vm["name"] = json!("a/b"))),
+        (422, "invalid-configuration", vm(&|vm| vm["name"] = json!(".."))),
+        (422, "invalid-configuration", vm(&|vm| vm["kernel"] = json!("/nonexistent"))),
+        (422, "invalid-configuration", vm(&|vm| vm["kernel"] = json!(not_a_kernel))),
+        (422, "invalid-configuration", vm(&|vm| vm["kernel"] = json!("/"))),
+        (422, "invalid-configuration", vm(&|vm| vm["memory"] = json!(4097))),
+        (422, "invalid-configuration", vm(&|vm| vm["disks"] = json!([{ "path": "/nonexistent" }]))),
+        (422, "invalid-configuration", vm(&|vm| vm["sharing"] = json!({ "group": "" }))),
+        (422, "invalid-configuration", vm(&|vm| vm["console"] = json!({ "file": "/nonexistent/file" }))),
+        (409, "in-use", vm(&|vm| vm["disks"] = disk.clone())),
+        (409, "overcommitted", vm(&|vm| vm["memory"] = json!("4T"))),
+        (400, "bad-request", vm(&|vm| vm["memory"] = json!("1X"))),
+        (400, "bad-request", vm(&|vm| vm["cpus"] = json!(2))),
+        (400, "bad-request", vm(&|vm| vm["name"] = json!(7))),
+        (400, "bad-request", json!([1, 2])),
+        (400, "bad-request", json!({})),
+    ];
+    for (expected, kind, body) in cases {
+        let (status, problem) = host.ask("POST", "/vms", Some(&body));
+        assert_eq!(
+            (status, &problem["type"]),
+            (expected, &json!(format!("urn:samepage:problem:{kind}"))),
+            "{body}"
+        );
+        assert_eq!(problem["instance"], "/vms");
+        assert_eq!(host.ask("GET", "/vms/new", None).0, 404);
+    }
+    let actions = "/vms/taken/actions";
+    let others: [(u16, &str, &str, Option<Value>); 12] = [
+        (404, "GET", "/vms/none", None),
+        (404, "DELETE", "/vms/none", None),
+        (404, "GET", "/nothing", None),
+        (404, "GET", "/vms/taken/disks/none", None),
+        (405, "PUT", "/vms", Some(json!({}))),
+        (409, "POST", actions, Some(json!({ "action": "resume" }))),
+        (409, "PUT", actions, Some(json!({ "action": "reset" }))),
+        (400, "POST", actions, Some(json!({ "action": "explode" }))),
+        (400, "PATCH", "/vms/taken/sharing", Some(json!({ "mode": "half" }))),
+        (400, "GET", "/vms/taken/console?tail=many", None),
+        (400, "GET", "/vms/%ff", None),
+        (422, "PATCH", "/vms/writer/disks/disk0", Some(json!({ "limits": { "iops": 0 } }))),
+    ];
+    for (expected, method, path, body) in others {
+        let (status, problem) = host.ask(method, path, body.as_ref());
+        assert_eq!(status, expected, "{method} {path}: {problem}");
+    }
+    let (_, problem) = host.ask("POST", actions, Some(&json!({ "action": "resume" })));
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("created") && detail.contains("resume"), "{detail}");
+    assert_eq!(host.done("GET", "/vms", None).as_array().unwrap().len(), 2);
+    assert_eq!(host.vm_threads(), 2, "{:?}", host.running.threads());
+    host.end().assert_code(0);
+}
+
+fn broken_clients() {
+    let host = Host::serve(&[]);
+    let head = "POST /vms HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n";
+    let large = format!("{head}Content-Length: {}\r\n\r\n{}", 2 << 20, " ".repeat(2 << 20));
+    assert!(host.raw(large.as_bytes(), false).starts_with("HTTP/1.1 413"));
+    let wrong_type = head.replace("application/json", "text/plain") + "Content-Length: 2\r\n\r\n{}";
+    assert!(host.raw(wrong_type.as_bytes(), false).starts_with("HTTP/1.1 415"));
+    let garbage = host.raw(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", false);
+    assert!(garbage.starts_with("HTTP/1.1 400"), "{garbage}");
+    let endless = format!("GET /vms HTTP/1.1\r\nX: {}\r\n\r\n", "y".repeat(1 << 20));
+    assert!(host.raw(endless.as_bytes(), false).starts_with("HTTP/1.1 431"));
+    // Half a body, and then no more.
+    let half = format!("{head}Content-Length: 100\r\n\r\n{{");
+    let _ = host.raw(half.as_bytes(), true);
+    let late = host.raw(half.as_bytes(), false);
+    assert!(late.starts_with("HTTP/1.1 408"), "{late}");
+
+    // More connections than there may be: the last ones are refused, and room comes back.
+    let idle: Vec<_> = (0..256).map(|_| connect(&host.socket())).collect();
+    let refused = host.raw(b"GET /vms HTTP/1.1\r\nHost: x\r\n\r\n", false);
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("256 connections"), "{refused}");
+    drop(idle);
+    let deadline = Instant::now() + PATIENCE;
+    while host.client.get::<Value>("/version").is_err() {
+        assert!(Instant::now() < deadline, "no connection is accepted any more");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(host.done("GET", "/vms", None), json!([]));
+    host.end().assert_code(0);
+}
+
+/// Listens to events in the background, from the beginning.
+fn listen(host: &Host) -> mpsc::Receiver<Event> {
+    let client = host.client.clone();
+    let (sender, events) = mpsc::channel();
+    thread::spawn(move || {
+        let mut text = String::new();
+        // Ends with the server.
+        let _ = client.stream("/events?since=0", |bytes| {
+            text.push_str(std::str::from_utf8(bytes).expect("events are text"));
+            while let Some(end) = text.find("\n\n") {
+                let event: String = text.drain(..end + 2).collect();
+                let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+                let data = data.map(|data| serde_json::from_str(data).expect("an event"));
+                if data.is_some_and(|event| sender.send(event).is_err()) {
+                    return ControlFlow::Break(());
+                }
+            }
+            ControlFlow::Continue(())
+        });
+    });
+    events
+}
+
+fn events() {
+    let host = Host::serve(&[]);
+    let events = listen(&host);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    host.act("a", "pause");
+    let crash = Plan { crash: Some(Crash::Triple), ..endless(0) };
+    host.done("POST", "/vms", Some(&host.vm("b", &crash, true)));
+    host.wait_for("/vms/b", "a crash", |vm| vm["state"] == "crashed");
+    assert_eq!(host.ask("DELETE", "/vms/b", None).0, 204);
+    host.ask(
+        "POST",
+        "/vms",
+        Some(&json!({ "name": "c", "kernel": host.folder.path().join("demo.elf"), "memory": "4T" })),
+    );
+    let state = |vm: &str, state| (vm.to_owned(), state);
+    let mut seen = Vec::new();
+    let (mut crashed, mut deleted, mut limited) = (false, false, false);
+    let mut last = 0;
+    while !limited {
+        let event = events.recv_timeout(PATIENCE).expect("an event");
+        assert_eq!(event.id, last + 1);
+        last = event.id;
+        match event.what {
+            Happening::State { vm, state, .. } => seen.push((vm, state)),
+            Happening::Crash { vm, .. } => crashed = vm == "b",
+            Happening::Deleted { vm } => deleted = vm == "b",
+            Happening::Limit { .. } => limited = true,
+            Happening::Missed { count } => panic!("{count} events were missed"),
+        }
+    }
+    assert!(crashed && deleted);
+    let expected = [
+        state("a", State::Created),
+        state("a", State::Running),
+        state("a", State::Paused),
+        state("b", State::Created),
+        state("b", State::Running),
+        state("b", State::Crashed),
+    ];
+    assert_eq!(seen, expected);
+    host.end().assert_code(0);
+    // Who listens to the end hears of the end.
+    let rest: Vec<_> = events.iter().map(|event| event.what).collect();
+    let stopped =
+        |what: &Happening| matches!(what, Happening::State { vm, state: State::Stopped, .. } if vm == "a");
+    assert!(rest.iter().any(stopped), "{rest:?}");
+}
+
+fn metrics() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    host.wait_for("/vms/a/sharing", "a look at the VM", |vm| vm["statistics"].is_object());
+    let answer = host.client.raw("GET".parse().unwrap(), "/metrics", Vec::new()).unwrap();
+    assert!(answer.media_type.starts_with("application/openmetrics-text"), "{}", answer.media_type);
+    let text = String::from_utf8(answer.body).unwrap();
+    let mut described = Vec::new();
+    let mut lines = text.lines().peekable();
+    while let Some(line) = lines.next() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            described.push(help.split(' ').next().unwrap().to_owned());
+        } else if !line.starts_with('#') {
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
+            let name = series.split('{').next().unwrap();
+            let name = name.strip_suffix("_total").unwrap_or(name);
+            assert!(described.iter().any(|described| described == name), "{line} is not described");
+        } else if line == "# EOF" {
+            assert_eq!(lines.peek(), None);
+        }
+    }
+    assert!(text.contains("samepage_vm_memory_bytes{vm=\"a\"} 67108864"), "{text}");
+    assert!(text.contains("samepage_vms{state=\"running\"} 1"), "{text}");
+    assert!(text.ends_with("# EOF\n"));
+    host.end().assert_code(0);
+}
+
+fn console() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    let (mut stream, first) = host.client.attach("a").unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut seen = first;
+    let read_until = |stream: &mut std::os::unix::net::UnixStream, seen: &mut Vec<u8>, text: &str| {
+        let mut buffer = [0; 1024];
+        while !String::from_utf8_lossy(seen).contains(text) {
+            let count = stream.read(&mut buffer).expect("the console goes on");
+            assert!(count > 0, "the console ended:\n{}", String::from_utf8_lossy(seen));
+            seen.extend_from_slice(&buffer[..count]);
+        }
+    };
+    read_until(&mut stream, &mut seen, "round=2");
+    assert!(seen.starts_with(b"start "), "{}", String::from_utf8_lossy(&seen));
+    // The same by the stream, and by the backlog.
+    let mut along = Vec::new();
+    let along_until = |bytes: &[u8]| {
+        along.extend_from_slice(bytes);
+        if String::from_utf8_lossy(&along).contains("round=2") {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    };
+    host.client.stream("/vms/a/console/stream", along_until).unwrap();
+    assert!(host.console("a").contains("round=2"));
+    stream.write_all(b"q").unwrap();
+    read_until(&mut stream, &mut seen, "corrupt=0");
+    host.wait_for("/vms/a", "the guest's end", |vm| vm["state"] == "stopped");
+    // Nobody reads what is typed now.
+    assert_eq!(host.ask("POST", "/vms/a/console/input", Some(&json!("q"))).0, 409);
+    // The console outlives the machine, but not the VM.
+    seen.clear();
+    host.act("a", "start");
+    read_until(&mut stream, &mut seen, "round=1 ");
+    assert_eq!(host.ask("DELETE", "/vms/a", None).0, 204);
+    stream.read_to_end(&mut seen).unwrap();
+    host.end().assert_code(0);
+}
+
+fn socket() {
+    let host = Host::serve(&["--socket-mode", "660"]);
+    let mode = |path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(host.socket()), 0o660);
+    let mut second = command(["serve", "--socket"]);
+    second.arg(host.socket());
+    let refused = Running::start(second).wait();
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("is the socket of a process that runs"), "{}", refused.stderr);
+    // Killed, the process leaves its socket behind.
+    host.running.signal(Signal::KILL);
+    let Host { running, folder, .. } = host;
+    let _ = running.wait();
+    assert!(folder.path().join("socket").exists());
+    let host = Host::serve_in(folder, &[]);
+    assert_eq!(mode(host.socket()), 0o600);
+    host.end().assert_code(0);
+}
+
+fn disks() {
+    let host = Host::serve(&[]);
+    let disk = host.folder.path().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut vm = host.vm("a", &endless(0), true);
+    vm["disks"] = json!([{ "path": disk, "id": "data", "limits": { "rate": "1M" } }]);
+    host.done("POST", "/vms", Some(&vm));
+    let disk = host.done("GET", "/vms/a/disks/data", None);
+    assert_eq!(disk["limits"], json!({ "rate": 1 << 20 }));
+    assert!(disk["statistics"]["reads"].is_u64(), "{disk}");
+    let change = json!({ "limits": { "rate": "2M", "iops": 100 } });
+    assert_eq!(
+        host.done("PATCH", "/vms/a/disks/data", Some(&change))["limits"],
+        json!({ "rate": 2 << 20, "iops": 100 })
+    );
+    assert_eq!(host.done("GET", "/vms/a/disks", None)[0]["limits"]["iops"], 100);
+    host.act("a", "kill");
+    assert_eq!(host.ask("PATCH", "/vms/a/disks/data", Some(&change)).0, 409);
+    host.end().assert_code(0);
+}
+
+/// A command of the client's.
+fn client_command(host: &Host, arguments: &[&str]) -> Command {
+    let mut client = command(arguments);
+    client.env("SAMEPAGE_SOCKET", host.socket()).current_dir(host.folder.path());
+    client
+}
+
+fn commands() {
+    let host = Host::serve(&[]);
+    let run = |arguments: &[&str]| {
+        let finished = Running::start(client_command(&host, arguments)).wait();
+        finished.assert_code(0);
+        finished.stdout
+    };
+    let fails = |arguments: &[&str]| {
+        let finished = Running::start(client_command(&host, arguments)).wait();
+        finished.assert_code(1);
+        finished.stderr
+    };
+    let text = format!(
+        "[defaults]\nkernel = 'demo.elf'\nmemory = '64M'\ncmdline = '{}'\n[[vms]]\nname = 'web'\ncount = 2\n\
+         [[vms]]\nname = 'db'\nstart = false\n",
+        endless(0)
+    );
+    fs::write(host.folder.path().join("vms.toml"), text).unwrap();
+    assert!(run(&["config", "check", "vms.toml"]).contains("3 VMs"));
+    run(&["create", "vms.toml"]);
+    let listed = run(&["ps"]);
+    let states: Vec<_> = listed.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+    assert_eq!(states, ["created", "running", "running"], "{listed}");
+    run(&["start", "db"]);
+    run(&["pause", "web-0", "web-1"]);
+    let listed: Value = serde_json::from_str(&run(&["ps", "--json"])).unwrap();
+    assert_eq!((&listed[0]["state"], &listed[1]["state"]), (&json!("running"), &json!("paused")));
+    assert!(fails(&["pause", "web-0"]).contains("VM web-0 is paused"));
+    assert!(fails(&["show", "none"]).contains("no VM named none"));
+    run(&["resume", "web-0"]);
+    run(&["stop", "web-0"]);
+    assert!(run(&["show", "web-0"]).contains("stopped"));
+    run(&["reset", "db"]);
+    run(&["sharing", "db", "--mode", "zero"]);
+    assert!(run(&["sharing", "db"]).contains("zero"));
+    assert!(run(&["sharing"]).contains("default"));
+    assert!(run(&["stats"]).contains("VOLATILE"));
+    assert!(run(&["console", "web-0", "--backlog"]).contains("start ram="));
+    let events = Running::start(client_command(&host, &["events", "--since", "0"]));
+    events.stdout().wait_for_line("VM web-0 is stopped: stopped");
+    run(&["rm", "--all"]);
+    events.stdout().wait_for_line("VM web-1 is deleted");
+    assert_eq!(run(&["ps", "--json"]).trim(), "[]");
+    drop(events);
+    host.end().assert_code(0);
+
+    let mistakes = tempfile::tempdir().unwrap();
+    fs::write(mistakes.path().join("vms.toml"), "[[vms]]\nname = 'a'\ncpus = 2\n").unwrap();
+    let mut check = command(["config", "check", "vms.toml"]);
+    check.current_dir(mistakes.path());
+    let finished = Running::start(check).wait();
+    finished.assert_code(1);
+    assert!(finished.stderr.starts_with("vms.toml:3: unknown field `cpus`"), "{}", finished.stderr);
+    let nobody = Running::start(command(["ps", "--socket", "/nonexistent/socket"])).wait();
+    nobody.assert_code(1);
+    assert!(nobody.stderr.contains("samepage serve --socket"), "{}", nobody.stderr);
+    Running::start(command(["completions", "bash"])).wait().assert_code(0);
+    let mut man = command(["man"]);
+    man.arg(mistakes.path().join("man"));
+    Running::start(man).wait().assert_code(0);
+    assert!(mistakes.path().join("man/samepage-serve.1").exists());
+}
+
+fn terminal() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    let mut terminal = Terminal::open();
+    let before = terminal.settings();
+    let mut attach = Command::new(program::path());
+    attach.args(["console", "a", "--socket"]).arg(host.socket());
+    let attached = terminal.start(&attach);
+    terminal.wait_for("round=");
+    assert!(terminal.settings().is_raw());
+    terminal.type_keys(b"\x01h");
+    terminal.wait_for("leave the console");
+    terminal.type_keys(b"\x01x");
+    terminal.wait_for_end(attached).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+    // The VM goes on, and can be attached to again; its guest takes what is typed.
+    let attached = terminal.start(&attach);
+    terminal.wait_for("round=");
+    terminal.type_keys(b"q");
+    terminal.wait_for("corrupt=0");
+    host.wait_for("/vms/a", "the guest's end", |vm| vm["state"] == "stopped");
+    assert_eq!(host.ask("DELETE", "/vms/a", None).0, 204);
+    terminal.wait_for("the console of VM a has ended");
+    terminal.wait_for_end(attached).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+    host.end().assert_code(0);
+}
+
+fn run_with_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("demo.elf"), samepage_resources::DEMO_GUEST).unwrap();
+    let text =
+        format!("[[vms]]\nname = 'a'\nkernel = 'demo.elf'\nmemory = '64M'\ncmdline = '{}'\n", endless(0));
+    fs::write(folder.path().join("vms.toml"), text).unwrap();
+    let socket = folder.path().join("socket");
+    let mut run = command(["run", "--config", "vms.toml", "--socket"]);
+    run.arg(&socket).current_dir(folder.path());
+    let running = Running::start(run);
+    let client = samepage::api::Client::new(&socket);
+    let deadline = Instant::now() + PATIENCE;
+    while client.get::<Value>("/vms/a").is_err() {
+        assert!(Instant::now() < deadline, "no socket");
+        thread::sleep(Duration::from_millis(10));
+    }
+    // A reset of the only VM is not the end of the process; its end is.
+    let post = |body: Value| client.send::<Value>("POST".parse().unwrap(), "/vms/a/actions", &body).unwrap();
+    assert_eq!(post(json!({ "action": "reset" }))["state"], "running");
+    post(json!({ "action": "kill" }));
+    running.wait().assert_code(0);
+    assert!(!socket.exists());
+}

@@ -1,0 +1,147 @@
+//! The command lines of the commands that talk to a control socket.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+/// A command that talks to a control socket.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientCommand {
+    /// List the VMs of a control socket
+    Ps(ListArgs),
+    /// Show a VM
+    Show(VmArgs),
+    /// Create the VMs of a configuration file
+    Create(CreateArgs),
+    /// Start VMs that were never started, or boot those anew that have ended
+    Start(VmsArgs),
+    /// Hold VMs' guests
+    Pause(VmsArgs),
+    /// Let paused guests go on
+    Resume(VmsArgs),
+    /// Boot VMs anew. Guests are not asked
+    Reset(VmsArgs),
+    /// End VMs. Guests are not asked; the VMs stay and can be started again
+    #[command(visible_alias = "kill")]
+    Stop(VmsArgs),
+    /// End VMs, and forget them
+    Rm(VmsArgs),
+    /// Show what VMs' memory consists of
+    Stats(ListArgs),
+    /// Show what is shared, or change what a VM shares
+    Sharing(SharingArgs),
+    /// Tell what happens
+    Events(EventsArgs),
+    /// Attach to a VM's console; Ctrl-A x leaves it
+    Console(ConsoleArgs),
+}
+
+/// Where to ask, and how to answer.
+#[derive(Debug, Args)]
+pub(crate) struct Connection {
+    /// The control socket
+    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
+    pub(crate) socket: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The arguments of commands about everything.
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of commands about one VM.
+#[derive(Debug, Args)]
+pub(crate) struct VmArgs {
+    /// Its name
+    #[arg(value_name = "VM")]
+    pub(crate) vm: String,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of commands about some VMs.
+#[derive(Debug, Args)]
+pub(crate) struct VmsArgs {
+    /// Their names
+    #[arg(value_name = "VM", required_unless_present = "all")]
+    pub(crate) vms: Vec<String>,
+
+    /// All VMs
+    #[arg(long, conflicts_with = "vms")]
+    pub(crate) all: bool,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage create`.
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// The configuration file (TOML, or JSON where it is named so)
+    #[arg(value_name = "FILE")]
+    pub(crate) config: PathBuf,
+
+    /// Start none of them
+    #[arg(long)]
+    pub(crate) hold: bool,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage sharing`.
+#[derive(Debug, Args)]
+pub(crate) struct SharingArgs {
+    /// A VM; the whole process where none is named
+    #[arg(value_name = "VM")]
+    pub(crate) vm: Option<String>,
+
+    /// What of its memory is shared from now on
+    #[arg(long, value_enum, value_name = "full|zero|off", requires = "vm")]
+    pub(crate) mode: Option<ModeArg>,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// `--mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    Full,
+    Zero,
+    Off,
+}
+
+/// The arguments of `samepage events`.
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Begin behind the event of this number, as far as they are kept; 0 for all
+    #[arg(long, value_name = "N")]
+    pub(crate) since: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage console`.
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// The VM's name
+    #[arg(value_name = "VM")]
+    pub(crate) vm: String,
+
+    /// Print what the guest wrote last, and end
+    #[arg(long)]
+    pub(crate) backlog: bool,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
+    pub(crate) socket: PathBuf,
+}

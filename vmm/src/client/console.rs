@@ -1,0 +1,131 @@
+//! `samepage console`: a VM's serial console on this terminal.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+
+use anyhow::Context;
+use hyper::Method;
+use samepage::api::Client;
+use samepage::console::escape::{EscapeFilter, Key};
+use samepage::console::terminal::{self, RawTerminal, StdinKind};
+use samepage::poll::wait_readable;
+use samepage::signals::ShutdownSignals;
+
+use super::args::ConsoleArgs;
+use super::vm_path;
+use crate::report::tell;
+
+/// What is shown for Ctrl-A h.
+const HELP: &str = "\n\
+    Ctrl-A x       leave the console; the VM goes on\n\
+    Ctrl-A h       this help\n\
+    Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
+
+pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
+    let client = Client::new(&args.socket);
+    let path = vm_path(&args.vm)? + "/console";
+    if args.backlog {
+        let answer = client.raw(Method::GET, &path, Vec::new())?;
+        if answer.status >= 300 {
+            // The same question again, for its refusal.
+            client.get::<serde_json::Value>(&path)?;
+        }
+        return show(&answer.body).context("write to standard output");
+    }
+    let (stream, first) = client.attach(&args.vm)?;
+    let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
+    let raw = match terminal::stdin_kind() {
+        StdinKind::Terminal => {
+            tell(format_args!("console of VM {}; Ctrl-A x leaves it, Ctrl-A h helps", args.vm));
+            Some(RawTerminal::enter().context("put the terminal into raw mode")?)
+        }
+        _ => None,
+    };
+    let left = show(&first).and_then(|()| attach(&stream, &signals, raw.is_some()));
+    drop(raw);
+    if left.context("pass the console on")? == Left::ByServer {
+        tell(format_args!("the console of VM {} has ended", args.vm));
+    }
+    Ok(())
+}
+
+/// Who has had enough.
+#[derive(Debug, PartialEq, Eq)]
+enum Left {
+    ByUser,
+    ByServer,
+}
+
+fn show(bytes: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush())
+}
+
+fn attach(stream: &UnixStream, signals: &ShutdownSignals, keys: bool) -> io::Result<Left> {
+    let stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut filter = EscapeFilter::default();
+    // Of what is no terminal the end is no wish to leave.
+    let mut typing = terminal::stdin_kind() != StdinKind::BackgroundTerminal;
+    let mut buffer = [0; 4096];
+    loop {
+        let typed = typing.then(|| stdin.as_raw_fd());
+        let [signal, output, typed] =
+            wait_readable([Some(signals.as_raw_fd()), Some(stream.as_raw_fd()), typed])?;
+        if signal {
+            return Ok(Left::ByUser);
+        }
+        if output {
+            match (&*stream).read(&mut buffer) {
+                Ok(0) => return Ok(Left::ByServer),
+                Ok(count) => show(&buffer[..count])?,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Left::ByServer),
+                Err(error) => return Err(error),
+            }
+        }
+        if typed {
+            let count = (&stdin).read(&mut buffer)?;
+            typing = count > 0;
+            let to_guest = if keys {
+                let Some(to_guest) = sort(&mut filter, &buffer[..count]) else { return Ok(Left::ByUser) };
+                to_guest
+            } else {
+                buffer[..count].to_vec()
+            };
+            match (&*stream).write_all(&to_guest) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Left::ByServer),
+                other => other?,
+            }
+        }
+    }
+}
+
+/// What of the keys is meant for the guest; `None` when the user leaves.
+fn sort(filter: &mut EscapeFilter, keys: &[u8]) -> Option<Vec<u8>> {
+    let mut to_guest = Vec::with_capacity(keys.len());
+    for key in keys {
+        match filter.feed(*key) {
+            Key::Guest(byte) => to_guest.push(byte),
+            Key::Quit => return None,
+            Key::Help => {
+                // Who does not see the help can still type.
+                let _ = io::stderr().write_all(HELP.as_bytes());
+            }
+            Key::Nothing => {}
+        }
+    }
+    Some(to_guest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_go_to_the_guest_until_the_user_leaves() {
+        let mut filter = EscapeFilter::default();
+        assert_eq!(sort(&mut filter, b"ls\x01"), Some(b"ls".to_vec()));
+        assert_eq!(sort(&mut filter, b"\x01\r"), Some(b"\x01\r".to_vec()));
+        assert_eq!(sort(&mut filter, b"a\x01x"), None);
+    }
+}

@@ -1,0 +1,139 @@
+//! The commands for people that talk to a control socket.
+//!
+//! Each asks for what it needs, prints it as a table, or as JSON for programs, and says what went wrong
+//! on standard error.
+
+pub(crate) mod args;
+mod console;
+mod events;
+mod show;
+mod table;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use hyper::Method;
+use samepage::api::lifecycle::Action;
+use samepage::api::spec::VmSpec;
+use samepage::api::views::VmSummary;
+use samepage::api::{Client, config_file};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::report::{self, tell};
+use args::{ClientCommand, Connection, CreateArgs, VmsArgs};
+
+/// Does what a command asks for.
+pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        ClientCommand::Ps(args) => show::list(args)?,
+        ClientCommand::Show(args) => show::vm(args)?,
+        ClientCommand::Create(args) => return create(args),
+        ClientCommand::Start(args) => return act(args, Action::Start),
+        ClientCommand::Pause(args) => return act(args, Action::Pause),
+        ClientCommand::Resume(args) => return act(args, Action::Resume),
+        ClientCommand::Reset(args) => return act(args, Action::Reset),
+        ClientCommand::Stop(args) => return act(args, Action::Kill),
+        ClientCommand::Rm(args) => return each(args, |client, path, _| Ok(client.delete(path)?)),
+        ClientCommand::Stats(args) => show::stats(args)?,
+        ClientCommand::Sharing(args) => show::sharing(args)?,
+        ClientCommand::Events(args) => events::follow(args)?,
+        ClientCommand::Console(args) => console::main(args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn client(connection: &Connection) -> Client {
+    Client::new(&connection.socket)
+}
+
+fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {
+    each(args, |client, path, printed| {
+        let body = json!({ "action": action.name() });
+        let vm: VmSummary = client.send(Method::POST, &format!("{path}/actions"), &body)?;
+        printed.push(vm);
+        Ok(())
+    })
+}
+
+/// Does something to each VM that is named. One that cannot be done keeps the others from nothing.
+fn each(
+    args: &VmsArgs,
+    work: impl Fn(&Client, &str, &mut Vec<VmSummary>) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
+    let client = client(&args.connection);
+    let mut names = args.vms.clone();
+    if args.all {
+        let vms: Vec<VmSummary> = client.get("/vms")?;
+        names = vms.into_iter().map(|vm| vm.name).collect();
+    }
+    let mut printed = Vec::new();
+    let mut code = ExitCode::SUCCESS;
+    for name in names {
+        if let Err(error) = work(&client, &vm_path(&name)?, &mut printed) {
+            tell(report::causes(&error));
+            code = ExitCode::FAILURE;
+        }
+    }
+    if args.connection.json {
+        print_json(&printed)?;
+    }
+    Ok(code)
+}
+
+/// The path of a VM. What is no name is none of a VM.
+fn vm_path(name: &str) -> anyhow::Result<String> {
+    samepage::config::check_name(name)?;
+    Ok(format!("/vms/{name}"))
+}
+
+/// Creates the VMs of a configuration file, each by itself.
+fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
+    let client = client(&args.connection);
+    let mut created: Vec<Value> = Vec::new();
+    for mut spec in config_file::load(&args.config)? {
+        make_absolute(&mut spec)?;
+        let start = spec.start.unwrap_or(true) && !args.hold;
+        let mut body = serde_json::to_value(&spec).context("write the VM as JSON")?;
+        body["start"] = start.into();
+        match client.send(Method::POST, "/vms", &body) {
+            Ok(vm) => created.push(vm),
+            Err(error) => {
+                if args.connection.json {
+                    print_json(&created)?;
+                }
+                bail!(error);
+            }
+        }
+    }
+    if args.connection.json {
+        print_json(&created)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The server was started somewhere else.
+fn make_absolute(spec: &mut VmSpec) -> io::Result<()> {
+    let disks = spec.disks.iter_mut().map(|disk| &mut disk.path);
+    let images = spec.initrd.iter_mut().chain(spec.console.file.iter_mut()).chain([&mut spec.kernel]);
+    for path in images.chain(disks) {
+        *path = std::path::absolute(Path::new(path))?;
+    }
+    Ok(())
+}
+
+/// Prints for programs.
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value).context("write JSON")?;
+    print(&(text + "\n"))
+}
+
+/// Prints. Who reads no more has what they want.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("write to standard output"),
+    }
+}

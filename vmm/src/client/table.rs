@@ -1,0 +1,86 @@
+//! Tables of text.
+
+/// Rows of cells, in columns as wide as they have to be.
+pub(super) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these headings. Columns whose heading begins with `>` are aligned to the right.
+    pub(super) fn new(headings: &[&str]) -> Self {
+        Self { rows: vec![headings.iter().map(|heading| (*heading).to_owned()).collect()] }
+    }
+
+    /// Adds a row.
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        // What guests and files call themselves does not steer the terminal.
+        let plain = |text: String| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        self.rows.push(cells.into_iter().map(plain).collect());
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let right: Vec<bool> = self.rows[0].iter().map(|heading| heading.starts_with('>')).collect();
+        let text = |cell: &str| cell.strip_prefix('>').unwrap_or(cell).to_owned();
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| text(cell).chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..right.len()).map(width).collect();
+        for row in &self.rows {
+            let mut line = String::new();
+            for (column, cell) in row.iter().enumerate() {
+                let (cell, width) = (text(cell), widths[column]);
+                let cell = if right[column] { format!("{cell:>width$}") } else { format!("{cell:width$}") };
+                line.push_str(&cell);
+                line.push_str("  ");
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// An amount of memory for people.
+pub(super) fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// The same where it may be unknown.
+pub(super) fn maybe_mebibytes(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "-".to_owned(), mebibytes)
+}
+
+/// How long ago a moment is, given in seconds since 1970.
+pub(super) fn ago(seconds: f64, now: f64) -> String {
+    let past = (now - seconds).max(0.0) as u64;
+    match past {
+        0..120 => format!("{past} s"),
+        120..7200 => format!("{} min", past / 60),
+        7200..172_800 => format!("{} h", past / 3600),
+        _ => format!("{} d", past / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_have_to_be() {
+        let mut table = Table::new(&["NAME", ">MEMORY"]);
+        table.row(["a".to_owned(), mebibytes(64 << 20)]);
+        table.row(["longer\x1b[31m".to_owned(), maybe_mebibytes(None)]);
+        assert_eq!(
+            table.to_string(),
+            "NAME           MEMORY\na            64.0 MiB\nlonger [31m         -\n"
+        );
+    }
+
+    #[test]
+    fn times_are_told_roughly() {
+        let told = [5, 119, 180, 7300, 200_000].map(|past| ago(0.0, f64::from(past)));
+        assert_eq!(told, ["5 s", "119 s", "3 min", "2 h", "2 d"]);
+    }
+}

@@ -1,0 +1,46 @@
+//! What the program says about itself to other programs: completions, manual pages, schemas.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::CommandFactory;
+use samepage::api::{config_file, schema};
+
+use crate::cli::{Cli, ConfigCommand};
+
+/// Completions of a shell, to standard output.
+pub(crate) fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "samepage", &mut text);
+    print(&text)
+}
+
+/// Manual pages of all commands, into a folder.
+pub(crate) fn manual(folder: &Path) -> anyhow::Result<ExitCode> {
+    std::fs::create_dir_all(folder).with_context(|| format!("make the folder {}", folder.display()))?;
+    clap_mangen::generate_to(Cli::command(), folder)
+        .with_context(|| format!("write manual pages to {}", folder.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `samepage config`.
+pub(crate) fn config(command: &ConfigCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        ConfigCommand::Schema => print(schema::config_schema().as_bytes()),
+        ConfigCommand::Check { file } => match config_file::load(file) {
+            Ok(vms) => print(format!("{}: {} VMs, no mistakes\n", file.display(), vms.len()).as_bytes()),
+            Err(mistakes) => {
+                // Each line names its file, as compilers do.
+                let _ = writeln!(io::stderr(), "{mistakes}");
+                Ok(ExitCode::FAILURE)
+            }
+        },
+    }
+}
+
+fn print(text: &[u8]) -> anyhow::Result<ExitCode> {
+    io::stdout().lock().write_all(text).context("write to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
