@@ -12,6 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
+use samepage_sharing::cache::statistics::CacheStatistics;
+use samepage_sharing::cache::working_set::Curve;
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
@@ -38,6 +40,8 @@ pub struct Sample {
     /// The engine's counts.
     #[serde(flatten)]
     pub engine: EngineStatistics,
+    /// The host's cache of disk blocks.
+    pub cache: CacheStatistics,
     /// The groups within which VMs share, by name.
     pub groups: Vec<GroupSample>,
     /// The VMs, in the order in which they were started.
@@ -85,6 +89,32 @@ pub struct VmSample {
     /// Counts of its pages.
     #[serde(flatten)]
     pub pages: VmStatistics,
+    /// What more memory would bring it, once it has read blocks through the cache.
+    pub working_set: Option<WorkingSetSample>,
+}
+
+/// What more memory would bring a VM: its reads of disks as they were lately, of which older ones count
+/// less.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WorkingSetSample {
+    /// So much more memory would spare it 95 % of the reads that any memory could spare, in bytes.
+    pub wanted_bytes: u64,
+    /// The part of its reads that no memory spares: those of blocks that it had not read before.
+    pub unavoidable: f64,
+    /// The part of its reads that is left with so much more memory: bytes, and a part from 1 down. Straight
+    /// in between.
+    pub curve: Vec<(u64, f64)>,
+}
+
+impl From<Curve> for WorkingSetSample {
+    fn from(curve: Curve) -> Self {
+        let bytes = |blocks: u64| blocks * PAGE_SIZE as u64;
+        Self {
+            wanted_bytes: bytes(curve.working_set()),
+            unavoidable: curve.floor(),
+            curve: curve.points().iter().map(|&(blocks, ratio)| (bytes(blocks), ratio)).collect(),
+        }
+    }
 }
 
 /// Takes samples.
@@ -140,6 +170,7 @@ impl Sampler {
             private_bytes,
             saved_bytes: if sharing.is_some() { engine.saved_bytes() } else { 0 },
             engine,
+            cache: sharing.map(Sharing::cache).unwrap_or_default(),
             groups,
             vms,
         })
@@ -172,6 +203,7 @@ impl Sampler {
             memory_bytes: ram.bytes() as u64,
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,
+            working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
         })
     }
 }

@@ -85,7 +85,7 @@ pub enum CachePolicy {
 }
 
 /// What holds where a disk does not say.
-pub const DEFAULT_POLICY: CachePolicy = CachePolicy::Buffered;
+pub const DEFAULT_POLICY: CachePolicy = CachePolicy::Exclusive;
 
 impl Default for CachePolicy {
     fn default() -> Self {

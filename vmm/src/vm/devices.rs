@@ -6,16 +6,19 @@ use std::sync::Arc;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
+use samepage_devices::disk::cache::BlockCache;
 use samepage_devices::disk::limit::RateLimiter;
-use samepage_devices::disk::{DiskOptions, Engine};
+use samepage_devices::disk::{CachePolicy, DiskOptions, Engine};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use samepage_sharing::service::HintSender;
+use samepage_sharing::cache::Keep;
+use samepage_sharing::service::{BlockClient, HintSender};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmError;
+use super::blocks::DiskBlocks;
 use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
@@ -38,6 +41,16 @@ pub struct Disk {
     pub notices: Vec<String>,
 }
 
+/// A VM's memory as the sharing engine knows it.
+pub(super) struct SharedMemory<'a> {
+    /// Where devices say what they know of pages.
+    pub(super) hints: HintSender,
+    /// Where disks ask for blocks.
+    pub(super) blocks: BlockClient,
+    /// Which guest addresses are RAM.
+    pub(super) slots: &'a [MemorySlot],
+}
+
 /// All devices of a VM, by the ways to reach them.
 pub(super) struct Devices {
     ports: Bus,
@@ -56,7 +69,7 @@ impl Devices {
         memory: &GuestMemory,
         console: Box<dyn Write + Send>,
         disks: &[DiskConfig],
-        hints: Option<(HintSender, &[MemorySlot])>,
+        sharing: Option<&SharedMemory<'_>>,
     ) -> Result<Self, VmError> {
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
@@ -73,6 +86,8 @@ impl Devices {
         let mut mmio = Bus::default();
         let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
+            let keep = keep(disk.cache);
+            let policy = if keep.is_some() && sharing.is_none() { CachePolicy::Buffered } else { disk.cache };
             let config = BlockConfig {
                 vm: vm.to_owned(),
                 id: disk.id.clone(),
@@ -81,7 +96,7 @@ impl Devices {
                     path: disk.path.clone(),
                     read_only: disk.read_only,
                     format: disk.format,
-                    policy: disk.cache,
+                    policy,
                     engine: Engine::Auto,
                 },
             };
@@ -89,8 +104,13 @@ impl Devices {
                 id: disk.id.clone(),
                 source,
             };
-            let mut block = Block::open(&config, None).map_err(|source| failed(source.into()))?;
-            if let Some((hints, slots)) = &hints {
+            let cache = sharing.zip(keep).map(|(sharing, keep)| {
+                let SharedMemory { blocks, slots, .. } = sharing;
+                let cache = DiskBlocks::new(blocks.clone(), keep, memory.clone(), slots.to_vec());
+                Arc::new(cache) as Arc<dyn BlockCache>
+            });
+            let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
+            if let Some(SharedMemory { hints, slots, .. }) = sharing {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
             block.limiter().set(disk.limits);
@@ -98,7 +118,7 @@ impl Devices {
                 id: disk.id.clone(),
                 stats: block.stats(),
                 limiter: block.limiter(),
-                notices: block.notices().to_vec(),
+                notices: block.notices().iter().cloned().chain(without_sharing(disk, policy)).collect(),
             });
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
@@ -147,6 +167,27 @@ impl Devices {
     pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
     }
+}
+
+/// How the block cache keeps the blocks of a disk, where it does.
+fn keep(policy: CachePolicy) -> Option<Keep> {
+    match policy {
+        CachePolicy::Exclusive => Some(Keep::Exclusive),
+        CachePolicy::Scrub => Some(Keep::Scrub),
+        CachePolicy::Inclusive => Some(Keep::Inclusive),
+        CachePolicy::None | CachePolicy::Buffered => None,
+    }
+}
+
+/// What users should know of a disk whose blocks nobody shares.
+fn without_sharing(disk: &DiskConfig, policy: CachePolicy) -> Option<String> {
+    (policy != disk.cache).then(|| {
+        format!(
+            "disk {}: the cache policy {} needs the sharing engine, which does not run: the kernel's page \
+             cache is used",
+            disk.id, disk.cache
+        )
+    })
 }
 
 /// Base address and interrupt line of each virtio-mmio device, in order.

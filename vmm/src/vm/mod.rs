@@ -1,6 +1,7 @@
 //! One virtual machine: built, run, paused, ended, and taken apart without a trace.
 
-pub(crate) mod bus;
+pub(crate) mod blocks;
+mod bus;
 mod changes;
 pub(crate) mod control;
 mod crash;
@@ -35,7 +36,7 @@ use crate::x86::registers;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::Devices;
+use devices::{Devices, SharedMemory};
 pub use devices::{Disk, MAX_DISKS};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
@@ -247,9 +248,19 @@ impl Vm {
             None => None,
         };
         let console = open_console(config.console, &config.name, handle.control.closing())?;
-        let hints = membership.as_ref().map(|membership| (membership.hints(), memory.slots()));
-        let devices =
-            Arc::new(Devices::new(&config.name, &kvm, memory.view(), console, &config.disks, hints)?);
+        let shared = membership.as_ref().map(|membership| SharedMemory {
+            hints: membership.hints(),
+            blocks: membership.blocks(),
+            slots: memory.slots(),
+        });
+        let devices = Arc::new(Devices::new(
+            &config.name,
+            &kvm,
+            memory.view(),
+            console,
+            &config.disks,
+            shared.as_ref(),
+        )?);
         let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
         registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
 

@@ -55,7 +55,7 @@ fn whole_pages(address: u64, bytes: u64, offset: u64) -> Option<(u64, u32, u64)>
 }
 
 /// The number of the page at a guest-physical address, where so many pages of RAM follow.
-fn page_of(slots: &[MemorySlot], address: u64, pages: u32) -> Option<u32> {
+pub(super) fn page_of(slots: &[MemorySlot], address: u64, pages: u32) -> Option<u32> {
     let range = slots
         .iter()
         .map(|slot| slot.range)

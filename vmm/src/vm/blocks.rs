@@ -1,0 +1,103 @@
+//! A VM's disks and the blocks that its sharing group holds: guest addresses become pages, and what is
+//! copied is written through the VM's view of its memory, so that its change log hears of it.
+
+#![expect(unsafe_code, reason = "hands memory of the frame store to disks")]
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use samepage_devices::GuestMemory;
+use samepage_devices::disk::cache::{BlockCache, BlockRead, Fetch, ImageId, ReadPlan, Served};
+use samepage_sharing::cache::{self, Image, Keep};
+use samepage_sharing::content::Page;
+use samepage_sharing::service::BlockClient;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::memory::MemorySlot;
+use super::provenance::page_of;
+
+/// The way of one disk to the cache of its VM's group.
+pub(super) struct DiskBlocks {
+    client: BlockClient,
+    keep: Keep,
+    memory: GuestMemory,
+    slots: Vec<MemorySlot>,
+    /// Where the blocks of fetches under way go, by token.
+    targets: Mutex<HashMap<u64, Vec<GuestAddress>>>,
+}
+
+impl DiskBlocks {
+    pub(super) fn new(client: BlockClient, keep: Keep, memory: GuestMemory, slots: Vec<MemorySlot>) -> Self {
+        Self { client, keep, memory, slots, targets: Mutex::default() }
+    }
+
+    /// The page that an address begins, if it does.
+    fn page(&self, address: GuestAddress) -> Option<u32> {
+        address.0.is_multiple_of(4096).then(|| page_of(&self.slots, address.0, 1)).flatten()
+    }
+
+    fn copy(&self, to: GuestAddress, content: &Page) -> io::Result<()> {
+        self.memory.write_slice(content, to).map_err(io::Error::other)
+    }
+}
+
+impl BlockCache for DiskBlocks {
+    fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan {
+        let targets: Vec<_> = read.targets.iter().map(|&address| self.page(address)).collect();
+        let image = image(read.image);
+        let wanted = cache::BlockRead { keep: self.keep, image, first: read.first, targets: &targets };
+        let mut failed = Vec::new();
+        let plan = self.client.begin_read(&wanted, |index, content| {
+            if self.copy(read.targets[index], content).is_err() {
+                failed.push(index as u64);
+            }
+        });
+        // A disk that delivers these itself finds out why it cannot.
+        let failed = failed.into_iter().map(|index| read.first + index..read.first + index + 1);
+        let past = plan.past.into_iter().chain(failed).collect();
+        let mut targets = self.targets.lock();
+        let fetches = plan.fetches.into_iter().map(|fetch| {
+            let from = (fetch.first - read.first) as usize;
+            targets.insert(fetch.token, read.targets[from..from + fetch.blocks as usize].to_vec());
+            let lease = Arc::new(self.client.clone());
+            // SAFETY: the landing place of a fetch is whole pages that nobody else touches until the fetch
+            // has ended, and lasts as long as the group, which the client keeps.
+            unsafe { Fetch::new(fetch.first, fetch.blocks, fetch.landing, fetch.token, lease) }
+        });
+        let fetches = fetches.collect();
+        ReadPlan {
+            served: Served { from_guests: plan.from_guests, from_host: plan.from_host },
+            fetches,
+            past,
+        }
+    }
+
+    fn end_fetch(&self, fetch: Fetch, read: Result<(), ()>) -> io::Result<()> {
+        let targets = self.targets.lock().remove(&fetch.token()).unwrap_or_default();
+        let mut copied = Ok(());
+        let delivered = self.client.end_fetch(fetch.token(), read.is_ok(), |index, content| {
+            if let Err(error) = self.copy(targets[index], content) {
+                copied = Err(error);
+            }
+        });
+        if read.is_ok() && !delivered {
+            return Err(io::Error::other("the VM's memory is gone"));
+        }
+        copied
+    }
+
+    fn begin_write(&self, image_id: ImageId, blocks: Range<u64>) {
+        self.client.begin_write(image(image_id), &blocks);
+    }
+
+    fn end_write(&self, image_id: ImageId, blocks: Range<u64>) {
+        self.client.end_write(image(image_id), &blocks);
+    }
+}
+
+fn image(id: ImageId) -> Image {
+    Image(id.parts())
+}
