@@ -364,7 +364,11 @@ impl Engine {
 
     /// What is asked for by settings, by the books, and by VMs without a change log.
     fn upkeep(&mut self, now: Instant) -> bool {
-        self.split_step() || self.take_off_step(now) || self.compact(now) || self.go_on_with_pass(now)
+        self.shrink_cache()
+            || self.split_step()
+            || self.take_off_step(now)
+            || self.compact(now)
+            || self.go_on_with_pass(now)
     }
 
     /// Whether there are VMs to be gone over in full passes.

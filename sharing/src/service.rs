@@ -197,8 +197,10 @@ impl Sharing {
     pub fn set_cache_size(&self, size: CacheSize) {
         self.crew.groups.cache_limit().set_size(size);
         for group in self.crew.groups.all() {
-            group.engine.lock().settle_cache();
+            // A group without VMs takes no steps.
+            while group.engine.lock().shrink_cache() {}
         }
+        self.crew.refresh();
     }
 
     /// Has `handler` told what users should know, each thing once, from a sharing thread.

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::disks::Disk;
 use common::followed::{Clock, Vm, following};
-use common::{Fault, Numbers, audit, engine, faulty_engine};
-use samepage_sharing::cache::{CacheSize, Keep};
+use common::{Fault, Numbers, audit, engine, faulty_engine, losses};
+use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
+use samepage_sharing::service::{Participation, Sharing};
 
 const PAGES: u32 = 512;
 
@@ -216,6 +217,26 @@ fn the_cache_keeps_its_size() {
         assert_eq!(none.cache_statistics().blocks_cached, 0);
     }
     audit(&mut none);
+}
+
+#[test]
+fn a_cache_that_is_made_smaller_drops_what_is_too_much_though_no_vm_is_left() {
+    let sharing = Sharing::start(settings(5000)).unwrap();
+    let guest = common::Guest::new(4000);
+    let membership = sharing.add(guest.ram.clone(), None, &Participation::default(), losses().1).unwrap();
+    let blocks = membership.blocks();
+    let targets: Vec<_> = (0..4000).map(Some).collect();
+    let read = BlockRead { keep: Keep::Exclusive, image: Image([1; 3]), first: 0, targets: &targets };
+    for fetch in blocks.begin_read(&read, |_, _| {}).fetches {
+        common::disks::land(&fetch);
+        assert!(blocks.end_fetch(fetch.token, true, |_, _| {}));
+    }
+    drop(membership);
+    assert_eq!(sharing.cache().blocks_cached, 4000);
+    sharing.set_cache_size(CacheSize::Bytes(100 * 4096));
+    assert_eq!(sharing.cache().blocks_cached, 100);
+    sharing.set_cache_size(CacheSize::Bytes(0));
+    assert_eq!(sharing.statistics().frames, 0);
 }
 
 #[test]

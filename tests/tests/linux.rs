@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use samepage::{DiskConfig, Hypervisor, VmConfig, VmEnd};
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
+use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_tests::console::PATIENCE;
@@ -17,11 +18,18 @@ use samepage_tests::harness::{self, Need};
 use xtask::artifacts::{Artifacts, COMMAND_LINE, DISK_FILES, DiskFile};
 
 fn main() -> ExitCode {
-    harness::run_all(&[(
-        "two_linux_vms_use_their_disks_are_merged_and_power_off",
-        &[Need::Kvm, Need::LinuxGuest],
-        use_disks_and_merge,
-    )])
+    harness::run_all(&[
+        (
+            "two_linux_vms_use_their_disks_are_merged_and_power_off",
+            &[Need::Kvm, Need::LinuxGuest],
+            use_disks_and_merge,
+        ),
+        (
+            "a_second_linux_vm_reads_an_image_from_the_memory_of_the_first",
+            &[Need::Kvm, Need::LinuxGuest],
+            read_one_image,
+        ),
+    ])
 }
 
 /// The kernel divides memory into sections of 32 MiB.
@@ -61,10 +69,12 @@ impl LinuxGuest {
         );
         config.memory_bytes = MEMORY;
         let common = artifacts.disk.clone();
-        config.disks = vec![
-            DiskConfig { path: disk.clone(), id: "data".into(), ..DiskConfig::default() },
-            DiskConfig { path: common, read_only: true, id: "common".into(), ..DiskConfig::default() },
-        ];
+        // With the kernel's page cache, disks say what they read where.
+        let data = DiskConfig { path: disk.clone(), id: "data".into(), ..DiskConfig::default() };
+        let common =
+            DiskConfig { path: common, read_only: true, id: "common".into(), ..DiskConfig::default() };
+        config.disks =
+            [data, common].map(|disk| DiskConfig { cache: "buffered".parse().unwrap(), ..disk }).into();
         config.sharing = Some(Arc::clone(sharing));
         Self { guest: Guest::start(hypervisor, config), disk, seed }
     }
@@ -139,6 +149,73 @@ fn use_disks_and_merge() {
     let report = sharing.audit().expect("an audit");
     assert!(report.passed(), "{report:#?}");
     guests.into_iter().for_each(LinuxGuest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
+
+/// Starts a guest that reads all of the image and then rests.
+fn start_reader(
+    hypervisor: &Hypervisor,
+    artifacts: &Artifacts,
+    sharing: &Arc<Sharing>,
+    number: u64,
+) -> Guest {
+    let mut config = VmConfig::new(format!("reader{number}"), artifacts.kernel.clone().into());
+    config.initrd = Some(artifacts.initramfs.clone().into());
+    // As distributions have it: a page is cleared before a block is read into it.
+    config.cmdline =
+        format!("{COMMAND_LINE} init_on_alloc=1 agent=sum:/dev/vda,fill:64K:{number},verify:1000000:250");
+    config.memory_bytes = MEMORY;
+    let image = artifacts.disk.clone();
+    config.disks =
+        vec![DiskConfig { path: image, read_only: true, id: "image".into(), ..DiskConfig::default() }];
+    config.sharing = Some(Arc::clone(sharing));
+    Guest::start(hypervisor, config)
+}
+
+fn read_one_image() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let blocks = fs::metadata(&artifacts.disk).expect("the image is there").len() / 4096;
+    let image = fs::read(&artifacts.disk).expect("the image can be read");
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 50.0, ..Settings::default() });
+    let mut before = sharing.cache();
+    let mut guests = Vec::new();
+    for number in 0..2 {
+        let guest = start_reader(&hypervisor, &artifacts, &sharing, number);
+        let said = guest
+            .console
+            .wait_for("a checksum", |line| line.strip_prefix("samepage-agent: sum ").map(str::to_owned));
+        assert!(said.contains(&format!(" fnv1a={}", Fnv1a::of(&image))), "{said}");
+        guests.push(guest);
+        let now = sharing.cache();
+        let (fetched, from_guests) =
+            (now.fetched - before.fetched, now.served_from_guests - before.served_from_guests);
+        println!(
+            "guest {number}: {fetched} blocks of {blocks} from the disk, {from_guests} from a guest: {now:?}"
+        );
+        if number == 0 {
+            assert!(fetched >= blocks, "{now:?}");
+        } else {
+            assert!(fetched * 10 <= blocks, "{now:?}");
+        }
+        before = now;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    // Copies become shared once they are at rest; that is asked for, and no event.
+    while sharing.statistics().pages_sharing < blocks * 9 / 10 {
+        assert!(Instant::now() < deadline, "{:?} {:?}", sharing.statistics(), sharing.cache());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let cache = sharing.cache();
+    assert!(cache.blocks_cached * 100 <= blocks, "blocks are with the host and with guests: {cache:?}");
+    let report = sharing.audit().expect("an audit");
+    assert!(report.passed(), "{report:#?}");
+    drop(guests);
+    let cache = sharing.cache();
+    println!("the guests have gone: {cache:?}");
+    assert!(cache.blocks_cached * 10 >= blocks * 9, "what they held stays with the host: {cache:?}");
+    sharing.set_cache_size(CacheSize::Bytes(0));
     let statistics = sharing.statistics();
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
 }

@@ -247,6 +247,15 @@ impl Engine {
         self.books.published = idle;
     }
 
+    /// Goes on with dropping blocks, where there are too many. Returns whether there were any to drop.
+    pub(crate) fn shrink_cache(&mut self) -> bool {
+        let any = self.books.limit.exceeded() && self.store.idle() > 0 && !self.books.order.is_empty();
+        if any {
+            self.settle_cache();
+        }
+        any
+    }
+
     fn evict(&mut self) {
         for _ in 0..STEP_EVICTIONS {
             if !self.books.limit.exceeded() {

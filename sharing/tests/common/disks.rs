@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use samepage_sharing::cache::{BlockRead, Image, Keep, ReadPlan};
+use samepage_sharing::cache::{BlockRead, FetchRun, Image, Keep, ReadPlan};
 use samepage_sharing::engine::Engine;
 use samepage_sharing::{PAGE_SIZE, content::Page};
 
@@ -116,6 +116,15 @@ impl Disk {
 
     pub(crate) fn set(&mut self, block: u64, seed: u64) {
         self.seeds.insert(block, seed);
+    }
+}
+
+/// Fills the memory of a fetch, each block with its number.
+pub(crate) fn land(fetch: &FetchRun) {
+    for block in 0..fetch.blocks as usize {
+        let number = fetch.first + 1 + block as u64;
+        // SAFETY: the fetch has this memory to itself.
+        unsafe { fetch.landing.add(block * PAGE_SIZE).cast().write(number) };
     }
 }
 
