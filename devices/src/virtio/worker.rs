@@ -14,7 +14,7 @@ use super::queue::QueueError;
 
 /// Address space of a worker's stack. Workers allocate their buffers and do not recurse, and one process
 /// has hundreds of them.
-const STACK_SIZE: usize = 128 << 10;
+const STACK_SIZE: usize = 256 << 10;
 
 /// Asks a worker to stop. Long requests look at it between steps.
 #[derive(Clone, Debug, Default)]
