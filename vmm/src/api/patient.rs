@@ -95,7 +95,7 @@ mod tests {
         run(async {
             let (ours, _theirs) = UnixStream::pair().unwrap();
             let mut ours = Patient::new(ours);
-            let error = ours.write_all(&vec![0; 16 << 20]).await.unwrap_err();
+            let error = ours.write_all(&vec![0; 512 << 10]).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         });
     }
@@ -104,11 +104,11 @@ mod tests {
     fn who_reads_gets_everything() {
         run(async {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let writer = tokio::spawn(async move { Patient::new(ours).write_all(&vec![7; 4 << 20]).await });
+            let writer = tokio::spawn(async move { Patient::new(ours).write_all(&vec![7; 512 << 10]).await });
             let mut all = Vec::new();
             theirs.read_to_end(&mut all).await.unwrap();
             writer.await.unwrap().unwrap();
-            assert_eq!(all.len(), 4 << 20);
+            assert_eq!(all.len(), 512 << 10);
         });
     }
 }
