@@ -3,7 +3,7 @@
 //! Its tables and pages lie where [`ClientLayout`] says. Places are counted from 1; place 0 is both ends of
 //! the list.
 
-use crate::demo::client::{BLOCK_BYTES, ClientLayout, ClientPlan, stride};
+use crate::demo::client::{ClientLayout, ClientPlan, stride};
 
 /// What is known of a page.
 #[repr(C)]
@@ -30,10 +30,11 @@ const _: () = assert!(size_of::<Place>() as u64 == ClientLayout::PLACE);
 pub(crate) struct Cache {
     blocks: usize,
     places: usize,
-    pages: usize,
-    count: u32,
+    base: u64,
+    layout: ClientLayout,
+    plan: ClientPlan,
     /// Pages of consecutive places are so many apart.
-    stride: u64,
+    stride: u32,
     /// Pages that hold a block.
     pub(crate) held: u32,
 }
@@ -48,9 +49,10 @@ impl Cache {
         let cache = Self {
             blocks: at(layout.blocks),
             places: at(layout.places),
-            pages: at(layout.pages),
-            count: plan.pages,
-            stride: if plan.scatter { stride(plan.pages).into() } else { 1 },
+            base,
+            layout: *layout,
+            plan: *plan,
+            stride: if plan.scatter { stride(plan.pages) } else { 1 },
             held: 0,
         };
         for place in 0..=plan.pages {
@@ -124,8 +126,7 @@ impl Cache {
 
     /// Address of a place's page.
     pub(crate) fn page(&self, place: u32) -> u64 {
-        let page = u64::from(place - 1) * self.stride % u64::from(self.count);
-        self.pages as u64 + page * BLOCK_BYTES
+        self.base + self.layout.page_at(&self.plan, place, self.stride)
     }
 
     fn block_entry(&self, block: u32) -> *mut u32 {

@@ -29,12 +29,14 @@ pub enum Pattern {
     Uniform,
     /// One after the other, from the last on to the first again.
     Scan,
+    /// All of them, each far from the one before, again and again.
+    Spread,
     /// By Zipf's law in the first half of the units; each fourth time the next of a scan of the second half.
     ScanOverZipf,
 }
 
 impl Pattern {
-    const ALL: [Self; 4] = [Self::Zipf, Self::Uniform, Self::Scan, Self::ScanOverZipf];
+    const ALL: [Self; 5] = [Self::Zipf, Self::Uniform, Self::Scan, Self::Spread, Self::ScanOverZipf];
 
     /// The value of `client_reads=`.
     pub const fn name(self) -> &'static str {
@@ -42,6 +44,7 @@ impl Pattern {
             Self::Zipf => "zipf",
             Self::Uniform => "uniform",
             Self::Scan => "scan",
+            Self::Spread => "spread",
             Self::ScanOverZipf => "scan-over-zipf",
         }
     }
@@ -143,7 +146,8 @@ pub struct Units {
     units: u32,
     /// Units that Zipf's law chooses from.
     ranked: u32,
-    /// Neighbouring ranks are so many units apart: what is popular lies all over the disk.
+    /// Neighbouring ranks, or units of [`Pattern::Spread`], are so many units apart: what is popular lies all
+    /// over the disk.
     stride: u32,
     scanned: u64,
     count: u64,
@@ -155,7 +159,7 @@ impl Units {
     pub fn new(plan: &ClientPlan, vm: u32) -> Self {
         let units = plan.disk_units();
         let ranked = ranks(plan);
-        let stride = stride(ranked);
+        let stride = stride(if plan.reads == Pattern::Spread { units } else { ranked });
         Self { pattern: plan.reads, units, ranked, stride, scanned: 0, count: 0, random: mix(vm.into()) }
     }
 
@@ -171,12 +175,13 @@ impl Units {
         match self.pattern {
             Pattern::Uniform => ((u128::from(self.random()) * u128::from(self.units)) >> 64) as u32,
             Pattern::Scan => self.scan(0, self.units),
+            Pattern::Spread => spread(self.scan(0, self.units), self.stride, self.units),
             Pattern::ScanOverZipf if self.count.is_multiple_of(4) => {
                 self.scan(self.ranked, self.units - self.ranked)
             }
             Pattern::Zipf | Pattern::ScanOverZipf => {
                 let rank = zipf::choose(self.ranked, self.random(), chance);
-                (u64::from(rank) * u64::from(self.stride) % u64::from(self.ranked.max(1))) as u32
+                spread(rank, self.stride, self.ranked)
             }
         }
     }
@@ -193,7 +198,7 @@ pub const fn ranks(plan: &ClientPlan) -> u32 {
     match plan.reads {
         Pattern::Zipf => plan.disk_units(),
         Pattern::ScanOverZipf => plan.disk_units() / 2,
-        Pattern::Uniform | Pattern::Scan => 0,
+        Pattern::Uniform | Pattern::Scan | Pattern::Spread => 0,
     }
 }
 
@@ -202,6 +207,14 @@ pub const fn ranks(plan: &ClientPlan) -> u32 {
 pub fn stride(count: u32) -> u32 {
     let wanted = (u64::from(count) * 618 / 1000) as u32;
     (wanted.max(1)..).find(|&stride| coprime(stride, count)).unwrap_or(1)
+}
+
+/// Where the thing of this number lies, for neighbours so far apart.
+const fn spread(number: u32, stride: u32, count: u32) -> u32 {
+    match count {
+        0 => 0,
+        count => (number as u64 * stride as u64 % count as u64) as u32,
+    }
 }
 
 const fn coprime(a: u32, b: u32) -> bool {
@@ -241,6 +254,17 @@ impl ClientLayout {
     /// The layout for a disk's plan; `None` if no client uses it.
     pub fn new(disk: &DiskPlan) -> Option<Self> {
         disk.ops.iter().any(|op| op == DiskOp::Client).then(|| Self::of(&disk.client))
+    }
+
+    /// The page of a place of the cache, from 1 on.
+    pub fn page(&self, plan: &ClientPlan, place: u32) -> u64 {
+        let stride = if plan.scatter { stride(plan.pages) } else { 1 };
+        self.page_at(plan, place, stride)
+    }
+
+    /// The same where consecutive places are so many pages apart.
+    pub const fn page_at(&self, plan: &ClientPlan, place: u32, stride: u32) -> u64 {
+        self.pages + spread(place.wrapping_sub(1), stride, plan.pages) as u64 * BLOCK_BYTES
     }
 
     fn of(plan: &ClientPlan) -> Self {
@@ -288,6 +312,28 @@ mod tests {
                 seen.dedup();
                 assert_eq!(seen.len(), blocks as usize, "{reads:?} of {blocks}");
             }
+        }
+    }
+
+    #[test]
+    fn spread_units_are_all_visited_once_and_never_side_by_side() {
+        let plan = ClientPlan { reads: Pattern::Spread, blocks: 100, ..ClientPlan::default() };
+        let mut units = units(&plan, 100);
+        assert!(units.windows(2).all(|pair| pair[0].abs_diff(pair[1]) > 20), "{units:?}");
+        units.sort_unstable();
+        assert!(units.iter().copied().eq(0..100));
+    }
+
+    #[test]
+    fn places_have_pages_of_their_own() {
+        for scatter in [false, true] {
+            let plan = ClientPlan { pages: 12, scatter, ..ClientPlan::default() };
+            let layout = ClientLayout::of(&plan);
+            let mut pages: Vec<_> = (1..=12).map(|place| layout.page(&plan, place)).collect();
+            let together = pages.windows(2).filter(|pair| pair[1] == pair[0] + BLOCK_BYTES).count();
+            assert_eq!(together, if scatter { 0 } else { 11 });
+            pages.sort_unstable();
+            assert!(pages.iter().copied().eq((0..12).map(|page| layout.pages + page * BLOCK_BYTES)));
         }
     }
 
