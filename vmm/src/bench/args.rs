@@ -6,6 +6,8 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 
 use super::WORKLOADS;
+use super::block::BlockArgs;
+use super::cache::CacheArgs;
 use super::replay::ReplayArgs;
 
 const EXAMPLES: &str = "\
@@ -35,6 +37,11 @@ pub(super) enum Benchmark {
     /// Replay reads of disk blocks through a guest's cache and the host's: which policy keeps what is read
     /// again, and what the host gains by not keeping what guests hold
     CacheSimulation(ReplayArgs),
+    /// Compare what the host's memory does with disk blocks: guests read a disk through page caches of their
+    /// own, with each policy in turn, at equal memory
+    Cache(CacheArgs),
+    /// Measure how fast guests read and write disks, with several policies and beside QEMU
+    Block(BlockArgs),
 }
 
 /// The arguments of `samepage bench sharing`.

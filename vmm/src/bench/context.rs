@@ -34,7 +34,7 @@ pub(super) struct Bench {
 
 /// A signal that asks the benchmark to end.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("interrupted; KSM's settings are as before")]
+#[error("interrupted; settings of the host are as before")]
 pub(super) struct Interrupted {
     signal: i32,
 }
@@ -67,6 +67,20 @@ impl Bench {
             crate::report::tell(reason);
         }
         Ok(bench)
+    }
+
+    /// Catches signals, for what has nothing to do with KSM.
+    pub(super) fn without_ksm(quick: bool, rounds: u32) -> Result<Self> {
+        Ok(Self {
+            quick,
+            rounds,
+            images: None,
+            series_cpu: None,
+            ksm: Err("not measured".to_owned()),
+            signals: ShutdownSignals::catch().context("catch signals")?,
+            workload: String::new(),
+            terminal: io::stderr().is_terminal(),
+        })
     }
 
     /// One figure for a full run, another for a quick one.

@@ -1,15 +1,19 @@
 //! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
 //! both, in one process and one run, in turns. What is printed are ratios: these hold where times
-//! do not. [`replay`]: `samepage bench cache-simulation`.
+//! do not. [`replay`]: `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]:
+//! `samepage bench block`.
 //!
 //! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
 //! back as they were, on every way out. See `docs/bench-sharing.md`.
 
 mod args;
+mod block;
+mod cache;
 mod changing;
 mod context;
 mod cpu;
 mod delivery;
+mod disk;
 mod duplicates;
 mod fragmented;
 mod frames;
@@ -77,42 +81,45 @@ const WORKLOADS: &[Workload] = &[
 
 /// Runs the command.
 pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
-    let args = match &args.benchmark {
-        Benchmark::Sharing(args) => args,
+    let result = match &args.benchmark {
+        Benchmark::Sharing(args) => compare_sharing(args),
         Benchmark::CacheSimulation(args) => {
-            let report = replay::measure(args)?;
-            let text = if args.json { json(&report)? } else { report.format() };
-            io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
-            return Ok(ExitCode::SUCCESS);
+            replay::measure(args).and_then(|report| print(args.json, &report, replay::Report::format))
+        }
+        Benchmark::Cache(args) => {
+            cache::measure(args).and_then(|report| print(args.json, &report, cache::Report::format))
+        }
+        Benchmark::Block(args) => {
+            block::measure(args).and_then(|report| print(args.json, &report, block::Report::format))
         }
     };
-    match sharing(args) {
-        Ok(report) => {
-            let text = if args.json { json(&report)? } else { table::format(&report) };
-            io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
-            if let Some(path) = &args.svg {
-                let drawn = report
-                    .sections
-                    .iter()
-                    .find_map(|section| Some((&section.title, section.curves.as_ref()?)));
-                let (title, curves) = drawn.context("there is nothing to draw")?;
-                std::fs::write(path, plot::draw(title.split(':').next().unwrap_or(title), curves))
-                    .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
-            }
-            Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    result.or_else(|error| match error.downcast_ref::<Interrupted>() {
+        Some(interrupted) => {
+            crate::report::tell(interrupted);
+            Ok(ExitCode::from(interrupted.status()))
         }
-        Err(error) => match error.downcast_ref::<Interrupted>() {
-            Some(interrupted) => {
-                crate::report::tell(interrupted);
-                Ok(ExitCode::from(interrupted.status()))
-            }
-            None => Err(error),
-        },
-    }
+        None => Err(error),
+    })
 }
 
-fn json(report: &impl serde::Serialize) -> Result<String> {
-    Ok(serde_json::to_string_pretty(report)? + "\n")
+/// Prints results as JSON or for people.
+fn print<R: serde::Serialize>(as_json: bool, report: &R, format: fn(&R) -> String) -> Result<ExitCode> {
+    let text = if as_json { serde_json::to_string_pretty(report)? + "\n" } else { format(report) };
+    io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn compare_sharing(args: &SharingArgs) -> Result<ExitCode> {
+    let report = sharing(args)?;
+    print(args.json, &report, table::format)?;
+    if let Some(path) = &args.svg {
+        let drawn =
+            report.sections.iter().find_map(|section| Some((&section.title, section.curves.as_ref()?)));
+        let (title, curves) = drawn.context("there is nothing to draw")?;
+        std::fs::write(path, plot::draw(title.split(':').next().unwrap_or(title), curves))
+            .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
+    }
+    Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn sharing(args: &SharingArgs) -> Result<Report> {

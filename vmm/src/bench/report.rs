@@ -30,9 +30,8 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new(bench: &Bench, sections: Vec<Section>, failures: Vec<Failure>, time: Duration) -> Self {
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
-            kernel: kernel.trim_end().to_owned(),
+            kernel: kernel(),
             processors: std::thread::available_parallelism().map_or(1, Into::into),
             quick: bench.quick,
             rounds: bench.rounds,
@@ -42,6 +41,11 @@ impl Report {
             failures,
         }
     }
+}
+
+/// Release of the host's kernel.
+pub(super) fn kernel() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim_end().to_owned()
 }
 
 /// A workload that could not be measured.
@@ -165,6 +169,7 @@ impl Measurement {
     pub(super) fn goal(self, goal: Goal) -> Self {
         let met = match goal {
             Goal::RatioAtMost(most) => self.ratio.map(|ratio| ratio <= most),
+            Goal::RatioAtLeast(least) => self.ratio.map(|ratio| ratio >= least),
             Goal::AtMost(most) => self.ours.as_ref().map(|ours| ours.median <= most),
             Goal::AtLeast(least) => self.ours.as_ref().map(|ours| ours.median >= least),
         };
@@ -207,6 +212,8 @@ impl Figure {
 pub(super) enum Goal {
     /// The ratio, at most this.
     RatioAtMost(f64),
+    /// The ratio, at least this.
+    RatioAtLeast(f64),
     /// Our figure, at most this.
     AtMost(f64),
     /// Our figure, at least this.

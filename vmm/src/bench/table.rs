@@ -36,7 +36,8 @@ pub(super) fn format(report: &Report) -> String {
     text
 }
 
-fn add(text: &mut String, section: &Section) {
+/// A section, as it is printed.
+pub(super) fn add(text: &mut String, section: &Section) {
     let [ours, other] = &section.sides;
     let header = ["", "", ours, other, "ratio", "goal", ""].map(str::to_owned).to_vec();
     let rows: Vec<_> = std::iter::once(header).chain(section.measurements.iter().map(row)).collect();
@@ -90,6 +91,7 @@ fn row(measurement: &Measurement) -> Vec<String> {
     let goal = match measurement.goal {
         None => String::new(),
         Some(Goal::RatioAtMost(most)) => format!("<= {}", number(most)),
+        Some(Goal::RatioAtLeast(least)) => format!(">= {}", number(least)),
         Some(Goal::AtMost(most)) => format!("<= {} {}", number(most), measurement.unit),
         Some(Goal::AtLeast(least)) => format!(">= {} {}", number(least), measurement.unit),
     };
@@ -121,7 +123,7 @@ fn figure(figure: Option<&Figure>) -> String {
 }
 
 /// A figure with about three digits that count.
-fn number(figure: f64) -> String {
+pub(super) fn number(figure: f64) -> String {
     let size = figure.abs();
     if figure == figure.round() && size < 1e6 {
         format!("{figure}")

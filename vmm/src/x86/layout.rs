@@ -42,8 +42,8 @@ pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// Longest command line, its terminating NUL included: Linux' COMMAND_LINE_SIZE on x86.
 pub(crate) const COMMAND_LINE_MAX: usize = 2048;
 
-/// First virtio-mmio device; the others follow at [`MMIO_STRIDE`].
-pub(crate) const MMIO_START: u64 = 0xd000_0000;
+/// First virtio-mmio device; the others follow, 4 KiB apart.
+pub const MMIO_START: u64 = 0xd000_0000;
 pub(crate) const MMIO_STRIDE: u64 = 0x1000;
 /// Lines of the legacy interrupt controllers that no legacy device claims (0 timer, 1 keyboard,
 /// 2 cascade, 3 and 4 serial, 8 clock, 12 mouse, 13 coprocessor).

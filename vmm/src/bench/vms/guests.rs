@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use samepage::host_limits::HostMemory;
 use samepage::oracle::{self, Oracle};
-use samepage::{ConsoleConfig, Hypervisor, ImageSource, Vm, VmConfig};
+use samepage::{ConsoleConfig, DiskConfig, Hypervisor, ImageSource, Vm, VmConfig};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_resources::demo::report::Report;
@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bench::context::Bench;
 
 /// Memory of a VM, unless said otherwise.
-pub(super) const MEMORY: u64 = 128 << 20;
+pub(in crate::bench) const MEMORY: u64 = 128 << 20;
 /// How long a guest may take for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The engine tries again after 16 intervals, 4 s, what it could not merge.
@@ -34,19 +34,19 @@ const SLICE: Duration = Duration::from_millis(50);
 const FOREVER_MS: u64 = 1 << 30;
 
 /// A plan for a guest that fills its memory, verifies it once and then rests until it is told to finish.
-pub(super) fn resting() -> Plan {
+pub(in crate::bench) fn resting() -> Plan {
     Plan { alike: 50, own: 50, zero: 0, rounds: 0, every_ms: FOREVER_MS, ..Plan::default() }
 }
 
 /// A plan for a guest that fills its memory and then halts for good.
-pub(super) fn halting() -> Plan {
+pub(in crate::bench) fn halting() -> Plan {
     Plan { crash: Some(Crash::Sleep), every_ms: 0, ..resting() }
 }
 
 /// A VM with the demo guest, running.
 #[derive(Debug)]
-pub(super) struct Guest {
-    pub(super) vm: Vm,
+pub(in crate::bench) struct Guest {
+    pub(in crate::bench) vm: Vm,
     reports: Receiver<Report>,
 }
 
@@ -55,11 +55,25 @@ impl Guest {
     ///
     /// # Errors
     /// Where the VM cannot be built.
-    pub(super) fn start(
+    pub(in crate::bench) fn start(
         hypervisor: &Hypervisor,
         plan: &Plan,
         memory_bytes: u64,
         sharing: Option<&Arc<Sharing>>,
+    ) -> Result<Self> {
+        Self::start_with_disks(hypervisor, plan, memory_bytes, sharing, Vec::new())
+    }
+
+    /// Starts a guest with disks.
+    ///
+    /// # Errors
+    /// Where the VM cannot be built.
+    pub(in crate::bench) fn start_with_disks(
+        hypervisor: &Hypervisor,
+        plan: &Plan,
+        memory_bytes: u64,
+        sharing: Option<&Arc<Sharing>>,
+        disks: Vec<DiskConfig>,
     ) -> Result<Self> {
         let (sender, reports) = mpsc::channel();
         let kernel = ImageSource::Bytes { name: "embedded guest", bytes: DEMO_GUEST.into() };
@@ -68,6 +82,7 @@ impl Guest {
             cmdline: plan.to_string(),
             memory_bytes,
             sharing: sharing.cloned(),
+            disks,
             console: ConsoleConfig::Sink(Box::new(Lines { line: Vec::new(), reports: sender })),
             ..VmConfig::new(name.clone(), kernel)
         };
@@ -80,7 +95,7 @@ impl Guest {
     ///
     /// # Errors
     /// As [`Guest::start`], and where the host has too little memory for them.
-    pub(super) fn start_all(
+    pub(in crate::bench) fn start_all(
         hypervisor: &Hypervisor,
         plan: &Plan,
         vms: u32,
@@ -99,7 +114,7 @@ impl Guest {
     /// # Errors
     /// Where none comes in time, the guest finds its memory corrupt or ends, or the benchmark was
     /// interrupted.
-    pub(super) fn wait_for<T>(
+    pub(in crate::bench) fn wait_for<T>(
         &self,
         bench: &Bench,
         what: &str,
@@ -124,7 +139,7 @@ impl Guest {
     ///
     /// # Errors
     /// As [`wait_for`](Self::wait_for).
-    pub(super) fn wait_filled(&self, bench: &Bench) -> Result<()> {
+    pub(in crate::bench) fn wait_filled(&self, bench: &Bench) -> Result<()> {
         self.wait_for(bench, "filled memory", |report| matches!(report, Report::Ready { .. }).then_some(()))
     }
 
@@ -132,7 +147,7 @@ impl Guest {
     ///
     /// # Errors
     /// As [`wait_for`](Self::wait_for).
-    pub(super) fn wait_verified(&self, bench: &Bench) -> Result<()> {
+    pub(in crate::bench) fn wait_verified(&self, bench: &Bench) -> Result<()> {
         let round = |report: &Report| matches!(report, Report::Round { .. }).then_some(());
         self.wait_for(bench, "the end of a verification", round)
     }
@@ -141,7 +156,7 @@ impl Guest {
     ///
     /// # Errors
     /// Where the guest finds its memory corrupt, or the VM has ended.
-    pub(super) fn take_reports(&self) -> Result<Vec<Report>> {
+    pub(in crate::bench) fn take_reports(&self) -> Result<Vec<Report>> {
         if let Some(end) = self.vm.end() {
             bail!("VM {} ended: {end}", self.vm.name());
         }
@@ -152,7 +167,7 @@ impl Guest {
     ///
     /// # Errors
     /// Where `/proc` does not tell.
-    pub(super) fn cpu(&self) -> Result<Duration> {
+    pub(in crate::bench) fn cpu(&self) -> Result<Duration> {
         let name = format!("vcpu-{}-0", self.vm.name());
         let threads = fs::read_dir("/proc/self/task").context("list threads")?;
         let is_vcpu = |thread: &PathBuf| {
@@ -169,7 +184,7 @@ impl Guest {
     ///
     /// # Errors
     /// Where the page map cannot be read.
-    fn private_pages(&self) -> Result<Vec<std::ops::Range<u32>>> {
+    pub(in crate::bench) fn private_pages(&self) -> Result<Vec<std::ops::Range<u32>>> {
         let ram = self.vm.ram();
         let mut runs = Vec::new();
         let pagemap = Pagemap::open().context("open the page map")?;
@@ -177,11 +192,20 @@ impl Guest {
         Ok(runs)
     }
 
+    /// Reads bytes of the guest's memory.
+    ///
+    /// # Errors
+    /// Where there is no such memory.
+    pub(in crate::bench) fn read_bytes(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        let view = self.vm.memory().view();
+        view.read_slice(bytes, GuestAddress(address)).with_context(|| format!("read from {address:#x}"))
+    }
+
     /// Reads a byte of the guest's memory.
     ///
     /// # Errors
     /// Where there is no such memory.
-    pub(super) fn read(&self, address: u64) -> Result<u8> {
+    pub(in crate::bench) fn read(&self, address: u64) -> Result<u8> {
         let view = self.vm.memory().view();
         view.read_obj(GuestAddress(address)).with_context(|| format!("read from {address:#x}"))
     }
@@ -190,7 +214,7 @@ impl Guest {
     ///
     /// # Errors
     /// Where there is no such memory.
-    pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+    pub(in crate::bench) fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         let view = self.vm.memory().view();
         view.write_slice(bytes, GuestAddress(address)).with_context(|| format!("write to {address:#x}"))
     }
@@ -200,7 +224,7 @@ impl Guest {
 ///
 /// # Errors
 /// Where a page is corrupt: a benchmark of sharing that loses content measures nothing.
-pub(super) fn finish(bench: &Bench, guests: Vec<Guest>) -> Result<()> {
+pub(in crate::bench) fn finish(bench: &Bench, guests: Vec<Guest>) -> Result<()> {
     for Guest { vm, .. } in &guests {
         ensure!(vm.serial_input(b"q") == 1, "VM {} takes no input", vm.name());
     }
@@ -218,7 +242,7 @@ pub(super) fn finish(bench: &Bench, guests: Vec<Guest>) -> Result<()> {
 /// Fails for reports of what should not happen.
 fn sound(vm: &str, report: Report) -> Result<Report> {
     match report {
-        Report::Corrupt { .. } | Report::Error { .. } | Report::Fault { .. } => {
+        Report::Corrupt { .. } | Report::BlkCorrupt { .. } | Report::Error { .. } | Report::Fault { .. } => {
             bail!("the guest of VM {vm} says: {report:?}")
         }
         report => Ok(report),
@@ -230,7 +254,7 @@ fn sound(vm: &str, report: Report) -> Result<Report> {
 ///
 /// # Errors
 /// Where memory cannot be read.
-pub(super) fn ask_oracle(guests: &[Guest]) -> Result<oracle::Report> {
+pub(in crate::bench) fn ask_oracle(guests: &[Guest]) -> Result<oracle::Report> {
     let mut oracle = Oracle::new().context("make an oracle")?;
     for guest in guests {
         let mut image = oracle.image(guest.vm.name());
@@ -292,7 +316,11 @@ impl Write for Lines {
 ///
 /// # Errors
 /// Where that does not come to pass within `limit`, or the benchmark was interrupted.
-pub(super) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> Result<EngineStatistics> {
+pub(in crate::bench) fn until_still(
+    bench: &Bench,
+    sharing: &Sharing,
+    limit: Duration,
+) -> Result<EngineStatistics> {
     let started = Instant::now();
     let (mut most, mut since) = (0, started);
     loop {
@@ -313,7 +341,7 @@ pub(super) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> 
 ///
 /// # Errors
 /// Where the benchmark was interrupted.
-pub(super) fn until_steady(bench: &Bench, sharing: &Sharing) -> Result<()> {
+pub(in crate::bench) fn until_steady(bench: &Bench, sharing: &Sharing) -> Result<()> {
     const STRETCH: Duration = Duration::from_millis(500);
     const CEILING: f64 = 0.1;
     let limit = Duration::from_secs(bench.size(30, 1));

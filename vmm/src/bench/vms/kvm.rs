@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 /// How this host's KVM translates guests' addresses, in words.
-pub(super) fn kind() -> String {
+pub(in crate::bench) fn kind() -> String {
     let parameter =
         |path: &str| fs::read_to_string(path).map(|text| text.trim() == "Y" || text.trim() == "1");
     let nested = |yes: bool| {

@@ -4,10 +4,10 @@
 mod breaks;
 mod faults;
 mod found;
-mod guests;
+pub(super) mod guests;
 mod idle;
 mod kernels;
-mod kvm;
+pub(super) mod kvm;
 mod mapping;
 mod share;
 mod slowdown;

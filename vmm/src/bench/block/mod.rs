@@ -1,0 +1,277 @@
+//! `samepage bench block`: how fast guests read and write disks. The same guest does the same requests with
+//! several policies, and under QEMU. No block is read twice, so that no cache has anything to answer: what
+//! shows is what a policy costs.
+
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use samepage::Hypervisor;
+use samepage_devices::disk::CachePolicy;
+use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
+use samepage_resources::demo::plan::Plan;
+use samepage_sharing::cache::CacheSize;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use serde::Serialize;
+
+use super::context::Bench;
+use super::disk::client::{self, Work};
+use super::disk::default_folder;
+use super::disk::image::Image;
+use super::report::{Goal, Measurement, Section, kernel};
+use super::table;
+use super::vms::guests::Guest;
+use super::vms::kvm;
+use qemu::Qemu;
+
+/// Blocks of a large request.
+const LARGE: u32 = 32;
+/// Requests in flight, where there are several.
+const DEEP: u32 = 32;
+/// The host's cache as a part of the disk: it fills up and evicts.
+const CACHE_DIVISOR: u64 = 8;
+/// Rounds where the user does not say how many.
+const ROUNDS: u32 = 5;
+
+const EXAMPLES: &str = "\
+Examples:
+  The file system that disk images will be on:
+    samepage bench block --folder /var/lib/images
+
+  A first impression:
+    samepage bench block --quick";
+
+/// The arguments of `samepage bench block`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct BlockArgs {
+    /// Where to make two disk images; they are removed at the end [default: the folder for temporary files]
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+
+    /// Size of each image, in MiB [default: 512, or 32 with --quick]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
+    size: Option<u64>,
+
+    /// Rounds of each measurement; medians are printed [default: 5, or 1 with --quick]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+
+    /// A small image and one round: a first impression
+    #[arg(long)]
+    quick: bool,
+
+    /// Print the results as JSON, and nothing else
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// A run's results.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// Release of the host's kernel.
+    kernel: String,
+    /// What runs the guests.
+    kvm: String,
+    processors: usize,
+    rounds: u32,
+    /// How long the run took, in seconds.
+    seconds: f64,
+    sections: Vec<Section>,
+}
+
+impl Report {
+    /// The results, as they are printed.
+    pub(super) fn format(&self) -> String {
+        let mut text = format!(
+            "Linux {}, {} processors, {}; medians of {} rounds, with quartiles\n",
+            self.kernel, self.processors, self.kvm, self.rounds
+        );
+        self.sections.iter().for_each(|section| table::add(&mut text, section));
+        text + &format!("\ntook {:.0} s\n", self.seconds)
+    }
+}
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug)]
+struct Load {
+    writes: bool,
+    /// Requests lie far apart, not one after the other.
+    spread: bool,
+    /// Blocks of a request.
+    run: u32,
+    depth: u32,
+}
+
+impl Load {
+    fn all() -> impl Iterator<Item = Self> {
+        let both = [false, true];
+        both.into_iter().flat_map(move |writes| {
+            both.into_iter().flat_map(move |spread| {
+                [1, LARGE].into_iter().flat_map(move |run| {
+                    [1, DEEP].into_iter().map(move |depth| Self { writes, spread, run, depth })
+                })
+            })
+        })
+    }
+
+    fn name(self) -> String {
+        format!(
+            "{} {}, {} KiB, {} in flight",
+            if self.spread { "random" } else { "sequential" },
+            if self.writes { "writes" } else { "reads" },
+            (u64::from(self.run) * BLOCK_BYTES) >> 10,
+            self.depth
+        )
+    }
+
+    fn plan(self, blocks: u32, quick: bool) -> Plan {
+        // Small requests one by one take so long that a part of the disk is enough.
+        let part = if self.run == 1 && self.depth == 1 { 16 } else { 1 };
+        let part = if quick { part.min(4) } else { part };
+        let client = ClientPlan {
+            // Room for what is in flight, and no more: nothing is found in it again.
+            pages: (self.depth + 1) * self.run + 64,
+            blocks,
+            run: self.run,
+            reads: if self.spread { Pattern::Spread } else { Pattern::Scan },
+            units: u64::from(blocks / self.run / part),
+            writes: if self.writes { 100 } else { 0 },
+            check: false,
+            ..ClientPlan::default()
+        };
+        client::plan(client, self.depth, 1, 0)
+    }
+}
+
+/// Who serves the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Samepage(CachePolicy),
+    Qemu,
+}
+
+const SIDES: [Side; 4] = [
+    Side::Samepage(CachePolicy::None),
+    Side::Samepage(CachePolicy::Exclusive),
+    Side::Samepage(CachePolicy::Buffered),
+    Side::Qemu,
+];
+
+struct Run {
+    bench: Bench,
+    hypervisor: Hypervisor,
+    qemu: Result<Qemu, String>,
+    /// One to read and one to write, so that what is read is what was there at the start.
+    images: [Image; 2],
+    blocks: u32,
+}
+
+/// Measures everything.
+///
+/// # Errors
+/// Where VMs cannot be built, or the run was interrupted. Without QEMU there is a note.
+pub(super) fn measure(args: &BlockArgs) -> Result<Report> {
+    let started = Instant::now();
+    let hypervisor = Hypervisor::open()?;
+    let rounds = args.runs.unwrap_or(if args.quick { 1 } else { ROUNDS });
+    let bench = Bench::without_ksm(args.quick, rounds)?;
+    let folder = args.folder.clone().unwrap_or_else(default_folder);
+    let bytes = args.size.unwrap_or(bench.size(512, 32)) << 20;
+    let blocks = bytes / BLOCK_BYTES;
+    let image = |name| Image::create(&folder, name, Plan::default().seed, blocks);
+    let images = [image("reads")?, image("writes")?];
+    let blocks = u32::try_from(blocks).context("the image has more blocks than can be counted")?;
+    let qemu = Qemu::find(&folder);
+    let run = Run { bench, hypervisor, qemu, images, blocks };
+    let sections = run.sections()?;
+    run.bench.end();
+    Ok(Report {
+        kernel: kernel(),
+        kvm: kvm::kind(),
+        processors: std::thread::available_parallelism().map_or(1, Into::into),
+        rounds,
+        seconds: started.elapsed().as_secs_f64(),
+        sections,
+    })
+}
+
+impl Run {
+    fn sections(&self) -> Result<Vec<Section>> {
+        let mut exclusive = Section::new("Cost of a cache that never hits", "exclusive", "none");
+        let mut buffered =
+            Section::new("Through the kernel's page cache, emptied before", "buffered", "none");
+        let mut beside = Section::new("Past all caches, beside QEMU", "samepage, none", "QEMU");
+        beside.note("QEMU: microvm, virtio-blk by virtio-mmio, cache=none, aio=io_uring; the same guest");
+        if let Err(reason) = &self.qemu {
+            beside.note(reason.clone());
+        }
+        for load in Load::all() {
+            let work = self.work(load)?;
+            let of = |side: Side| &work[SIDES.iter().position(|&other| other == side).unwrap_or(0)][..];
+            let [none, ours, cached, qemu] = SIDES.map(of);
+            let goal = Some(Goal::RatioAtMost(1.03));
+            add(&mut exclusive, load, ours, none, goal);
+            add(&mut buffered, load, cached, none, None);
+            add(&mut beside, load, none, qemu, None);
+        }
+        for section in [&mut exclusive, &mut buffered, &mut beside] {
+            section.note("time: of the guest's, for each request, with as many in flight as said; p50, p99: of a request");
+        }
+        Ok(vec![exclusive, buffered, beside])
+    }
+
+    /// What each side does, in each round. Who goes first alternates.
+    fn work(&self, load: Load) -> Result<[Vec<Work>; SIDES.len()]> {
+        let mut work = SIDES.map(|_| Vec::new());
+        for round in 0..self.bench.rounds {
+            self.bench.say(format_args!("{}, round {} of {}", load.name(), round + 1, self.bench.rounds));
+            for turn in 0..SIDES.len() {
+                let index = (turn + round as usize) % SIDES.len();
+                let image = &self.images[usize::from(load.writes)];
+                image.forget()?;
+                let plan = load.plan(self.blocks, self.bench.quick);
+                work[index].extend(match SIDES[index] {
+                    Side::Samepage(policy) => Some(self.samepage(policy, image.path(), &plan)?),
+                    Side::Qemu => match &self.qemu {
+                        Ok(qemu) => Some(qemu.work(&self.bench, image.path(), &plan)?),
+                        Err(_) => None,
+                    },
+                });
+            }
+        }
+        Ok(work)
+    }
+
+    fn samepage(&self, policy: CachePolicy, image: &Path, plan: &Plan) -> Result<Work> {
+        let sharing = if policy.wants_cache() {
+            let size = CacheSize::Bytes(u64::from(self.blocks) * BLOCK_BYTES / CACHE_DIVISOR);
+            Some(Arc::new(Sharing::start(Settings { block_cache: size, ..Settings::default() })?))
+        } else {
+            None
+        };
+        let disks = vec![client::disk(image, policy, plan)];
+        let memory = client::memory(plan);
+        let guest = Guest::start_with_disks(&self.hypervisor, plan, memory, sharing.as_ref(), disks)?;
+        client::wait_end(&self.bench, &guest)
+    }
+}
+
+fn add(section: &mut Section, load: Load, ours: &[Work], others: &[Work], goal: Option<Goal>) {
+    let mut figure = |what: &str, figure: fn(&Work) -> f64, goal: Option<Goal>| {
+        let [ours, others] = [ours, others].map(|work| work.iter().map(figure).collect::<Vec<_>>());
+        let measurement = Measurement::new(format!("{}, {what}", load.name()), "µs", &ours, &others);
+        section.push(match goal {
+            Some(goal) => measurement.goal(goal),
+            None => measurement,
+        });
+    };
+    figure("time", |work| work.us as f64 / work.requests.max(1) as f64, goal);
+    figure("p50", |work| work.p50, None);
+    figure("p99", |work| work.p99, None);
+}

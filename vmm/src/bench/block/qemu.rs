@@ -1,0 +1,145 @@
+//! The demo guest under QEMU, with the same disk.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use samepage_resources::DEMO_GUEST;
+use samepage_resources::demo::plan::{DiskPlan, Plan};
+use samepage_resources::demo::report::Report;
+
+use super::super::context::Bench;
+use super::super::disk::client::{self, Work};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// The machine, without the devices that the guest has no use for.
+const MACHINE: [&str; 11] = [
+    "-M",
+    "microvm,pit=off,rtc=off,pic=off,acpi=off",
+    "-accel",
+    "kvm",
+    "-cpu",
+    "host,-arch-capabilities",
+    "-nodefaults",
+    "-nographic",
+    "-serial",
+    "stdio",
+    "-no-reboot",
+];
+/// Where that machine puts the registers of its only virtio-mmio device.
+const DISK: u64 = 0xfeb0_0e00;
+/// How long a guest may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often signals are looked for.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// An installed QEMU, and the guest as a file.
+#[derive(Debug)]
+pub(super) struct Qemu {
+    guest: PathBuf,
+}
+
+impl Qemu {
+    /// Looks for it; the error says what to do.
+    pub(super) fn find(folder: &Path) -> Result<Self, String> {
+        Command::new(PROGRAM).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().map_err(
+            |error| format!("QEMU is left out: {PROGRAM}: {error}; Debian's package is qemu-system-x86"),
+        )?;
+        let guest = folder.join(format!("samepage-bench-{}-guest.elf", std::process::id()));
+        fs::write(&guest, DEMO_GUEST)
+            .map_err(|error| format!("QEMU is left out: write {}: {error}", guest.display()))?;
+        Ok(Self { guest })
+    }
+
+    /// Has a guest use a disk.
+    ///
+    /// # Errors
+    /// Where QEMU does not run it, it takes too long, or the run was interrupted.
+    pub(super) fn work(&self, bench: &Bench, image: &Path, plan: &Plan) -> Result<Work> {
+        let disk = plan.disk.map(|disk| DiskPlan { base: DISK, ..disk });
+        let plan = Plan { disk, ..plan.clone() };
+        let drive = format!("if=none,id=disk,format=raw,cache=none,aio=io_uring,file={}", escaped(image));
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(MACHINE)
+            .args(["-m", &format!("{}M", client::memory(&plan) >> 20)])
+            .args(["-global", "virtio-mmio.force-legacy=false"])
+            .args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"])
+            .arg("-kernel")
+            .arg(&self.guest)
+            .args(["-append", &plan.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut process = Process(command.spawn().context("start QEMU")?);
+        let output = process.0.stdout.take().context("QEMU has an output")?;
+        let (sender, reports) = mpsc::channel();
+        let reader = thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let Ok(report) = Report::parse(line.trim_end()) {
+                    // Nobody listens any more once the work is done.
+                    let _ = sender.send(report);
+                }
+            }
+        });
+        let deadline = Instant::now() + PATIENCE;
+        let work = loop {
+            bench.check()?;
+            match reports.recv_timeout(SLICE) {
+                Ok(Report::BlkCorrupt { sector, .. }) => {
+                    bail!("the guest in QEMU read sector {sector} wrong")
+                }
+                Ok(report @ Report::ClientTotal { .. }) => break Work::of(&report),
+                Ok(report @ (Report::Error { .. } | Report::Fault { .. })) => {
+                    bail!("the guest in QEMU says: {report:?}")
+                }
+                Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => bail!("QEMU takes too long"),
+                Err(RecvTimeoutError::Disconnected) => bail!("QEMU ended early: {}", process.complaint()),
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+            }
+        };
+        drop(process);
+        let _ = reader.join();
+        work.context("a total is a report of work")
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // What stays behind is a small file in a folder for temporary ones.
+        let _ = fs::remove_file(&self.guest);
+    }
+}
+
+/// QEMU's options end at a comma; two stand for one.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// A QEMU at work, which ends with this value: the machine has nothing by which its guest could.
+struct Process(Child);
+
+impl Process {
+    /// What it wrote to its standard error, once it has ended.
+    fn complaint(&mut self) -> String {
+        let stderr = self.0.stderr.take();
+        stderr
+            .and_then(|stderr| std::io::read_to_string(stderr).ok())
+            .unwrap_or_default()
+            .trim_end()
+            .to_owned()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both do nothing to one that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

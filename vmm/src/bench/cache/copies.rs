@@ -1,0 +1,110 @@
+//! How often memory holds each block: counted by looking for its content, whatever anybody's books say.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result};
+use hashbrown::HashMap;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use samepage_resources::demo::client::{BLOCK_BYTES, ClientLayout};
+use samepage_resources::demo::content::{SECTOR_BYTES, disk_word};
+use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::plan::Plan;
+use samepage_sharing::PAGE_SIZE;
+
+use super::super::vms::guests::Guest;
+
+/// Name of the memory file of frames.
+const FRAMES: &str = "memfd:samepage-frames";
+
+/// What memory holds of a disk's blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Copies {
+    /// Copies that the host holds and no guest.
+    pub(super) host: u64,
+    /// Copies beyond one of each block, in the host and in guests: memory that holds nothing of its own.
+    pub(super) twice: u64,
+}
+
+/// Counts the copies of blocks: those in guests' caches, those in frames, and what the page cache holds.
+///
+/// # Errors
+/// Where memory cannot be read.
+pub(super) fn count(guests: &[Guest], plan: &Plan, memory: u64, page_cache: &[u32]) -> Result<Copies> {
+    let Some(disk) = &plan.disk else { return Ok(Copies::default()) };
+    let Some(layout) = ClientLayout::new(disk) else { return Ok(Copies::default()) };
+    let arena = Arena::on_map(plan, std::iter::once(0..memory)).context("lay out a guest's memory")?;
+    let mut copies = vec![0_u32; disk.client.blocks as usize];
+    page_cache.iter().for_each(|&block| copies[block as usize] += 1);
+
+    let blocks: HashMap<u64, usize> =
+        (0..copies.len()).map(|block| (first_word(plan.seed, block as u64), block)).collect();
+    let mut frames = vec![false; copies.len()];
+    for word in words_of_frames()? {
+        if let Some(&block) = blocks.get(&word) {
+            copies[block] += 1;
+            frames[block] = true;
+        }
+    }
+    let mut host: u64 = copies.iter().map(|&copies| u64::from(copies)).sum();
+
+    let mut mapped = vec![false; copies.len()];
+    for guest in guests {
+        let private = guest.private_pages()?;
+        let mut entries = vec![0; copies.len() * ClientLayout::BLOCK_ENTRY as usize];
+        guest.read_bytes(arena.client + layout.blocks, &mut entries)?;
+        for (block, entry) in entries.chunks_exact(ClientLayout::BLOCK_ENTRY as usize).enumerate() {
+            let place = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
+            if place == 0 {
+                continue;
+            }
+            let page = ((arena.client + layout.page(&disk.client, place)) / PAGE_SIZE as u64) as u32;
+            let after = private.partition_point(|run| run.start <= page);
+            if after > 0 && private[after - 1].contains(&page) {
+                copies[block] += 1;
+            } else {
+                mapped[block] |= frames[block];
+            }
+        }
+    }
+    host -= mapped.iter().map(|&mapped| u64::from(mapped)).sum::<u64>();
+    let twice = copies.iter().map(|&copies| u64::from(copies.saturating_sub(1))).sum();
+    Ok(Copies { host, twice })
+}
+
+fn first_word(seed: u32, block: u64) -> u64 {
+    disk_word(seed, block * (BLOCK_BYTES / SECTOR_BYTES as u64), 0)
+}
+
+/// The first word of each frame of this process that takes memory.
+fn words_of_frames() -> Result<Vec<u64>> {
+    let mut words = Vec::new();
+    for file in fs::read_dir("/proc/self/fd").context("list open files")?.flatten() {
+        let is_store = fs::read_link(file.path()).is_ok_and(|name| name.to_string_lossy().contains(FRAMES));
+        if is_store {
+            // Its own place in the file, so that the engine's is left alone.
+            let store = File::open(file.path()).context("open the frames")?;
+            add_words(&store, &mut words)?;
+        }
+    }
+    Ok(words)
+}
+
+fn add_words(store: &File, words: &mut Vec<u64>) -> Result<()> {
+    let mut at = 0;
+    loop {
+        let start = match seek(store, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error).context("look for frames"),
+        };
+        let end = seek(store, SeekFrom::Hole(start)).context("look for the end of frames")?;
+        for offset in (start..end).step_by(PAGE_SIZE) {
+            let mut word = [0; 8];
+            store.read_exact_at(&mut word, offset).context("read a frame")?;
+            words.push(u64::from_le_bytes(word));
+        }
+        at = end;
+    }
+}

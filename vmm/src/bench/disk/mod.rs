@@ -1,0 +1,14 @@
+//! What benchmarks of disks share: images of known content, and guests that use them.
+
+pub(super) mod client;
+pub(super) mod image;
+
+use std::path::PathBuf;
+
+/// Address of the registers of a VM's first disk.
+pub(super) const FIRST_DISK: u64 = samepage::x86::layout::MMIO_START;
+
+/// Where images go if nobody says.
+pub(super) fn default_folder() -> PathBuf {
+    std::env::temp_dir()
+}
