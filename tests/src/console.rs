@@ -67,7 +67,7 @@ impl Console {
     pub fn wait_for_report<T>(&self, what: &str, find: impl Fn(&Report) -> Option<T>) -> T {
         self.wait_for(what, |line| {
             let report = Report::parse(line).ok()?;
-            assert!(!matches!(report, Report::Corrupt { .. }), "{line}");
+            assert!(!matches!(report, Report::Corrupt { .. } | Report::BlkCorrupt { .. }), "{line}");
             find(&report)
         })
     }

@@ -1,0 +1,212 @@
+//! Guests that read and write disks through page caches of their own, over the host's cache: what they get
+//! is what the disk holds, whoever held it before.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use samepage::DiskConfig;
+use samepage_devices::disk::CachePolicy;
+use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
+use samepage_resources::demo::content::SECTOR_BYTES;
+use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
+use samepage_resources::demo::report::Report;
+use samepage_resources::image::write_pattern;
+use samepage_sharing::cache::CacheSize;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use samepage_tests::guests::{Guest, hypervisor, sharing};
+use samepage_tests::harness;
+use samepage_tests::shared::{MEMORY, audit};
+
+fn main() -> ExitCode {
+    harness::run(&[
+        ("guests_read_what_the_disk_holds_with_each_policy", read),
+        ("guests_read_what_they_wrote_with_each_policy", write),
+        ("a_second_guest_is_served_from_the_first_ones_memory", second_guest),
+        ("what_a_guest_gives_up_is_read_from_the_host", given_up),
+        ("blocks_survive_guests_that_clear_their_pages", cleared),
+    ])
+}
+
+/// Guest-physical address of a VM's first disk.
+const FIRST: u64 = 0xd000_0000;
+const POLICIES: [CachePolicy; 5] = [
+    CachePolicy::Exclusive,
+    CachePolicy::Scrub,
+    CachePolicy::Inclusive,
+    CachePolicy::None,
+    CachePolicy::Buffered,
+];
+
+/// An image that guests can verify, in a folder that goes with it.
+struct Image {
+    folder: tempfile::TempDir,
+    blocks: u32,
+}
+
+impl Image {
+    fn new(blocks: u32) -> Self {
+        let image = Self { folder: tempfile::tempdir().expect("a folder"), blocks };
+        let mut writer = BufWriter::new(File::create(image.path()).expect("an image"));
+        let sectors = u64::from(blocks) * BLOCK_BYTES / SECTOR_BYTES as u64;
+        write_pattern(&mut writer, Plan::default().seed, sectors).expect("fill the image");
+        writer.flush().expect("fill the image");
+        image
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("disk.img")
+    }
+
+    fn disk(&self, policy: CachePolicy, client: &ClientPlan) -> DiskConfig {
+        DiskConfig {
+            path: self.path(),
+            id: "disk".into(),
+            read_only: client.writes == 0,
+            format: Some(samepage_devices::disk::Format::Raw),
+            cache: policy,
+            ..DiskConfig::default()
+        }
+    }
+}
+
+/// A guest that does nothing but use all of the image, until it is told to finish.
+fn start(sharing: &Arc<Sharing>, vm: u32, image: &Image, policy: CachePolicy, client: ClientPlan) -> Guest {
+    let client = ClientPlan { blocks: image.blocks, ..client };
+    let disk = DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth: 4, client, ..DiskPlan::new(FIRST) };
+    let plan = Plan {
+        alike: 0,
+        own: 0,
+        zero: 0,
+        pages: Some(0),
+        rounds: 0,
+        every_ms: 10,
+        vm,
+        disk: Some(disk),
+        ..Plan::default()
+    };
+    let mut config = Guest::config(&format!("client-{vm}"), &plan, MEMORY, Some(sharing));
+    config.disks = vec![image.disk(policy, &client)];
+    Guest::start(&hypervisor(), config)
+}
+
+/// With a cache of so many blocks for the host.
+fn with_cache(blocks: u32) -> Arc<Sharing> {
+    let block_cache = CacheSize::Bytes(u64::from(blocks) * BLOCK_BYTES);
+    sharing(Settings { block_cache, rest_ms: 20, ..Settings::default() })
+}
+
+/// Blocks that a guest's disk gave it: from guests' memory, from the host's cache, from the image.
+fn sources(guest: &Guest) -> [u64; 3] {
+    let stats = &guest.vm.disks()[0].stats;
+    [&stats.blocks_from_guests, &stats.blocks_from_host, &stats.blocks_fetched]
+        .map(|counter| counter.load(Ordering::Relaxed))
+}
+
+/// Has guests finish, and checks that they read nothing wrong.
+fn finish(guests: Vec<Guest>) {
+    for guest in guests {
+        let console = guest.console.clone();
+        guest.finish();
+        let total = |report: &Report| match report {
+            Report::ClientTotal { corrupt, requests, .. } => Some((*corrupt, *requests)),
+            _ => None,
+        };
+        let (corrupt, requests) = console.wait_for_report("totals", total);
+        assert_eq!(corrupt, 0);
+        assert!(requests > 0);
+    }
+}
+
+/// Ways to read: one by one, in runs whose pages follow each other, and in runs whose pages do not.
+fn ways() -> [ClientPlan; 3] {
+    let base = ClientPlan { pages: 300, units: 1000, ..ClientPlan::default() };
+    let runs = ClientPlan { run: 16, units: 150, ..base };
+    [base, ClientPlan { reads: Pattern::ScanOverZipf, ..runs }, ClientPlan { scatter: true, ..runs }]
+}
+
+fn read() {
+    let image = Image::new(1200);
+    for policy in POLICIES {
+        for client in ways() {
+            let sharing = with_cache(300);
+            let guests: Vec<_> = (0..2).map(|vm| start(&sharing, vm, &image, policy, client)).collect();
+            guests.iter().for_each(|guest| guest.console.wait_for_round(4));
+            audit(&sharing);
+            finish(guests);
+            audit(&sharing);
+        }
+    }
+}
+
+fn write() {
+    for policy in POLICIES {
+        for client in ways() {
+            let image = Image::new(1200);
+            let sharing = with_cache(300);
+            let guests = vec![start(&sharing, 0, &image, policy, ClientPlan { writes: 30, ..client })];
+            guests[0].console.wait_for_round(4);
+            audit(&sharing);
+            finish(guests);
+        }
+    }
+}
+
+fn second_guest() {
+    for run in [1, 16] {
+        let image = Image::new(640);
+        // The host need not keep anything: what is shared is in guests.
+        let sharing = with_cache(0);
+        let client = ClientPlan {
+            reads: Pattern::Scan,
+            pages: 1000,
+            run,
+            units: u64::from(image.blocks / run),
+            ..ClientPlan::default()
+        };
+        let first = start(&sharing, 0, &image, CachePolicy::Exclusive, client);
+        first.console.wait_for_round(1);
+        assert_eq!(sources(&first), [0, 0, 640], "nobody held anything");
+        let second = start(&sharing, 1, &image, CachePolicy::Exclusive, client);
+        second.console.wait_for_round(1);
+        assert_eq!(sources(&second), [640, 0, 0], "the first guest held everything");
+        audit(&sharing);
+        finish(vec![first, second]);
+    }
+}
+
+/// A loop over what fits into both caches, but into neither alone.
+fn looping(run: u32) -> ClientPlan {
+    ClientPlan { reads: Pattern::Scan, pages: 512, run, units: u64::from(960 / run), ..ClientPlan::default() }
+}
+
+fn given_up() {
+    for run in [1, 16] {
+        let image = Image::new(960);
+        let sharing = with_cache(640);
+        let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, looping(run));
+        guest.console.wait_for_round(4);
+        let [from_guests, from_host, fetched] = sources(&guest);
+        let held = sharing.cache();
+        assert_eq!(fetched, 960, "blocks are read from the disk once: {held:?}");
+        assert!(from_host >= 3 * 960 - 64, "{from_guests} from guests, {from_host} from the host: {held:?}");
+        audit(&sharing);
+        finish(vec![guest]);
+    }
+}
+
+fn cleared() {
+    let image = Image::new(960);
+    for run in [1, 16] {
+        let sharing = with_cache(640);
+        let client = ClientPlan { clear: true, ..looping(run) };
+        let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, client);
+        guest.console.wait_for_round(4);
+        audit(&sharing);
+        finish(vec![guest]);
+    }
+}
