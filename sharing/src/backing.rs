@@ -7,6 +7,8 @@
 //! With a page that is not attached a number can be kept, its note, in the place where the number of the
 //! frame is otherwise: the books of a page are what limits how much memory can be managed.
 
+use std::ops::Range;
+
 use hashbrown::HashMap;
 
 use crate::calls::Source;
@@ -63,6 +65,11 @@ impl Backing {
 
     pub(crate) fn attached(&self, page: u32) -> bool {
         self.attached.contains(page)
+    }
+
+    /// The frames of the pages of a range that are attached.
+    pub(crate) fn frames(&self, pages: Range<u32>) -> impl Iterator<Item = Frame> + '_ {
+        self.attached.runs_within(pages).flatten().map(|page| self.words[page as usize])
     }
 
     pub(crate) fn attached_count(&self) -> u32 {

@@ -15,6 +15,7 @@
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
 //!   their threads, under a ceiling of CPU time.
+//! - [`pairs`]: which VMs have how much in common.
 //! - [`audit`]: recounts everything from the kernel's page maps and compares it with the books.
 //! - [`calls`], [`uffd`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
 
@@ -36,6 +37,7 @@ pub(crate) mod index;
 pub(crate) mod members;
 pub(crate) mod pace;
 pub mod pagemap;
+pub mod pairs;
 pub(crate) mod passes;
 pub mod ram;
 pub mod rest;

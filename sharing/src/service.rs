@@ -20,6 +20,7 @@ use crate::content::Page;
 use crate::engine::{Mode, Settings};
 use crate::group::{Group, Groups};
 use crate::hints::{Hint, Hints};
+use crate::pairs::FrameSample;
 use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
 use crate::statistics::{EngineStatistics, VmStatistics};
@@ -250,6 +251,18 @@ impl Membership {
     pub fn set_mode(&self, mode: Mode) {
         self.group.engine.lock().set_mode(self.slot, mode);
         self.crew.refresh();
+    }
+
+    /// The frames of a sample that the VM refers to, for [`pairs`](crate::pairs::pairs) with others of its
+    /// group.
+    #[must_use]
+    pub fn frames(&self) -> FrameSample {
+        let mut sample = FrameSample::default();
+        let mut from = 0;
+        while let Some(next) = self.group.engine.lock().sample_frames(self.slot, from, &mut sample) {
+            from = next;
+        }
+        sample
     }
 
     /// What more memory would bring the VM, as its disks' reads tell: which part of them it would have

@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{InputModes, LocalModes, OutputModes, tcgetattr};
+use rustix::termios::{InputModes, LocalModes, OutputModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::program::{Finished, PATIENCE, Running};
 
@@ -30,13 +30,30 @@ impl Settings {
     }
 }
 
+/// What a terminal shows.
+#[derive(Debug, Clone, Copy)]
+pub struct Picture<'a> {
+    /// The text, in lines.
+    pub text: &'a str,
+    /// A program has a picture of its own on it, which goes when the program does.
+    pub alternate: bool,
+    /// There is no cursor.
+    pub hidden: bool,
+}
+
 /// The terminal's side that keys go into and text comes out of.
-#[derive(Debug)]
 pub struct Terminal {
     keyboard_and_screen: File,
     program_side: OwnedFd,
     seen: Vec<u8>,
     searched: usize,
+    picture: vt100::Parser,
+}
+
+impl std::fmt::Debug for Terminal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Terminal").field("screen", &self.screen()).finish_non_exhaustive()
+    }
 }
 
 impl Terminal {
@@ -51,7 +68,11 @@ impl Terminal {
         grantpt(&master).expect("grant a pseudo terminal");
         unlockpt(&master).expect("unlock a pseudo terminal");
         let program_side = ioctl_tiocgptpeer(&master, flags).expect("open a pseudo terminal's other side");
-        Self { keyboard_and_screen: master.into(), program_side, seen: Vec::new(), searched: 0 }
+        let picture = vt100::Parser::new(24, 80, 0);
+        let mut terminal =
+            Self { keyboard_and_screen: master.into(), program_side, seen: Vec::new(), searched: 0, picture };
+        terminal.resize(80, 24);
+        terminal
     }
 
     /// Starts a program as the leader of a session that has this terminal.
@@ -78,6 +99,41 @@ impl Terminal {
     pub fn settings(&self) -> Settings {
         let termios = tcgetattr(&self.program_side).expect("ask for the terminal's settings");
         Settings { input: termios.input_modes, output: termios.output_modes, local: termios.local_modes }
+    }
+
+    /// Gives it a size, in characters, and has the program told.
+    ///
+    /// # Panics
+    /// Where the terminal does not take it.
+    pub fn resize(&mut self, columns: u16, rows: u16) {
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.keyboard_and_screen, size).expect("change the terminal's size");
+        self.picture.screen_mut().set_size(rows, columns);
+    }
+
+    /// Waits until something holds of what the screen shows, and returns that as lines.
+    ///
+    /// # Panics
+    /// When it does not come about, with what the screen shows.
+    pub fn wait_for_picture(&mut self, what: &str, holds: impl Fn(&Picture<'_>) -> bool) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let screen = self.picture.screen();
+            let text = screen.contents();
+            if holds(&Picture {
+                text: &text,
+                alternate: screen.alternate_screen(),
+                hidden: screen.hide_cursor(),
+            }) {
+                return text;
+            }
+            let mut watched = [PollFd::new(&self.keyboard_and_screen, PollFlags::IN)];
+            let rest = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))
+                .expect("a minute is a time");
+            let ready = poll(&mut watched, Some(&rest)).expect("wait for the terminal");
+            assert!(ready > 0, "{what} did not come; the screen shows:\n{text}");
+            self.read();
+        }
     }
 
     /// Types.
@@ -140,5 +196,6 @@ impl Terminal {
         let mut buffer = [0; 4096];
         let count = self.keyboard_and_screen.read(&mut buffer).expect("read from the terminal");
         self.seen.extend_from_slice(&buffer[..count]);
+        self.picture.process(&buffer[..count]);
     }
 }

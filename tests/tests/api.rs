@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         ("a_disk_is_limited_while_it_is_used", disks),
         ("people_use_the_same_by_commands", commands),
         ("a_console_is_attached_to_a_terminal_and_left", terminal),
+        ("top_shows_vms_steers_them_and_leaves_the_terminal_as_it_was", top),
         ("run_opens_a_socket_and_starts_what_a_file_describes", run_with_socket),
     ])
 }
@@ -84,6 +85,22 @@ fn cycle(host: &Host, count: u32) {
     host.wait_for("/vms/vm-0/sharing", "statistics of a VM", |vm| {
         vm["statistics"]["pages_merged"].as_u64().is_some_and(|merged| merged >= counts.alike)
     });
+    // What all hold alike any two have in common, and all pairs are told.
+    let pairs = host.wait_for("/sharing/pairs?limit=496", "what pairs have in common", |pairs| {
+        let pairs = pairs.as_array().unwrap();
+        pairs.len() == (count * (count - 1) / 2) as usize
+            && pairs.iter().all(|pair| {
+                let [pages, error] = ["pages", "pages_error"].map(|field| pair[field].as_u64().unwrap());
+                pages + 4 * error >= counts.alike
+            })
+    });
+    assert_ne!(pairs[0]["vms"][0], pairs[0]["vms"][1]);
+    let told = host.done("GET", "/sharing", None)["pairs"].as_array().unwrap().len();
+    assert_eq!(told, pairs.as_array().unwrap().len().min(10));
+    assert_eq!(host.done("GET", "/sharing/pairs?limit=1", None).as_array().unwrap().len(), 1);
+    let listed = host.done("GET", "/vms", None);
+    assert!(listed[0]["cpu_seconds"].as_f64().unwrap() > 0.0, "{listed}");
+    assert!(listed[0]["shared_bytes"].as_u64().unwrap() >= counts.alike * 4096, "{listed}");
 
     assert_eq!(host.act("vm-0", "pause"), "paused");
     assert_eq!(host.act("vm-1", "reset"), "running");
@@ -314,6 +331,14 @@ fn metrics() {
     }
     assert!(text.contains("samepage_vm_memory_bytes{vm=\"a\"} 67108864"), "{text}");
     assert!(text.contains("samepage_vms{state=\"running\"} 1"), "{text}");
+    for series in [
+        "samepage_vm_cpu_seconds_total{vm=\"a\"}",
+        "samepage_vm_disk_read_bytes_total{vm=\"a\",source=\"disk\"} 0",
+        "samepage_cache_read_bytes_total{source=\"guests\"} 0",
+        "samepage_cache_limit_bytes",
+    ] {
+        assert!(text.contains(series), "{series} is missing:\n{text}");
+    }
     assert!(text.ends_with("# EOF\n"));
     host.end().assert_code(0);
 }
@@ -395,8 +420,20 @@ fn disks() {
         json!({ "rate": 2 << 20, "iops": 100 })
     );
     assert_eq!(host.done("GET", "/vms/a/disks", None)[0]["limits"]["iops"], 100);
+    let cache = |policy: &str| host.ask("PATCH", "/vms/a/disks/data", Some(&json!({ "cache": policy })));
+    for policy in ["none", "inclusive", "exclusive"] {
+        let (status, disk) = cache(policy);
+        assert_eq!((status, &disk["cache"], &disk["limits"]["iops"]), (200, &json!(policy), &json!(100)));
+    }
+    assert_eq!(cache("buffered").0, 409);
+    assert_eq!(host.ask("PATCH", "/vms/a/disks/data", Some(&json!({}))).0, 400);
+    let io = host.done("GET", "/vms", None)[0]["io"].clone();
+    assert!(io["from_disk_bytes"].is_u64(), "{io}");
+    assert!(host.done("GET", "/cache", None)["limit_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(host.done("GET", "/vms/a/working-set", None)["memory_bytes"], MEMORY);
     host.act("a", "kill");
     assert_eq!(host.ask("PATCH", "/vms/a/disks/data", Some(&change)).0, 409);
+    assert_eq!(host.done("GET", "/vms/a/working-set", None)["curve"], json!([]));
     host.end().assert_code(0);
 }
 
@@ -444,6 +481,8 @@ fn commands() {
     assert!(run(&["sharing", "db"]).contains("zero"));
     assert!(run(&["sharing"]).contains("default"));
     assert!(run(&["stats"]).contains("VOLATILE"));
+    assert!(run(&["cache"]).contains("read from disk"));
+    assert!(run(&["cache", "--json"]).contains("limit_bytes"));
     assert!(run(&["console", "web-0", "--backlog"]).contains("start ram="));
     let events = Running::start(client_command(&host, &["events", "--since", "0"]));
     events.stdout().wait_for_line("VM web-0 is stopped: stopped");
@@ -496,6 +535,64 @@ fn terminal() {
     terminal.wait_for_end(attached).assert_code(0);
     assert_eq!(terminal.settings(), before);
     host.end().assert_code(0);
+}
+
+fn top() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    host.done("POST", "/vms", Some(&host.vm("b", &endless(1), true)));
+    let mut terminal = Terminal::open();
+    let before = terminal.settings();
+    let mut top = Command::new(program::path());
+    top.args(["top", "--interval", "0.2", "--socket"]).arg(host.socket());
+    let shown = terminal.start(&top);
+    let shows = |terminal: &mut Terminal, text: &str| {
+        terminal.wait_for_picture(text, |picture| picture.alternate && picture.text.contains(text))
+    };
+    let is_left = |terminal: &mut Terminal, text: &str| {
+        terminal.wait_for_picture("the terminal as it was", |picture| {
+            !picture.alternate && !picture.hidden && picture.text.contains(text)
+        });
+    };
+    let text = shows(&mut terminal, "2 VMs, 2 running");
+    assert!(text.lines().count() <= 24 && text.contains("q quit"), "{text}");
+    assert!(terminal.settings().is_raw());
+    // The second VM is paused, and goes on.
+    terminal.type_keys(b"\x1b[Bp");
+    host.wait_for("/vms/b", "a pause", |vm| vm["state"] == "paused");
+    shows(&mut terminal, "VM b is paused");
+    terminal.type_keys(b"p");
+    host.wait_for("/vms/b", "a guest that goes on", |vm| vm["state"] == "running");
+    // To its console and back.
+    terminal.type_keys(b"c");
+    is_left(&mut terminal, "round=");
+    terminal.type_keys(b"\x01x");
+    shows(&mut terminal, "2 VMs, 2 running");
+    terminal.type_keys(b"?");
+    shows(&mut terminal, "any key goes back");
+    terminal.resize(120, 40);
+    shows(&mut terminal, "65530 mappings");
+    terminal.type_keys(b" ");
+    terminal.type_keys(b"q");
+    is_left(&mut terminal, "");
+    terminal.wait_for_end(shown).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+    // A signal ends it as well, and so does a server that goes.
+    let shown = terminal.start(&top);
+    shows(&mut terminal, "2 VMs, 2 running");
+    shown.signal(Signal::TERM);
+    is_left(&mut terminal, "");
+    terminal.wait_for_end(shown).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+    let shown = terminal.start(&top);
+    shows(&mut terminal, "2 VMs, 2 running");
+    host.end().assert_code(0);
+    is_left(&mut terminal, "samepage serve --socket");
+    terminal.wait_for_end(shown).assert_code(1);
+    assert_eq!(terminal.settings(), before);
+    let no_terminal = Running::start(top).wait();
+    no_terminal.assert_code(1);
+    assert!(no_terminal.stderr.contains("needs a terminal"), "{}", no_terminal.stderr);
 }
 
 fn run_with_socket() {

@@ -21,30 +21,63 @@ impl ShutdownSignals {
     pub fn catch() -> io::Result<Self> {
         let mut caught = vec![libc::SIGTERM, libc::SIGINT];
         caught.extend([libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
-        let set = create_sigset(&caught).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        // SAFETY: `set` is a valid set of signals.
-        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
-        if error != 0 {
-            return Err(io::Error::from_raw_os_error(error));
-        }
-        // SAFETY: as above; the kernel copies the set.
-        let file = unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
-        if file < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the file was just opened and belongs to nobody else.
-        Ok(Self { file: unsafe { OwnedFd::from_raw_fd(file) } })
+        Ok(Self { file: catch(&caught)? })
     }
 
     /// The next signal that came, if one did.
     pub fn take(&self) -> Option<c_int> {
-        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
-        let size = size_of_val(&info);
-        // SAFETY: the buffer is as large as told; a read of signalfd fills it as a whole or fails.
-        unsafe {
-            let count = libc::read(self.file.as_raw_fd(), info.as_mut_ptr().cast(), size);
-            (count == size as isize).then(|| info.assume_init().ssi_signo.cast_signed())
-        }
+        take(&self.file)
+    }
+}
+
+/// SIGWINCH, which tells that the terminal has changed its size, caught for the whole process.
+#[derive(Debug)]
+pub struct ResizeSignal {
+    file: OwnedFd,
+}
+
+impl ResizeSignal {
+    /// Catches the signal. Called before any thread is started, so that all threads leave it alone.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self { file: catch(&[libc::SIGWINCH])? })
+    }
+
+    /// Whether it came.
+    pub fn take(&self) -> bool {
+        take(&self.file).is_some()
+    }
+}
+
+impl AsRawFd for ResizeSignal {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// Blocks signals for this thread and those that it starts. What comes can be read from the file.
+fn catch(signals: &[c_int]) -> io::Result<OwnedFd> {
+    let set = create_sigset(signals).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+    // SAFETY: `set` is a valid set of signals.
+    let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    // SAFETY: as above; the kernel copies the set.
+    let file = unsafe { libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+    if file < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the file was just opened and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
+fn take(file: &OwnedFd) -> Option<c_int> {
+    let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+    let size = size_of_val(&info);
+    // SAFETY: the buffer is as large as told; a read of signalfd fills it as a whole or fails.
+    unsafe {
+        let count = libc::read(file.as_raw_fd(), info.as_mut_ptr().cast(), size);
+        (count == size as isize).then(|| info.assume_init().ssi_signo.cast_signed())
     }
 }
 

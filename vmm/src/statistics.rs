@@ -4,23 +4,33 @@
 //! private pages by `RssAnon`, frames by the blocks of their memory file. The kernel's RSS is of
 //! no use here, since it counts a frame at every address that shows it.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use samepage_devices::disk::cache::BLOCK_SIZE;
+use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
 use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::cache::working_set::Curve;
 use samepage_sharing::pagemap::Pagemap;
+use samepage_sharing::pairs::{self, FrameSample};
 use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
 use crate::poll;
 use crate::vm::Vm;
+
+/// Pairs of VMs that are told at most: all pairs of 32 VMs.
+const MOST_PAIRS: usize = 32 * 31 / 2;
 
 /// The process at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -46,6 +56,19 @@ pub struct Sample {
     pub groups: Vec<GroupSample>,
     /// The VMs, in the order in which they were started.
     pub vms: Vec<VmSample>,
+    /// The pairs of VMs with most in common.
+    pub pairs: Vec<PairSample>,
+}
+
+/// Two VMs, and what they have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PairSample {
+    /// Their places in the list of VMs.
+    pub vms: [usize; 2],
+    /// Pages of content that are in memory once for both: an estimate.
+    pub pages: u64,
+    /// Its standard error.
+    pub error: u64,
 }
 
 /// One group of VMs at one moment, in the terms of [`EngineStatistics`].
@@ -91,6 +114,62 @@ pub struct VmSample {
     pub pages: VmStatistics,
     /// What more memory would bring it, once it has read blocks through the cache.
     pub working_set: Option<WorkingSetSample>,
+    /// CPU time of its vCPUs, in seconds.
+    pub cpu_seconds: f64,
+    /// What its disks read and wrote.
+    pub io: IoSample,
+    /// The frames of a sample that it refers to.
+    #[serde(skip)]
+    frames: Option<FrameSample>,
+}
+
+/// What a VM's disks read, by where it came from, and what they wrote, in bytes since its start.
+///
+/// What a guest finds in a page cache of its own never gets here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct IoSample {
+    /// Blocks that a guest of the group held.
+    pub from_guests_bytes: u64,
+    /// Blocks that the host alone held.
+    pub from_host_bytes: u64,
+    /// All else: read from the image.
+    pub from_disk_bytes: u64,
+    /// What was written.
+    pub written_bytes: u64,
+}
+
+impl IoSample {
+    /// Adds another disk's, or another VM's.
+    pub fn add(&mut self, other: Self) {
+        self.from_guests_bytes += other.from_guests_bytes;
+        self.from_host_bytes += other.from_host_bytes;
+        self.from_disk_bytes += other.from_disk_bytes;
+        self.written_bytes += other.written_bytes;
+    }
+
+    /// What a VM's disks did since it was booted.
+    #[must_use]
+    pub fn of(vm: &Vm) -> Self {
+        let mut all = Self::default();
+        vm.disks().iter().for_each(|disk| all.add(Self::from(&*disk.stats)));
+        all
+    }
+}
+
+impl From<&BlockStats> for IoSample {
+    fn from(stats: &BlockStats) -> Self {
+        // A block is delivered before the request it belongs to counts as read.
+        let read = stats.read_bytes.load(Relaxed);
+        let bytes = |blocks: &AtomicU64| blocks.load(Relaxed) * BLOCK_SIZE;
+        let from_guests_bytes = bytes(&stats.blocks_from_guests);
+        let from_host_bytes = bytes(&stats.blocks_from_host);
+        Self {
+            from_guests_bytes,
+            from_host_bytes,
+            from_disk_bytes: read.saturating_sub(from_guests_bytes + from_host_bytes),
+            written_bytes: stats.written_bytes.load(Relaxed),
+        }
+    }
 }
 
 /// What more memory would bring a VM: its reads of disks as they were lately, of which older ones count
@@ -162,6 +241,7 @@ impl Sampler {
             },
         };
         let private_bytes = rss_anon()?;
+        let pairs = pairs(&vms);
         Ok(Sample {
             time_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
             sharing: sharing.is_some(),
@@ -173,6 +253,7 @@ impl Sampler {
             cache: sharing.map(Sharing::cache).unwrap_or_default(),
             groups,
             vms,
+            pairs,
         })
     }
 
@@ -204,8 +285,34 @@ impl Sampler {
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,
             working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
+            cpu_seconds: vm.cpu_time().as_secs_f64(),
+            io: IoSample::of(vm),
+            frames: vm.membership().map(Membership::frames),
         })
     }
+}
+
+/// The pairs of VMs with most in common. VMs of different groups have nothing.
+fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
+    let mut groups: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (at, vm) in vms.iter().enumerate() {
+        if let Some(Participation { group, .. }) = &vm.participation {
+            groups.entry(group).or_default().push(at);
+        }
+    }
+    let mut all = Vec::new();
+    for members in groups.into_values() {
+        let (places, frames): (Vec<_>, Vec<_>) =
+            members.into_iter().filter_map(|at| Some((at, vms[at].frames.as_ref()?))).unzip();
+        all.extend(pairs::pairs(&frames, MOST_PAIRS).into_iter().map(|pair| PairSample {
+            vms: pair.vms.map(|vm| places[vm]),
+            pages: pair.pages,
+            error: pair.error,
+        }));
+    }
+    all.sort_by_key(|pair| (Reverse(pair.pages), pair.vms));
+    all.truncate(MOST_PAIRS);
+    all
 }
 
 /// Private anonymous memory of this process, in bytes.

@@ -14,8 +14,8 @@ use super::lifecycle::State;
 use super::manager::Manager;
 use super::record::Record;
 use super::sampling::Seen;
-use super::views::{DiskStatistics, DiskView, saved_bytes};
-use crate::statistics::VmSample;
+use super::views::{CacheView, DiskStatistics, DiskView, saved_bytes};
+use crate::statistics::{IoSample, VmSample};
 
 /// The media type.
 pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -80,6 +80,7 @@ impl Collector for Metrics {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut writer = Writer(encoder);
         self.process(&mut writer)?;
+        self.cache(&mut writer)?;
         self.vms(&mut writer)?;
         self.disks(&mut writer)
     }
@@ -133,6 +134,29 @@ impl Metrics {
         writer.counter("sharing_cpu", help, Some(Unit::Seconds), one(engine.cpu_seconds))
     }
 
+    fn cache(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let cache = CacheView::new(&self.seen.sample);
+        let one = |value: u64| [([] as [(&str, &str); 0], value as f64)];
+        let gauges = [
+            ("cache", "Blocks of disks that the host alone holds", cache.cached_bytes),
+            ("cache_limit", "Most that those may take", cache.limit_bytes),
+            ("cache_in_guests", "Blocks of disks in frames that guests map", cache.in_guests_bytes),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, Some(Unit::Bytes), one(value))?;
+        }
+        let sources = [
+            ("guests", cache.sources.guests_bytes),
+            ("host", cache.sources.host_bytes),
+            ("disk", cache.sources.disk_bytes),
+        ];
+        let values = sources.map(|(source, bytes)| ([("source", source)], bytes as f64));
+        let help = "What guests read through the block cache, by where it came from";
+        writer.counter("cache_read", help, Some(Unit::Bytes), values)?;
+        let help = "Cached blocks that were dropped for others or for want of memory";
+        writer.counter("cache_evictions", help, None, one(cache.statistics.evicted))
+    }
+
     fn vms(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let page = PAGE_SIZE as u64;
         let memory: [(&str, &str, Count<VmSample>); 3] = [
@@ -156,7 +180,25 @@ impl Metrics {
             let sent = vm.serial_stats().sent.load(std::sync::atomic::Ordering::Relaxed);
             ([("vm", record.name())], sent as f64)
         });
-        writer.counter("vm_console", "What a guest wrote to its console", Some(Unit::Bytes), sent)
+        writer.counter("vm_console", "What a guest wrote to its console", Some(Unit::Bytes), sent)?;
+        let cpu = consoles.iter().map(|(record, vm)| ([("vm", record.name())], vm.cpu_time().as_secs_f64()));
+        writer.counter("vm_cpu", "CPU time of a VM's vCPUs", Some(Unit::Seconds), cpu)?;
+        let wanted = self.seen.sample.vms.iter().filter_map(|vm| {
+            Some(([("vm", vm.name.as_str())], vm.working_set.as_ref()?.wanted_bytes as f64))
+        });
+        let help = "So much more memory would spare a VM 95 % of the reads that any could";
+        writer.gauge("vm_wanted", help, Some(Unit::Bytes), wanted)?;
+        let read = consoles.iter().flat_map(|(record, vm)| {
+            let io = IoSample::of(vm);
+            let sources = [
+                ("guests", io.from_guests_bytes),
+                ("host", io.from_host_bytes),
+                ("disk", io.from_disk_bytes),
+            ];
+            sources.map(|(source, bytes)| ([("vm", record.name()), ("source", source)], bytes as f64))
+        });
+        let help = "What a VM's disks read, by where it came from";
+        writer.counter("vm_disk_read", help, Some(Unit::Bytes), read)
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {

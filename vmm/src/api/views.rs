@@ -5,8 +5,10 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::engine::{Order, Settings};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::{Deserialize, Serialize};
@@ -17,7 +19,8 @@ use super::events::unix_seconds;
 use super::lifecycle::{Action, State};
 use super::record::Record;
 use super::spec::{SharingMode, VmSpec};
-use crate::statistics::{GroupSample, Sample, VmSample};
+use crate::statistics::{GroupSample, IoSample, Sample, VmSample};
+use crate::vm::Disk;
 
 /// Defines what the API says of a structure of the engine's, field by field.
 macro_rules! mirror {
@@ -135,6 +138,199 @@ pub struct VmSummary {
     /// What sharing saves by it, pages of zeros included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved_bytes: Option<u64>,
+    /// What its pages on frames, which it shares with others or may come to, have in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_bytes: Option<u64>,
+    /// Its pages that take memory of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub private_bytes: Option<u64>,
+    /// Its pages of zeros whose memory was given back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_bytes: Option<u64>,
+    /// So much more memory would spare it 95 % of the reads of disks that any memory could spare. Not
+    /// there before it has read through the block cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_bytes: Option<u64>,
+    /// CPU time of its vCPUs since it was last booted; not there when it has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_seconds: Option<f64>,
+    /// What its disks did since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io: Option<IoView>,
+}
+
+mirror! {
+    /// What disks read, by where it came from, and what they wrote. What a guest finds in a page cache of
+    /// its own never gets here.
+    IoView of IoSample {
+        /// Blocks that a guest of the group held.
+        from_guests_bytes: u64,
+        /// Blocks that the host alone held.
+        from_host_bytes: u64,
+        /// All else: read from the image.
+        from_disk_bytes: u64,
+        /// What was written.
+        written_bytes: u64,
+    }
+}
+
+mirror! {
+    /// What the block cache counts, in blocks of 4 KiB.
+    CacheCounters of CacheStatistics {
+        /// Blocks that the host alone holds.
+        blocks_cached: u64,
+        /// Most that it may, in all groups together.
+        blocks_limit: u64,
+        /// Frames that hold blocks and are mapped by guests.
+        blocks_in_guests: u64,
+        /// Guest pages that blocks were copied to, as far as they are noted.
+        blocks_noted: u64,
+        /// Blocks that guests read which a guest held already, since the start.
+        served_from_guests: u64,
+        /// Blocks that guests read which the host alone held, since the start.
+        served_from_host: u64,
+        /// Blocks that were read from disks, since the start.
+        fetched: u64,
+        /// Blocks that the cache had no room for, which disks read by themselves, since the start.
+        past: u64,
+        /// Blocks that were mapped into guests, since the start.
+        delivered_mapped: u64,
+        /// Blocks that were copied into guests, since the start.
+        delivered_copied: u64,
+        /// Blocks that became cached when the last guest left their frame, since the start.
+        demoted_mapped: u64,
+        /// Blocks that became cached since a guest's page was proven to hold them still, since the start.
+        demoted_copied: u64,
+        /// Guest pages that no longer held the block that was copied to them, since the start.
+        refuted: u64,
+        /// Cached blocks that were dropped for others or for want of memory, since the start.
+        evicted: u64,
+        /// Blocks that were written to, which the host or a guest was known to hold, since the start.
+        overwritten: u64,
+        /// Bytes that the cache's books take.
+        metadata_bytes: u64,
+    }
+}
+
+/// The host's cache of disk blocks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CacheView {
+    /// Whether there is one: it belongs to the engine that shares memory.
+    pub enabled: bool,
+    /// When this was looked at.
+    pub time_seconds: f64,
+    /// What blocks take that the host alone holds.
+    pub cached_bytes: u64,
+    /// Most that they may.
+    pub limit_bytes: u64,
+    /// Blocks in memory that guests map: theirs, and no copy of the host's beside it.
+    pub in_guests_bytes: u64,
+    /// What guests read through the cache since the start, by where it came from.
+    pub sources: CacheSources,
+    /// What the cache counts.
+    pub statistics: CacheCounters,
+}
+
+/// What guests read through the block cache, by where it came from. What a guest finds in a page cache of
+/// its own never gets here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CacheSources {
+    /// A guest of the group held it.
+    pub guests_bytes: u64,
+    /// The host alone held it.
+    pub host_bytes: u64,
+    /// It was read from the image, into the cache or past it.
+    pub disk_bytes: u64,
+}
+
+impl CacheView {
+    pub(super) fn new(sample: &Sample) -> Self {
+        let statistics = CacheCounters::from(&sample.cache);
+        let bytes = |blocks: u64| blocks * BLOCK_SIZE;
+        Self {
+            enabled: sample.sharing,
+            time_seconds: sample.time_seconds,
+            cached_bytes: bytes(statistics.blocks_cached),
+            limit_bytes: bytes(statistics.blocks_limit),
+            in_guests_bytes: bytes(statistics.blocks_in_guests),
+            sources: CacheSources {
+                guests_bytes: bytes(statistics.served_from_guests),
+                host_bytes: bytes(statistics.served_from_host),
+                disk_bytes: bytes(statistics.fetched + statistics.past),
+            },
+            statistics,
+        }
+    }
+}
+
+/// What more memory would bring a VM, as its reads of disks tell; those of long ago count less.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct WorkingSetView {
+    /// The memory that it has.
+    pub memory_bytes: u64,
+    /// When this was looked at; not there when the VM has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_seconds: Option<f64>,
+    /// So much more memory would spare it 95 % of the reads that any memory could spare. Not there before
+    /// it has read through the block cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_bytes: Option<u64>,
+    /// The part of its reads that no memory spares, from 0 to 1: those of blocks that it had not read
+    /// before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unavoidable: Option<f64>,
+    /// Its reads over more memory, by points with straight lines in between.
+    pub curve: Vec<CurvePoint>,
+}
+
+/// A point of a curve of misses.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct CurvePoint {
+    /// With so much more memory than it has,
+    pub more_bytes: u64,
+    /// this part of its reads would be left, from 1 down.
+    pub reads_left: f64,
+}
+
+impl WorkingSetView {
+    pub(super) fn new(record: &Record, sample: Option<(f64, &VmSample)>) -> Self {
+        let sample = sample.filter(|_| record.vm().is_some());
+        let known = sample.and_then(|(_, sample)| sample.working_set.as_ref());
+        let points = known.iter().flat_map(|known| &known.curve);
+        Self {
+            memory_bytes: record.spec().memory.0,
+            time_seconds: sample.map(|(time, _)| time),
+            wanted_bytes: known.map(|known| known.wanted_bytes),
+            unavoidable: known.map(|known| known.unavoidable),
+            curve: points.map(|&(more_bytes, reads_left)| CurvePoint { more_bytes, reads_left }).collect(),
+        }
+    }
+}
+
+/// Two VMs, and what they have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PairView {
+    /// Their names.
+    #[schema(min_items = 2, max_items = 2)]
+    pub vms: Vec<String>,
+    /// Pages of content that are in memory once for both. An estimate from some thousand frames of the
+    /// group.
+    pub pages: u64,
+    /// Its standard error; 0 where all frames were looked at.
+    pub pages_error: u64,
+}
+
+impl PairView {
+    /// The pairs with most in common.
+    pub(super) fn most(sample: &Sample, count: usize) -> Vec<Self> {
+        let pairs = sample.pairs.iter().take(count);
+        pairs
+            .map(|pair| {
+                let vms = pair.vms.map(|vm| sample.vms[vm].name.clone()).into();
+                Self { vms, pages: pair.pages, pages_error: pair.error }
+            })
+            .collect()
+    }
 }
 
 /// A VM with everything about it.
@@ -255,6 +451,8 @@ pub struct SharingView {
     pub statistics: EngineView,
     /// The groups within which VMs share.
     pub groups: Vec<GroupView>,
+    /// The ten pairs of VMs with most in common.
+    pub pairs: Vec<PairView>,
 }
 
 /// How the engine works.
@@ -291,7 +489,10 @@ impl VmSummary {
     /// A VM, with what was last counted of it.
     pub(super) fn new(record: &Record, sample: Option<&VmSample>) -> Self {
         let spec = record.spec();
-        let sample = sample.filter(|_| record.vm().is_some());
+        let vm = record.vm();
+        let sample = sample.filter(|_| vm.is_some());
+        let bytes =
+            |pages: fn(&VmStatistics) -> u64| sample.map(|sample| pages(&sample.pages) * PAGE_SIZE as u64);
         Self {
             name: spec.name.clone(),
             state: record.state(),
@@ -302,6 +503,12 @@ impl VmSummary {
             mode: record.mode(),
             resident_bytes: sample.map(|sample| sample.resident_bytes),
             saved_bytes: sample.map(saved_bytes),
+            shared_bytes: bytes(|pages| pages.pages_merged),
+            private_bytes: bytes(|pages| pages.pages_private),
+            zero_bytes: bytes(|pages| pages.zero_pages),
+            wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
+            cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
+            io: vm.as_ref().map(|vm| IoView::from(&IoSample::of(vm))),
         }
     }
 }
@@ -342,7 +549,7 @@ impl DiskView {
             let path = disk.path.display().to_string();
             let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits()).into();
             let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
-            let cache = disk.cache.into();
+            let cache = counted.map_or(disk.cache, Disk::cache).into();
             Self { id: disk.id, path, readonly: disk.read_only, cache, limits, notices, statistics }
         });
         disks.collect()
@@ -392,6 +599,7 @@ impl SharingView {
             saved_bytes: sample.saved_bytes,
             statistics: EngineView::from(&sample.engine),
             groups: sample.groups.iter().map(GroupView::from).collect(),
+            pairs: PairView::most(sample, 10),
         }
     }
 }

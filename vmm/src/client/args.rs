@@ -1,6 +1,7 @@
 //! The command lines of the commands that talk to a control socket.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -34,6 +35,10 @@ pub(crate) enum ClientCommand {
     Events(EventsArgs),
     /// Attach to a VM's console; Ctrl-A x leaves it
     Console(ConsoleArgs),
+    /// Show the cache of disk blocks
+    Cache(ListArgs),
+    /// Watch VMs and what they share on this terminal
+    Top(TopArgs),
 }
 
 /// Where to ask, and how to answer.
@@ -128,6 +133,23 @@ pub(crate) struct EventsArgs {
 
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage top`.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// How often figures are asked for, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
+    pub(crate) interval: Duration,
+
+    /// The control socket
+    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
+    pub(crate) socket: PathBuf,
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "use a number from 0.1 to 3600".to_owned())
 }
 
 /// The arguments of `samepage console`.

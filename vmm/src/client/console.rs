@@ -35,17 +35,27 @@ pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
     }
     let (stream, first) = client.attach(&args.vm)?;
     let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
+    pass_on(&args.vm, &stream, &first, &signals)
+}
+
+/// Puts a VM's console onto this terminal until the user leaves it.
+pub(super) fn attach(client: &Client, vm: &str, signals: &ShutdownSignals) -> anyhow::Result<()> {
+    let (stream, first) = client.attach(vm)?;
+    pass_on(vm, &stream, &first, signals)
+}
+
+fn pass_on(vm: &str, stream: &UnixStream, first: &[u8], signals: &ShutdownSignals) -> anyhow::Result<()> {
     let raw = match terminal::stdin_kind() {
         StdinKind::Terminal => {
-            tell(format_args!("console of VM {}; Ctrl-A x leaves it, Ctrl-A h helps", args.vm));
+            tell(format_args!("console of VM {vm}; Ctrl-A x leaves it, Ctrl-A h helps"));
             Some(RawTerminal::enter().context("put the terminal into raw mode")?)
         }
         _ => None,
     };
-    let left = show(&first).and_then(|()| attach(&stream, &signals, raw.is_some()));
+    let left = show(first).and_then(|()| exchange(stream, signals, raw.is_some()));
     drop(raw);
     if left.context("pass the console on")? == Left::ByServer {
-        tell(format_args!("the console of VM {} has ended", args.vm));
+        tell(format_args!("the console of VM {vm} has ended"));
     }
     Ok(())
 }
@@ -62,7 +72,7 @@ fn show(bytes: &[u8]) -> io::Result<()> {
     out.write_all(bytes).and_then(|()| out.flush())
 }
 
-fn attach(stream: &UnixStream, signals: &ShutdownSignals, keys: bool) -> io::Result<Left> {
+fn exchange(stream: &UnixStream, signals: &ShutdownSignals, keys: bool) -> io::Result<Left> {
     let stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut filter = EscapeFilter::default();
     // Of what is no terminal the end is no wish to leave.

@@ -8,6 +8,7 @@ mod console;
 mod events;
 mod show;
 mod table;
+mod top;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -41,6 +42,8 @@ pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Sharing(args) => show::sharing(args)?,
         ClientCommand::Events(args) => events::follow(args)?,
         ClientCommand::Console(args) => console::main(args)?,
+        ClientCommand::Cache(args) => show::cache(args)?,
+        ClientCommand::Top(args) => top::main(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

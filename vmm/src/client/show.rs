@@ -5,7 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use hyper::Method;
 use samepage::api::Client;
-use samepage::api::views::{SharingView, VmSharingView, VmSummary, VmView};
+use samepage::api::views::{CacheView, SharingView, VmSharingView, VmSummary, VmView};
+use samepage_sharing::PAGE_SIZE;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -179,6 +180,29 @@ pub(super) fn sharing(args: &SharingArgs) -> anyhow::Result<()> {
     })
 }
 
+pub(super) fn cache(args: &ListArgs) -> anyhow::Result<()> {
+    answer(&args.connection, "/cache", |cache: &CacheView| {
+        let CacheView { enabled, cached_bytes, limit_bytes, in_guests_bytes, sources, statistics, .. } =
+            cache;
+        let mut table = Table::new(&["CACHE", ""]);
+        let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
+        if !enabled {
+            line("", "there is none, since no memory is shared in this process".to_owned());
+        }
+        line("held by the host", format!("{} of {}", mebibytes(*cached_bytes), mebibytes(*limit_bytes)));
+        line("held by guests", mebibytes(*in_guests_bytes));
+        let all = sources.guests_bytes + sources.host_bytes + sources.disk_bytes;
+        for (name, bytes) in
+            [("guests", sources.guests_bytes), ("host", sources.host_bytes), ("disk", sources.disk_bytes)]
+        {
+            let percent = 100.0 * bytes as f64 / all.max(1) as f64;
+            line(&format!("read from {name}"), format!("{} ({percent:.1} %)", mebibytes(bytes)));
+        }
+        line("dropped", format!("{} blocks", statistics.evicted));
+        table.to_string()
+    })
+}
+
 fn process(sharing: &SharingView) -> String {
     let mut text = String::new();
     if !sharing.enabled {
@@ -208,5 +232,15 @@ fn process(sharing: &SharingView) -> String {
         let figures = figures.map(|figure| figure.to_string());
         table.row([group.name.clone()].into_iter().chain(figures).chain([saved]));
     }
-    text + &table.to_string()
+    text.push_str(&table.to_string());
+    if !sharing.pairs.is_empty() {
+        let mut table = Table::new(&["VM", "VM", ">IN COMMON", ">PAGES", ""]);
+        for pair in &sharing.pairs {
+            let error = if pair.pages_error > 0 { format!("± {}", pair.pages_error) } else { String::new() };
+            let common = mebibytes(pair.pages * PAGE_SIZE as u64);
+            table.row(pair.vms.iter().cloned().chain([common, pair.pages.to_string(), error]));
+        }
+        let _ = write!(text, "\n{table}");
+    }
+    text
 }

@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "reads and sets terminal attributes, also from a signal handler")]
 
 use std::cell::UnsafeCell;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -53,6 +53,11 @@ pub fn stdin_kind() -> StdinKind {
             StdinKind::BackgroundTerminal
         }
     }
+}
+
+/// Whether standard output is a terminal.
+pub fn stdout_is_terminal() -> bool {
+    io::stdout().is_terminal()
 }
 
 /// Standard input in raw mode, until dropped.

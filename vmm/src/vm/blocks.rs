@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
+use samepage_devices::disk::CachePolicy;
 use samepage_devices::disk::cache::{BlockCache, BlockRead, Fetch, ImageId, ReadPlan, Served};
 use samepage_sharing::cache::{self, Image, Keep};
 use samepage_sharing::content::Page;
@@ -22,7 +23,7 @@ use super::provenance::page_of;
 /// The way of one disk to the cache of its VM's group.
 pub(super) struct DiskBlocks {
     client: BlockClient,
-    keep: Keep,
+    policy: Mutex<CachePolicy>,
     memory: GuestMemory,
     slots: Vec<MemorySlot>,
     /// Where the blocks of fetches under way go, by token.
@@ -30,8 +31,23 @@ pub(super) struct DiskBlocks {
 }
 
 impl DiskBlocks {
-    pub(super) fn new(client: BlockClient, keep: Keep, memory: GuestMemory, slots: Vec<MemorySlot>) -> Self {
-        Self { client, keep, memory, slots, targets: Mutex::default() }
+    pub(super) fn new(
+        client: BlockClient,
+        policy: CachePolicy,
+        memory: GuestMemory,
+        slots: Vec<MemorySlot>,
+    ) -> Self {
+        Self { client, policy: Mutex::new(policy), memory, slots, targets: Mutex::default() }
+    }
+
+    /// Who keeps the blocks that are read from now on.
+    pub(super) fn policy(&self) -> CachePolicy {
+        *self.policy.lock()
+    }
+
+    /// Changes that for reads that begin from now on. What is cached stays until it has to go.
+    pub(super) fn set_policy(&self, policy: CachePolicy) {
+        *self.policy.lock() = policy;
     }
 
     /// The page that an address begins, if it does.
@@ -46,9 +62,14 @@ impl DiskBlocks {
 
 impl BlockCache for DiskBlocks {
     fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan {
+        let Some(keep) = keep(self.policy()) else {
+            let mut plan = ReadPlan::default();
+            plan.past.push(read.first..read.first.saturating_add(read.targets.len() as u64));
+            return plan;
+        };
         let targets: Vec<_> = read.targets.iter().map(|&address| self.page(address)).collect();
         let image = image(read.image);
-        let wanted = cache::BlockRead { keep: self.keep, image, first: read.first, targets: &targets };
+        let wanted = cache::BlockRead { keep, image, first: read.first, targets: &targets };
         let mut failed = Vec::new();
         let plan = self.client.begin_read(&wanted, |index, content| {
             if self.copy(read.targets[index], content).is_err() {
@@ -95,6 +116,16 @@ impl BlockCache for DiskBlocks {
 
     fn end_write(&self, image_id: ImageId, blocks: Range<u64>) {
         self.client.end_write(image(image_id), &blocks);
+    }
+}
+
+/// How the block cache keeps the blocks of a disk, where it does.
+pub(super) fn keep(policy: CachePolicy) -> Option<Keep> {
+    match policy {
+        CachePolicy::Exclusive => Some(Keep::Exclusive),
+        CachePolicy::Scrub => Some(Keep::Scrub),
+        CachePolicy::Inclusive => Some(Keep::Inclusive),
+        CachePolicy::None | CachePolicy::Buffered => None,
     }
 }
 

@@ -22,6 +22,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use libc::{c_int, c_void, pthread_t, siginfo_t};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -68,6 +69,23 @@ impl KickTarget {
         // SAFETY: the thread lives as long as this target exists (see above); the signal has a handler.
         unsafe { libc::pthread_kill(self.thread, kick_signal()) };
     }
+
+    /// CPU time that the thread has used, in the guest and for it.
+    fn cpu_time(&self) -> Duration {
+        let mut clock = 0;
+        // SAFETY: the thread lives as long as this target exists.
+        let error = unsafe { libc::pthread_getcpuclockid(self.thread, &raw mut clock) };
+        if error == 0 { read_clock(clock) } else { Duration::ZERO }
+    }
+}
+
+/// The time of a clock of the kernel's; none where there is no such clock.
+fn read_clock(clock: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is a valid place for the answer.
+    unsafe { libc::clock_gettime(clock, &raw mut time) };
+    let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
+    seconds + Duration::from_nanos(u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 struct Vcpu {
@@ -79,6 +97,8 @@ struct State {
     goal: Goal,
     vcpus: Vec<Vcpu>,
     end: Option<VmEnd>,
+    /// CPU time of the vCPUs that are gone.
+    spent: Duration,
 }
 
 impl State {
@@ -107,7 +127,12 @@ impl Control {
         install_kick_handler()?;
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
-            state: Mutex::new(State { goal: Goal::Hold, vcpus: Vec::new(), end: None }),
+            state: Mutex::new(State {
+                goal: Goal::Hold,
+                vcpus: Vec::new(),
+                end: None,
+                spent: Duration::ZERO,
+            }),
             changed: Condvar::new(),
             closing: event()?,
             ended: event()?,
@@ -177,6 +202,13 @@ impl Control {
         }
     }
 
+    /// CPU time of all vCPUs so far, those that are gone included.
+    pub(super) fn cpu_time(&self) -> Duration {
+        let state = self.state.lock();
+        let running = state.vcpus.iter().filter_map(|vcpu| vcpu.target.as_ref());
+        running.map(KickTarget::cpu_time).sum::<Duration>() + state.spent
+    }
+
     /// How the VM ended, if it has.
     pub(super) fn end(&self) -> Option<VmEnd> {
         let state = self.state.lock();
@@ -210,8 +242,9 @@ impl Control {
     fn leave(&self, number: usize) {
         let mut state = self.state.lock();
         let vcpu = &mut state.vcpus[number];
-        vcpu.target = None;
+        let spent = vcpu.target.take().map_or(Duration::ZERO, |target| target.cpu_time());
         vcpu.phase = Phase::Gone;
+        state.spent += spent;
         self.note_change(&mut state);
     }
 
@@ -344,6 +377,26 @@ mod tests {
         }
         control.run();
         control.hold();
+    }
+
+    #[test]
+    fn cpu_time_counts_while_vcpus_run_and_stays_when_they_are_gone() {
+        let control = Arc::new(Control::new().unwrap());
+        let threads = [spawn(&control), spawn(&control)];
+        control.run();
+        while control.cpu_time() < Duration::from_millis(5) {
+            std::thread::yield_now();
+        }
+        control.hold();
+        let held = control.cpu_time();
+        control.finish(VmEnd::Stopped);
+        control.wait();
+        let spent = control.cpu_time();
+        assert!(spent >= held, "{held:?} while held, {spent:?} at the end");
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(control.cpu_time(), spent);
     }
 
     #[test]

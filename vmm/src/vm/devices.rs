@@ -1,5 +1,6 @@
 //! The devices of one VM and the wires between them and KVM.
 
+use std::fmt;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -13,12 +14,12 @@ use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use samepage_sharing::cache::Keep;
 use samepage_sharing::service::{BlockClient, HintSender};
+use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VmError;
-use super::blocks::DiskBlocks;
+use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
@@ -29,7 +30,6 @@ use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
 
 /// A disk of a VM, as it is seen from outside.
-#[derive(Debug)]
 pub struct Disk {
     /// Its name within the VM.
     pub id: String,
@@ -39,6 +39,49 @@ pub struct Disk {
     pub limiter: Arc<RateLimiter>,
     /// What the user should know about how it is accessed, in sentences.
     pub notices: Vec<String>,
+    /// Who kept its blocks when it was opened.
+    policy: CachePolicy,
+    /// Its way to the block cache, where it has one.
+    blocks: Option<Arc<DiskBlocks>>,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("id", &self.id).field("cache", &self.cache()).finish_non_exhaustive()
+    }
+}
+
+/// The disk has to be opened anew for that.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "disk {id} was opened with the cache policy {from}, and cannot change to {to} while it is open: only \
+     exclusive, scrub, inclusive and none can be exchanged for each other, on a disk that was opened with one \
+     of the first three"
+)]
+pub struct FixedPolicy {
+    id: String,
+    from: CachePolicy,
+    to: CachePolicy,
+}
+
+impl Disk {
+    /// Who keeps its blocks in host memory.
+    pub fn cache(&self) -> CachePolicy {
+        self.blocks.as_ref().map_or(self.policy, |blocks| blocks.policy())
+    }
+
+    /// Changes that for reads that begin from now on. What is cached stays until it has to go.
+    ///
+    /// # Errors
+    /// Where the disk has to be opened anew for that.
+    pub fn set_cache(&self, policy: CachePolicy) -> Result<(), FixedPolicy> {
+        match &self.blocks {
+            Some(blocks) if policy != CachePolicy::Buffered => blocks.set_policy(policy),
+            _ if policy == self.cache() => {}
+            _ => return Err(FixedPolicy { id: self.id.clone(), from: self.policy, to: policy }),
+        }
+        Ok(())
+    }
 }
 
 /// A VM's memory as the sharing engine knows it.
@@ -86,8 +129,8 @@ impl Devices {
         let mut mmio = Bus::default();
         let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
-            let keep = keep(disk.cache);
-            let policy = if keep.is_some() && sharing.is_none() { CachePolicy::Buffered } else { disk.cache };
+            let cached = keep(disk.cache).is_some();
+            let policy = if cached && sharing.is_none() { CachePolicy::Buffered } else { disk.cache };
             let config = BlockConfig {
                 vm: vm.to_owned(),
                 id: disk.id.clone(),
@@ -104,11 +147,10 @@ impl Devices {
                 id: disk.id.clone(),
                 source,
             };
-            let cache = sharing.zip(keep).map(|(sharing, keep)| {
-                let SharedMemory { blocks, slots, .. } = sharing;
-                let cache = DiskBlocks::new(blocks.clone(), keep, memory.clone(), slots.to_vec());
-                Arc::new(cache) as Arc<dyn BlockCache>
+            let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
+                Arc::new(DiskBlocks::new(blocks.clone(), policy, memory.clone(), slots.to_vec()))
             });
+            let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
             if let Some(SharedMemory { hints, slots, .. }) = sharing {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
@@ -119,6 +161,8 @@ impl Devices {
                 stats: block.stats(),
                 limiter: block.limiter(),
                 notices: block.notices().iter().cloned().chain(without_sharing(disk, policy)).collect(),
+                policy,
+                blocks,
             });
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
@@ -166,16 +210,6 @@ impl Devices {
 
     pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
-    }
-}
-
-/// How the block cache keeps the blocks of a disk, where it does.
-fn keep(policy: CachePolicy) -> Option<Keep> {
-    match policy {
-        CachePolicy::Exclusive => Some(Keep::Exclusive),
-        CachePolicy::Scrub => Some(Keep::Scrub),
-        CachePolicy::Inclusive => Some(Keep::Inclusive),
-        CachePolicy::None | CachePolicy::Buffered => None,
     }
 }
 

@@ -15,6 +15,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -37,7 +38,7 @@ use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::{Devices, SharedMemory};
-pub use devices::{Disk, MAX_DISKS};
+pub use devices::{Disk, FixedPolicy, MAX_DISKS};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
@@ -330,6 +331,11 @@ impl Vm {
     /// What it does now.
     pub fn state(&self) -> VmState {
         self.handle.control.state()
+    }
+
+    /// CPU time that its vCPUs have used, in the guest and for it.
+    pub fn cpu_time(&self) -> Duration {
+        self.handle.control.cpu_time()
     }
 
     /// Guest RAM as pages.

@@ -1,18 +1,18 @@
-//! `/sharing`: what VMs share.
+//! `/sharing`, `/cache`: what VMs share, and what the host holds of their disks.
 
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::vms::turn;
-use crate::api::extract::{self, Vm, blocking};
+use crate::api::extract::{self, Parameters, Vm, blocking};
 use crate::api::problem::{Kind, Problem};
 use crate::api::server::Api;
 use crate::api::spec::SharingMode;
-use crate::api::views::{SharingView, VmSharingView};
+use crate::api::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
 
 /// Show what a VM shares
 #[utoipa::path(
@@ -63,6 +63,63 @@ pub(super) async fn change_vm(
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<SharingView>, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     Ok(Json(SharingView::new(&seen.sample, api.manager.settings())))
+}
+
+/// How many.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Most {
+    /// So many pairs at most; up to 496 are known, all of 32 VMs.
+    #[serde(default = "default_pairs")]
+    #[param(minimum = 0, default = 100)]
+    limit: u32,
+}
+
+fn default_pairs() -> u32 {
+    100
+}
+
+/// Show who shares with whom
+///
+/// The pairs of VMs with most in common, those with most first. Estimated from a sample of the frames, as
+/// often as memory is looked at.
+#[utoipa::path(
+    get, path = "/sharing/pairs", tag = "sharing", params(Most),
+    responses((status = 200, body = Vec<PairView>))
+)]
+pub(super) async fn pairs(
+    State(api): State<Arc<Api>>,
+    Parameters(Most { limit }): Parameters<Most>,
+) -> Result<Json<Vec<PairView>>, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    Ok(Json(PairView::most(&seen.sample, limit as usize)))
+}
+
+/// Show the block cache
+///
+/// What the host holds of disks' blocks, and where guests got those that they read.
+#[utoipa::path(get, path = "/cache", tag = "sharing", responses((status = 200, body = CacheView)))]
+pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    Ok(Json(CacheView::new(&seen.sample)))
+}
+
+/// Show what more memory would bring a VM
+///
+/// An estimate from the blocks that it reads and gives up.
+#[utoipa::path(
+    get, path = "/vms/{vm}/working-set", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = WorkingSetView))
+)]
+pub(super) async fn working_set(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+) -> Result<Json<WorkingSetView>, Problem> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
+    Ok(Json(WorkingSetView::new(&record, sample)))
 }
 
 /// Memory cannot be looked at.

@@ -10,7 +10,7 @@ use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::disk_spec::LimitsSpec;
+use crate::api::disk_spec::{CacheSpec, LimitsSpec};
 use crate::api::extract::{self, Vm, VmAndDisk, blocking};
 use crate::api::lifecycle::Action;
 use crate::api::manager::ManagerError;
@@ -186,10 +186,15 @@ pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskVi
 #[serde(deny_unknown_fields)]
 pub(crate) struct DiskChange {
     /// What it may do a second from now on, until the VM is booted anew. What is left out has no limit.
-    pub(crate) limits: LimitsSpec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) limits: Option<LimitsSpec>,
+    /// Who keeps the blocks in host memory that are read from now on, until the VM is booted anew. Disks that
+    /// were opened with `exclusive`, `scrub` or `inclusive` can change between these and `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cache: Option<CacheSpec>,
 }
 
-/// Change a disk's limits
+/// Change a disk's limits or cache
 #[utoipa::path(
     patch, path = "/vms/{vm}/disks/{disk}", tag = "vms",
     params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
@@ -197,20 +202,35 @@ pub(crate) struct DiskChange {
 )]
 pub(super) async fn change_disk(
     VmAndDisk(record, id): VmAndDisk,
-    extract::Json(DiskChange { limits }): extract::Json<DiskChange>,
+    extract::Json(DiskChange { limits, cache }): extract::Json<DiskChange>,
 ) -> Result<Json<DiskView>, Problem> {
-    limits.check().map_err(|(place, reason)| {
-        Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}"))
-    })?;
-    let disk = find_disk(&record, &id)?;
-    match record.vm().as_ref().and_then(|vm| vm.disks().iter().find(|disk| disk.id == id)) {
-        Some(disk) => disk.limiter.set(limits.into()),
-        None => {
-            let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
-            return Err(Problem::new(Kind::IllegalTransition, detail).help("start it first"));
-        }
+    if limits.is_none() && cache.is_none() {
+        let problem = Problem::new(Kind::BadRequest, "there is nothing to change in the body");
+        return Err(problem.help("give limits, cache or both"));
     }
-    Ok(Json(DiskView { limits, ..disk }))
+    if let Some(limits) = &limits {
+        limits.check().map_err(|(place, reason)| {
+            Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}"))
+        })?;
+    }
+    find_disk(&record, &id)?;
+    let vm = record.vm();
+    let Some(disk) = vm.as_ref().and_then(|vm| vm.disks().iter().find(|disk| disk.id == id)) else {
+        let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
+        return Err(Problem::new(Kind::IllegalTransition, detail).help("start it first"));
+    };
+    if let Some(cache) = cache {
+        // What can be refused comes first: all of the change is made or nothing.
+        disk.set_cache(cache.into()).map_err(|error| {
+            Problem::new(Kind::IllegalTransition, error.to_string())
+                .at("/cache")
+                .help("create the VM with this cache policy")
+        })?;
+    }
+    if let Some(limits) = limits {
+        disk.limiter.set(limits.into());
+    }
+    find_disk(&record, &id).map(Json)
 }
 
 fn find_disk(record: &Record, id: &str) -> Result<DiskView, Problem> {
