@@ -9,6 +9,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
 use xtask::artifacts::Artifacts;
 
+use crate::browser;
+
 /// Tests are skipped, visibly, where this is set to 1 and KVM cannot be used.
 pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
 
@@ -25,6 +27,8 @@ pub enum Need {
     Kvm,
     /// Mounts and devices that one process alone sees. Without them a test is ignored.
     Mounts,
+    /// A browser. Without one a test is ignored.
+    Browser,
     /// Linux guests, which take minutes to build. Without them a test is ignored.
     LinuxGuest,
 }
@@ -68,6 +72,9 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 Some(reason) => Err(format!("needs KVM: {reason} ({WITHOUT_KVM}=1 skips such tests)").into()),
                 None if needs.contains(&Need::Mounts) && !*MOUNTS => {
                     Ok(Completion::ignored_with("needs root, to mount and to make devices"))
+                }
+                None if needs.contains(&Need::Browser) && browser::program().is_none() => {
+                    Ok(Completion::ignored_with(browser::MISSING))
                 }
                 None if needs.contains(&Need::LinuxGuest)
                     && let Err(error) = Artifacts::locate() =>

@@ -3,6 +3,7 @@
 //! of failing obscurely.
 
 pub mod api;
+pub mod browser;
 pub mod console;
 pub mod guests;
 pub mod harness;

@@ -1,5 +1,6 @@
 //! The command line of `samepage`: its arguments, and their values as typed.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -267,6 +268,15 @@ pub(crate) struct ProcessArgs {
     /// order=content keeps search trees by content, scan=full goes over all memory again and again
     #[arg(long, value_name = "KEY=VALUE,...", default_value = "", value_parser = parse_engine)]
     pub(crate) sharing_engine: EngineArg,
+
+    /// Serve the web page and the API at this port for browsers, as in 127.0.0.1:8080. Without a token VMs
+    /// can be watched and not steered, from this host alone
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) http: Option<SocketAddr>,
+
+    /// Let in by --http who brings the token in this file, which its owner alone can read
+    #[arg(long, value_name = "FILE", requires = "http")]
+    pub(crate) http_token: Option<PathBuf>,
 
     /// Append statistics to this file each second, as JSON Lines; - is standard output
     #[arg(long, value_name = "PATH|-")]

@@ -24,6 +24,7 @@ pub mod poll;
 pub mod signals;
 pub mod statistics;
 pub mod vm;
+pub mod web;
 pub mod x86;
 
 pub use boot::ImageSource;

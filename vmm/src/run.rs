@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use samepage::api::http::{HttpOptions, Token};
 use samepage::api::lifecycle::Action;
 use samepage::api::listener::SocketOptions;
 use samepage::api::spec::{HugePagesSpec, VmSpec};
-use samepage::api::{Common, Manager, Server, config_file};
+use samepage::api::{Common, Doors, Manager, Server, config_file};
 use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
@@ -84,6 +85,11 @@ fn socket_options(path: &std::path::Path, access: &SocketAccess) -> SocketOption
     SocketOptions { path: path.to_owned(), mode: access.socket_mode, group: access.socket_group.clone() }
 }
 
+fn http_options(process: &ProcessArgs) -> anyhow::Result<Option<HttpOptions>> {
+    let token = process.http_token.as_deref().map(Token::read).transpose()?;
+    Ok(process.http.map(|address| HttpOptions { address, token }))
+}
+
 fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<ExitCode> {
     let Plan { process, .. } = plan;
     let (mut specs, consoles): (Vec<_>, Vec<_>) =
@@ -119,7 +125,13 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         [record] if plan.terminal => Input::open(record)?,
         _ => None,
     };
-    let server = plan.socket.as_ref().map(|socket| Server::start(socket, manager.clone())).transpose()?;
+    let http = http_options(process)?;
+    let doors = Doors { socket: plan.socket.clone(), http };
+    let open = doors.socket.is_some() || doors.http.is_some();
+    let server = open.then(|| Server::start(&doors, manager.clone())).transpose()?;
+    if let Some(address) = server.as_ref().and_then(Server::http_address) {
+        tell(format_args!("the web page is http://{address}/"));
+    }
     if let Some(socket) = plan.socket.as_ref().filter(|_| plan.serve) {
         tell(format_args!("the control socket is {}", socket.path.display()));
     }

@@ -32,6 +32,9 @@ pub fn run(quick: bool) -> bool {
     }
     if !quick && kvm.is_ok() {
         report.step("packages", setup::install);
+        if let Err(error) = setup::install_packages(&[setup::BROWSER]) {
+            println!("warning: tests that need a browser are left out: {error:#}");
+        }
         report.step("guests", || Artifacts::build().map(drop));
     }
     report.step("format", || component("fmt", "rustfmt", &["fmt", "--all", "--check"]));

@@ -22,6 +22,9 @@ pub const PACKAGES: [&str; 12] = [
     "xz-utils",
 ];
 
+/// The browser that tests of the web page use; without it they are skipped.
+pub const BROWSER: &str = "chromium";
+
 /// Installs what is missing of [`PACKAGES`], as [`install_packages`] does.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 //! - [`lifecycle`] is the table of what a VM can be asked for in which state.
 //! - [`spec`] says what a VM is to be like; clients and configuration files share it.
 //! - [`manager`] makes VMs and does what they are asked for; it knows no HTTP.
-//! - [`server`] listens, `routes` has the resources, [`views`] what they answer and [`problem`] what they
+//! - [`server`] listens to the socket, and with [`http`] to a port for browsers; `routes` has the resources, [`views`] what they answer and [`problem`] what they
 //!   answer when something is wrong.
 //!
 //! The description that clients get is generated from these types: [`openapi`]. For people it is in
@@ -16,6 +16,7 @@ pub mod disk_spec;
 pub mod events;
 mod explain;
 mod extract;
+pub mod http;
 pub mod lifecycle;
 pub mod listener;
 pub mod manager;
@@ -34,7 +35,7 @@ pub use client::{Client, ClientError};
 pub use extract::MAX_BODY;
 pub use manager::{Common, Manager, ManagerError};
 pub use routes::openapi;
-pub use server::{Server, ServerError};
+pub use server::{Doors, Server, ServerError};
 
 /// The protocol that the stream of a console is upgraded to: bytes of the console, both ways.
 pub const CONSOLE_PROTOCOL: &str = "samepage-console";

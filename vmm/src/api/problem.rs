@@ -22,6 +22,10 @@ pub enum Kind {
     BadRequest,
     /// A value cannot be, or a file is not there.
     InvalidConfiguration,
+    /// The request does not bring the token.
+    Unauthorized,
+    /// Who asks may not.
+    Forbidden,
     /// There is no such VM.
     NoSuchVm,
     /// There is no such resource.
@@ -61,6 +65,8 @@ impl Kind {
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "There can be no VM with this configuration",
             ),
+            Kind::Unauthorized => ("unauthorized", StatusCode::UNAUTHORIZED, "The token is missing"),
+            Kind::Forbidden => ("forbidden", StatusCode::FORBIDDEN, "This is not allowed from here"),
             Kind::NoSuchVm => ("no-such-vm", StatusCode::NOT_FOUND, "There is no such VM"),
             Kind::NoSuchResource => ("no-such-resource", StatusCode::NOT_FOUND, "There is no such resource"),
             Kind::MethodNotAllowed => (
@@ -247,6 +253,8 @@ mod tests {
         for kind in [
             Kind::BadRequest,
             Kind::InvalidConfiguration,
+            Kind::Unauthorized,
+            Kind::Forbidden,
             Kind::NoSuchVm,
             Kind::NoSuchResource,
             Kind::MethodNotAllowed,

@@ -1,9 +1,11 @@
-//! The server: HTTP/1.1 over a Unix socket, on one thread, with few more for what takes time.
+//! The server: HTTP/1.1 over a Unix socket, and over a port where browsers are wanted, on one thread, with few more for what takes time.
 //!
 //! Clients are few and local, and yet nothing that they do or leave undone may harm VMs: connections are
 //! bounded in number, requests in size and time, and what is written has to be taken.
 
+use std::future::{self, Future};
 use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::os::unix::net::UnixListener as StdListener;
 use std::pin::pin;
 use std::sync::Arc;
@@ -16,10 +18,12 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::http::{Guard, HttpError, HttpOptions};
 use super::listener::{self, Socket, SocketError, SocketOptions};
 use super::manager::Manager;
 use super::patient::Patient;
@@ -29,6 +33,8 @@ use super::sampling::Sampling;
 
 /// Connections at a time; each that only listens to events or a console counts as well.
 const MAX_CONNECTIONS: usize = 256;
+/// Those that come by the port.
+const MAX_HTTP_CONNECTIONS: usize = 64;
 /// How long a request's head may take, and a connection without requests may stay.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// What is buffered of a connection, in bytes; a request's head has to fit.
@@ -48,9 +54,21 @@ pub enum ServerError {
     /// Its socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Its port.
+    #[error(transparent)]
+    Http(#[from] HttpError),
     /// What else it needs.
     #[error("start the server of the control socket: {0}")]
     Start(#[from] io::Error),
+}
+
+/// Where a server can be reached.
+#[derive(Clone, Debug, Default)]
+pub struct Doors {
+    /// The control socket.
+    pub socket: Option<SocketOptions>,
+    /// A port for browsers.
+    pub http: Option<HttpOptions>,
 }
 
 /// What requests are answered from.
@@ -70,16 +88,17 @@ pub(super) type Permit = Arc<OwnedSemaphorePermit>;
 pub struct Server {
     end: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
-    _socket: Socket,
+    address: Option<SocketAddr>,
+    _socket: Option<Socket>,
 }
 
 impl Server {
-    /// Opens the socket and answers requests about the manager's VMs. Threads of the server have the
-    /// calling thread's signal mask.
+    /// Opens the doors and answers requests about the manager's VMs. Threads of the server have the calling
+    /// thread's signal mask.
     ///
     /// # Errors
-    /// Where the socket cannot be had, or the process is out of something.
-    pub fn start(options: &SocketOptions, manager: Arc<Manager>) -> Result<Self, ServerError> {
+    /// Where a door cannot be had, or the process is out of something.
+    pub fn start(doors: &Doors, manager: Arc<Manager>) -> Result<Self, ServerError> {
         let (end, ending) = watch::channel(false);
         let sampling = Arc::new(Sampling::new()?);
         let api = Arc::new(Api { manager, sampling, ending });
@@ -89,10 +108,18 @@ impl Server {
             .thread_keep_alive(WORKER_REST)
             .thread_name("api-work")
             .build()?;
-        let (listener, socket) = listener::open(options)?;
+        let tcp = doors.http.as_ref().map(HttpOptions::listen).transpose()?;
+        let address = tcp.as_ref().map(StdTcpListener::local_addr).transpose()?;
+        let guard = doors.http.as_ref().map(|http| Guard { token: http.token.clone() });
+        let (unix, socket) = doors.socket.as_ref().map(listener::open).transpose()?.unzip();
         let thread =
-            thread::Builder::new().name("api".into()).spawn(move || serve(runtime, listener, api))?;
-        Ok(Self { end, thread: Some(thread), _socket: socket })
+            thread::Builder::new().name("api".into()).spawn(move || serve(runtime, unix, tcp, guard, api))?;
+        Ok(Self { end, thread: Some(thread), address, _socket: socket })
+    }
+
+    /// The port's address.
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.address
     }
 }
 
@@ -106,48 +133,126 @@ impl Drop for Server {
     }
 }
 
-fn serve(runtime: Runtime, listener: StdListener, api: Arc<Api>) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+fn serve(
+    runtime: Runtime,
+    unix: Option<StdListener>,
+    tcp: Option<StdTcpListener>,
+    guard: Option<Guard>,
+    api: Arc<Api>,
+) {
     runtime.block_on(async {
         let mut ending = api.ending.clone();
-        let router = routes::router(api);
-        let others = ending.clone();
+        let (router, guarded) = routes::routers(api, guard);
+        let unix = Door::new(router, MAX_CONNECTIONS, &ending, unix.map(UnixListener::from_std));
+        // Those who come by the port take nobody's place at the socket.
+        let tcp = guarded.map(|router| {
+            Door::new(router, MAX_HTTP_CONNECTIONS, &ending, tcp.map(TcpListener::from_std))
+        });
         tokio::select! {
             () = is_ending(&mut ending) => {}
-            () = accept(listener, &router, &connections, &others) => {}
+            () = unix.accept() => {}
+            () = async { if let Some(tcp) = &tcp { tcp.accept().await } else { future::pending().await } } => {}
         }
         // All permits are back once all connections have ended.
-        let all = connections.acquire_many(MAX_CONNECTIONS as u32);
+        let all = async {
+            unix.empty().await;
+            if let Some(tcp) = &tcp {
+                tcp.empty().await;
+            }
+        };
         let _ = tokio::time::timeout(GRACE, all).await;
     });
     runtime.shutdown_timeout(GRACE);
 }
 
-async fn accept(
-    listener: StdListener,
-    router: &Router,
-    connections: &Arc<Semaphore>,
-    ending: &watch::Receiver<bool>,
-) {
-    // Fails only outside of a runtime.
-    let Ok(listener) = UnixListener::from_std(listener) else { return };
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => match Arc::clone(connections).try_acquire_owned() {
-                Ok(permit) => {
-                    tokio::spawn(connection(stream, router.clone(), Arc::new(permit), ending.clone()));
-                }
-                Err(_) => refuse(&stream),
-            },
-            // Out of files, most likely: no event tells when there are some again.
-            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+/// What connections are accepted from.
+trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>>;
+
+    /// Writes what the stream takes without a wait.
+    fn write(stream: &Self::Stream, bytes: &[u8]);
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        UnixListener::accept(self).await.map(|(stream, _)| stream)
+    }
+
+    fn write(stream: &UnixStream, bytes: &[u8]) {
+        // A new connection has room for this; who does not hear it finds the connection closed.
+        let _ = stream.try_write(bytes);
+    }
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _) = TcpListener::accept(self).await?;
+        // Answers are short, and written as a whole; without this they are only later.
+        let _ = stream.set_nodelay(true);
+        Ok(stream)
+    }
+
+    fn write(stream: &TcpStream, bytes: &[u8]) {
+        // As above.
+        let _ = stream.try_write(bytes);
+    }
+}
+
+/// A way in, for so many connections at a time.
+struct Door<L> {
+    listener: Option<L>,
+    router: Router,
+    most: usize,
+    connections: Arc<Semaphore>,
+    ending: watch::Receiver<bool>,
+}
+
+impl<L: Accept> Door<L> {
+    fn new(
+        router: Router,
+        most: usize,
+        ending: &watch::Receiver<bool>,
+        listener: Option<io::Result<L>>,
+    ) -> Self {
+        let connections = Arc::new(Semaphore::new(most));
+        // A listener fails only outside of a runtime.
+        Self { listener: listener.and_then(Result::ok), router, most, connections, ending: ending.clone() }
+    }
+
+    /// Waits until all connections have ended.
+    async fn empty(&self) {
+        // Permits are never taken away.
+        let _ = self.connections.acquire_many(self.most as u32).await;
+    }
+
+    /// Accepts for good.
+    async fn accept(&self) {
+        let Some(listener) = &self.listener else { return future::pending().await };
+        loop {
+            match listener.accept().await {
+                Ok(stream) => match Arc::clone(&self.connections).try_acquire_owned() {
+                    Ok(permit) => {
+                        let (router, ending) = (self.router.clone(), self.ending.clone());
+                        tokio::spawn(connection(stream, router, Arc::new(permit), ending));
+                    }
+                    Err(_) => L::write(&stream, &refusal(self.most)),
+                },
+                // Out of files, most likely: no event tells when there are some again.
+                Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            }
         }
     }
 }
 
-/// Says that there are too many, without a wait.
-fn refuse(stream: &UnixStream) {
-    let problem = Problem::new(Kind::Unavailable, format!("there are {MAX_CONNECTIONS} connections already"))
+/// What says that there are too many.
+fn refusal(most: usize) -> Vec<u8> {
+    let problem = Problem::new(Kind::Unavailable, format!("there are {most} connections already"))
         .help("close some, or wait")
         .to_json();
     let head = format!(
@@ -155,11 +260,15 @@ fn refuse(stream: &UnixStream) {
          Retry-After: 1\r\nConnection: close\r\n\r\n",
         problem.len()
     );
-    // A new socket has room for this; who does not hear it finds the connection closed.
-    let _ = stream.try_write(&[head.as_bytes(), &problem].concat());
+    [head.as_bytes(), &problem].concat()
 }
 
-async fn connection(stream: UnixStream, router: Router, permit: Permit, mut ending: watch::Receiver<bool>) {
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    permit: Permit,
+    mut ending: watch::Receiver<bool>,
+) {
     let mark = permit.clone();
     let service = tower_service(router, mark);
     let connection = http1::Builder::new()

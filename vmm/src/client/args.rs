@@ -39,6 +39,8 @@ pub(crate) enum ClientCommand {
     Cache(ListArgs),
     /// Watch VMs and what they share on this terminal
     Top(TopArgs),
+    /// Write a file of HTML that shows a run
+    Report(ReportArgs),
 }
 
 /// Where to ask, and how to answer.
@@ -145,6 +147,26 @@ pub(crate) struct TopArgs {
     /// The control socket
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: PathBuf,
+}
+
+/// The arguments of `samepage report`.
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// A file of statistics that --stats wrote
+    #[arg(long, value_name = "FILE")]
+    pub(crate) stats: Option<PathBuf>,
+
+    /// The control socket of a process that runs, where no file is given
+    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// How long to watch a process that runs
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) seconds: u32,
+
+    /// The file that is written; - is standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {

@@ -6,6 +6,7 @@
 pub(crate) mod args;
 mod console;
 mod events;
+mod report_file;
 mod show;
 mod table;
 mod top;
@@ -44,6 +45,7 @@ pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Console(args) => console::main(args)?,
         ClientCommand::Cache(args) => show::cache(args)?,
         ClientCommand::Top(args) => top::main(args)?,
+        ClientCommand::Report(args) => report_file::main(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

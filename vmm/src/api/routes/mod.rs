@@ -21,6 +21,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::events::Event;
+use super::http::{self, Guard};
 use super::problem::{self, PROBLEM_JSON, Problem};
 use super::server::Api;
 
@@ -89,8 +90,18 @@ fn add_problem(operation: &mut Operation) {
     operation.responses.responses.insert("default".into(), RefOr::T(response.build()));
 }
 
-/// The routes.
-pub(super) fn router(api: Arc<Api>) -> Router {
+/// The routes, for clients of the Unix socket, and behind a guard for those of a port.
+pub(super) fn routers(api: Arc<Api>, guard: Option<Guard>) -> (Router, Option<Router>) {
+    let router = router(api);
+    let finish = |router: Router| router.layer(middleware::from_fn(problem::write_problems));
+    let guarded = guard.map(|guard| {
+        let guard = middleware::from_fn_with_state(Arc::new(guard), http::guard);
+        finish(router.clone().layer(guard))
+    });
+    (finish(router), guarded)
+}
+
+fn router(api: Arc<Api>) -> Router {
     let (router, openapi) = describe(described());
     // A description of constant types can always be written.
     let json = Bytes::from(openapi.to_json().unwrap_or_default());
@@ -98,11 +109,7 @@ pub(super) fn router(api: Arc<Api>) -> Router {
         let json = json.clone();
         async move { ([(CONTENT_TYPE, "application/json")], json).into_response() }
     };
-    router
-        .route("/openapi.json", routing::get(openapi))
-        .fallback(problem::no_such_resource)
-        .layer(middleware::from_fn(problem::write_problems))
-        .with_state(api)
+    router.route("/openapi.json", routing::get(openapi)).fallback(problem::no_such_resource).with_state(api)
 }
 
 #[cfg(test)]

@@ -1,0 +1,44 @@
+//! A browser without a window: what a page has come to after some time, as a browser has it.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::LazyLock;
+
+use crate::program::Running;
+
+/// Why there is no browser.
+pub const MISSING: &str = "needs Chromium (Debian's package chromium)";
+
+/// The browser's program, if there is one.
+pub fn program() -> Option<&'static Path> {
+    static PROGRAM: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
+        let folders = env::var_os("PATH").unwrap_or_default();
+        let places = env::split_paths(&folders).flat_map(|folder| {
+            ["chromium", "chromium-browser", "google-chrome"].map(|name| folder.join(name))
+        });
+        places.into_iter().find(|place| place.is_file())
+    });
+    PROGRAM.as_deref()
+}
+
+/// Opens a page, and returns its elements as text once it has had so many milliseconds by its own clock,
+/// which does not wait while nothing happens.
+///
+/// # Panics
+/// Where there is no browser, or it does not come to an end.
+#[must_use]
+pub fn page_after(url: &str, milliseconds: u32) -> String {
+    let profile = tempfile::tempdir().expect("make a folder");
+    let mut browser = Command::new(program().expect(MISSING));
+    browser
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
+        .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        .args(["--disable-dev-shm-usage", "--window-size=1280,2000", "--dump-dom"])
+        .arg(format!("--virtual-time-budget={milliseconds}"))
+        .arg(format!("--user-data-dir={}", profile.path().display()))
+        .arg(url);
+    let finished = Running::start(browser).wait();
+    finished.assert_code(0);
+    finished.stdout
+}

@@ -1,0 +1,173 @@
+//! The web page and the report, in a browser without a window, and whom the port lets in.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::ExitCode;
+
+use samepage_resources::demo::plan::Plan;
+use samepage_tests::api::{Host, MEMORY};
+use samepage_tests::browser::page_after;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::harness::{self, Need};
+use samepage_tests::program::{Running, command};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    harness::run_all(&[
+        ("the_page_shows_what_vms_share", &[Need::Kvm, Need::Browser], page),
+        ("a_port_lets_in_who_may", &[Need::Kvm], port),
+        ("a_run_is_reported_in_one_file", &[Need::Kvm], report),
+    ])
+}
+
+const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
+/// A guest that goes on until it is told to finish.
+fn endless(vm: u32) -> Plan {
+    Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
+}
+
+/// A process with a port for browsers, and its address.
+fn serve(more: &[&str]) -> (Host, String) {
+    let host = Host::serve(&[&["--sharing-cpu", "100", "--http", "127.0.0.1:0"], more].concat());
+    let line = host.running.stderr().wait_for_line("the web page is http://");
+    let address = line.rsplit_once("http://").unwrap().1.trim_end_matches('/').to_owned();
+    (host, address)
+}
+
+/// Two VMs that share.
+fn start_two(host: &Host) {
+    for (vm, name) in (0..).zip(["first-vm", "second-vm"]) {
+        host.done("POST", "/vms", Some(&host.vm(name, &endless(vm), true)));
+    }
+    host.wait_for("/sharing/pairs", "two VMs that share", |pairs| pairs[0]["pages"].as_u64() > Some(0));
+}
+
+/// Whether the page shows the two VMs and what they share.
+fn assert_shown(page: &str) {
+    let (_, body) = page.split_once("<body").expect("a body");
+    let (body, _) = body.split_once("<script").expect("scripts at the end");
+    assert!(body.contains("data-ready=\"true\""), "{body}");
+    for part in [
+        ">first-vm</b>",
+        ">second-vm</b>",
+        ">Saved by sharing<",
+        "MiB",
+        "<canvas",
+        "<path",
+        "class=\"meter\"",
+    ] {
+        assert!(body.contains(part), "{part} is missing:\n{body}");
+    }
+    assert!(!body.contains("[object") && !body.contains("NaN") && !body.contains("undefined"), "{body}");
+}
+
+fn page() {
+    let token = tempfile::NamedTempFile::new().unwrap();
+    fs::set_permissions(token.path(), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(token.path(), TOKEN).unwrap();
+    let (host, address) = serve(&["--http-token", &token.path().display().to_string()]);
+    start_two(&host);
+    let page = page_after(&format!("http://{address}/#token={TOKEN}"), 4000);
+    assert_shown(&page);
+    // Who has the token can steer.
+    assert_eq!(page.matches(">Pause</button>").count(), 2, "{page}");
+    assert!(page.contains("class=\"status live\""), "{page}");
+    let page = page_after(&format!("http://{address}/"), 4000);
+    assert!(page.contains("<dialog id=\"ask\" open") && !page.contains("first-vm"), "{page}");
+    host.end().assert_code(0);
+}
+
+/// What comes back for a request with these lines.
+fn ask(address: &str, lines: &[&str], body: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let head = lines.join("\r\n");
+    let request = format!("{head}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+    (status.unwrap_or_else(|| panic!("{answer}")), answer)
+}
+
+fn port() {
+    let (host, address) = serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    let own = format!("Host: {address}");
+    let (status, page) = ask(&address, &["GET / HTTP/1.1", &own], "");
+    assert_eq!(status, 200);
+    assert!(page.contains("content-security-policy: default-src 'none'"), "{page}");
+    let (status, vms) = ask(&address, &["GET /vms HTTP/1.1", &own], "");
+    assert!(status == 200 && vms.contains("\"name\":\"a\"") && vms.contains("nosniff"), "{vms}");
+    // Looked at, and no more.
+    let kill = json!({ "action": "kill" }).to_string();
+    let post = ["POST /vms/a/actions HTTP/1.1", &own, "Content-Type: application/json"];
+    let (status, refused) = ask(&address, &post, &kill);
+    assert!(status == 403 && refused.contains("urn:samepage:problem:forbidden"), "{refused}");
+    assert_eq!(ask(&address, &["DELETE /vms/a HTTP/1.1", &own], "").0, 403);
+    assert_eq!(ask(&address, &["GET /vms/a/console HTTP/1.1", &own], "").0, 403);
+    // By names that anybody can make lead here, or from pages of others.
+    assert_eq!(ask(&address, &["GET /vms HTTP/1.1", "Host: evil.example"], "").0, 403);
+    assert_eq!(ask(&address, &["GET /vms HTTP/1.1", &own, "Origin: http://evil.example"], "").0, 403);
+    assert_eq!(ask(&address, &["GET /nothing HTTP/1.1", &own], "").0, 404);
+    assert_eq!(host.done("GET", "/vms/a", None)["state"], "running");
+    host.end().assert_code(0);
+
+    let refused = |arguments: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut serve = command(["serve", "--socket", "socket"]);
+        serve.args(arguments).current_dir(folder.path());
+        let finished = Running::start(serve).wait();
+        finished.assert_code(1);
+        finished.stderr
+    };
+    assert!(refused(&["--http", "0.0.0.0:0"]).contains("--http-token"));
+    assert!(refused(&["--http", "127.0.0.1:0", "--http-token", "/nonexistent"]).contains("read the token"));
+}
+
+/// A file is whole, and needs nothing else.
+fn assert_alone(file: &Path) {
+    let text = fs::read_to_string(file).unwrap();
+    assert!(text.starts_with("<!DOCTYPE html>") && text.trim_end().ends_with("</html>"));
+    assert!(!text.contains("src=\"") && !text.contains("<link"), "{}", file.display());
+    let (_, data) = text.split_once("id=\"data\">").unwrap();
+    let data: Value = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
+    let vms = data["state"]["vms"].as_array().unwrap();
+    assert_eq!(vms.len(), 2, "{vms:?}");
+    assert!(vms.iter().all(|vm| vm["resident"].as_u64() > Some(0) && vm["memory"] == MEMORY), "{vms:?}");
+    assert!(data["state"]["pairs"][0]["pages"].as_u64() > Some(0), "{}", data["state"]);
+    assert!(!data["frames"].as_array().unwrap().is_empty());
+    if samepage_tests::browser::program().is_some() {
+        let page = page_after(&format!("file://{}", file.display()), 1000);
+        assert_shown(&page);
+    }
+}
+
+fn report() {
+    let folder = tempfile::tempdir().unwrap();
+    let stats = folder.path().join("stats.jsonl");
+    let host = Host::serve(&["--sharing-cpu", "100", "--stats", &stats.display().to_string()]);
+    start_two(&host);
+    let write = |arguments: &[&str], name: &str| {
+        let file = folder.path().join(name);
+        let mut report = command(["report", "--output"]);
+        report.arg(&file).args(arguments).env("SAMEPAGE_SOCKET", host.socket());
+        Running::start(report).wait().assert_code(0);
+        file
+    };
+    assert_alone(&write(&["--seconds", "2"], "live.html"));
+    // A line of the file comes each second; the last ones have the two VMs.
+    assert_alone(&write(&["--stats", &stats.display().to_string()], "stats.html"));
+    host.end().assert_code(0);
+    fs::write(&stats, "no statistics\n").unwrap();
+    let mut wrong = command(["report", "--output", "x.html", "--stats"]);
+    wrong.arg(&stats).current_dir(folder.path());
+    let finished = Running::start(wrong).wait();
+    finished.assert_code(1);
+    assert!(finished.stderr.contains("line 1 is none of --stats"), "{}", finished.stderr);
+    assert!(!folder.path().join("x.html").exists());
+}

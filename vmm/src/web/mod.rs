@@ -1,0 +1,110 @@
+//! The page that shows VMs and what they share, live in a browser or as a report in one file.
+//!
+//! It is plain HTML, CSS and JavaScript, embedded as it is here. `format.js` writes figures and makes
+//! elements, `charts.js` draws, `page.js` shows frames (what is known at one moment), `live.js` gets them
+//! from the API.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+/// A file that browsers get.
+#[derive(Debug)]
+pub struct Asset {
+    /// Its path on the server.
+    pub path: &'static str,
+    /// What it is.
+    pub media_type: &'static str,
+    /// Its text.
+    pub content: &'static str,
+    /// It is the page itself, which users may follow links to.
+    pub is_page: bool,
+}
+
+const PAGE: &str = include_str!("index.html");
+const STYLE: &str = include_str!("style.css");
+const FORMAT: &str = include_str!("format.js");
+const CHARTS: &str = include_str!("charts.js");
+const SHOW: &str = include_str!("page.js");
+const LIVE: &str = include_str!("live.js");
+const ICON: &str = include_str!("icon.svg");
+
+const SCRIPT_TYPE: &str = "text/javascript; charset=utf-8";
+
+static ASSETS: [Asset; 7] = [
+    Asset { path: "/", media_type: "text/html; charset=utf-8", content: PAGE, is_page: true },
+    part("/style.css", "text/css; charset=utf-8", STYLE),
+    part("/format.js", SCRIPT_TYPE, FORMAT),
+    part("/charts.js", SCRIPT_TYPE, CHARTS),
+    part("/page.js", SCRIPT_TYPE, SHOW),
+    part("/live.js", SCRIPT_TYPE, LIVE),
+    part("/icon.svg", "image/svg+xml", ICON),
+];
+
+const fn part(path: &'static str, media_type: &'static str, content: &'static str) -> Asset {
+    Asset { path, media_type, content, is_page: false }
+}
+
+/// The file at a path, if there is one.
+#[must_use]
+pub fn asset(path: &str) -> Option<&'static Asset> {
+    ASSETS.iter().find(|asset| asset.path == path)
+}
+
+/// The page with everything in it, showing `data`: a file that needs nothing else.
+///
+/// # Errors
+/// Where the data cannot be written as JSON.
+pub fn alone(title: &str, data: &impl Serialize) -> serde_json::Result<String> {
+    // Nothing in the data can end the element that it is in.
+    let data = serde_json::to_string(data)?.replace('<', "\\u003c");
+    let mut scripts = String::new();
+    for script in [FORMAT, CHARTS, SHOW] {
+        // Writing to a string does not fail.
+        let _ = writeln!(scripts, "<script>\n{script}</script>");
+    }
+    let head = format!(
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; \
+         style-src 'unsafe-inline'; img-src data:\">\n<title>{}</title>\n<style>\n{STYLE}</style>",
+        escape(title)
+    );
+    let (before, rest) = PAGE.split_once("<!-- head -->").unwrap_or((PAGE, ""));
+    let (_, rest) = rest.split_once("<!-- /head -->").unwrap_or(("", rest));
+    let (body, rest) = rest.split_once("<!-- scripts -->").unwrap_or((rest, ""));
+    let (_, after) = rest.split_once("<!-- /scripts -->").unwrap_or(("", rest));
+    Ok(format!(
+        "{before}{head}{body}<script type=\"application/json\" id=\"data\">{data}</script>\n{scripts}{after}"
+    ))
+}
+
+/// Text as HTML has it.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_asks_for_what_there_is_and_nothing_else() {
+        let parts = PAGE.split(['"', '\'']).filter(|part| part.ends_with(".js") || part.ends_with(".css"));
+        let parts: Vec<_> = parts.collect();
+        assert_eq!(parts.len(), 5, "{parts:?}");
+        assert!(parts.iter().all(|part| asset(&format!("/{part}")).is_some()), "{parts:?}");
+        for asset in &ASSETS {
+            let foreign = asset.content.replace("http://www.w3.org/2000/svg", "");
+            assert!(!foreign.contains("http://") && !foreign.contains("https://"), "{}", asset.path);
+        }
+    }
+
+    #[test]
+    fn a_file_alone_needs_nothing_and_its_data_cannot_break_it() {
+        let page = alone("a & <b>", &"</script><script>alert(1)</script><!--").unwrap();
+        assert!(page.contains("<title>a &amp; &lt;b></title>"), "{page}");
+        assert!(!page.contains("alert(1)</script>") && page.contains("\\u003c/script>"));
+        assert!(!page.contains("src=\"") && !page.contains("href=\"style"), "{page}");
+        assert_eq!(page.matches("<script").count(), 4);
+        assert!(page.trim_end().ends_with("</html>"));
+    }
+}
