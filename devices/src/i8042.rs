@@ -1,39 +1,340 @@
-//! The keyboard controller, as far as x86 guests use it to reset the machine.
+//! The keyboard controller and the keyboard behind it, by which a guest is asked to end and by which x86
+//! guests reset the machine.
 //!
-//! Ports 0x60 to 0x64. The command 0xfe to port 0x64 pulses the CPU's reset line: it writes the reset
-//! event, and the VMM decides what a reset means. All else reads as zero (no keyboard, input buffer
-//! empty, so a guest that polls before it sends the command does not wait).
+//! Ports 0x60 (data) and 0x64 (status and commands). The guest finds a keyboard that answers as keyboards
+//! of the AT do (scan code sets 1 and 2, translation by the controller), and no mouse. Nobody types to it
+//! but [`I8042::press_ctrl_alt_del`]. Commands that pulse the CPU's reset line write the reset event, and
+//! the VMM decides what a reset means.
+//!
+//! What the keyboard says waits in a queue of [`QUEUE_BYTES`]; what finds no room there is lost, as on the
+//! machine. Each byte that can be read raises the interrupt once, if the guest wants it.
+//!
+//! Source: IBM Personal System/2 Hardware Interface Technical Reference, "Keyboard and Auxiliary Device
+//! Controller" and "Keyboards (101- and 102-Key)".
+
+use std::collections::VecDeque;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{BusDevice, EventTrigger, read_bytewise, write_bytewise};
+use crate::{BusDevice, read_bytewise, write_bytewise};
 
 /// First port of the controller; offsets of [`BusDevice`] are relative to it.
 pub const BASE_PORT: u16 = 0x60;
 /// Number of ports from [`BASE_PORT`], the command register included.
 pub const PORTS: u16 = 5;
+/// Bytes of the keyboard's that wait to be read.
+pub const QUEUE_BYTES: usize = 32;
 
-/// A keyboard controller that knows the reset command alone.
+/// Ports, from the base.
+const DATA: u8 = 0;
+const COMMAND: u8 = 4;
+
+bitflags::bitflags! {
+    /// What the status register says.
+    #[derive(Clone, Copy)]
+    struct Status: u8 {
+        /// The data register holds a byte for the guest.
+        const OUTPUT_FULL = 1;
+        /// The self-test has passed.
+        const SYSTEM = 1 << 2;
+        /// The last write was a command.
+        const COMMAND = 1 << 3;
+        /// The keyboard is not locked.
+        const UNLOCKED = 1 << 4;
+    }
+
+    /// What the guest has chosen.
+    #[derive(Clone, Copy)]
+    struct Control: u8 {
+        const KEYBOARD_INTERRUPT = 1;
+        const SYSTEM = 1 << 2;
+        const KEYBOARD_OFF = 1 << 4;
+        const MOUSE_OFF = 1 << 5;
+        /// Scan codes of set 2 become those of set 1.
+        const TRANSLATE = 1 << 6;
+    }
+}
+
+/// The controller's commands.
+mod command {
+    pub(super) const READ_CONTROL: u8 = 0x20;
+    pub(super) const WRITE_CONTROL: u8 = 0x60;
+    pub(super) const MOUSE_OFF: u8 = 0xa7;
+    pub(super) const MOUSE_ON: u8 = 0xa8;
+    pub(super) const TEST_MOUSE: u8 = 0xa9;
+    pub(super) const TEST_SELF: u8 = 0xaa;
+    pub(super) const TEST_KEYBOARD: u8 = 0xab;
+    pub(super) const KEYBOARD_OFF: u8 = 0xad;
+    pub(super) const KEYBOARD_ON: u8 = 0xae;
+    pub(super) const READ_OUTPUT_PORT: u8 = 0xd0;
+    pub(super) const WRITE_OUTPUT_PORT: u8 = 0xd1;
+    pub(super) const ECHO_AS_KEYBOARD: u8 = 0xd2;
+    pub(super) const ECHO_AS_MOUSE: u8 = 0xd3;
+    pub(super) const WRITE_MOUSE: u8 = 0xd4;
+    /// From here on bits 0 to 3 name lines of the output port that are not pulsed.
+    pub(super) const PULSE: u8 = 0xf0;
+}
+
+/// The keyboard's commands, and what it answers.
+mod keyboard {
+    pub(super) const LIGHTS: u8 = 0xed;
+    pub(super) const ECHO: u8 = 0xee;
+    pub(super) const SCAN_CODES: u8 = 0xf0;
+    pub(super) const IDENTIFY: u8 = 0xf2;
+    pub(super) const REPEAT: u8 = 0xf3;
+    pub(super) const SCANNING_ON: u8 = 0xf4;
+    pub(super) const SCANNING_OFF: u8 = 0xf5;
+    pub(super) const DEFAULTS: u8 = 0xf6;
+    pub(super) const RESET: u8 = 0xff;
+
+    pub(super) const ACKNOWLEDGE: u8 = 0xfa;
+    pub(super) const TEST_PASSED: u8 = 0xaa;
+    pub(super) const RESEND: u8 = 0xfe;
+    pub(super) const IDENTITY: [u8; 2] = [0xab, 0x83];
+    /// The second byte of the same where the controller translates.
+    pub(super) const IDENTITY_TRANSLATED: u8 = 0x41;
+}
+
+const SELF_TEST_PASSED: u8 = 0x55;
+const KEYBOARD_TEST_PASSED: u8 = 0;
+/// The mouse's clock line is stuck low: there is none.
+const NO_MOUSE: u8 = 1;
+/// The line of the output port that holds the CPU in reset while it is low.
+const RESET_LINE: u8 = 1;
+/// Output port: not in reset, address line 20 on.
+const OUTPUT_PORT: u8 = RESET_LINE | 1 << 1;
+
+/// A key in both sets of scan codes.
+struct Key {
+    extended: bool,
+    set_1: u8,
+    set_2: u8,
+}
+
+const CTRL: Key = Key { extended: false, set_1: 0x1d, set_2: 0x14 };
+const ALT: Key = Key { extended: false, set_1: 0x38, set_2: 0x11 };
+const DELETE: Key = Key { extended: true, set_1: 0x53, set_2: 0x71 };
+
+/// What comes before the code of an extended key.
+const EXTENDED: u8 = 0xe0;
+/// What comes before the code of a key that is let go, in set 2.
+const RELEASED: u8 = 0xf0;
+/// What is added to the code of a key that is let go, in set 1.
+const RELEASED_SET_1: u8 = 0x80;
+
+/// A keyboard controller with a keyboard.
 pub struct I8042 {
-    inner: vm_superio::I8042Device<EventTrigger>,
+    reset: EventFd,
+    interrupt: EventFd,
+    control: Control,
+    output_port: u8,
+    last_was_command: bool,
+    /// The controller's command that the next byte of data belongs to.
+    awaits: Option<u8>,
+    /// What the controller has answered. It is read before what the keyboard says.
+    answer: Option<u8>,
+    /// What the keyboard says.
+    queue: VecDeque<u8>,
+    /// The keyboard's command that the next byte of data belongs to.
+    keyboard_awaits: Option<u8>,
+    scanning: bool,
+    scan_codes: u8,
 }
 
 impl I8042 {
-    /// `reset` is written each time the guest sends the reset command.
-    pub fn new(reset: EventFd) -> Self {
-        Self { inner: vm_superio::I8042Device::new(EventTrigger(reset)) }
+    /// `reset` is written each time the guest sends a reset command, `interrupt` for each byte that the
+    /// keyboard has for a guest that wants to be interrupted.
+    pub fn new(reset: EventFd, interrupt: EventFd) -> Self {
+        Self {
+            reset,
+            interrupt,
+            control: Control::KEYBOARD_INTERRUPT | Control::SYSTEM | Control::MOUSE_OFF,
+            output_port: OUTPUT_PORT,
+            last_was_command: false,
+            awaits: None,
+            answer: None,
+            queue: VecDeque::with_capacity(QUEUE_BYTES),
+            keyboard_awaits: None,
+            scanning: true,
+            scan_codes: 2,
+        }
+    }
+
+    /// Presses Ctrl, Alt and Delete and lets them go. Returns whether the guest can still take that: `false`
+    /// where it has turned the keyboard off, or takes nothing of what was typed before.
+    pub fn press_ctrl_alt_del(&mut self) -> bool {
+        let mut codes = Vec::with_capacity(QUEUE_BYTES);
+        [CTRL, ALT, DELETE].iter().for_each(|key| self.encode(key, false, &mut codes));
+        [DELETE, ALT, CTRL].iter().for_each(|key| self.encode(key, true, &mut codes));
+        if !self.scanning || self.queue.len() + codes.len() > QUEUE_BYTES {
+            return false;
+        }
+        self.say(&codes);
+        true
+    }
+
+    fn encode(&self, key: &Key, released: bool, codes: &mut Vec<u8>) {
+        codes.extend(key.extended.then_some(EXTENDED));
+        if self.scan_codes == 1 || self.control.contains(Control::TRANSLATE) {
+            codes.push(if released { key.set_1 | RELEASED_SET_1 } else { key.set_1 });
+        } else {
+            codes.extend(released.then_some(RELEASED));
+            codes.push(key.set_2);
+        }
+    }
+
+    /// Puts bytes of the keyboard's into the queue.
+    fn say(&mut self, bytes: &[u8]) {
+        let waited = !self.queue.is_empty();
+        let room = QUEUE_BYTES - self.queue.len();
+        self.queue.extend(bytes.iter().take(room));
+        if !waited {
+            self.interrupt_for_queue();
+        }
+    }
+
+    /// Tells the guest of a byte of the keyboard's that it can read.
+    fn interrupt_for_queue(&self) {
+        if self.can_read_queue() && self.control.contains(Control::KEYBOARD_INTERRUPT) {
+            // A full event counter means that an interrupt is pending already.
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    fn can_read_queue(&self) -> bool {
+        !self.queue.is_empty() && !self.control.contains(Control::KEYBOARD_OFF)
+    }
+
+    fn status(&self) -> Status {
+        let mut status = Status::SYSTEM | Status::UNLOCKED;
+        status.set(Status::OUTPUT_FULL, self.answer.is_some() || self.can_read_queue());
+        status.set(Status::COMMAND, self.last_was_command);
+        status
+    }
+
+    fn read_data(&mut self) -> u8 {
+        if let Some(answer) = self.answer.take() {
+            self.interrupt_for_queue();
+            return answer;
+        }
+        if !self.can_read_queue() {
+            return 0;
+        }
+        let byte = self.queue.pop_front().unwrap_or(0);
+        self.interrupt_for_queue();
+        byte
+    }
+
+    fn set_control(&mut self, control: Control) {
+        self.control = control;
+        self.interrupt_for_queue();
+    }
+
+    fn reset_machine(&self) {
+        // A full event counter means that a reset is pending already.
+        let _ = self.reset.write(1);
+    }
+
+    fn command(&mut self, command: u8) {
+        self.awaits = None;
+        match command {
+            command::READ_CONTROL => self.answer = Some(self.control.bits()),
+            command::TEST_SELF => self.answer = Some(SELF_TEST_PASSED),
+            command::TEST_KEYBOARD => self.answer = Some(KEYBOARD_TEST_PASSED),
+            command::TEST_MOUSE => self.answer = Some(NO_MOUSE),
+            command::READ_OUTPUT_PORT => self.answer = Some(self.output_port),
+            command::MOUSE_OFF => self.set_control(self.control | Control::MOUSE_OFF),
+            command::MOUSE_ON => self.set_control(self.control - Control::MOUSE_OFF),
+            command::KEYBOARD_OFF => self.set_control(self.control | Control::KEYBOARD_OFF),
+            command::KEYBOARD_ON => self.set_control(self.control - Control::KEYBOARD_OFF),
+            command::WRITE_CONTROL
+            | command::WRITE_OUTPUT_PORT
+            | command::ECHO_AS_KEYBOARD
+            | command::ECHO_AS_MOUSE
+            | command::WRITE_MOUSE => self.awaits = Some(command),
+            command if command >= command::PULSE && command & RESET_LINE == 0 => self.reset_machine(),
+            _ => {}
+        }
+    }
+
+    fn data(&mut self, byte: u8) {
+        match self.awaits.take() {
+            None => self.keyboard_command(byte),
+            Some(command::WRITE_CONTROL) => self.set_control(Control::from_bits_retain(byte)),
+            Some(command::WRITE_OUTPUT_PORT) => {
+                self.output_port = byte;
+                if byte & RESET_LINE == 0 {
+                    self.reset_machine();
+                }
+            }
+            Some(command::ECHO_AS_KEYBOARD) => self.say(&[byte]),
+            // Without a mark that it is the mouse's: that is how the guest learns that there is none.
+            Some(command::ECHO_AS_MOUSE) => self.answer = Some(byte),
+            Some(_) => {}
+        }
+    }
+
+    fn keyboard_command(&mut self, byte: u8) {
+        use keyboard::{ACKNOWLEDGE, IDENTITY, IDENTITY_TRANSLATED, RESEND, TEST_PASSED};
+        match self.keyboard_awaits.take() {
+            Some(keyboard::SCAN_CODES) if byte == 0 => return self.say(&[ACKNOWLEDGE, self.scan_codes]),
+            Some(keyboard::SCAN_CODES) if matches!(byte, 1 | 2) => {
+                self.scan_codes = byte;
+                return self.say(&[ACKNOWLEDGE]);
+            }
+            Some(keyboard::SCAN_CODES) => return self.say(&[RESEND]),
+            // There are no lights, and no key is held for long.
+            Some(_) if byte < keyboard::LIGHTS => return self.say(&[ACKNOWLEDGE]),
+            // A command takes the place of what was awaited.
+            _ => {}
+        }
+        match byte {
+            keyboard::LIGHTS | keyboard::SCAN_CODES | keyboard::REPEAT => {
+                self.keyboard_awaits = Some(byte);
+                self.say(&[ACKNOWLEDGE]);
+            }
+            keyboard::ECHO => self.say(&[keyboard::ECHO]),
+            keyboard::IDENTIFY => {
+                let translated = self.control.contains(Control::TRANSLATE);
+                let second = if translated { IDENTITY_TRANSLATED } else { IDENTITY[1] };
+                self.say(&[ACKNOWLEDGE, IDENTITY[0], second]);
+            }
+            keyboard::SCANNING_ON | keyboard::SCANNING_OFF => {
+                self.scanning = byte == keyboard::SCANNING_ON;
+                self.say(&[ACKNOWLEDGE]);
+            }
+            keyboard::DEFAULTS | keyboard::RESET => {
+                self.scanning = true;
+                self.scan_codes = 2;
+                self.queue.clear();
+                let answer = [ACKNOWLEDGE, TEST_PASSED];
+                self.say(if byte == keyboard::RESET { &answer } else { &answer[..1] });
+            }
+            _ => self.say(&[RESEND]),
+        }
     }
 }
 
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        read_bytewise(offset, data, |port| self.inner.read(port));
+        read_bytewise(offset, data, |port| match port {
+            DATA => self.read_data(),
+            COMMAND => self.status().bits(),
+            _ => 0,
+        });
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        write_bytewise(offset, data, |port, value| {
-            // A full event counter means that a reset is pending already.
-            let _ = self.inner.write(port, value);
+        write_bytewise(offset, data, |port, value| match port {
+            DATA => {
+                self.last_was_command = false;
+                self.data(value);
+            }
+            COMMAND => {
+                self.last_was_command = true;
+                self.command(value);
+            }
+            _ => {}
         });
     }
 }
@@ -42,29 +343,182 @@ impl BusDevice for I8042 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_reset_command_alone_raises_the_event() {
-        let reset = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let mut i8042 = I8042::new(reset.try_clone().unwrap());
+    struct Machine {
+        i8042: I8042,
+        reset: EventFd,
+        interrupt: EventFd,
+    }
 
-        i8042.write(4, &[0xfd]);
-        i8042.write(0, &[0xfe]);
-        i8042.write(u64::MAX, &[0xfe, 0xfe]);
-        assert!(reset.read().is_err());
+    impl Machine {
+        fn new() -> Self {
+            let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let (reset, interrupt) = (event(), event());
+            let i8042 = I8042::new(reset.try_clone().unwrap(), interrupt.try_clone().unwrap());
+            Self { i8042, reset, interrupt }
+        }
 
-        i8042.write(4, &[0xfe]);
-        assert_eq!(reset.read().unwrap(), 1);
+        fn command(&mut self, command: u8) {
+            self.i8042.write(4, &[command]);
+        }
 
-        // A wide write covers the command port with its second byte.
-        i8042.write(3, &[0, 0xfe]);
-        assert_eq!(reset.read().unwrap(), 1);
+        fn send(&mut self, byte: u8) {
+            self.i8042.write(0, &[byte]);
+        }
+
+        fn status(&mut self) -> u8 {
+            let mut data = [0xaa];
+            self.i8042.read(4, &mut data);
+            data[0]
+        }
+
+        /// All that can be read, as a driver without interrupts reads it.
+        fn read(&mut self) -> Vec<u8> {
+            let mut all = Vec::new();
+            while self.status() & 1 != 0 {
+                let mut data = [0xaa];
+                self.i8042.read(0, &mut data);
+                all.push(data[0]);
+            }
+            all
+        }
+
+        fn asked(&mut self, command: u8) -> Vec<u8> {
+            self.command(command);
+            self.read()
+        }
+
+        fn answered(&mut self, bytes: &[u8]) -> Vec<u8> {
+            bytes.iter().for_each(|byte| self.send(*byte));
+            self.read()
+        }
     }
 
     #[test]
-    fn the_status_says_that_commands_may_be_sent() {
-        let mut i8042 = I8042::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    fn reset_commands_alone_raise_the_event() {
+        let mut machine = Machine::new();
+        machine.command(0xfd);
+        machine.command(0xff);
+        machine.send(0xfe);
+        machine.i8042.write(u64::MAX, &[0xfe, 0xfe]);
+        assert!(machine.reset.read().is_err());
+
+        machine.command(0xfe);
+        assert_eq!(machine.reset.read().unwrap(), 1);
+        // A wide write covers the command port with its second byte.
+        machine.i8042.write(3, &[0, 0xfe]);
+        assert_eq!(machine.reset.read().unwrap(), 1);
+        machine.command(0xd1);
+        machine.send(0x02);
+        assert_eq!(machine.reset.read().unwrap(), 1);
+        machine.command(0xd1);
+        machine.send(0x03);
+        assert!(machine.reset.read().is_err());
+    }
+
+    #[test]
+    fn the_status_says_that_commands_may_be_sent_and_nothing_waits() {
+        let mut machine = Machine::new();
+        assert_eq!(machine.status(), 0x14);
         let mut data = [0xaa; 8];
-        i8042.read(4, &mut data);
+        machine.i8042.read(5, &mut data);
         assert_eq!(data, [0; 8]);
+        machine.i8042.read(0, &mut data[..1]);
+        assert_eq!(data[0], 0);
+        machine.command(0xae);
+        assert_eq!(machine.status(), 0x1c);
+    }
+
+    #[test]
+    fn a_driver_finds_a_controller_a_keyboard_and_no_mouse() {
+        let mut machine = Machine::new();
+        assert_eq!(machine.asked(0xaa), [0x55]);
+        assert_eq!(machine.asked(0xab), [0]);
+        assert_ne!(machine.asked(0xa9), [0]);
+        assert_eq!(machine.asked(0x20), [0x25]);
+        machine.command(0x60);
+        machine.send(0x47);
+        assert_eq!(machine.asked(0x20), [0x47]);
+        machine.command(0xd3);
+        assert_eq!(machine.answered(&[0x5a]), [0x5a]);
+        assert_eq!(machine.status() & 0x20, 0);
+        machine.command(0xd2);
+        assert_eq!(machine.answered(&[0x1c]), [0x1c]);
+        machine.command(0xd4);
+        assert_eq!(machine.answered(&[0xff]), []);
+        assert_eq!(machine.asked(0xd0), [0x03]);
+    }
+
+    #[test]
+    fn the_keyboard_answers_its_driver() {
+        let mut machine = Machine::new();
+        assert_eq!(machine.answered(&[0xff]), [0xfa, 0xaa]);
+        assert_eq!(machine.answered(&[0xf2]), [0xfa, 0xab, 0x83]);
+        assert_eq!(machine.answered(&[0xed, 0x02]), [0xfa, 0xfa]);
+        assert_eq!(machine.answered(&[0xf3, 0x00]), [0xfa, 0xfa]);
+        assert_eq!(machine.answered(&[0xf0, 0x00]), [0xfa, 0xfa, 2]);
+        assert_eq!(machine.answered(&[0xf0, 0x03]), [0xfa, 0xfe]);
+        assert_eq!(machine.answered(&[0xee]), [0xee]);
+        assert_eq!(machine.answered(&[0x01]), [0xfe]);
+        // A command in place of the parameter.
+        assert_eq!(machine.answered(&[0xed, 0xee]), [0xfa, 0xee]);
+        machine.command(0x60);
+        machine.send(0x45);
+        assert_eq!(machine.answered(&[0xf2]), [0xfa, 0xab, 0x41]);
+    }
+
+    #[test]
+    fn ctrl_alt_del_is_pressed_and_let_go_in_either_set() {
+        let mut machine = Machine::new();
+        assert!(machine.i8042.press_ctrl_alt_del());
+        let set_2 = [0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 0x11, 0xf0, 0x14];
+        assert_eq!(machine.read(), set_2);
+        machine.command(0x60);
+        machine.send(0x45);
+        let set_1 = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert_eq!(machine.read(), set_1);
+        machine.command(0x60);
+        machine.send(0x05);
+        assert_eq!(machine.answered(&[0xf0, 0x01]), [0xfa, 0xfa]);
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert_eq!(machine.read(), set_1);
+    }
+
+    #[test]
+    fn each_byte_interrupts_once_and_only_if_wanted() {
+        let mut machine = Machine::new();
+        machine.command(0xad);
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert!(machine.interrupt.read().is_err());
+        assert_eq!(machine.status() & 1, 0);
+        // What the controller answers comes first, and does not interrupt.
+        assert_eq!(machine.asked(0x20), [0x35]);
+        assert!(machine.interrupt.read().is_err());
+        machine.command(0xae);
+        for _ in 0..11 {
+            assert_eq!(machine.interrupt.read().unwrap(), 1);
+            assert_eq!(machine.status() & 1, 1);
+            machine.i8042.read(0, &mut [0]);
+        }
+        assert!(machine.interrupt.read().is_err());
+        machine.command(0x60);
+        machine.send(0x04);
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert!(machine.interrupt.read().is_err());
+        assert_eq!(machine.read().len(), 11);
+    }
+
+    #[test]
+    fn a_guest_that_reads_nothing_costs_a_bounded_queue() {
+        let mut machine = Machine::new();
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert!(machine.i8042.press_ctrl_alt_del());
+        assert!(!machine.i8042.press_ctrl_alt_del());
+        (0..1000).for_each(|_| machine.send(0xf2));
+        assert_eq!(machine.read().len(), QUEUE_BYTES);
+        assert_eq!(machine.answered(&[0xf5]), [0xfa]);
+        assert!(!machine.i8042.press_ctrl_alt_del());
+        assert_eq!(machine.answered(&[0xf4]), [0xfa]);
+        assert!(machine.i8042.press_ctrl_alt_del());
     }
 }

@@ -21,6 +21,24 @@ use crate::program::{Finished, Running, command};
 /// Memory of each guest, in bytes.
 pub const MEMORY: u64 = 64 << 20;
 
+/// What a process holds that VMs must not leave behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Open files.
+    pub files: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Mappings.
+    pub mappings: usize,
+    /// Private memory, in bytes.
+    pub private_bytes: u64,
+}
+
+/// Mappings that an allocator may keep.
+const KEPT_MAPPINGS: usize = 32;
+/// Memory that it may keep, in bytes.
+const KEPT_BYTES: u64 = 16 << 20;
+
 /// A process with a control socket in a folder of its own.
 #[derive(Debug)]
 pub struct Host {
@@ -222,6 +240,48 @@ impl Host {
     pub fn open_files(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.running.pid().as_raw_nonzero());
         fs::read_dir(folder).expect("list open files").count()
+    }
+
+    /// What the process holds.
+    ///
+    /// # Panics
+    /// Where it has ended.
+    #[must_use]
+    pub fn holdings(&self) -> Held {
+        let read = |name: &str| {
+            let path = format!("/proc/{}/{name}", self.running.pid().as_raw_nonzero());
+            fs::read_to_string(path).expect("ask the kernel about the process")
+        };
+        let status = read("status");
+        let private = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kibibytes = private.and_then(|line| line.trim().strip_suffix(" kB")).expect("RssAnon");
+        Held {
+            files: self.open_files(),
+            threads: self.running.threads().len(),
+            mappings: read("maps").lines().count(),
+            private_bytes: kibibytes.parse::<u64>().expect("a number") * 1024,
+        }
+    }
+
+    /// Waits until the process holds no more than before, but for what an allocator keeps. Connections that
+    /// were closed are noticed in a moment, and threads that have nothing to do end after a while.
+    ///
+    /// # Panics
+    /// Where it still holds more in the end.
+    pub fn assert_back_to(&self, before: &Held) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.holdings();
+            let is_back = now.files <= before.files
+                && now.threads <= before.threads
+                && now.mappings <= before.mappings + KEPT_MAPPINGS
+                && now.private_bytes <= before.private_bytes + KEPT_BYTES;
+            if is_back {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{before:?} before, {now:?} now");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Threads of VMs that the process has.

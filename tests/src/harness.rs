@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
 use xtask::artifacts::Artifacts;
+use xtask::python;
 
 use crate::browser;
 
@@ -31,6 +32,8 @@ pub enum Need {
     Browser,
     /// Linux guests, which take minutes to build. Without them a test is ignored.
     LinuxGuest,
+    /// Programs in Python from PyPI. Without them a test is ignored.
+    Python,
 }
 
 /// Runs tests that need KVM.
@@ -81,6 +84,9 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 {
                     Ok(Completion::ignored_with(error.to_string()))
                 }
+                None if needs.contains(&Need::Python) && !matches!(python::find(), Ok(Some(_))) => Ok(
+                    Completion::ignored_with("needs programs in Python: `cargo xtask python` installs them"),
+                ),
                 None => catch_unwind(AssertUnwindSafe(test))
                     .map(|()| Completion::Completed)
                     .map_err(|panic| Failed::from(text(&*panic))),

@@ -9,5 +9,6 @@ pub mod guests;
 pub mod harness;
 pub mod process;
 pub mod program;
+pub mod proxy;
 pub mod shared;
 pub mod terminal;

@@ -245,9 +245,22 @@ impl Running {
     /// # Panics
     /// When it does not end.
     #[must_use]
-    pub fn wait(mut self) -> Finished {
+    pub fn wait(self) -> Finished {
+        self.wait_within(PATIENCE)
+    }
+
+    /// The same for what does a lot of work, and tells how it gets on by itself.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[must_use]
+    pub fn wait_for_long(self) -> Finished {
+        self.wait_within(60 * PATIENCE)
+    }
+
+    fn wait_within(mut self, patience: Duration) -> Finished {
         let process = pidfd_open(self.pid(), PidfdFlags::empty()).expect("watch the program");
-        let patience = Timespec::try_from(PATIENCE).expect("a minute is a time");
+        let patience = Timespec::try_from(patience).expect("an hour is a time");
         let mut watched = [PollFd::new(&process, PollFlags::IN)];
         if poll(&mut watched, Some(&patience)).expect("wait for the program") == 0 {
             // What it said so far tells where it hangs.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use samepage::api::events::{Event, Happening};
 use samepage::api::lifecycle::State;
-use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::layout::{Arena, PageCounts};
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::api::{Host, MEMORY, connect};
 use samepage_tests::console::PATIENCE;
@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 fn main() -> ExitCode {
     harness::run(&[
         ("clients_create_steer_and_delete_vms_and_nothing_is_left", many_vms),
+        ("people_do_the_same_by_commands_and_nothing_is_left", many_vms_by_commands),
         ("what_cannot_be_is_refused_and_leaves_nothing", refusals),
         ("broken_slow_and_greedy_clients_harm_nobody", broken_clients),
         ("events_tell_what_happens", events),
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         ("a_console_is_read_along_and_typed_to", console),
         ("the_socket_is_its_owners_and_replaced_when_stale", socket),
         ("a_disk_is_limited_while_it_is_used", disks),
+        ("guests_are_asked_to_end_and_killed_where_they_do_not", stops),
         ("people_use_the_same_by_commands", commands),
         ("a_console_is_attached_to_a_terminal_and_left", terminal),
         ("top_shows_vms_steers_them_and_leaves_the_terminal_as_it_was", top),
@@ -38,7 +40,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// How many VMs there are in the test of many.
+/// How many VMs there are in the tests of many.
 const VMS: &str = "SAMEPAGE_TEST_API_VMS";
 
 /// A guest that goes on until it is told to finish.
@@ -46,18 +48,33 @@ fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
 }
 
+/// How many there are to be.
+fn many() -> u32 {
+    std::env::var(VMS).ok().and_then(|count| count.parse().ok()).unwrap_or(32)
+}
+
+/// Memory of each of many guests, in bytes.
+const SMALL: u64 = 16 << 20;
+/// Pages that each of them uses: they are to be many, not busy.
+const SMALL_PAGES: u64 = 512;
+
+/// One of many guests.
+fn small(vm: u32) -> Plan {
+    Plan { every_ms: 500, pages: Some(SMALL_PAGES), ..endless(vm) }
+}
+
+/// What many guests have in common.
+fn alike() -> PageCounts {
+    Arena::on_map(&small(0), std::iter::once(0..SMALL)).unwrap().counts()
+}
+
 fn many_vms() {
     let host = Host::serve(&["--sharing-cpu", "100"]);
-    let count = std::env::var(VMS).ok().and_then(|count| count.parse().ok()).unwrap_or(8_u32);
-    cycle(&host, 2);
-    let files = host.open_files();
-    cycle(&host, count);
-    let deadline = Instant::now() + PATIENCE;
-    // Connections that were closed are noticed in a moment.
-    while host.open_files() > files {
-        assert!(Instant::now() < deadline, "{} open files, {files} before", host.open_files());
-        thread::sleep(Duration::from_millis(20));
-    }
+    // Allocators keep arenas and stacks for as many threads as there once were.
+    cycle(&host, many());
+    let before = host.holdings();
+    cycle(&host, many());
+    host.assert_back_to(&before);
     host.end().assert_code(0);
 }
 
@@ -67,7 +84,8 @@ fn cycle(host: &Host, count: u32) {
     thread::scope(|scope| {
         for vm in 0..count {
             scope.spawn(move || {
-                let body = host.vm(&name(vm), &endless(vm), true);
+                let mut body = host.vm(&name(vm), &small(vm), true);
+                body["memory"] = json!(SMALL);
                 let (status, created) = host.ask("POST", "/vms", Some(&body));
                 assert_eq!((status, created["state"].as_str()), (201, Some("running")), "{created}");
             });
@@ -76,14 +94,9 @@ fn cycle(host: &Host, count: u32) {
     let all = host.done("GET", "/vms", None);
     assert_eq!(all.as_array().map(Vec::len), Some(count as usize), "{all}");
     (0..count).for_each(|vm| host.wait_for_console(&name(vm), "round="));
-    let counts = Arena::on_map(&endless(0), std::iter::once(0..MEMORY)).unwrap().counts();
-    let wanted = counts.reclaimable(count.into());
-    host.wait_for("/sharing", "sharing all that is alike", |sharing| {
-        let counted = &sharing["statistics"];
-        counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted
-    });
+    wait_for_sharing(host, count);
     host.wait_for("/vms/vm-0/sharing", "statistics of a VM", |vm| {
-        vm["statistics"]["pages_merged"].as_u64().is_some_and(|merged| merged >= counts.alike)
+        vm["statistics"]["pages_merged"].as_u64().is_some_and(|merged| merged >= alike().alike)
     });
     // What all hold alike any two have in common, and all pairs are told.
     let pairs = host.wait_for("/sharing/pairs?limit=496", "what pairs have in common", |pairs| {
@@ -91,7 +104,7 @@ fn cycle(host: &Host, count: u32) {
         pairs.len() == (count * (count - 1) / 2) as usize
             && pairs.iter().all(|pair| {
                 let [pages, error] = ["pages", "pages_error"].map(|field| pair[field].as_u64().unwrap());
-                pages + 4 * error >= counts.alike
+                pages + 4 * error >= alike().alike
             })
     });
     assert_ne!(pairs[0]["vms"][0], pairs[0]["vms"][1]);
@@ -100,8 +113,18 @@ fn cycle(host: &Host, count: u32) {
     assert_eq!(host.done("GET", "/sharing/pairs?limit=1", None).as_array().unwrap().len(), 1);
     let listed = host.done("GET", "/vms", None);
     assert!(listed[0]["cpu_seconds"].as_f64().unwrap() > 0.0, "{listed}");
-    assert!(listed[0]["shared_bytes"].as_u64().unwrap() >= counts.alike * 4096, "{listed}");
+    assert!(listed[0]["shared_bytes"].as_u64().unwrap() >= alike().alike * 4096, "{listed}");
 
+    // Many are steered at the same time, and some of them in other ways.
+    thread::scope(|scope| {
+        for vm in 2..count {
+            scope.spawn(move || {
+                assert_eq!(host.act(&name(vm), "pause"), "paused");
+                let next = if vm % 3 == 0 { "reset" } else { "resume" };
+                assert_eq!(host.act(&name(vm), next), "running");
+            });
+        }
+    });
     assert_eq!(host.act("vm-0", "pause"), "paused");
     assert_eq!(host.act("vm-1", "reset"), "running");
     assert_eq!(host.act("vm-0", "resume"), "running");
@@ -120,11 +143,75 @@ fn cycle(host: &Host, count: u32) {
             scope.spawn(move || assert_eq!(host.ask("DELETE", &format!("/vms/{}", name(vm)), None).0, 204));
         }
     });
+    wait_for_nothing(host);
+}
+
+/// Waits until all that can be shared by so many small guests is.
+fn wait_for_sharing(host: &Host, count: u32) {
+    let wanted = alike().reclaimable(count.into());
+    host.wait_for("/sharing", "sharing all that is alike", |sharing| {
+        let counted = &sharing["statistics"];
+        counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted
+    });
+}
+
+/// Waits until nothing is left of any VM.
+fn wait_for_nothing(host: &Host) {
     assert_eq!(host.done("GET", "/vms", None), json!([]));
     assert_eq!(host.vm_threads(), 0, "{:?}", host.running.threads());
     host.wait_for("/sharing", "an empty process", |sharing| {
         sharing["guest_bytes"] == 0 && sharing["statistics"]["frames"] == 0
     });
+}
+
+/// The same by commands.
+fn many_vms_by_commands() {
+    let host = Host::serve(&["--sharing-cpu", "100"]);
+    command_cycle(&host, many());
+    let before = host.holdings();
+    command_cycle(&host, many());
+    host.assert_back_to(&before);
+    host.end().assert_code(0);
+}
+
+fn command_cycle(host: &Host, count: u32) {
+    let run = |arguments: &[&str]| {
+        let finished = Running::start(client_command(host, arguments)).wait();
+        finished.assert_code(0);
+        finished.stdout
+    };
+    let text = format!(
+        "[[vms]]\nname = 'vm'\ncount = {count}\nkernel = 'demo.elf'\nmemory = {SMALL}\ncmdline = '{}'\n",
+        small(0)
+    );
+    fs::write(host.folder.path().join("many.toml"), text).unwrap();
+    let states = || -> Vec<String> {
+        let listed: Vec<Value> = serde_json::from_str(&run(&["ps", "--json"])).unwrap();
+        listed.iter().map(|vm| vm["state"].as_str().unwrap().to_owned()).collect()
+    };
+    let all = |state: &str| vec![state.to_owned(); count as usize];
+    run(&["create", "many.toml"]);
+    assert_eq!(states(), all("running"));
+    (0..count).for_each(|vm| host.wait_for_console(&format!("vm-{vm}"), "ready "));
+    wait_for_sharing(host, count);
+    run(&["pause", "--all"]);
+    assert_eq!(states(), all("paused"));
+    run(&["resume", "--all"]);
+    run(&["reset", "vm-0", "vm-1"]);
+    assert_eq!(states(), all("running"));
+    run(&["kill", "vm-1"]);
+    (0..count).filter(|vm| *vm != 1).for_each(|vm| host.wait_for_console(&format!("vm-{vm}"), "round="));
+    run(&["start", "vm-1"]);
+    host.wait_for("/vms/vm-1", "its console", |vm| vm["console"]["sent_bytes"] != 0);
+    run(&["stop", "--all", "--timeout", "60"]);
+    assert_eq!(states(), all("stopped"));
+    // Each of them verified its memory, and then ended by itself.
+    (0..count).for_each(|vm| {
+        let console = host.console(&format!("vm-{vm}"));
+        assert!(console.trim_end().ends_with("corrupt=0"), "{console}");
+    });
+    run(&["rm", "--all"]);
+    wait_for_nothing(host);
 }
 
 fn refusals() {
@@ -437,6 +524,61 @@ fn disks() {
     host.end().assert_code(0);
 }
 
+fn stops() {
+    let host = Host::serve(&[]);
+    host.done("POST", "/vms", Some(&host.vm("hears", &endless(0), true)));
+    let deaf = Plan { crash: Some(Crash::Hang), ..endless(1) };
+    host.done("POST", "/vms", Some(&host.vm("deaf", &deaf, true)));
+    host.wait_for_console("hears", "round=1 ");
+    host.wait_for_console("deaf", "ready ");
+    let ask = |vm: &str, body: Value| host.ask("POST", &format!("/vms/{vm}/actions"), Some(&body));
+    let (status, vm) = ask("hears", json!({ "action": "stop", "timeout_seconds": 60 }));
+    assert_eq!((status, vm["state"].as_str()), (200, Some("stopped")), "{vm}");
+    assert!(vm["reason"].as_str().unwrap().contains("reset"), "{vm}");
+    assert!(host.console("hears").contains("corrupt=0"));
+
+    // Who takes nothing from the keyboard hears two presses, and then no more.
+    assert_eq!(host.act("deaf", "shutdown"), "running");
+    assert_eq!(host.act("deaf", "shutdown"), "running");
+    let (status, problem) = ask("deaf", json!({ "action": "shutdown" }));
+    assert_eq!((status, &problem["type"]), (409, &json!("urn:samepage:problem:not-listening")));
+    for wrong in [
+        json!({ "action": "pause", "timeout_seconds": 1 }),
+        json!({ "action": "stop", "timeout_seconds": -1 }),
+        json!({ "action": "stop", "timeout_seconds": 100_000 }),
+    ] {
+        let (status, problem) = ask("deaf", wrong);
+        assert_eq!((status, &problem["pointer"]), (400, &json!("/timeout_seconds")), "{problem}");
+    }
+    let (status, vm) = ask("deaf", json!({ "action": "stop", "timeout_seconds": 1 }));
+    assert_eq!((status, &vm["reason"]), (200, &json!("stopped")), "{vm}");
+    assert_eq!(ask("deaf", json!({ "action": "stop" })).0, 409);
+    // A kill overtakes a stop that waits.
+    host.act("deaf", "start");
+    host.wait_for_console("deaf", "ready ");
+    thread::scope(|scope| {
+        let stop = scope.spawn(|| ask("deaf", json!({ "action": "stop", "timeout_seconds": 3600 })));
+        host.wait_for("/vms/deaf", "the stop or its end", |_| {
+            ask("deaf", json!({ "action": "kill" }));
+            stop.is_finished()
+        });
+        let (status, _) = stop.join().unwrap();
+        assert!(matches!(status, 200 | 409), "{status}");
+    });
+
+    // A VM that lives as long as a connection.
+    assert_eq!(host.ask("GET", "/vms/hears/console/stream?lifeline=true", None).0, 400);
+    host.act("hears", "start");
+    let (stream, _) = host.client.attach_for_life("hears").unwrap();
+    drop(stream);
+    let deadline = Instant::now() + PATIENCE;
+    while host.ask("GET", "/vms/hears", None).0 != 404 {
+        assert!(Instant::now() < deadline, "the VM outlives its connection");
+        thread::sleep(Duration::from_millis(10));
+    }
+    host.end().assert_code(0);
+}
+
 /// A command of the client's.
 fn client_command(host: &Host, arguments: &[&str]) -> Command {
     let mut client = command(arguments);
@@ -475,7 +617,7 @@ fn commands() {
     assert!(fails(&["show", "none"]).contains("no VM named none"));
     run(&["resume", "web-0"]);
     run(&["stop", "web-0"]);
-    assert!(run(&["show", "web-0"]).contains("stopped"));
+    assert!(run(&["show", "web-0"]).contains("the guest reset the machine"));
     run(&["reset", "db"]);
     run(&["sharing", "db", "--mode", "zero"]);
     assert!(run(&["sharing", "db"]).contains("zero"));
@@ -485,7 +627,7 @@ fn commands() {
     assert!(run(&["cache", "--json"]).contains("limit_bytes"));
     assert!(run(&["console", "web-0", "--backlog"]).contains("start ram="));
     let events = Running::start(client_command(&host, &["events", "--since", "0"]));
-    events.stdout().wait_for_line("VM web-0 is stopped: stopped");
+    events.stdout().wait_for_line("VM web-0 is stopped: the guest reset the machine");
     run(&["rm", "--all"]);
     events.stdout().wait_for_line("VM web-1 is deleted");
     assert_eq!(run(&["ps", "--json"]).trim(), "[]");

@@ -16,6 +16,7 @@ use samepage_sharing::service::DEFAULT_GROUP;
 
 use crate::bench::BenchArgs;
 use crate::client::args::ClientCommand;
+use crate::firecracker::args::FirecrackerArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -60,6 +61,9 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Host VMs that clients of a control socket create, until told to end (SIGTERM)
     Serve(Box<ServeArgs>),
+    /// One VM behind the API of Firecracker, for the clients that speak it
+    #[command(disable_version_flag = true)]
+    Firecracker(Box<FirecrackerArgs>),
     /// Show on an embedded guest what sharing memory saves: boots VMs that are partly alike, merges
     /// their memory while they run, and lets them verify every word of it
     Demo(DemoArgs),

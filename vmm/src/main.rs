@@ -5,6 +5,7 @@ mod bench;
 mod cli;
 mod client;
 mod demo;
+mod firecracker;
 mod generate;
 mod plan;
 mod report;
@@ -18,9 +19,22 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    let result = match firecracker::args::of_process() {
+        Some(Ok(args)) => firecracker::main(&args),
+        Some(Err(code)) => return code,
+        None => command(),
+    };
+    result.unwrap_or_else(|error| {
+        report::tell(report::causes(&error));
+        ExitCode::from(1)
+    })
+}
+
+fn command() -> anyhow::Result<ExitCode> {
     // Wrong usage ends here, with status 2.
     let cli = Cli::parse();
-    let result = match &cli.command {
+    match &cli.command {
+        Command::Firecracker(args) => firecracker::main(args),
         Command::Run(args) => run::run(args),
         Command::Serve(args) => run::serve(args),
         Command::Demo(args) => demo::main(args),
@@ -30,9 +44,5 @@ fn main() -> ExitCode {
         Command::Config { command } => generate::config(command),
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { folder } => generate::manual(folder),
-    };
-    result.unwrap_or_else(|error| {
-        report::tell(report::causes(&error));
-        ExitCode::from(1)
-    })
+    }
 }

@@ -251,7 +251,8 @@ fn settings(args: &ProcessArgs) -> Settings {
     }
 }
 
-fn start_sharing(settings: &Settings) -> Option<Arc<Sharing>> {
+/// Starts the engine that shares memory, or says why this host cannot.
+pub(crate) fn start_sharing(settings: &Settings) -> Option<Arc<Sharing>> {
     match Sharing::start(settings.clone()) {
         Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {

@@ -3,7 +3,8 @@
 //! A check that fails does not keep the others from running.
 
 use crate::artifacts::Artifacts;
-use crate::{process, setup};
+use crate::cache::Cache;
+use crate::{process, python, setup};
 use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Write};
@@ -36,6 +37,9 @@ pub fn run(quick: bool) -> bool {
             println!("warning: tests that need a browser are left out: {error:#}");
         }
         report.step("guests", || Artifacts::build().map(drop));
+        if let Err(error) = Cache::of_user().and_then(|cache| python::build(&cache)) {
+            println!("warning: tests that need programs in Python are left out: {error:#}");
+        }
     }
     report.step("format", || component("fmt", "rustfmt", &["fmt", "--all", "--check"]));
     report.step("lint", || {

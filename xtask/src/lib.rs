@@ -13,6 +13,7 @@ pub mod disk;
 pub mod initramfs;
 pub mod kernel;
 pub mod process;
+pub mod python;
 pub mod setup;
 
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use xtask::artifacts::Artifacts;
 use xtask::bench::{self, Benchmark};
 use xtask::cache::Cache;
-use xtask::{check, disk, initramfs, kernel, setup};
+use xtask::{check, disk, initramfs, kernel, python, setup};
 
 /// Builds what the tests of samepage need, and runs every check of the project.
 ///
@@ -33,6 +33,8 @@ enum Task {
     Disk,
     /// Build all of these and print their paths as JSON
     Artifacts,
+    /// Install the programs in Python that some tests use
+    Python,
     /// Measure what is promised of samepage, beside what others need for the same
     #[command(subcommand)]
     Bench(Benchmark),
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
             println!("{}", serde_json::to_string_pretty(&artifacts)?);
             Ok(())
         }),
+        Task::Python => Cache::of_user().and_then(|cache| python::build(&cache)).map(drop),
         Task::Bench(benchmark) => bench::run(&benchmark),
         Task::Test { quick } => return if check::run(quick) { ExitCode::SUCCESS } else { ExitCode::FAILURE },
     };

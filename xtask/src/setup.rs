@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 /// Everything that building guests takes beyond the Rust toolchain.
-pub const PACKAGES: [&str; 12] = [
+pub const PACKAGES: [&str; 13] = [
     crate::kernel::SOURCE_PACKAGE,
     "bc",
     "bison",
@@ -19,6 +19,7 @@ pub const PACKAGES: [&str; 12] = [
     "libssl-dev",
     "make",
     "patch",
+    "python3-venv",
     "xz-utils",
 ];
 

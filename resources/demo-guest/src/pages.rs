@@ -44,6 +44,8 @@ pub(crate) struct Pages<'a> {
     pub(crate) corrupt: u64,
     /// Whether the host has asked to come to an end.
     pub(crate) quit: bool,
+    /// The last scan codes of the keyboard's.
+    scan_codes: u32,
 }
 
 impl<'a> Pages<'a> {
@@ -67,6 +69,7 @@ impl<'a> Pages<'a> {
             writes: 0,
             corrupt: 0,
             quit: false,
+            scan_codes: 0,
         };
         for index in 0..arena.pages() {
             pages.fill_page(index);
@@ -221,6 +224,7 @@ impl<'a> Pages<'a> {
         while let Some(byte) = port::receive() {
             self.quit |= byte == QUIT;
         }
+        self.quit |= port::ctrl_alt_del(&mut self.scan_codes);
     }
 
     /// Pause for `ms`, rewriting pages, until the host asks to come to an end.

@@ -11,6 +11,7 @@ const SERIAL_INTERRUPTS: u16 = SERIAL + 1;
 const SERIAL_LINE_CONTROL: u16 = SERIAL + 3;
 const SERIAL_LINE_STATUS: u16 = SERIAL + 5;
 const PIC_MASKS: [u16; 2] = [0x21, 0xa1];
+const KEYBOARD: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 
@@ -46,6 +47,22 @@ pub(crate) fn print(report: Report) {
 /// A byte that has come in on the serial port.
 pub(crate) fn receive() -> Option<u8> {
     (read8(SERIAL_LINE_STATUS) & 1 != 0).then(|| read8(SERIAL))
+}
+
+/// Scan codes that come in when Ctrl, Alt and Delete are pressed, the last in the lowest byte.
+const CTRL_ALT_DEL: u32 = 0x14_11_e0_71;
+
+/// Whether Ctrl-Alt-Del has been pressed. `codes` are the last scan codes.
+pub(crate) fn ctrl_alt_del(codes: &mut u32) -> bool {
+    /// What a bus says where there is no controller.
+    const NOBODY: u8 = 0xff;
+    let has_code = |status: u8| status != NOBODY && status & 1 != 0;
+    let mut pressed = false;
+    while has_code(read8(I8042_COMMAND)) {
+        *codes = *codes << 8 | u32::from(read8(KEYBOARD));
+        pressed |= *codes == CTRL_ALT_DEL;
+    }
+    pressed
 }
 
 /// Reset the machine. Returns if it has no reset line there.

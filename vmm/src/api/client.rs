@@ -152,9 +152,20 @@ impl Client {
     /// # Errors
     /// Where the server refuses.
     pub fn attach(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
+        self.upgrade(&format!("/vms/{vm}/console/stream"))
+    }
+
+    /// The same for a VM that is to end with the connection, and whose end is that of the connection.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn attach_for_life(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
+        self.upgrade(&format!("/vms/{vm}/console/stream?lifeline=true"))
+    }
+
+    fn upgrade(&self, path: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
         self.run(async {
-            let path = format!("/vms/{vm}/console/stream");
-            let request = self.request(Method::GET, &path)?;
+            let request = self.request(Method::GET, path)?;
             let request = request.header(CONNECTION, "upgrade").header(UPGRADE, CONSOLE_PROTOCOL);
             let response = self.exchange(request, Vec::new()).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {

@@ -27,6 +27,9 @@ impl From<ManagerError> for Problem {
             ManagerError::Overcommitted(_) => Problem::new(Kind::Overcommitted, text),
             ManagerError::NotSharing(..) => Problem::new(Kind::NotSharing, text)
                 .help("see what the process said when it was started, and its option --sharing"),
+            ManagerError::NotListening(_) => {
+                Problem::new(Kind::NotListening, text).help("use its console, or kill it")
+            }
             ManagerError::Closing => Problem::new(Kind::Unavailable, text),
         }
     }

@@ -7,7 +7,9 @@ use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::manager::ManagerError;
@@ -130,6 +132,17 @@ impl FromRequestParts<Arc<Api>> for VmAndDisk {
         let (name, disk): (String, String) = names(parts).await?;
         Ok(Self(api.manager.find(&name)?, disk))
     }
+}
+
+/// A value as JSON.
+pub(super) fn to_json(value: &impl Serialize) -> Result<Bytes, Problem> {
+    let written = serde_json::to_vec(value).map(Bytes::from);
+    written.map_err(|error| Problem::new(Kind::Internal, format!("write the answer: {error}")))
+}
+
+/// A response of JSON.
+pub(super) fn json(bytes: Bytes) -> Response {
+    ([(CONTENT_TYPE, "application/json")], bytes).into_response()
 }
 
 /// Does what takes time, on a thread of its own, and to its end even if the client is gone.

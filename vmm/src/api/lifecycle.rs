@@ -38,20 +38,24 @@ pub enum Action {
     Resume,
     /// Take the machine apart, and boot it anew with the same configuration.
     Reset,
+    /// Ask the guest to end, by Ctrl-Alt-Del on its keyboard. What comes of that is up to the guest.
+    Shutdown,
+    /// The same, and wait; what has not ended in time is killed.
+    Stop,
     /// End it. The guest is not asked.
     Kill,
 }
 
-/// Every state and where each action leads from it: start, pause, resume, reset, kill.
-const TABLE: [(State, [Option<State>; 5]); 6] = {
+/// Every state and where each action leads from it: start, pause, resume, reset, shutdown, stop, kill.
+const TABLE: [(State, [Option<State>; 7]); 6] = {
     use State::{Crashed, Created, Failed, Paused, Running, Stopped};
     [
-        (Created, [Some(Running), None, None, None, Some(Stopped)]),
-        (Running, [None, Some(Paused), None, Some(Running), Some(Stopped)]),
-        (Paused, [None, None, Some(Running), Some(Running), Some(Stopped)]),
-        (Stopped, [Some(Running), None, None, None, None]),
-        (Crashed, [Some(Running), None, None, None, None]),
-        (Failed, [Some(Running), None, None, None, None]),
+        (Created, [Some(Running), None, None, None, None, None, Some(Stopped)]),
+        (Running, [None, Some(Paused), None, Some(Running), Some(Running), Some(Stopped), Some(Stopped)]),
+        (Paused, [None, None, Some(Running), Some(Running), None, None, Some(Stopped)]),
+        (Stopped, [Some(Running), None, None, None, None, None, None]),
+        (Crashed, [Some(Running), None, None, None, None, None, None]),
+        (Failed, [Some(Running), None, None, None, None, None, None]),
     ]
 };
 
@@ -97,7 +101,15 @@ impl From<&VmEnd> for State {
 
 impl Action {
     /// Every action, in the order of the table's columns.
-    pub const ALL: [Action; 5] = [Action::Start, Action::Pause, Action::Resume, Action::Reset, Action::Kill];
+    pub const ALL: [Action; 7] = [
+        Action::Start,
+        Action::Pause,
+        Action::Resume,
+        Action::Reset,
+        Action::Shutdown,
+        Action::Stop,
+        Action::Kill,
+    ];
 
     /// The action in a word, as in JSON.
     #[must_use]
@@ -107,6 +119,8 @@ impl Action {
             Action::Pause => "pause",
             Action::Resume => "resume",
             Action::Reset => "reset",
+            Action::Shutdown => "shutdown",
+            Action::Stop => "stop",
             Action::Kill => "kill",
         }
     }
@@ -134,6 +148,8 @@ mod tests {
         assert_eq!(State::Running.after(Action::Start), None);
         assert_eq!(State::Paused.after(Action::Resume), Some(State::Running));
         assert_eq!(State::Stopped.after(Action::Kill), None);
+        // Who is held cannot end by itself.
+        assert_eq!(State::Paused.after(Action::Stop), None);
     }
 
     /// The table in the documentation says what the code does.

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use samepage_sharing::engine::Settings;
@@ -77,6 +77,9 @@ pub enum ManagerError {
     /// The VM's memory is its own.
     #[error("the memory of VM {0} is not shared: {1}")]
     NotSharing(String, &'static str),
+    /// The VM's guest cannot be asked to end.
+    #[error("the guest of VM {0} takes nothing from its keyboard")]
+    NotListening(String),
     /// No more VMs are made.
     #[error("the process is ending")]
     Closing,
@@ -99,6 +102,8 @@ pub struct Manager {
     fleet: Fleet,
     common: Common,
     pub(super) events: EventLog,
+    /// What changed about VMs without an event.
+    changes: AtomicU64,
     records: Mutex<BTreeMap<String, Arc<Record>>>,
     /// Held while it is checked that one more VM can be.
     reserving: Mutex<()>,
@@ -119,6 +124,7 @@ impl Manager {
             fleet: Fleet::new(hypervisor)?,
             common,
             events: EventLog::default(),
+            changes: AtomicU64::new(0),
             records: Mutex::default(),
             reserving: Mutex::default(),
             operations: AtomicUsize::new(0),
@@ -254,7 +260,8 @@ impl Manager {
         self.records.lock().values().filter(|record| record.is_listed()).cloned().collect()
     }
 
-    /// Does what a VM is asked to do, and returns its state afterwards.
+    /// Does what a VM is asked to do, and returns its state afterwards. Who asks for a stop waits himself
+    /// for the guest, and has it killed after that.
     ///
     /// # Errors
     /// Where its state forbids that, or where a machine cannot be made anew. Then the VM has ended.
@@ -282,6 +289,15 @@ impl Manager {
                 let _operation = self.operation();
                 self.end(record);
                 self.boot(record)?;
+            }
+            Action::Shutdown => {
+                if !self.machine(record, action)?.press_ctrl_alt_del() {
+                    return Err(ManagerError::NotListening(record.name().to_owned()));
+                }
+            }
+            Action::Stop => {
+                // Who does not listen is given the time as well: it may end for other reasons.
+                self.machine(record, action)?.press_ctrl_alt_del();
             }
             Action::Kill => self.end(record),
         }
@@ -380,6 +396,7 @@ impl Manager {
             return Err(ManagerError::NotSharing(record.name().to_owned(), "this process shares none"));
         }
         record.set_mode(mode);
+        self.note_change();
         if let Some(vm) = record.vm()
             && let Some(membership) = vm.membership()
         {
@@ -397,7 +414,7 @@ impl Manager {
         for vm in &ended {
             let record = self.records.lock().get(&vm.name).cloned();
             if let Some(record) = record {
-                record.finish(&vm.end);
+                record.finish(&vm.end, || self.note_change());
                 if let VmEnd::Crashed(report) = &vm.end {
                     let report = report.to_string();
                     self.events.tell(Happening::Crash { vm: vm.name.clone(), report });
@@ -406,6 +423,16 @@ impl Manager {
             }
         }
         Ok(ended)
+    }
+
+    /// A number that is another one once a VM was made or deleted, came into another state or shares
+    /// otherwise, before whoever asked for that is answered.
+    pub fn revision(&self) -> u64 {
+        self.events.last() + self.changes.load(Ordering::SeqCst)
+    }
+
+    fn note_change(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Notes that a limit was reached, for those who watch.

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A stream on which a write that makes no progress for a minute fails. Without this, clients that never
 /// read would keep their connections for good.
 #[derive(Debug)]
-pub(super) struct Patient<S> {
+pub struct Patient<S> {
     stream: S,
     /// Runs while something waits to be written.
     deadline: Pin<Box<Sleep>>,
@@ -23,7 +23,8 @@ pub(super) struct Patient<S> {
 }
 
 impl<S> Patient<S> {
-    pub(super) fn new(stream: S) -> Self {
+    /// A connection that was just made.
+    pub fn new(stream: S) -> Self {
         Self { stream, deadline: Box::pin(sleep_until(Instant::now())), waiting: false }
     }
 

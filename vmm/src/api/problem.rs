@@ -40,6 +40,8 @@ pub enum Kind {
     Busy,
     /// A disk or a console's file has another user.
     InUse,
+    /// The guest takes nothing from its keyboard.
+    NotListening,
     /// The host cannot promise that much memory.
     Overcommitted,
     /// The VM does not share memory.
@@ -80,6 +82,7 @@ impl Kind {
             }
             Kind::Busy => ("busy", StatusCode::CONFLICT, "Something else is being done to the VM"),
             Kind::InUse => ("in-use", StatusCode::CONFLICT, "A file is in use"),
+            Kind::NotListening => ("not-listening", StatusCode::CONFLICT, "The guest cannot be asked"),
             Kind::Overcommitted => {
                 ("overcommitted", StatusCode::CONFLICT, "The host cannot promise that much memory")
             }
@@ -262,6 +265,7 @@ mod tests {
             Kind::IllegalTransition,
             Kind::Busy,
             Kind::InUse,
+            Kind::NotListening,
             Kind::Overcommitted,
             Kind::NotSharing,
             Kind::UnsupportedMediaType,

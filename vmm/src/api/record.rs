@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backlog::Backlog;
@@ -30,6 +30,8 @@ pub struct Record {
     inspected: Mutex<()>,
     body: Mutex<Body>,
     collected: Condvar,
+    /// The same for those who cannot block.
+    gone: Notify,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,7 @@ impl Record {
                 since: SystemTime::now(),
             }),
             collected: Condvar::new(),
+            gone: Notify::new(),
         })
     }
 
@@ -174,8 +177,9 @@ impl Record {
         body.since = SystemTime::now();
     }
 
-    /// Its machine has ended, and is taken apart here unless somebody else still holds it.
-    pub(super) fn finish(&self, end: &VmEnd) {
+    /// Its machine has ended, and is taken apart here unless somebody else still holds it. `changed` is called
+    /// before those who wait for that go on.
+    pub(super) fn finish(&self, end: &VmEnd, changed: impl FnOnce()) {
         let mut body = self.body.lock();
         body.end = Some(end.clone());
         body.since = SystemTime::now();
@@ -187,8 +191,27 @@ impl Record {
             let _not_inspected = self.inspected.lock();
             drop(vm);
         }
+        changed();
         self.body.lock().collecting = false;
         self.collected.notify_all();
+        self.gone.notify_waiters();
+    }
+
+    /// The same as [`Record::wait_collected`], for those who cannot block.
+    pub(super) async fn collected(&self) {
+        loop {
+            let gone = self.gone.notified();
+            tokio::pin!(gone);
+            // From here on nothing is missed.
+            gone.as_mut().enable();
+            {
+                let body = self.body.lock();
+                if body.vm.is_none() && !body.collecting {
+                    return;
+                }
+            }
+            gone.await;
+        }
     }
 
     /// Waits until it has no machine.

@@ -28,6 +28,7 @@ use super::listener::{self, Socket, SocketError, SocketOptions};
 use super::manager::Manager;
 use super::patient::Patient;
 use super::problem::{Kind, PROBLEM_JSON, Problem};
+use super::rendered::Rendered;
 use super::routes;
 use super::sampling::Sampling;
 
@@ -76,8 +77,17 @@ pub struct Doors {
 pub(super) struct Api {
     pub(super) manager: Arc<Manager>,
     pub(super) sampling: Arc<Sampling>,
+    pub(super) answers: Answers,
     /// Becomes true when the server is to end.
     pub(super) ending: watch::Receiver<bool>,
+}
+
+/// What was answered last about all VMs.
+#[derive(Debug, Default)]
+pub(super) struct Answers {
+    pub(super) vms: Rendered,
+    pub(super) sharing: Rendered,
+    pub(super) metrics: Rendered,
 }
 
 /// A connection counts as long as somebody holds this.
@@ -101,7 +111,7 @@ impl Server {
     pub fn start(doors: &Doors, manager: Arc<Manager>) -> Result<Self, ServerError> {
         let (end, ending) = watch::channel(false);
         let sampling = Arc::new(Sampling::new()?);
-        let api = Arc::new(Api { manager, sampling, ending });
+        let api = Arc::new(Api { manager, sampling, answers: Answers::default(), ending });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(WORKERS)

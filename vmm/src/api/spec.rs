@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 
 use samepage_sharing::engine::Mode;
@@ -221,6 +222,19 @@ impl VmSpec {
         disks.map(|(number, disk)| (number, disk.check())).try_for_each(|(number, result)| {
             result.map_err(|(field, reason)| (format!("/disks/{number}/{field}"), reason))
         })
+    }
+
+    /// Makes relative paths begin where this process was started.
+    ///
+    /// # Errors
+    /// When that place is not there any more.
+    pub fn make_absolute(&mut self) -> io::Result<()> {
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);
+        for path in images.chain(disks) {
+            *path = std::path::absolute(&path)?;
+        }
+        Ok(())
     }
 
     /// The configuration of the VM, before it is said which engine shares its memory.

@@ -6,6 +6,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 
 use super::WORKLOADS;
+use super::api::ApiArgs;
 use super::block::BlockArgs;
 use super::cache::CacheArgs;
 use super::replay::ReplayArgs;
@@ -42,6 +43,9 @@ pub(super) enum Benchmark {
     Cache(CacheArgs),
     /// Measure how fast guests read and write disks, with several policies and beside QEMU
     Block(BlockArgs),
+    /// Measure how many requests the control socket answers, and how soon a VM that a client creates says
+    /// something, beside `samepage run`
+    Api(ApiArgs),
 }
 
 /// The arguments of `samepage bench sharing`.

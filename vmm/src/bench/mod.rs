@@ -6,6 +6,7 @@
 //! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
 //! back as they were, on every way out. See `docs/bench-sharing.md`.
 
+mod api;
 mod args;
 mod block;
 mod cache;
@@ -91,6 +92,9 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
         }
         Benchmark::Block(args) => {
             block::measure(args).and_then(|report| print(args.json, &report, block::Report::format))
+        }
+        Benchmark::Api(args) => {
+            api::measure(args).and_then(|report| print(args.json, &report, api::Report::format))
         }
     };
     result.or_else(|error| match error.downcast_ref::<Interrupted>() {

@@ -22,9 +22,11 @@ pub(crate) enum ClientCommand {
     Resume(VmsArgs),
     /// Boot VMs anew. Guests are not asked
     Reset(VmsArgs),
+    /// Ask VMs' guests to end, by Ctrl-Alt-Del, and kill those that do not in time; the VMs stay and can
+    /// be started again
+    Stop(StopArgs),
     /// End VMs. Guests are not asked; the VMs stay and can be started again
-    #[command(visible_alias = "kill")]
-    Stop(VmsArgs),
+    Kill(VmsArgs),
     /// End VMs, and forget them
     Rm(VmsArgs),
     /// Show what VMs' memory consists of
@@ -86,6 +88,17 @@ pub(crate) struct VmsArgs {
 
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage stop`.
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// How long guests may take before they are killed, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub(crate) timeout: u32,
+
+    #[command(flatten)]
+    pub(crate) vms: VmsArgs,
 }
 
 /// The arguments of `samepage create`.

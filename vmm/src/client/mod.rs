@@ -12,13 +12,12 @@ mod table;
 mod top;
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use hyper::Method;
 use samepage::api::lifecycle::Action;
-use samepage::api::spec::VmSpec;
 use samepage::api::views::VmSummary;
 use samepage::api::{Client, config_file};
 use serde::Serialize;
@@ -37,8 +36,13 @@ pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Pause(args) => return act(args, Action::Pause),
         ClientCommand::Resume(args) => return act(args, Action::Resume),
         ClientCommand::Reset(args) => return act(args, Action::Reset),
-        ClientCommand::Stop(args) => return act(args, Action::Kill),
-        ClientCommand::Rm(args) => return each(args, |client, path, _| Ok(client.delete(path)?)),
+        ClientCommand::Stop(args) => {
+            return ask(&args.vms, &json!({ "action": "stop", "timeout_seconds": args.timeout }));
+        }
+        ClientCommand::Kill(args) => return act(args, Action::Kill),
+        ClientCommand::Rm(args) => {
+            return each(args, |client, path| Ok(client.delete(path).map(|()| None)?));
+        }
         ClientCommand::Stats(args) => show::stats(args)?,
         ClientCommand::Sharing(args) => show::sharing(args)?,
         ClientCommand::Events(args) => events::follow(args)?,
@@ -55,18 +59,25 @@ fn client(connection: &Connection) -> Client {
 }
 
 fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {
-    each(args, |client, path, printed| {
-        let body = json!({ "action": action.name() });
-        let vm: VmSummary = client.send(Method::POST, &format!("{path}/actions"), &body)?;
-        printed.push(vm);
-        Ok(())
+    ask(args, &json!({ "action": action.name() }))
+}
+
+/// Asks each VM that is named for an action.
+fn ask(args: &VmsArgs, body: &Value) -> anyhow::Result<ExitCode> {
+    each(args, |client, path| {
+        let vm: VmSummary = client.send(Method::POST, &format!("{path}/actions"), body)?;
+        Ok(Some(vm))
     })
 }
 
-/// Does something to each VM that is named. One that cannot be done keeps the others from nothing.
+/// VMs that something is done to at a time.
+const AT_ONCE: usize = 32;
+
+/// Does something to each VM that is named, several at a time. One that cannot be done keeps the others from
+/// nothing.
 fn each(
     args: &VmsArgs,
-    work: impl Fn(&Client, &str, &mut Vec<VmSummary>) -> anyhow::Result<()>,
+    work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
 ) -> anyhow::Result<ExitCode> {
     let client = client(&args.connection);
     let mut names = args.vms.clone();
@@ -76,10 +87,21 @@ fn each(
     }
     let mut printed = Vec::new();
     let mut code = ExitCode::SUCCESS;
-    for name in names {
-        if let Err(error) = work(&client, &vm_path(&name)?, &mut printed) {
-            tell(report::causes(&error));
-            code = ExitCode::FAILURE;
+    let paths = names.iter().map(|name| vm_path(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    for paths in paths.chunks(AT_ONCE) {
+        let done: Vec<_> = thread::scope(|scope| {
+            let (client, work) = (&client, &work);
+            let threads: Vec<_> = paths.iter().map(|path| scope.spawn(move || work(client, path))).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for result in done {
+            match result.unwrap_or_else(|_| Err(anyhow!("a thread of the program panicked"))) {
+                Ok(vm) => printed.extend(vm),
+                Err(error) => {
+                    tell(report::causes(&error));
+                    code = ExitCode::FAILURE;
+                }
+            }
         }
     }
     if args.connection.json {
@@ -99,7 +121,8 @@ fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let client = client(&args.connection);
     let mut created: Vec<Value> = Vec::new();
     for mut spec in config_file::load(&args.config)? {
-        make_absolute(&mut spec)?;
+        // The server was started somewhere else.
+        spec.make_absolute()?;
         let start = spec.start.unwrap_or(true) && !args.hold;
         let mut body = serde_json::to_value(&spec).context("write the VM as JSON")?;
         body["start"] = start.into();
@@ -117,16 +140,6 @@ fn create(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         print_json(&created)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The server was started somewhere else.
-fn make_absolute(spec: &mut VmSpec) -> io::Result<()> {
-    let disks = spec.disks.iter_mut().map(|disk| &mut disk.path);
-    let images = spec.initrd.iter_mut().chain(spec.console.file.iter_mut()).chain([&mut spec.kernel]);
-    for path in images.chain(disks) {
-        *path = std::path::absolute(Path::new(path))?;
-    }
-    Ok(())
 }
 
 /// Prints for programs.

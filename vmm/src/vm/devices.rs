@@ -24,7 +24,7 @@ use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
 use crate::config::DiskConfig;
-use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
+use crate::x86::layout::{KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
 
 /// Most disks that one VM can have: one interrupt line each.
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
@@ -100,6 +100,7 @@ pub(super) struct Devices {
     mmio: Bus,
     serial: Arc<Mutex<Serial>>,
     serial_stats: Arc<SerialStats>,
+    keyboard: Arc<Mutex<I8042>>,
     reset: EventFd,
     disks: Vec<Disk>,
 }
@@ -120,11 +121,14 @@ impl Devices {
         let serial_stats = serial.stats().clone();
         let serial = Arc::new(Mutex::new(serial));
         let reset = new_event()?;
-        let i8042 = I8042::new(reset.try_clone().map_err(VmError::Event)?);
+        let interrupt = new_event()?;
+        wire_interrupt(kvm, &interrupt, KEYBOARD_IRQ)?;
+        let keyboard = I8042::new(reset.try_clone().map_err(VmError::Event)?, interrupt);
+        let keyboard = Arc::new(Mutex::new(keyboard));
 
         let mut ports = Bus::default();
         ports.insert(SERIAL_PORT.into(), serial::PORTS.into(), serial.clone());
-        ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), Arc::new(Mutex::new(i8042)));
+        ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), keyboard.clone());
 
         let mut mmio = Bus::default();
         let mut attached = Vec::with_capacity(disks.len());
@@ -171,7 +175,7 @@ impl Devices {
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }
-        Ok(Self { ports, mmio, serial, serial_stats, reset, disks: attached })
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, disks: attached })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -194,6 +198,10 @@ impl Devices {
     pub(super) fn reset_requested(&self, port: u16) -> bool {
         let controller = i8042::BASE_PORT..i8042::BASE_PORT + i8042::PORTS;
         controller.contains(&port) && self.reset.read().is_ok()
+    }
+
+    pub(super) fn press_ctrl_alt_del(&self) -> bool {
+        self.keyboard.lock().press_ctrl_alt_del()
     }
 
     pub(super) fn serial_input(&self, data: &[u8]) -> usize {

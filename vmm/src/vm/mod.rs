@@ -348,6 +348,12 @@ impl Vm {
         &self.memory
     }
 
+    /// Presses Ctrl, Alt and Delete on the guest's keyboard, which asks its system to end. Returns `false`
+    /// where the guest takes nothing from its keyboard.
+    pub fn press_ctrl_alt_del(&self) -> bool {
+        self.devices.press_ctrl_alt_del()
+    }
+
     /// Types to the guest's console. Returns how many bytes were taken, from the front; once there is room
     /// for more, the event given to [`Vm::set_serial_room_event`] is written.
     pub fn serial_input(&self, data: &[u8]) -> usize {

@@ -48,6 +48,7 @@ pub(crate) const MMIO_STRIDE: u64 = 0x1000;
 /// Lines of the legacy interrupt controllers that no legacy device claims (0 timer, 1 keyboard,
 /// 2 cascade, 3 and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
 pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
+pub(crate) const KEYBOARD_IRQ: u32 = 1;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
 

@@ -4,7 +4,9 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
@@ -22,6 +24,7 @@ use tokio::sync::watch;
 use utoipa::{IntoParams, ToSchema};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::vms::remove;
 use crate::api::CONSOLE_PROTOCOL as PROTOCOL;
 use crate::api::backlog::Piece;
 use crate::api::extract::{Parameters, Vm, read_body};
@@ -39,6 +42,18 @@ const OCTETS: &str = "application/octet-stream";
 pub(crate) struct Tail {
     /// At most so many bytes of what the guest wrote before; all that is kept (64 KiB) where not given.
     tail: Option<usize>,
+}
+
+/// How to read along.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Along {
+    /// At most so many bytes of what the guest wrote before; all that is kept (64 KiB) where not given.
+    tail: Option<usize>,
+    /// The VM lives as long as this connection: it is deleted when the client is gone, and the connection
+    /// ends when the VM has ended. For connections that are upgraded.
+    lifeline: Option<bool>,
 }
 
 /// Read the end of a console
@@ -62,7 +77,7 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
 /// response of 101: bytes that are sent are typed.
 #[utoipa::path(
     get, path = "/vms/{vm}/console/stream", tag = "console",
-    params(("vm" = String, Path, description = "The VM's name"), Tail),
+    params(("vm" = String, Path, description = "The VM's name"), Along),
     responses(
         (status = 200, description = "Bytes as the guest writes them", content_type = OCTETS, body = String),
         (status = 101, description = "The connection is the console")
@@ -71,15 +86,21 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
 pub(super) async fn stream(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
-    Parameters(Tail { tail }): Parameters<Tail>,
+    Parameters(Along { tail, lifeline }): Parameters<Along>,
     Extension(permit): Extension<Permit>,
     mut request: Request,
 ) -> Result<Response, Problem> {
     let tail = record.backlog.tail(tail.unwrap_or(usize::MAX));
     // To begin with nothing is lost: what was before is not asked for.
     let from = tail.next - tail.bytes.len() as u64;
-    let reader = Reader { record, from, ending: api.ending.clone() };
+    let lifeline = lifeline.unwrap_or(false);
+    let reader = Reader { record, from, until_the_end: lifeline, ending: api.ending.clone() };
     if !asks_for_upgrade(request.headers()) {
+        if lifeline {
+            let detail = "a connection that is not upgraded is no lifeline";
+            let help = format!("send Connection: upgrade and Upgrade: {PROTOCOL}");
+            return Err(Problem::new(Kind::BadRequest, detail).help(help));
+        }
         let pieces = stream::unfold(reader, |mut reader| async {
             let bytes = reader.next().await?;
             Some((io::Result::Ok(Bytes::from(bytes)), reader))
@@ -98,7 +119,13 @@ pub(super) async fn stream(
         // The connection counts until the console is left.
         let _permit = permit;
         if let Ok(upgraded) = upgrade.await {
-            attach(upgraded, reader, room).await;
+            let (record, ending) = (reader.record.clone(), api.ending.clone());
+            attach(upgraded, reader, room, lifeline.then_some(ending)).await;
+            if lifeline {
+                let_go(&api, &record).await;
+            }
+        } else if lifeline {
+            let_go(&api, &reader.record).await;
         }
     });
     let headers = [(CONNECTION, "upgrade"), (UPGRADE, PROTOCOL)];
@@ -113,6 +140,8 @@ fn asks_for_upgrade(headers: &HeaderMap) -> bool {
 struct Reader {
     record: Arc<Record>,
     from: u64,
+    /// It ends when the machine has.
+    until_the_end: bool,
     ending: watch::Receiver<bool>,
 }
 
@@ -123,6 +152,7 @@ impl Reader {
             // What there is comes before the end.
             biased;
             piece = self.record.backlog.read(self.from) => piece?,
+            () = self.record.collected(), if self.until_the_end => return None,
             () = is_ending(&mut self.ending) => return None,
         };
         let Piece { lost, bytes, next } = piece;
@@ -150,13 +180,46 @@ impl AsRawFd for Room {
     }
 }
 
-/// Passes bytes on both ways until either side has enough.
-async fn attach(upgraded: Upgraded, reader: Reader, room: AsyncFd<Room>) {
+/// For how long a VM that has ended stays for the client whose connection was its lifeline, to ask why.
+const LAST_QUESTIONS: Duration = Duration::from_secs(10);
+
+/// Passes bytes on both ways until either side has enough; where the connection is a lifeline, until the
+/// client has, or the server ends.
+async fn attach(
+    upgraded: Upgraded,
+    reader: Reader,
+    room: AsyncFd<Room>,
+    lifeline: Option<watch::Receiver<bool>>,
+) {
     let record = reader.record.clone();
     let (from_client, to_client) = tokio::io::split(TokioIo::new(upgraded));
+    let mut take = pin!(take(record, from_client, room));
     tokio::select! {
         () = show(reader, to_client) => {}
-        () = take(record, from_client, room) => {}
+        () = &mut take => return,
+    }
+    if let Some(mut ending) = lifeline {
+        tokio::select! {
+            () = take => {}
+            () = tokio::time::sleep(LAST_QUESTIONS) => {}
+            () = is_ending(&mut ending) => {}
+        }
+    }
+}
+
+/// Deletes a VM whose lifeline has ended. When the server ends, its VMs do by other means.
+async fn let_go(api: &Api, record: &Arc<Record>) {
+    let mut ending = api.ending.clone();
+    loop {
+        let removed = tokio::select! {
+            removed = remove(api, record) => removed,
+            () = is_ending(&mut ending) => return,
+        };
+        match removed {
+            // Somebody else was at it for long.
+            Err(problem) if problem.is(Kind::Busy) => {}
+            _ => return,
+        }
     }
 }
 

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::vms::turn;
-use crate::api::extract::{self, Parameters, Vm, blocking};
+use crate::api::extract::{self, Parameters, Vm, blocking, json, to_json};
 use crate::api::problem::{Kind, Problem};
 use crate::api::server::Api;
 use crate::api::spec::SharingMode;
@@ -60,9 +61,10 @@ pub(super) async fn change_vm(
 /// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
 /// a second ago or less, or some seconds ago where nobody had asked.
 #[utoipa::path(get, path = "/sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
-pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<SharingView>, Problem> {
+pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    Ok(Json(SharingView::new(&seen.sample, api.manager.settings())))
+    let write = || to_json(&SharingView::new(&seen.sample, api.manager.settings()));
+    Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
 }
 
 /// How many.

@@ -1,19 +1,20 @@
 //! `/vms`: made, listed, asked for actions, deleted.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::LOCATION;
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::disk_spec::{CacheSpec, LimitsSpec};
-use crate::api::extract::{self, Vm, VmAndDisk, blocking};
+use crate::api::extract::{self, Vm, VmAndDisk, blocking, json, to_json};
 use crate::api::lifecycle::Action;
-use crate::api::manager::ManagerError;
+use crate::api::manager::{Manager, ManagerError};
 use crate::api::problem::{Kind, Problem};
 use crate::api::record::{Record, Turn};
 use crate::api::server::Api;
@@ -24,11 +25,15 @@ use crate::api::views::{DiskView, VmSummary, VmView};
 ///
 /// All VMs by name, those that have ended as well.
 #[utoipa::path(get, path = "/vms", tag = "vms", responses((status = 200, body = Vec<VmSummary>)))]
-pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<VmSummary>> {
+pub(super) async fn list(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+    let revision = api.manager.revision();
     let seen = api.sampling.latest(&api.manager);
-    let sample = |record: &Record| seen.as_ref()?.vm(record.name());
-    let vms = api.manager.list();
-    Json(vms.iter().map(|record| VmSummary::new(record, sample(record))).collect())
+    let vms = api.answers.vms.get(seen.as_ref(), revision, || {
+        let sample = |record: &Record| seen.as_ref()?.vm(record.name());
+        let vms = api.manager.list();
+        to_json(&vms.iter().map(|record| VmSummary::new(record, sample(record))).collect::<Vec<_>>())
+    })?;
+    Ok(json(vms))
 }
 
 /// Create a VM
@@ -79,18 +84,23 @@ pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<Vm
     responses((status = 204, description = "It is gone"))
 )]
 pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Problem> {
+    remove(&api, &record).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Ends a VM, and lets it go.
+pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Problem> {
     // Whoever waits for the VM in a turn of theirs need not wait any longer.
     if let Some(vm) = record.vm() {
         vm.handle().request_stop();
     }
-    let turn = turn(&api, &record).await?;
+    let turn = turn(api, record).await?;
     let manager = api.manager.clone();
-    blocking(move || {
+    let delete = move || {
         manager.delete(&turn);
         Ok(())
-    })
-    .await?;
-    Ok(StatusCode::NO_CONTENT)
+    };
+    blocking(delete).await
 }
 
 /// What a VM is asked to do.
@@ -99,7 +109,17 @@ pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Resul
 pub(crate) struct ActionRequest {
     /// The action.
     pub action: Action,
+    /// How long a guest that is asked to stop may take before it is killed; 30 where not given. For other
+    /// actions there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 86_400)]
+    pub timeout_seconds: Option<u32>,
 }
+
+/// How long a guest that is asked to stop may take, where the request does not say.
+const STOP_TIMEOUT: u32 = 30;
+/// And how long it may take at most.
+const LONGEST_STOP_TIMEOUT: u32 = 86_400;
 
 /// Ask a VM to do something
 ///
@@ -111,8 +131,10 @@ pub(crate) struct ActionRequest {
 pub(super) async fn act(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
-    extract::Json(ActionRequest { action }): extract::Json<ActionRequest>,
+    extract::Json(request): extract::Json<ActionRequest>,
 ) -> Result<Json<VmSummary>, Problem> {
+    let ActionRequest { action, timeout_seconds } = request;
+    check_timeout(action, timeout_seconds)?;
     if action == Action::Kill {
         api.manager.check(&record, action)?;
         // Whoever waits for the VM in a turn of theirs need not wait any longer.
@@ -122,15 +144,45 @@ pub(super) async fn act(
     }
     let turn = turn(&api, &record).await?;
     let manager = api.manager.clone();
-    blocking(move || match action {
+    match action {
+        Action::Stop => stop(manager, turn, timeout_seconds.unwrap_or(STOP_TIMEOUT)).await?,
         Action::Kill => {
+            let end = move || {
+                manager.end(turn.record());
+                Ok(())
+            };
+            blocking(end).await?;
+        }
+        _ => blocking(move || manager.act(&turn, action).map(drop)).await?,
+    }
+    Ok(Json(VmSummary::new(&record, None)))
+}
+
+fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Problem> {
+    let reason = match seconds {
+        None => return Ok(()),
+        Some(_) if action != Action::Stop => format!("{} has no timeout", action.name()),
+        Some(0..=LONGEST_STOP_TIMEOUT) => return Ok(()),
+        Some(seconds) => format!("{seconds} seconds: {LONGEST_STOP_TIMEOUT} is the longest timeout"),
+    };
+    Err(Problem::new(Kind::BadRequest, reason).at("/timeout_seconds"))
+}
+
+/// Asks a guest to end, and kills it where it does not in time. Goes on even if the client is gone.
+async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Problem> {
+    let work = async move {
+        let asked = manager.clone();
+        let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
+        let record = turn.record().clone();
+        // However this ends, what is left is ended.
+        let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
+        let end = move || {
             manager.end(turn.record());
             Ok(())
-        }
-        _ => manager.act(&turn, action).map(drop),
-    })
-    .await?;
-    Ok(Json(VmSummary::new(&record, None)))
+        };
+        blocking(end).await
+    };
+    tokio::spawn(work).await.unwrap_or_else(|_| Err(Problem::new(Kind::Internal, "the operation panicked")))
 }
 
 /// Ask a VM to do something

@@ -105,8 +105,11 @@ impl Reader {
     responses((status = 200, description = "Metrics", content_type = "application/openmetrics-text", body = String))
 )]
 pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+    let revision = api.manager.revision();
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    let text = metrics::text(&api.manager, seen)
-        .map_err(|error| Problem::new(Kind::Internal, format!("write metrics: {error}")))?;
+    let text = api.answers.metrics.get(Some(&seen), revision, || {
+        let text = metrics::text(&api.manager, seen.clone()).map(Bytes::from);
+        text.map_err(|error| Problem::new(Kind::Internal, format!("write metrics: {error}")))
+    })?;
     Ok(([(CONTENT_TYPE, metrics::MEDIA_TYPE)], text).into_response())
 }

@@ -1,0 +1,41 @@
+"""Drives a VM with firecracker-python: boots, inspects and stops it.
+
+Arguments: the folder with a folder for the VM, as the package has it; the VM's name; the guest's kernel and
+its command line.
+"""
+
+import sys
+
+from firecracker.api import Api
+from firecracker.exceptions import APIError
+from firecracker.process import ProcessManager
+
+data, vm, kernel, command_line = sys.argv[1:]
+manager = ProcessManager()
+manager._config.data_path = data
+api = Api(f"{data}/{vm}/firecracker.socket")
+
+
+def state():
+    return api.describe.get().json()["state"]
+
+
+assert state() == "Not started"
+assert api.version.get().json()["firecracker_version"].startswith("1.")
+api.boot.put(kernel_image_path=kernel, boot_args=command_line)
+api.machine_config.put(vcpu_count=1, mem_size_mib=64)
+try:
+    api.network.put(iface_id="eth0", host_dev_name="tap0")
+except APIError as error:
+    assert "network" in str(error), error
+else:
+    raise AssertionError("there is a network")
+api.actions.put(action_type="InstanceStart")
+assert state() == "Running"
+api.vm.patch(state="Paused")
+assert state() == "Paused"
+api.vm.patch(state="Resumed")
+assert api.vm_config.get().json()["boot-source"]["kernel_image_path"] == kernel
+pid, _ = manager.get_pid(vm)
+assert manager.is_running(vm) and pid in manager.get_pids()
+assert manager.stop(vm)

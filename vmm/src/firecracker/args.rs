@@ -1,0 +1,218 @@
+//! Firecracker's command line.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, Parser};
+
+use super::VERSION;
+
+/// The name under which the program is Firecracker.
+const NAME: &str = "firecracker";
+/// What Firecracker ends with where its arguments are wrong.
+const WRONG_ARGUMENTS: u8 = 153;
+
+/// One VM behind the API of Firecracker. Installed under the name `firecracker`, as a link, the program is
+/// this command.
+#[derive(Debug, Args)]
+pub(crate) struct FirecrackerArgs {
+    /// Where the socket of the API is
+    #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
+    pub(crate) api_sock: PathBuf,
+
+    /// The VM's name
+    #[arg(long, value_name = "ID", default_value = "anonymous-instance", value_parser = parse_id)]
+    pub(crate) id: String,
+
+    /// Configure the VM from this file (JSON, as Firecracker has it) and start it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config_file: Option<PathBuf>,
+
+    /// Open no socket
+    #[arg(long, requires = "config_file")]
+    pub(crate) no_api: bool,
+
+    /// Run the VM in the process of `samepage serve` that has this control socket, where it shares memory
+    /// with other VMs; this process stands for it, and the VM ends with it
+    #[arg(long, value_name = "SOCKET", env = "SAMEPAGE_HOST")]
+    pub(crate) host: Option<PathBuf>,
+
+    /// Append what happens to this file or FIFO rather than to standard error
+    #[arg(long, value_name = "PATH")]
+    pub(crate) log_path: Option<PathBuf>,
+
+    /// The least important of what is logged: Error, Warning, Info, Debug, Trace, or Off for nothing
+    #[arg(long, value_name = "LEVEL")]
+    pub(crate) level: Option<String>,
+
+    /// Say the level of each line of the log
+    #[arg(long)]
+    pub(crate) show_level: bool,
+
+    /// Write metrics to this file or FIFO, as JSON, when asked to (FlushMetrics)
+    #[arg(long, value_name = "PATH")]
+    pub(crate) metrics_path: Option<PathBuf>,
+
+    /// Longest body of a request, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
+    pub(crate) http_api_max_payload_size: usize,
+
+    /// Print the version of Firecracker's API that is spoken
+    #[arg(long)]
+    pub(crate) version: bool,
+
+    /// Refused: there are no snapshots
+    #[arg(long)]
+    pub(crate) snapshot_version: bool,
+
+    /// Refused: there are no snapshots
+    #[arg(long, value_name = "FILE")]
+    pub(crate) describe_snapshot: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) accepted: AcceptedArgs,
+}
+
+/// What is accepted and makes no difference.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Accepted, without an effect")]
+pub(crate) struct AcceptedArgs {
+    /// There is no seccomp filter
+    #[arg(long, conflicts_with = "seccomp_filter")]
+    no_seccomp: bool,
+
+    /// There is no seccomp filter
+    #[arg(long, value_name = "FILE")]
+    seccomp_filter: Option<PathBuf>,
+
+    /// The log has no modules
+    #[arg(long, value_name = "MODULE")]
+    module: Option<String>,
+
+    /// The log says no places in the source
+    #[arg(long)]
+    show_log_origin: bool,
+
+    /// The time of the boot is told by the guest
+    #[arg(long)]
+    boot_timer: bool,
+
+    /// The time of the process's start is not reported
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_us: Option<u64>,
+
+    /// The time of the process's start is not reported
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_cpu_us: Option<u64>,
+
+    /// The time of the process's start is not reported
+    #[arg(long, value_name = "MICROSECONDS")]
+    parent_cpu_time_us: Option<u64>,
+
+    /// There is no metadata service
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
+
+    /// More arguments, which a jailer passes on
+    #[arg(last = true, action = ArgAction::Append, hide = true)]
+    more: Vec<String>,
+}
+
+/// The whole command line, where the program is called by Firecracker's name.
+#[derive(Debug, Parser)]
+#[command(name = NAME, disable_version_flag = true, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    args: FirecrackerArgs,
+}
+
+/// The arguments, where the program was called by Firecracker's name; `Err` where they are wrong, or help is
+/// all that is asked for, with what to end with.
+pub(crate) fn of_process() -> Option<Result<FirecrackerArgs, ExitCode>> {
+    let program = std::env::args_os().next()?;
+    (Path::new(&program).file_name() == Some(OsStr::new(NAME))).then(|| {
+        Cli::try_parse().map(|cli| cli.args).map_err(|error| {
+            // Who does not see it has closed the output.
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { WRONG_ARGUMENTS } else { 0 })
+        })
+    })
+}
+
+/// Prints the version in the way in which clients look for it.
+pub(super) fn print_version() {
+    use std::io::Write;
+    // Who has closed the output does not want to know.
+    let _ = writeln!(
+        std::io::stdout(),
+        "Firecracker v{VERSION}\n\nThis is samepage {}, which speaks Firecracker's API.",
+        env!("CARGO_PKG_VERSION")
+    );
+}
+
+fn parse_id(id: &str) -> Result<String, String> {
+    let letter = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if (1..=64).contains(&id.len()) && id.chars().all(letter) {
+        Ok(id.to_owned())
+    } else {
+        Err("use 1 to 64 letters, digits or -".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(arguments: &[&str]) -> Result<FirecrackerArgs, clap::Error> {
+        Cli::try_parse_from([&[NAME], arguments].concat()).map(|cli| cli.args)
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_usual_arguments_are_taken() {
+        let args = parse(&["--api-sock", "/tmp/s", "--id", "a-1", "--no-seccomp", "--boot-timer"]).unwrap();
+        assert_eq!((args.api_sock.as_path(), args.id.as_str()), (Path::new("/tmp/s"), "a-1"));
+        assert!(args.accepted.no_seccomp && args.accepted.boot_timer);
+        let all = [
+            "--seccomp-filter=f",
+            "--level=Debug",
+            "--log-path=l",
+            "--metrics-path=m",
+            "--module=api",
+            "--show-level",
+            "--show-log-origin",
+            "--start-time-us=1",
+            "--start-time-cpu-us=1",
+            "--parent-cpu-time-us=1",
+            "--http-api-max-payload-size=100",
+            "--mmds-size-limit=100",
+            "--config-file=c",
+            "--no-api",
+            "--",
+            "--whatever",
+        ];
+        assert_eq!(parse(&all).unwrap().http_api_max_payload_size, 100);
+        assert!(parse(&["--version"]).unwrap().version);
+    }
+
+    #[test]
+    fn wrong_arguments_are_refused() {
+        for wrong in [
+            &["--no-api"][..],
+            &["--id", "a_b"],
+            &["--id", ""],
+            &["--no-seccomp", "--seccomp-filter=f"],
+            &["--enable-pci"],
+            &["--metadata", "m"],
+            &["--nothing"],
+        ] {
+            assert!(parse(wrong).unwrap_err().use_stderr(), "{wrong:?}");
+        }
+    }
+}

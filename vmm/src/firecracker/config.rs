@@ -1,0 +1,48 @@
+//! Firecracker's configuration files: what a client would say, in one JSON object.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, anyhow, bail};
+use serde_json::Value;
+
+use super::controller::Controller;
+use super::fault::Fault;
+use super::requests::{missing, put};
+
+/// The parts that are requests of their own, in the order in which they are made.
+const PARTS: [&str; 5] = ["logger", "metrics", "machine-config", "boot-source", "serial"];
+
+/// Configures the VM from a file, and starts it.
+///
+/// # Errors
+/// What is wrong, with the part where it is.
+pub(super) fn apply(path: &Path, controller: &mut Controller) -> anyhow::Result<()> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    apply_text(&text, controller).with_context(|| format!("configure the VM from {}", path.display()))
+}
+
+fn apply_text(text: &str, controller: &mut Controller) -> anyhow::Result<()> {
+    let mut config: serde_json::Map<String, Value> = serde_json::from_str(text)?;
+    // What is null or an empty list asks for nothing.
+    config.retain(|_, value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
+    let refused = |part: &str, fault: Fault| anyhow!("{part}: {}", fault.message);
+    for part in PARTS {
+        if let Some(value) = config.remove(part) {
+            put(controller, part, &value).map_err(|fault| refused(part, fault))?;
+        }
+    }
+    if let Some(drives) = config.remove("drives") {
+        for drive in drives.as_array().context("drives: not a list")? {
+            let id = drive["drive_id"].as_str().context("drives: one has no drive_id")?;
+            put(controller, &format!("drives/{id}"), drive).map_err(|fault| refused("drives", fault))?;
+        }
+    }
+    if let Some(part) = config.keys().next() {
+        match missing(part) {
+            Some(what) => bail!("{part}: samepage has no {what}"),
+            None => bail!("unknown part {part}"),
+        }
+    }
+    controller.start().map_err(|fault| anyhow!(fault.message))
+}

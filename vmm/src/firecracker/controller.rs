@@ -1,0 +1,291 @@
+//! What a client has configured, and what it asks of the VM.
+//!
+//! Before the start everything can be said again and replaces what was said; what is wrong is refused when it
+//! is said, as far as that can be known. After the start some of it can be changed.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use samepage::api::disk_spec::DiskSpec;
+use samepage::api::spec::{HugePagesSpec, Size, VmSpec};
+use samepage::config::{check_disk_id, check_memory};
+use serde_json::{Value, json};
+
+use super::VERSION;
+use super::args::FirecrackerArgs;
+use super::fault::Fault;
+use super::log::Log;
+use super::machine::{Activity, Machine};
+use super::metrics::Metrics;
+use super::model::{
+    BootSource, Drive, DriveUpdate, HugePagesConfig, InstanceInfo, InstanceState, LoggerConfig,
+    MachineConfig, MachineConfigUpdate, MetricsConfig, SerialConfig, WantedState,
+};
+
+/// The kernel's command line where none is given; as with Firecracker it has no console.
+const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
+                                 i8042.dumbkbd swiotlb=noforce";
+
+/// The one VM, before and after its start.
+pub(super) struct Controller {
+    id: String,
+    machine: Arc<dyn Machine>,
+    log: Arc<Log>,
+    machine_config: MachineConfig,
+    boot_source: Option<BootSource>,
+    /// The root device first, then in the order in which they were added.
+    drives: Vec<Drive>,
+    serial_out: Option<PathBuf>,
+    logger: Option<LoggerConfig>,
+    metrics: Option<Metrics>,
+}
+
+impl Controller {
+    pub(super) fn new(args: &FirecrackerArgs, machine: Arc<dyn Machine>, log: Arc<Log>) -> Self {
+        Self {
+            id: args.id.clone(),
+            machine,
+            log,
+            machine_config: MachineConfig::default(),
+            boot_source: None,
+            drives: Vec::new(),
+            serial_out: None,
+            logger: None,
+            metrics: None,
+        }
+    }
+
+    /// Checks that the VM is still to be started.
+    pub(super) fn before_start(&self) -> Result<(), Fault> {
+        if self.machine.activity().is_some() { Err(Fault::started()) } else { Ok(()) }
+    }
+
+    fn after_start(&self) -> Result<Activity, Fault> {
+        self.machine.activity().ok_or_else(Fault::not_started)
+    }
+
+    pub(super) fn info(&self) -> InstanceInfo {
+        let state = match self.machine.activity() {
+            None => InstanceState::NotStarted,
+            Some(Activity::Running) => InstanceState::Running,
+            Some(Activity::Paused) => InstanceState::Paused,
+        };
+        InstanceInfo { id: self.id.clone(), state, vmm_version: VERSION, app_name: "Firecracker" }
+    }
+
+    pub(super) fn machine_config(&self) -> &MachineConfig {
+        &self.machine_config
+    }
+
+    pub(super) fn set_machine_config(&mut self, config: MachineConfig) -> Result<(), Fault> {
+        self.before_start()?;
+        check_machine(&config)?;
+        self.machine_config = config;
+        Ok(())
+    }
+
+    pub(super) fn change_machine_config(&mut self, change: MachineConfigUpdate) -> Result<(), Fault> {
+        if change == MachineConfigUpdate::default() {
+            return Err(Fault::new("The machine configuration is not changed by an empty request."));
+        }
+        let old = self.machine_config.clone();
+        self.set_machine_config(MachineConfig {
+            vcpu_count: change.vcpu_count.unwrap_or(old.vcpu_count),
+            mem_size_mib: change.mem_size_mib.unwrap_or(old.mem_size_mib),
+            smt: change.smt.unwrap_or(old.smt),
+            cpu_template: change.cpu_template.or(old.cpu_template),
+            track_dirty_pages: change.track_dirty_pages.unwrap_or(old.track_dirty_pages),
+            huge_pages: change.huge_pages.unwrap_or(old.huge_pages),
+        })
+    }
+
+    pub(super) fn set_boot_source(&mut self, source: BootSource) -> Result<(), Fault> {
+        self.before_start()?;
+        let open = |path: &Path, what: &str| match File::open(path) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                Err(Fault::new(format!("The {what} file {} cannot be opened: {error}.", path.display())))
+            }
+        };
+        open(&source.kernel_image_path, "kernel")?;
+        source.initrd_path.as_deref().map_or(Ok(()), |path| open(path, "initrd"))?;
+        self.boot_source = Some(source);
+        Ok(())
+    }
+
+    pub(super) fn set_drive(&mut self, drive: Drive) -> Result<(), Fault> {
+        self.before_start()?;
+        let id = &drive.drive_id;
+        if drive.socket.is_some() {
+            return Err(Fault::missing("drives of vhost-user"));
+        }
+        let Some(path) = &drive.path_on_host else {
+            return Err(Fault::new(format!("Drive {id} has no path_on_host.")));
+        };
+        if let Err(error) = File::open(path) {
+            let path = path.display();
+            return Err(Fault::new(format!("Drive {id}: {path} cannot be opened: {error}.")));
+        }
+        let other_root = self.drives.iter().any(|other| other.is_root_device && other.drive_id != *id);
+        if drive.is_root_device && other_root {
+            return Err(Fault::new("A root block device already exists!"));
+        }
+        self.drives.retain(|other| other.drive_id != *id);
+        let at = if drive.is_root_device { 0 } else { self.drives.len() };
+        self.drives.insert(at, drive);
+        Ok(())
+    }
+
+    pub(super) fn change_drive(&mut self, change: &DriveUpdate) -> Result<(), Fault> {
+        self.after_start()?;
+        let id = &change.drive_id;
+        let Some(at) = self.drives.iter().position(|drive| drive.drive_id == *id) else {
+            return Err(Fault::new(format!("There is no drive {id}.")));
+        };
+        if change.path_on_host.is_some() && change.path_on_host != self.drives[at].path_on_host {
+            return Err(Fault::missing("way to exchange the image of a drive while the guest runs"));
+        }
+        let Some(limiter) = change.rate_limiter else { return Ok(()) };
+        let limiter = self.drives[at].rate_limiter.unwrap_or_default().changed(limiter);
+        self.machine.set_limits(&disk_name(&self.drives[at], at), limiter.limits())?;
+        self.drives[at].rate_limiter = Some(limiter);
+        Ok(())
+    }
+
+    pub(super) fn set_serial(&mut self, serial: SerialConfig) -> Result<(), Fault> {
+        self.before_start()?;
+        if serial.rate_limiter.is_some() {
+            return Err(Fault::missing("rate limiter of the serial port"));
+        }
+        self.serial_out = serial.serial_out_path;
+        Ok(())
+    }
+
+    pub(super) fn set_logger(&mut self, logger: LoggerConfig) -> Result<(), Fault> {
+        self.before_start()?;
+        self.log.configure(&logger).map_err(|error| Fault::new(format!("{error:#}.")))?;
+        self.logger = Some(logger);
+        Ok(())
+    }
+
+    pub(super) fn set_metrics(&mut self, config: MetricsConfig) -> Result<(), Fault> {
+        self.before_start()?;
+        if self.metrics.is_some() {
+            return Err(Fault::new("Reinitialization of metrics not allowed."));
+        }
+        self.metrics = Some(Metrics::open(&self.id, config)?);
+        Ok(())
+    }
+
+    pub(super) fn set_metrics_path(&mut self, path: &Path) -> Result<(), Fault> {
+        self.set_metrics(MetricsConfig { metrics_path: path.to_owned(), ..MetricsConfig::default() })
+    }
+
+    pub(super) fn flush_metrics(&mut self) -> Result<(), Fault> {
+        let drives = self.machine.drives();
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(&drives))
+    }
+
+    /// Makes the VM and starts it.
+    pub(super) fn start(&mut self) -> Result<(), Fault> {
+        self.before_start()?;
+        let Some(source) = self.boot_source.clone() else {
+            return Err(Fault::new("Cannot start microvm without kernel configuration."));
+        };
+        let disks = self.drives.iter().enumerate().map(|(at, drive)| DiskSpec {
+            path: drive.path_on_host.clone().unwrap_or_default(),
+            readonly: drive.is_read_only.unwrap_or(false),
+            id: Some(disk_name(drive, at)),
+            limits: drive.rate_limiter.unwrap_or_default().limits(),
+            ..DiskSpec::default()
+        });
+        let spec = VmSpec {
+            initrd: source.initrd_path.clone(),
+            cmdline: self.command_line(&source),
+            memory: Size(self.machine_config.mem_size_mib << 20),
+            hugepages: match self.machine_config.huge_pages {
+                HugePagesConfig::Transparent => HugePagesSpec::Thp,
+                HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePagesSpec::Off,
+            },
+            disks: disks.collect(),
+            ..VmSpec::new(self.id.clone(), source.kernel_image_path)
+        };
+        self.machine.start(spec, self.serial_out.clone())
+    }
+
+    /// The kernel's command line, with what names the root device before what is meant for init.
+    fn command_line(&self, source: &BootSource) -> String {
+        let given = source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS);
+        let root =
+            self.drives.first().filter(|drive| drive.is_root_device).map_or_else(String::new, |drive| {
+                let device = drive.partuuid.as_ref().map(|uuid| format!("PARTUUID={uuid}"));
+                let access = if drive.is_read_only.unwrap_or(false) { "ro" } else { "rw" };
+                format!(" root={} {access}", device.as_deref().unwrap_or("/dev/vda"))
+            });
+        match given.split_once(" -- ") {
+            Some((kernel, init)) => format!("{kernel} pci=off{root} -- {init}"),
+            None => format!("{given} pci=off{root}").trim_start().to_owned(),
+        }
+    }
+
+    pub(super) fn want(&mut self, state: WantedState) -> Result<(), Fault> {
+        match (self.after_start()?, state) {
+            (Activity::Running, WantedState::Paused) => self.machine.pause(),
+            (Activity::Paused, WantedState::Resumed) => self.machine.resume(),
+            // As it is.
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn ctrl_alt_del(&self) -> Result<(), Fault> {
+        self.after_start()?;
+        self.machine.ctrl_alt_del()
+    }
+
+    /// Everything that was configured.
+    pub(super) fn configuration(&self) -> Value {
+        json!({
+            "boot-source": self.boot_source.clone().unwrap_or_default(),
+            "drives": self.drives,
+            "machine-config": self.machine_config,
+            "logger": self.logger,
+            "metrics": self.metrics.as_ref().map(Metrics::config),
+            "network-interfaces": [],
+            "pmem": [],
+            "balloon": null,
+            "cpu-config": null,
+            "entropy": null,
+            "memory-hotplug": null,
+            "mmds-config": null,
+            "vsock": null,
+        })
+    }
+}
+
+/// The name of a drive as a disk's: its own where that can be one.
+fn disk_name(drive: &Drive, at: usize) -> String {
+    if check_disk_id(&drive.drive_id).is_ok() { drive.drive_id.clone() } else { format!("drive{at}") }
+}
+
+fn check_machine(config: &MachineConfig) -> Result<(), Fault> {
+    if config.vcpu_count != 1 {
+        return Err(Fault::new(format!(
+            "{} vCPUs are asked for, and a VM of samepage has one: ask for \"vcpu_count\": 1.",
+            config.vcpu_count
+        )));
+    }
+    if config.smt {
+        return Err(Fault::missing("simultaneous multithreading in guests"));
+    }
+    if config.cpu_template.as_ref().is_some_and(|template| template != "None") {
+        return Err(Fault::missing("CPU templates"));
+    }
+    if config.huge_pages == HugePagesConfig::Hugetlbfs2M {
+        return Err(Fault::missing(
+            "guest memory on hugetlbfs, which cannot be shared (\"Transparent\" huge pages can)",
+        ));
+    }
+    let bytes = config.mem_size_mib.checked_mul(1 << 20).unwrap_or(!0xfff);
+    check_memory(bytes).map_err(|error| Fault::new(format!("The memory size is invalid: {error}.")))
+}

@@ -1,0 +1,296 @@
+//! The VM in a process of `samepage serve`, and this process in its place.
+//!
+//! The VM is made for a connection to its console: what the guest writes comes from there, what is typed
+//! goes there, and when the connection ends, however this process does, the host deletes the VM. When the VM
+//! ends, so does the connection.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::Context;
+use hyper::Method;
+use parking_lot::Mutex;
+use samepage::api::disk_spec::LimitsSpec;
+use samepage::api::lifecycle::{Action, State};
+use samepage::api::spec::VmSpec;
+use samepage::api::views::{DiskStatistics, DiskView, VmSummary};
+use samepage::api::{Client, ClientError};
+use samepage::console::escape::{EscapeFilter, HELP, Key};
+use samepage::console::terminal::{self, RawTerminal, StdinKind};
+use samepage::poll::wait_readable;
+use samepage::signals::ShutdownSignals;
+use serde_json::{Value, json};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Exit;
+use super::args::FirecrackerArgs;
+use super::fault::Fault;
+use super::log::Log;
+use super::machine::{Activity, DriveCounts, Machine};
+use super::server::Server;
+
+/// The connection to the VM's console, and what came with its answer.
+struct Console {
+    stream: UnixStream,
+    first: Vec<u8>,
+    /// It goes to a file of the host's as well, and is not shown here.
+    elsewhere: bool,
+}
+
+/// The VM's stand-in.
+pub(super) struct Hosted {
+    name: String,
+    client: Client,
+    started: AtomicBool,
+    /// Handed over to whoever waits for the VM's end.
+    console: Mutex<Option<Console>>,
+    /// Written when that is there.
+    attached: EventFd,
+}
+
+/// Waits for the VM's end.
+pub(super) struct Watch {
+    hosted: Arc<Hosted>,
+    log: Arc<Log>,
+}
+
+/// Gets ready for a VM in the process that has this control socket.
+pub(super) fn start(
+    socket: &Path,
+    args: &FirecrackerArgs,
+    log: Arc<Log>,
+) -> anyhow::Result<(Arc<Hosted>, Watch)> {
+    let client = Client::new(socket);
+    // Whoever listens there, before clients count on it.
+    client.get::<Value>("/version")?;
+    let hosted = Arc::new(Hosted {
+        name: args.id.clone(),
+        client,
+        started: AtomicBool::new(false),
+        console: Mutex::default(),
+        attached: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("open an event")?,
+    });
+    Ok((hosted.clone(), Watch { hosted, log }))
+}
+
+impl From<ClientError> for Fault {
+    fn from(error: ClientError) -> Self {
+        Fault::new(format!("{error}."))
+    }
+}
+
+impl Hosted {
+    fn path(&self) -> String {
+        format!("/vms/{}", self.name)
+    }
+
+    fn act(&self, action: Action) -> Result<(), ClientError> {
+        let body = json!({ "action": action.name() });
+        self.client.send::<VmSummary>(Method::POST, &(self.path() + "/actions"), &body).map(drop)
+    }
+
+    fn delete(&self) {
+        // The host deletes it as well when the connection ends.
+        let _ = self.client.delete(&self.path());
+    }
+}
+
+impl Machine for Hosted {
+    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
+        let elsewhere = console.is_some();
+        spec.console.file = console;
+        spec.make_absolute().map_err(|error| Fault::new(format!("A path cannot be resolved: {error}.")))?;
+        self.client.send::<Value>(Method::POST, "/vms", &spec)?;
+        let attached = self.client.attach_for_life(&self.name);
+        let started = attached.and_then(|(stream, first)| {
+            self.act(Action::Start)?;
+            Ok(Console { stream, first, elsewhere })
+        });
+        match started {
+            Ok(console) => {
+                *self.console.lock() = Some(console);
+                self.started.store(true, Ordering::SeqCst);
+                // The one failure of an event counter is that it is full: then it is readable as it is.
+                let _ = self.attached.write(1);
+                Ok(())
+            }
+            Err(error) => {
+                self.delete();
+                Err(error.into())
+            }
+        }
+    }
+
+    fn activity(&self) -> Option<Activity> {
+        if !self.started.load(Ordering::SeqCst) {
+            return None;
+        }
+        let state = self.client.get::<VmSummary>(&self.path()).map(|vm| vm.state);
+        Some(if matches!(state, Ok(State::Paused)) { Activity::Paused } else { Activity::Running })
+    }
+
+    fn pause(&self) -> Result<(), Fault> {
+        Ok(self.act(Action::Pause)?)
+    }
+
+    fn resume(&self) -> Result<(), Fault> {
+        Ok(self.act(Action::Resume)?)
+    }
+
+    fn ctrl_alt_del(&self) -> Result<(), Fault> {
+        Ok(self.act(Action::Shutdown)?)
+    }
+
+    fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
+        let path = format!("{}/disks/{disk}", self.path());
+        Ok(self.client.send::<Value>(Method::PATCH, &path, &json!({ "limits": limits })).map(drop)?)
+    }
+
+    fn drives(&self) -> Vec<(String, DriveCounts)> {
+        let disks: Vec<DiskView> = self.client.get(&(self.path() + "/disks")).unwrap_or_default();
+        disks.into_iter().filter_map(|disk| Some((disk.id, disk.statistics?.into()))).collect()
+    }
+}
+
+impl From<DiskStatistics> for DriveCounts {
+    fn from(counted: DiskStatistics) -> Self {
+        Self {
+            reads: counted.reads,
+            writes: counted.writes,
+            flushes: counted.flushes,
+            read_bytes: counted.read_bytes,
+            written_bytes: counted.written_bytes,
+            errors: counted.errors,
+            throttled: counted.throttled,
+        }
+    }
+}
+
+impl Watch {
+    /// Passes the console on both ways until the VM has ended, or a signal ends it.
+    pub(super) fn until_the_end(
+        self,
+        signals: &ShutdownSignals,
+        server: Option<Server>,
+    ) -> anyhow::Result<Exit> {
+        let hosted = &self.hosted;
+        let quit = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("open an event")?;
+        let (mut console, mut raw) = (None::<Console>, None);
+        let mut buffer = [0; 4096];
+        let exit = loop {
+            let stream = console.as_ref().map(|console| console.stream.as_raw_fd());
+            let attached = Some(hosted.attached.as_raw_fd());
+            let files = [Some(signals.as_raw_fd()), attached, Some(quit.as_raw_fd()), stream];
+            let [signal, attached, quit_typed, output] = wait_readable(files).context("wait for the VM")?;
+            if (signal && signals.take().is_some()) || quit_typed {
+                break Exit::Ok;
+            }
+            if attached {
+                // Readable as it is.
+                let _ = hosted.attached.read();
+                if let Some(new) = hosted.console.lock().take() {
+                    raw = type_along(&new.stream, &quit)?;
+                    new.show(&new.first);
+                    console = Some(new);
+                }
+            }
+            if output && let Some(open) = &console {
+                match (&open.stream).read(&mut buffer) {
+                    Ok(count @ 1..) => open.show(&buffer[..count]),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    // The VM has ended, or the host has.
+                    Ok(0) | Err(_) => break self.end(&mut raw),
+                }
+            }
+        };
+        // The terminal is the user's again before anything is told, and clients get their answers.
+        drop((raw, server));
+        if console.is_some() {
+            hosted.delete();
+        }
+        Ok(exit)
+    }
+
+    /// Asks how the VM ended.
+    fn end(&self, raw: &mut Option<RawTerminal>) -> Exit {
+        *raw = None;
+        match self.hosted.client.get::<VmSummary>(&self.hosted.path()) {
+            Ok(vm) if vm.state == State::Stopped => {
+                self.log.info(vm.reason.unwrap_or_default());
+                Exit::Ok
+            }
+            Ok(vm) => {
+                self.log.error(vm.reason.unwrap_or_else(|| "the console was closed by the host".to_owned()));
+                Exit::Error
+            }
+            Err(error) => {
+                self.log.error(format_args!("the VM is gone with its host: {error}"));
+                Exit::Error
+            }
+        }
+    }
+}
+
+impl Console {
+    fn show(&self, bytes: &[u8]) {
+        if !self.elsewhere {
+            let mut out = io::stdout().lock();
+            // Who has closed the output does not want it; the VM goes on.
+            let _ = out.write_all(bytes).and_then(|()| out.flush());
+        }
+    }
+}
+
+/// Passes on what is typed, by a thread that lasts as long as the process: a guest that takes nothing holds it
+/// up. Writes `quit` when the user wants to end the VM.
+fn type_along(stream: &UnixStream, quit: &EventFd) -> anyhow::Result<Option<RawTerminal>> {
+    let kind = terminal::stdin_kind();
+    if kind == StdinKind::BackgroundTerminal {
+        return Ok(None);
+    }
+    let keys = kind == StdinKind::Terminal;
+    let raw = keys.then(RawTerminal::enter).transpose().context("put the terminal into raw mode")?;
+    let typing = || -> io::Result<_> {
+        let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let (stream, quit) = (stream.try_clone()?, quit.try_clone()?);
+        thread::Builder::new().name("stdin".into()).spawn(move || {
+            // What goes wrong ends the typing alone.
+            let _ = pass_on(&stdin, &stream, keys, &quit);
+        })
+    };
+    typing().context("read what is typed")?;
+    Ok(raw)
+}
+
+fn pass_on(mut stdin: &File, mut stream: &UnixStream, keys: bool, quit: &EventFd) -> io::Result<()> {
+    let mut filter = EscapeFilter::default();
+    let mut buffer = [0; 256];
+    loop {
+        let count = match stdin.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        if !keys {
+            stream.write_all(&buffer[..count])?;
+            continue;
+        }
+        let mut to_guest = Vec::with_capacity(count);
+        for byte in &buffer[..count] {
+            match filter.feed(*byte) {
+                Key::Guest(byte) => to_guest.push(byte),
+                Key::Quit => return quit.write(1),
+                Key::Help => io::stderr().write_all(HELP.as_bytes())?,
+                Key::Nothing => {}
+            }
+        }
+        stream.write_all(&to_guest)?;
+    }
+}

@@ -1,0 +1,200 @@
+//! The VM in this process.
+
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use anyhow::Context;
+use samepage::api::disk_spec::LimitsSpec;
+use samepage::api::lifecycle::{Action, State};
+use samepage::api::record::Record;
+use samepage::api::spec::VmSpec;
+use samepage::api::{Common, Manager, ManagerError};
+use samepage::fleet::Ended;
+use samepage::poll::wait_readable;
+use samepage::signals::ShutdownSignals;
+use samepage::{ConsoleConfig, Hypervisor, VmEnd};
+use samepage_sharing::engine::Settings;
+
+use super::Exit;
+use super::args::FirecrackerArgs;
+use super::fault::Fault;
+use super::log::Log;
+use super::machine::{Activity, DriveCounts, Machine};
+use super::server::Server;
+use crate::run::start_sharing;
+use crate::stdin::{Input, Typed};
+
+/// The VM, once there is one, and what it needs.
+pub(super) struct Local {
+    name: String,
+    manager: Arc<Manager>,
+}
+
+/// Waits for the VM's end.
+pub(super) struct Watch {
+    manager: Arc<Manager>,
+    log: Arc<Log>,
+}
+
+/// Gets ready for a VM in this process.
+pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Arc<Local>, Watch)> {
+    let hypervisor = Hypervisor::open()?;
+    samepage::host_limits::raise_open_files();
+    let settings = Settings::default();
+    let sharing = start_sharing(&settings);
+    if let Some(sharing) = &sharing {
+        let log = log.clone();
+        sharing.on_notice(move |notice| log.info(notice));
+    }
+    // How much the VMs of a host may be promised together is known to whoever starts the processes.
+    let common = Common { sharing, settings, overcommit: f64::INFINITY };
+    let manager = Arc::new(Manager::new(hypervisor, common).context("watch the VM")?);
+    Ok((Arc::new(Local { name: args.id.clone(), manager: manager.clone() }), Watch { manager, log }))
+}
+
+impl From<ManagerError> for Fault {
+    fn from(error: ManagerError) -> Self {
+        Fault::new(format!("{error}."))
+    }
+}
+
+impl Local {
+    fn record(&self) -> Result<Arc<Record>, Fault> {
+        self.manager.find(&self.name).map_err(|_| Fault::not_started())
+    }
+
+    fn act(&self, action: Action) -> Result<(), Fault> {
+        let record = self.record()?;
+        let busy = || Fault::new("Something else is being done to the VM.");
+        let turn = record.try_turn().ok_or_else(busy)?;
+        Ok(self.manager.act(&turn, action).map(drop)?)
+    }
+}
+
+impl Machine for Local {
+    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
+        let stdio = console.is_none().then_some(ConsoleConfig::Stdio);
+        spec.console.file = console;
+        let record = self.manager.create(vec![spec], vec![stdio])?.remove(0);
+        let started = self.act(Action::Start);
+        if started.is_err()
+            && let Some(turn) = record.try_turn()
+        {
+            self.manager.delete(&turn);
+        }
+        started
+    }
+
+    fn activity(&self) -> Option<Activity> {
+        match self.record().ok()?.state() {
+            State::Created => None,
+            State::Paused => Some(Activity::Paused),
+            // The process ends with it.
+            State::Running | State::Stopped | State::Crashed | State::Failed => Some(Activity::Running),
+        }
+    }
+
+    fn pause(&self) -> Result<(), Fault> {
+        self.act(Action::Pause)
+    }
+
+    fn resume(&self) -> Result<(), Fault> {
+        self.act(Action::Resume)
+    }
+
+    fn ctrl_alt_del(&self) -> Result<(), Fault> {
+        self.act(Action::Shutdown)
+    }
+
+    fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
+        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
+        let disk = vm.disks().iter().find(|other| other.id == disk);
+        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits.into());
+        Ok(())
+    }
+
+    fn drives(&self) -> Vec<(String, DriveCounts)> {
+        let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
+        let counts = vm.disks().iter().map(|disk| {
+            let stats = &disk.stats;
+            let counts = DriveCounts {
+                reads: stats.reads.load(Relaxed),
+                writes: stats.writes.load(Relaxed),
+                flushes: stats.flushes.load(Relaxed),
+                read_bytes: stats.read_bytes.load(Relaxed),
+                written_bytes: stats.written_bytes.load(Relaxed),
+                errors: stats.errors.load(Relaxed),
+                throttled: stats.throttled.load(Relaxed),
+            };
+            (disk.id.clone(), counts)
+        });
+        counts.collect()
+    }
+}
+
+impl Watch {
+    /// Passes on what is typed until the VM has ended, or a signal ends it.
+    pub(super) fn until_the_end(
+        self,
+        signals: &ShutdownSignals,
+        server: Option<Server>,
+    ) -> anyhow::Result<Exit> {
+        let manager = &self.manager;
+        let (mut input, mut looked, mut closing) = (None::<Input>, false, false);
+        loop {
+            let [typed, room] = input.as_ref().map_or([None, None], Input::files);
+            let fleet = manager.fleet().as_raw_fd();
+            let files = [Some(signals.as_raw_fd()), Some(fleet), Some(manager.as_raw_fd()), typed, room];
+            let [signal, end, settled, typed, room] = wait_readable(files).context("wait for the VM")?;
+            if settled {
+                manager.clear_settled();
+            }
+            if settled
+                && !looked
+                && let Some(record) = manager.list().first()
+            {
+                looked = true;
+                input = Input::open(record)?;
+            }
+            if signal && signals.take().is_some() {
+                closing = true;
+                manager.close();
+            }
+            if end && let Some(vm) = manager.collect().context("wait for the VM")?.first() {
+                // The terminal is the user's again before anything is told, and clients get their answers.
+                drop((input, server));
+                return Ok(self.tell_end(vm));
+            }
+            if closing && manager.is_idle() {
+                return Ok(Exit::Ok);
+            }
+            if (typed || room)
+                && let Some(open) = &mut input
+                && open.pump(manager.fleet(), typed) == Typed::Quit
+            {
+                closing = true;
+                manager.close();
+            }
+        }
+    }
+
+    fn tell_end(&self, vm: &Ended) -> Exit {
+        let (end, lost) = (&vm.end, vm.console_lost);
+        if lost > 0 {
+            self.log
+                .error(format_args!("{lost} bytes of console output were lost, because nobody took them"));
+        }
+        match end {
+            VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => {
+                self.log.info(end);
+                Exit::Ok
+            }
+            VmEnd::Crashed(_) | VmEnd::Failed(_) => {
+                self.log.error(end);
+                Exit::Error
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! `samepage firecracker`: one VM behind the API of Firecracker, for the clients that speak it.
+//!
+//! - [`args`] is Firecracker's command line, [`model`] what its requests and answers consist of.
+//! - [`controller`] keeps what a client has configured, [`requests`] leads each request there.
+//! - [`machine`] is what a VM is asked for: [`local`] runs it in this process, [`hosted`] in a process of
+//!   `samepage serve`, where it shares memory with others, with this process in its place.
+//! - [`server`] speaks HTTP.
+//!
+//! What Firecracker can and samepage cannot is refused with a fault that says so, never ignored; where a
+//! setting asks for nothing that could be missed (a log's format, a seccomp filter), it is accepted. The table
+//! is in `docs/firecracker.md`.
+
+pub(crate) mod args;
+mod config;
+mod controller;
+mod fault;
+mod hosted;
+mod http10;
+mod limits;
+mod local;
+mod log;
+mod machine;
+mod metrics;
+mod model;
+mod requests;
+mod server;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use parking_lot::Mutex;
+use samepage::signals::ShutdownSignals;
+
+use crate::report::{self, tell};
+use args::FirecrackerArgs;
+use controller::Controller;
+use fault::Fault;
+use log::Log;
+use machine::Machine;
+use server::Server;
+
+/// The version of Firecracker's API that is spoken. Clients want to see one that they know.
+pub(crate) const VERSION: &str = "1.16.1";
+
+/// What the process ends with, as Firecracker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Exit {
+    /// The guest reset the machine or powered off, or the process was told to end.
+    Ok = 0,
+    /// Anything else.
+    Error = 1,
+    /// The configuration file, or what an option says.
+    BadConfiguration = 152,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// The one VM of the process, to be configured and asked by clients.
+type Shared = Arc<Mutex<Controller>>;
+
+/// Runs a VM until it has ended, or the process is told to end.
+pub(crate) fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
+    if args.version {
+        args::print_version();
+        return Ok(Exit::Ok.into());
+    }
+    if args.snapshot_version || args.describe_snapshot.is_some() {
+        tell("there are no snapshots");
+        return Ok(Exit::Error.into());
+    }
+    let log = match Log::new(args) {
+        Ok(log) => Arc::new(log),
+        Err(error) => {
+            tell(report::causes(&error));
+            return Ok(Exit::BadConfiguration.into());
+        }
+    };
+    log.info(format_args!("samepage {} runs as Firecracker v{VERSION}", env!("CARGO_PKG_VERSION")));
+    // Before any thread is started, so that all threads leave them alone.
+    let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
+    let exit = match &args.host {
+        None => {
+            let (machine, watch) = local::start(args, log.clone())?;
+            run(args, machine, &log, |server| watch.until_the_end(&signals, server))?
+        }
+        Some(socket) => {
+            let (machine, watch) = hosted::start(socket, args, log.clone())?;
+            run(args, machine, &log, |server| watch.until_the_end(&signals, server))?
+        }
+    };
+    log.info(format_args!("the process ends with {}", exit as u8));
+    Ok(exit.into())
+}
+
+/// Configures the machine from a file where there is one, and serves clients while `watch` waits.
+fn run(
+    args: &FirecrackerArgs,
+    machine: Arc<dyn Machine>,
+    log: &Arc<Log>,
+    watch: impl FnOnce(Option<Server>) -> anyhow::Result<Exit>,
+) -> anyhow::Result<Exit> {
+    let mut controller = Controller::new(args, machine, log.clone());
+    if let Some(path) = &args.metrics_path
+        && let Err(Fault { message, .. }) = controller.set_metrics_path(path)
+    {
+        tell(message);
+        return Ok(Exit::BadConfiguration);
+    }
+    if let Some(path) = &args.config_file
+        && let Err(error) = config::apply(path, &mut controller)
+    {
+        tell(report::causes(&error));
+        return Ok(Exit::BadConfiguration);
+    }
+    let controller = Arc::new(Mutex::new(controller));
+    let server = if args.no_api {
+        None
+    } else {
+        let server = Server::start(&args.api_sock, args.http_api_max_payload_size, controller, log.clone());
+        Some(server.context("start the server of the API")?)
+    };
+    watch(server)
+}

@@ -1,0 +1,67 @@
+//! Programs in Python that tests use: clients of others, and a generator of requests.
+//!
+//! They are installed from PyPI into an environment of their own in an entry of the cache, at the versions
+//! that are named here. Where they cannot be had, tests that need them are left out, and counted.
+
+use crate::cache::{Cache, Key};
+use crate::process;
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// What is installed.
+const PACKAGES: [&str; 2] = ["firecracker-python==0.0.5", "schemathesis==4.32.5"];
+
+/// To be raised when this module installs something else from the same packages.
+const RECIPE: &str = "python 1";
+
+/// Installs the packages if the cache lacks them.
+///
+/// # Errors
+/// There is no Python with `venv`, or PyPI does not give the packages.
+pub fn build(cache: &Cache) -> Result<Environment> {
+    let entry = cache.get_or_build("python", &key(), |dir| {
+        process::run(Command::new("python3").args(["-m", "venv"]).arg(dir))
+            .context("making an environment for Python; Debian's package is python3-venv")?;
+        let mut install = Command::new(dir.join("bin/python"));
+        install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(PACKAGES);
+        process::run(&mut install).context("installing packages from PyPI")
+    })?;
+    Ok(Environment(entry))
+}
+
+/// What was installed, if the cache has it.
+///
+/// # Errors
+/// There is no cache.
+pub fn find() -> Result<Option<Environment>> {
+    Ok(Cache::of_user()?.find("python", &key()).map(Environment))
+}
+
+fn key() -> Key {
+    PACKAGES.iter().fold(Key::new().part(RECIPE), |key, package| key.part(package))
+}
+
+/// An environment with the packages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Environment(PathBuf);
+
+impl Environment {
+    /// A command line of its interpreter.
+    #[must_use]
+    pub fn python(&self) -> Command {
+        let mut python = Command::new(self.0.join("bin/python"));
+        // The entry is shared: nothing is written to it.
+        python.env("PYTHONDONTWRITEBYTECODE", "1").env_remove("PYTHONPATH").env_remove("PYTHONHOME");
+        python
+    }
+
+    /// A command line of one of its programs. Their files name the interpreter by the place where they were
+    /// made.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Command {
+        let mut program = self.python();
+        program.arg(self.0.join("bin").join(name));
+        program
+    }
+}
