@@ -383,6 +383,64 @@ fn every_read_has_the_content_of_the_disk_when_calls_are_refused() {
     (1..9).for_each(|seed| at_random(seed << 8, true));
 }
 
+/// A guest writes to its pages without pause: while blocks are read into them, while they are given up, and
+/// while another guest reads the same blocks. It may spoil what it has itself, and nothing else.
+fn beside_a_writer(keep: Keep, seed: u64) {
+    let mut engine = engine(&settings(200));
+    let [writer, reader] = [Vm::start(&mut engine, PAGES), Vm::start(&mut engine, PAGES)];
+    let mut disk = Disk::new(1, keep);
+    let mut clock = Clock::new();
+    let stop = AtomicBool::new(false);
+    let (mut checked, mut spared) = (0, 0);
+    std::thread::scope(|scope| {
+        let handle = scope.spawn(|| {
+            let mut numbers = Numbers(seed ^ 0x7777);
+            while !stop.load(Ordering::Relaxed) {
+                let page = numbers.below(u64::from(PAGES)) as u32;
+                // Often what other blocks hold: a page that pretends to be one.
+                writer.write(
+                    page,
+                    [numbers.below(8) << 40, (1 << 32) + 1 + numbers.below(300)][page as usize % 2],
+                );
+            }
+        });
+        let mut numbers = Numbers(seed);
+        for step in 0..400_u64 {
+            let (first, count) = (numbers.below(300), 1 + numbers.below(40) as u32);
+            let page = numbers.below(u64::from(PAGES - 4 * count)) as u32;
+            let stride = [1, 3][numbers.below(2) as usize];
+            let targets = |count: u32| (0..count).map(|index| Some(page + index * stride)).collect();
+            if numbers.below(2) == 0 {
+                let reading = disk.begin(&mut engine, &writer, first, targets(count));
+                if step % 5 == 0 {
+                    disk.write(&mut engine, first, 1 << 50 | step);
+                }
+                disk.end(&mut engine, &writer, reading, true);
+            }
+            let plan = disk.read_to(&mut engine, &reader, first, targets(count));
+            spared += plan.from_guests + plan.from_host;
+            for index in 0..count {
+                reader.guest.check(page + index * stride, disk.seed(first + u64::from(index)));
+                checked += 1;
+            }
+            if step % 4 == 0 {
+                clock.end_interval(&mut engine);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        handle.join().expect("the writer");
+    });
+    assert!(checked > 4000 && spared > 100, "{checked} blocks checked, {spared} of them without the disk");
+    audit(&mut engine);
+}
+
+#[test]
+fn a_guest_that_never_stops_writing_gives_others_no_false_block() {
+    for (seed, keep) in (1..).zip([Keep::Exclusive, Keep::Exclusive, Keep::Scrub, Keep::Inclusive]) {
+        beside_a_writer(keep, seed);
+    }
+}
+
 #[test]
 fn what_a_vm_reads_again_tells_what_more_memory_would_bring() {
     let mut engine = engine(&settings(0));

@@ -17,7 +17,7 @@ use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
 use samepage::signals::ShutdownSignals;
 use samepage::statistics::{StatsTarget, StatsWriter};
-use samepage::{ConsoleConfig, Hypervisor, VmConfig, VmEnd, huge_pages};
+use samepage::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use vmm_sys_util::timerfd::TimerFd;
@@ -119,8 +119,10 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
             }
         });
     }
+    manager.on_trouble(Box::new(|trouble| tell(trouble)));
     let starts: Vec<_> = specs.iter().map(|spec| !plan.serve || spec.start.unwrap_or(true)).collect();
     let records = manager.create(specs, consoles)?;
+    tell_notices(records.iter().filter_map(|record| record.vm()));
     let input = match records.as_slice() {
         [record] if plan.terminal => Input::open(record)?,
         _ => None,
@@ -217,6 +219,28 @@ impl Process {
             outcome = outcome.max(Outcome::of(&vm.end));
         }
         Ok(outcome)
+    }
+}
+
+/// Says how disks are accessed where that is not as one would expect, once for each reason.
+fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
+    let mut reasons: Vec<(String, usize)> = Vec::new();
+    for notice in
+        vms.flat_map(|vm| vm.disks().iter().flat_map(|disk| disk.notices.clone()).collect::<Vec<_>>())
+    {
+        // What comes before the first colon names the disk.
+        let reason =
+            |text: &str| text.split_once(": ").map_or_else(|| text.to_owned(), |(_, why)| why.to_owned());
+        match reasons.iter_mut().find(|(told, _)| reason(told) == reason(&notice)) {
+            Some((_, more)) => *more += 1,
+            None => reasons.push((notice, 0)),
+        }
+    }
+    for (notice, more) in reasons {
+        match more {
+            0 => tell(notice),
+            more => tell(format_args!("{notice} (and so for {more} more disks)")),
+        }
     }
 }
 

@@ -52,6 +52,15 @@ pub enum Happening {
         /// Its name.
         vm: String,
     },
+    /// A VM's disk could not be read or written.
+    Disk {
+        /// The VM's name.
+        vm: String,
+        /// The disk's.
+        disk: String,
+        /// What went wrong.
+        message: String,
+    },
     /// A limit was reached.
     Limit {
         /// Which, and what to do.
@@ -72,6 +81,7 @@ impl Happening {
             Happening::State { .. } => "state",
             Happening::Crash { .. } => "crash",
             Happening::Deleted { .. } => "deleted",
+            Happening::Disk { .. } => "disk",
             Happening::Limit { .. } => "limit",
             Happening::Missed { .. } => "missed",
         }

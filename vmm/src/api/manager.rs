@@ -24,6 +24,7 @@ use super::events::{EventLog, Happening};
 use super::lifecycle::{Action, State};
 use super::record::{Record, Turn};
 use super::spec::{SharingMode, VmSpec};
+use super::trouble::{Teller, Troubles};
 use crate::config::{ConfigError, ConsoleConfig, VmConfig};
 use crate::fleet::{self, Ended, Fleet, FleetError, Uses};
 use crate::host_limits::{HostMemory, Overcommitted};
@@ -101,7 +102,8 @@ pub struct Common {
 pub struct Manager {
     fleet: Fleet,
     common: Common,
-    pub(super) events: EventLog,
+    pub(super) events: Arc<EventLog>,
+    troubles: Arc<Troubles>,
     /// What changed about VMs without an event.
     changes: AtomicU64,
     records: Mutex<BTreeMap<String, Arc<Record>>>,
@@ -120,10 +122,12 @@ impl Manager {
     /// # Errors
     /// When the process is out of files.
     pub fn new(hypervisor: Hypervisor, common: Common) -> io::Result<Self> {
+        let events = Arc::<EventLog>::default();
         Ok(Self {
             fleet: Fleet::new(hypervisor)?,
             common,
-            events: EventLog::default(),
+            troubles: Arc::new(Troubles::new(Arc::clone(&events))),
+            events,
             changes: AtomicU64::new(0),
             records: Mutex::default(),
             reserving: Mutex::default(),
@@ -188,6 +192,7 @@ impl Manager {
             }
         };
         for (record, vm) in records.iter().zip(vms) {
+            self.troubles.watch(&vm);
             record.install(vm, true);
             self.tell_state(record);
         }
@@ -353,6 +358,7 @@ impl Manager {
                 return Err(error.into());
             }
         };
+        self.troubles.watch(&vm);
         record.install(vm.clone(), false);
         if self.is_closing() {
             vm.handle().request_stop();
@@ -433,6 +439,11 @@ impl Manager {
 
     fn note_change(&self) {
         self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Has `teller` told what goes wrong with disks, besides those who watch events. Asked for once.
+    pub fn on_trouble(&self, teller: Teller) {
+        self.troubles.set_teller(teller);
     }
 
     /// Notes that a limit was reached, for those who watch.

@@ -30,6 +30,7 @@ mod sampling;
 pub mod schema;
 pub mod server;
 pub mod spec;
+pub mod trouble;
 pub mod views;
 
 pub use client::{Client, ClientError};

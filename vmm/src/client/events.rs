@@ -63,6 +63,7 @@ fn tell(data: &str) -> Option<String> {
         }
         Happening::Crash { vm, report } => format!("VM {vm} crashed: {report}"),
         Happening::Deleted { vm } => format!("VM {vm} is deleted"),
+        Happening::Disk { vm, disk, message } => format!("VM {vm}: disk {disk}: {message}"),
         Happening::Limit { message } => message,
         Happening::Missed { count } => format!("{count} events are missing here"),
     };

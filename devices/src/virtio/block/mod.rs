@@ -41,7 +41,7 @@ mod tests;
 mod transfer;
 
 pub use crate::disk::image::SECTOR_SIZE;
-pub use stats::BlockStats;
+pub use stats::{BlockStats, TroubleObserver};
 
 use request::Rules;
 use service::{Common, Service};

@@ -40,6 +40,11 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    /// The host is at fault, and whoever runs it should know.
+    pub(super) fn is_trouble(&self) -> bool {
+        matches!(self, Self::Host { .. } | Self::Flush(_))
+    }
+
     pub(super) fn is_unsupported(&self) -> bool {
         matches!(self, Self::UnknownType(_) | Self::Unsupported(_))
     }

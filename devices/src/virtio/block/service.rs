@@ -416,7 +416,11 @@ impl Service {
     fn account(&self, kind: Kind, bytes: u64, written: u64, failure: Option<Failure>) -> (u32, u64) {
         let stats = &self.common.stats;
         if let Some(failure) = failure {
-            stats.record_error(failure.to_string());
+            if failure.is_trouble() {
+                stats.record_trouble(failure.to_string());
+            } else {
+                stats.record_error(failure.to_string());
+            }
             let status = if failure.is_unsupported() { VIRTIO_BLK_S_UNSUPP } else { VIRTIO_BLK_S_IOERR };
             return (status, 0);
         }

@@ -1,7 +1,15 @@
 //! Counters of one disk.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The least time between two reports of trouble with one disk.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// Hears of errors of the host's, in words.
+pub type TroubleObserver = Box<dyn Fn(&str) + Send + Sync>;
 
 /// Counters of one disk since it was opened. They go on over resets of the guest.
 #[derive(Debug, Default)]
@@ -31,9 +39,62 @@ pub struct BlockStats {
     /// Requests that failed, on account of guest or host, and queues that broke.
     pub errors: AtomicU64,
     last_error: Mutex<Option<String>>,
+    trouble: Trouble,
+}
+
+/// Errors of the host's, and who hears of them.
+#[derive(Default)]
+struct Trouble {
+    observer: Mutex<Option<TroubleObserver>>,
+    reported: Mutex<Reported>,
+}
+
+impl fmt::Debug for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trouble").field("reported", &self.reported).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Reported {
+    last: Option<Instant>,
+    /// Errors since then.
+    withheld: u64,
+}
+
+impl Reported {
+    /// How many errors were withheld before one that is to be reported now; none if it is not.
+    fn turn(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) < REPORT_EVERY) {
+            self.withheld += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.withheld))
+    }
 }
 
 impl BlockStats {
+    /// Has `observer` told of errors of the host's from now on, at most one in ten seconds. It is called by
+    /// the disk's workers, which wait for it.
+    pub fn observe_trouble(&self, observer: TroubleObserver) {
+        *self.trouble.observer.lock().unwrap_or_else(PoisonError::into_inner) = Some(observer);
+    }
+
+    /// Counts an error of the host's, and has it reported.
+    pub(super) fn record_trouble(&self, error: String) {
+        let turn = self.trouble.reported.lock().unwrap_or_else(PoisonError::into_inner).turn(Instant::now());
+        if let Some(withheld) = turn
+            && let Some(observer) = &*self.trouble.observer.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            match withheld {
+                0 => observer(&error),
+                more => observer(&format!("{error} (and {more} more errors since the last report)")),
+            }
+        }
+        self.record_error(error);
+    }
+
     /// What went wrong last, in words.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -47,4 +108,19 @@ impl BlockStats {
 
 pub(super) fn add(counter: &AtomicU64, amount: u64) {
     counter.fetch_add(amount, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_in_trouble_does_not_flood_the_log() {
+        let mut reported = Reported::default();
+        let start = Instant::now();
+        assert_eq!(reported.turn(start), Some(0));
+        (1..10).for_each(|second| assert_eq!(reported.turn(start + Duration::from_secs(second)), None));
+        assert_eq!(reported.turn(start + REPORT_EVERY), Some(9));
+        assert_eq!(reported.turn(start + 2 * REPORT_EVERY), Some(0));
+    }
 }

@@ -114,6 +114,31 @@ fn a_file_system_without_direct_io_is_used_all_the_same() {
 }
 
 #[test]
+fn threads_do_the_work_where_io_uring_is_denied() {
+    use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
+
+    // A filter holds for the thread that asks for it and for those that it starts.
+    let denied = std::thread::spawn(|| {
+        let refuse = SeccompAction::Errno(libc::EPERM as u32);
+        let rules = [(libc::SYS_io_uring_setup, Vec::new())].into_iter().collect();
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64).unwrap();
+        let program: seccompiler::BpfProgram = filter.try_into().unwrap();
+        seccompiler::apply_filter(&program).unwrap();
+
+        let file = image(64);
+        let block = open(file.path(), false).unwrap();
+        let notices = block.notices().to_vec();
+        assert!(notices.iter().any(|notice| notice.contains("io_uring cannot be used")), "{notices:?}");
+        let mut driver = Driver::started(block, ALL_FEATURES);
+        assert_eq!(driver.write_sectors(3, &[0x22; 9 * SECTOR]), OK);
+        assert_eq!(driver.read_sectors(2, 11).unwrap()[SECTOR..10 * SECTOR], [0x22; 9 * SECTOR]);
+        assert_eq!(driver.request(FLUSH, 0, &[]), (OK, 1));
+        assert_eq!(fs::read(file.path()).unwrap()[3 * SECTOR], 0x22);
+    });
+    denied.join().expect("a disk without io_uring works");
+}
+
+#[test]
 fn a_full_disk_is_an_error_of_the_guest_and_loses_nothing() {
     let disk = MemoryDisk::new();
     let block = disk.block();

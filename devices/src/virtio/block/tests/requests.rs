@@ -169,9 +169,15 @@ fn host_errors_fail_the_request_and_no_other() {
     disk.medium().bad_sectors.insert(8);
     let block = disk.block();
     let stats = block.stats();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let heard = told.clone();
+    stats.observe_trouble(Box::new(move |trouble| heard.lock().unwrap().push(trouble.to_owned())));
     let mut driver = Driver::started(block, FLUSH_FEATURE);
 
+    assert_eq!(driver.read_sectors(SECTORS as u64, 1), Err(IO_ERROR), "that is the guest's fault");
+    assert!(told.lock().unwrap().is_empty());
     assert_eq!(driver.read_sectors(7, 2), Err(IO_ERROR));
+    assert_eq!(*told.lock().unwrap(), ["read 1024 bytes at sector 7: bad sector"]);
     assert!(stats.last_error().unwrap().contains("read 1024 bytes at sector 7: bad sector"));
     assert_eq!(driver.write_sectors(8, &[1; SECTOR]), IO_ERROR);
     assert!(driver.read_sectors(7, 1).is_ok());
@@ -184,7 +190,8 @@ fn host_errors_fail_the_request_and_no_other() {
 
     let counts = [&stats.reads, &stats.writes, &stats.flushes, &stats.read_bytes, &stats.written_bytes];
     assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1, 512, 512]);
-    assert_eq!(stats.errors.load(Relaxed), 3);
+    assert_eq!(stats.errors.load(Relaxed), 4);
+    assert_eq!(told.lock().unwrap().len(), 1, "the log is not flooded");
 }
 
 #[test]
