@@ -15,6 +15,8 @@ use super::queue::QueueError;
 /// Address space of a worker's stack. Workers allocate their buffers and do not recurse, and one process
 /// has hundreds of them.
 const STACK_SIZE: usize = 256 << 10;
+/// How long a worker without anything to do keeps what it has at hand, in milliseconds.
+const PATIENCE_MS: i32 = 1000;
 
 /// Asks a worker to stop. Long requests look at it between steps.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +50,9 @@ pub(crate) trait Serve {
     /// # Errors
     /// Where the worker cannot go on.
     fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError>;
+
+    /// Gives back what was kept for the next request: nothing has happened for a while.
+    fn rest(&mut self);
 }
 
 impl Worker {
@@ -89,7 +94,17 @@ impl Worker {
                 let _ = report.send(Ok(()));
                 let end = NeedsResetOnDrop(&interrupt);
                 while !stop.is_set() {
-                    if service.serve(&stop).is_err() || wait(&epoll).is_err() {
+                    if service.serve(&stop).is_err() {
+                        return;
+                    }
+                    let waited = match wait(&epoll, PATIENCE_MS) {
+                        Ok(false) => {
+                            service.rest();
+                            wait(&epoll, -1)
+                        }
+                        waited => waited,
+                    };
+                    if waited.is_err() {
                         return;
                     }
                 }
@@ -128,11 +143,12 @@ impl Drop for NeedsResetOnDrop<'_> {
     }
 }
 
-/// Sleeps until something has happened since the last time.
-fn wait(epoll: &Epoll) -> io::Result<()> {
+/// Sleeps until something has happened since the last time, or for so many milliseconds; -1 for ever. Returns
+/// whether something has.
+fn wait(epoll: &Epoll, milliseconds: i32) -> io::Result<bool> {
     loop {
-        match epoll.wait(-1, &mut [EpollEvent::default(); 8]) {
-            Ok(_) => return Ok(()),
+        match epoll.wait(milliseconds, &mut [EpollEvent::default(); 8]) {
+            Ok(events) => return Ok(events > 0),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

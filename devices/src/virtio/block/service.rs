@@ -478,6 +478,13 @@ impl Serve for Service {
     fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
         self.work(stop).inspect_err(|error| self.common.stats.record_error(error.to_string()))
     }
+
+    fn rest(&mut self) {
+        if self.in_use() == 0 {
+            self.bounces.trim();
+            self.spare.truncate(1);
+        }
+    }
 }
 
 impl Service {
@@ -497,10 +504,6 @@ impl Service {
             self.queue.notify_driver()?;
             if progress {
                 continue;
-            }
-            if self.in_use() == 0 {
-                self.bounces.trim();
-                self.spare.truncate(1);
             }
             if !self.has_room() || !self.queue.listen_to_driver()? {
                 return Ok(());
