@@ -215,7 +215,7 @@ impl Engine {
 
     /// Memory of the store outside live frames would be a leak.
     fn audit_holes(&mut self, report: &mut AuditReport) {
-        self.store.reclaim(&*self.calls);
+        self.store.drop_spare(&*self.calls);
         let (charged, live) = (self.store.charged_bytes().unwrap_or(0), u64::from(self.store.live()));
         if self.store.dead() == 0 && charged > live * PAGE_SIZE as u64 {
             report.problem(|| format!("the store is charged {charged} bytes for {live} frames"));

@@ -365,6 +365,7 @@ impl Engine {
     /// What is asked for by settings, by the books, and by VMs without a change log.
     fn upkeep(&mut self, now: Instant) -> bool {
         self.shrink_cache()
+            || self.rest_cache(now)
             || self.split_step()
             || self.take_off_step(now)
             || self.compact(now)

@@ -27,6 +27,9 @@ pub const NO_FRAME: Frame = Frame::MAX;
 /// How many free extents are looked at before fresh frames are taken.
 const EXTENTS_TRIED: usize = 32;
 
+/// How many frames may keep their memory for the next that are filled: 4 MiB.
+const SPARE_FRAMES: u32 = 1024;
+
 /// The books of one frame.
 #[derive(Clone, Copy, Debug, Default)]
 struct Record {
@@ -65,6 +68,9 @@ pub struct FrameStore {
     records: Vec<Record>,
     /// Free extents below the high-water mark: start to length.
     free: BTreeMap<Frame, u32>,
+    /// Extents that are free as well, but for their memory, which was not given back.
+    spare: BTreeMap<Frame, u32>,
+    spare_frames: u32,
     /// Frames that nobody refers to, whose memory is not given back yet.
     dead: Vec<Frame>,
     /// Kept frames that their last sharers left, until they are asked for.
@@ -115,6 +121,8 @@ impl FrameStore {
             capacity,
             records: Vec::new(),
             free: BTreeMap::new(),
+            spare: BTreeMap::new(),
+            spare_frames: 0,
             dead: Vec::new(),
             left: Vec::new(),
             live: 0,
@@ -138,10 +146,28 @@ impl FrameStore {
             .and_then(|frame| self.take_free_at(frame, count))
             .or_else(|| self.take_free(count))
             .or_else(|| self.take_fresh(count))?;
+        self.begin(start, count);
+        Some(start)
+    }
+
+    /// Frames have content from now on.
+    fn begin(&mut self, start: Frame, count: u32) {
         for record in &mut self.records[start as usize..(start + count) as usize] {
             *record = Record { uses: 1, digest: 0 };
         }
         self.live += count;
+    }
+
+    /// Takes `count` consecutive frames that were [recycled](Self::recycle): they have memory, with what was
+    /// in it before, all of which is to be overwritten. `None` where there is no such extent.
+    pub fn allocate_spare(&mut self, count: u32) -> Option<Frame> {
+        let (&start, &len) = self.spare.iter().take(EXTENTS_TRIED).find(|&(_, &len)| len >= count)?;
+        self.spare.remove(&start);
+        if len > count {
+            self.spare.insert(start + count, len - count);
+        }
+        self.spare_frames -= count;
+        self.begin(start, count);
         Some(start)
     }
 
@@ -378,6 +404,50 @@ impl FrameStore {
         }
     }
 
+    /// Makes dead frames free that keep their memory, as far as there is room for such: who fills frames
+    /// again and again is spared giving memory back and taking it again. The others are
+    /// [reclaimed](Self::reclaim).
+    pub fn recycle(&mut self, calls: &dyn MemoryCalls) {
+        let room = SPARE_FRAMES.saturating_sub(self.spare_frames) as usize;
+        if room > 0 && !self.dead.is_empty() {
+            let mut kept = self.dead.split_off(self.dead.len().saturating_sub(room));
+            kept.sort_unstable();
+            for run in kept.chunk_by(|one, next| one + 1 == *next) {
+                self.keep_spare(run[0], run.len() as u32);
+            }
+        }
+        self.reclaim(calls);
+    }
+
+    fn keep_spare(&mut self, mut start: Frame, count: u32) {
+        self.spare_frames += count;
+        let mut end = start + count;
+        if let Some((&before, &len)) = self.spare.range(..start).next_back()
+            && before + len == start
+        {
+            self.spare.remove(&before);
+            start = before;
+        }
+        if let Some(len) = self.spare.remove(&end) {
+            end += len;
+        }
+        self.spare.insert(start, end - start);
+    }
+
+    /// Gives the memory of all free frames back.
+    pub fn drop_spare(&mut self, calls: &dyn MemoryCalls) {
+        let spare = std::mem::take(&mut self.spare);
+        self.spare_frames = 0;
+        self.dead.extend(spare.into_iter().flat_map(|(start, len)| start..start + len));
+        self.reclaim(calls);
+    }
+
+    /// Free frames that have kept their memory.
+    #[must_use]
+    pub fn spare(&self) -> u32 {
+        self.spare_frames
+    }
+
     fn release_extent(&mut self, mut start: Frame, count: u32) {
         let mut end = start + count;
         if let Some((&before, &len)) = self.free.range(..start).next_back()
@@ -439,7 +509,7 @@ impl FrameStore {
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
         self.records.capacity() * size_of::<Record>()
-            + self.free.len() * 2 * size_of::<(Frame, u32)>()
+            + (self.free.len() + self.spare.len()) * 2 * size_of::<(Frame, u32)>()
             + (self.dead.capacity() + self.left.capacity()) * size_of::<Frame>()
     }
 
@@ -554,6 +624,30 @@ mod tests {
         (30..35).chain(20..28).for_each(|frame| store.abandon(frame));
         store.reclaim(&calls);
         assert_eq!(store.allocate(20, None), Some(20), "neighbours became one extent again");
+    }
+
+    #[test]
+    fn recycled_frames_keep_their_memory_until_they_are_filled_again_or_dropped() {
+        let (mut store, calls) = store();
+        let pages = vec![5_u8; 2000 * PAGE_SIZE];
+        let first = store.allocate(2000, None).unwrap();
+        store.write(first, pages.as_ptr(), 2000).unwrap();
+        assert_eq!(store.allocate_spare(1), None);
+        (100..164).chain(300..302).for_each(|frame| store.abandon(frame));
+        store.recycle(&calls);
+        assert_eq!((store.spare(), store.charged_bytes().unwrap()), (66, 2000 * PAGE_SIZE as u64));
+        assert_eq!((store.allocate_spare(65), store.allocate_spare(64)), (None, Some(100)));
+        assert!(store.is_live(163) && !store.is_live(300));
+        assert_eq!(store.allocate(2, Some(300)), Some(2000), "they are not free");
+        let live: Vec<_> = (164..1500).filter(|&frame| store.is_live(frame)).collect();
+        live.into_iter().for_each(|frame| store.abandon(frame));
+        store.recycle(&calls);
+        assert_eq!(store.spare(), SPARE_FRAMES, "no more than that");
+        let kept = u64::from(store.live() + SPARE_FRAMES) - 2;
+        assert_eq!(store.charged_bytes().unwrap(), kept * PAGE_SIZE as u64, "two were not written yet");
+        store.drop_spare(&calls);
+        assert_eq!(store.charged_bytes().unwrap(), (u64::from(store.live()) - 2) * PAGE_SIZE as u64);
+        assert_eq!((store.spare(), store.allocate(64, Some(400))), (0, Some(400)));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice};
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
@@ -24,8 +25,56 @@ pub(crate) const BUFFER_ALIGNMENT: usize = 4096;
 /// Sizes of bounce buffers, in bytes. The largest is what one operation moves through a buffer at most: as
 /// much as the kernel reads ahead.
 const CLASSES: [usize; 3] = [4 << 10, 32 << 10, MAX_BOUNCE];
+const LARGEST: usize = CLASSES.len() - 1;
 /// Most bytes of one bounce buffer.
 pub(crate) const MAX_BOUNCE: usize = 128 << 10;
+
+/// Memory of the host's for bounce buffers, backed by a huge page where the kernel has one: what is contiguous
+/// in physical memory is one segment for the device, and scattered pages are one each, which some devices
+/// take as so many requests.
+#[derive(Debug)]
+struct Slab(NonNull<u8>);
+
+// SAFETY: the memory belongs to the buffers that were cut from it, and to each its own part.
+unsafe impl Send for Slab {}
+// SAFETY: as above; the slab itself gives access to nothing.
+unsafe impl Sync for Slab {}
+
+impl Slab {
+    /// The size of a huge page.
+    const BYTES: usize = 2 << 20;
+
+    fn new() -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), 2 * Self::BYTES, access, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return None;
+        }
+        let lead = mapped.cast::<u8>().align_offset(Self::BYTES);
+        let base = mapped.cast::<u8>().wrapping_add(lead);
+        // SAFETY: both parts are of the mapping that was just made, and outside the slab; the advice changes
+        // no content. A part of no length, or a kernel that has no advice, changes nothing.
+        unsafe {
+            if lead > 0 {
+                libc::munmap(mapped, lead);
+            }
+            if lead < Self::BYTES {
+                libc::munmap(base.wrapping_add(Self::BYTES).cast(), Self::BYTES - lead);
+            }
+            libc::madvise(base.cast(), Self::BYTES, libc::MADV_HUGEPAGE);
+        }
+        NonNull::new(base).map(Self)
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`; the buffers that were cut from it are gone, since each keeps it.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), Self::BYTES) };
+    }
+}
 
 /// Aligned memory of the host's that data goes through between image and guest.
 #[derive(Debug)]
@@ -33,6 +82,8 @@ pub(crate) struct Bounce {
     memory: NonNull<u8>,
     class: usize,
     len: usize,
+    /// Keeps the memory of a large buffer.
+    slab: Option<Arc<Slab>>,
 }
 
 // SAFETY: the memory belongs to this value alone.
@@ -44,12 +95,23 @@ impl Bounce {
         // SAFETY: the layout has a positive size.
         let memory = unsafe { alloc_zeroed(layout) };
         let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
-        Self { memory, class, len: CLASSES[class] }
+        Self { memory, class, len: CLASSES[class], slab: None }
     }
 
     fn layout(class: usize) -> Layout {
         Layout::from_size_align(CLASSES[class], BUFFER_ALIGNMENT)
             .expect("sizes are multiples of the alignment")
+    }
+
+    /// The largest buffers, as many as a slab has room for; none where there is no memory for it.
+    fn of_slab() -> Vec<Self> {
+        let Some(slab) = Slab::new().map(Arc::new) else { return Vec::new() };
+        let cut = |index: usize| {
+            // SAFETY: the part is within the slab.
+            let memory = unsafe { slab.0.add(index * MAX_BOUNCE) };
+            Self { memory, class: LARGEST, len: MAX_BOUNCE, slab: Some(Arc::clone(&slab)) }
+        };
+        (0..Slab::BYTES / MAX_BOUNCE).map(cut).collect()
     }
 
     /// The bytes in use.
@@ -68,8 +130,10 @@ impl Bounce {
 
 impl Drop for Bounce {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.class)) }
+        if self.slab.is_none() {
+            // SAFETY: allocated in `new` with this layout.
+            unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.class)) }
+        }
     }
 }
 
@@ -100,8 +164,14 @@ impl BouncePool {
                 if self.total + CLASSES[class] > self.limit {
                     return None;
                 }
-                self.total += CLASSES[class];
-                Bounce::new(class)
+                if class == LARGEST && self.total + Slab::BYTES <= self.limit {
+                    self.free[class] = Bounce::of_slab();
+                    self.total += self.free[class].len() * CLASSES[class];
+                }
+                self.free[class].pop().unwrap_or_else(|| {
+                    self.total += CLASSES[class];
+                    Bounce::new(class)
+                })
             }
         };
         buffer.len = len;

@@ -5,7 +5,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 
@@ -20,6 +20,8 @@ use crate::content::Page;
 use crate::engine::Engine;
 use crate::store::Frame;
 
+/// How long memory is kept for reads from disks while none comes.
+const SPARE_FOR: Duration = Duration::from_secs(1);
 /// Blocks dropped in one step.
 const STEP_EVICTIONS: u32 = 1024;
 
@@ -59,6 +61,9 @@ pub(crate) struct Books {
     pub(crate) limit: Arc<CacheLimit>,
     /// Idle frames as the limit knows them.
     published: u64,
+    /// Frames were filled from disks since that was last asked, and when that was.
+    pub(crate) filled: bool,
+    asked: Instant,
     pub(crate) counters: CacheStatistics,
 }
 
@@ -75,6 +80,8 @@ impl Books {
             prover: Prover::new()?,
             limit,
             published: 0,
+            filled: false,
+            asked: Instant::now(),
             counters: CacheStatistics::default(),
         })
     }
@@ -238,7 +245,24 @@ impl Engine {
         if self.books.limit.exceeded() {
             self.evict();
         }
-        self.store.reclaim(&*self.calls);
+        if self.books.filled {
+            self.store.recycle(&*self.calls);
+        } else {
+            self.store.reclaim(&*self.calls);
+        }
+    }
+
+    /// Gives back the memory that was kept for reads from disks, where none came for a while. Returns whether
+    /// there was any.
+    pub(crate) fn rest_cache(&mut self, now: Instant) -> bool {
+        if std::mem::take(&mut self.books.filled) {
+            self.books.asked = now;
+        }
+        let rested = now.saturating_duration_since(self.books.asked) >= SPARE_FOR && self.store.spare() > 0;
+        if rested {
+            self.store.drop_spare(&*self.calls);
+        }
+        rested
     }
 
     fn publish_idle(&mut self) {

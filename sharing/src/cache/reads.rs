@@ -161,10 +161,11 @@ impl Engine {
         let there = self.members.get(slot).is_some_and(|m| m.id == fetch.vm.id && !m.space.lost());
         if !read || !there {
             (fetch.frame..fetch.frame + count).for_each(|frame| self.store.abandon(frame));
-            self.store.reclaim(&*self.calls);
+            self.store.recycle(&*self.calls);
             return false;
         }
         self.books.counters.fetched += u64::from(count);
+        self.books.filled = true;
         let mut deliveries = Vec::with_capacity(count as usize);
         for (index, &target) in fetch.targets.iter().enumerate() {
             let key = BlockKey { block: fetch.key.block + index as u32, ..fetch.key };
@@ -223,7 +224,8 @@ impl Engine {
         let space = &self.members.at(vm.slot).space;
         let before = targets[0].and_then(|page| page.checked_sub(1)).filter(|&page| space.attached(page));
         let preferred = before.and_then(|page| space.refers(page)).map(|frame| frame + 1);
-        let Some(frame) = self.store.allocate(count, preferred) else {
+        let spare = if preferred.is_none() { self.store.allocate_spare(count) } else { None };
+        let Some(frame) = spare.or_else(|| self.store.allocate(count, preferred)) else {
             self.counters.refusals += 1;
             self.books.counters.past += u64::from(count);
             plan.past.push(first..first + u64::from(count));
@@ -297,8 +299,8 @@ impl Engine {
                 self.refute(place);
                 continue;
             }
-            let Some(frame) = self.store.allocate(1, None) else { return };
-            if self.store.write(frame, source, 1).is_err() || self.proof_of(frame) != note.proof {
+            let Some(frame) = self.copy_to_frame(source) else { return };
+            if self.proof_of(frame) != note.proof {
                 self.store.abandon(frame);
                 self.refute(place);
                 continue;
@@ -310,6 +312,22 @@ impl Engine {
                 self.books.counters.demoted_copied += 1;
             }
         }
+    }
+
+    /// A frame with a copy of a guest's page, which may have changed meanwhile. `None` where there is no memory
+    /// for it.
+    fn copy_to_frame(&mut self, source: *const u8) -> Option<Frame> {
+        if let Some(frame) = self.store.allocate_spare(1) {
+            // SAFETY: a member's RAM is mapped; the frame is new, and nobody maps it.
+            unsafe { content::copy_bytes(source, self.store.landing(frame).as_ptr()) };
+            return Some(frame);
+        }
+        let frame = self.store.allocate(1, None)?;
+        if self.store.write(frame, source, 1).is_err() {
+            self.store.abandon(frame);
+            return None;
+        }
+        Some(frame)
     }
 
     /// A block that the host holds is read. Returns its history.
