@@ -373,6 +373,7 @@ fn events() {
             Happening::Crash { vm, .. } => crashed = vm == "b",
             Happening::Deleted { vm } => deleted = vm == "b",
             Happening::Limit { .. } => limited = true,
+            Happening::Disk { vm, disk, message } => panic!("disk {disk} of VM {vm}: {message}"),
             Happening::Missed { count } => panic!("{count} events were missed"),
         }
     }
