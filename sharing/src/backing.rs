@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use hashbrown::HashMap;
 
+use crate::by_type::Census;
 use crate::calls::Source;
 use crate::changes::PageSet;
 use crate::store::Frame;
@@ -27,6 +28,8 @@ pub(crate) struct Backing {
     /// The frames of pages that have left them.
     left: HashMap<u32, Frame>,
     mappings: u32,
+    /// What the guest says of its pages, where it does.
+    census: Option<Box<Census>>,
 }
 
 impl Backing {
@@ -40,7 +43,23 @@ impl Backing {
             attached_count: 0,
             left: HashMap::new(),
             mappings: 1,
+            census: None,
         }
+    }
+
+    /// Has it noted from now on what the guest says of its pages.
+    pub(crate) fn take_census(&mut self) {
+        let (pages, attached) = (self.pages(), self.attached_count);
+        self.census.get_or_insert_with(|| Box::new(Census::new(pages, attached)));
+    }
+
+    /// What the guest says of its pages, where it does.
+    pub(crate) fn census(&self) -> Option<&Census> {
+        self.census.as_deref()
+    }
+
+    pub(crate) fn census_mut(&mut self) -> Option<&mut Census> {
+        self.census.as_deref_mut()
     }
 
     fn pages(&self) -> u32 {
@@ -95,11 +114,17 @@ impl Backing {
     /// Pages are mapped to frames now, and attached.
     pub(crate) fn attach(&mut self, first: u32, frame: Frame, count: u32) {
         let before = self.boundaries(first, count);
+        if let Some(census) = &mut self.census {
+            census.remapped(first..first + count);
+        }
         for (page, frame) in (first..first + count).zip(frame..) {
             if !self.attached.contains(page) {
                 self.left.remove(&page);
                 self.attached.insert(page);
                 self.attached_count += 1;
+                if let Some(census) = &mut self.census {
+                    census.attached(page);
+                }
             }
             self.words[page as usize] = frame;
         }
@@ -111,6 +136,9 @@ impl Backing {
     pub(crate) fn leave(&mut self, page: u32) -> Frame {
         assert!(self.attached.remove(page), "page {page} is on no frame");
         self.attached_count -= 1;
+        if let Some(census) = &mut self.census {
+            census.left(page);
+        }
         let frame = self.words[page as usize];
         self.left.insert(page, frame);
         frame
@@ -130,7 +158,11 @@ impl Backing {
     /// All pages are anonymous memory.
     pub(crate) fn clear(&mut self) {
         let pages = self.pages();
-        *self = Self { words: std::mem::take(&mut self.words), ..Self::new(0) };
+        let census = self.census.take().map(|mut census| {
+            census.detach_all();
+            census
+        });
+        *self = Self { words: std::mem::take(&mut self.words), census, ..Self::new(0) };
         self.on_frames = PageSet::new(pages);
         self.attached = PageSet::new(pages);
     }
@@ -171,6 +203,7 @@ impl Backing {
             + self.on_frames.bytes()
             + self.attached.bytes()
             + self.left.allocation_size()
+            + self.census.as_ref().map_or(0, |census| census.bytes())
     }
 }
 

@@ -177,6 +177,72 @@ impl PageSet {
     }
 }
 
+/// A set of a VM's pages that is empty most of the time, and takes no memory then.
+#[derive(Clone, Debug)]
+pub(crate) struct RareSet {
+    pages: u32,
+    set: Option<PageSet>,
+}
+
+impl RareSet {
+    /// An empty set for this many pages.
+    pub(crate) fn new(pages: u32) -> Self {
+        Self { pages, set: None }
+    }
+
+    fn set(&mut self) -> &mut PageSet {
+        self.set.get_or_insert_with(|| PageSet::new(self.pages))
+    }
+
+    pub(crate) fn contains(&self, page: u32) -> bool {
+        self.set.as_ref().is_some_and(|set| set.contains(page))
+    }
+
+    pub(crate) fn insert(&mut self, page: u32) {
+        self.set().insert(page);
+    }
+
+    pub(crate) fn remove(&mut self, page: u32) {
+        if let Some(set) = &mut self.set {
+            set.remove(page);
+        }
+    }
+
+    pub(crate) fn remove_range(&mut self, pages: Range<u32>) {
+        if let Some(set) = &mut self.set {
+            set.remove_range(pages);
+        }
+    }
+
+    /// Moves all pages to another set. Returns whether there were any.
+    pub(crate) fn move_to(&mut self, other: &mut PageSet) -> bool {
+        let Some(mut set) = self.set.take() else { return false };
+        let any = !set.is_empty();
+        other.take_all(&mut set);
+        any
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.set = None;
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.set.as_ref().map_or(0, PageSet::count)
+    }
+
+    pub(crate) fn next_from(&self, from: u32) -> Option<u32> {
+        self.set.as_ref().filter(|_| from < self.pages)?.next_from(from)
+    }
+
+    pub(crate) fn runs_within(&self, pages: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
+        self.set.iter().flat_map(move |set| set.runs_within(pages.clone()))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.set.as_ref().map_or(0, PageSet::bytes)
+    }
+}
+
 /// The pages that the bits of one word stand for.
 pub(crate) fn ones(index: usize, mut word: u64) -> impl Iterator<Item = u32> {
     std::iter::from_fn(move || {
@@ -235,6 +301,22 @@ mod tests {
                 prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());
             }
         }
+    }
+
+    #[test]
+    fn a_rare_set_takes_memory_only_while_it_holds_pages() {
+        let mut set = RareSet::new(200);
+        assert!(!set.contains(7) && set.next_from(0).is_none() && set.runs_within(0..200).next().is_none());
+        set.remove(7);
+        set.remove_range(0..200);
+        assert_eq!(set.bytes(), 0);
+        (5..9).for_each(|page| set.insert(page));
+        set.remove(6);
+        assert!(set.runs_within(0..200).eq([5..6, 7..9]));
+        assert_eq!((set.count(), set.next_from(6), set.next_from(200)), (3, Some(7), None));
+        let mut all = PageSet::new(200);
+        assert!(set.move_to(&mut all) && !set.move_to(&mut all));
+        assert_eq!((set.bytes(), all.count()), (0, 3));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::cache::books::Books;
 use crate::cache::limit::CacheLimit;
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
+use crate::claims::SharedTypes;
 use crate::compact::Compaction;
 use crate::content::{Digester, Page};
 use crate::hints::{Blocks, Hints};
@@ -71,6 +72,8 @@ pub struct Settings {
     pub shortest_mapping: u32,
     /// How much memory disk blocks may take that no guest holds.
     pub block_cache: CacheSize,
+    /// Which pages are shared, by what guests say that they are for.
+    pub types: SharedTypes,
 }
 
 impl Default for Settings {
@@ -88,6 +91,7 @@ impl Default for Settings {
             frames: None,
             shortest_mapping: 2,
             block_cache: CacheSize::default(),
+            types: SharedTypes::default(),
         }
     }
 }
@@ -206,7 +210,7 @@ impl Engine {
             calls,
             pagemap: Pagemap::open()?,
             store,
-            members: Members::default(),
+            members: Members::new(settings.types),
             share: Share::new(budget),
             digester: Digester::new()?,
             settle: settings.settle,
@@ -354,12 +358,24 @@ impl Engine {
         let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
         let unshare = self.members.iter().filter_map(|member| member.unshare).map(|(_, due)| due);
         let pass = passes.then_some(self.pass.due);
-        Step::RestUntil(intervals.chain(unshare).chain(pass).min().unwrap_or(now + Duration::from_secs(3600)))
+        let claims = self.claims_due();
+        Step::RestUntil(
+            intervals
+                .chain(unshare)
+                .chain(pass)
+                .chain(claims)
+                .min()
+                .unwrap_or(now + Duration::from_secs(3600)),
+        )
     }
 
     /// What pages that changed and pages at rest ask for.
     fn follow_changes(&mut self, now: Instant) -> bool {
-        self.take_hints() || self.end_an_interval(now) || self.look_at_rested()
+        self.take_hints()
+            || self.take_claims(now)
+            || self.end_an_interval(now)
+            || self.give_back_step()
+            || self.look_at_rested()
     }
 
     /// What is asked for by settings, by the books, and by VMs without a change log.

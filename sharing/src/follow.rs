@@ -7,14 +7,15 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::changes::{ChangeLog, PageSet};
+use crate::changes::{ChangeLog, PageSet, RareSet};
+use crate::claims::Turn;
 use crate::engine::Engine;
 use crate::members::{Flags, Mode};
 use crate::passes::CHUNK_PAGES;
 use crate::rest::{Changes, Tracker};
 
 /// After how many intervals pages that could not be merged for want of mappings, or because a call
-/// was refused, are tried again.
+/// was refused, are tried again, and those are looked at that are unlikely to be shared.
 const RETRY_INTERVALS: u32 = 16;
 /// After how many intervals all merged pages are checked, in case the log missed one.
 const SWEEP_INTERVALS: u32 = 256;
@@ -37,7 +38,9 @@ pub(crate) struct Follower {
     /// Looked at, and to be tried again later.
     later: PageSet,
     /// Not merged for want of mappings, to be tried again when there is more room.
-    denied: PageSet,
+    denied: RareSet,
+    /// At rest, to be looked at when no better ones are ready anywhere.
+    second: RareSet,
 }
 
 impl Follower {
@@ -48,8 +51,9 @@ impl Follower {
             due: Instant::now(),
             intervals: 0,
             ready: set.clone(),
-            later: set.clone(),
-            denied: set,
+            later: set,
+            second: RareSet::new(pages),
+            denied: RareSet::new(pages),
         }
     }
 
@@ -69,25 +73,43 @@ impl Follower {
 
     /// There is room again for what was denied.
     pub(crate) fn admit(&mut self) {
-        self.ready.take_all(&mut self.denied);
+        self.denied.move_to(&mut self.ready);
     }
 
     /// A page is not to be looked at before it has been written again.
     pub(crate) fn skip(&mut self, page: u32) {
         self.tracker.skip(page);
-        self.forget(page);
+        self.drop_page(page);
     }
 
-    fn forget(&mut self, page: u32) {
+    /// A page is not to be looked at for now.
+    pub(crate) fn drop_page(&mut self, page: u32) {
         self.ready.remove(page);
+        self.second.remove(page);
         self.later.remove(page);
         self.denied.remove(page);
+    }
+
+    /// Pages at rest that are not among the best have their turn, if there are any.
+    fn promote(&mut self) -> Option<()> {
+        self.second.move_to(&mut self.ready).then_some(())
+    }
+
+    /// A page is at rest.
+    pub(crate) fn queue(&mut self, page: u32, turn: Turn) {
+        match turn {
+            Turn::First => self.ready.insert(page),
+            Turn::Second => self.second.insert(page),
+            Turn::Last => self.later.insert(page),
+            Turn::Never => {}
+        }
     }
 
     /// All pages are to be looked at, or none until they are written.
     pub(crate) fn reset(&mut self, pages: Range<u32>) {
         self.later.clear();
         self.denied.clear();
+        self.second.clear();
         self.ready.clear();
         self.ready.insert_range(pages);
     }
@@ -99,7 +121,7 @@ impl Follower {
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {
-        self.tracker.metadata_bytes() + 3 * self.ready.bytes()
+        self.tracker.metadata_bytes() + 2 * self.ready.bytes() + self.second.bytes() + self.denied.bytes()
     }
 }
 
@@ -169,16 +191,22 @@ impl Engine {
                 changes.left.insert(page);
             }
             if let Some(follower) = &mut member.follower {
-                follower.forget(page);
+                follower.drop_page(page);
             }
+            member.written(page);
         }
         let member = self.members.at_mut(slot);
         if member.counts.volatile > 0 {
             changes.rested.iter().for_each(|page| member.set_volatile(page, false));
         }
+        if let Some(census) = member.space.census_mut() {
+            census.elapse(now);
+            changes.rested.iter().for_each(|page| member.queue(page));
+        } else if let Some(follower) = &mut member.follower {
+            follower.ready.insert_words(0, changes.rested.words());
+        }
         let Some(follower) = &mut member.follower else { return false };
         follower.intervals = follower.intervals.wrapping_add(1);
-        follower.ready.insert_words(0, changes.rested.words());
         if follower.intervals.is_multiple_of(RETRY_INTERVALS) {
             follower.ready.take_all(&mut follower.later);
         }
@@ -211,6 +239,10 @@ impl Engine {
         let before = self.members.slots().filter(|&other| other <= slot);
         let found = next(slot, page).or_else(|| after.chain(before).find_map(|slot| next(slot, 0)));
         let Some((slot, start, end)) = found else {
+            let followers = self.members.iter_mut().filter_map(|member| member.follower.as_mut());
+            if followers.filter_map(Follower::promote).count() > 0 {
+                return true;
+            }
             self.counters.full_scans += u64::from(std::mem::take(&mut self.looked_at_rested));
             return false;
         };
@@ -260,12 +292,16 @@ impl Engine {
         }
         let member = self.members.at_mut(slot);
         let full = member.mode == Mode::Full;
+        // What a guest says may change while nothing is written.
+        let unlikely =
+            runs.iter().cloned().flatten().filter(|&page| !member.wanted(page)).collect::<Vec<_>>();
+        let passed_over = |page: u32| unlikely.binary_search(&page).is_ok();
         let Some(follower) = &mut member.follower else { return chunk.end };
         for page in runs.iter().cloned().flatten().filter(|&page| page < chunk.end) {
             let flags = member.flags[page as usize];
             let settled = flags.contains(Flags::UNIQUE) || flags.contains(Flags::ALIKE);
             let open = flags.contains(Flags::PRIVATE) && !settled;
-            if open && full && !follower.denied.contains(page) {
+            if open && full && !passed_over(page) && !follower.denied.contains(page) {
                 follower.later.insert(page);
             }
         }

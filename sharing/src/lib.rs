@@ -13,6 +13,8 @@
 //! - [`cache`]: disk blocks that the host keeps while no guest holds them.
 //! - [`hints`]: what devices know about pages.
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
+//! - [`claims`]: what guests say that their pages are for; [`by_type`]: what sharing comes to by that;
+//!   `give_back`: free memory goes back to the host; [`map`]: a picture of a VM's memory.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
 //!   their threads, under a ceiling of CPU time.
 //! - [`pairs`]: which VMs have how much in common.
@@ -22,18 +24,22 @@
 pub mod audit;
 pub(crate) mod backing;
 pub mod budget;
+pub mod by_type;
 pub mod cache;
 pub mod calls;
 pub mod changes;
+pub mod claims;
 pub(crate) mod compact;
 pub mod content;
 pub mod engine;
 pub(crate) mod follow;
+pub(crate) mod give_back;
 pub(crate) mod group;
 pub(crate) mod hinted;
 pub mod hints;
 pub(crate) mod huge;
 pub(crate) mod index;
+pub mod map;
 pub(crate) mod members;
 pub(crate) mod pace;
 pub mod pagemap;

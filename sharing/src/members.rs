@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::cache::names::BlockKey;
 use crate::cache::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
+use crate::claims::{Claims, SharedTypes};
 use crate::follow::Follower;
 use crate::hints::Hints;
 use crate::huge::HugeRanges;
@@ -89,6 +90,10 @@ pub(crate) struct Member {
     pub(crate) huge: Option<HugeRanges>,
     /// What more memory would bring it, once it has read a block through the cache.
     pub(crate) working_set: Option<Box<WorkingSet>>,
+    /// What its guest says of its pages, where it can say anything.
+    pub(crate) claims: Option<Box<Claims>>,
+    /// Which of its pages are shared.
+    pub(crate) types: SharedTypes,
     /// Its number among all that the engine ever had: another VM in its slot has another.
     pub(crate) id: u64,
     base: Place,
@@ -141,7 +146,7 @@ impl Member {
 
     /// Whether the page has memory of its own and may be mapped to a frame.
     pub(crate) fn mergeable(&self, page: u32) -> bool {
-        self.flags[page as usize].contains(Flags::PRIVATE) && !self.whole(page)
+        self.flags[page as usize].contains(Flags::PRIVATE) && !self.whole(page) && self.admits(page)
     }
 
     /// A page of a huge page could be shared.
@@ -253,6 +258,7 @@ impl Member {
             + self.hints.metadata_bytes()
             + self.huge.as_ref().map_or(0, HugeRanges::metadata_bytes)
             + self.working_set.as_ref().map_or(0, |working_set| working_set.bytes())
+            + self.claims.as_ref().map_or(0, |claims| claims.bytes())
     }
 }
 
@@ -270,9 +276,16 @@ pub(crate) struct Members {
     places: BTreeMap<Place, usize>,
     /// Members that there ever were.
     ids: u64,
+    /// Which pages are shared.
+    types: SharedTypes,
 }
 
 impl Members {
+    /// None, of which pages of these types will be shared.
+    pub(crate) fn new(types: SharedTypes) -> Self {
+        Self { types, ..Self::default() }
+    }
+
     pub(crate) fn add(
         &mut self,
         space: Space,
@@ -300,6 +313,8 @@ impl Members {
             hints: Arc::default(),
             huge,
             working_set: None,
+            claims: None,
+            types: self.types,
             space,
             id: self.ids,
             base,

@@ -102,7 +102,9 @@ impl Engine {
         for page in run {
             member.not_zero(page);
             if member.space.attached(page) {
-                counters.breaks += 1;
+                // Pages that were put on frames to see whether they are written were never merged.
+                let lent = member.space.census_mut().is_some_and(|census| census.broken(page));
+                counters.breaks += u64::from(!lent);
                 if let Some(named) = member.space.refers(page).and_then(|frame| books.names.of(frame)) {
                     member.gave_up(named.key);
                 }

@@ -41,6 +41,9 @@ impl Engine {
         if !member.flags[page as usize].contains(Flags::PRIVATE) {
             return 1;
         }
+        if member.claim(page).free() {
+            return 1;
+        }
         self.counters.scanned += 1;
         // SAFETY: a member's RAM is mapped.
         unsafe { content::copy(member.space.page(page), &mut self.scratch) };
@@ -52,7 +55,7 @@ impl Engine {
         if unsafe { content::zero(self.scratch.as_ptr()) } {
             return self.give_back(slot, page, end);
         }
-        if self.members.at(slot).mode == Mode::Zero {
+        if self.members.at(slot).mode == Mode::Zero || !self.members.at(slot).admits(page) {
             return 1;
         }
         let digest = self.digester.digest(&self.scratch);
@@ -101,7 +104,7 @@ impl Engine {
     }
 
     /// Gives pages of zeros back, from `page` up to `end` as far as they go.
-    fn give_back(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+    pub(crate) fn give_back(&mut self, slot: usize, page: u32, end: u32) -> u32 {
         let member = self.members.at(slot);
         let space = &member.space;
         let anonymous = space.refers(page).is_none();
@@ -227,7 +230,7 @@ impl Engine {
     }
 
     /// Enters a fresh frame into the index of frames.
-    fn index_frame(&mut self, frame: Frame) {
+    pub(crate) fn index_frame(&mut self, frame: Frame) {
         // SAFETY: the frame is live, and its content no longer changes.
         let page = unsafe { &*self.store.content(frame).cast::<Page>() };
         let digest = self.digester.digest(page);
@@ -238,6 +241,21 @@ impl Engine {
 
     /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.
     fn merge_run(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
+        let merged = self.map_frames(slot, first, frame, count);
+        self.counters.merges += u64::from(merged);
+        let space = &mut self.members.at_mut(slot).space;
+        if space.backing().census().is_some() {
+            for page in (first..first + count).filter(|&page| space.attached(page)).collect::<Vec<_>>() {
+                if let Some(census) = space.census_mut() {
+                    census.merged(page);
+                }
+            }
+        }
+        merged
+    }
+
+    /// Maps frames over a run, leaving out pages that differ under protection. Returns how many are mapped.
+    pub(crate) fn map_frames(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
         // Digests are kept with pages as long as these are on no frame.
         let mut digests = std::mem::take(&mut self.digests);
         digests.clear();
@@ -256,7 +274,6 @@ impl Engine {
                 self.forget(slot, page, digests[(page - first) as usize]);
                 self.members.at_mut(slot).became_merged(page);
             }
-            self.counters.merges += u64::from(merged);
             total += merged;
             done += merged + 1;
             misses += 1;
@@ -269,7 +286,7 @@ impl Engine {
     }
 
     /// Counts a refusal, tells the VM of a loss.
-    fn settle_outcome(&mut self, slot: usize, outcome: Result<u32, SpaceError>) -> u32 {
+    pub(crate) fn settle_outcome(&mut self, slot: usize, outcome: Result<u32, SpaceError>) -> u32 {
         match outcome {
             Ok(pages) => pages,
             Err(error) => {

@@ -6,20 +6,25 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::audit::AuditReport;
+use crate::by_type::Claimed;
 use crate::cache::statistics::CacheStatistics;
 use crate::cache::working_set::Curve;
 use crate::cache::{BlockRead, CacheSize, Image, ReadPlan, VmNumber};
 use crate::calls::{Linux, MemoryCalls};
 use crate::changes::ChangeLog;
+use crate::claims::ClaimSource;
 use crate::content::Page;
 use crate::engine::{Mode, Settings};
 use crate::group::{Group, Groups};
 use crate::hints::{Hint, Hints};
+use crate::map::MapCell;
 use crate::pairs::FrameSample;
 use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
@@ -165,6 +170,12 @@ impl Sharing {
         all
     }
 
+    /// CPU time of the sharing threads. Waits for nothing.
+    #[must_use]
+    pub fn cpu_time(&self) -> Duration {
+        self.crew.cpu()
+    }
+
     /// The statistics of each group, by name. CPU time is not told apart.
     #[must_use]
     pub fn groups(&self) -> Vec<(String, EngineStatistics)> {
@@ -272,6 +283,36 @@ impl Membership {
         self.group.engine.lock().working_set(self.slot)
     }
 
+    /// Has the engine listen to what the guest says of its pages. The bell is to be rung when the guest
+    /// says that a pass is over.
+    ///
+    /// # Panics
+    /// Where the ranges of the source are not the VM's RAM, or the hole has no words for them.
+    #[must_use]
+    pub fn listen(&self, source: Arc<dyn ClaimSource>) -> Bell {
+        let rung = Arc::new(AtomicBool::new(false));
+        self.group.engine.lock().listen(self.slot, source, Arc::clone(&rung));
+        Bell { crew: Arc::clone(&self.crew), rung }
+    }
+
+    /// What the guest says of its pages, and what sharing comes to by that. Takes time in proportion to the
+    /// VM's memory where it says anything.
+    ///
+    /// # Errors
+    /// Where the page map cannot be read.
+    pub fn claimed(&self) -> io::Result<Claimed> {
+        Ok(self.group.engine.lock().claimed(self.slot)?.unwrap_or_default())
+    }
+
+    /// A picture of the VM's memory: runs of pages of the same size, `cells` at most. Takes time in
+    /// proportion to the VM's memory.
+    ///
+    /// # Errors
+    /// Where the page map cannot be read.
+    pub fn map(&self, cells: u32) -> io::Result<Vec<MapCell>> {
+        Ok(self.group.engine.lock().map(self.slot, cells)?.unwrap_or_default())
+    }
+
     /// Where disks ask for blocks.
     #[must_use]
     pub fn blocks(&self) -> BlockClient {
@@ -329,6 +370,23 @@ impl HintSender {
     /// Gives a hint. Never waits for the engine; where too many wait already, it is dropped.
     pub fn give(&self, hint: Hint) {
         if self.hints.give(hint) {
+            self.crew.refresh();
+        }
+    }
+}
+
+/// By which a device says that its guest has told what its pages are for. Of a VM that is gone it is
+/// ignored.
+#[derive(Clone, Debug)]
+pub struct Bell {
+    crew: Arc<Crew>,
+    rung: Arc<AtomicBool>,
+}
+
+impl Bell {
+    /// Rings. Never waits for the engine; as long as it has not come, further rings do nothing.
+    pub fn ring(&self) {
+        if !self.rung.swap(true, Ordering::AcqRel) {
             self.crew.refresh();
         }
     }

@@ -6,15 +6,17 @@
 
 #![expect(unsafe_code, reason = "compares guest pages by address")]
 
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::backing::Backing;
+use crate::by_type::Census;
 use crate::calls::{MemoryCalls, Over, Source};
 use crate::content;
-use crate::pagemap::Pagemap;
+use crate::pagemap::{Entry, Pagemap};
 use crate::ram::{Ram, RamRange};
 use crate::store::{Frame, FrameStore};
 
@@ -105,6 +107,16 @@ impl Space {
     /// What each page is mapped from.
     pub(crate) fn backing(&self) -> &Backing {
         &self.backing
+    }
+
+    /// Has it noted from now on what the guest says of its pages.
+    pub(crate) fn take_census(&mut self) {
+        self.backing.take_census();
+    }
+
+    /// What the guest says of its pages, where it does.
+    pub(crate) fn census_mut(&mut self) -> Option<&mut Census> {
+        self.backing.census_mut()
     }
 
     /// Makes the note of a page that is not attached.
@@ -272,6 +284,54 @@ impl Space {
         })
     }
 
+    /// Gives the memory of pages back whose content nobody wants, as far as they provably still show the
+    /// frames that they are attached to: nobody has written to them since. Returns how many of the first
+    /// these are; they are anonymous memory then, and read as zeros. Appends to `left` their frames, and to
+    /// `dead` those whose last sharers left.
+    ///
+    /// All of the pages must be attached, and `count` is at most [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    #[expect(clippy::too_many_arguments, reason = "the two lists are the caller's, to be used again")]
+    pub(crate) fn discard_unwritten(
+        &mut self,
+        first: u32,
+        count: u32,
+        pagemap: &Pagemap,
+        store: &mut FrameStore,
+        calls: &dyn MemoryCalls,
+        left: &mut Vec<Frame>,
+        dead: &mut Vec<Frame>,
+    ) -> Result<u32, SpaceError> {
+        debug_assert!((first..first + count).all(|page| self.attached(page)));
+        let frames: Vec<_> = (first..first + count).filter_map(|page| self.refers(page)).collect();
+        let ram = Arc::clone(&self.ram);
+        let pages = ram.range(first, count);
+        let entries = RefCell::new([Entry::default(); WINDOW_PAGES as usize]);
+        let known = Cell::new(false);
+        let discarded = self.replace(first, count, Source::Zeros, calls, |_, index| {
+            let mut entries = entries.borrow_mut();
+            if index == 0 {
+                for index in 0..count {
+                    // A page that is nowhere in memory shows what it is now.
+                    // SAFETY: guest RAM is mapped readable; the byte is not used.
+                    unsafe { pages.page(index).read_volatile() };
+                }
+                known.set(pagemap.read(pages.address(), &mut entries[..count as usize]).is_ok());
+            }
+            let entry = entries[index as usize];
+            known.get() && entry.present() && entry.file()
+        })?;
+        for frame in frames.into_iter().take(discarded as usize) {
+            left.push(frame);
+            if store.detach(frame) {
+                dead.push(frame);
+            }
+        }
+        Ok(discarded)
+    }
+
     /// The longest time for which writers to a run of this RAM were made to wait.
     #[must_use]
     pub fn longest_window(&self) -> Duration {
@@ -410,7 +470,14 @@ impl Space {
     fn note_mapping(&mut self, first: u32, count: u32, source: Source) {
         match source {
             Source::Frames(frame) => self.backing.attach(first, frame, count),
-            Source::Zeros => self.backing.make_anonymous(first, count),
+            Source::Zeros => {
+                for page in first..first + count {
+                    if self.attached(page) {
+                        self.backing.leave(page);
+                    }
+                }
+                self.backing.make_anonymous(first, count);
+            }
         }
     }
 

@@ -102,6 +102,43 @@ pub enum PageType {
     Balloon,
 }
 
+impl PageType {
+    /// All of them, each at the place that is its number.
+    pub const ALL: [Self; 9] = [
+        Self::Unknown,
+        Self::Anonymous,
+        Self::FileMapped,
+        Self::FileUnmapped,
+        Self::Slab,
+        Self::PageTable,
+        Self::Compound,
+        Self::Free,
+        Self::Balloon,
+    ];
+
+    /// The type in a word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Anonymous => "anonymous",
+            Self::FileMapped => "file_mapped",
+            Self::FileUnmapped => "file_unmapped",
+            Self::Slab => "slab",
+            Self::PageTable => "page_table",
+            Self::Compound => "compound",
+            Self::Free => "free",
+            Self::Balloon => "balloon",
+        }
+    }
+
+    /// Whether it is content of files.
+    #[must_use]
+    pub const fn is_file(self) -> bool {
+        matches!(self, Self::FileMapped | Self::FileUnmapped)
+    }
+}
+
 /// What a word says that the page is used for.
 #[must_use]
 pub const fn page_type(word: u32) -> PageType {
@@ -170,6 +207,14 @@ mod tests {
         assert_eq!(of(LRU | MMAP), PageType::FileMapped);
         assert_eq!(of(LRU | SWAP_BACKED), PageType::FileUnmapped);
         assert_eq!(of(COMPOUND_HEAD), PageType::Compound);
+    }
+
+    #[test]
+    fn types_have_their_numbers_for_places() {
+        for (number, kind) in PageType::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, number, "{}", kind.name());
+        }
+        assert!(PageType::ALL.into_iter().filter(|kind| kind.is_file()).count() == 2);
     }
 
     #[test]

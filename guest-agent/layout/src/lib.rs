@@ -29,12 +29,14 @@
 //!
 //! # A guest finds it
 //! by the kernel parameter `samepage.hole=BYTES@ADDRESS` ([`PARAMETER`], [`parse_parameter`]), which Linux
-//! itself ignores. The memory is reserved in the memory map.
+//! itself ignores. The memory is reserved in the memory map. Where the value is `port`, the guest has no
+//! such memory, and says the same over a [`port`].
 
 #![no_std]
 #![forbid(unsafe_code)]
 
 pub mod flags;
+pub mod port;
 
 use core::sync::atomic::{AtomicU32, Ordering, fence};
 
@@ -214,6 +216,17 @@ impl<'a> Hole<'a> {
         self.words[HOST].store(HOST_MAGIC, Ordering::Release);
     }
 
+    /// Asks for a pass, by another number than before. What the host did before is done before the guest
+    /// sees it.
+    pub fn set_requested(&self, number: u32) {
+        self.words[HOST + 8].store(number, Ordering::Release);
+    }
+
+    /// Says in which interval the host wants passes, in milliseconds; 0 leaves it to the guest.
+    pub fn set_interval_ms(&self, interval: u32) {
+        self.store(HOST + 9, interval);
+    }
+
     /// The guest's header, if it holds still. Tries a few times, and never waits.
     ///
     /// # Errors
@@ -365,6 +378,9 @@ mod tests {
         assert_eq!(hole.guest_header(), Ok(guest));
         hole.clear_guest_header();
         assert_eq!(hole.guest_header(), Err(Unread::Absent));
+        hole.set_requested(7);
+        hole.set_interval_ms(2000);
+        assert_eq!(hole.host_header(), Some(HostHeader { requested: 7, interval_ms: 2000, ..host }));
     }
 
     #[test]

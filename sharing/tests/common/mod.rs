@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![expect(unsafe_code, reason = "plays the guests: writes to and reads from their memory")]
 
+pub(crate) mod agent;
 pub(crate) mod disks;
 pub(crate) mod followed;
 
@@ -50,6 +51,12 @@ impl Guest {
             // SAFETY: within the page, which is reserved, writable and written by one thread.
             unsafe { address.add(index).write_volatile(word(seed, index)) };
         }
+    }
+
+    /// Whether the page begins with a word of zeros.
+    pub(crate) fn is_zero(&self, page: u32) -> bool {
+        // SAFETY: as in `write`.
+        unsafe { self.ram.range(page, 1).page(0).cast::<u64>().read_volatile() == 0 }
     }
 
     /// Asserts that the page has the content named `seed`.

@@ -3,6 +3,7 @@
 //! A benchmark runs both sides in turns on the same machine and prints ratios, which hold where times
 //! would not. It fails when it can't measure, never because a figure is poor.
 
+mod curves;
 mod guest;
 mod host;
 mod lookahead;
@@ -10,6 +11,7 @@ mod measure;
 mod monitor;
 mod report;
 mod smaps;
+mod types;
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -24,6 +26,7 @@ use crate::{process, setup};
 
 pub use lookahead::{LookaheadArgs, LookaheadReport};
 pub use report::StartupReport;
+pub use types::{TypesArgs, TypesReport};
 
 /// The benchmarks.
 #[derive(Subcommand, Debug)]
@@ -32,6 +35,8 @@ pub enum Benchmark {
     Startup(StartupArgs),
     /// Compare engines with and without lookahead on Linux guests that boot and work
     Lookahead(LookaheadArgs),
+    /// Compare what is shared with and without what Linux guests say of their pages, and by type of pages
+    Types(TypesArgs),
 }
 
 /// What of start-up to measure.
@@ -59,6 +64,7 @@ pub fn run(benchmark: &Benchmark) -> Result<()> {
     match benchmark {
         Benchmark::Startup(args) => print(&startup(args)?, args.json),
         Benchmark::Lookahead(args) => print(&lookahead::measure(args)?, args.json),
+        Benchmark::Types(args) => print(&types::measure(args)?, args.json),
     }
 }
 

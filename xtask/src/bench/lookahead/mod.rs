@@ -7,7 +7,6 @@
 
 mod report;
 mod run;
-mod svg;
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,6 +14,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
+use super::curves::{self, Curve};
 use super::host::{self, Host};
 use crate::artifacts::Artifacts;
 pub use report::LookaheadReport;
@@ -58,7 +58,23 @@ pub(super) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
     host.look_again()?;
     let report = LookaheadReport::new(host, args.cpu, curves)?;
     if let Some(path) = &args.svg {
-        fs::write(path, svg::draw(&report)).with_context(|| format!("writing {}", path.display()))?;
+        fs::write(path, draw(&report)).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(report)
+}
+
+fn draw(report: &LookaheadReport) -> String {
+    let title = format!(
+        "Pages saved by sharing: two Linux guests of {} MiB, {} % of a core for sharing",
+        report.guest_mib, report.cpu_percent
+    );
+    let curves: Vec<_> = report
+        .curves
+        .iter()
+        .map(|curve| Curve {
+            name: curve.engine.name,
+            points: curve.points.iter().map(|point| (point.seconds, point.pages_sharing as f64)).collect(),
+        })
+        .collect();
+    curves::draw(&title, &curves)
 }

@@ -91,11 +91,11 @@ impl fmt::Display for LookaheadReport {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::super::run::{Engine, Point};
     use super::*;
 
-    pub(in super::super) fn report() -> LookaheadReport {
+    fn report() -> LookaheadReport {
         let host = Host { processors: 2, kernel: "6.18.0".into(), kvm: "kvm_intel".into(), load: [0.0, 1.0] };
         let curve = |name, slope: u64| Curve {
             engine: Engine { name, settings: "" },

@@ -1,9 +1,14 @@
-//! Shared pages over time as a picture, which stands alone and follows the viewer's light or dark scheme.
+//! Curves over time as a picture, which stands alone and follows the viewer's light or dark scheme.
 //! Lengths are in SVG user units. Source: the SVG 1.1 recommendation.
 
 use std::fmt::Write;
 
-use super::report::LookaheadReport;
+/// Something over time.
+pub(super) struct Curve<'a> {
+    pub(super) name: &'a str,
+    /// Seconds, and how much it was then.
+    pub(super) points: Vec<(f64, f64)>,
+}
 
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 420.0;
@@ -24,17 +29,14 @@ text { font: 13px system-ui, sans-serif; fill: #1c2330; } .title { font-size: 16
 @media (prefers-color-scheme: dark) { text { fill: #e4e8ef; } .ground { fill: #14181f; } \
 .grid { stroke: #363d4a; } .c0, .c1 { stroke: #3fae74; } .c2, .c3 { stroke: #e08a45; } }";
 
-/// Draws a report as an SVG document.
-pub(super) fn draw(report: &LookaheadReport) -> String {
-    let points = || report.curves.iter().flat_map(|curve| &curve.points);
-    let seconds = points().map(|point| point.seconds).fold(1.0, f64::max);
-    let most = points().map(|point| point.pages_sharing as f64).fold(1.0, f64::max);
+/// Draws curves as an SVG document.
+pub(super) fn draw(title: &str, curves: &[Curve<'_>]) -> String {
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let seconds = points().map(|point| point.0).fold(1.0, f64::max);
+    let most = points().map(|point| point.1).fold(1.0, f64::max);
     let x = |second: f64| LEFT + (RIGHT - LEFT) * second / seconds;
-    let y = |pages: f64| BOTTOM - (BOTTOM - TOP) * pages / most;
-    let title = format!(
-        "Pages saved by sharing: two Linux guests of {} MiB, {} % of a core for sharing",
-        report.guest_mib, report.cpu_percent
-    );
+    let y = |much: f64| BOTTOM - (BOTTOM - TOP) * much / most;
+    let title = escape(title);
 
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -63,13 +65,10 @@ pub(super) fn draw(report: &LookaheadReport) -> String {
             BOTTOM + 18.0
         );
     }
-    for (index, curve) in report.curves.iter().enumerate() {
+    for (index, curve) in curves.iter().enumerate() {
         let class = format!("curve c{}", index % 4);
-        let line: String = curve
-            .points
-            .iter()
-            .map(|point| format!("L{:.1} {:.1}", x(point.seconds), y(point.pages_sharing as f64)))
-            .collect();
+        let line: String =
+            curve.points.iter().map(|&(second, much)| format!("L{:.1} {:.1}", x(second), y(much))).collect();
         let _ = writeln!(text, r#"<path class="{class}" d="M{:.1} {:.1}{line}"/>"#, x(0.0), y(0.0));
         let place = TOP + 20.0 + index as f64 * 24.0;
         let _ = writeln!(
@@ -78,7 +77,7 @@ pub(super) fn draw(report: &LookaheadReport) -> String {
             RIGHT + 16.0,
             RIGHT + 56.0,
             place + 4.0,
-            escape(curve.engine.name)
+            escape(curve.name)
         );
     }
     text.push_str("</svg>\n");
@@ -100,12 +99,15 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::report::tests::report;
     use super::*;
 
     #[test]
-    fn each_engine_has_a_curve_and_a_name() {
-        let picture = draw(&report());
+    fn each_curve_is_drawn_and_named() {
+        let curve = |name, slope: u32| {
+            let points = (1..=12).map(|second| (f64::from(second) + 0.01, f64::from(slope * second)));
+            Curve { name, points: points.collect() }
+        };
+        let picture = draw("Pages <saved>", &[curve("fast", 100), curve("slow & steady", 10)]);
         assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
         assert_eq!(picture.matches(r#"class="curve c"#).count(), 4, "two curves and their samples");
         assert!(picture.contains(">slow &amp; steady</text>"), "{picture}");
