@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use samepage_agent::command::{HELP, parse_list};
-use samepage_agent::hole::check::check;
 use samepage_agent::hole::serve::{self, Publisher};
 use samepage_agent::hole::{self};
 use samepage_agent::init;
@@ -20,7 +19,8 @@ Usage: samepage-agent --publish|--once|--check [--interval SECONDS] [--verbose]
 
 Publishing tells the host what the guest's pages are for, as /proc/kpageflags has
 it, so that the host looks first where sharing memory pays and takes back what is
-free. It needs root, /dev/mem and a VM of samepage with --memory-hole on.
+free. It needs root, and /dev/mem in a VM of samepage with --memory-hole on, or
+the driver virtio_console in one with --memory-hole port.
   --publish             publish again and again, at less than 1% of a processor
   --once                publish once
   --check               publish once and compare with /proc/kpageflags: fails
@@ -115,8 +115,7 @@ fn act(options: Options, publisher: &mut Publisher) -> Result<bool, hole::Error>
             if options.verbose {
                 say(format_args!("pass {pass}"));
             }
-            let (mapping, flags) = publisher.parts();
-            let checked = check(mapping, flags)?;
+            let checked = publisher.check()?;
             say(format_args!("check {} {checked}", if checked.passed() { "ok" } else { "failed:" }));
             Ok(checked.passed())
         }

@@ -3,7 +3,7 @@
 use crate::command::Command;
 use crate::files::{self, Source};
 use crate::hole;
-use crate::hole::check::{Checked, check};
+use crate::hole::check::Checked;
 use crate::hole::serve::{Options, Publisher};
 use crate::memory::{Memory, Mismatch};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -137,9 +137,7 @@ impl Runner {
             Command::Release => format!("pages={}", self.memory.release()),
             Command::Publish { interval } => publish(*interval)?,
             Command::Check => {
-                let mut publisher = Publisher::open(Options::default())?;
-                let (mapping, flags) = publisher.parts();
-                let checked = check(mapping, flags)?;
+                let checked = Publisher::open(Options::default())?.check()?;
                 if !checked.passed() {
                     return Err(Error::Told(checked));
                 }

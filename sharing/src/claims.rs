@@ -27,6 +27,12 @@ pub trait ClaimSource: Send + Sync + fmt::Debug {
 
     /// Which page frames of the guest are RAM, in the order of the RAM's pages.
     fn ranges(&self) -> &[FrameRange];
+
+    /// Asks the guest for a pass, by a number other than before. What the host did before is done before
+    /// the guest sees it.
+    fn request(&self, number: u32) {
+        self.hole().set_requested(number);
+    }
 }
 
 /// Which pages are shared, by what guests say that they are for.
@@ -110,7 +116,7 @@ impl Claims {
 
     /// Asks the guest for a pass.
     pub(crate) fn request(&self, number: u32) {
-        self.source.hole().set_requested(number);
+        self.source.request(number);
     }
 
     /// What the guest said at the end of the last pass.

@@ -32,6 +32,7 @@ use crate::GuestMemory;
 
 pub mod block;
 mod chain;
+pub mod console;
 pub mod mmio;
 mod queue;
 #[cfg(test)]

@@ -268,7 +268,7 @@ impl Driver {
     }
 
     /// Waits for the interrupt line and acknowledges what caused it, configuration changes excepted.
-    fn wait_interrupt(&mut self) {
+    pub(super) fn wait_interrupt(&mut self) {
         let epoll = Epoll::new().unwrap();
         let interest = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, self.interrupt.as_raw_fd(), interest).unwrap();

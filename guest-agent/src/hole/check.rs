@@ -1,4 +1,4 @@
-//! Whether the flags in the hole are those of the kernel.
+//! Whether the flags that are published are those of the kernel.
 //!
 //! Pages change while they are looked at. So each batch is read from the kernel, published, and read once
 //! more at once: what was published is to equal what was read before or what was read after, and where it
@@ -6,14 +6,12 @@
 //! is looked at again, since it may have changed to and fro; one that always does is unexplained.
 
 use std::fmt;
-use std::sync::atomic::Ordering;
 
-use samepage_hole::Hole;
+use samepage_hole::HostHeader;
 
 use super::Error;
-use super::mapping::Mapping;
 use super::pages::{BATCH, Flags};
-use super::publish::{batch, batches};
+use super::publish::{Target, batch, batches};
 
 /// Page frames looked at between two readings of the kernel's flags: few, so that little time passes.
 const CHECKED: usize = 256;
@@ -58,15 +56,18 @@ impl fmt::Display for Checked {
 /// Publishes and checks all of RAM.
 ///
 /// # Errors
-/// There is no hole, or the kernel's flags cannot be read.
-pub fn check(mapping: &Mapping, flags: &mut impl Flags) -> Result<Checked, Error> {
-    let (hole, header) = (mapping.hole()?, mapping.header()?);
+/// The kernel's flags cannot be read, or the host does not take them.
+pub fn check(
+    target: &mut impl Target,
+    header: &HostHeader,
+    flags: &mut impl Flags,
+) -> Result<Checked, Error> {
     let mut checked = Checked::default();
-    for (first, count) in batches(&hole, &header) {
+    for (first, count) in batches(target.frames(), header) {
         let mut done = 0;
         while done < count {
             let part = CHECKED.min(count - done);
-            look(&hole, first + done as u32, part, flags, LOOKS, &mut checked)?;
+            look(target, first + done as u32, part, flags, LOOKS, &mut checked)?;
             done += part;
         }
     }
@@ -75,7 +76,7 @@ pub fn check(mapping: &Mapping, flags: &mut impl Flags) -> Result<Checked, Error
 
 /// Publishes and checks some page frames, those that contradict up to `looks` times.
 pub(super) fn look(
-    hole: &Hole<'_>,
+    target: &mut impl Target,
     first: u32,
     count: usize,
     flags: &mut impl Flags,
@@ -84,16 +85,16 @@ pub(super) fn look(
 ) -> Result<(), Error> {
     let (mut before, mut after, mut scratch) = ([0; BATCH], [0; BATCH], [0; BATCH]);
     flags.read(first, &mut before[..count])?;
-    batch(hole, first, flags, &mut scratch[..count])?;
+    batch(target, first, flags, &mut scratch[..count])?;
     flags.read(first, &mut after[..count])?;
     for (frame, (&before, &after)) in (first..).zip(before.iter().zip(&after)).take(count) {
-        let published = hole.flags()[frame as usize].load(Ordering::Relaxed);
+        let published = target.published(frame);
         if published == before || published == after {
             checked.equal += 1;
         } else if before != after {
             checked.moved += 1;
         } else if looks > 1 {
-            look(hole, frame, 1, flags, looks - 1, checked)?;
+            look(target, frame, 1, flags, looks - 1, checked)?;
             // That look has counted the page.
             continue;
         } else {

@@ -1,20 +1,24 @@
 //! Telling the host what the guest's pages are for, through the memory hole.
 //!
 //! The kernel counts page frames and flags them in `/proc/kpageflags`; the hole is memory that the host
-//! gave the guest for this, found by a parameter on the kernel's command line and mapped from `/dev/mem`.
-//! [`publish`] copies the flags that changed, [`serve`] does so again and again, [`check`] sees whether the
-//! flags that are published are those of the kernel. The layout of the hole is that of [`samepage_hole`].
+//! gave the guest for this, found by a parameter on the kernel's command line and mapped from `/dev/mem`, or
+//! where that is forbidden reached over a [`port`]. [`publish`] copies the flags that changed, [`serve`] does
+//! so again and again, [`check`] sees whether the flags that are published are those of the kernel. The layout
+//! of the hole is that of [`samepage_hole`].
 
 pub mod check;
 pub mod mapping;
 pub mod pages;
+pub mod port;
 pub mod publish;
 pub mod serve;
 #[cfg(test)]
 mod tests;
 
 use std::io;
+use std::path::PathBuf;
 
+use samepage_hole::port::{NAME, PARAMETER_VALUE};
 use samepage_hole::{FREED_PAGES_ARE_ZERO, FREED_PAGES_MATTER, PARAMETER, parse_parameter};
 
 /// Why flags cannot be published.
@@ -45,6 +49,34 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The host says that it offers a port, and there is none.
+    #[error(
+        "the host offers the memory hole as a port, and the kernel has found none named {NAME}; it needs \
+         CONFIG_VIRTIO_CONSOLE (module virtio_console) and CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"
+    )]
+    NoPort,
+    /// The port was refused.
+    #[error("{what} {}: {source}{}", path.display(), port_hint(source))]
+    Port {
+        /// What was to be done.
+        what: &'static str,
+        /// The device file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The host has closed its end of the port.
+    #[error("the host has closed {}", path.display())]
+    PortClosed {
+        /// The device file.
+        path: PathBuf,
+    },
+    /// The host does nothing at its end of the port.
+    #[error("the host does not answer on {}, which may be the port of another program", path.display())]
+    Silent {
+        /// The device file.
+        path: PathBuf,
+    },
     /// `/proc/kpageflags` was refused.
     #[error("read /proc/kpageflags: {source}{}", flags_hint(source))]
     Flags {
@@ -56,14 +88,32 @@ pub enum Error {
     CommandLine(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether it may be over by itself: a guest that was moved finds a hole again, a host that has closed a
+    /// port opens it again.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Undescribed { .. } | Self::PortClosed { .. } | Self::Silent { .. })
+    }
+}
+
 fn memory_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => {
             "; the kernel needs CONFIG_DEVMEM, and /dev/mem must exist (mknod /dev/mem c 1 1)"
         }
         io::ErrorKind::PermissionDenied => {
-            "; run as root; a locked-down kernel (secure boot, lockdown=) never permits it"
+            "; run as root; a locked-down kernel (secure boot, lockdown=) never permits it: start the VM with \
+             --memory-hole port then"
         }
+        _ => "",
+    }
+}
+
+fn port_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run as root",
+        io::ErrorKind::ResourceBusy => "; another agent has it open: stop that first",
         _ => "",
     }
 }
@@ -81,6 +131,8 @@ fn flags_hint(error: &io::Error) -> &'static str {
 pub struct Parameters {
     /// Size and guest physical address of the hole.
     pub hole: Option<(u64, u64)>,
+    /// The host offers a port instead.
+    pub port: bool,
     /// What freed pages mean to the kernel, as in [`samepage_hole::GuestHeader::features`].
     pub features: u32,
 }
@@ -103,7 +155,10 @@ impl Parameters {
             let (name, value) = word.split_once('=').unwrap_or((word, "on"));
             let on = matches!(value, "on" | "1" | "y" | "Y" | "yes");
             match name {
-                PARAMETER => parameters.hole = parse_parameter(value),
+                PARAMETER => {
+                    parameters.hole = parse_parameter(value);
+                    parameters.port = value == PARAMETER_VALUE;
+                }
                 // Both check freed pages for what they left there.
                 "page_poison" | "debug_pagealloc" if on => parameters.features |= FREED_PAGES_MATTER,
                 "init_on_free" if on => parameters.features |= FREED_PAGES_ARE_ZERO,

@@ -1,4 +1,4 @@
-//! Copying the kernel's flags into the hole: only what changed.
+//! Copying the kernel's flags to the host: only what changed.
 
 use std::sync::atomic::Ordering;
 
@@ -10,26 +10,65 @@ use super::pages::{BATCH, Flags};
 // A batch lies within one block, whose counter tells of it.
 const _: () = assert!((BLOCK_PAGES as usize).is_multiple_of(BATCH));
 
+/// Where words are published.
+pub trait Target {
+    /// Page frames that have words.
+    fn frames(&self) -> u32;
+
+    /// The word that is published of a page frame.
+    fn published(&self, frame: u32) -> u32;
+
+    /// Publishes the words of the page frames from `first` on, which lie in one block, as far as they
+    /// differ from what is published. Returns how many do.
+    ///
+    /// # Errors
+    /// The host does not take them.
+    fn publish(&mut self, first: u32, words: &[u32]) -> Result<u32, Error>;
+}
+
+impl Target for Hole<'_> {
+    fn frames(&self) -> u32 {
+        Hole::frames(self)
+    }
+
+    fn published(&self, frame: u32) -> u32 {
+        self.flags()[frame as usize].load(Ordering::Relaxed)
+    }
+
+    fn publish(&mut self, first: u32, words: &[u32]) -> Result<u32, Error> {
+        let mut changed = 0;
+        for (published, &word) in self.flags()[first as usize..].iter().zip(words) {
+            if published.load(Ordering::Relaxed) != word {
+                published.store(word, Ordering::Relaxed);
+                changed += 1;
+            }
+        }
+        if changed > 0 {
+            self.count(first / BLOCK_PAGES);
+        }
+        Ok(changed)
+    }
+}
+
 /// Goes over all RAM once. Returns how many words changed.
 ///
 /// # Errors
-/// That of reading flags; what was written until then stays.
+/// That of reading flags or of publishing them; what was published until then stays.
 pub fn all(
-    hole: &Hole<'_>,
+    target: &mut impl Target,
     header: &HostHeader,
     flags: &mut impl Flags,
     words: &mut [u32; BATCH],
 ) -> Result<u32, Error> {
     let mut changed = 0;
-    for (first, count) in batches(hole, header) {
-        changed += batch(hole, first, flags, &mut words[..count])?;
+    for (first, count) in batches(target.frames(), header) {
+        changed += batch(target, first, flags, &mut words[..count])?;
     }
     Ok(changed)
 }
 
 /// The page frames that are RAM, as (first, count): at most [`BATCH`] within one block.
-pub fn batches(hole: &Hole<'_>, header: &HostHeader) -> impl Iterator<Item = (u32, usize)> {
-    let frames = hole.frames();
+pub fn batches(frames: u32, header: &HostHeader) -> impl Iterator<Item = (u32, usize)> + use<> {
     header.ranges.into_iter().flat_map(move |range| {
         let end = range.first.saturating_add(range.count).min(frames);
         let mut next = range.first;
@@ -42,22 +81,17 @@ pub fn batches(hole: &Hole<'_>, header: &HostHeader) -> impl Iterator<Item = (u3
     })
 }
 
-/// Reads the flags of the page frames from `first` on into `words`, and writes those into the hole that
-/// differ from what is there. Returns how many.
+/// Reads the flags of the page frames from `first` on into `words`, and publishes those that differ from what
+/// is published. Returns how many.
 ///
 /// # Errors
-/// That of reading flags.
-pub fn batch(hole: &Hole<'_>, first: u32, flags: &mut impl Flags, words: &mut [u32]) -> Result<u32, Error> {
+/// That of reading flags or of publishing them.
+pub fn batch(
+    target: &mut impl Target,
+    first: u32,
+    flags: &mut impl Flags,
+    words: &mut [u32],
+) -> Result<u32, Error> {
     flags.read(first, words)?;
-    let mut changed = 0;
-    for (published, &word) in hole.flags()[first as usize..].iter().zip(words.iter()) {
-        if published.load(Ordering::Relaxed) != word {
-            published.store(word, Ordering::Relaxed);
-            changed += 1;
-        }
-    }
-    if changed > 0 {
-        hole.count(first / BLOCK_PAGES);
-    }
-    Ok(changed)
+    target.publish(first, words)
 }

@@ -8,10 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, Timespec, clock_gettime};
-use samepage_hole::GuestHeader;
+use samepage_hole::{GuestHeader, HostHeader};
 
+use super::check::{self, Checked};
 use super::mapping::Mapping;
 use super::pages::{BATCH, KernelFlags};
+use super::port::Port;
 use super::{Error, Parameters, publish};
 use crate::run::say;
 
@@ -19,10 +21,12 @@ use crate::run::say;
 const SHORTEST: Duration = Duration::from_secs(2);
 /// Time between passes for each unit of a pass's CPU time.
 const REST: u32 = 100;
-/// How often the host's header is looked at between passes.
+/// How often the host's header in the hole is looked at between passes.
 const GLANCE: Duration = Duration::from_secs(1);
 /// How long to wait before a hole that has gone is looked for again.
 const GONE: Duration = Duration::from_secs(10);
+/// How long the kernel may take to find a port that the host offers.
+const FINDING: Duration = Duration::from_secs(10);
 
 /// How to publish.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,10 +57,83 @@ impl std::fmt::Display for Pass {
     }
 }
 
+/// The way to the hole.
+#[derive(Debug)]
+enum Way {
+    Memory(Mapping),
+    Port(Port),
+}
+
+impl Way {
+    fn open(parameters: &Parameters) -> Result<Self, Error> {
+        let Some((bytes, address)) = parameters.hole else {
+            let wait = if parameters.port { FINDING } else { Duration::ZERO };
+            return match Port::open(wait) {
+                Err(Error::NoPort) if !parameters.port => Err(Error::NoHole),
+                port => port.map(Self::Port),
+            };
+        };
+        match Mapping::open(bytes, address) {
+            // Where that is forbidden, the host may offer both.
+            Err(error @ Error::Memory { .. }) => {
+                Port::open(Duration::ZERO).map(Self::Port).map_err(|_| error)
+            }
+            mapping => mapping.map(Self::Memory),
+        }
+    }
+
+    /// What the host says now.
+    fn header(&mut self) -> Result<HostHeader, Error> {
+        match self {
+            Self::Memory(mapping) => mapping.header(),
+            Self::Port(port) => port.header(),
+        }
+    }
+
+    /// Number of the next pass.
+    fn generation(&self, now: Duration) -> Result<u32, Error> {
+        let last = match self {
+            Self::Memory(mapping) => mapping.hole()?.guest_header().map_or(0, |header| header.generation),
+            // Another one than that of an agent before this one.
+            Self::Port(_) => now.as_millis() as u32,
+        };
+        Ok(last.wrapping_add(1))
+    }
+
+    fn end_pass(&mut self, header: &GuestHeader) -> Result<(), Error> {
+        match self {
+            Self::Memory(mapping) => {
+                mapping.hole()?.set_guest_header(header);
+                mapping.ring();
+                Ok(())
+            }
+            Self::Port(port) => port.end_pass(header),
+        }
+    }
+
+    /// Waits until the host may have said something, for so long at most.
+    fn wait(&mut self, longest: Duration) -> Result<(), Error> {
+        match self {
+            // Nothing tells of what it writes.
+            Self::Memory(_) => thread::sleep(longest.min(GLANCE)),
+            Self::Port(port) => port.wait(longest)?,
+        }
+        Ok(())
+    }
+
+    /// Looks for a hole that has gone.
+    fn again(&mut self) {
+        if let Self::Port(port) = self {
+            // Where it cannot be opened, the next pass says so.
+            let _ = port.connect();
+        }
+    }
+}
+
 /// The hole of this guest, and what is published in it.
 #[derive(Debug)]
 pub struct Publisher {
-    mapping: Mapping,
+    way: Way,
     flags: KernelFlags,
     features: u32,
     words: Box<[u32; BATCH]>,
@@ -64,25 +141,36 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Finds the hole of the running guest and maps it.
+    /// Finds the hole of the running guest, and maps it or opens its port.
     ///
     /// # Errors
     /// There is none, or the kernel does not show what is needed.
     pub fn open(options: Options) -> Result<Self, Error> {
         let parameters = Parameters::of_kernel()?;
-        let (bytes, address) = parameters.hole.ok_or(Error::NoHole)?;
+        let way = Way::open(&parameters)?;
         Ok(Self {
             flags: KernelFlags::open()?,
-            mapping: Mapping::open(bytes, address)?,
+            way,
             features: parameters.features,
             words: Box::new([0; BATCH]),
             options,
         })
     }
 
-    /// The hole, and the kernel's flags.
-    pub fn parts(&mut self) -> (&Mapping, &mut KernelFlags) {
-        (&self.mapping, &mut self.flags)
+    /// Publishes all of RAM, and sees whether that is what the kernel says.
+    ///
+    /// # Errors
+    /// The hole has gone, or the kernel's flags cannot be read.
+    pub fn check(&mut self) -> Result<Checked, Error> {
+        let header = self.way.header()?;
+        match &mut self.way {
+            Way::Memory(mapping) => check::check(&mut mapping.hole()?, &header, &mut self.flags),
+            Way::Port(port) => {
+                let checked = check::check(port, &header, &mut self.flags)?;
+                port.flush()?;
+                Ok(checked)
+            }
+        }
     }
 
     /// Goes over all page frames once and tells the host.
@@ -90,23 +178,25 @@ impl Publisher {
     /// # Errors
     /// The hole has gone, or the kernel's flags cannot be read.
     pub fn pass(&mut self) -> Result<Pass, Error> {
-        let (hole, host) = (self.mapping.hole()?, self.mapping.header()?);
+        let host = self.way.header()?;
         let (start, cpu) = (Instant::now(), cpu_time());
-        let last = hole.guest_header().map_or(0, |header| header.generation);
-        let changed = publish::all(&hole, &host, &mut self.flags, &mut self.words)?;
+        let (flags, words) = (&mut self.flags, &mut self.words);
+        let changed = match &mut self.way {
+            Way::Memory(mapping) => publish::all(&mut mapping.hole()?, &host, flags, words)?,
+            Way::Port(port) => publish::all(port, &host, flags, words)?,
+        };
         let cpu = cpu_time().saturating_sub(cpu);
         let now = duration(clock_gettime(ClockId::Monotonic));
         let header = GuestHeader {
             features: self.features,
-            generation: last.wrapping_add(1),
+            generation: self.way.generation(now)?,
             answered: host.requested,
             next_ms: milliseconds(self.pause(cpu, host.interval_ms)),
             time_ms: now.as_millis() as u64,
             changed,
             cpu_us: u32::try_from(cpu.as_micros()).unwrap_or(u32::MAX),
         };
-        hole.set_guest_header(&header);
-        self.mapping.ring();
+        self.way.end_pass(&header)?;
         Ok(Pass { header, took: start.elapsed() })
     }
 
@@ -117,20 +207,21 @@ impl Publisher {
     pub fn serve(&mut self) -> Result<std::convert::Infallible, Error> {
         let mut gone = false;
         loop {
-            match self.pass() {
-                Ok(pass) => {
-                    gone = false;
-                    if self.options.verbose {
-                        say(format_args!("pass {pass}"));
-                    }
-                    self.rest(&pass);
+            let passed = self.pass().and_then(|pass| {
+                gone = false;
+                if self.options.verbose {
+                    say(format_args!("pass {pass}"));
                 }
-                // A guest that was moved may find it again.
-                Err(error @ Error::Undescribed { .. }) => {
+                self.rest(&pass)
+            });
+            match passed {
+                Ok(()) => {}
+                Err(error) if error.may_pass() => {
                     if !std::mem::replace(&mut gone, true) {
                         say(format_args!("waiting: {error}"));
                     }
                     thread::sleep(GONE);
+                    self.way.again();
                 }
                 Err(error) => return Err(error),
             }
@@ -138,7 +229,7 @@ impl Publisher {
     }
 
     /// Waits until the next pass is due: by time, or since the host asks for it.
-    fn rest(&self, pass: &Pass) {
+    fn rest(&mut self, pass: &Pass) -> Result<(), Error> {
         let ended = Instant::now();
         let pause = Duration::from_millis(pass.header.next_ms.into());
         let earliest = match self.options.interval {
@@ -146,12 +237,14 @@ impl Publisher {
             None => self.pause(Duration::from_micros(pass.header.cpu_us.into()), 0),
         };
         while let Some(left) = pause.checked_sub(ended.elapsed()).filter(|left| !left.is_zero()) {
-            let asked = self.mapping.header().is_ok_and(|host| host.requested != pass.header.answered);
-            if asked && ended.elapsed() >= earliest {
-                return;
+            let asked = self.way.header()?.requested != pass.header.answered;
+            let early = earliest.saturating_sub(ended.elapsed());
+            if asked && early.is_zero() {
+                break;
             }
-            thread::sleep(left.min(GLANCE));
+            self.way.wait(if asked { left.min(early) } else { left })?;
         }
+        Ok(())
     }
 
     /// The time from the end of a pass that took so much of the processor to the next.
