@@ -1,7 +1,8 @@
 //! Compiles the demo guest.
 //!
 //! The guest is a freestanding program with a panic strategy, code model and linker script of its own, so
-//! the compiler is called directly: no flag, profile or target of the host's build reaches it.
+//! the compiler is called directly: no flag, profile or target of the host's build reaches it. The one crate
+//! that it uses, the layout of the memory hole, is compiled in the same way.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,26 +11,49 @@ use std::process::Command;
 fn main() {
     let sources = Path::new("demo-guest");
     let script = sources.join("guest.ld");
-    for path in [sources.join("src"), script.clone(), PathBuf::from("src/demo")] {
+    let layout = Path::new("../guest-agent/layout/src");
+    for path in [sources.join("src"), script.clone(), PathBuf::from("src/demo"), layout.to_owned()] {
         println!("cargo:rerun-if-changed={}", path.display());
     }
     println!("cargo:rerun-if-changed=build.rs");
 
-    let image = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("demo-guest.elf");
+    let folder = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let library = folder.join("libsamepage_hole.rlib");
+    compile("samepage_hole", "rlib", &layout.join("lib.rs"), &library, &[]);
+    let used = format!("samepage_hole={}", library.display());
+    let script = format!("link-arg=-Wl,-T,{}", script.display());
+    let options = [
+        "--extern",
+        &used,
+        "-C",
+        "lto=fat",
+        "-C",
+        "strip=symbols",
+        "-C",
+        "link-args=-nostartfiles -nostdlib -static -no-pie",
+        "-C",
+        "link-args=-Wl,--build-id=none -Wl,-z,max-page-size=4096",
+        "-C",
+        &script,
+    ];
+    compile("demo_guest", "bin", &sources.join("src/main.rs"), &folder.join("demo-guest.elf"), &options);
+}
+
+/// Compiles a crate for the guest.
+fn compile(name: &str, kind: &str, source: &Path, output: &Path, options: &[&str]) {
     let rustc = env::var_os("RUSTC").expect("cargo sets RUSTC");
     let status = Command::new(&rustc)
-        .args(["--crate-name", "demo_guest", "--crate-type", "bin", "--edition", "2024"])
+        .args(["--crate-name", name, "--crate-type", kind, "--edition", "2024"])
         .args(["--target", "x86_64-unknown-linux-gnu"])
-        .args(["-C", "panic=abort", "-C", "opt-level=s", "-C", "lto=fat", "-C", "codegen-units=1"])
-        .args(["-C", "relocation-model=static", "-C", "strip=symbols"])
-        .args(["-C", "link-args=-nostartfiles -nostdlib -static -no-pie"])
-        .args(["-C", "link-args=-Wl,--build-id=none -Wl,-z,max-page-size=4096"])
-        .arg("-C")
-        .arg(format!("link-arg=-Wl,-T,{}", script.display()))
+        .args(["-C", "panic=abort", "-C", "opt-level=s", "-C", "codegen-units=1"])
+        .args(["-C", "relocation-model=static"])
+        .args(options)
         .arg("-o")
-        .arg(&image)
-        .arg(sources.join("src/main.rs"))
+        .arg(output)
+        .arg(source)
         .status()
-        .unwrap_or_else(|error| panic!("starting {} to compile the demo guest: {error}", rustc.display()));
-    assert!(status.success(), "compiling the demo guest failed ({status}): its errors are above");
+        .unwrap_or_else(|error| {
+            panic!("starting {} to compile {name} for the guest: {error}", rustc.display())
+        });
+    assert!(status.success(), "compiling {name} for the guest failed ({status}): its errors are above");
 }

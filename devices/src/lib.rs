@@ -11,6 +11,7 @@
 //! [`disk`], the one place with `unsafe`.
 
 pub mod disk;
+pub mod doorbell;
 pub mod i8042;
 pub mod serial;
 pub mod virtio;

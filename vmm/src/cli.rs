@@ -11,6 +11,7 @@ use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_QUEUES;
 use samepage_sharing::cache::CacheSize;
+use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 
@@ -205,6 +206,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingArg::Full)]
     pub(crate) sharing: SharingArg,
 
+    /// Give guests memory outside their RAM in which an agent of theirs may say what pages are for
+    #[arg(long, value_enum, value_name = "on|off", default_value_t = SwitchArg::On)]
+    pub(crate) memory_hole: SwitchArg,
+
     /// Share memory only with VMs of the same group; {index} and {name} are replaced, so that {name}
     /// gives every VM a group of its own
     #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
@@ -269,7 +274,9 @@ pub(crate) struct ProcessArgs {
     pub(crate) block_cache: CacheSize,
 
     /// Work as KSM does in some respects, to compare: lookahead=off searches for every page,
-    /// order=content keeps search trees by content, scan=full goes over all memory again and again
+    /// order=content keeps search trees by content, scan=full goes over all memory again and again. Or
+    /// share by what guests say that their pages are for: types=not-file leaves content of files alone,
+    /// types=file shares nothing else
     #[arg(long, value_name = "KEY=VALUE,...", default_value = "", value_parser = parse_engine)]
     pub(crate) sharing_engine: EngineArg,
 
@@ -311,12 +318,20 @@ pub(crate) enum HugePagesArg {
     Thp,
 }
 
+/// What is on or off, as in `--memory-hole`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SwitchArg {
+    On,
+    Off,
+}
+
 /// `--sharing-engine`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct EngineArg {
     pub(crate) lookahead: bool,
     pub(crate) order: Order,
     pub(crate) follow: bool,
+    pub(crate) types: SharedTypes,
 }
 
 /// `--disk`, before `{index}` and `{name}` are replaced.
@@ -450,7 +465,8 @@ fn parse_cpu(text: &str) -> Result<f64, String> {
 }
 
 fn parse_engine(text: &str) -> Result<EngineArg, String> {
-    let mut engine = EngineArg { lookahead: true, order: Order::Digest, follow: true };
+    let mut engine =
+        EngineArg { lookahead: true, order: Order::Digest, follow: true, types: SharedTypes::All };
     for field in text.split(',').filter(|field| !field.is_empty()) {
         match field {
             "lookahead=on" => engine.lookahead = true,
@@ -459,10 +475,13 @@ fn parse_engine(text: &str) -> Result<EngineArg, String> {
             "order=content" => engine.order = Order::Content,
             "scan=changes" => engine.follow = true,
             "scan=full" => engine.follow = false,
+            "types=all" => engine.types = SharedTypes::All,
+            "types=not-file" => engine.types = SharedTypes::NotFile,
+            "types=file" => engine.types = SharedTypes::File,
             _ => {
                 return Err(format!(
-                    "unknown field {field:?}; fields are lookahead=on|off, order=digest|content and \
-                     scan=changes|full"
+                    "unknown field {field:?}; fields are lookahead=on|off, order=digest|content, \
+                     scan=changes|full and types=all|not-file|file"
                 ));
             }
         }
@@ -533,10 +552,15 @@ mod tests {
     #[test]
     fn the_engine_can_be_made_to_work_as_ksm_does() {
         assert_eq!(
-            parse_engine("lookahead=off,order=content,scan=full"),
-            Ok(EngineArg { lookahead: false, order: Order::Content, follow: false })
+            parse_engine("lookahead=off,order=content,scan=full,types=file"),
+            Ok(EngineArg {
+                lookahead: false,
+                order: Order::Content,
+                follow: false,
+                types: SharedTypes::File
+            })
         );
-        assert_eq!(parse_engine(""), parse_engine("lookahead=on,order=digest,scan=changes"));
+        assert_eq!(parse_engine(""), parse_engine("lookahead=on,order=digest,scan=changes,types=all"));
         assert!(parse_engine("lookahead").is_err() && parse_engine("order=random").is_err());
         assert!(parse_cpu("250").is_ok() && parse_cpu("0").is_err() && parse_cpu("7000").is_err());
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_ID_LEN;
+use samepage_hole::PARAMETER;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::service::{Participation, Sharing};
 use thiserror::Error;
@@ -16,7 +17,7 @@ use thiserror::Error;
 use crate::boot::{BootError, ImageSource, load};
 use crate::huge_pages::HugePages;
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
-use crate::x86::layout::{MAX_RAM, MIN_RAM};
+use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 
 /// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
 const MAX_NAME: usize = 64;
@@ -112,7 +113,7 @@ pub struct VmConfig {
     pub kernel: ImageSource,
     /// The initial RAM disk.
     pub initrd: Option<ImageSource>,
-    /// The kernel's command line. What names the disks is added to it.
+    /// The kernel's command line. What names the disks and the memory hole is added to it.
     pub cmdline: String,
     /// Guest RAM, a multiple of 4096.
     pub memory_bytes: u64,
@@ -127,6 +128,9 @@ pub struct VmConfig {
     pub sharing: Option<Arc<Sharing>>,
     /// How it takes part in that: its group, and what of its memory is shared.
     pub participation: Participation,
+    /// The guest gets a memory hole, in which it may say what its pages are for. A VM that keeps its memory
+    /// to itself has none, whatever this says.
+    pub memory_hole: bool,
 }
 
 /// What cannot be about a VM's configuration.
@@ -177,16 +181,25 @@ impl VmConfig {
             console: ConsoleConfig::Off,
             sharing: None,
             participation: Participation::default(),
+            memory_hole: true,
         }
     }
 
-    /// The command line that the kernel gets: as configured, with the disks' parameters added before what
-    /// is meant for init.
+    /// Where the guest's memory hole lies, if it gets one.
+    pub(crate) fn hole(&self) -> Option<HoleRange> {
+        (self.memory_hole && self.sharing.is_some()).then(|| HoleRange::of(self.memory_bytes))
+    }
+
+    /// The command line that the kernel gets: as configured, with the parameters of the disks and of the
+    /// memory hole added before what is meant for init.
     pub fn kernel_command_line(&self) -> String {
-        let disks = mmio_parameters(self.disks.len());
+        let mut added = mmio_parameters(self.disks.len());
+        if let Some(hole) = self.hole() {
+            added.push_str(&format!(" {PARAMETER}={}@{:#x}", hole.bytes, hole.start));
+        }
         match self.cmdline.split_once(" -- ") {
-            Some((kernel, init)) => format!("{kernel}{disks} -- {init}"),
-            None => format!("{}{disks}", self.cmdline).trim_start().to_owned(),
+            Some((kernel, init)) => format!("{kernel}{added} -- {init}"),
+            None => format!("{}{added}", self.cmdline).trim_start().to_owned(),
         }
     }
 
@@ -268,6 +281,9 @@ pub fn check_memory(bytes: u64) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use samepage_hole::parse_parameter;
+    use samepage_sharing::engine::Settings;
+
     use super::*;
     use crate::boot::test_images::pvh_elf;
 
@@ -311,6 +327,23 @@ mod tests {
         for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_memory_hole_is_announced_where_memory_is_shared() {
+        let mut config = VmConfig { cmdline: "quiet -- single".into(), ..config() };
+        assert_eq!((config.hole(), config.kernel_command_line().as_str()), (None, "quiet -- single"));
+        // Hosts that cannot share memory have no hole to announce.
+        config.sharing = Sharing::start(Settings::default()).ok().map(Arc::new);
+        if config.sharing.is_some() {
+            let line = config.kernel_command_line();
+            let value =
+                line.strip_prefix("quiet samepage.hole=").and_then(|rest| rest.strip_suffix(" -- single"));
+            let hole = HoleRange::of(config.memory_bytes);
+            assert_eq!(value.and_then(parse_parameter), Some((hole.bytes, hole.start)), "{line}");
+        }
+        config.memory_hole = false;
+        assert_eq!(config.kernel_command_line(), "quiet -- single");
     }
 
     #[test]

@@ -136,6 +136,11 @@ impl Hypervisor {
         self.kvm.create_vm()
     }
 
+    /// Bits of guest physical addresses that guests can use.
+    pub(crate) fn address_bits(&self) -> u32 {
+        cpuid::address_bits(&self.supported_cpuid)
+    }
+
     pub(crate) fn supported_cpuid(&self) -> &CpuId {
         &self.supported_cpuid
     }

@@ -7,7 +7,7 @@ use samepage::api::config_file::expand;
 use samepage::api::disk_spec::DiskSpec;
 use samepage::api::spec::{ConsoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
 
-use crate::cli::{ConsoleArg, HugePagesArg, RunArgs, SharingArg};
+use crate::cli::{ConsoleArg, HugePagesArg, RunArgs, SharingArg, SwitchArg};
 
 /// The VMs, in order, and where their consoles go.
 pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
@@ -51,6 +51,7 @@ fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
                 SharingArg::Off => SharingMode::Off,
             },
         },
+        memory_hole: args.memory_hole == SwitchArg::On,
         ..VmSpec::new(name.clone(), kernel)
     };
     (spec, console)
@@ -87,6 +88,12 @@ mod tests {
         let both = plan(&["--count=2", "--hugepages", "thp"]);
         assert!(both.iter().all(|config| config.hugepages == HugePages::Thp));
         assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", "--hugepages=1G"]).is_err());
+    }
+
+    #[test]
+    fn there_is_a_memory_hole_unless_it_is_refused() {
+        assert!(plan(&[])[0].memory_hole && plan(&["--memory-hole=on"])[0].memory_hole);
+        assert!(!plan(&["--memory-hole", "off"])[0].memory_hole);
     }
 
     #[test]

@@ -222,13 +222,15 @@ impl Process {
     }
 }
 
-/// Says how disks are accessed where that is not as one would expect, once for each reason.
+/// Says how VMs were made and disks are accessed where that is not as one would expect, once for each reason.
 fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
     let mut reasons: Vec<(String, usize)> = Vec::new();
-    for notice in
-        vms.flat_map(|vm| vm.disks().iter().flat_map(|disk| disk.notices.clone()).collect::<Vec<_>>())
-    {
-        // What comes before the first colon names the disk.
+    let of_vm = |vm: Arc<Vm>| {
+        let of_disks = vm.disks().iter().flat_map(|disk| &disk.notices);
+        vm.notices().iter().chain(of_disks).cloned().collect::<Vec<_>>()
+    };
+    for notice in vms.flat_map(of_vm) {
+        // What comes before the first colon names the VM or the disk.
         let reason =
             |text: &str| text.split_once(": ").map_or_else(|| text.to_owned(), |(_, why)| why.to_owned());
         match reasons.iter_mut().find(|(told, _)| reason(told) == reason(&notice)) {
@@ -239,7 +241,7 @@ fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
     for (notice, more) in reasons {
         match more {
             0 => tell(notice),
-            more => tell(format_args!("{notice} (and so for {more} more disks)")),
+            more => tell(format_args!("{notice} (and so for {more} more)")),
         }
     }
 }
@@ -264,13 +266,14 @@ fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
 }
 
 fn settings(args: &ProcessArgs) -> Settings {
-    let EngineArg { lookahead, order, follow } = args.sharing_engine;
+    let EngineArg { lookahead, order, follow, types } = args.sharing_engine;
     Settings {
         cpu_percent: args.sharing_cpu,
         lookahead,
         order,
         follow,
         block_cache: args.block_cache,
+        types,
         ..Settings::default()
     }
 }

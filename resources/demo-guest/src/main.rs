@@ -15,6 +15,7 @@ mod crash;
 #[expect(dead_code, reason = "the host uses the other half")]
 mod demo;
 mod disk;
+mod hole;
 mod hostile;
 mod memory;
 mod pages;
@@ -32,6 +33,7 @@ use demo::layout::{Arena, LayoutError, Ram};
 use demo::plan::Plan;
 use demo::report::{Hex, Report, Text};
 use disk::Disk;
+use hole::Claims;
 use pages::Pages;
 use start_info::{Handover, LONGEST_COMMAND_LINE};
 
@@ -96,18 +98,38 @@ fn run(handover: &Handover) -> ! {
     let mut disk = plan.disk.as_ref().map(|disk| unsafe {
         Disk::open(&plan, disk, &arena, &clock).unwrap_or_else(|error| fail(error.reason(), disk.base))
     });
-    let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut());
-    pages.verify(false);
+    let mut claims = plan.hole_mode.map(|mode| {
+        // SAFETY: the monitor has said where the hole is, and nothing else writes there.
+        unsafe { Claims::open(&plan, mode, &clock) }.unwrap_or_else(|reason| fail(reason, 0))
+    });
+    let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut(), claims.as_mut());
+    if claims.is_none_or(|claims| claims.is_honest()) {
+        pages.verify(false);
+    }
     let corrupt = pages.corrupt + disk.map_or(0, Disk::finish);
     port::print(Report::Done { rounds, corrupt });
     stop()
 }
 
 /// Do the plan's rounds; gives how many were finished.
-fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>, mut disk: Option<&mut Disk<'_>>) -> u64 {
+fn rounds(
+    plan: &Plan,
+    clock: &Clock,
+    pages: &mut Pages<'_>,
+    mut disk: Option<&mut Disk<'_>>,
+    mut claims: Option<&mut Claims<'_>>,
+) -> u64 {
     let mut round = 0;
     let mut reported = 0;
     loop {
+        if let Some(claims) = claims.as_mut().filter(|claims| !claims.is_honest()) {
+            port::print(claims.lie(pages));
+            round += 1;
+            if pages.quit || round == plan.rounds {
+                return round;
+            }
+            continue;
+        }
         if let Some(Err(error)) = disk.as_mut().map(|disk| disk.round()) {
             fail(error.reason(), round + 1);
         }
@@ -125,7 +147,10 @@ fn rounds(plan: &Plan, clock: &Clock, pages: &mut Pages<'_>, mut disk: Option<&m
         if round == plan.rounds {
             return round;
         }
-        pages.pause(plan.every_ms);
+        match &mut claims {
+            Some(claims) => port::print(claims.tell(pages, plan.every_ms)),
+            None => pages.pause(plan.every_ms),
+        }
         if pages.quit {
             return round;
         }

@@ -1,7 +1,7 @@
 //! Filling, rewriting and verifying the arena.
 
 use crate::clock::{self, Clock};
-use crate::demo::content::{Class, Contents, PAGE_WORDS, PageContent, mix};
+use crate::demo::content::{Class, Contents, PAGE_BYTES, PAGE_WORDS, PageContent, mix};
 use crate::demo::layout::Arena;
 use crate::demo::plan::{Plan, Rate};
 use crate::demo::report::{Hex, Report};
@@ -25,6 +25,8 @@ const TRIES: usize = 1000;
 /// Wrong pages that are described.
 pub(crate) const MOST_DESCRIBED: u64 = 16;
 const QUIT: u8 = b'q';
+/// Stands in the version table for a page that is free: it holds nothing that counts.
+const FREE: u32 = u32::MAX;
 
 /// The arena at work.
 pub(crate) struct Pages<'a> {
@@ -148,7 +150,7 @@ impl<'a> Pages<'a> {
 
     /// Whether the page has content to verify.
     fn verify_page(&mut self, index: u64) -> bool {
-        let Some(words) = self.page(index) else { return false };
+        let Some(words) = self.page(index).filter(|_| !self.is_free(index)) else { return false };
         let content = self.content(index);
         // SAFETY: the page is the arena's, as `fill`'s caller confirmed. Volatile, since what is looked for
         // is memory that differs from what this program wrote.
@@ -196,7 +198,7 @@ impl<'a> Pages<'a> {
 
     /// Do the writes that are due, and look at the serial port if it is time to. At [`Rate::Max`] `fill_in`
     /// writes are due.
-    fn attend(&mut self, fill_in: u64) {
+    pub(crate) fn attend(&mut self, fill_in: u64) {
         let now = clock::now();
         if now >= self.next_poll {
             self.poll(now);
@@ -251,7 +253,7 @@ impl<'a> Pages<'a> {
         }
     }
 
-    fn random(&mut self) -> u64 {
+    pub(crate) fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(1);
         mix(self.random)
     }
@@ -263,21 +265,70 @@ impl<'a> Pages<'a> {
         }
         for _ in 0..TRIES {
             let index = self.random() % self.arena.pages();
-            if self.plan.write.contains(self.arena.class(index)) {
+            if self.plan.write.contains(self.arena.class(index)) && !self.is_free(index) {
                 return self.write(index);
             }
         }
     }
 
+    fn next_version(&mut self) -> u32 {
+        self.last_version = if self.last_version + 1 == FREE { 1 } else { self.last_version + 1 };
+        self.last_version
+    }
+
+    /// Pages in the arena.
+    pub(crate) fn count(&self) -> u64 {
+        self.arena.pages()
+    }
+
+    /// Number of a page's frame.
+    pub(crate) fn frame(&self, index: u64) -> u64 {
+        self.arena.address(index).unwrap_or(0) / PAGE_BYTES as u64
+    }
+
+    /// Whether the page has been given up.
+    pub(crate) fn is_free(&self, index: u64) -> bool {
+        // SAFETY: the version table has an entry for each page, as `fill`'s caller confirmed.
+        unsafe { self.version(index).read() == FREE }
+    }
+
+    /// Gives a page up, as a kernel does: what is in it stays there and means nothing any more. It is verified
+    /// first.
+    pub(crate) fn free(&mut self, index: u64) {
+        if self.verify_page(index) {
+            // SAFETY: as for `is_free`.
+            unsafe { self.version(index).write(FREE) };
+        }
+    }
+
+    /// Uses a page that was given up: all of it is written, half the time with its first content. Returns whether it held nothing but zeros by then,
+    /// which no page does when it is given up, but for pages of zeros, for which the answer is no.
+    pub(crate) fn reuse(&mut self, index: u64) -> bool {
+        let Some(words) = self.page(index) else { return false };
+        let version = if self.random().is_multiple_of(2) { 0 } else { self.next_version() };
+        // SAFETY: as for `write`.
+        unsafe {
+            let returned = self.arena.class(index) != Class::Zero
+                && [0, 1, PAGE_WORDS / 2, PAGE_WORDS - 1].iter().all(|&i| words.add(i).read_volatile() == 0);
+            self.version(index).write(version);
+            let content = self.content(index);
+            (0..PAGE_WORDS).for_each(|i| words.add(i).write_volatile(content.word(i)));
+            returned
+        }
+    }
+
+    /// Overwrites a page with anything; it is never to be verified again.
+    pub(crate) fn spoil(&mut self, index: u64) {
+        let Some(words) = self.page(index) else { return };
+        let value = self.random();
+        // SAFETY: as for `write`.
+        unsafe { words.add(value as usize % PAGE_WORDS).write_volatile(value) };
+    }
+
     fn write(&mut self, index: u64) {
         let Some(words) = self.page(index) else { return };
         let restored = self.random() % 100 < self.plan.restore.into();
-        let version = if restored {
-            0
-        } else {
-            self.last_version = self.last_version.checked_add(1).unwrap_or(1);
-            self.last_version
-        };
+        let version = if restored { 0 } else { self.next_version() };
         // SAFETY: the version table has an entry for each page and the page is the arena's, as `fill`'s caller
         // confirmed.
         unsafe {

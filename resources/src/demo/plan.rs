@@ -6,6 +6,8 @@
 
 use core::fmt;
 
+use samepage_hole::{PARAMETER, parse_parameter};
+
 use super::client::ClientPlan;
 use super::content::Class;
 
@@ -63,6 +65,41 @@ impl Crash {
             Self::Mmio => "mmio",
             Self::Hang => "hang",
             Self::Sleep => "sleep",
+        }
+    }
+}
+
+/// Where the memory hole is, as the monitor says on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HolePlace {
+    /// Its size.
+    pub bytes: u64,
+    /// Its guest-physical address.
+    pub address: u64,
+}
+
+/// What to say in the memory hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HoleMode {
+    /// The truth: pages of the arena are freed and used again all the time, requests of the host's are answered,
+    /// and pages are used again right after the host was told that they are free.
+    Honest,
+    /// Whatever may confuse a host, as fast as the guest can, and never that pages are free which the guest
+    /// needs to go on.
+    Hostile,
+    /// That all memory is free, while the guest runs in it.
+    Ruin,
+}
+
+impl HoleMode {
+    const ALL: [Self; 3] = [Self::Honest, Self::Hostile, Self::Ruin];
+
+    /// The value of `hole_mode=`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Honest => "honest",
+            Self::Hostile => "hostile",
+            Self::Ruin => "ruin",
         }
     }
 }
@@ -175,8 +212,9 @@ impl DiskPlan {
 /// What the guest does from start to end.
 ///
 /// It fills the arena, then does rounds. A round passes over the disk if there is one, walks through the
-/// arena if it is to, verifies every word of every page, then pauses; pages are rewritten throughout at [`rate`](Self::rate). After the last round
-/// everything is verified once more with nothing being written.
+/// arena if it is to, verifies every word of every page, then pauses; pages are rewritten throughout at
+/// [`rate`](Self::rate). After the last round everything is verified once more with nothing being written. With
+/// [`HoleMode::Honest`] pages are freed and used again in the pauses; with other modes nothing is verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Percentage of the arena's pages that are the same in all VMs with the same seed.
@@ -217,6 +255,10 @@ pub struct Plan {
     pub tsc_khz: Option<u32>,
     /// What to do with a disk, if there is one.
     pub disk: Option<DiskPlan>,
+    /// The memory hole, if there is one. The monitor adds it to the command line.
+    pub hole: Option<HolePlace>,
+    /// What to say in it, if anything.
+    pub hole_mode: Option<HoleMode>,
 }
 
 impl Default for Plan {
@@ -240,6 +282,8 @@ impl Default for Plan {
             crash_vm: None,
             tsc_khz: None,
             disk: None,
+            hole: None,
+            hole_mode: None,
         }
     }
 }
@@ -283,6 +327,13 @@ impl Plan {
             "crash" => self.crash = Some(Crash::ALL.into_iter().find(|crash| crash.name() == value)?),
             "crash_vm" => self.crash_vm = Some(number32(value)?),
             "tsc_khz" => self.tsc_khz = Some(number32(value).filter(|khz| *khz > 0)?),
+            PARAMETER => {
+                let (bytes, address) = parse_parameter(value)?;
+                self.hole = Some(HolePlace { bytes, address });
+            }
+            "hole_mode" => {
+                self.hole_mode = Some(HoleMode::ALL.into_iter().find(|mode| mode.name() == value)?)
+            }
             "blk" => self.disk_mut().base = number(value)?,
             "blk_mode" => self.disk_mut().ops = disk_ops(value)?,
             "blk_sector" => self.disk_mut().sector = number(value)?,
@@ -345,6 +396,12 @@ impl fmt::Display for Plan {
         }
         if let Some(khz) = self.tsc_khz {
             write!(f, " tsc_khz={khz}")?;
+        }
+        if let Some(HolePlace { bytes, address }) = self.hole {
+            write!(f, " {PARAMETER}={bytes}@{address:#x}")?;
+        }
+        if let Some(mode) = self.hole_mode {
+            write!(f, " hole_mode={}", mode.name())?;
         }
         if let Some(disk) = &self.disk {
             write!(f, " blk={:#x} blk_mode=", disk.base)?;
@@ -451,6 +508,8 @@ mod tests {
                     window: 64,
                     client: ClientPlan::default(),
                 }),
+                hole: Some(HolePlace { bytes: 16384, address: 0xc000_0000 }),
+                hole_mode: Some(HoleMode::Hostile),
             },
             Plan {
                 disk: Some(DiskPlan {
@@ -481,8 +540,8 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_handed_back_and_changes_nothing() {
-        let line =
-            "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0";
+        let line = "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0 \
+             samepage.hole=1 hole_mode=odd";
         let (plan, ignored) = parse(line);
         assert_eq!(plan, Plan::default());
         assert_eq!(ignored.join(" "), line);

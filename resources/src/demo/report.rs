@@ -405,6 +405,21 @@ reports! {
         /// Whether a well-formed read worked afterwards, after a reset of the device (1) or not (0).
         alive: u64 = "alive",
     }
+    /// A round of saying things in the memory hole is done.
+    "hole" Hole {
+        /// What was said: `honest`, or the name of a game.
+        game: Text = "game",
+        /// Passes that were told, or moves of the game.
+        passes: u64 = "passes",
+        /// Requests of the host's that were answered.
+        answered: u64 = "answered",
+        /// Pages that were freed.
+        freed: u64 = "freed",
+        /// Pages that the host had given back before they were used again: they held zeros by then.
+        returned: u64 = "returned",
+        /// Times that the doorbell was rung.
+        rings: u64 = "rings",
+    }
     /// What came back from an address that no device has.
     "probe" Probe {
         /// Kind of address.

@@ -67,6 +67,9 @@ pub struct VmEntry {
     pub console: Option<ConsoleSpec>,
     /// How memory is shared.
     pub sharing: Option<SharingSpec>,
+    /// Whether guests get a memory hole, in which an agent of theirs may say what pages are for; they do
+    /// where nothing is said.
+    pub memory_hole: Option<bool>,
     /// Whether the VM is started once it is made; it is where nothing is said.
     pub start: Option<bool>,
 }
@@ -77,7 +80,20 @@ impl VmEntry {
         macro_rules! each {
             ($($field:ident),+) => { Self { $($field: self.$field.or_else(|| other.$field.clone())),+ } };
         }
-        each!(name, count, kernel, initrd, cmdline, memory, hugepages, disks, console, sharing, start)
+        each!(
+            name,
+            count,
+            kernel,
+            initrd,
+            cmdline,
+            memory,
+            hugepages,
+            disks,
+            console,
+            sharing,
+            memory_hole,
+            start
+        )
     }
 
     /// The VM of this number.
@@ -100,6 +116,7 @@ impl VmEntry {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),
             },
             sharing: SharingSpec { group: text(&sharing.group), ..sharing },
+            memory_hole: self.memory_hole.unwrap_or(true),
             start: Some(self.start.unwrap_or(true)),
             ..VmSpec::new(name.clone(), path(kernel))
         }

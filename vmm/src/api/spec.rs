@@ -25,6 +25,10 @@ fn default_command_line() -> String {
     DEFAULT_COMMAND_LINE.to_owned()
 }
 
+fn default_memory_hole() -> bool {
+    true
+}
+
 /// What one VM is made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -40,7 +44,7 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line. What names the disks is added to it.
+    /// The kernel's command line. What names the disks and the memory hole is added to it.
     #[serde(default = "default_command_line")]
     #[schema(default = json!(DEFAULT_COMMAND_LINE))]
     pub cmdline: String,
@@ -61,6 +65,11 @@ pub struct VmSpec {
     /// How it takes part in sharing memory.
     #[serde(default)]
     pub sharing: SharingSpec,
+    /// Whether the guest gets a memory hole, in which an agent of its may say what pages are for. A VM of a
+    /// process that shares no memory has none.
+    #[serde(default = "default_memory_hole")]
+    #[schema(default = true)]
+    pub memory_hole: bool,
     /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
     /// started and a VM that a client creates is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -209,6 +218,7 @@ impl VmSpec {
             disks: Vec::new(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
+            memory_hole: default_memory_hole(),
             start: None,
         }
     }
@@ -254,6 +264,7 @@ impl VmSpec {
                 group: self.sharing.group.clone(),
                 mode: self.sharing.mode.into(),
             },
+            memory_hole: self.memory_hole,
             ..VmConfig::new(self.name.clone(), ImageSource::Path(self.kernel.clone()))
         }
     }
@@ -273,6 +284,9 @@ mod tests {
         assert_eq!(spec, VmSpec::new("web", "/k"));
         let config = spec.to_config();
         assert_eq!((config.memory_bytes, config.participation), (256 << 20, Participation::default()));
+        assert!(config.memory_hole);
+        let without = parse(r#"{"name": "web", "kernel": "/k", "memory_hole": false}"#).unwrap();
+        assert!(!without.to_config().memory_hole);
     }
 
     #[test]

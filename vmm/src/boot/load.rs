@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected};
 use super::params::{self, Initrd};
 use super::{ImageError, ImageSource, OpenImage};
-use crate::x86::layout::{COMMAND_LINE, HIMEM_START, LOW_RAM_MAX};
+use crate::x86::layout::{COMMAND_LINE, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry, memory_map};
 use crate::x86::mptable;
 
 /// How the first vCPU starts.
@@ -70,10 +70,12 @@ pub(crate) fn check(
     Ok(())
 }
 
-/// Fills fresh guest memory of `ram_bytes` with all that the guest needs to start.
+/// Fills fresh guest memory of `ram_bytes` with all that the guest needs to start, among it the memory map of
+/// a machine that has this memory hole.
 pub(crate) fn load(
     memory: &GuestMemory,
     ram_bytes: u64,
+    hole: Option<HoleRange>,
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
     command_line: &str,
@@ -87,7 +89,7 @@ pub(crate) fn load(
         }
         None => None,
     };
-    write_parameters(memory, ram_bytes, entry, header, initrd, command_line)
+    write_parameters(memory, &memory_map(ram_bytes, hole), entry, header, initrd, command_line)
         .map_err(BootError::kernel(kernel))?;
     Ok(entry)
 }
@@ -171,7 +173,7 @@ fn load_initrd(
 
 fn write_parameters(
     memory: &GuestMemory,
-    ram_bytes: u64,
+    map: &[MapEntry],
     entry: Entry,
     header: Option<setup_header>,
     initrd: Option<Initrd>,
@@ -184,9 +186,9 @@ fn write_parameters(
     mptable::write(memory)
         .map_err(|source| ImageError::GuestMemory { what: "the multiprocessor table", source })?;
     let written = match entry {
-        Entry::Pvh(_) => params::write_start_info(memory, ram_bytes, initrd),
+        Entry::Pvh(_) => params::write_start_info(memory, map, initrd),
         Entry::Linux64(_) => {
-            params::write_zero_page(memory, ram_bytes, header, initrd, command_line.len() as u32 + 1)
+            params::write_zero_page(memory, map, header, initrd, command_line.len() as u32 + 1)
         }
     };
     written.map_err(|source| ImageError::GuestMemory { what: "the boot parameters", source })
@@ -206,7 +208,7 @@ mod tests {
     }
 
     fn load_into(memory: &VmMemory, kernel: Vec<u8>, initrd: Option<Vec<u8>>) -> Result<Entry, BootError> {
-        load(memory.view(), RAM, &source(kernel), initrd.map(source).as_ref(), "console=ttyS0")
+        load(memory.view(), RAM, None, &source(kernel), initrd.map(source).as_ref(), "console=ttyS0")
     }
 
     fn bytes_at(memory: &VmMemory, address: u64, count: usize) -> Vec<u8> {
@@ -237,7 +239,7 @@ mod tests {
         std::fs::write(file.path(), pvh_elf(b"\xf4")).unwrap();
         let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let kernel = ImageSource::Path(file.path().to_owned());
-        assert_eq!(load(memory.view(), RAM, &kernel, None, "").unwrap(), Entry::Pvh(0x10_0000));
+        assert_eq!(load(memory.view(), RAM, None, &kernel, None, "").unwrap(), Entry::Pvh(0x10_0000));
         assert_eq!(bytes_at(&memory, 0x10_0000, 1), b"\xf4");
     }
 

@@ -9,7 +9,7 @@ use linux_loader::start_info::{
 use samepage_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::x86::layout::{COMMAND_LINE, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO, ZERO_PAGE, memory_map};
+use crate::x86::layout::{COMMAND_LINE, MapEntry, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO, ZERO_PAGE};
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
@@ -27,10 +27,9 @@ pub(crate) struct Initrd {
 /// Writes PVH's start info, its list of modules and its memory map.
 pub(crate) fn write_start_info(
     memory: &GuestMemory,
-    ram_bytes: u64,
+    map: &[MapEntry],
     initrd: Option<Initrd>,
 ) -> Result<(), GuestMemoryError> {
-    let map = memory_map(ram_bytes);
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: 1,
@@ -61,7 +60,7 @@ pub(crate) fn write_start_info(
 /// Writes Linux' boot parameters. `header` comes from a bzImage; an ELF has none.
 pub(crate) fn write_zero_page(
     memory: &GuestMemory,
-    ram_bytes: u64,
+    map: &[MapEntry],
     header: Option<setup_header>,
     initrd: Option<Initrd>,
     command_line_bytes: u32,
@@ -82,7 +81,6 @@ pub(crate) fn write_zero_page(
         params.hdr.ramdisk_image = start as u32;
         params.hdr.ramdisk_size = size as u32;
     }
-    let map = memory_map(ram_bytes);
     params.e820_entries = map.len() as u8;
     for (line, entry) in params.e820_table.iter_mut().zip(map) {
         *line = boot_e820_entry { addr: entry.start, size: entry.bytes, r#type: entry.kind.number() };
@@ -94,6 +92,7 @@ pub(crate) fn write_zero_page(
 mod tests {
     use super::*;
     use crate::vm::memory::VmMemory;
+    use crate::x86::layout::{HoleRange, memory_map};
 
     const RAM: u64 = 64 << 20;
     const INITRD: Initrd = Initrd { start: 0x300_0000, size: 12345 };
@@ -101,7 +100,7 @@ mod tests {
     #[test]
     fn start_info_points_to_command_line_initrd_and_memory_map() {
         let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
-        write_start_info(memory.view(), RAM, Some(INITRD)).unwrap();
+        write_start_info(memory.view(), &memory_map(RAM, None), Some(INITRD)).unwrap();
         let info: hvm_start_info = memory.view().read_obj(GuestAddress(PVH_START_INFO)).unwrap();
         assert_eq!((info.magic, info.version, info.nr_modules), (0x336e_c578, 1, 1));
         assert_eq!(info.cmdline_paddr, COMMAND_LINE);
@@ -116,11 +115,12 @@ mod tests {
     fn the_zero_page_keeps_the_image_s_header() {
         let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let header = setup_header { version: 0x20f, init_size: 77, ..Default::default() };
-        write_zero_page(memory.view(), RAM, Some(header), Some(INITRD), 10).unwrap();
+        let map = memory_map(RAM, Some(HoleRange::of(RAM)));
+        write_zero_page(memory.view(), &map, Some(header), Some(INITRD), 10).unwrap();
         let params: boot_params = memory.view().read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         let (version, init_size) = (params.hdr.version, params.hdr.init_size);
         let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
         assert_eq!((version, init_size, image, size), (0x20f, 77, 0x300_0000, 12345));
-        assert_eq!((params.hdr.type_of_loader, params.e820_entries), (0xff, 4));
+        assert_eq!((params.hdr.type_of_loader, params.e820_entries), (0xff, 5));
     }
 }

@@ -10,6 +10,7 @@ use samepage_devices::GuestMemory;
 use samepage_devices::disk::cache::BlockCache;
 use samepage_devices::disk::limit::RateLimiter;
 use samepage_devices::disk::{CachePolicy, DiskOptions, Engine};
+use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
@@ -106,7 +107,8 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices and wires them to KVM's interrupt lines and write notifications.
+    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. The doorbell of the
+    /// memory hole comes with its address.
     pub(super) fn new(
         vm: &str,
         kvm: &VmFd,
@@ -114,6 +116,7 @@ impl Devices {
         console: Box<dyn Write + Send>,
         disks: &[DiskConfig],
         sharing: Option<&SharedMemory<'_>>,
+        doorbell: Option<(u64, Doorbell)>,
     ) -> Result<Self, VmError> {
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
@@ -131,6 +134,9 @@ impl Devices {
         ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), keyboard.clone());
 
         let mut mmio = Bus::default();
+        if let Some((address, doorbell)) = doorbell {
+            mmio.insert(address, DOORBELL_BYTES, Arc::new(Mutex::new(doorbell)));
+        }
         let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
             let cached = keep(disk.cache).is_some();

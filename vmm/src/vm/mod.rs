@@ -6,6 +6,7 @@ mod changes;
 pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
+mod hole;
 pub(crate) mod memory;
 mod provenance;
 mod vcpu;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
+use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
@@ -39,6 +41,7 @@ use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::{Devices, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
+use hole::HoleMemory;
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
@@ -203,10 +206,12 @@ impl VmHandle {
 pub struct Vm {
     handle: VmHandle,
     threads: Vec<JoinHandle<()>>,
+    notices: Vec<String>,
     // Fields are dropped in this order: what uses guest memory goes before it.
     devices: Arc<Devices>,
     membership: Option<Membership>,
     _kvm: Arc<VmFd>,
+    _hole: Option<Arc<HoleMemory>>,
     memory: VmMemory,
 }
 
@@ -218,18 +223,31 @@ impl fmt::Debug for Vm {
 
 impl Vm {
     /// Makes a VM that is ready to run. Everything that can fail fails here.
-    pub fn build(config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
+    pub fn build(mut config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
         config.check()?;
+        let notices = give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
         let bytes = config.memory_bytes;
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
+        let hole = match config.hole() {
+            Some(range) => Some(Arc::new(
+                HoleMemory::reserve(bytes, range)
+                    .map_err(|source| VmError::Memory { bytes: range.bytes, source })?,
+            )),
+            None => None,
+        };
+        let (kernel, initrd) = (&config.kernel, config.initrd.as_ref());
         let command_line = config.kernel_command_line();
-        let entry = load::load(memory.view(), bytes, &config.kernel, config.initrd.as_ref(), &command_line)?;
+        let entry = load::load(memory.view(), bytes, config.hole(), kernel, initrd, &command_line)?;
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
         let logged = config.sharing.is_some() && changes::enable(&kvm);
         memory.register(&kvm, logged).map_err(VmError::kvm("give guest memory to KVM"))?;
+        if let Some(hole) = &hole {
+            let slot = memory.slots().len() as u32;
+            hole.register(&kvm, slot).map_err(VmError::kvm("give the memory hole to KVM"))?;
+        }
         add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
         let handle = VmHandle { name: config.name.as_str().into(), control };
@@ -248,6 +266,10 @@ impl Vm {
             }
             None => None,
         };
+        let doorbell = hole.as_ref().zip(membership.as_ref()).map(|(hole, membership)| {
+            let bell = membership.listen(hole.clone());
+            (hole.doorbell(), Doorbell::new(move || bell.ring()))
+        });
         let console = open_console(config.console, &config.name, handle.control.closing())?;
         let shared = membership.as_ref().map(|membership| SharedMemory {
             hints: membership.hints(),
@@ -261,11 +283,21 @@ impl Vm {
             console,
             &config.disks,
             shared.as_ref(),
+            doorbell,
         )?);
         let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
         registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
 
-        let mut vm = Self { handle, threads: Vec::new(), devices, membership, _kvm: kvm, memory };
+        let mut vm = Self {
+            handle,
+            threads: Vec::new(),
+            notices,
+            devices,
+            membership,
+            _kvm: kvm,
+            _hole: hole,
+            memory,
+        };
         let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
         let thread = vcpu.spawn(&config.name, &vm.handle.control).map_err(VmError::Thread)?;
         vm.threads.push(thread);
@@ -370,6 +402,11 @@ impl Vm {
         self.devices.serial_stats()
     }
 
+    /// What the user should know about how it was made, in sentences.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
     /// Its disks, in the order in which they were configured.
     pub fn disks(&self) -> &[Disk] {
         self.devices.disks()
@@ -384,6 +421,17 @@ impl Drop for Vm {
             let _ = thread.join();
         }
     }
+}
+
+/// Has a VM do without a memory hole that processors of this host cannot address. Returns what to tell of it.
+fn give_up_hole_out_of_reach(config: &mut VmConfig, address_bits: u32) -> Option<String> {
+    config.hole().filter(|hole| hole.end() > 1 << address_bits)?;
+    config.memory_hole = false;
+    let VmConfig { name, memory_bytes, .. } = config;
+    Some(format!(
+        "VM {name}: it has no memory hole, since guests address {address_bits} bits on this host and \
+         {memory_bytes} bytes of memory leave no room for it; nothing else is missing"
+    ))
 }
 
 /// An empty machine.
@@ -444,4 +492,29 @@ fn open_console(
         ConsoleConfig::Copied { to, copy } => Box::new(CopySink::new(copy, open_console(*to, vm, closing)?)),
         ConsoleConfig::Sink(sink) => sink,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use samepage_sharing::engine::Settings;
+    use samepage_sharing::service::Sharing;
+
+    use super::*;
+    use crate::boot::ImageSource;
+
+    #[test]
+    fn a_hole_out_of_reach_is_given_up_and_told() {
+        let Ok(sharing) = Sharing::start(Settings::default()).map(Arc::new) else { return };
+        let config = |memory_bytes, sharing: Option<&Arc<Sharing>>| VmConfig {
+            memory_bytes,
+            sharing: sharing.cloned(),
+            ..VmConfig::new("big", ImageSource::Path("kernel".into()))
+        };
+        for (gib, bits, told) in [(1_u64, 36, false), (300, 39, false), (511, 39, true), (300, 38, true)] {
+            let mut config = config(gib << 30, Some(&sharing));
+            let notice = give_up_hole_out_of_reach(&mut config, bits);
+            assert_eq!((notice.is_some(), config.hole().is_none()), (told, told), "{gib} GiB: {notice:?}");
+        }
+        assert_eq!(give_up_hole_out_of_reach(&mut config(511 << 30, None), 39), None);
+    }
 }

@@ -128,6 +128,16 @@ pub(crate) fn complete(supported: &CpuId) -> Result<CpuId, String> {
     CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
 }
 
+/// Bits of guest physical addresses that guests can use: those of the processor, or fewer where KVM says so.
+pub(crate) fn address_bits(supported: &CpuId) -> u32 {
+    const SIZES: u32 = 0x8000_0008;
+    /// Of a processor that does not tell.
+    const LEAST: u32 = 36;
+    let eax = supported.as_slice().iter().find(|entry| entry.function == SIZES).map_or(0, |entry| entry.eax);
+    let told = [eax & 0xff, eax >> 16 & 0xff];
+    told.into_iter().filter(|&bits| bits > 0).min().map_or(LEAST, |bits| bits.clamp(LEAST, 52))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,6 +194,14 @@ mod tests {
         );
         assert_eq!((all[0].ebx, all[0].edx), (0x0001_0800, 0));
         assert_eq!((all[1].eax, all[2].eax), (0x0000_0121, 0x0000_0163));
+    }
+
+    #[test]
+    fn the_narrower_of_both_widths_counts() {
+        let bits =
+            |eax| address_bits(&CpuId::from_entries(&[entry(0x8000_0008, 0, [eax, 0, 0, 0])]).unwrap());
+        assert_eq!([0x3028, 0x30_3934, 0x0030_392e, 0].map(bits), [40, 48, 46, 36]);
+        assert_eq!(address_bits(&CpuId::from_entries(&[]).unwrap()), 36);
     }
 
     #[test]

@@ -4,15 +4,19 @@
 //! 0x0000_0000  boot structures (GDT, boot parameters, page tables, command line)
 //! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs
 //! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
-//! 0xc000_0000  hole: virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's own pages
+//! 0xc000_0000  gap: the memory hole and its doorbell, virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's
+//!              own pages
 //! 0x1_0000_0000  the rest of RAM
+//! at a multiple of 1 GiB behind it, in a VM with so much RAM that the gap cannot hold it: the memory hole
 //! ```
 
+use samepage_devices::doorbell::DOORBELL_BYTES;
+use samepage_hole::{FrameRange, bytes_for};
 use samepage_sharing::PAGE_SIZE;
 
-/// End of the RAM below 4 GiB; above it lies the hole for devices.
+/// End of the RAM below 4 GiB; above it lies the gap for devices.
 pub const LOW_RAM_MAX: u64 = 0xc000_0000;
-/// Where RAM goes on above the hole.
+/// Where RAM goes on above the gap.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 /// The smallest RAM a VM can be given: the boot structures and 1 MiB for a kernel.
 pub const MIN_RAM: u64 = 2 << 20;
@@ -82,11 +86,50 @@ pub struct RamRange {
     pub bytes: u64,
 }
 
-/// Splits RAM of the given length around the hole: one range, or two.
+/// Splits RAM of the given length around the gap: one range, or two.
 pub fn ram_ranges(bytes: u64) -> Vec<RamRange> {
     let low = RamRange { gpa: 0, ram_offset: 0, bytes: bytes.min(LOW_RAM_MAX) };
     let high = RamRange { gpa: HIGH_RAM_START, ram_offset: LOW_RAM_MAX, bytes: bytes - low.bytes };
     if high.bytes == 0 { vec![low] } else { vec![low, high] }
+}
+
+/// The RAM of the given length by page frames, in the order of the RAM's pages.
+pub(crate) fn frame_ranges(bytes: u64) -> Vec<FrameRange> {
+    // RAM ends below 2^43 bytes, so 31 bits number its page frames.
+    let frame = |bytes: u64| (bytes / PAGE_SIZE as u64) as u32;
+    let ranges = ram_ranges(bytes).into_iter();
+    ranges.map(|range| FrameRange { first: frame(range.gpa), count: frame(range.bytes) }).collect()
+}
+
+/// Where the memory hole of a VM lies. The page behind it is its doorbell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HoleRange {
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
+}
+
+impl HoleRange {
+    /// The place for the hole of a guest with RAM of the given length: in the gap below 4 GiB where it fits
+    /// in before the devices, otherwise above all RAM.
+    pub(crate) fn of(ram_bytes: u64) -> Self {
+        /// Kernels map high memory by pages of this size.
+        const ALIGNMENT: u64 = 1 << 30;
+        let ram_end = ram_ranges(ram_bytes).last().map_or(0, |range| range.gpa + range.bytes);
+        let frames = frame_ranges(ram_bytes).last().map_or(0, |range| range.first + range.count);
+        let bytes = bytes_for(frames);
+        let low = Self { start: LOW_RAM_MAX, bytes };
+        if low.end() <= MMIO_START { low } else { Self { start: ram_end.next_multiple_of(ALIGNMENT), bytes } }
+    }
+
+    /// Address of the doorbell.
+    pub(crate) fn doorbell(self) -> u64 {
+        self.start + self.bytes
+    }
+
+    /// The first address behind hole and doorbell.
+    pub(crate) fn end(self) -> u64 {
+        self.doorbell() + DOORBELL_BYTES
+    }
 }
 
 /// What the guest is told of a range of its physical addresses.
@@ -114,8 +157,9 @@ pub(crate) struct MapEntry {
     pub(crate) kind: MapKind,
 }
 
-/// The memory map of a guest with RAM of the given length, by ascending address.
-pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
+/// The memory map of a guest with RAM of the given length, and with a memory hole or without, by ascending
+/// address.
+pub(crate) fn memory_map(bytes: u64, hole: Option<HoleRange>) -> Vec<MapEntry> {
     let low_end = bytes.min(LOW_RAM_MAX);
     let mut map = vec![
         MapEntry { start: 0, bytes: EBDA_START, kind: MapKind::Ram },
@@ -126,6 +170,12 @@ pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
     if bytes > LOW_RAM_MAX {
         map.push(MapEntry { start: HIGH_RAM_START, bytes: bytes - LOW_RAM_MAX, kind: MapKind::Ram });
     }
+    map.extend(hole.map(|hole| MapEntry {
+        start: hole.start,
+        bytes: hole.end() - hole.start,
+        kind: MapKind::Reserved,
+    }));
+    map.sort_by_key(|entry| entry.start);
     map
 }
 
@@ -136,7 +186,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn ram_is_split_around_the_hole() {
+    fn ram_is_split_around_the_gap() {
         assert_eq!(ram_ranges(GIB), [RamRange { gpa: 0, ram_offset: 0, bytes: GIB }]);
         assert_eq!(ram_ranges(3 * GIB), [RamRange { gpa: 0, ram_offset: 0, bytes: 3 * GIB }]);
         assert_eq!(
@@ -150,11 +200,44 @@ mod tests {
 
     #[test]
     fn the_memory_map_is_sorted_disjoint_and_holds_all_ram_but_the_legacy_area() {
-        for bytes in [MIN_RAM, GIB, 3 * GIB, 3 * GIB + 4096, 6 * GIB] {
-            let map = memory_map(bytes);
-            assert!(map.windows(2).all(|pair| pair[0].start + pair[0].bytes <= pair[1].start), "{map:x?}");
-            let ram: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.bytes).sum();
-            assert_eq!(ram, bytes - (HIMEM_START - EBDA_START));
+        for bytes in [MIN_RAM, GIB, 3 * GIB, 3 * GIB + 4096, 6 * GIB, 300 * GIB, MAX_RAM] {
+            for hole in [None, Some(HoleRange::of(bytes))] {
+                let map = memory_map(bytes, hole);
+                let ends = map.iter().map(|entry| entry.start + entry.bytes);
+                assert!(ends.zip(&map[1..]).all(|(end, next)| end <= next.start), "{map:x?}");
+                let ram: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.bytes).sum();
+                assert_eq!(ram, bytes - (HIMEM_START - EBDA_START));
+                let reserved = |address| {
+                    let entry = map.iter().find(|e| (e.start..e.start + e.bytes).contains(&address));
+                    entry.is_some_and(|entry| entry.kind == MapKind::Reserved)
+                };
+                assert!(hole.is_none_or(|hole| reserved(hole.start) && reserved(hole.end() - 1)));
+            }
         }
+    }
+
+    #[test]
+    fn the_hole_lies_in_the_gap_or_above_all_ram() {
+        for bytes in [MIN_RAM, GIB, 3 * GIB, 200 * GIB] {
+            let hole = HoleRange::of(bytes);
+            assert_eq!(hole.start, LOW_RAM_MAX);
+            assert!(hole.end() <= MMIO_START);
+        }
+        assert_eq!(HoleRange::of(GIB).bytes, GIB / 1024 + 3 * 4096);
+        let hole = HoleRange::of(300 * GIB + 4096);
+        assert_eq!(hole.start, 302 * GIB);
+        assert_eq!(hole.bytes, bytes_for((301 << 18) + 1));
+        let hole = HoleRange::of(MAX_RAM);
+        assert_eq!(hole.start, 8 << 40);
+        assert!(hole.bytes > 8 * GIB && hole.bytes < 9 * GIB);
+    }
+
+    #[test]
+    fn page_frames_are_counted_on_both_sides_of_the_gap() {
+        assert_eq!(frame_ranges(GIB), [FrameRange { first: 0, count: 1 << 18 }]);
+        assert_eq!(
+            frame_ranges(5 * GIB),
+            [FrameRange { first: 0, count: 3 << 18 }, FrameRange { first: 4 << 18, count: 2 << 18 }]
+        );
     }
 }

@@ -1,0 +1,116 @@
+//! How often a vCPU leaves its guest, as KVM counts it.
+//!
+//! KVM hands out its counters in a binary form that describes itself: `Documentation/virt/kvm/api.rst`, 4.133
+//! (`KVM_GET_STATS_FD`).
+
+#![expect(unsafe_code, reason = "finds vCPUs among this process's files, and asks KVM for another")]
+
+use std::ffi::c_void;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+
+/// Bytes of a descriptor in front of its name.
+const DESCRIPTOR: u64 = 16;
+
+/// The counters of one vCPU.
+#[derive(Debug)]
+pub struct Counters {
+    file: File,
+    exits: u64,
+    mmio: u64,
+}
+
+impl Counters {
+    /// Those of the only vCPU of this process; `None` where there is another number of them, or where KVM does
+    /// not count (before Linux 5.14).
+    #[must_use]
+    pub fn of_the_vcpu() -> Option<Self> {
+        let files = fs::read_dir("/proc/self/fd").ok()?.filter_map(|entry| {
+            let entry = entry.ok()?;
+            let target = fs::read_link(entry.path()).ok()?;
+            let number: i32 = entry.file_name().to_str()?.parse().ok()?;
+            target.to_str()?.starts_with("anon_inode:kvm-vcpu:").then_some(number)
+        });
+        let vcpus: Vec<_> = files.collect();
+        let &[vcpu] = vcpus.as_slice() else { return None };
+        // SAFETY: the file is the vCPU's, and the tests that ask let go of no VM meanwhile.
+        let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu) };
+        // SAFETY: the request takes no argument, and returns a file or an error.
+        let file = File::from(unsafe { ioctl(vcpu, GetStatsFd) }.ok()?);
+        Some(Self { exits: place(&file, "exits").ok()??, mmio: place(&file, "mmio_exits").ok()??, file })
+    }
+
+    /// How often it has left the guest, for whatever reason.
+    ///
+    /// # Panics
+    /// Where KVM does not say.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        number(&self.file, self.exits).expect("KVM counts exits")
+    }
+
+    /// How often it has left the guest and the kernel for an access to a device's memory.
+    ///
+    /// # Panics
+    /// Where KVM does not say.
+    #[must_use]
+    pub fn mmio(&self) -> u64 {
+        number(&self.file, self.mmio).expect("KVM counts accesses to devices")
+    }
+}
+
+/// Where the value of a counter lies.
+fn place(file: &File, name: &str) -> io::Result<Option<u64>> {
+    // Flags, bytes of a name, number of descriptors; where the names, the descriptors and the data begin.
+    let header = |index: u64| word(file, 4 * index).map(u64::from);
+    let (name_bytes, count, descriptors, data) = (header(1)?, header(2)?, header(4)?, header(5)?);
+    for index in 0..count {
+        let at = descriptors + index * (DESCRIPTOR + name_bytes);
+        let mut bytes = vec![0; name_bytes as usize];
+        file.read_exact_at(&mut bytes, at + DESCRIPTOR)?;
+        if bytes.split(|&byte| byte == 0).next() == Some(name.as_bytes()) {
+            // Flags (4 bytes), exponent and size (2 each), offset (4), and 4 for histograms.
+            return Ok(Some(data + u64::from(word(file, at + 8)?)));
+        }
+    }
+    Ok(None)
+}
+
+fn word(file: &File, at: u64) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    file.read_exact_at(&mut bytes, at)?;
+    Ok(u32::from_ne_bytes(bytes))
+}
+
+fn number(file: &File, at: u64) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, at)?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// `KVM_GET_STATS_FD`.
+struct GetStatsFd;
+
+// SAFETY: the request has no argument and returns a new file.
+unsafe impl Ioctl for GetStatsFd {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(0xae, 0xce)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the kernel has just opened the file for this caller.
+        Ok(unsafe { OwnedFd::from_raw_fd(output) })
+    }
+}

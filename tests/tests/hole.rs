@@ -1,0 +1,400 @@
+//! Guests that say in the memory hole what their pages are for: Linux guests with the agent, demo guests that
+//! tell the truth, and some that do not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use samepage::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd};
+use samepage_resources::demo::plan::{HoleMode, Plan};
+use samepage_resources::demo::report::Report;
+use samepage_sharing::by_type::Claimed;
+use samepage_sharing::engine::Settings;
+use samepage_sharing::service::Sharing;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::exits::Counters;
+use samepage_tests::guests::{Guest, hypervisor, sharing};
+use samepage_tests::harness::{self, Need};
+use samepage_tests::process::Holdings;
+use samepage_tests::program::{self, Running};
+use samepage_tests::shared::{MEMORY, audit, churn, start_all, wait_ready, wait_until};
+use xtask::artifacts::{Artifacts, COMMAND_LINE};
+
+fn main() -> ExitCode {
+    harness::run_all(&[
+        ("free_memory_comes_back_and_used_memory_stays", &[Need::Kvm], honest),
+        ("a_hostile_guest_harms_nobody", &[Need::Kvm], hostile),
+        ("a_guest_that_gives_itself_away_harms_nobody", &[Need::Kvm], ruin),
+        ("telling_costs_no_exits_but_the_doorbell", &[Need::Kvm], exits),
+        ("linux_tells_what_its_kernel_says", &[Need::Kvm, Need::LinuxGuest], linux_tells),
+        ("memory_that_linux_frees_comes_back", &[Need::Kvm, Need::LinuxGuest], linux_frees),
+        ("without_a_hole_the_agent_says_so", &[Need::Kvm, Need::LinuxGuest], no_hole),
+    ])
+}
+
+/// How long the hostile guest plays, in seconds, where longer than in every run is wanted.
+const HOSTILE_SECONDS: &str = "SAMEPAGE_TEST_HOSTILE_SECONDS";
+
+/// Pages of a demo guest's arena.
+const PAGES: u64 = 2048;
+
+fn settings() -> Settings {
+    Settings { cpu_percent: 100.0, rest_ms: 20, ..Settings::default() }
+}
+
+fn plan(mode: HoleMode, vm: u32) -> Plan {
+    Plan {
+        hole_mode: Some(mode),
+        rounds: 0,
+        every_ms: 500,
+        pages: Some(PAGES),
+        run: 8,
+        vm,
+        ..Plan::default()
+    }
+}
+
+fn start(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, name: &str, plan: &Plan) -> Guest {
+    Guest::start(hypervisor, Guest::config(name, plan, MEMORY, Some(sharing)))
+}
+
+fn claimed(vm: &Vm) -> Claimed {
+    vm.membership().expect("the VM shares memory").claimed().expect("the page map can be read")
+}
+
+/// Pages that a demo guest found to be given back when it used them again.
+fn returned(guest: &Guest) -> u64 {
+    let returned = |line: &String| match Report::parse(line) {
+        Ok(Report::Hole { returned, .. }) => Some(returned),
+        _ => None,
+    };
+    guest.console.lines().iter().rev().find_map(returned).unwrap_or(0)
+}
+
+fn honest() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    let guests =
+        [0, 1].map(|vm| start(&hypervisor, &sharing, &format!("h{vm}"), &plan(HoleMode::Honest, vm)));
+    guests.iter().for_each(wait_ready);
+    for guest in &guests {
+        wait_until(&sharing, "free pages found to be given back", || returned(guest) >= PAGES);
+        let claimed = claimed(&guest.vm);
+        assert!(claimed.publishing && claimed.given_back >= PAGES, "{claimed:?}");
+        println!("{claimed:?}");
+    }
+    audit(&sharing);
+    // Each round verifies what is in use.
+    for guest in &guests {
+        guest.console.wait_for_round(guest.console.round() + 2);
+    }
+    guests.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes, statistics.refusals), (0, 0, 0), "{statistics:?}");
+}
+
+fn hostile() {
+    let seconds = std::env::var(HOSTILE_SECONDS).ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(6);
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    let before = Holdings::now();
+    let victims = start_all(&hypervisor, &sharing, 2, &churn());
+    let honest = start(&hypervisor, &sharing, "honest", &plan(HoleMode::Honest, 2));
+    let liar = start(&hypervisor, &sharing, "liar", &plan(HoleMode::Hostile, 3));
+    let others = || victims.iter().chain([&honest]);
+    others().chain([&liar]).for_each(wait_ready);
+    // Arena, image and tables, hole, vCPU: no more than that for each VM, and 8 MiB for the engine.
+    let limit = before.private_bytes + 4 * (PAGES * 4096 + (3 << 20)) + (8 << 20);
+
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    let mut most = 0;
+    while Instant::now() < deadline {
+        for guest in others() {
+            guest.console.wait_for_round(guest.console.round() + 1);
+        }
+        let taken = Holdings::now().private_bytes + sharing.statistics().store_bytes;
+        assert!(taken <= limit, "{taken} bytes, {limit} expected: {:?}", sharing.statistics());
+        most = most.max(taken);
+        audit(&sharing);
+        assert!(liar.vm.end().is_none(), "{:?}", liar.vm.end());
+    }
+    // All games were played before the host, and again after what they did to each other.
+    let mut games: BTreeMap<String, u64> = BTreeMap::new();
+    for line in liar.console.lines() {
+        if let Ok(Report::Hole { game, .. }) = Report::parse(&line) {
+            *games.entry(game.as_str().to_owned()).or_default() += 1;
+        }
+    }
+    assert!(games.len() == 14 && games.values().all(|&played| played >= 2), "{games:?}");
+    println!(
+        "{games:?}\nliar: {:?}\nhonest: {:?}, {} pages found given back\n{most} bytes at most of {limit}",
+        claimed(&liar.vm),
+        claimed(&honest.vm),
+        returned(&honest)
+    );
+    assert!(returned(&honest) > 0, "the honest guest is not heard beside the other");
+
+    assert_eq!(liar.vm.serial_input(b"q"), 1);
+    assert_eq!(liar.vm.wait(), VmEnd::Reset);
+    drop(liar);
+    audit(&sharing);
+    honest.finish();
+    victims.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes, statistics.refusals), (0, 0, 0), "{statistics:?}");
+    drop(sharing);
+    Holdings::assert_back_to(&before, 8 << 20);
+}
+
+fn ruin() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    let victims = start_all(&hypervisor, &sharing, 2, &churn());
+    victims.iter().for_each(wait_ready);
+    let liar = start(&hypervisor, &sharing, "liar", &plan(HoleMode::Ruin, 2));
+    wait_ready(&liar);
+    // What it runs on is given back: it reads zeros then, and takes them for instructions.
+    wait_until(&sharing, "the end of a guest that calls itself free", || liar.vm.end().is_some());
+    let end = liar.vm.end();
+    assert!(matches!(end, Some(VmEnd::Crashed(_) | VmEnd::Reset)), "{end:?}");
+    println!("{end:?}");
+    audit(&sharing);
+    drop(liar);
+    for guest in &victims {
+        guest.console.wait_for_round(guest.console.round() + 2);
+    }
+    audit(&sharing);
+    victims.into_iter().for_each(Guest::finish);
+}
+
+/// What a vCPU's counters were when a line began, and when it ended.
+struct Line {
+    text: String,
+    start: (u64, u64),
+    end: (u64, u64),
+}
+
+/// A console that looks at the counters at each line. It is written to by the vCPU's thread, so that nothing
+/// is counted meanwhile.
+struct Watch {
+    counters: Arc<OnceLock<Counters>>,
+    start: (u64, u64),
+    line: Vec<u8>,
+    lines: Sender<Line>,
+}
+
+impl Write for Watch {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let now = || self.counters.get().map_or((0, 0), |counters| (counters.exits(), counters.mmio()));
+        for &byte in bytes {
+            if self.line.is_empty() {
+                self.start = now();
+            }
+            self.line.push(byte);
+            if byte == b'\n' {
+                let text = String::from_utf8_lossy(&std::mem::take(&mut self.line)).trim_end().to_owned();
+                // Nobody listens once the test is over.
+                let _ = self.lines.send(Line { text, start: self.start, end: now() });
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn exits() {
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    // The engine protects pages, whose next write is an exit of the engine's account.
+    sharing.pause();
+    let counters = Arc::<OnceLock<Counters>>::default();
+    let (sender, lines) = mpsc::channel();
+    let watch = Watch { counters: Arc::clone(&counters), start: (0, 0), line: Vec::new(), lines: sender };
+    let mut config = Guest::config("teller", &plan(HoleMode::Hostile, 0), MEMORY, Some(&sharing));
+    config.console = ConsoleConfig::Sink(Box::new(watch));
+    let vm = Vm::build(config, &hypervisor).expect("a VM can be built");
+    let Some(found) = Counters::of_the_vcpu() else {
+        println!("this KVM does not count exits");
+        return;
+    };
+    counters.set(found).expect("it was not set before");
+    vm.start();
+
+    // In the second turn of the games all that they touch has been touched.
+    let mut before: Option<(u64, (u64, u64))> = None;
+    let mut turns = 0;
+    loop {
+        let line = lines.recv_timeout(PATIENCE).expect("the guest plays");
+        let Ok(Report::Hole { game, passes, rings, .. }) = Report::parse(&line.text) else { continue };
+        let (rung_before, counted_before) = before.replace((rings, line.end)).unwrap_or_default();
+        if game.as_str() != "free-and-used" {
+            continue;
+        }
+        turns += 1;
+        if turns < 2 {
+            continue;
+        }
+        let rung = rings - rung_before;
+        let exits = line.start.0 - counted_before.0;
+        let mmio = line.start.1 - counted_before.1;
+        // In half of the passes all words change.
+        let words = passes / 2 * PAGES;
+        println!(
+            "{passes} passes that changed some {words} words, {rung} rings: {exits} exits, {mmio} for devices"
+        );
+        assert_eq!((rung, mmio), (passes, passes), "each pass rings once, and does nothing else there");
+        // Beside the doorbell the host's own interrupts are exits, and the look at the serial port.
+        assert!(exits >= rung && exits < rung + rung / 4 + 200, "{exits} exits for {rung} rings");
+        assert!(words > 100 * exits, "too few words to tell: {words}");
+        break;
+    }
+    assert_eq!(vm.stop(), VmEnd::Stopped);
+}
+
+/// A Linux guest whose agent carries out these commands.
+fn linux(
+    hypervisor: &Hypervisor,
+    artifacts: &Artifacts,
+    sharing: &Arc<Sharing>,
+    name: &str,
+    commands: &str,
+) -> Guest {
+    let mut config = VmConfig::new(name, artifacts.kernel.clone().into());
+    config.initrd = Some(artifacts.initramfs.clone().into());
+    config.cmdline = format!("{COMMAND_LINE} agent={commands}");
+    config.memory_bytes = 96 << 20;
+    config.sharing = Some(Arc::clone(sharing));
+    Guest::start(hypervisor, config)
+}
+
+/// Waits for the agent's line on a command, and gives its figures.
+fn said(guest: &Guest, command: &str) -> String {
+    guest.console.wait_for(command, |line| {
+        let said = line.strip_prefix("samepage-agent: ")?;
+        assert!(!said.contains(" failed: "), "{line}");
+        said.strip_prefix(command).map(str::to_owned)
+    })
+}
+
+/// A figure of the agent's.
+fn figure(figures: &str, name: &str) -> f64 {
+    let value = figures.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value = value.unwrap_or_else(|| panic!("no {name} in {figures:?}"));
+    value.parse().unwrap_or_else(|error| panic!("{name} in {figures:?}: {error}"))
+}
+
+fn linux_tells() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    let guest = linux(&hypervisor, &artifacts, &sharing, "teller", "fill:4M:1,publish:1000,check,idle");
+    let published = said(&guest, "publish ok");
+    let checked = said(&guest, "check ok");
+    println!("publish{published}\ncheck{checked}");
+    assert!(figure(&checked, "percent") >= 99.5, "{checked}");
+    assert!(figure(&checked, "unexplained") == 0.0, "{checked}");
+    assert_eq!(figure(&checked, "pages") as u64, (96 << 20) / 4096, "{checked}");
+
+    wait_until(&sharing, "passes taken in", || claimed(&guest.vm).passes > 1);
+    let claimed = claimed(&guest.vm);
+    println!("{claimed:#?}");
+    assert!(claimed.publishing && claimed.pass_cpu_us > 0);
+    let pages: u64 = claimed.types.iter().map(|kind| kind.pages).sum();
+    assert_eq!(pages, (96 << 20) / 4096, "each page has a type");
+    let of = |name| {
+        let place = samepage_hole::PageType::ALL.iter().position(|kind| kind.name() == name);
+        claimed.types[place.expect("there is this type")].pages
+    };
+    assert!(of("anonymous") >= 1024, "what the agent filled");
+    assert!(of("slab") > 0 && of("page_table") > 0 && of("free") > 1000);
+    audit(&sharing);
+    assert_eq!(guest.vm.stop(), VmEnd::Stopped);
+}
+
+/// Pause between two passes of the agents that free memory.
+const PAUSE_MS: u64 = 2000;
+/// Bytes that they free.
+const FREED: u64 = 20 << 20;
+
+/// What this process takes of the host's memory.
+fn taken(sharing: &Sharing) -> u64 {
+    samepage::statistics::rss_anon().expect("the process's memory") + sharing.statistics().store_bytes
+}
+
+fn linux_frees() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let hypervisor = hypervisor();
+    let sharing = sharing(settings());
+    let guests = [1, 2].map(|seed| {
+        // There is time for the engine to look at what was filled, and then for what was released to go back.
+        let commands = format!(
+            "publish:{PAUSE_MS},fill:20M:{seed},sleep:8000,verify,release,sleep:20000,fill:20M:7{seed},\
+             verify:40:250,poweroff"
+        );
+        linux(&hypervisor, &artifacts, &sharing, &format!("linux{seed}"), &commands)
+    });
+    let before: Vec<_> = std::thread::scope(|scope| {
+        let watched = guests.each_ref().map(|guest| scope.spawn(|| watch_release(guest, &sharing)));
+        watched.map(|thread| thread.join().expect("memory comes back")).into()
+    });
+    let (most, left) = (before.into_iter().max().unwrap_or(0), taken(&sharing));
+    println!("the process takes {left} bytes, {most} before");
+    assert!(left + 2 * FREED * 95 / 100 <= most, "{left} of {most}");
+    for guest in &guests {
+        println!("used again:{}", said(guest, "fill ok pages=5120 seed=7"));
+    }
+    audit(&sharing);
+    for guest in guests {
+        said(&guest, "verify ok pages=5120 rounds=40");
+        assert!(said(&guest, "done").ends_with(" failed=0"));
+        assert_eq!(guest.vm.wait(), VmEnd::Reset);
+    }
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
+
+/// Waits until a guest has released its memory and that has come back to the host. Returns what the process
+/// took before.
+fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
+    let published = said(guest, "publish ok");
+    // A pass takes its time where the guest's kernel is interpreted.
+    let interval = Duration::from_millis(PAUSE_MS + figure(&published, "pass_ms") as u64);
+    said(guest, "verify ok");
+    let (most, before) = (taken(sharing), claimed(&guest.vm).given_back);
+    said(guest, "release ok");
+    let released = Instant::now();
+    let back = || claimed(&guest.vm).given_back - before;
+    while back() < FREED / 4096 * 95 / 100 {
+        assert!(released.elapsed() < PATIENCE, "{:?} {:?}", claimed(&guest.vm), sharing.statistics());
+        // What has come back is a figure that is asked for, not an event.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let took = released.elapsed();
+    println!(
+        "publish{published}\n{} pages came back after {took:.1?}, an interval is {interval:.1?}",
+        back()
+    );
+    assert!(took <= 2 * interval, "{took:?}, an interval is {interval:?}");
+    most
+}
+
+fn no_hole() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let mut command = program::command(["run", "--memory", "64M", "--memory-hole", "off", "--kernel"]);
+    command.arg(&artifacts.kernel).arg("--initrd").arg(&artifacts.initramfs);
+    command.args(["--cmdline", &format!("{COMMAND_LINE} agent=publish")]);
+    let finished = Running::start(command).wait();
+    finished.assert_code(0);
+    let told: BTreeSet<_> = finished.stdout.lines().filter(|line| line.contains("publish")).collect();
+    assert!(
+        told.iter().any(|line| line.contains("publish failed: the host offers no memory hole")),
+        "{told:?}"
+    );
+    assert!(told.iter().any(|line| line.contains("--memory-hole on")), "{told:?}");
+}

@@ -1,0 +1,153 @@
+//! The memory hole of one VM: memory outside RAM in which the guest says what its pages are for.
+//!
+//! It is anonymous memory in a KVM slot of its own, without a dirty log: what the guest writes there makes
+//! it leave for nothing, and the engine never shares it. Untouched it costs address space, and one page for
+//! the header; a guest that fills it makes the host hold a thousandth of its RAM besides. Devices cannot
+//! reach it, since it is no part of [`GuestMemory`](samepage_devices::GuestMemory).
+
+#![expect(unsafe_code, reason = "maps memory, looks at it as words, and hands its address to KVM")]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU32;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use samepage_hole::{FrameRange, Hole, HostHeader, MAX_RANGES};
+use samepage_sharing::claims::ClaimSource;
+
+use crate::x86::layout::{HoleRange, frame_ranges};
+
+/// Memory of a hole. Whoever gives its address to others drops it after them.
+#[derive(Debug)]
+pub(super) struct HoleMemory {
+    base: NonNull<AtomicU32>,
+    range: HoleRange,
+    frames: Vec<FrameRange>,
+}
+
+// SAFETY: the struct is an address and a length; what lies there is reached as atomic words alone.
+unsafe impl Send for HoleMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HoleMemory {}
+
+impl HoleMemory {
+    /// The hole of a guest with RAM of the given length, described in its header.
+    ///
+    /// # Errors
+    /// What mmap said: address space, the commit limit or mappings ran out.
+    pub(super) fn reserve(ram_bytes: u64, range: HoleRange) -> io::Result<Self> {
+        let bytes = range.bytes as usize;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let memory = Self { base, range, frames: frame_ranges(ram_bytes) };
+        // SAFETY: the range is this value's own. Of a huge page the guest would fill one word, and the host
+        // hold all; a kernel without huge pages has none to refuse.
+        unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
+        memory.describe();
+        Ok(memory)
+    }
+
+    fn describe(&self) {
+        let mut ranges = [FrameRange::default(); MAX_RANGES];
+        ranges.iter_mut().zip(&self.frames).for_each(|(to, from)| *to = *from);
+        self.hole().set_host_header(&HostHeader {
+            frames: self.frame_count(),
+            doorbell: self.doorbell(),
+            ranges,
+            ..HostHeader::default()
+        });
+    }
+
+    fn frame_count(&self) -> u32 {
+        self.frames.last().map_or(0, |range| range.first + range.count)
+    }
+
+    /// Guest physical address of the page behind the hole, a write to which says that there is news in it.
+    pub(super) fn doorbell(&self) -> u64 {
+        self.range.doorbell()
+    }
+
+    /// Gives the hole to KVM as the memory slot of this number.
+    pub(super) fn register(&self, vm: &VmFd, slot: u32) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: self.range.start,
+            memory_size: self.range.bytes,
+            userspace_addr: self.base.as_ptr() as u64,
+        };
+        // SAFETY: the memory outlives the vCPUs, which alone reach it through the slot: `Vm` drops it after
+        // KVM's file. It lies where no RAM is, so slots do not overlap.
+        unsafe { vm.set_user_memory_region(region) }
+    }
+}
+
+impl ClaimSource for HoleMemory {
+    fn hole(&self) -> Hole<'_> {
+        // SAFETY: the mapping is of so many bytes, begins at a page and lives as long as `self`. The guest
+        // writes there at any time, which is what atomics are for; any bits are a valid word.
+        let words = unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.range.bytes as usize / 4) };
+        Hole::new(words, self.frame_count()).expect("it is as long as its page frames need")
+    }
+
+    fn ranges(&self) -> &[FrameRange] {
+        &self.frames
+    }
+}
+
+impl Drop for HoleMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and what borrowed it is gone.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.range.bytes as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn reserve(ram_bytes: u64) -> HoleMemory {
+        HoleMemory::reserve(ram_bytes, HoleRange::of(ram_bytes)).unwrap()
+    }
+
+    #[test]
+    fn a_guest_finds_the_hole_described() {
+        let memory = reserve(5 * GIB);
+        let hole = memory.hole();
+        let header = hole.host_header().unwrap();
+        assert_eq!((header.frames, header.doorbell), (6 << 18, HoleRange::of(5 * GIB).doorbell()));
+        assert_eq!(&header.ranges[..2], memory.ranges());
+        assert_eq!((header.ranges[2], header.requested, header.interval_ms), (FrameRange::default(), 0, 0));
+        assert_eq!(hole.flags().len(), 6 << 18);
+        assert!(hole.guest_header().is_err());
+    }
+
+    /// Pages of the hole that have memory.
+    fn resident(memory: &HoleMemory) -> usize {
+        let bytes = memory.range.bytes as usize;
+        let mut pages = vec![0_u8; bytes / 4096];
+        // SAFETY: the range is mapped, and the vector has a byte for each of its pages.
+        let result = unsafe { libc::mincore(memory.base.as_ptr().cast(), bytes, pages.as_mut_ptr()) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        pages.iter().filter(|&&page| page & 1 != 0).count()
+    }
+
+    #[test]
+    fn a_hole_takes_a_page_until_a_guest_writes_there() {
+        use std::sync::atomic::Ordering;
+
+        let memory = reserve(100 * GIB);
+        assert_eq!(resident(&memory), 1);
+        memory.hole().flags()[77_777].store(1, Ordering::Relaxed);
+        assert_eq!(resident(&memory), 2);
+    }
+}
