@@ -126,6 +126,22 @@ impl Linux {
     }
 }
 
+impl Linux {
+    /// Moves untouched memory from the shadow over the pages. The kernel makes one mapping of it and of the
+    /// anonymous memory around, which it does not of memory that is mapped there.
+    fn map_fresh(&self, pages: RamRange<'_>) -> io::Result<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
+        if unsafe { libc::mprotect(pages.shadow(0).cast(), pages.bytes(), access) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let moved = self.restore(pages, Over::Pages);
+        // Where this fails the shadow stays in parts, and is as good.
+        let _ = self.unstage(pages);
+        moved
+    }
+}
+
 impl MemoryCalls for Linux {
     fn register(&self, pages: RamRange<'_>) -> io::Result<()> {
         self.uffd.register(pages)
@@ -152,6 +168,9 @@ impl MemoryCalls for Linux {
     }
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
+        if (source, over) == (Source::Zeros, Over::Pages) {
+            return self.map_fresh(pages);
+        }
         let (flags, fd, offset) = match source {
             Source::Frames(frame) => (0, self.store.as_raw_fd(), i64::from(frame) * PAGE_SIZE as i64),
             Source::Zeros => (libc::MAP_ANONYMOUS, -1, 0),
