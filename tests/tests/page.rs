@@ -65,6 +65,18 @@ fn assert_shown(page: &str) {
     assert!(!body.contains("[object") && !body.contains("NaN") && !body.contains("undefined"), "{body}");
 }
 
+/// What the picture of a VM's memory shows, in words. Where it is not drawn there are none.
+fn map_of<'a>(page: &'a str, vm: &str) -> &'a str {
+    let begin = format!("aria-label=\"Memory of {vm}: ");
+    let (before, words) = page.split_once(&begin).unwrap_or_else(|| panic!("no map of {vm}:\n{page}"));
+    let (_, tag) = before.rsplit_once('<').unwrap();
+    let (words, rest) = words.split_once('"').unwrap();
+    let (rest, _) = rest.split_once('>').unwrap();
+    // 4096 cells, in rows of 128.
+    assert!(format!("{tag}{rest}").contains("width=\"128\""), "{tag}{words}{rest}");
+    words
+}
+
 fn page() {
     let token = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(token.path(), fs::Permissions::from_mode(0o600)).unwrap();
@@ -76,6 +88,11 @@ fn page() {
     // Who has the token can steer.
     assert_eq!(page.matches(">Pause</button>").count(), 2, "{page}");
     assert!(page.contains("class=\"status live\""), "{page}");
+    for vm in ["first-vm", "second-vm"] {
+        let map = map_of(&page, vm);
+        assert!(map.contains(" % shared") && map.contains(" % private"), "{map}");
+        assert!(!map.contains("NaN"), "{map}");
+    }
     let page = page_after(&format!("http://{address}/"), 4000);
     assert!(page.contains("<dialog id=\"ask\" open") && !page.contains("first-vm"), "{page}");
     host.end().assert_code(0);
@@ -141,6 +158,13 @@ fn assert_alone(file: &Path) {
     assert!(vms.iter().all(|vm| vm["resident"].as_u64() > Some(0) && vm["memory"] == MEMORY), "{vms:?}");
     assert!(data["state"]["pairs"][0]["pages"].as_u64() > Some(0), "{}", data["state"]);
     assert!(!data["frames"].as_array().unwrap().is_empty());
+    let maps = data["maps"].as_object().unwrap();
+    if file.file_name().unwrap() == "live.html" {
+        assert_eq!(maps.len(), 2);
+        assert!(maps.values().all(|map| map["cells"].as_array().unwrap().len() == 2048), "{maps:?}");
+    } else {
+        assert!(maps.is_empty());
+    }
     if samepage_tests::browser::program().is_some() {
         let page = page_after(&format!("file://{}", file.display()), 1000);
         assert_shown(&page);

@@ -13,6 +13,7 @@
 
 pub mod api;
 pub mod boot;
+pub mod by_type;
 pub mod config;
 pub mod console;
 pub mod fleet;

@@ -7,10 +7,12 @@ mod client;
 mod demo;
 mod firecracker;
 mod generate;
+mod picture;
 mod plan;
 mod report;
 mod run;
 mod stdin;
+mod units;
 
 use std::process::ExitCode;
 

@@ -18,6 +18,7 @@ use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
+use samepage_sharing::by_type::Claimed;
 use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::cache::working_set::Curve;
 use samepage_sharing::pagemap::Pagemap;
@@ -26,6 +27,7 @@ use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
+use crate::by_type::{self, ByType, TypeSample};
 use crate::poll;
 use crate::vm::Vm;
 
@@ -118,9 +120,53 @@ pub struct VmSample {
     pub cpu_seconds: f64,
     /// What its disks read and wrote.
     pub io: IoSample,
+    /// What its pages are used for, where the engine runs. Written where an agent in the guest says it.
+    #[serde(skip_serializing_if = "nothing_is_said")]
+    pub claimed: Option<ClaimedSample>,
     /// The frames of a sample that it refers to.
     #[serde(skip)]
     frames: Option<FrameSample>,
+}
+
+/// What a guest says that its pages are used for, and what that comes to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ClaimedSample {
+    /// Whether an agent in the guest says it. Where none does, all pages are of type unknown.
+    pub publishing: bool,
+    /// Passes of the agent that were taken in, since the start.
+    pub passes: u64,
+    /// Words that had changed in them.
+    pub words: u64,
+    /// The guest's CPU time for its last pass, in microseconds, as it says.
+    pub pass_cpu_us: u32,
+    /// Free pages that were given back to the host, since the start.
+    pub given_back: u64,
+    /// Its pages by type; types of which there is nothing are left out.
+    #[serde(with = "by_type::present")]
+    pub types: ByType<TypeSample>,
+}
+
+fn nothing_is_said(claimed: &Option<ClaimedSample>) -> bool {
+    claimed.as_ref().is_none_or(|claimed| !claimed.publishing)
+}
+
+impl From<&Claimed> for ClaimedSample {
+    fn from(claimed: &Claimed) -> Self {
+        let Claimed { publishing, passes, words, pass_cpu_us, given_back, ref types } = *claimed;
+        let types = ByType::new(types.each_ref().map(TypeSample::from));
+        Self { publishing, passes, words, pass_cpu_us, given_back, types }
+    }
+}
+
+impl VmSample {
+    /// Its pages by type: all unknown where the guest says nothing of them.
+    #[must_use]
+    pub fn types(&self) -> ByType<TypeSample> {
+        match &self.claimed {
+            Some(claimed) if claimed.types.iter().any(|(_, one)| one.pages > 0) => claimed.types,
+            _ => ByType { unknown: TypeSample::of_vm(&self.pages), ..ByType::default() },
+        }
+    }
 }
 
 /// What a VM's disks read, by where it came from, and what they wrote, in bytes since its start.
@@ -276,6 +322,7 @@ impl Sampler {
                 }
             }
         };
+        let claimed = vm.membership().map(Membership::claimed).transpose()?;
         let resident = pages.pages_private + pages.pages_merged - pages.pages_sharing;
         Ok(VmSample {
             name: vm.name().to_owned(),
@@ -287,6 +334,7 @@ impl Sampler {
             working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
             cpu_seconds: vm.cpu_time().as_secs_f64(),
             io: IoSample::of(vm),
+            claimed: claimed.as_ref().map(ClaimedSample::from),
             frames: vm.membership().map(Membership::frames),
         })
     }

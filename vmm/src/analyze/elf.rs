@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use thiserror::Error;
 
 use super::file::Region;
-use super::units::bytes;
+use crate::units::bytes;
 
 /// What an ELF file begins with.
 pub(super) const MAGIC: &[u8] = b"\x7fELF";

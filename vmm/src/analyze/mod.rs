@@ -11,7 +11,6 @@ mod process;
 mod progress;
 mod svg;
 mod table;
-mod units;
 
 use std::io::{self, Write};
 use std::path::PathBuf;

@@ -1,13 +1,13 @@
 //! The result as a picture: each VM's memory by class, runs by length, and what mappings buy.
 //!
-//! The picture stands alone and follows the viewer's light or dark scheme. Lengths are in SVG user
-//! units. Source: the SVG 1.1 recommendation.
+//! Lengths are in SVG user units.
 
-use std::fmt::{Display, Write};
+use std::fmt::Write;
 
 use samepage::oracle::{Classes, ImageReport, PAGE_SIZE, Report};
 
-use super::units::{bytes, count, pages, percent};
+use crate::picture::{Canvas, Scale};
+use crate::units::{bytes, count, pages, percent};
 
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 240.0;
@@ -22,15 +22,12 @@ const MOST_BARS: usize = 64;
 /// The longest name beside a bar.
 const NAME: usize = 27;
 
-/// Plain rules rather than variables, which many viewers lack.
+/// Of the classes of pages, and the curve.
 const STYLE: &str = "\
-text { font: 13px system-ui, sans-serif; fill: #1c2330; } .title { font-size: 16px; font-weight: 600; } \
-.end { text-anchor: end; } .middle { text-anchor: middle; } .ground { fill: #ffffff; } \
-.grid { stroke: #d5dae2; } .axis { stroke: #1c2330; } .curve { fill: none; stroke: #1f7a4d; stroke-width: 2.5; } \
+.curve { fill: none; stroke: #1f7a4d; stroke-width: 2.5; } \
 .untouched { fill: #e6e9ef; } .zero { fill: #a9b4c6; } .between { fill: #1f7a4d; } .within { fill: #68bb8c; } \
 .unique { fill: #d9772b; } .unread { fill: #8a5aa8; } \
 @media (prefers-color-scheme: dark) { \
-text { fill: #e4e8ef; } .ground { fill: #14181f; } .grid { stroke: #363d4a; } .axis { stroke: #e4e8ef; } \
 .curve { stroke: #3fae74; } .untouched { fill: #2a303b; } .zero { fill: #66728a; } .between { fill: #3fae74; } \
 .within { fill: #1f6b45; } .unique { fill: #e08a45; } .unread { fill: #a97cc6; } }";
 
@@ -46,7 +43,7 @@ pub(super) fn draw(report: &Report) -> String {
     let top = bars(&mut canvas, report, 60.0);
     let top = histogram(&mut canvas, report, top + 50.0);
     let bottom = curve(&mut canvas, report, top + 50.0);
-    canvas.finish(bottom + 20.0, &saved)
+    canvas.finish([WIDTH, bottom + 20.0], STYLE, &saved)
 }
 
 /// A bar for each VM.
@@ -187,96 +184,6 @@ fn vertical_axis(canvas: &mut Canvas, scale: &Scale, title: &str) {
     canvas.text(20.0, (scale.from + scale.to) / 2.0, "", title);
 }
 
-/// Maps sizes in bytes to places.
-struct Scale {
-    /// Bytes from one tick to the next: a power of two, as people count memory.
-    tick: f64,
-    most: f64,
-    from: f64,
-    to: f64,
-}
-
-impl Scale {
-    fn linear(most: f64, from: f64, to: f64) -> Self {
-        let most = most.max(PAGE_SIZE as f64);
-        // 4 to 8 ticks.
-        let tick = (most / 4.0).log2().floor().exp2();
-        Self { tick, most, from, to }
-    }
-
-    fn at(&self, bytes: f64) -> f64 {
-        self.from + bytes.min(self.most) / self.most * (self.to - self.from)
-    }
-
-    fn at_pages(&self, pages: u64) -> f64 {
-        self.at(pages as f64 * PAGE_SIZE as f64)
-    }
-
-    fn ticks(&self) -> impl Iterator<Item = f64> {
-        (0..=(self.most / self.tick) as u32).map(|index| f64::from(index) * self.tick)
-    }
-}
-
-#[derive(Default)]
-struct Canvas {
-    elements: String,
-}
-
-impl Canvas {
-    fn element(&mut self, element: impl Display) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.elements, "{element}");
-    }
-
-    fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
-        let text = escape(text);
-        self.element(format_args!("<text x=\"{x:.1}\" y=\"{y:.1}\" class=\"{class}\">{text}</text>"));
-    }
-
-    fn line(&mut self, [x1, y1, x2, y2]: [f64; 4], class: &str) {
-        self.element(format_args!(
-            "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" class=\"{class}\"/>"
-        ));
-    }
-
-    /// A rectangle, with a note that viewers show at the pointer.
-    fn rect(&mut self, [x, y, width, height]: [f64; 4], class: &str, note: &str) {
-        let note = escape(note);
-        self.element(format_args!(
-            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" class=\"{class}\">\
-             <title>{note}</title></rect>"
-        ));
-    }
-
-    fn finish(self, height: f64, title: &str) -> String {
-        format!(
-            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
-             <svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
-             height=\"{height}\" role=\"img\">\n<title>{}</title>\n<style>{STYLE}</style>\n\
-             <rect width=\"100%\" height=\"100%\" class=\"ground\"/>\n{}</svg>\n",
-            escape(title),
-            self.elements
-        )
-    }
-}
-
-/// Text as XML allows it; names of files and processes may hold anything.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\u{fffe}' | '\u{ffff}' => escaped.push(char::REPLACEMENT_CHARACTER),
-            control if control.is_control() => escaped.push(char::REPLACEMENT_CHARACTER),
-            other => escaped.push(other),
-        }
-    }
-    escaped
-}
-
 /// The end of a name says more than its start.
 fn shorten(name: &str) -> String {
     let length = name.chars().count();
@@ -316,14 +223,5 @@ mod tests {
     fn nothing_can_be_drawn() {
         let svg = draw(&Oracle::new().unwrap().report());
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-    }
-
-    #[test]
-    fn ticks_are_few_and_even() {
-        for most in [1.0, 4097.0, 1e6, 1.5e9, 6.4e10, 1e19] {
-            let scale = Scale::linear(most, 0.0, 100.0);
-            let ticks = scale.ticks().count();
-            assert!((4..=9).contains(&ticks), "{most}: {ticks}");
-        }
     }
 }

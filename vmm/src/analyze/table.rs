@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use samepage::oracle::{Classes, PAGE_SIZE, Report};
 
-use super::units::{bytes, count, pages, percent};
+use crate::units::{bytes, count, pages, percent};
 use super::{Analysis, Input, Origin};
 
 /// The widest that a VM's name may be.

@@ -15,7 +15,8 @@ use super::manager::Manager;
 use super::record::Record;
 use super::sampling::Seen;
 use super::views::{CacheView, DiskStatistics, DiskView, saved_bytes};
-use crate::statistics::{IoSample, VmSample};
+use crate::by_type::TypeSample;
+use crate::statistics::{ClaimedSample, IoSample, VmSample};
 
 /// The media type.
 pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -82,6 +83,7 @@ impl Collector for Metrics {
         self.process(&mut writer)?;
         self.cache(&mut writer)?;
         self.vms(&mut writer)?;
+        self.types(&mut writer)?;
         self.disks(&mut writer)
     }
 }
@@ -199,6 +201,41 @@ impl Metrics {
         });
         let help = "What a VM's disks read, by where it came from";
         writer.counter("vm_disk_read", help, Some(Unit::Bytes), read)
+    }
+
+    /// Of VMs in whose guests an agent says what pages are used for.
+    fn types(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let vms: Vec<(&str, &ClaimedSample)> = self
+            .seen
+            .sample
+            .vms
+            .iter()
+            .filter_map(|vm| Some((vm.name.as_str(), vm.claimed.as_ref()?)))
+            .filter(|(_, claimed)| claimed.publishing)
+            .collect();
+        let by_type = |value: fn(&TypeSample) -> f64| {
+            vms.iter().flat_map(move |(vm, claimed)| {
+                let types = claimed.types.iter();
+                types.map(move |(one, counted)| ([("vm", *vm), ("type", one.name())], value(counted)))
+            })
+        };
+        let help = "A VM's pages by what its guest uses them for, as an agent in it says";
+        writer.gauge("vm_type_pages", help, None, by_type(|one| one.pages as f64))?;
+        let help = "Of a type's pages, the ones that are mapped to frames";
+        writer.gauge("vm_type_merged_pages", help, None, by_type(|one| one.pages_merged as f64))?;
+        let help = "Pages that sharing saves by a type, those that were given back included";
+        writer.gauge("vm_type_saved_pages", help, None, by_type(|one| one.saved() as f64))?;
+        let help = "Pages of a type that were mapped to frames";
+        writer.counter("vm_type_merges", help, None, by_type(|one| one.merges as f64))?;
+        let help = "Merged pages of a type that were written to";
+        writer.counter("vm_type_breaks", help, None, by_type(|one| one.broken as f64))?;
+        let help = "For how long pages of a type were on frames, all pages together";
+        writer.counter("vm_type_merged", help, Some(Unit::Seconds), by_type(|one| one.merged_seconds))?;
+        let given_back = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.given_back as f64));
+        let help = "Free pages of a VM that were given back to the host";
+        writer.counter("vm_given_back_pages", help, None, given_back)?;
+        let passes = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.passes as f64));
+        writer.counter("vm_agent_passes", "Passes of the agent in a VM that were taken in", None, passes)
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -20,6 +20,7 @@ pub mod http;
 pub mod lifecycle;
 pub mod listener;
 pub mod manager;
+mod maps;
 mod metrics;
 pub mod patient;
 pub mod problem;

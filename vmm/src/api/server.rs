@@ -26,6 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::http::{Guard, HttpError, HttpOptions};
 use super::listener::{self, Socket, SocketError, SocketOptions};
 use super::manager::Manager;
+use super::maps::Maps;
 use super::patient::Patient;
 use super::problem::{Kind, PROBLEM_JSON, Problem};
 use super::rendered::Rendered;
@@ -77,6 +78,7 @@ pub struct Doors {
 pub(super) struct Api {
     pub(super) manager: Arc<Manager>,
     pub(super) sampling: Arc<Sampling>,
+    pub(super) maps: Maps,
     pub(super) answers: Answers,
     /// Becomes true when the server is to end.
     pub(super) ending: watch::Receiver<bool>,
@@ -111,7 +113,8 @@ impl Server {
     pub fn start(doors: &Doors, manager: Arc<Manager>) -> Result<Self, ServerError> {
         let (end, ending) = watch::channel(false);
         let sampling = Arc::new(Sampling::new()?);
-        let api = Arc::new(Api { manager, sampling, answers: Answers::default(), ending });
+        let maps = Maps::new()?;
+        let api = Arc::new(Api { manager, sampling, maps, answers: Answers::default(), ending });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(WORKERS)

@@ -3,6 +3,8 @@
 //! Pages are of 4 KiB, amounts of memory in bytes, and times in seconds since 1970. Fields that say what
 //! was counted are in the terms of the kernel's KSM, as in the lines of `--stats`.
 
+pub mod pages;
+
 use std::sync::atomic::Ordering::Relaxed;
 
 use samepage_devices::disk::cache::BLOCK_SIZE;
@@ -10,6 +12,7 @@ use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::engine::{Order, Settings};
+use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -80,7 +83,7 @@ mirror! {
         mappings_limit: u64,
         /// The longest time for which writers to a run of pages were made to wait, in microseconds.
         longest_window_us: u64,
-        /// CPU time of the sharing threads, in seconds.
+        /// CPU time of the sharing threads until now, in seconds.
         cpu_seconds: f64,
     }
 }
@@ -588,7 +591,12 @@ impl VmSharingView {
 }
 
 impl SharingView {
-    pub(super) fn new(sample: &Sample, settings: &Settings) -> Self {
+    /// What was seen, and CPU time of the moment.
+    pub(super) fn new(sample: &Sample, settings: &Settings, sharing: Option<&Sharing>) -> Self {
+        let mut statistics = EngineView::from(&sample.engine);
+        if let Some(sharing) = sharing {
+            statistics.cpu_seconds = sharing.cpu_time().as_secs_f64();
+        }
         Self {
             enabled: sample.sharing,
             settings: sample.sharing.then(|| SettingsView::from(settings)),
@@ -597,7 +605,7 @@ impl SharingView {
             resident_bytes: sample.resident_bytes,
             private_bytes: sample.private_bytes,
             saved_bytes: sample.saved_bytes,
-            statistics: EngineView::from(&sample.engine),
+            statistics,
             groups: sample.groups.iter().map(GroupView::from).collect(),
             pairs: PairView::most(sample, 10),
         }

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 
 use super::report::Curves;
+use crate::picture::escape;
 
 /// Lengths in SVG user units.
 const WIDTH: f64 = 900.0;
@@ -128,10 +129,6 @@ fn round_step(least: f64) -> f64 {
         .into_iter()
         .find(|&step| step >= least)
         .unwrap_or(least)
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ pub(crate) enum ClientCommand {
     Cache(ListArgs),
     /// Watch VMs and what they share on this terminal
     Top(TopArgs),
-    /// Write a file of HTML that shows a run
+    /// Write a file of HTML that shows a run, or tell what pages are used for
     Report(ReportArgs),
 }
 
@@ -164,7 +164,11 @@ pub(crate) struct TopArgs {
 
 /// The arguments of `samepage report`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct ReportArgs {
+    #[command(subcommand)]
+    pub(crate) of: Option<ReportCommand>,
+
     /// A file of statistics that --stats wrote
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: Option<PathBuf>,
@@ -178,8 +182,43 @@ pub(crate) struct ReportArgs {
     pub(crate) seconds: u32,
 
     /// The file that is written; - is standard output
+    #[arg(short, long, value_name = "FILE", required = true)]
+    pub(crate) output: Option<PathBuf>,
+}
+
+/// A report of something else than the run as a whole.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReportCommand {
+    /// Tell what guests use their pages for, and what of each use is shared
+    Types(TypesArgs),
+}
+
+/// The arguments of `samepage report types`.
+#[derive(Debug, Args)]
+pub(crate) struct TypesArgs {
+    /// A file of statistics that --stats wrote
+    #[arg(long, value_name = "FILE")]
+    pub(crate) stats: Option<PathBuf>,
+
+    /// The control socket of a process that runs, where no file is given
+    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// How long to watch a process that runs; a picture takes 10 where this is not given
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) seconds: Option<u32>,
+
+    /// Tell of this VM alone
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<String>,
+
+    /// A picture that is written: pages by type over time, as SVG
     #[arg(short, long, value_name = "FILE")]
-    pub(crate) output: PathBuf,
+    pub(crate) output: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {

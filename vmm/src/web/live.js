@@ -43,6 +43,7 @@
     const vms = await ask('/vms');
     const asked = performance.now() / 1000;
     return {
+      asked,
       time: sharing.time_seconds,
       enabled: sharing.enabled,
       guest: sharing.guest_bytes,

@@ -26,11 +26,16 @@
   ];
   const STATES = { shared: 'saved', private: 'private', zero: 'zero', absent: 'absent' };
   const STATE_NAMES = { shared: 'shared', private: 'private', zero: 'zeros given back', absent: 'never touched' };
+  // As in the pictures of `samepage report types`. What is free recedes, as what was never touched does.
   const TYPES = {
-    anonymous: '#dd7f35', file_mapped: '#1f9d6b', file_unmapped: '#7cc7a4', slab: '#8a63c9', page_table: '#d1549b',
-    compound: '#c9a227', balloon: '#66788f', unknown: '#93a4bd',
+    anonymous: '#dd7f35', file_mapped: '#1f9d6b', file_unmapped: '#29a3b5', slab: '#8a63c9', page_table: '#d1549b',
+    compound: '#c9a227', balloon: '#4d5f7a', unknown: '#93a4bd', free: null,
   };
-  const OTHER_TYPES = ['#3a6fd8', '#29a3b5', '#a05a2c', '#cf3f3f'];
+  const TYPE_NAMES = {
+    anonymous: 'anonymous', file_mapped: 'files, mapped', file_unmapped: 'files, page cache alone', slab: 'slab',
+    page_table: 'page tables', compound: 'compound', balloon: 'balloon', unknown: 'unknown', free: 'free',
+  };
+  const OTHER_TYPES = ['#3a6fd8', '#7cc7a4', '#a05a2c', '#cf3f3f'];
 
   class Page {
     /** `act(vm, action)` is there where VMs can be steered. */
@@ -64,15 +69,11 @@
     add(frame) {
       const before = this.frame;
       this.frame = frame;
-      if (before && frame.time <= before.time) return;
       const seconds = before ? frame.time - before.time : 0;
-      const io = (frame, of) => of(frame.cache);
-      const rates = SOURCES.map((source) =>
-        seconds > 0 ? Math.max(0, io(frame, source.of) - io(before, source.of)) / seconds : 0);
-      const cpu = seconds > 0
-        ? Math.max(0, frame.engine.cpu_seconds - before.engine.cpu_seconds) / seconds : undefined;
-      this.points.push({ time: frame.time, memory: [frame.resident, Math.max(0, frame.saved)], rates, cpu });
-      if (this.points.length > HISTORY) this.points.shift();
+      // CPU time and what disks do are of the moment of asking, also where memory was not looked at again.
+      const asked = before && frame.asked !== undefined ? frame.asked - before.asked : seconds;
+      this.engineCpu = asked > 0
+        ? Math.max(0, frame.engine.cpu_seconds - before.engine.cpu_seconds) / asked : undefined;
       const earlier = new Map((before?.vms || []).map((vm) => [vm.name, vm]));
       for (const vm of frame.vms || []) {
         const old = earlier.get(vm.name);
@@ -82,6 +83,12 @@
           ? SOURCES.map((source) => Math.max(0, source.of(vm.io) - source.of(old.io)) / since) : undefined;
         vm.cpu = known ? Math.max(0, vm.cpu_seconds - old.cpu_seconds) / since : undefined;
       }
+      if (before && seconds <= 0) return;
+      const io = (frame, of) => of(frame.cache);
+      const rates = SOURCES.map((source) =>
+        before ? Math.max(0, io(frame, source.of) - io(before, source.of)) / seconds : 0);
+      this.points.push({ time: frame.time, memory: [frame.resident, Math.max(0, frame.saved)], rates });
+      if (this.points.length > HISTORY) this.points.shift();
     }
 
     draw() {
@@ -98,7 +105,6 @@
       const { frame } = this;
       const saved = Math.max(0, frame.saved);
       const needed = frame.resident + saved;
-      const point = this.points[this.points.length - 1];
       const running = frame.vms.filter((vm) => vm.state === 'running').length;
       const reads = SOURCES.map((source) => source.of(frame.cache));
       const read = reads.reduce((all, value) => all + value, 0);
@@ -115,7 +121,7 @@
         needed, 'Memory needed without sharing:');
       const cpu = this.ended
         ? ['CPU for sharing', [frame.engine.cpu_seconds.toFixed(1), 's']]
-        : ['CPU for sharing', [point.cpu === undefined ? '–' : (100 * point.cpu).toFixed(1), '%']];
+        : ['CPU for sharing', [this.engineCpu === undefined ? '–' : (100 * this.engineCpu).toFixed(1), '%']];
       byId('tiles').replaceChildren(
         tile('Saved by sharing', samepage.amount(saved),
           `${percent(saved, needed)} less than ${bytes(needed)}`, meter, 'saved'),
@@ -203,14 +209,16 @@
       });
       const named = this.kind === 'states'
         ? Object.keys(STATES).map((state) => [STATE_NAMES[state], STATES[state]])
-        : [...this.types()].map((type) => [type.replaceAll('_', ' '), typeColour(type), undefined, true]);
+        : this.types().map((type) => [TYPE_NAMES[type] || type, typeColour(type), undefined, true]);
       legend(byId('maps-legend'), named);
+      byId('maps-note').textContent = this.kind === 'types' && named.length === 0
+        ? 'No agent in a guest says what pages are used for.' : '';
     }
 
     card(name) {
       const canvas = html('canvas', { role: 'img', 'aria-label': `Memory of ${name}`, width: 64, height: 16 });
       const text = html('span', {});
-      const card = { canvas, text, cells: null, live: false };
+      const card = { name, canvas, text, cells: null, live: false };
       card.figure = html('figure', { class: 'map' },
         html('figcaption', {}, html('b', { title: name }, name), text), canvas);
       canvas.style.aspectRatio = '64 / 18';
@@ -220,7 +228,7 @@
         const first = cell.first_page * 4096;
         const counts = Object.entries(cell[this.kind] || {}).filter(([, pages]) => pages > 0);
         const said = counts.sort((a, b) => b[1] - a[1]).map(([kind, pages]) =>
-          `${(this.kind === 'states' ? STATE_NAMES[kind] : kind.replaceAll('_', ' ')) || kind}: ${count(pages)} of ${count(cell.pages)} pages`);
+          `${kindName(this.kind, kind)}: ${count(pages)} of ${count(cell.pages)} pages`);
         return [`${name}, from ${bytes(first)} to ${bytes(first + cell.pages * 4096)}`, ...said].join('\n');
       });
       return card;
@@ -230,11 +238,24 @@
       if (!card.cells || card.cells.length === 0) return;
       const colours = this.kind === 'states'
         ? Object.fromEntries(Object.entries(STATES).map(([state, colour]) => [state, samepage.colour(colour)]))
-        : Object.fromEntries([...this.types()].map((type) => [type, typeColour(type)]));
+        : Object.fromEntries(this.types().map((type) => [type, typeColour(type)]));
       samepage.memoryMap(card.canvas, card.cells, this.kind, colours);
+      card.canvas.setAttribute('aria-label', `Memory of ${card.name}: ${this.sums(card.cells)}`);
     }
 
-    /** All types of pages that any map has. */
+    /** What cells come to, in words. */
+    sums(cells) {
+      const sums = {};
+      let all = 0;
+      for (const cell of cells) {
+        all += cell.pages;
+        for (const [kind, pages] of Object.entries(cell[this.kind] || {})) sums[kind] = (sums[kind] || 0) + pages;
+      }
+      const kinds = Object.entries(sums).filter(([, pages]) => pages > 0).sort((a, b) => b[1] - a[1]);
+      return kinds.map(([kind, pages]) => `${percent(pages, all)} ${kindName(this.kind, kind)}`).join(', ') || 'unknown';
+    }
+
+    /** All types of pages that any map has, in the order of their colours. */
     types() {
       const all = new Set();
       for (const { cells } of this.cards.values()) {
@@ -242,7 +263,8 @@
           for (const [type, pages] of Object.entries(cell.types || {})) if (pages > 0) all.add(type);
         }
       }
-      return all.size > 0 ? [...all].sort() : ['unknown'];
+      const known = Object.keys(TYPES).filter((type) => all.has(type));
+      return [...known, ...[...all].filter((type) => !(type in TYPES)).sort()];
     }
 
     drawMatrix() {
@@ -331,8 +353,12 @@
 
   function typeColour(type) {
     const sum = [...type].reduce((all, letter) => all + letter.charCodeAt(0), 0);
-    // What is free recedes, as what was never touched does.
     return type === 'free' ? samepage.colour('absent') : TYPES[type] || OTHER_TYPES[sum % OTHER_TYPES.length];
+  }
+
+  /** A state or a type of pages, for people. */
+  function kindName(kind, name) {
+    return (kind === 'states' ? STATE_NAMES : TYPE_NAMES)[name] || name.replaceAll('_', ' ');
   }
 
   /** Names with their colours, and a figure where there is one. */

@@ -2,6 +2,7 @@
 
 mod console;
 mod host;
+mod pages;
 mod sharing;
 mod vms;
 mod watch;
@@ -58,6 +59,9 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(sharing::of_process))
         .routes(routes!(sharing::pairs))
         .routes(routes!(sharing::working_set))
+        .routes(routes!(pages::of_process))
+        .routes(routes!(pages::of_vm))
+        .routes(routes!(pages::map))
         .routes(routes!(sharing::cache))
         .routes(routes!(host::host))
         .routes(routes!(host::version))

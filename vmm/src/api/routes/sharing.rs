@@ -63,7 +63,8 @@ pub(super) async fn change_vm(
 #[utoipa::path(get, path = "/sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    let write = || to_json(&SharingView::new(&seen.sample, api.manager.settings()));
+    let (settings, sharing) = (api.manager.settings(), api.manager.sharing().map(Arc::as_ref));
+    let write = || to_json(&SharingView::new(&seen.sample, settings, sharing));
     Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
 }
 

@@ -1,8 +1,10 @@
-//! `samepage report`: one file of HTML that shows a run, from its statistics or from a process that runs.
+//! `samepage report`: one file of HTML that shows a run, from its statistics or from a process that runs; and
+//! in [`types`] what guests use their pages for.
 
 mod frame;
 mod live;
 mod statistics;
+mod types;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +16,7 @@ use samepage::web;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::args::ReportArgs;
+use super::args::{ReportArgs, ReportCommand};
 use crate::report::tell;
 use frame::{Frame, Line};
 
@@ -33,18 +35,21 @@ struct Run {
 }
 
 pub(super) fn main(args: &ReportArgs) -> anyhow::Result<()> {
+    if let Some(ReportCommand::Types(args)) = &args.of {
+        return types::main(args);
+    }
+    let Some(output) = &args.output else { bail!("say where the report is to be written: --output FILE") };
     let run = match (&args.stats, &args.socket) {
         (Some(file), _) => statistics::read(file)?,
         (None, Some(socket)) => live::watch(socket, args.seconds)?,
         (None, None) => bail!("say what to report: --stats FILE, or --socket PATH of a process that runs"),
     };
     let page = web::alone(&run.title, &run).context("write the report")?;
-    if args.output == Path::new("-") {
+    if output == Path::new("-") {
         return super::print(&page);
     }
-    write(&args.output, page.as_bytes())
-        .with_context(|| format!("write the report {}", args.output.display()))?;
-    tell(format_args!("the report is {}", args.output.display()));
+    write(output, page.as_bytes()).with_context(|| format!("write the report {}", output.display()))?;
+    tell(format_args!("the report is {}", output.display()));
     Ok(())
 }
 
@@ -63,49 +68,80 @@ fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// Moments of a run: all of the run, and few enough to be drawn.
-#[derive(Debug, Default)]
-struct Moments {
-    lines: Vec<Line>,
+/// Moments of all of a run, few enough to be drawn.
+#[derive(Debug)]
+struct Thinned<T> {
+    kept: Vec<T>,
     /// Of so many moments one is kept.
     every: usize,
     seen: usize,
-    last: Option<Line>,
-    state: Option<Frame>,
+    /// The last one, where it is not among those that are kept.
+    last: Option<T>,
 }
 
 /// Moments that are kept: less than this, and more than half of it.
 const MOST_MOMENTS: usize = 1200;
 
-impl Moments {
-    fn add(&mut self, frame: Frame) {
-        self.every = self.every.max(1);
+impl<T> Default for Thinned<T> {
+    fn default() -> Self {
+        Self { kept: Vec::new(), every: 1, seen: 0, last: None }
+    }
+}
+
+impl<T> Thinned<T> {
+    fn add(&mut self, moment: T) {
         if self.seen.is_multiple_of(self.every) {
-            self.lines.push(frame.line.clone());
+            self.kept.push(moment);
+            self.last = None;
+        } else {
+            self.last = Some(moment);
         }
         self.seen += 1;
-        if self.lines.len() >= MOST_MOMENTS {
-            let mut at = 0;
-            self.lines.retain(|_| {
-                at += 1;
-                at % 2 == 1
-            });
+        if self.kept.len() >= MOST_MOMENTS {
+            // Every other one; the newest is the last for now, if it is not among them.
+            let all = std::mem::take(&mut self.kept);
+            for (at, moment) in all.into_iter().enumerate() {
+                if at % 2 == 0 {
+                    self.kept.push(moment);
+                    self.last = None;
+                } else {
+                    self.last = Some(moment);
+                }
+            }
             self.every *= 2;
         }
-        self.last = Some(frame.line.clone());
+    }
+
+    /// The one that was added last.
+    fn newest(&self) -> Option<&T> {
+        self.last.as_ref().or(self.kept.last())
+    }
+
+    /// From the first to the last.
+    fn finish(mut self) -> Vec<T> {
+        self.kept.extend(self.last);
+        self.kept
+    }
+}
+
+/// The line over time, and the moment that is shown in full.
+#[derive(Debug, Default)]
+struct Moments {
+    lines: Thinned<Line>,
+    state: Option<Frame>,
+}
+
+impl Moments {
+    fn add(&mut self, frame: Frame) {
+        self.lines.add(frame.line.clone());
         if self.state.as_ref().is_none_or(|state| state.vms.len() <= frame.vms.len()) {
             self.state = Some(frame);
         }
     }
 
     /// The moments of a run.
-    fn finish(mut self, title: String, place: String) -> Run {
-        if let Some(last) = self.last
-            && self.lines.last().is_some_and(|line| line.time < last.time)
-        {
-            self.lines.push(last);
-        }
-        Run { title, place, frames: self.lines, state: self.state, maps: BTreeMap::new() }
+    fn finish(self, title: String, place: String) -> Run {
+        Run { title, place, frames: self.lines.finish(), state: self.state, maps: BTreeMap::new() }
     }
 }
 

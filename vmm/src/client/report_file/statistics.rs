@@ -9,6 +9,7 @@ use samepage::api::views::IoView;
 use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_sharing::PAGE_SIZE;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::frame::{CacheFrame, EngineFrame, Frame, IoFrame, Line, PairFrame, VmFrame};
 use super::{Moments, Run};
@@ -78,26 +79,39 @@ pub(super) fn read(path: &Path) -> anyhow::Result<Run> {
     Ok(moments.finish(format!("samepage: {name}"), path.display().to_string()))
 }
 
-fn parse(mut lines: impl BufRead) -> anyhow::Result<Moments> {
+fn parse(lines: impl BufRead) -> anyhow::Result<Moments> {
     let mut moments = Moments::default();
+    each(lines, |sample: Sample| moments.add(Frame::from(sample)))?;
+    Ok(moments)
+}
+
+/// Takes what each line has of a sample.
+pub(super) fn each<T: DeserializeOwned>(
+    mut lines: impl BufRead,
+    mut take: impl FnMut(T),
+) -> anyhow::Result<()> {
+    let mut any = false;
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
         if lines.read_until(b'\n', &mut line)? == 0 {
             break;
         }
-        match serde_json::from_slice::<Sample>(&line) {
-            Ok(sample) => moments.add(Frame::from(sample)),
+        match serde_json::from_slice::<T>(&line) {
+            Ok(sample) => {
+                any = true;
+                take(sample);
+            }
             Err(_) if line.trim_ascii().is_empty() => {}
             // The end of a file that is being written.
             Err(_) if !line.ends_with(b"\n") => {}
             Err(error) => bail!("line {number} is none of --stats: {error}"),
         }
     }
-    if moments.seen == 0 {
+    if !any {
         bail!("there is no line of --stats in it");
     }
-    Ok(moments)
+    Ok(())
 }
 
 impl From<Sample> for Frame {
@@ -173,7 +187,7 @@ mod tests {
     fn lines_are_read_as_the_program_writes_them() {
         let text = line() + "\n" + &line() + "{\"time_seconds\": 1.0, \"shar";
         let moments = parse(text.as_bytes()).unwrap();
-        assert_eq!(moments.seen, 2);
+        assert_eq!(moments.lines.seen, 2);
         assert!(moments.state.unwrap().line.resident > 0);
     }
 

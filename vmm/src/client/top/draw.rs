@@ -19,7 +19,7 @@ const RESIDENT: Color = Color::Blue;
 const SAVED: Color = Color::Green;
 const FAINT: Style = Style::new().add_modifier(Modifier::DIM);
 
-const KEYS: &str = "q quit  ↑↓ select  s sort  r reverse  p pause/resume  c console  ? help";
+const KEYS: &str = "q quit  ↑↓ select  s sort  r reverse  p pause  c console  t types  ? help";
 
 const HELP: &str = "\
  ↑ ↓ PgUp PgDn   select a VM
@@ -27,6 +27,7 @@ const HELP: &str = "\
  r               turn the order round
  p or space      pause the VM, or let it go on
  c or Enter      attach to its console; Ctrl-A x comes back
+ t               what its pages are used for, as its guest says
  q or Ctrl-C     leave
 
  CPU%    of one core, in the guest and for it
@@ -65,16 +66,21 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
         None => Line::from(format!(" {KEYS}")).style(FAINT),
     };
     frame.render_widget(text, keys);
+    if model.types {
+        draw_types(frame, model, area);
+    }
     if model.help {
         draw_help(frame, area);
     }
 }
 
 fn draw_title(frame: &mut Frame<'_>, model: &Model, area: Rect) {
-    let name = Span::from(" samepage ").bold().reversed();
-    frame.render_widget(Line::from(vec![name, Span::from(format!(" {}", model.socket)).style(FAINT)]), area);
+    let name = " samepage ";
     let running = model.rows.iter().filter(|vm| vm.state == State::Running).count();
     let text = format!(" {} VMs, {running} running ", model.rows.len());
+    let room = usize::from(area.width).saturating_sub(name.len() + text.len() + 2);
+    let socket = Span::from(format!(" {}", end_of(&model.socket, room))).style(FAINT);
+    frame.render_widget(Line::from(vec![Span::from(name).bold().reversed(), socket]), area);
     frame.render_widget(Paragraph::new(text).alignment(Alignment::Right), area);
 }
 
@@ -82,20 +88,17 @@ fn draw_memory(frame: &mut Frame<'_>, model: &Model, text: Rect, bar: Rect) {
     let Some(latest) = &model.latest else { return };
     let sharing = &latest.sharing;
     let saved = u64::try_from(sharing.saved_bytes).unwrap_or(0);
-    let mut line = vec![label("memory")];
-    line.extend(figure(&amount(sharing.guest_bytes), "promised"));
-    line.extend([Span::from("■ ").fg(RESIDENT)]);
-    line.extend(figure(&amount(sharing.resident_bytes), "resident"));
-    line.extend([Span::from("■ ").fg(SAVED)]);
-    line.extend(figure(&amount(saved), "saved"));
-    if sharing.resident_bytes + saved > 0 {
-        let percent = 100.0 * saved as f64 / (sharing.resident_bytes + saved) as f64;
-        line.push(format!("{percent:.0} % less").bold().fg(SAVED));
-    }
+    let mut line = Figures::new("memory", text.width);
+    line.add(&[], &amount(sharing.guest_bytes), "promised");
+    line.add(&[Span::from("■ ").fg(RESIDENT)], &amount(sharing.resident_bytes), "resident");
+    line.add(&[Span::from("■ ").fg(SAVED)], &amount(saved), "saved");
     if !sharing.enabled {
-        line.push("not shared".yellow());
+        line.say("not shared".yellow());
+    } else if sharing.resident_bytes + saved > 0 {
+        let percent = 100.0 * saved as f64 / (sharing.resident_bytes + saved) as f64;
+        line.say(format!("{percent:.0} % less").bold().fg(SAVED));
     }
-    frame.render_widget(Line::from(line), text);
+    frame.render_widget(line.line(), text);
 
     let width = f64::from(bar.width.saturating_sub(2));
     let most = sharing.guest_bytes.max(sharing.resident_bytes + saved).max(1) as f64;
@@ -115,30 +118,27 @@ fn draw_memory(frame: &mut Frame<'_>, model: &Model, text: Rect, bar: Rect) {
 fn draw_engine(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let Some(latest) = &model.latest else { return };
     let (engine, counted) = (&model.engine, &latest.sharing.statistics);
-    let mut line = vec![label("engine")];
-    line.extend(figure(&format!("{:.1} %", engine.cpu), "CPU"));
-    line.extend(figure(&count(engine.scanned), "looked at/s"));
-    line.extend(figure(&count(engine.merged), "merged/s"));
-    line.extend(figure(&count(engine.broken), "broken/s"));
-    line.extend(figure(&count(counted.frames as f64), "frames"));
-    if area.width > 100 {
-        line.extend(figure(&format!("{} of {}", counted.mappings, counted.mappings_limit), "mappings"));
-    }
-    frame.render_widget(Line::from(line), area);
+    let mut line = Figures::new("engine", area.width);
+    line.add(&[], &format!("{:.1} %", engine.cpu), "CPU");
+    line.add(&[], &count(engine.scanned), "looked at/s");
+    line.add(&[], &count(engine.merged), "merged/s");
+    line.add(&[], &count(engine.broken), "broken/s");
+    line.add(&[], &count(counted.frames as f64), "frames");
+    line.add(&[], &format!("{} of {}", counted.mappings, counted.mappings_limit), "mappings");
+    frame.render_widget(line.line(), area);
 }
 
 fn draw_cache(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let Some(latest) = &model.latest else { return };
     let cache = &latest.cache;
     let ReadRates { guests, host, disk } = model.reads;
-    let rate = |bytes: f64| amount(bytes as u64);
-    let mut line = vec![label("cache")];
-    line.extend(figure(&format!("{} of {}", amount(cache.cached_bytes), amount(cache.limit_bytes)), "held"));
-    line.extend([Span::from("read/s:  ").style(FAINT)]);
-    line.extend(figure(&rate(guests), "guests"));
-    line.extend(figure(&rate(host), "host"));
-    line.extend(figure(&rate(disk), "disk"));
-    frame.render_widget(Line::from(line), area);
+    let rate = |bytes: f64| short(bytes as u64);
+    let mut line = Figures::new("cache", area.width);
+    line.add(&[], &format!("{} of {}", short(cache.cached_bytes), short(cache.limit_bytes)), "held");
+    line.add(&[Span::from("read/s: ").style(FAINT)], &rate(guests), "guests");
+    line.add(&[], &rate(host), "host");
+    line.add(&[], &rate(disk), "disk");
+    frame.render_widget(line.line(), area);
 }
 
 fn draw_chart(frame: &mut Frame<'_>, model: &Model, area: Rect) {
@@ -250,13 +250,90 @@ fn draw_help(frame: &mut Frame<'_>, area: Rect) {
     frame.render_widget(Paragraph::new(HELP).block(Block::bordered().title(" samepage top ")), place);
 }
 
-fn label(text: &str) -> Span<'static> {
-    Span::from(format!(" {text:<8}")).bold()
+/// What the selected VM's pages are used for, and what of each use is shared.
+fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
+    let Some(vm) = model.selected() else { return };
+    let pages = model.latest.as_ref().and_then(|latest| latest.pages.as_ref());
+    let pages = pages.filter(|(name, _)| *name == vm.name).map(|(_, pages)| pages);
+    let mut rows = Vec::new();
+    for (page_type, one) in pages.and_then(|pages| pages.types.as_ref()).iter().flat_map(|types| types.iter())
+    {
+        let figures = [one.bytes, one.shared_bytes, one.pages_sharing * 4096, one.zero_bytes];
+        let life = one.mean_life_seconds.map_or_else(|| "-".to_owned(), |life| format!("{} s", count(life)));
+        let figures = figures.into_iter().map(short).chain([count(one.broken as f64), life]);
+        let cells = figures.map(|text| Cell::from(Line::from(text).right_aligned()));
+        let style = if one.pages == 0 { FAINT } else { Style::new() };
+        let name = Cell::from(page_type.name().replace('_', " "));
+        rows.push(Row::new(std::iter::once(name).chain(cells)).style(style));
+    }
+    let note = match pages {
+        None => "asking",
+        Some(pages) if pages.types.is_none() => "it has no memory now",
+        Some(pages) if !pages.publishing => "no agent in its guest says what its pages are used for",
+        Some(_) => "as the agent in its guest says",
+    };
+    let place = Rect { width: 72, height: 12, x: area.x + 4, y: area.y + 5 }.intersection(area);
+    let headings = ["MEM", "SHARED", "SAVED", "GIVEN", "BROKEN", "LIFE"];
+    let headings = headings.map(|text| Cell::from(Line::from(text).right_aligned()));
+    let header = Row::new(std::iter::once(Cell::from("TYPE")).chain(headings)).bold();
+    let widths = [14, 7, 7, 7, 7, 7, 9].map(Constraint::Length);
+    let block = Block::bordered()
+        .title(format!(" {} ", vm.name))
+        .title_bottom(format!(" {note} · t goes back "))
+        .padding(ratatui::widgets::Padding::horizontal(1));
+    frame.render_widget(Clear, place);
+    frame.render_widget(Table::new(rows, widths).header(header).column_spacing(1).block(block), place);
 }
 
-/// A figure and what it is of.
-fn figure(value: &str, of: &str) -> [Span<'static>; 2] {
-    [Span::from(format!("{value} ")), Span::from(format!("{of}   ")).style(FAINT)]
+/// A line of figures, as far as there is room for them: one that does not fit as a whole is left out.
+struct Figures {
+    spans: Vec<Span<'static>>,
+    room: usize,
+}
+
+impl Figures {
+    fn new(label: &str, width: u16) -> Self {
+        let label = format!(" {label:<8}");
+        let room = usize::from(width).saturating_sub(label.len());
+        Self { spans: vec![Span::from(label).bold()], room }
+    }
+
+    /// A figure and what it is of, behind a mark.
+    fn add(&mut self, mark: &[Span<'static>], value: &str, of: &str) {
+        let figure = [Span::from(format!("{value} ")), Span::from(of.to_owned()).style(FAINT)];
+        self.fit(&[mark, &figure[..]].concat());
+    }
+
+    fn say(&mut self, text: Span<'static>) {
+        self.fit(&[text]);
+    }
+
+    fn fit(&mut self, part: &[Span<'static>]) {
+        let width: usize = part.iter().map(Span::width).sum();
+        // Nothing touches the edge.
+        if width < self.room {
+            self.spans.extend_from_slice(part);
+            self.spans.push(Span::from("  "));
+            self.room = self.room.saturating_sub(width + 2);
+        } else {
+            // What comes behind does not take its place.
+            self.room = 0;
+        }
+    }
+
+    fn line(self) -> Line<'static> {
+        Line::from(self.spans)
+    }
+}
+
+/// The end of a text, which says more than its start, in so many characters.
+fn end_of(text: &str, room: usize) -> String {
+    let length = text.chars().count();
+    if length <= room {
+        return text.to_owned();
+    }
+    let end = text.chars().skip(length + 1 - room.max(1));
+    std::iter::once('…').chain(end).collect()
 }
 
 /// An amount of memory in few characters.
@@ -290,12 +367,14 @@ fn scaled(bytes: u64) -> (f64, &'static str) {
     (value, units[unit])
 }
 
-/// A number in few characters.
+/// A number in five characters at most.
 fn count(number: f64) -> String {
     match number {
         ..9999.5 => format!("{number:.0}"),
-        ..999_950.0 => format!("{:.1}k", number / 1e3),
-        _ => format!("{:.1}M", number / 1e6),
+        ..99_950.0 => format!("{:.1}k", number / 1e3),
+        ..999_500.0 => format!("{:.0}k", number / 1e3),
+        ..99_950_000.0 => format!("{:.1}M", number / 1e6),
+        _ => format!("{:.0}M", number / 1e6),
     }
 }
 
@@ -304,6 +383,7 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
+    use super::super::model::EngineRates;
     use super::super::model::tests::model;
     use super::*;
 
@@ -331,8 +411,8 @@ mod tests {
             "1000 looked at/s",
             "100 merged/s",
             "3 broken/s",
-            "32 MiB of 512 MiB held",
-            "6.0 MiB guests",
+            "32M of 512M held",
+            "6.0M guests",
             "q quit",
             "? help",
         ] {
@@ -350,6 +430,46 @@ mod tests {
             ["vm-2", "paused", "30.0", "128M", "42M", "70M", "58M", "-", "2.0M", "0", "4.0K"]
         );
         assert!(lines.iter().all(|line| line.chars().count() == 80));
+    }
+
+    #[test]
+    fn the_types_of_the_selected_vm_are_shown() {
+        let mut model = model(2);
+        model.types = true;
+        assert_eq!(model.pages_of().as_deref(), Some("vm-0"));
+        let text = picture(&model, 80, 24).join("\n");
+        let row = text.lines().find(|line| line.contains("anonymous")).unwrap();
+        let words: Vec<_> = row.split_whitespace().skip_while(|word| *word != "anonymous").collect();
+        assert_eq!(words[..8], ["anonymous", "4.0M", "2.0M", "0", "0", "2", "4", "s"], "{text}");
+        assert!(text.contains("balloon") && text.contains("t goes back"), "{text}");
+        // Of another VM nothing is known yet.
+        model.select(1);
+        assert!(picture(&model, 80, 24).join("\n").contains("asking"));
+    }
+
+    #[test]
+    fn figures_as_long_as_can_be_are_whole_or_not_there() {
+        let mut model = model(4);
+        model.socket = format!("/run/{}/samepage.sock", "long".repeat(40));
+        let long = (1023 << 20) - 1;
+        let latest = model.latest.as_mut().unwrap();
+        let sharing = &mut latest.sharing;
+        (sharing.guest_bytes, sharing.resident_bytes, sharing.saved_bytes) = (long, long, long as i64);
+        sharing.statistics.frames = 99_949_000;
+        (latest.cache.cached_bytes, latest.cache.limit_bytes) = (long, long);
+        model.reads = ReadRates { guests: long as f64, host: long as f64, disk: long as f64 };
+        model.engine = EngineRates { cpu: 100.0, scanned: 99_949.0, merged: 99_949.0, broken: 99_949.0 };
+        for width in 40..120 {
+            for line in &picture(&model, width, 24)[..5] {
+                // What was cut off would touch the edge.
+                assert!(line.ends_with(' '), "{width}: {line}");
+            }
+        }
+        let lines = picture(&model, 80, 24);
+        assert!(lines[0].contains("…") && lines[0].contains("samepage.sock"), "{}", lines[0]);
+        assert!(lines[1].contains("1023 MiB saved  50 % less"), "{}", lines[1]);
+        assert!(lines[3].contains("99.9k broken/s"), "{}", lines[3]);
+        assert!(lines[4].contains("1023M disk"), "{}", lines[4]);
     }
 
     #[test]
@@ -391,6 +511,12 @@ mod tests {
         assert_eq!(told, ["0", "999", "1023", "1.0K", "10K", "1023K", "1.0M", "2.5G", "16E"]);
         assert!(told.iter().all(|text| text.len() <= 5));
         assert_eq!([12.0, 12_345.0, 2e6].map(count), ["12", "12.3k", "2.0M"]);
+        assert!(
+            [9999.4, 9999.5, 99_949.0, 99_950.0, 999_499.0, 999_500.0, 99_949_999.0, 1e8, 9.9e9]
+                .map(count)
+                .iter()
+                .all(|text| text.len() <= 5)
+        );
         assert_eq!(amount(3 << 19), "1.5 MiB");
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
     }
     let client = Client::new(&args.socket);
     // Nothing changes on the terminal before it is known that there is something to be shown.
-    let first = fetch::snapshot(&client)?;
+    let first = fetch::snapshot(&client, None)?;
     // Before the fetcher's thread, which is to leave the signals alone as well.
     let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
     let resize = ResizeSignal::catch().context("catch the signal of a terminal that changes its size")?;
@@ -70,6 +70,7 @@ impl Top {
     fn run(&mut self) -> anyhow::Result<()> {
         let mut screen = Screen::enter().context("put the terminal into raw mode")?;
         loop {
+            self.fetcher.ask_for_pages(self.model.pages_of());
             screen.draw(|frame| draw::draw(frame, &self.model)).context("draw on the terminal")?;
             let ready = wait_readable([
                 Some(self.signals.as_raw_fd()),
@@ -155,6 +156,7 @@ impl Top {
         }
         match key.code {
             KeyCode::Char('c') if control => return Wish::Quit,
+            KeyCode::Char('t' | 'q') | KeyCode::Esc if model.types => model.types = false,
             KeyCode::Char('q') | KeyCode::Esc => return Wish::Quit,
             KeyCode::Up | KeyCode::Char('k') => model.select(-1),
             KeyCode::Down | KeyCode::Char('j') => model.select(1),
@@ -166,6 +168,7 @@ impl Top {
             KeyCode::Left => model.sort_by_previous(),
             KeyCode::Char('r') => model.reverse(),
             KeyCode::Char('?' | 'h') => model.help = true,
+            KeyCode::Char('t') => model.types = true,
             KeyCode::Char('p' | ' ') => {
                 let asked = model.selected().map(|vm| (vm.name.clone(), vm.state));
                 if let Some((vm, state)) = asked {

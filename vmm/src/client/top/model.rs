@@ -99,6 +99,8 @@ pub(super) struct Model {
     pub(super) reversed: bool,
     /// The keys are explained.
     pub(super) help: bool,
+    /// What the selected VM's pages are used for is shown.
+    pub(super) types: bool,
     /// What is to be said to the user, until the next answer but one.
     pub(super) message: Option<String>,
     message_age: u32,
@@ -117,6 +119,7 @@ impl Model {
             sort: Column::Name,
             reversed: false,
             help: false,
+            types: false,
             message: None,
             message_age: 0,
             selected: None,
@@ -129,12 +132,15 @@ impl Model {
         let seconds = before.as_ref().map_or(0.0, |before| (snapshot.at - before.at).as_secs_f64());
         let find = |name: &str| before.as_ref()?.vms.iter().find(|vm| vm.name == name);
         self.rows = snapshot.vms.iter().map(|vm| Row::new(vm, find(&vm.name), seconds)).collect();
-        // Looks at memory come when they can: rates of what they count go by their own time.
         if let Some(before) = &before {
+            let (earlier, now) = (&before.sharing.statistics, &snapshot.sharing.statistics);
+            if seconds > 0.0 {
+                self.engine.cpu = (now.cpu_seconds - earlier.cpu_seconds).max(0.0) / seconds * 100.0;
+            }
+            // Looks at memory come when they can: rates of what they count go by their own time.
             let seconds = snapshot.sharing.time_seconds - before.sharing.time_seconds;
             if seconds > 0.0 {
-                self.engine =
-                    EngineRates::between(&before.sharing.statistics, &snapshot.sharing.statistics, seconds);
+                self.engine.count(earlier, now, seconds);
             }
         }
         self.reads = self.rows.iter().filter_map(|row| row.reads).fold(ReadRates::default(), |sum, vm| {
@@ -178,6 +184,11 @@ impl Model {
     /// The VM that keys are about.
     pub(super) fn selected(&self) -> Option<&Row> {
         self.selected_row().map(|row| &self.rows[row])
+    }
+
+    /// The VM of which it is to be known what its pages are used for.
+    pub(super) fn pages_of(&self) -> Option<String> {
+        self.selected().filter(|_| self.types).map(|row| row.name.clone())
     }
 
     /// Goes so many rows down.
@@ -279,14 +290,12 @@ impl Row {
 }
 
 impl EngineRates {
-    fn between(before: &EngineView, now: &EngineView, seconds: f64) -> Self {
+    /// Takes in what was counted between two looks.
+    fn count(&mut self, before: &EngineView, now: &EngineView, seconds: f64) {
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
-        Self {
-            cpu: (now.cpu_seconds - before.cpu_seconds).max(0.0) / seconds * 100.0,
-            scanned: rate(now.pages_scanned, before.pages_scanned),
-            merged: rate(now.merges, before.merges),
-            broken: rate(now.breaks, before.breaks),
-        }
+        self.scanned = rate(now.pages_scanned, before.pages_scanned);
+        self.merged = rate(now.merges, before.merges);
+        self.broken = rate(now.breaks, before.breaks);
     }
 }
 
@@ -295,7 +304,9 @@ pub(super) mod tests {
     use std::time::{Duration, Instant};
 
     use samepage::api::spec::SharingMode;
+    use samepage::api::views::pages::{TypeView, VmPagesView};
     use samepage::api::views::{CacheSources, CacheView, PairView, SharingView};
+    use samepage::by_type::{ByType, TypeSample};
 
     use super::*;
 
@@ -354,7 +365,28 @@ pub(super) mod tests {
             sources: CacheSources::default(),
             statistics: samepage::api::views::CacheCounters::default(),
         };
-        Snapshot { at: start + Duration::from_secs(seconds), vms: (0..vms).map(vm).collect(), sharing, cache }
+        let sample = TypeSample {
+            pages: 1024,
+            pages_merged: 512,
+            broken: 2,
+            merged_seconds: 9.0,
+            ..TypeSample::default()
+        };
+        let types = ByType { anonymous: sample, ..ByType::default() };
+        let pages = VmPagesView {
+            time_seconds: Some(sharing.time_seconds),
+            publishing: true,
+            agent: None,
+            given_back_bytes: mib,
+            types: Some(types.map(TypeView::from)),
+        };
+        Snapshot {
+            at: start + Duration::from_secs(seconds),
+            vms: (0..vms).map(vm).collect(),
+            sharing,
+            cache,
+            pages: Some(("vm-0".into(), pages)),
+        }
     }
 
     /// What is known after a minute.
@@ -377,6 +409,23 @@ pub(super) mod tests {
         assert!((model.engine.cpu - 5.0).abs() < 0.1 && (model.engine.merged - 100.0).abs() < 0.1);
         assert!((model.reads.disk - 3.0 * 4096.0).abs() < 1.0);
         assert_eq!(model.history.len(), 60);
+    }
+
+    #[test]
+    fn cpu_time_goes_on_between_looks_at_memory() {
+        let start = Instant::now();
+        let mut model = Model::new("/s".into());
+        model.add(snapshot(start, 0, 2));
+        model.add(snapshot(start, 1, 2));
+        let mut between = snapshot(start, 2, 2);
+        // Memory was not looked at again.
+        between.sharing.time_seconds = 1e9 + 1.0;
+        between.sharing.statistics =
+            EngineView { cpu_seconds: 0.3, ..snapshot(start, 1, 2).sharing.statistics };
+        model.add(between);
+        assert!((model.engine.cpu - 25.0).abs() < 0.1 && (model.engine.scanned - 1000.0).abs() < 0.1);
+        assert!((model.rows[1].cpu.unwrap() - 20.0).abs() < 0.1, "{:?}", model.rows[1]);
+        assert_eq!(model.history.len(), 2);
     }
 
     #[test]
