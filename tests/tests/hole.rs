@@ -257,18 +257,20 @@ fn exits() {
     assert_eq!(vm.stop(), VmEnd::Stopped);
 }
 
-/// A Linux guest whose agent carries out these commands.
+/// A Linux guest whose agent carries out these commands. Where its kernel is interpreted, that takes half a
+/// millisecond to say what one page is for: tests take no more memory than they need.
 fn linux(
     hypervisor: &Hypervisor,
     artifacts: &Artifacts,
     sharing: &Arc<Sharing>,
     name: &str,
+    memory_bytes: u64,
     commands: &str,
 ) -> Guest {
     let mut config = VmConfig::new(name, artifacts.kernel.clone().into());
     config.initrd = Some(artifacts.initramfs.clone().into());
     config.cmdline = format!("{COMMAND_LINE} agent={commands}");
-    config.memory_bytes = 96 << 20;
+    config.memory_bytes = memory_bytes;
     config.sharing = Some(Arc::clone(sharing));
     Guest::start(hypervisor, config)
 }
@@ -293,20 +295,23 @@ fn linux_tells() {
     let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
     let hypervisor = hypervisor();
     let sharing = sharing(settings());
-    let guest = linux(&hypervisor, &artifacts, &sharing, "teller", "fill:4M:1,publish:1000,check,idle");
-    let published = said(&guest, "publish ok");
+    let memory = 32 << 20;
+    let commands = "fill:4M:1,check,publish:60000,idle";
+    let guest = linux(&hypervisor, &artifacts, &sharing, "teller", memory, commands);
+    said(&guest, "fill ok");
     let checked = said(&guest, "check ok");
-    println!("publish{published}\ncheck{checked}");
+    println!("check{checked}");
     assert!(figure(&checked, "percent") >= 99.5, "{checked}");
     assert!(figure(&checked, "unexplained") == 0.0, "{checked}");
-    assert_eq!(figure(&checked, "pages") as u64, (96 << 20) / 4096, "{checked}");
+    assert_eq!(figure(&checked, "pages") as u64, memory / 4096, "{checked}");
 
-    wait_until(&sharing, "passes taken in", || claimed(&guest.vm).passes > 1);
+    println!("publish{}", said(&guest, "publish ok"));
+    wait_until(&sharing, "a pass taken in", || claimed(&guest.vm).passes > 0);
     let claimed = claimed(&guest.vm);
     println!("{claimed:#?}");
     assert!(claimed.publishing && claimed.pass_cpu_us > 0);
     let pages: u64 = claimed.types.iter().map(|kind| kind.pages).sum();
-    assert_eq!(pages, (96 << 20) / 4096, "each page has a type");
+    assert_eq!(pages, memory / 4096, "each page has a type");
     let of = |name| {
         let place = samepage_hole::PageType::ALL.iter().position(|kind| kind.name() == name);
         claimed.types[place.expect("there is this type")].pages
@@ -317,8 +322,8 @@ fn linux_tells() {
     assert_eq!(guest.vm.stop(), VmEnd::Stopped);
 }
 
-/// Pause between two passes of the agents that free memory.
-const PAUSE_MS: u64 = 2000;
+/// Pause between two passes of the agents that free memory: more than a pass takes.
+const PAUSE_MS: u64 = 15_000;
 /// Bytes that they free.
 const FREED: u64 = 20 << 20;
 
@@ -332,12 +337,11 @@ fn linux_frees() {
     let hypervisor = hypervisor();
     let sharing = sharing(settings());
     let guests = [1, 2].map(|seed| {
-        // There is time for the engine to look at what was filled, and then for what was released to go back.
+        // The agent reads its console up to the end of input, which Ctrl-D is, before it goes on.
         let commands = format!(
-            "publish:{PAUSE_MS},fill:20M:{seed},sleep:8000,verify,release,sleep:20000,fill:20M:7{seed},\
-             verify:40:250,poweroff"
+            "fill:20M:{seed},publish:{PAUSE_MS},verify,release,sum:/dev/ttyS0,fill:20M:7{seed},verify:8:250,poweroff"
         );
-        linux(&hypervisor, &artifacts, &sharing, &format!("linux{seed}"), &commands)
+        linux(&hypervisor, &artifacts, &sharing, &format!("linux{seed}"), 64 << 20, &commands)
     });
     let before: Vec<_> = std::thread::scope(|scope| {
         let watched = guests.each_ref().map(|guest| scope.spawn(|| watch_release(guest, &sharing)));
@@ -347,11 +351,14 @@ fn linux_frees() {
     println!("the process takes {left} bytes, {most} before");
     assert!(left + 2 * FREED * 95 / 100 <= most, "{left} of {most}");
     for guest in &guests {
+        assert_eq!(guest.vm.serial_input(b"\x04"), 1);
+    }
+    for guest in &guests {
         println!("used again:{}", said(guest, "fill ok pages=5120 seed=7"));
     }
     audit(&sharing);
     for guest in guests {
-        said(&guest, "verify ok pages=5120 rounds=40");
+        said(&guest, "verify ok pages=5120 rounds=8");
         assert!(said(&guest, "done").ends_with(" failed=0"));
         assert_eq!(guest.vm.wait(), VmEnd::Reset);
     }
@@ -362,24 +369,35 @@ fn linux_frees() {
 /// Waits until a guest has released its memory and that has come back to the host. Returns what the process
 /// took before.
 fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
+    said(guest, "ready");
+    said(guest, "fill ok");
     let published = said(guest, "publish ok");
-    // A pass takes its time where the guest's kernel is interpreted.
-    let interval = Duration::from_millis(PAUSE_MS + figure(&published, "pass_ms") as u64);
     said(guest, "verify ok");
-    let (most, before) = (taken(sharing), claimed(&guest.vm).given_back);
+    let (most, before) = (taken(sharing), claimed(&guest.vm));
     said(guest, "release ok");
     let released = Instant::now();
-    let back = || claimed(&guest.vm).given_back - before;
-    while back() < FREED / 4096 * 95 / 100 {
-        assert!(released.elapsed() < PATIENCE, "{:?} {:?}", claimed(&guest.vm), sharing.statistics());
+    let back = |claimed: &Claimed| claimed.given_back - before.given_back;
+    let after = loop {
+        let after = claimed(&guest.vm);
+        if back(&after) >= FREED / 4096 * 95 / 100 {
+            break after;
+        }
+        assert!(released.elapsed() < 2 * PATIENCE, "{after:?} {:?}", sharing.statistics());
         // What has come back is a figure that is asked for, not an event.
         std::thread::sleep(Duration::from_millis(20));
-    }
+    };
     let took = released.elapsed();
+    // A pass takes its time where the guest's kernel is interpreted, and more where others run as well. The
+    // agent's own choice of an interval is a hundred passes; here it is two at least.
+    let pass = (figure(&published, "pass_ms") as u64).max(u64::from(after.pass_cpu_us) / 1000);
+    let interval = Duration::from_millis(pass + PAUSE_MS.max(pass + 1000));
     println!(
-        "publish{published}\n{} pages came back after {took:.1?}, an interval is {interval:.1?}",
-        back()
+        "publish{published}\n{} pages came back after {took:.1?} and {} passes, an interval is {interval:.1?}",
+        back(&after),
+        after.passes - before.passes
     );
+    // The pass under way, the one that tells what is free, and the one that answers the host.
+    assert!(after.passes - before.passes <= 3, "{after:?}");
     assert!(took <= 2 * interval, "{took:?}, an interval is {interval:?}");
     most
 }
@@ -389,7 +407,7 @@ fn no_hole() {
     let mut command = program::command(["run", "--memory", "64M", "--memory-hole", "off", "--kernel"]);
     command.arg(&artifacts.kernel).arg("--initrd").arg(&artifacts.initramfs);
     command.args(["--cmdline", &format!("{COMMAND_LINE} agent=publish")]);
-    let finished = Running::start(command).wait();
+    let finished = Running::start(command).wait_for_long();
     finished.assert_code(0);
     let told: BTreeSet<_> = finished.stdout.lines().filter(|line| line.contains("publish")).collect();
     assert!(
