@@ -162,11 +162,11 @@ pub struct TypeSample {
     pub pages_sharing: u64,
     /// The ones whose memory was given back.
     pub zero_pages: u64,
-    /// Pages of this type that were mapped to frames, since the start.
+    /// Pages of this type that were mapped to frames, since an agent was first heard of.
     pub merges: u64,
-    /// Merged pages of this type that were written to, since the start.
+    /// Merged pages of this type that were written to, since then.
     pub broken: u64,
-    /// For how long pages of this type were merged since the start, in seconds, all pages together.
+    /// For how long pages of this type were merged since then, in seconds, all pages together.
     pub merged_seconds: f64,
 }
 

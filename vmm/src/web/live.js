@@ -52,6 +52,7 @@
       saved: sharing.saved_bytes,
       engine: sharing.statistics,
       cache: {
+        time: cache.time_seconds,
         cached: cache.cached_bytes,
         limit: cache.limit_bytes,
         in_guests: cache.in_guests_bytes,

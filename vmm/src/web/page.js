@@ -47,7 +47,8 @@
       this.cards = new Map();
       this.kind = 'states';
       this.sort = { by: 'name', down: false };
-      this.cpu = new Map();
+      /** What was read a second, by source, between the last two looks at the cache. */
+      this.rates = SOURCES.map(() => 0);
       byId('maps-switch').addEventListener('click', (event) => {
         const kind = event.target.dataset.kind;
         if (!kind) return;
@@ -84,10 +85,15 @@
         vm.cpu = known ? Math.max(0, vm.cpu_seconds - old.cpu_seconds) / since : undefined;
       }
       if (before && seconds <= 0) return;
-      const io = (frame, of) => of(frame.cache);
-      const rates = SOURCES.map((source) =>
-        before ? Math.max(0, io(frame, source.of) - io(before, source.of)) / seconds : 0);
-      this.points.push({ time: frame.time, memory: [frame.resident, Math.max(0, frame.saved)], rates });
+      // The cache may have been told of from another look than the rest.
+      const since = before ? (frame.cache.time ?? frame.time) - (before.cache.time ?? before.time) : 0;
+      if (since > 0) {
+        this.rates = SOURCES.map((source) =>
+          Math.max(0, source.of(frame.cache) - source.of(before.cache)) / since);
+      }
+      this.points.push({
+        time: frame.time, memory: [frame.resident, Math.max(0, frame.saved)], rates: this.rates,
+      });
       if (this.points.length > HISTORY) this.points.shift();
     }
 
@@ -130,7 +136,7 @@
           frame.resident > 0 ? `${(frame.guest / frame.resident).toFixed(1)} × what is resident` : ''),
         tile('Virtual machines', [String(frame.vms.length), ''],
           this.ended ? `${count(frame.engine.merges)} pages merged` : `${running} running`),
-        tile(...cpu, frame.enabled ? `${count(frame.engine.pages_scanned)} pages looked at` : 'sharing is off'),
+        tile(...cpu, frame.enabled ? `${thousands(frame.engine.pages_scanned)} pages seen` : 'sharing is off'),
         tile('Reads spared the disk', read > 0 ? [((100 * (reads[0] + reads[1])) / read).toFixed(0), '%'] : '–',
           read > 0 ? `of ${bytes(read)}` : 'nothing read yet'));
     }
@@ -354,6 +360,11 @@
   function typeColour(type) {
     const sum = [...type].reduce((all, letter) => all + letter.charCodeAt(0), 0);
     return type === 'free' ? samepage.colour('absent') : TYPES[type] || OTHER_TYPES[sum % OTHER_TYPES.length];
+  }
+
+  /** A large number in few characters. */
+  function thousands(number) {
+    return number < 1e5 ? count(number) : count(number / 1000) + ' k';
   }
 
   /** A state or a type of pages, for people. */

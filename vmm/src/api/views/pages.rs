@@ -32,11 +32,11 @@ pub struct TypeView {
     pub saved_bytes: u64,
     /// What those have in bytes whose memory was given back.
     pub zero_bytes: u64,
-    /// Pages of this type that were mapped to frames since the VM was booted.
+    /// Pages of this type that were mapped to frames, since an agent was first heard of.
     pub merges: u64,
-    /// Those of them that were written to and left their frames.
+    /// Those on frames that were written to and left them, since then.
     pub broken: u64,
-    /// For how long pages of this type were on frames, in seconds, all pages together.
+    /// For how long pages of this type were on frames since then, in seconds, all pages together.
     pub merged_seconds: f64,
     /// For how long a page of this type is shared before it is written to: `merged_seconds` over `broken`.
     /// Nothing before the first was written to.

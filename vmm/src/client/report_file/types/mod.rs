@@ -148,7 +148,10 @@ fn text(state: &Moment) -> String {
     }
     let mut text = table.to_string();
     // Writing to a string does not fail.
-    let _ = writeln!(text, "\nPages of 4 KiB; merges, breaks and lives since each VM was booted.");
+    let _ = writeln!(
+        text,
+        "\nPages of 4 KiB; merges, breaks and lives since the agent in each guest was first heard of."
+    );
     let given_back = state.vms.iter().fold(0, |sum: u64, vm| sum.saturating_add(vm.given_back_bytes));
     let _ = writeln!(
         text,

@@ -259,9 +259,9 @@ fn times(seconds: f64, most: f64) -> impl Iterator<Item = f64> {
 fn clock(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
-        0..120 => format!("{whole} s"),
-        120..7200 if whole % 60 == 0 => format!("{} min", whole / 60),
-        120..7200 => format!("{}:{:02} min", whole / 60, whole % 60),
+        0..60 => format!("{whole} s"),
+        60..7200 if whole % 60 == 0 => format!("{} min", whole / 60),
+        60..7200 => format!("{}:{:02} min", whole / 60, whole % 60),
         _ if whole % 3600 == 0 => format!("{} h", whole / 3600),
         _ => format!("{}:{:02} h", whole / 3600, whole % 3600 / 60),
     }
@@ -326,6 +326,6 @@ mod tests {
             let marks: Vec<_> = times(seconds, 8.0).collect();
             assert!((1..=9).contains(&marks.len()), "{seconds}: {marks:?}");
         }
-        assert_eq!([90.0, 150.0, 600.0, 9000.0].map(clock), ["90 s", "2:30 min", "10 min", "2:30 h"]);
+        assert_eq!([90.0, 150.0, 600.0, 9000.0].map(clock), ["1:30 min", "2:30 min", "10 min", "2:30 h"]);
     }
 }
