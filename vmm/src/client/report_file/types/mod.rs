@@ -252,7 +252,7 @@ impl<'a> Json<'a> {
 }
 
 /// VMs by name, over time.
-fn series<'a>(moments: &'a [Moment]) -> BTreeMap<&'a str, Vec<(f64, &'a ByType<TypeSample>)>> {
+fn series(moments: &[Moment]) -> BTreeMap<&str, Vec<(f64, &ByType<TypeSample>)>> {
     let mut series: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for moment in moments {
         for vm in &moment.vms {

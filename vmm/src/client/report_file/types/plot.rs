@@ -260,9 +260,9 @@ fn clock(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
         0..60 => format!("{whole} s"),
-        60..7200 if whole % 60 == 0 => format!("{} min", whole / 60),
+        60..7200 if whole.is_multiple_of(60) => format!("{} min", whole / 60),
         60..7200 => format!("{}:{:02} min", whole / 60, whole % 60),
-        _ if whole % 3600 == 0 => format!("{} h", whole / 3600),
+        _ if whole.is_multiple_of(3600) => format!("{} h", whole / 3600),
         _ => format!("{}:{:02} h", whole / 3600, whole % 3600 / 60),
     }
 }
