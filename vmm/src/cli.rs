@@ -206,9 +206,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingArg::Full)]
     pub(crate) sharing: SharingArg,
 
-    /// Give guests memory outside their RAM in which an agent of theirs may say what pages are for
-    #[arg(long, value_enum, value_name = "on|off", default_value_t = SwitchArg::On)]
-    pub(crate) memory_hole: SwitchArg,
+    /// Give guests memory outside their RAM in which an agent of theirs may say what pages are for, or a
+    /// port of a virtio console for that where their kernels permit no /dev/mem
+    #[arg(long, value_enum, value_name = "on|off|port", default_value_t = HoleArg::On)]
+    pub(crate) memory_hole: HoleArg,
 
     /// Share memory only with VMs of the same group; {index} and {name} are replaced, so that {name}
     /// gives every VM a group of its own
@@ -318,11 +319,12 @@ pub(crate) enum HugePagesArg {
     Thp,
 }
 
-/// What is on or off, as in `--memory-hole`.
+/// `--memory-hole`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum SwitchArg {
+pub(crate) enum HoleArg {
     On,
     Off,
+    Port,
 }
 
 /// `--sharing-engine`.

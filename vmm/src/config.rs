@@ -10,6 +10,7 @@ use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_ID_LEN;
 use samepage_hole::PARAMETER;
+use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::service::{Participation, Sharing};
 use thiserror::Error;
@@ -104,6 +105,18 @@ impl ConsoleConfig {
     }
 }
 
+/// How a guest may say what its pages are for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MemoryHole {
+    /// It may not.
+    Off,
+    /// In memory that it maps.
+    #[default]
+    On,
+    /// Over a port of a virtio console, where its kernel permits no such mapping.
+    Port,
+}
+
 /// What one VM is made from.
 #[derive(Debug)]
 pub struct VmConfig {
@@ -128,9 +141,9 @@ pub struct VmConfig {
     pub sharing: Option<Arc<Sharing>>,
     /// How it takes part in that: its group, and what of its memory is shared.
     pub participation: Participation,
-    /// The guest gets a memory hole, in which it may say what its pages are for. A VM that keeps its memory
-    /// to itself has none, whatever this says.
-    pub memory_hole: bool,
+    /// The guest's memory hole, in which it may say what its pages are for. A VM that keeps its memory to
+    /// itself has none, whatever this says.
+    pub memory_hole: MemoryHole,
 }
 
 /// What cannot be about a VM's configuration.
@@ -153,6 +166,13 @@ pub enum ConfigError {
     /// More disks than interrupt lines.
     #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
     TooManyDisks(usize),
+    /// More disks than interrupt lines, of which one is another's.
+    #[error(
+        "{0} disks: a VM whose memory hole is a port can have {most} at most, since the port takes the place of \
+         one; have the memory hole on or off",
+        most = MAX_DISKS - 1
+    )]
+    TooManyDisksForPort(usize),
     /// The name of a group of VMs.
     #[error("a group of VMs cannot be named {0:?}: use 1 to {MAX_NAME} letters, digits, '.', '_' or '-'")]
     Group(String),
@@ -181,21 +201,29 @@ impl VmConfig {
             console: ConsoleConfig::Off,
             sharing: None,
             participation: Participation::default(),
-            memory_hole: true,
+            memory_hole: MemoryHole::default(),
         }
     }
 
     /// Where the guest's memory hole lies, if it gets one.
     pub(crate) fn hole(&self) -> Option<HoleRange> {
-        (self.memory_hole && self.sharing.is_some()).then(|| HoleRange::of(self.memory_bytes))
+        let mapped = self.memory_hole == MemoryHole::On && self.sharing.is_some();
+        mapped.then(|| HoleRange::of(self.memory_bytes))
+    }
+
+    /// Whether the guest reaches its memory hole by a port.
+    pub(crate) fn has_port(&self) -> bool {
+        self.memory_hole == MemoryHole::Port && self.sharing.is_some()
     }
 
     /// The command line that the kernel gets: as configured, with the parameters of the disks and of the
     /// memory hole added before what is meant for init.
     pub fn kernel_command_line(&self) -> String {
-        let mut added = mmio_parameters(self.disks.len());
+        let mut added = mmio_parameters(self.disks.len() + usize::from(self.has_port()));
         if let Some(hole) = self.hole() {
             added.push_str(&format!(" {PARAMETER}={}@{:#x}", hole.bytes, hole.start));
+        } else if self.has_port() {
+            added.push_str(&format!(" {PARAMETER}={PARAMETER_VALUE}"));
         }
         match self.cmdline.split_once(" -- ") {
             Some((kernel, init)) => format!("{kernel}{added} -- {init}"),
@@ -211,6 +239,9 @@ impl VmConfig {
         check_group(&self.participation.group)?;
         if self.disks.len() > MAX_DISKS {
             return Err(ConfigError::TooManyDisks(self.disks.len()));
+        }
+        if self.disks.len() == MAX_DISKS && self.memory_hole == MemoryHole::Port {
+            return Err(ConfigError::TooManyDisksForPort(self.disks.len()));
         }
         let mut ids = HashSet::new();
         for disk in &self.disks {
@@ -315,6 +346,9 @@ mod tests {
         assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("two disks"));
         assert!(refused(|c| c.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
         assert!(refused(|c| c.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most"));
+        let disks = || (0..8).map(|n| disk(&n.to_string())).collect();
+        let with_port = refused(|c| (c.disks, c.memory_hole) = (disks(), MemoryHole::Port));
+        assert!(with_port.contains("7 at most"), "{with_port}");
         assert!(refused(|c| c.kernel = ImageSource::Path("/nonexistent".into())).contains("/nonexistent"));
     }
 
@@ -342,7 +376,15 @@ mod tests {
             let hole = HoleRange::of(config.memory_bytes);
             assert_eq!(value.and_then(parse_parameter), Some((hole.bytes, hole.start)), "{line}");
         }
-        config.memory_hole = false;
+        config.memory_hole = MemoryHole::Port;
+        if config.sharing.is_some() {
+            config.disks = vec![disk("a")];
+            let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+            let line = format!("quiet {devices} samepage.hole=port -- single");
+            assert_eq!((config.hole(), config.kernel_command_line()), (None, line));
+            config.disks.clear();
+        }
+        config.memory_hole = MemoryHole::Off;
         assert_eq!(config.kernel_command_line(), "quiet -- single");
     }
 

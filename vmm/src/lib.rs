@@ -29,7 +29,7 @@ pub mod web;
 pub mod x86;
 
 pub use boot::ImageSource;
-pub use config::{ConsoleConfig, DiskConfig, VmConfig};
+pub use config::{ConsoleConfig, DiskConfig, MemoryHole, VmConfig};
 pub use fleet::Fleet;
 pub use huge_pages::HugePages;
 pub use hypervisor::Hypervisor;

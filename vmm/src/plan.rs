@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use samepage::ConsoleConfig;
 use samepage::api::config_file::expand;
 use samepage::api::disk_spec::DiskSpec;
-use samepage::api::spec::{ConsoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
+use samepage::api::spec::{ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
 
-use crate::cli::{ConsoleArg, HugePagesArg, RunArgs, SharingArg, SwitchArg};
+use crate::cli::{ConsoleArg, HoleArg, HugePagesArg, RunArgs, SharingArg};
 
 /// The VMs, in order, and where their consoles go.
 pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
@@ -51,7 +51,11 @@ fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
                 SharingArg::Off => SharingMode::Off,
             },
         },
-        memory_hole: args.memory_hole == SwitchArg::On,
+        memory_hole: match args.memory_hole {
+            HoleArg::On => HoleSpec::On,
+            HoleArg::Off => HoleSpec::Off,
+            HoleArg::Port => HoleSpec::Port,
+        },
         ..VmSpec::new(name.clone(), kernel)
     };
     (spec, console)
@@ -62,7 +66,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use samepage::{DiskConfig, HugePages, VmConfig};
+    use samepage::{DiskConfig, HugePages, MemoryHole, VmConfig};
     use samepage_sharing::engine::Mode;
     use samepage_sharing::service::Participation;
 
@@ -92,8 +96,10 @@ mod tests {
 
     #[test]
     fn there_is_a_memory_hole_unless_it_is_refused() {
-        assert!(plan(&[])[0].memory_hole && plan(&["--memory-hole=on"])[0].memory_hole);
-        assert!(!plan(&["--memory-hole", "off"])[0].memory_hole);
+        let hole = |arguments: &[&str]| plan(arguments)[0].memory_hole;
+        assert_eq!([hole(&[]), hole(&["--memory-hole=on"])], [MemoryHole::On; 2]);
+        assert_eq!(hole(&["--memory-hole", "off"]), MemoryHole::Off);
+        assert_eq!(hole(&["--memory-hole", "port"]), MemoryHole::Port);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 
 use super::disk_spec::DiskSpec;
 use super::explain;
-use super::spec::{ConsoleSpec, DEFAULT_COMMAND_LINE, HugePagesSpec, SharingSpec, Size, VmSpec};
+use super::spec::{ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec};
 use crate::fleet::{self, FleetError, Uses};
 
 /// How deep files may include each other.
@@ -67,9 +67,9 @@ pub struct VmEntry {
     pub console: Option<ConsoleSpec>,
     /// How memory is shared.
     pub sharing: Option<SharingSpec>,
-    /// Whether guests get a memory hole, in which an agent of theirs may say what pages are for; they do
-    /// where nothing is said.
-    pub memory_hole: Option<bool>,
+    /// The guests' memory hole, in which an agent of theirs may say what pages are for; it is on where
+    /// nothing is said.
+    pub memory_hole: Option<HoleSpec>,
     /// Whether the VM is started once it is made; it is where nothing is said.
     pub start: Option<bool>,
 }
@@ -116,7 +116,7 @@ impl VmEntry {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),
             },
             sharing: SharingSpec { group: text(&sharing.group), ..sharing },
-            memory_hole: self.memory_hole.unwrap_or(true),
+            memory_hole: self.memory_hole.unwrap_or_default(),
             start: Some(self.start.unwrap_or(true)),
             ..VmSpec::new(name.clone(), path(kernel))
         }

@@ -73,7 +73,10 @@ pub(super) fn place(error: &ConfigError) -> Option<&'static str> {
         ConfigError::Name(_) | ConfigError::DuplicateName(_) => "/name",
         ConfigError::Memory { .. } => "/memory",
         ConfigError::Group(_) => "/sharing/group",
-        ConfigError::TooManyDisks(_) | ConfigError::DiskId(_) | ConfigError::DuplicateDiskId(_) => "/disks",
+        ConfigError::TooManyDisks(_)
+        | ConfigError::TooManyDisksForPort(_)
+        | ConfigError::DiskId(_)
+        | ConfigError::DuplicateDiskId(_) => "/disks",
         ConfigError::Boot(BootError::Kernel { .. }) => "/kernel",
         ConfigError::Boot(BootError::Initrd { .. }) => "/initrd",
     })

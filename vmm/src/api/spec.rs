@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::{DEFAULT_GROUP, Participation};
 use serde::de::{self, Deserializer, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::disk_spec::DiskSpec;
 use crate::boot::ImageSource;
-use crate::config::{self, ConsoleConfig, VmConfig};
+use crate::config::{self, ConsoleConfig, MemoryHole, VmConfig};
 use crate::huge_pages::HugePages;
 
 /// The kernel's command line where none is given.
@@ -23,10 +23,6 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 fn default_command_line() -> String {
     DEFAULT_COMMAND_LINE.to_owned()
-}
-
-fn default_memory_hole() -> bool {
-    true
 }
 
 /// What one VM is made from.
@@ -65,11 +61,10 @@ pub struct VmSpec {
     /// How it takes part in sharing memory.
     #[serde(default)]
     pub sharing: SharingSpec,
-    /// Whether the guest gets a memory hole, in which an agent of its may say what pages are for. A VM of a
-    /// process that shares no memory has none.
-    #[serde(default = "default_memory_hole")]
-    #[schema(default = true)]
-    pub memory_hole: bool,
+    /// The guest's memory hole, in which an agent of its may say what pages are for. A VM of a process that
+    /// shares no memory has none.
+    #[serde(default)]
+    pub memory_hole: HoleSpec,
     /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
     /// started and a VM that a client creates is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -141,6 +136,85 @@ pub enum HugePagesSpec {
     Off,
     /// Pages of 2 MiB where memory is hot.
     Thp,
+}
+
+/// How a guest may say what its pages are for: `true` or `on` in memory that it maps, `port` over a port of a
+/// virtio console, `false` or `off` not at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HoleSpec {
+    /// Not at all.
+    Off,
+    /// In memory that it maps.
+    #[default]
+    On,
+    /// Over a port.
+    Port,
+}
+
+impl From<HoleSpec> for MemoryHole {
+    fn from(spec: HoleSpec) -> Self {
+        match spec {
+            HoleSpec::Off => Self::Off,
+            HoleSpec::On => Self::On,
+            HoleSpec::Port => Self::Port,
+        }
+    }
+}
+
+impl Serialize for HoleSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_bool(false),
+            Self::On => serializer.serialize_bool(true),
+            Self::Port => serializer.serialize_str("port"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for HoleSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct HoleVisitor;
+
+        impl Visitor<'_> for HoleVisitor {
+            type Value = HoleSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false, or one of \"on\", \"off\" and \"port\"")
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<HoleSpec, E> {
+                Ok(if on { HoleSpec::On } else { HoleSpec::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<HoleSpec, E> {
+                match text {
+                    "on" => Ok(HoleSpec::On),
+                    "off" => Ok(HoleSpec::Off),
+                    "port" => Ok(HoleSpec::Port),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(HoleVisitor)
+    }
+}
+
+impl PartialSchema for HoleSpec {
+    fn schema() -> RefOr<Schema> {
+        let switch = ObjectBuilder::new().schema_type(Type::Boolean).description(Some("on or off"));
+        let word = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["on", "off", "port"]));
+        let description = "How a guest may say what its pages are for: in memory that it maps, or over a port of \
+                           a virtio console, where its kernel permits no such mapping";
+        let either = OneOfBuilder::new().item(switch).item(word);
+        Schema::OneOf(either.description(Some(description)).build()).into()
+    }
+}
+
+impl ToSchema for HoleSpec {
+    fn name() -> Cow<'static, str> {
+        "HoleSpec".into()
+    }
 }
 
 /// An amount of memory: a number of bytes, or text with a unit, as in `512M`.
@@ -218,7 +292,7 @@ impl VmSpec {
             disks: Vec::new(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
-            memory_hole: default_memory_hole(),
+            memory_hole: HoleSpec::default(),
             start: None,
         }
     }
@@ -264,7 +338,7 @@ impl VmSpec {
                 group: self.sharing.group.clone(),
                 mode: self.sharing.mode.into(),
             },
-            memory_hole: self.memory_hole,
+            memory_hole: self.memory_hole.into(),
             ..VmConfig::new(self.name.clone(), ImageSource::Path(self.kernel.clone()))
         }
     }
@@ -284,9 +358,23 @@ mod tests {
         assert_eq!(spec, VmSpec::new("web", "/k"));
         let config = spec.to_config();
         assert_eq!((config.memory_bytes, config.participation), (256 << 20, Participation::default()));
-        assert!(config.memory_hole);
-        let without = parse(r#"{"name": "web", "kernel": "/k", "memory_hole": false}"#).unwrap();
-        assert!(!without.to_config().memory_hole);
+        assert_eq!(config.memory_hole, MemoryHole::On);
+        for (value, written, hole) in [
+            ("true", "true", MemoryHole::On),
+            ("\"on\"", "true", MemoryHole::On),
+            ("false", "false", MemoryHole::Off),
+            ("\"off\"", "false", MemoryHole::Off),
+            ("\"port\"", "\"port\"", MemoryHole::Port),
+        ] {
+            let spec =
+                parse(&format!(r#"{{"name": "web", "kernel": "/k", "memory_hole": {value}}}"#)).unwrap();
+            assert_eq!(spec.to_config().memory_hole, hole);
+            assert_eq!(serde_json::to_string(&spec.memory_hole).unwrap(), written);
+        }
+        for wrong in ["1", "null", "\"\"", "\"Port\"", "[]"] {
+            let text = format!(r#"{{"name": "web", "kernel": "/k", "memory_hole": {wrong}}}"#);
+            assert!(parse(&text).is_err(), "{wrong}");
+        }
     }
 
     #[test]

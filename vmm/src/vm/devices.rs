@@ -14,6 +14,7 @@ use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
+use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
@@ -27,7 +28,7 @@ use super::provenance::DiskHints;
 use crate::config::DiskConfig;
 use crate::x86::layout::{KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
 
-/// Most disks that one VM can have: one interrupt line each.
+/// Most disks that one VM can have: one interrupt line each. The port of a memory hole takes one as well.
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
 
 /// A disk of a VM, as it is seen from outside.
@@ -95,6 +96,14 @@ pub(super) struct SharedMemory<'a> {
     pub(super) slots: &'a [MemorySlot],
 }
 
+/// The device by which a guest tells that it has said something of its pages.
+pub(super) enum HoleDevice {
+    /// A doorbell at this address.
+    Doorbell(u64, Doorbell),
+    /// A port, over which it says so too. It comes behind the disks.
+    Port(Console),
+}
+
 /// All devices of a VM, by the ways to reach them.
 pub(super) struct Devices {
     ports: Bus,
@@ -107,8 +116,7 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. The doorbell of the
-    /// memory hole comes with its address.
+    /// Makes the devices and wires them to KVM's interrupt lines and write notifications.
     pub(super) fn new(
         vm: &str,
         kvm: &VmFd,
@@ -116,7 +124,7 @@ impl Devices {
         console: Box<dyn Write + Send>,
         disks: &[DiskConfig],
         sharing: Option<&SharedMemory<'_>>,
-        doorbell: Option<(u64, Doorbell)>,
+        hole: Option<HoleDevice>,
     ) -> Result<Self, VmError> {
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
@@ -134,9 +142,14 @@ impl Devices {
         ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), keyboard.clone());
 
         let mut mmio = Bus::default();
-        if let Some((address, doorbell)) = doorbell {
-            mmio.insert(address, DOORBELL_BYTES, Arc::new(Mutex::new(doorbell)));
-        }
+        let port = match hole {
+            Some(HoleDevice::Doorbell(address, doorbell)) => {
+                mmio.insert(address, DOORBELL_BYTES, Arc::new(Mutex::new(doorbell)));
+                None
+            }
+            Some(HoleDevice::Port(console)) => Some(console),
+            None => None,
+        };
         let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
             let cached = keep(disk.cache).is_some();
@@ -178,6 +191,15 @@ impl Devices {
             wire_interrupt(kvm, &interrupt, irq)?;
             let transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
                 .map_err(|source| failed(source.into()))?;
+            wire_notifications(kvm, &transport, base)?;
+            mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
+        }
+        // The configuration has seen to it that there is a place.
+        if let Some((console, (base, irq))) = port.zip(mmio_slots().nth(disks.len())) {
+            let interrupt = new_event()?;
+            wire_interrupt(kvm, &interrupt, irq)?;
+            let transport =
+                MmioTransport::new(memory.clone(), Box::new(console), interrupt).map_err(VmError::Port)?;
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }

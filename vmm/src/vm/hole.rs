@@ -9,12 +9,16 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use samepage_devices::virtio::console::PortHole;
 use samepage_hole::{FrameRange, Hole, HostHeader, MAX_RANGES};
 use samepage_sharing::claims::ClaimSource;
+use samepage_sharing::service::Bell;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::x86::layout::{HoleRange, frame_ranges};
 
@@ -24,6 +28,8 @@ pub(super) struct HoleMemory {
     base: NonNull<AtomicU32>,
     range: HoleRange,
     frames: Vec<FrameRange>,
+    /// Written when the host has something new to say, where the guest does not see it by itself.
+    news: Option<EventFd>,
 }
 
 // SAFETY: the struct is an address and a length; what lies there is reached as atomic words alone.
@@ -46,11 +52,22 @@ impl HoleMemory {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let memory = Self { base, range, frames: frame_ranges(ram_bytes) };
+        let memory = Self { base, range, frames: frame_ranges(ram_bytes), news: None };
         // SAFETY: the range is this value's own. Of a huge page the guest would fill one word, and the host
         // hold all; a kernel without huge pages has none to refuse.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
         memory.describe();
+        Ok(memory)
+    }
+
+    /// A hole for a guest that reaches it by a port alone. `news` is written when there is something new in
+    /// the host's header.
+    ///
+    /// # Errors
+    /// As for [`HoleMemory::reserve`].
+    pub(super) fn behind_port(ram_bytes: u64, news: EventFd) -> io::Result<Self> {
+        let mut memory = Self::reserve(ram_bytes, HoleRange::of(ram_bytes))?;
+        memory.news = Some(news);
         Ok(memory)
     }
 
@@ -100,6 +117,30 @@ impl ClaimSource for HoleMemory {
     fn ranges(&self) -> &[FrameRange] {
         &self.frames
     }
+
+    fn request(&self, number: u32) {
+        self.hole().set_requested(number);
+        if let Some(news) = &self.news {
+            // A full event counter is readable, which is all that whoever waits for it wants.
+            let _ = news.write(1);
+        }
+    }
+}
+
+/// A hole behind a port, and who listens to it.
+pub(super) struct HeardHole {
+    pub(super) memory: Arc<HoleMemory>,
+    pub(super) bell: Bell,
+}
+
+impl PortHole for HeardHole {
+    fn hole(&self) -> Hole<'_> {
+        self.memory.hole()
+    }
+
+    fn ring(&self) {
+        self.bell.ring();
+    }
 }
 
 impl Drop for HoleMemory {
@@ -139,6 +180,18 @@ mod tests {
         let result = unsafe { libc::mincore(memory.base.as_ptr().cast(), bytes, pages.as_mut_ptr()) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
         pages.iter().filter(|&&page| page & 1 != 0).count()
+    }
+
+    #[test]
+    fn news_are_told_where_a_guest_does_not_see_them() {
+        let news = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let memory = HoleMemory::behind_port(GIB, news.try_clone().unwrap()).unwrap();
+        assert!(news.read().is_err());
+        memory.request(7);
+        assert_eq!((news.read().unwrap(), memory.hole().host_header().unwrap().requested), (1, 7));
+        let mapped = reserve(GIB);
+        mapped.request(8);
+        assert_eq!(mapped.hole().host_header().unwrap().requested, 8);
     }
 
     #[test]

@@ -22,6 +22,8 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
+use samepage_devices::virtio::console::Console;
+use samepage_devices::virtio::mmio::TransportError;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::service::{Membership, StartError};
@@ -29,19 +31,19 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
-use crate::config::{ConfigError, ConsoleConfig, VmConfig};
+use crate::config::{ConfigError, ConsoleConfig, MemoryHole, VmConfig};
 use crate::console::sink::{CopySink, FileSink, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
-use crate::x86::layout::{IDENTITY_MAP, TSS};
+use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
 use crate::x86::registers;
 
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::{Devices, SharedMemory};
+use devices::{Devices, HoleDevice, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
-use hole::HoleMemory;
+use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
@@ -146,6 +148,9 @@ pub enum VmError {
         /// What is wrong with it.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// The port of its memory hole.
+    #[error("make the port of its memory hole: {0}")]
+    Port(#[source] TransportError),
     /// Its memory could not be taken in by the sharing engine.
     #[error("share its memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
     Sharing(#[source] StartError),
@@ -229,13 +234,9 @@ impl Vm {
         let bytes = config.memory_bytes;
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
-        let hole = match config.hole() {
-            Some(range) => Some(Arc::new(
-                HoleMemory::reserve(bytes, range)
-                    .map_err(|source| VmError::Memory { bytes: range.bytes, source })?,
-            )),
-            None => None,
-        };
+        let news = config.has_port().then(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
+        let news = news.transpose().map_err(VmError::Event)?;
+        let hole = reserve_hole(&config, news.as_ref())?.map(Arc::new);
         let (kernel, initrd) = (&config.kernel, config.initrd.as_ref());
         let command_line = config.kernel_command_line();
         let entry = load::load(memory.view(), bytes, config.hole(), kernel, initrd, &command_line)?;
@@ -244,7 +245,7 @@ impl Vm {
         let kvm = Arc::new(create_machine(hypervisor)?);
         let logged = config.sharing.is_some() && changes::enable(&kvm);
         memory.register(&kvm, logged).map_err(VmError::kvm("give guest memory to KVM"))?;
-        if let Some(hole) = &hole {
+        if let Some(hole) = hole.as_ref().filter(|_| !config.has_port()) {
             let slot = memory.slots().len() as u32;
             hole.register(&kvm, slot).map_err(VmError::kvm("give the memory hole to KVM"))?;
         }
@@ -266,9 +267,15 @@ impl Vm {
             }
             None => None,
         };
-        let doorbell = hole.as_ref().zip(membership.as_ref()).map(|(hole, membership)| {
+        let hole_device = hole.as_ref().zip(membership.as_ref()).map(|(hole, membership)| {
             let bell = membership.listen(hole.clone());
-            (hole.doorbell(), Doorbell::new(move || bell.ring()))
+            match news {
+                None => HoleDevice::Doorbell(hole.doorbell(), Doorbell::new(move || bell.ring())),
+                Some(news) => {
+                    let heard = HeardHole { memory: Arc::clone(hole), bell };
+                    HoleDevice::Port(Console::new(&config.name, Arc::new(heard), news))
+                }
+            }
         });
         let console = open_console(config.console, &config.name, handle.control.closing())?;
         let shared = membership.as_ref().map(|membership| SharedMemory {
@@ -283,7 +290,7 @@ impl Vm {
             console,
             &config.disks,
             shared.as_ref(),
-            doorbell,
+            hole_device,
         )?);
         let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
         registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
@@ -423,10 +430,24 @@ impl Drop for Vm {
     }
 }
 
+/// The memory hole of a VM that has one. `news` belongs to one behind a port.
+fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<HoleMemory>, VmError> {
+    let bytes = config.memory_bytes;
+    let memory = match (config.hole(), news) {
+        (Some(range), _) => HoleMemory::reserve(bytes, range),
+        (None, Some(news)) => {
+            let news = news.try_clone().map_err(VmError::Event)?;
+            HoleMemory::behind_port(bytes, news)
+        }
+        (None, None) => return Ok(None),
+    };
+    memory.map(Some).map_err(|source| VmError::Memory { bytes: HoleRange::of(bytes).bytes, source })
+}
+
 /// Has a VM do without a memory hole that processors of this host cannot address. Returns what to tell of it.
 fn give_up_hole_out_of_reach(config: &mut VmConfig, address_bits: u32) -> Option<String> {
     config.hole().filter(|hole| hole.end() > 1 << address_bits)?;
-    config.memory_hole = false;
+    config.memory_hole = MemoryHole::Off;
     let VmConfig { name, memory_bytes, .. } = config;
     Some(format!(
         "VM {name}: it has no memory hole, since guests address {address_bits} bits on this host and \

@@ -1,0 +1,126 @@
+//! Guests that say over a port of a virtio console what their pages are for, because they map no memory hole.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use samepage::{DiskConfig, MemoryHole, VmConfig, VmEnd};
+use samepage_sharing::by_type::Claimed;
+use samepage_sharing::engine::Settings;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::guests::{Guest, hypervisor, sharing};
+use samepage_tests::harness::{self, Need};
+use samepage_tests::shared::{audit, wait_until};
+use xtask::artifacts::{Artifacts, COMMAND_LINE};
+
+fn main() -> ExitCode {
+    harness::run_all(&[(
+        "linux_says_over_a_port_what_its_kernel_says",
+        &[Need::Kvm, Need::LinuxGuest],
+        linux_tells_and_frees,
+    )])
+}
+
+/// Where the guest's kernel is interpreted it takes half a millisecond to say what one page is for.
+const MEMORY: u64 = 32 << 20;
+/// Pause between two passes of the agent: more than a pass takes.
+const PAUSE_MS: u64 = 8000;
+/// Bytes that the guest frees.
+const FREED: u64 = 4 << 20;
+/// Freed pages that Linux keeps at hand for each processor, without the flag of free ones, and some that lie alone.
+const KEPT: u64 = 256;
+
+/// Waits for the agent's line on a command, and gives its figures.
+fn said(guest: &Guest, command: &str) -> String {
+    guest.console.wait_for(command, |line| {
+        let said = line.strip_prefix("samepage-agent: ")?;
+        assert!(!said.contains(" failed: "), "{line}");
+        said.strip_prefix(command).map(str::to_owned)
+    })
+}
+
+/// A figure of the agent's.
+fn figure(figures: &str, name: &str) -> f64 {
+    let value = figures.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value = value.unwrap_or_else(|| panic!("no {name} in {figures:?}"));
+    value.parse().unwrap_or_else(|error| panic!("{name} in {figures:?}: {error}"))
+}
+
+fn linux_tells_and_frees() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let hypervisor = hypervisor();
+    let sharing = sharing(Settings { cpu_percent: 100.0, rest_ms: 20, ..Settings::default() });
+    let mut config = VmConfig::new("port", artifacts.kernel.clone().into());
+    config.initrd = Some(artifacts.initramfs.clone().into());
+    // One program at a time has the port open: the check closes it, and what publishes opens it again. What is
+    // filled is to be seen in use by a pass, so that it is news when it is free.
+    config.cmdline = format!(
+        "{COMMAND_LINE} agent=check,publish:{PAUSE_MS},fill:4M:1,sleep:20000,verify,release,sleep:45000,fill:4M:2,\
+         verify:8:250,poweroff"
+    );
+    config.memory_bytes = MEMORY;
+    config.memory_hole = MemoryHole::Port;
+    config.sharing = Some(Arc::clone(&sharing));
+    // A disk, so that the port does not come first.
+    config.disks = vec![DiskConfig {
+        path: artifacts.disk.clone(),
+        read_only: true,
+        id: "disk".into(),
+        ..DiskConfig::default()
+    }];
+    let guest = Guest::start(&hypervisor, config);
+    let claimed = || -> Claimed {
+        let membership = guest.vm.membership().expect("the VM shares memory");
+        membership.claimed().expect("the page map can be read")
+    };
+
+    let checked = said(&guest, "check ok");
+    println!("check{checked}");
+    assert!(figure(&checked, "percent") >= 99.5, "{checked}");
+    assert!(figure(&checked, "unexplained") == 0.0, "{checked}");
+    assert_eq!(figure(&checked, "pages") as u64, MEMORY / 4096, "{checked}");
+    assert!(!claimed().publishing, "no pass is over");
+
+    let published = said(&guest, "publish ok");
+    println!("publish{published}");
+    wait_until(&sharing, "a pass taken in", || claimed().passes > 0);
+    let told = claimed();
+    assert!(told.publishing && told.pass_cpu_us > 0, "{told:?}");
+    let of = |name| {
+        let place = samepage_hole::PageType::ALL.iter().position(|kind| kind.name() == name);
+        told.types[place.expect("there is this type")].pages
+    };
+    assert_eq!(told.types.iter().map(|kind| kind.pages).sum::<u64>(), MEMORY / 4096, "each page has a type");
+    assert!(of("slab") > 0 && of("page_table") > 0 && of("free") > 1000, "{told:?}");
+
+    said(&guest, "verify ok");
+    let before = claimed().given_back;
+    said(&guest, "release ok");
+    let released = Instant::now();
+    let back = || claimed().given_back - before;
+    while back() < FREED / 4096 - KEPT {
+        assert!(
+            released.elapsed() < PATIENCE,
+            "{:?} {:?}\n{}",
+            claimed(),
+            sharing.statistics(),
+            guest.console.lines().join("\n")
+        );
+        // What has come back is a figure that is asked for, not an event.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let took = released.elapsed();
+    let interval = Duration::from_millis(PAUSE_MS + figure(&published, "pass_ms") as u64);
+    println!("{} pages came back after {took:.1?}, an interval is {interval:.1?}", back());
+    println!("{:?}", claimed());
+    // Requests come over the port at once: two passes, and the time until the engine looks.
+    assert!(took <= 2 * interval, "{took:?}, an interval is {interval:?}");
+    audit(&sharing);
+    said(&guest, "fill ok pages=1024 seed=2");
+    said(&guest, "verify ok pages=1024 rounds=8");
+    assert!(said(&guest, "done").ends_with(" failed=0"));
+    assert_eq!(guest.vm.wait(), VmEnd::Reset);
+    drop(guest);
+    let statistics = sharing.statistics();
+    assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
