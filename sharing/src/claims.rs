@@ -54,7 +54,8 @@ const STEP_BLOCKS: u32 = 16;
 const SHORTEST: Duration = Duration::from_millis(100);
 /// Reading takes one part in so many of the time.
 const SHARE: u32 = 50;
-/// A guest that has been silent for so long, and for thrice the time that it had named, has stopped.
+/// A guest that has been silent for so long, and for thrice the time that it had named and that its last pass
+/// took, has stopped.
 const SILENCE: Duration = Duration::from_secs(10);
 /// The longest time that a guest may name.
 const LONGEST: Duration = Duration::from_secs(600);
@@ -85,6 +86,8 @@ pub(crate) struct Claims {
 struct Heard {
     header: GuestHeader,
     at: Instant,
+    /// After how long a silence it holds no longer.
+    patience: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -134,7 +137,7 @@ impl Claims {
         if self.reading.is_some() || self.rung.load(Ordering::Acquire) {
             return Some(self.not_before);
         }
-        self.heard.map(|heard| heard.at + patience(&heard.header))
+        self.heard.map(|heard| heard.at + heard.patience)
     }
 
     pub(crate) fn summary(&self) -> Claimed {
@@ -153,9 +156,12 @@ impl Claims {
     }
 }
 
-/// For how long a guest may be silent after a pass.
-fn patience(header: &GuestHeader) -> Duration {
-    (3 * Duration::from_millis(header.next_ms.into()).min(LONGEST)).max(SILENCE)
+/// For how long a guest may be silent after a pass, which came `since` the one before: a pass takes its time,
+/// where the guest is slow or has much memory.
+fn patience(header: &GuestHeader, since: Option<Duration>) -> Duration {
+    let next = Duration::from_millis(header.next_ms.into());
+    let took = Duration::from_micros(header.cpu_us.into()).max(since.unwrap_or_default());
+    (3 * (next + took).min(LONGEST)).max(SILENCE)
 }
 
 /// What the page frames of a block are among the pages of RAM: index of the first in the block, first page,
@@ -317,7 +323,7 @@ impl Engine {
             }
             // It was rung for nothing, or the header does not hold still: that is like silence.
             Ok(_) | Err(Unread::Unsettled) => {
-                if claims.heard.is_some_and(|heard| heard.at + patience(&heard.header) <= now) {
+                if claims.heard.is_some_and(|heard| heard.at + heard.patience <= now) {
                     self.forget_claims(slot);
                 }
             }
@@ -363,7 +369,9 @@ impl Engine {
         claims.not_before = reading.started + SHORTEST.max(reading.took * SHARE);
         let answered = reading.header.answered;
         let first = !claims.publishing();
-        claims.heard = Some(Heard { header: reading.header, at: now });
+        let since = claims.heard.map(|heard| now.saturating_duration_since(heard.at));
+        let patience = patience(&reading.header, since);
+        claims.heard = Some(Heard { header: reading.header, at: now, patience });
         claims.passes += 1;
         if let Some(census) = member.space.census_mut() {
             census.elapse(now);
@@ -435,9 +443,12 @@ mod tests {
 
     #[test]
     fn guests_that_name_no_time_are_waited_for_a_while_and_others_not_for_ever() {
-        let header = |next_ms| GuestHeader { next_ms, ..GuestHeader::default() };
-        assert_eq!(patience(&header(0)), SILENCE);
-        assert_eq!(patience(&header(60_000)), Duration::from_secs(180));
-        assert_eq!(patience(&header(u32::MAX)), 3 * LONGEST);
+        let header = |next_ms, cpu_us| GuestHeader { next_ms, cpu_us, ..GuestHeader::default() };
+        let seconds = Duration::from_secs;
+        assert_eq!(patience(&header(0, 0), None), SILENCE);
+        assert_eq!(patience(&header(60_000, 1000), None), seconds(180) + Duration::from_millis(3));
+        assert_eq!(patience(&header(1000, 11_000_000), None), seconds(36));
+        assert_eq!(patience(&header(1000, 11_000_000), Some(seconds(88))), seconds(267));
+        assert_eq!(patience(&header(u32::MAX, u32::MAX), None), 3 * LONGEST);
     }
 }

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use samepage::oracle::{Classes, PAGE_SIZE, Report};
 
-use crate::units::{bytes, count, pages, percent};
 use super::{Analysis, Input, Origin};
+use crate::units::{bytes, count, pages, percent};
 
 /// The widest that a VM's name may be.
 const NAME: usize = 40;

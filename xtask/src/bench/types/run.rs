@@ -13,7 +13,7 @@ use crate::artifacts::{Artifacts, COMMAND_LINE};
 use crate::bench::monitor::Running;
 
 /// Memory of each guest, in MiB.
-pub(super) const GUEST_MIB: u32 = 96;
+pub(super) const GUEST_MIB: u32 = 64;
 const VMS: usize = 2;
 /// What the guests do once they have booted. They read files that both have; write files of their own as a
 /// build does, over and over, and read them; use memory and free it; and come to rest.
@@ -43,8 +43,10 @@ pub struct TypeTold {
     /// Pages of the type.
     pub pages: u64,
     /// Pages that sharing saves.
+    #[serde(rename = "pages_sharing")]
     pub sharing: u64,
     /// Pages given back.
+    #[serde(rename = "zero_pages")]
     pub zero: u64,
     /// Pages mapped to frames since the start.
     pub merges: u64,
@@ -206,7 +208,7 @@ mod tests {
     use super::*;
 
     fn line(sharing: u64) -> String {
-        let slab = r#"{"pages":10,"private":3,"merged":4,"sharing":2,"zero":0,"merges":5,"broken":1,"merged_seconds":8.5}"#;
+        let slab = r#"{"pages":10,"private":3,"merged":4,"pages_sharing":2,"zero_pages":0,"merges":5,"broken":1,"merged_seconds":8.5}"#;
         format!(
             r#"{{"time_seconds":1,"pages_sharing":{sharing},"zero_pages":1,"resident_bytes":4096,"cpu_seconds":0.5,
             "pages_scanned":20,"merges":9,"breaks":2,
