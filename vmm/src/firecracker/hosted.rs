@@ -16,6 +16,7 @@ use std::thread;
 use anyhow::Context;
 use hyper::Method;
 use parking_lot::Mutex;
+use samepage::VmEnd;
 use samepage::api::disk_spec::LimitsSpec;
 use samepage::api::lifecycle::{Action, State};
 use samepage::api::spec::VmSpec;
@@ -221,6 +222,11 @@ impl Watch {
     fn end(&self, raw: &mut Option<RawTerminal>) -> Exit {
         *raw = None;
         match self.hosted.client.get::<VmSummary>(&self.hosted.path()) {
+            // Stopped by somebody else, for instance because its host is about to end.
+            Ok(vm) if vm.state == State::Stopped && vm.reason == Some(VmEnd::Stopped.to_string()) => {
+                self.log.error("the VM was stopped by its host");
+                Exit::Error
+            }
             Ok(vm) if vm.state == State::Stopped => {
                 self.log.info(vm.reason.unwrap_or_default());
                 Exit::Ok
