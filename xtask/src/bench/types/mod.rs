@@ -1,5 +1,5 @@
 //! What it brings to know what pages are for: two Linux guests that boot, read files, write files as a build
-//! does, and use and free memory. Once nobody says what pages are for; once agents do; and once agents do
+//! does, and use and free memory. Once no agent, all is shared; once agents do; and once agents do
 //! and only some types are shared: is it worth sharing content of files, which is overwritten?
 //!
 //! Each gets guests of its own, which do the same, one pair after the other. With several rounds the order
@@ -42,8 +42,8 @@ pub struct TypesArgs {
 
 /// What is compared, the baseline first.
 const SCENARIOS: [Scenario; 4] = [
-    Scenario { name: "nobody says what pages are for", told: false, engine: "" },
-    Scenario { name: "agents say it, all is shared", told: true, engine: "" },
+    Scenario { name: "no agent, all is shared", told: false, engine: "" },
+    Scenario { name: "with agents, all is shared", told: true, engine: "" },
     Scenario { name: "all but content of files", told: true, engine: "types=not-file" },
     Scenario { name: "content of files alone", told: true, engine: "types=file" },
 ];
