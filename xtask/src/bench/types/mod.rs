@@ -1,5 +1,5 @@
 //! What it brings to know what pages are for: two Linux guests that boot, read files, write files as a build
-//! does, and use and free memory. Once no agent, all is shared; once agents do; and once agents do
+//! does, and use and free memory. Once no agent says what pages are for; once agents do; and once agents do
 //! and only some types are shared: is it worth sharing content of files, which is overwritten?
 //!
 //! Each gets guests of its own, which do the same, one pair after the other. With several rounds the order
