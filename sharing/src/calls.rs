@@ -130,9 +130,15 @@ impl Linux {
     /// Moves untouched memory from the shadow over the pages. The kernel makes one mapping of it and of the
     /// anonymous memory around, which it does not of memory that is mapped there.
     fn map_fresh(&self, pages: RamRange<'_>) -> io::Result<()> {
+        let shadow = pages.shadow(0).cast();
         let access = libc::PROT_READ | libc::PROT_WRITE;
+        // A copy whose end the kernel refused may still be there, and is not to be moved.
         // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
-        if unsafe { libc::mprotect(pages.shadow(0).cast(), pages.bytes(), access) } != 0 {
+        let failed = unsafe {
+            libc::madvise(shadow, pages.bytes(), libc::MADV_DONTNEED) != 0
+                || libc::mprotect(shadow, pages.bytes(), access) != 0
+        };
+        if failed {
             return Err(io::Error::last_os_error());
         }
         let moved = self.restore(pages, Over::Pages);
@@ -168,8 +174,10 @@ impl MemoryCalls for Linux {
     }
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
-        if (source, over) == (Source::Zeros, Over::Pages) {
-            return self.map_fresh(pages);
+        // Memory that is mapped anew is as good, and only stays a mapping of its own. Where the kernel commits
+        // itself to all memory that can be written it may refuse as much again as a guest has.
+        if (source, over) == (Source::Zeros, Over::Pages) && self.map_fresh(pages).is_ok() {
+            return Ok(());
         }
         let (flags, fd, offset) = match source {
             Source::Frames(frame) => (0, self.store.as_raw_fd(), i64::from(frame) * PAGE_SIZE as i64),
@@ -272,5 +280,29 @@ impl MemoryCalls for Linux {
             )
         } != 0;
         if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::Ram;
+    use crate::store::FrameStore;
+
+    #[test]
+    fn fresh_memory_is_empty_whatever_an_earlier_copy_left() {
+        let store = FrameStore::create(16).unwrap();
+        let linux = Linux::open(Arc::clone(store.file())).unwrap();
+        let ram = Ram::reserve(8 * PAGE_SIZE).unwrap();
+        ram.use_small_pages().unwrap();
+        let pages = ram.range(2, 3);
+        let word = pages.page(1).cast::<u64>().cast_mut();
+        // SAFETY: the page is reserved, writable and this test's own.
+        unsafe { word.write_volatile(7) };
+        // A copy that nobody ends.
+        linux.stage(pages).unwrap();
+        linux.map(pages, Source::Zeros, Over::Pages).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { word.read_volatile() }, 0);
     }
 }
