@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
 use samepage::Hypervisor;
 use samepage_devices::disk::CachePolicy;
@@ -169,6 +169,11 @@ impl Setting {
         let work = guests.iter().map(|guest| client::wait_pass(bench, guest)).collect::<Result<Vec<_>>>()?;
         let after = Counters::now(&guests)?;
         guests.iter().for_each(|guest| guest.vm.pause());
+        if let Some(sharing) = &sharing {
+            // It also gives the memory back that free frames keep for a while.
+            let report = sharing.audit().context("audit the frames")?;
+            ensure!(report.passed(), "the books of the frames are wrong: {:?}", report.descriptions);
+        }
         let resident =
             if self.policy == CachePolicy::Buffered { image.resident(self.data)? } else { Vec::new() };
         let copies = copies::count(&guests, &self.plan(0), memory, &resident)?;

@@ -1,10 +1,10 @@
 //! How often memory holds each block: counted by looking for its content, whatever anybody's books say.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use anyhow::{Context, Result};
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientLayout};
@@ -80,12 +80,16 @@ fn first_word(seed: u32, block: u64) -> u64 {
 /// The first word of each frame of this process that takes memory.
 fn words_of_frames() -> Result<Vec<u64>> {
     let mut words = Vec::new();
+    // A store is open more than once.
+    let mut stores = HashSet::new();
     for file in fs::read_dir("/proc/self/fd").context("list open files")?.flatten() {
         let is_store = fs::read_link(file.path()).is_ok_and(|name| name.to_string_lossy().contains(FRAMES));
         if is_store {
             // Its own place in the file, so that the engine's is left alone.
             let store = File::open(file.path()).context("open the frames")?;
-            add_words(&store, &mut words)?;
+            if stores.insert(store.metadata().context("look at the frames")?.ino()) {
+                add_words(&store, &mut words)?;
+            }
         }
     }
     Ok(words)
