@@ -8,6 +8,7 @@ mod page_cache;
 mod report;
 mod workload;
 
+use std::fs;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -83,6 +84,11 @@ pub(super) struct CacheArgs {
     /// Print the results as JSON, and nothing else
     #[arg(long)]
     pub(super) json: bool,
+
+    /// Draw what reads got to the disk, by policy and size of the host's cache, into this file, as SVG; of
+    /// the first workload
+    #[arg(long, value_name = "FILE")]
+    pub(super) svg: Option<PathBuf>,
 }
 
 /// Measures everything.
@@ -146,7 +152,7 @@ pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
             })
         })
         .transpose()?;
-    Ok(Report {
+    let report = Report {
         kernel: super::report::kernel(),
         kvm: super::vms::kvm::kind(),
         processors: std::thread::available_parallelism().map_or(1, Into::into),
@@ -159,7 +165,11 @@ pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
         goals,
         notes: run.notes,
         simulation,
-    })
+    };
+    if let Some(path) = &args.svg {
+        fs::write(path, report.draw()).with_context(|| format!("write the picture {}", path.display()))?;
+    }
+    Ok(report)
 }
 
 /// A run under way.

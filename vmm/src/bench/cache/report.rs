@@ -4,8 +4,9 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::super::plot;
 use super::super::replay;
-use super::super::report::Section;
+use super::super::report::{Curves, Section};
 use super::super::table::{self, align, number};
 use super::cell::Cell;
 
@@ -35,6 +36,28 @@ pub(in crate::bench) struct Report {
 }
 
 impl Report {
+    /// Reads that got to the disk, of those that guests made in all, by policy and size of the host's cache:
+    /// of the first workload, as an SVG document.
+    pub(super) fn draw(&self) -> String {
+        let workload = self.cells.first().map_or("", |cell| &cell.workload);
+        let mut curves = Curves {
+            unit: "% of all reads that get to the disk",
+            of: "the host's cache: 1 half the guest's, 2 as large, 3 twice as large",
+            names: Vec::new(),
+            points: Vec::new(),
+        };
+        for cell in self.cells.iter().filter(|cell| cell.workload == workload) {
+            let curve = curves.names.iter().position(|name| *name == cell.policy).unwrap_or_else(|| {
+                curves.names.push(cell.policy.clone());
+                curves.points.push(Vec::new());
+                curves.names.len() - 1
+            });
+            let missed = 1.0 - cell.other_guest_hit_ratio - cell.host_hit_ratio;
+            curves.points[curve].push(100.0 * (1.0 - cell.guest_hit_ratio) * missed);
+        }
+        plot::draw(&format!("Caches of one memory: {workload}"), &curves)
+    }
+
     /// The results, as they are printed.
     pub(in crate::bench) fn format(&self) -> String {
         let mut text = format!(
