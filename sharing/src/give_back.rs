@@ -29,8 +29,9 @@ const ENOUGH: u32 = 64;
 const SHORTEST_RUN: u32 = 4;
 /// Pages that one step puts on frames, or gives back.
 const STEP_PAGES: u32 = 1024;
-/// How many passes pass at most before a guest that uses its free pages again is asked again.
-const LONGEST_PAUSE: u32 = 15;
+/// How many passes are left out at most before a guest that uses its free pages again is asked again: it may
+/// have freed much else meanwhile.
+const LONGEST_PAUSE: u32 = 1;
 /// Mappings that are left for others.
 const ROOM: i64 = 64;
 
