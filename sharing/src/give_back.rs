@@ -32,6 +32,8 @@ const STEP_PAGES: u32 = 1024;
 /// How many passes are left out at most before a guest that uses its free pages again is asked again: it may
 /// have freed much else meanwhile.
 const LONGEST_PAUSE: u32 = 1;
+/// Pages that are asked for at once, whatever became of others: 4 MiB.
+const MUCH: u32 = 1024;
 /// Mappings that are left for others.
 const ROOM: i64 = 64;
 
@@ -69,16 +71,16 @@ impl Engine {
         let keeps = member.mode != Mode::Full;
         let Some(claims) = &mut member.claims else { return };
         let matter = claims.header().is_some_and(|header| header.features & FREED_PAGES_MATTER != 0);
-        let enough = claims.offered.count() >= ENOUGH;
+        let offered = claims.offered.count();
         let giving = &mut claims.giving;
         giving.work = match giving.work {
             _ if matter || keeps => Work::None,
             Work::Asked if answered == giving.request => Work::Taking(0),
-            Work::None if giving.pause > 0 => {
+            Work::None if giving.pause > 0 && offered < MUCH => {
                 giving.pause -= 1;
                 Work::None
             }
-            Work::None if enough => Work::Lending(0),
+            Work::None if offered >= ENOUGH => Work::Lending(0),
             other => other,
         };
     }
