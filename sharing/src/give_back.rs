@@ -29,9 +29,6 @@ const ENOUGH: u32 = 64;
 const SHORTEST_RUN: u32 = 4;
 /// Pages that one step puts on frames, or gives back.
 const STEP_PAGES: u32 = 1024;
-/// How many passes are left out at most before a guest that uses its free pages again is asked again: it may
-/// have freed much else meanwhile.
-const LONGEST_PAUSE: u32 = 1;
 /// Pages that are asked for at once, whatever became of others: 4 MiB.
 const MUCH: u32 = 1024;
 /// Mappings that are left for others.
@@ -47,9 +44,8 @@ pub(crate) struct Giving {
     lent: u32,
     /// Of those, the ones that were given back.
     given: u32,
-    /// Passes to be left out before the next request, and after a futile one.
-    pause: u32,
-    next_pause: u32,
+    /// The next pass is left out, since the last request was futile.
+    pause: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,8 +72,8 @@ impl Engine {
         giving.work = match giving.work {
             _ if matter || keeps => Work::None,
             Work::Asked if answered == giving.request => Work::Taking(0),
-            Work::None if giving.pause > 0 && offered < MUCH => {
-                giving.pause -= 1;
+            Work::None if giving.pause && offered < MUCH => {
+                giving.pause = false;
                 Work::None
             }
             Work::None if offered >= ENOUGH => Work::Lending(0),
@@ -245,9 +241,7 @@ impl Engine {
         if let Some(claims) = &mut member.claims {
             let giving = &mut claims.giving;
             // What is given back just to be taken again costs more than it saves.
-            let futile = giving.given < giving.lent / 2;
-            giving.next_pause = if futile { (2 * giving.next_pause + 1).min(LONGEST_PAUSE) } else { 0 };
-            giving.pause = giving.next_pause;
+            giving.pause = giving.given < giving.lent / 2;
         }
         Work::None
     }

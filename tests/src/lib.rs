@@ -2,6 +2,7 @@
 //! users run it, counts of what a process holds, and a harness that says when KVM is missing instead
 //! of failing obscurely.
 
+pub mod agent;
 pub mod api;
 pub mod browser;
 pub mod console;

@@ -14,6 +14,7 @@ use samepage_resources::demo::report::Report;
 use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
+use samepage_tests::agent::{figure, said};
 use samepage_tests::console::PATIENCE;
 use samepage_tests::exits::Counters;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
@@ -273,22 +274,6 @@ fn linux(
     config.memory_bytes = memory_bytes;
     config.sharing = Some(Arc::clone(sharing));
     Guest::start(hypervisor, config)
-}
-
-/// Waits for the agent's line on a command, and gives its figures.
-fn said(guest: &Guest, command: &str) -> String {
-    guest.console.wait_for(command, |line| {
-        let said = line.strip_prefix("samepage-agent: ")?;
-        assert!(!said.contains(" failed: "), "{line}");
-        said.strip_prefix(command).map(str::to_owned)
-    })
-}
-
-/// A figure of the agent's.
-fn figure(figures: &str, name: &str) -> f64 {
-    let value = figures.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    let value = value.unwrap_or_else(|| panic!("no {name} in {figures:?}"));
-    value.parse().unwrap_or_else(|error| panic!("{name} in {figures:?}: {error}"))
 }
 
 fn linux_tells() {

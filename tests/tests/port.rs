@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use samepage::{DiskConfig, MemoryHole, VmConfig, VmEnd};
 use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
+use samepage_tests::agent::{figure, said};
 use samepage_tests::console::PATIENCE;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
@@ -29,22 +30,6 @@ const PAUSE_MS: u64 = 8000;
 const FREED: u64 = 4 << 20;
 /// Freed pages that Linux keeps at hand for each processor, without the flag of free ones, and some that lie alone.
 const KEPT: u64 = 256;
-
-/// Waits for the agent's line on a command, and gives its figures.
-fn said(guest: &Guest, command: &str) -> String {
-    guest.console.wait_for(command, |line| {
-        let said = line.strip_prefix("samepage-agent: ")?;
-        assert!(!said.contains(" failed: "), "{line}");
-        said.strip_prefix(command).map(str::to_owned)
-    })
-}
-
-/// A figure of the agent's.
-fn figure(figures: &str, name: &str) -> f64 {
-    let value = figures.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    let value = value.unwrap_or_else(|| panic!("no {name} in {figures:?}"));
-    value.parse().unwrap_or_else(|error| panic!("{name} in {figures:?}: {error}"))
-}
 
 fn linux_tells_and_frees() {
     let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
