@@ -6,12 +6,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::content;
 use crate::pagemap::Pagemap;
 use crate::ram::{PAGE_SIZE, RamRange, move_pages};
 use crate::store::Frame;
 use crate::uffd::{UffdError, Userfaultfd};
+use crate::wakes::Watch;
 
 /// What pages are mapped from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +62,11 @@ pub trait MemoryCalls: Send {
     /// # Errors
     /// What the kernel said.
     fn wake(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Wakes all writers that wait, if pages were protected since the last call. To be called while no pages are
+    /// protected: whoever waits then was missed by the wake of its window. A call that fails is made up for by
+    /// [`wakes`](crate::wakes).
+    fn wake_latecomers(&self) {}
 
     /// Maps the pages anew, privately: from frames of the store or from fresh memory.
     ///
@@ -111,7 +118,10 @@ pub trait MemoryCalls: Send {
 /// The calls of the running kernel.
 #[derive(Debug)]
 pub struct Linux {
-    uffd: Userfaultfd,
+    uffd: Arc<Userfaultfd>,
+    /// Pages were protected since latecomers were last woken.
+    protected: AtomicBool,
+    _watch: Arc<Watch>,
     pagemap: Pagemap,
     store: Arc<OwnedFd>,
 }
@@ -122,7 +132,25 @@ impl Linux {
     /// # Errors
     /// See [`UffdError`].
     pub fn open(store: Arc<OwnedFd>) -> Result<Self, UffdError> {
-        Ok(Self { uffd: Userfaultfd::open()?, pagemap: Pagemap::open().map_err(UffdError::Setup)?, store })
+        // What is refused for want of permission is to be said first.
+        let uffd = Userfaultfd::open()?;
+        let watch = Arc::new(Watch::start().map_err(UffdError::Setup)?);
+        Self::with(uffd, store, watch)
+    }
+
+    /// As [`Linux::open`], with a thread that wakes writers in common with others.
+    ///
+    /// # Errors
+    /// See [`UffdError`].
+    pub fn open_watched(store: Arc<OwnedFd>, watch: Arc<Watch>) -> Result<Self, UffdError> {
+        Self::with(Userfaultfd::open()?, store, watch)
+    }
+
+    fn with(uffd: Userfaultfd, store: Arc<OwnedFd>, watch: Arc<Watch>) -> Result<Self, UffdError> {
+        let uffd = Arc::new(uffd);
+        watch.watch(&uffd).map_err(UffdError::Setup)?;
+        let pagemap = Pagemap::open().map_err(UffdError::Setup)?;
+        Ok(Self { uffd, protected: AtomicBool::new(false), _watch: watch, pagemap, store })
     }
 }
 
@@ -154,6 +182,7 @@ impl MemoryCalls for Linux {
     }
 
     fn protect(&self, pages: RamRange<'_>) -> io::Result<u32> {
+        self.protected.store(true, Ordering::Relaxed);
         if self.uffd.protects_unpopulated() {
             return self.uffd.protect(pages).map(|()| pages.count());
         }
@@ -171,6 +200,12 @@ impl MemoryCalls for Linux {
 
     fn wake(&self, pages: RamRange<'_>) -> io::Result<()> {
         self.uffd.wake(pages)
+    }
+
+    fn wake_latecomers(&self) {
+        if self.protected.swap(false, Ordering::Relaxed) {
+            let _ = self.uffd.wake_all();
+        }
     }
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {

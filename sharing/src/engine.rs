@@ -338,6 +338,12 @@ impl Engine {
 
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
+        let step = self.next_step(now);
+        self.calls.wake_latecomers();
+        step
+    }
+
+    fn next_step(&mut self, now: Instant) -> Step {
         self.recount();
         if self.store.any_left() {
             self.settle_cache();

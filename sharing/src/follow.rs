@@ -140,7 +140,6 @@ impl Engine {
         }
         let sweep = self.end_interval(slot, now, &mut changes);
         self.end_interval_of_huge(slot);
-        self.wake_latecomers(slot);
         if sweep {
             self.learn_huge(slot, 0..pages);
             self.release_private(slot, 0..pages);

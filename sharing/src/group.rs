@@ -16,6 +16,8 @@ use crate::engine::{Engine, Settings, Step};
 use crate::service::{DEFAULT_GROUP, StartError};
 use crate::statistics::EngineStatistics;
 use crate::store::FrameStore;
+use crate::uffd::UffdError;
+use crate::wakes::Watch;
 
 /// One group.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(crate) struct Groups {
     frames: u32,
     budget: Arc<Budget>,
     limit: Arc<CacheLimit>,
+    /// Wakes writers of all groups; started with the first group that needs it.
+    watch: Mutex<Option<Arc<Watch>>>,
     known: Mutex<Known>,
 }
 
@@ -54,7 +58,20 @@ impl Groups {
     pub(crate) fn new(settings: Settings, frames: u32) -> Self {
         let budget = Arc::new(Budget::new(settings.mappings_limit));
         let limit = Arc::new(CacheLimit::new(settings.block_cache));
-        Self { settings, frames, budget, limit, known: Mutex::default() }
+        Self { settings, frames, budget, limit, watch: Mutex::default(), known: Mutex::default() }
+    }
+
+    /// The kernel's calls for one more group.
+    pub(crate) fn calls(&self, store: &FrameStore) -> Result<Linux, UffdError> {
+        let watch = match &mut *self.watch.lock() {
+            Some(watch) => Arc::clone(watch),
+            none => Arc::clone(none.insert(Arc::new(Watch::start().map_err(UffdError::Setup)?))),
+        };
+        Linux::open_watched(Arc::clone(store.file()), watch)
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     pub(crate) fn budget(&self) -> &Budget {
@@ -88,7 +105,7 @@ impl Groups {
             return Ok(group);
         }
         let store = FrameStore::create(self.frames).map_err(StartError::Store)?;
-        let calls = Linux::open(Arc::clone(store.file()))?;
+        let calls = self.calls(&store)?;
         let engine = self.engine(store, Box::new(calls)).map_err(StartError::Engine)?;
         let mut known = self.known.lock();
         // Another thread may have been faster.

@@ -19,7 +19,7 @@
 //!   their threads, under a ceiling of CPU time.
 //! - [`pairs`]: which VMs have how much in common.
 //! - [`audit`]: recounts everything from the kernel's page maps and compares it with the books.
-//! - [`calls`], [`uffd`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
+//! - [`calls`], [`uffd`], [`wakes`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
 
 pub mod audit;
 pub(crate) mod backing;
@@ -56,6 +56,7 @@ pub(crate) mod table;
 pub(crate) mod tree;
 pub mod uffd;
 pub(crate) mod undo;
+pub mod wakes;
 pub(crate) mod worker;
 
 pub use ram::{PAGE_SIZE, Ram};

@@ -46,20 +46,9 @@ impl Engine {
         }
         self.pass.cursor = if end == pages { (next + 1, 0) } else { (next, end) };
         self.go_over(next, start..end);
-        self.wake_latecomers(next);
         self.store.reclaim(&*self.calls);
+        self.calls.wake_latecomers();
         None
-    }
-
-    /// Wakes writers that began to wait as their window ended. The kernel sees a page that is still
-    /// read-only and has them wait, though it is protected no longer and its wake has gone by
-    /// (`userfaultfd_must_wait` in fs/userfaultfd.c asks for the write bit).
-    pub(crate) fn wake_latecomers(&self, slot: usize) {
-        let space = &self.members.at(slot).space;
-        if !space.lost() {
-            // Who is missed now is woken by the next.
-            let _ = self.calls.wake(space.ram().range(0, space.pages()));
-        }
     }
 
     fn end_pass(&mut self) -> u64 {

@@ -17,7 +17,7 @@ use crate::by_type::Claimed;
 use crate::cache::statistics::CacheStatistics;
 use crate::cache::working_set::Curve;
 use crate::cache::{BlockRead, CacheSize, Image, ReadPlan, VmNumber};
-use crate::calls::{Linux, MemoryCalls};
+use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::claims::ClaimSource;
 use crate::content::Page;
@@ -85,8 +85,9 @@ impl Sharing {
     pub fn start(settings: Settings) -> Result<Self, StartError> {
         let frames = settings.frames.unwrap_or_else(default_frames);
         let store = FrameStore::create(frames).map_err(StartError::Store)?;
-        let calls = Linux::open(Arc::clone(store.file()))?;
-        Self::start_with(settings, store, Box::new(calls))
+        let groups = Groups::new(settings, frames);
+        let calls = groups.calls(&store)?;
+        Self::start_groups(groups, store, Box::new(calls))
     }
 
     /// Starts the engine with calls of the caller's, for a store of the caller's, which the default
@@ -99,9 +100,16 @@ impl Sharing {
         store: FrameStore,
         calls: Box<dyn MemoryCalls>,
     ) -> Result<Self, StartError> {
-        let cpu_percent = settings.cpu_percent;
         let frames = settings.frames.unwrap_or_else(default_frames);
-        let groups = Groups::new(settings, frames);
+        Self::start_groups(Groups::new(settings, frames), store, calls)
+    }
+
+    fn start_groups(
+        groups: Groups,
+        store: FrameStore,
+        calls: Box<dyn MemoryCalls>,
+    ) -> Result<Self, StartError> {
+        let cpu_percent = groups.settings().cpu_percent;
         groups.found(DEFAULT_GROUP, store, calls).map_err(StartError::Engine)?;
         let crew = Arc::new(Crew::new(groups, cpu_percent));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);

@@ -391,8 +391,8 @@ impl Space {
                 Ok(())
             }
             (Err(MapError::Refused(error)), Ok(())) => Err(refused("taking off their frames", error)),
-            (Err(MapError::Lost(error)), _) => Err(self.lose("taking off their frames", pages, error)),
-            (_, Err(error)) => Err(self.lose("unprotecting", pages, error)),
+            (Err(MapError::Lost(error)), _) => Err(self.lose("taking off their frames", pages, error, calls)),
+            (_, Err(error)) => Err(self.lose("unprotecting", pages, error, calls)),
         }
     }
 
@@ -418,7 +418,9 @@ impl Space {
             Err(error) => {
                 let closed = window.close();
                 let error = refused("write-protecting", error);
-                return Err(closed.map_or_else(|error| self.lose("unprotecting", pages, error), |()| error));
+                return Err(
+                    closed.map_or_else(|error| self.lose("unprotecting", pages, error, calls), |()| error)
+                );
             }
         };
         let equal = (0..protected).take_while(|&index| same(pages.page(index), index)).count() as u32;
@@ -446,13 +448,21 @@ impl Space {
                 Ok(equal)
             }
             (Err(MapError::Refused(error)), Ok(())) => Err(refused("remapping", error)),
-            (Err(MapError::Lost(error)), _) => Err(self.lose("remapping", part, error)),
-            (_, Err(error)) => Err(self.lose("unprotecting", pages, error)),
+            (Err(MapError::Lost(error)), _) => Err(self.lose("remapping", part, error, calls)),
+            (_, Err(error)) => Err(self.lose("unprotecting", pages, error, calls)),
         }
     }
 
     /// Notes that pages are gone, or blocked for good: nothing is done to this RAM from now on.
-    fn lose(&mut self, doing: &'static str, pages: RamRange<'_>, error: io::Error) -> SpaceError {
+    fn lose(
+        &mut self,
+        doing: &'static str,
+        pages: RamRange<'_>,
+        error: io::Error,
+        calls: &dyn MemoryCalls,
+    ) -> SpaceError {
+        // Nobody opens another window here, whose wake would find who was missed.
+        let _ = calls.wake(self.ram.range(0, self.pages()));
         self.hole = Some(pages.first()..pages.first() + pages.count());
         self.ram.tear();
         SpaceError::Lost { doing, first: pages.first(), count: pages.count(), error }
@@ -493,6 +503,8 @@ impl Space {
                 calls.map(self.ram.range(part.start, part.end - part.start), Source::Zeros, Over::Pages)?;
             }
         }
+        // A device that still writes is not to wait for a window that nobody opens any more.
+        let _ = calls.wake(self.ram.range(0, self.pages()));
         let mut dead = Vec::new();
         for page in 0..self.pages() {
             if self.attached(page) {

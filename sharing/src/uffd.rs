@@ -1,5 +1,6 @@
 //! userfaultfd in write-protect mode: a guest's write to a protected page blocks until the page
-//! is woken. Nobody reads the fault queue; every window ends with a wake instead.
+//! is woken. Nobody reads the fault queue; every window ends with a wake instead, and who was missed is woken
+//! by [`wakes`](crate::wakes).
 //!
 //! See `userfaultfd(2)`, `ioctl_userfaultfd(2)` and the kernel's
 //! `Documentation/admin-guide/mm/userfaultfd.rst`.
@@ -25,6 +26,12 @@ const FEATURE_WRITE_PROTECT_UNPOPULATED: u64 = 1 << 13;
 
 const REGISTER_MODE_WRITE_PROTECT: u64 = 1 << 1;
 const MODE_PROTECT: u64 = 1 << 0;
+#[cfg(test)]
+const MODE_DO_NOT_WAKE: u64 = 1 << 1;
+
+/// Addresses that [`Userfaultfd::wake_all`] names: all that a process can have, in page tables of four levels,
+/// above what `vm.mmap_min_addr` may be.
+const ALL: Range = Range { start: 1 << 20, bytes: (1 << 47) - 4096 - (1 << 20) };
 
 #[repr(C)]
 struct ApiArgument {
@@ -166,9 +173,32 @@ impl Userfaultfd {
     /// # Errors
     /// What the kernel said; it has no reason to refuse a range of pages.
     pub fn wake(&self, pages: RamRange<'_>) -> io::Result<()> {
-        let mut range = Range::from(pages);
+        self.wake_range(pages.into())
+    }
+
+    /// Lets all writers try again, whichever pages they wait for. Takes the same time as one page.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::wake`].
+    pub fn wake_all(&self) -> io::Result<()> {
+        self.wake_range(ALL)
+    }
+
+    fn wake_range(&self, mut range: Range) -> io::Result<()> {
         // SAFETY: the argument is a live struct of the layout that this ioctl reads.
         unsafe { call(self.fd.as_raw_fd(), IOCTL_WAKE, &raw mut range) }
+    }
+
+    /// Lifts the protection and lets who waits sleep on.
+    #[cfg(test)]
+    pub(crate) fn unprotect_silently(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.write_protect(pages, MODE_DO_NOT_WAKE)
+    }
+}
+
+impl AsRawFd for Userfaultfd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 

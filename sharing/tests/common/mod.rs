@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "plays the guests: writes to and reads from their memory")]
 
 pub(crate) mod agent;
+pub(crate) mod counted;
 pub(crate) mod disks;
 pub(crate) mod followed;
 
