@@ -305,6 +305,9 @@ fn faults() {
     assert!(version.stdout.starts_with("Firecracker v1."), "{}", version.stdout);
     Running::start(place.firecracker(&["--nothing"])).wait().assert_code(153);
     Running::start(place.firecracker(&["--level", "Loud"])).wait().assert_code(152);
+    let refused = Running::start(place.firecracker(&["--enable-pci"])).wait();
+    refused.assert_code(153);
+    assert!(refused.stderr.contains("no PCI bus") && !refused.stderr.contains("Usage"), "{}", refused.stderr);
 
     let (running, client) = place.serve("socket", &["--id", "a", "--metrics-path", "metrics"]);
     let fault = |method: &str, path: &str, body: Value, part: &str| {
@@ -316,6 +319,8 @@ fn faults() {
     fault("PUT", "/actions", start.clone(), "without kernel");
     fault("PATCH", "/vm", json!({ "state": "Paused" }), "before starting");
     fault("PUT", "/actions", json!({ "action_type": "SendCtrlAltDel" }), "before starting");
+    fault("PUT", "/actions", json!({ "action_type": "FlushMetrics" }), "before starting");
+    assert_eq!(fs::read_to_string(place.path("metrics")).unwrap(), "");
     fault("PUT", "/actions", json!({ "action_type": "Explode" }), "Explode");
     fault("PUT", "/boot-source", json!({ "kernel_image_path": "none" }), "none cannot be opened");
     fault("PUT", "/boot-source", json!({}), "kernel_image_path");
@@ -369,6 +374,15 @@ fn faults() {
     let root = json!({ "path_on_host": "disk.img", "is_read_only": true });
     done(&client, "PUT", "/drives/d", drive(root));
     fault("PUT", "/drives/e", drive(json!({ "drive_id": "e" })), "root");
+    // One image is two drives' for reading alone, whatever its path.
+    symlink("disk.img", place.path("link.img")).unwrap();
+    let second = |read_only| {
+        drive(
+            json!({ "drive_id": "e", "is_root_device": false, "path_on_host": "link.img", "is_read_only": read_only }),
+        )
+    };
+    fault("PUT", "/drives/e", second(false), "link.img is the image of drive d as well");
+    done(&client, "PUT", "/drives/e", second(true));
     let (status, whole) = ask(&client, "GET", "/vm/config", Value::Null);
     assert_eq!((status, &whole["drives"][0]["drive_id"]), (200, &json!("d")));
     assert_eq!(whole["machine-config"]["mem_size_mib"], MEMORY_MIB);

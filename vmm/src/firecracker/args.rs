@@ -11,7 +11,7 @@ use super::VERSION;
 /// The name under which the program is Firecracker.
 const NAME: &str = "firecracker";
 /// What Firecracker ends with where its arguments are wrong.
-const WRONG_ARGUMENTS: u8 = 153;
+pub(super) const WRONG_ARGUMENTS: u8 = 153;
 
 /// One VM behind the API of Firecracker. Installed under the name `firecracker`, as a link, the program is
 /// this command.
@@ -70,8 +70,32 @@ pub(crate) struct FirecrackerArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) describe_snapshot: Option<PathBuf>,
 
+    /// Refused: there is no PCI bus
+    #[arg(long)]
+    pub(crate) enable_pci: bool,
+
+    /// Refused: there is no metadata service
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metadata: Option<PathBuf>,
+
     #[command(flatten)]
     pub(crate) accepted: AcceptedArgs,
+}
+
+impl FirecrackerArgs {
+    /// Why the arguments ask for something that Firecracker has and samepage lacks, if they do.
+    pub(super) fn refusal(&self) -> Option<&'static str> {
+        if self.enable_pci {
+            return Some(
+                "--enable-pci: samepage has no PCI bus; guests find their devices by virtio-mmio, for which their \
+                 kernels need CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. Start it without --enable-pci",
+            );
+        }
+        self.metadata.as_ref().map(|_| {
+            "--metadata: samepage has no metadata service (MMDS); give the guest what it needs in boot_args or on \
+             a drive, and start it without --metadata"
+        })
+    }
 }
 
 /// What is accepted and makes no difference.
@@ -208,11 +232,17 @@ mod tests {
             &["--id", "a_b"],
             &["--id", ""],
             &["--no-seccomp", "--seccomp-filter=f"],
-            &["--enable-pci"],
-            &["--metadata", "m"],
             &["--nothing"],
         ] {
             assert!(parse(wrong).unwrap_err().use_stderr(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn what_is_missing_is_refused_with_the_reason() {
+        let refusal = |arguments: &[&str]| parse(arguments).unwrap().refusal();
+        assert!(refusal(&["--enable-pci"]).unwrap().contains("no PCI bus"));
+        assert!(refusal(&["--metadata", "m"]).unwrap().contains("no metadata service"));
+        assert_eq!(refusal(&["--id", "a"]), None);
     }
 }

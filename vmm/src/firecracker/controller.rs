@@ -4,6 +4,7 @@
 //! is said, as far as that can be known. After the start some of it can be changed.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -131,10 +132,31 @@ impl Controller {
         if drive.is_root_device && other_root {
             return Err(Fault::new("A root block device already exists!"));
         }
+        self.check_image(&drive, path)?;
         self.drives.retain(|other| other.drive_id != *id);
         let at = if drive.is_root_device { 0 } else { self.drives.len() };
         self.drives.insert(at, drive);
         Ok(())
+    }
+
+    /// Checks that no other drive uses the same image, where one of both writes to it.
+    fn check_image(&self, drive: &Drive, path: &Path) -> Result<(), Fault> {
+        // A path that leads nowhere has been refused already.
+        let file = |path: &Path| path.metadata().map(|file| (file.dev(), file.ino())).ok();
+        let written = |drive: &Drive| drive.is_read_only != Some(true);
+        let same = self.drives.iter().find(|other| {
+            other.drive_id != drive.drive_id
+                && (written(other) || written(drive))
+                && other.path_on_host.as_deref().and_then(file).is_some_and(|other| Some(other) == file(path))
+        });
+        let Some(other) = same else { return Ok(()) };
+        Err(Fault::new(format!(
+            "Drive {}: {} is the image of drive {} as well, and they would damage it. Give each drive an image of \
+             its own, or set is_read_only for both.",
+            drive.drive_id,
+            path.display(),
+            other.drive_id
+        )))
     }
 
     pub(super) fn change_drive(&mut self, change: &DriveUpdate) -> Result<(), Fault> {
@@ -183,6 +205,7 @@ impl Controller {
     }
 
     pub(super) fn flush_metrics(&mut self) -> Result<(), Fault> {
+        self.after_start()?;
         let drives = self.machine.drives();
         self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(&drives))
     }

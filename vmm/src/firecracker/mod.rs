@@ -52,6 +52,8 @@ enum Exit {
     Error = 1,
     /// The configuration file, or what an option says.
     BadConfiguration = 152,
+    /// The command line.
+    BadArguments = args::WRONG_ARGUMENTS as isize,
 }
 
 impl From<Exit> for ExitCode {
@@ -72,6 +74,10 @@ pub(crate) fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     if args.snapshot_version || args.describe_snapshot.is_some() {
         tell("there are no snapshots");
         return Ok(Exit::Error.into());
+    }
+    if let Some(reason) = args.refusal() {
+        tell(reason);
+        return Ok(Exit::BadArguments.into());
     }
     let log = match Log::new(args) {
         Ok(log) => Arc::new(log),
