@@ -226,7 +226,7 @@ fn a_cache_that_is_made_smaller_drops_what_is_too_much_though_no_vm_is_left() {
     let membership = sharing.add(guest.ram.clone(), None, &Participation::default(), losses().1).unwrap();
     let blocks = membership.blocks();
     let targets: Vec<_> = (0..4000).map(Some).collect();
-    let read = BlockRead { keep: Keep::Exclusive, image: Image([1; 3]), first: 0, targets: &targets };
+    let read = BlockRead { keep: Keep::Exclusive, image: Image([1; 4]), first: 0, targets: &targets };
     for fetch in blocks.begin_read(&read, |_, _| {}).fetches {
         common::disks::land(&fetch);
         assert!(blocks.end_fetch(fetch.token, true, |_, _| {}));

@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-/// Everything that building guests takes beyond the Rust toolchain.
-pub const PACKAGES: [&str; 13] = [
+/// Everything that building guests and testing disks takes beyond the Rust toolchain.
+pub const PACKAGES: [&str; 15] = [
     crate::kernel::SOURCE_PACKAGE,
     "bc",
     "bison",
@@ -20,6 +20,8 @@ pub const PACKAGES: [&str; 13] = [
     "make",
     "patch",
     "python3-venv",
+    "qemu-system-x86",
+    "qemu-utils",
     "xz-utils",
 ];
 

@@ -20,7 +20,8 @@
 //!
 //! # Identity
 //! Two blocks of the same [`ImageId`] and number have the same content unless a write was announced in
-//! between. Whoever changes an image outside of this process, against its lock, breaks that promise.
+//! between. So whatever decides the content is part of it ([`identity`](super::identity) says how).
+//! Whoever changes an image outside of this process, against its locks, breaks that promise.
 
 use std::any::Any;
 use std::fmt;
@@ -31,30 +32,38 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
+use super::Format;
+
 /// Bytes of a block: the unit of the cache.
 pub const BLOCK_SIZE: u64 = 4096;
 
-/// One state of an image file at rest; the same for every disk that reads through it.
+/// One state of an image file at rest, read in one format; the same for every disk that reads through it.
 ///
 /// For a disk that is an overlay, blocks that come from its backing file have the identity of that file.
-/// Block `n` of an image is what a guest would see at byte `n * 4096`, if that image were the disk.
+/// Block `n` of an image is what a guest would see at byte `n * 4096`, if that image were the disk and
+/// nothing backed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImageId {
     device: u64,
     inode: u64,
     version: u64,
+    format: u64,
 }
 
 impl ImageId {
-    /// The file `inode` of the host's device `device`. `version` tells its present content from what that
-    /// file, or another one under that number, held earlier.
-    pub const fn new(device: u64, inode: u64, version: u64) -> Self {
-        Self { device, inode, version }
+    /// The file `inode` of the host's device `device`, read in `format`. `version` tells its present content
+    /// from what that file, or another one under that number, held earlier.
+    pub const fn new(device: u64, inode: u64, version: u64, format: Format) -> Self {
+        let format = match format {
+            Format::Raw => 0,
+            Format::Qcow2 => 1,
+        };
+        Self { device, inode, version, format }
     }
 
-    /// Its three parts, in the order in which [`new`](Self::new) takes them.
-    pub const fn parts(self) -> [u64; 3] {
-        [self.device, self.inode, self.version]
+    /// Its four parts, in the order in which [`new`](Self::new) takes them; the format as a number.
+    pub const fn parts(self) -> [u64; 4] {
+        [self.device, self.inode, self.version, self.format]
     }
 }
 

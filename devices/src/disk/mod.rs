@@ -23,8 +23,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub mod cache;
 pub(crate) mod channel;
+mod identity;
 pub mod image;
 pub mod limit;
+mod locks;
 pub(crate) mod memory;
 mod open;
 mod qcow2;
@@ -207,7 +209,11 @@ impl Disk {
         let path = options.path.display();
         let mut notices = Vec::new();
         let image: Arc<dyn Image> = match format {
-            Format::Qcow2 => Arc::new(Qcow2Image::open(file, direct, trusted)?),
+            Format::Qcow2 => {
+                let image = Qcow2Image::open(file, direct, trusted)?;
+                notices.extend(image.notice());
+                Arc::new(image)
+            }
             Format::Raw => {
                 let raw = RawFile::new(file, direct)?;
                 if direct && raw.direct().is_none() {

@@ -1,21 +1,22 @@
 //! Opens the files that images lie in: what they are, who else uses them, how they can be accessed.
 //!
-//! A file is locked (`flock`) as long as it is open: exclusively for writing, shared for reading. A block
+//! A file is [locked](super::locks) as long as it is open: it has one writer or any number of readers. A block
 //! device opened for writing is claimed from the kernel as well (`O_EXCL`), so a mounted one is refused.
 
 #![expect(unsafe_code, reason = "statx, fcntl and ioctl have no safe form for what is asked here")]
 
-use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::Format;
 use super::cache::ImageId;
+use super::identity::Identity;
 use super::image::SECTOR_SIZE;
+use super::locks::{self, Access, LockError};
 
 /// Why a file cannot be a disk, or part of one.
 #[derive(Debug, thiserror::Error)]
@@ -42,14 +43,16 @@ pub enum OpenError {
     },
     /// Somebody else uses the file in a way that excludes this one.
     #[error(
-        "lock disk {path} for {access}: it is in use by another VM or program; \
-         a disk may have one writer or any number of readers"
+        "lock disk {path} for {access}: it is in use: {user}; end that use first, or make a copy or an overlay \
+         for this VM. A disk may have one writer or any number of readers"
     )]
     InUse {
         /// The file.
         path: PathBuf,
         /// "reading" or "reading and writing".
         access: &'static str,
+        /// Who uses it, and how.
+        user: String,
     },
     /// A directory, a pipe, a socket or a character device.
     #[error("open disk {path}: it is {kind}; give a regular file or a block device")]
@@ -113,16 +116,14 @@ pub(crate) struct ImageFile {
     /// In bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
-    pub(crate) id: ImageId,
-    /// Keeps the identity of a block device for those who open it as well.
-    _version: Option<Arc<u64>>,
+    identity: Identity,
 }
 
 impl ImageFile {
     /// Opens and locks the file at `path`.
     pub(crate) fn open(path: &Path, read_only: bool) -> Result<Self, OpenError> {
         let access = if read_only { "reading" } else { "reading and writing" };
-        let in_use = || OpenError::InUse { path: path.to_owned(), access };
+        let in_use = |user| OpenError::InUse { path: path.to_owned(), access, user };
         let failed = |action| move |source| OpenError::Io { action, path: path.to_owned(), source };
 
         // Opening a pipe must not wait for its other end. O_EXCL without O_CREAT concerns block devices
@@ -134,7 +135,7 @@ impl ImageFile {
             .custom_flags(libc::O_NONBLOCK | exclusive)
             .open(path)
             .map_err(|source| match source.kind() {
-                io::ErrorKind::ResourceBusy => in_use(),
+                io::ErrorKind::ResourceBusy => in_use("this host has mounted or claimed it".to_owned()),
                 io::ErrorKind::IsADirectory => {
                     OpenError::NotADisk { path: path.to_owned(), kind: "a directory" }
                 }
@@ -146,10 +147,9 @@ impl ImageFile {
             let kind = if kind.is_dir() { "a directory" } else { "not a file that holds data" };
             return Err(OpenError::NotADisk { path: path.to_owned(), kind });
         }
-        let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
-        locked.map_err(|error| match error {
-            std::fs::TryLockError::WouldBlock => in_use(),
-            std::fs::TryLockError::Error(source) => failed("lock")(source),
+        locks::lock(&file, lock_for(read_only)).map_err(|error| match error {
+            LockError::InUse(user) => in_use(user),
+            LockError::Io(source) => failed("lock")(source),
         })?;
 
         // O_NONBLOCK has done its work, and io_uring would take it for a wish to fail early.
@@ -158,8 +158,13 @@ impl ImageFile {
         // has no size.
         let metadata = file.metadata().map_err(failed("inspect"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
-        let (id, version) = identity(&metadata);
-        Ok(Self { path: path.to_owned(), file, metadata, size, read_only, id, _version: version })
+        let identity = Identity::of(&file, &metadata);
+        Ok(Self { path: path.to_owned(), file, metadata, size, read_only, identity })
+    }
+
+    /// What blocks that lie in it are known by, read in a format.
+    pub(crate) fn id(&self, format: Format) -> ImageId {
+        self.identity.image(format)
     }
 
     /// Whether the file begins as qcow2 images do.
@@ -228,6 +233,17 @@ impl ImageFile {
     }
 }
 
+impl Drop for ImageFile {
+    /// What reads and writes the file through a copy of the descriptor is gone by now: images drop it last.
+    fn drop(&mut self) {
+        locks::unlock(&self.file, lock_for(self.read_only));
+    }
+}
+
+fn lock_for(read_only: bool) -> Access {
+    if read_only { Access::Reading } else { Access::Writing }
+}
+
 /// `fallocate(2)`.
 pub(crate) fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let position = |value| i64::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
@@ -290,35 +306,4 @@ fn logical_block_size(file: &File, metadata: &Metadata) -> u32 {
         Ok(size) if asked && size.is_power_of_two() && size >= 512 => size,
         _ => 4096,
     }
-}
-
-/// The versions of the block devices that are open in this process. Nothing tells when a device was written
-/// last, so its content counts as the same only while somebody here holds its lock.
-static DEVICES: Mutex<Option<Versions>> = Mutex::new(None);
-
-/// Versions by device number, and the last one given out.
-#[derive(Default)]
-struct Versions {
-    last: u64,
-    open: HashMap<u64, Weak<u64>>,
-}
-
-fn identity(metadata: &Metadata) -> (ImageId, Option<Arc<u64>>) {
-    if !metadata.file_type().is_block_device() {
-        // A file that is written or replaced has another time of change.
-        let seconds = metadata.ctime() as u64;
-        let changed = seconds.wrapping_mul(1_000_000_000).wrapping_add(metadata.ctime_nsec() as u64);
-        return (ImageId::new(metadata.dev(), metadata.ino(), changed), None);
-    }
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let Versions { last, open } = devices.get_or_insert_default();
-    open.retain(|_, version| version.strong_count() > 0);
-    let version = open.get(&metadata.rdev()).and_then(Weak::upgrade).unwrap_or_else(|| {
-        *last += 1;
-        let version = Arc::new(*last);
-        open.insert(metadata.rdev(), Arc::downgrade(&version));
-        version
-    });
-    // No file system has this device number.
-    (ImageId::new(u64::MAX, metadata.rdev(), *version), Some(version))
 }

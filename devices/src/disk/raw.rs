@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::Format;
 use super::cache::ImageId;
 use super::image::{Image, Layer, Location};
 use super::memory::Memory;
@@ -162,11 +163,11 @@ impl Image for RawFile {
     }
 
     fn identity(&self) -> Option<ImageId> {
-        Some(self.image.id)
+        Some(self.image.id(Format::Raw))
     }
 
     fn locate(&self, _offset: u64, len: u64) -> io::Result<Location> {
-        Ok(Location { layer: Layer(0), image: Some(self.image.id), len })
+        Ok(Location { layer: Layer(0), image: self.identity(), len })
     }
 
     fn read_at(&self, _layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {

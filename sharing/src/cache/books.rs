@@ -25,10 +25,10 @@ const SPARE_FOR: Duration = Duration::from_secs(1);
 /// Blocks dropped in one step.
 const STEP_EVICTIONS: u32 = 1024;
 
-/// One state of an image at rest, as its owner calls it: the host's device, the file's number, and a
-/// version of its content.
+/// One state of an image at rest, as its owner calls it: the host's device, the file's number, a version of
+/// its content, and the format that it is read in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Image(pub [u64; 3]);
+pub struct Image(pub [u64; 4]);
 
 /// Blocks that are being read from a disk into frames.
 #[derive(Debug)]

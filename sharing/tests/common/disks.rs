@@ -31,7 +31,7 @@ pub(crate) struct Reading {
 
 impl Disk {
     pub(crate) fn new(number: u64, keep: Keep) -> Self {
-        Self { image: Image([1, number, 0]), keep, seeds: BTreeMap::new(), reads: 0 }
+        Self { image: Image([1, number, 0, 0]), keep, seeds: BTreeMap::new(), reads: 0 }
     }
 
     pub(crate) fn seed(&self, block: u64) -> u64 {

@@ -84,7 +84,7 @@ pub(crate) fn in_use() {
         let second = scratch.start(short(), &[refused]).wait();
         second.assert_code(1);
         assert_eq!((second.stdout.as_str(), second.stderr.lines().count()), ("", 1), "{}", second.stderr);
-        for part in ["samepage: VM vm: disk disk0:", "disk a.img", "in use by another VM or program"] {
+        for part in ["samepage: VM vm: disk disk0:", "disk a.img", "it is in use: samepage (process"] {
             assert!(second.stderr.contains(part), "{part:?} is missing in:\n{}", second.stderr);
         }
         first.signal(Signal::TERM);

@@ -62,7 +62,7 @@ fn deliver(bench: &Bench, run: u32, shortest_mapping: u32, touched: bool) -> Res
         let targets: Vec<_> = (first..first + run).map(Some).collect();
         let read = BlockRead {
             keep: Keep::Exclusive,
-            image: Image([0; 3]),
+            image: Image([0; 4]),
             first: u64::from(index * run),
             targets: &targets,
         };

@@ -14,8 +14,10 @@ use crate::virtio::testing::*;
 
 mod cache;
 mod files;
+mod formats;
 mod hostile;
 mod limits;
+mod locks;
 mod model;
 mod power;
 mod qcow2;
@@ -47,7 +49,7 @@ const HEADER: u64 = BUFFERS;
 const STATUS: u64 = BUFFERS + 0x100;
 const DATA: u64 = BUFFERS + 0x1000;
 
-const MEMORY_IMAGE: ImageId = ImageId::new(1, 2, 3);
+const MEMORY_IMAGE: ImageId = ImageId::new(1, 2, 3, Format::Raw);
 
 /// A disk in memory that fails as it is told to, seen from outside.
 #[derive(Default)]

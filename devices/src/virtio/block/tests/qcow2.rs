@@ -52,6 +52,66 @@ fn blocks_have_the_identity_of_the_image_that_they_lie_in() {
 }
 
 #[test]
+fn one_file_in_two_formats_has_two_identities() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut data = MemoryDisk::new().medium().data.clone();
+    let Some(path) = chain(directory.path(), &[65536], &mut data) else { return };
+    let overlay = directory.path().join("overlay");
+    let backing = format!("backing_file={},backing_fmt=raw", path.display());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &backing], &overlay).unwrap();
+    let disk = open(&path, Some(Format::Qcow2), false).unwrap();
+    disk.image().write_at(0, &[7; 65536]).unwrap();
+    disk.image().flush().unwrap();
+    drop(disk);
+
+    let image = |path: &Path, format| {
+        let options = DiskOptions { policy: CachePolicy::Buffered, ..DiskOptions::new(path) };
+        Disk::open(&DiskOptions { format: Some(format), read_only: true, ..options }).unwrap()
+    };
+    let [qcow2, raw] = [Format::Qcow2, Format::Raw].map(|format| image(&path, format));
+    let over_raw = image(&overlay, Format::Qcow2);
+    let show = |disk: &Disk| {
+        let place = disk.image().locate(0, 4096).unwrap();
+        let mut shown = vec![0; 4096];
+        disk.image().read_at(place.layer, 0, &mut shown).unwrap();
+        (place.image.unwrap(), shown)
+    };
+    let [qcow2, raw, over_raw] = [&qcow2, &raw, &over_raw].map(show);
+    assert_eq!(qcow2.1, [7; 4096]);
+    assert!(raw.1.starts_with(b"QFI\xfb"));
+    assert_ne!(qcow2.0, raw.0, "other contents are known by other names");
+    assert_eq!(raw, over_raw, "equal contents by equal ones, whatever lies above");
+}
+
+#[test]
+fn what_changed_while_it_was_closed_has_another_identity() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("raw");
+    fs::write(&path, [1; 8192]).unwrap();
+    let identity = || open(&path, Some(Format::Raw), true).unwrap().image().identity().unwrap();
+    let first = open(&path, Some(Format::Raw), true).unwrap();
+    let shared = identity();
+    assert_eq!(first.image().identity(), Some(shared));
+    drop(first);
+    // As fast as can be: the clock of the file system may not have moved.
+    let mut known = vec![shared];
+    for change in 0..50_u8 {
+        match change % 3 {
+            0 => fs::write(&path, [change; 8192]).unwrap(),
+            1 => File::options().write(true).open(&path).unwrap().set_len(4096).unwrap(),
+            // Another file, by the same name and often the same number.
+            _ => {
+                fs::remove_file(&path).unwrap();
+                fs::write(&path, [change; 8192]).unwrap();
+            }
+        }
+        let new = identity();
+        assert!(!known.contains(&new), "change {change}");
+        known.push(new);
+    }
+}
+
+#[test]
 fn a_chain_is_locked_as_a_whole() {
     let directory = tempfile::tempdir().unwrap();
     let mut data = MemoryDisk::new().medium().data.clone();

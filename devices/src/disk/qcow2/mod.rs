@@ -21,9 +21,14 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, ShallowMapping};
 
+use super::Format;
 use super::cache::ImageId;
 use super::image::{Image, Layer, Location, SECTOR_SIZE};
 use super::open::{ImageFile, OpenError};
+
+mod header;
+
+use header::{Header, convert, quoted};
 
 /// Longest chain of images.
 const MAX_LAYERS: usize = 32;
@@ -35,11 +40,12 @@ type Overlay = Qcow2<ImagoFile, Arc<View>>;
 struct Backing {
     view: Arc<View>,
     file: ImageFile,
+    format: Format,
     /// Bytes of the file when it was looked at last.
     len: AtomicU64,
 }
 
-/// A disk on a qcow2 image.
+/// A disk on a qcow2 image. What accesses the files is dropped before them, since their locks end with them.
 pub(super) struct Qcow2Image {
     /// Reads and writes share it; what takes storage away from under them has it alone.
     top: RwLock<View>,
@@ -49,6 +55,9 @@ pub(super) struct Qcow2Image {
     /// Bytes of the file when it was looked at last.
     len: AtomicU64,
     size: u64,
+    /// Clusters can be made zeroes by a mark. If not, zeroes have to be written.
+    can_zero: bool,
+    notice: Option<String>,
 }
 
 impl fmt::Debug for Qcow2Image {
@@ -62,10 +71,19 @@ impl Qcow2Image {
     /// `trusted` lets it refer to other files.
     pub(super) fn open(file: ImageFile, direct: bool, trusted: bool) -> Result<Self, OpenError> {
         let mut backing = Vec::new();
-        let overlay = open_layer(&file, direct, trusted, 1, &mut backing)?;
+        let header = Header::read(&file)?;
+        let notice = header.has_bitmaps && !file.read_only;
+        let notice = notice.then(|| {
+            format!(
+                "disk {}: its bitmaps lose their meaning; make the next backup a full one",
+                file.path.display()
+            )
+        });
+        let (cluster_size, has_zero_clusters) = (header.cluster_size, header.has_zero_clusters);
+        let overlay = open_layer(&file, header, direct, trusted, 1, &mut backing)?;
         let size = overlay.size();
         if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
-            return Err(damaged(
+            return Err(refused(
                 &file.path,
                 format!("its disk of {size} bytes is not a whole number of sectors"),
             ));
@@ -73,7 +91,15 @@ impl Qcow2Image {
         // They were opened from the bottom up.
         backing.reverse();
         let len = AtomicU64::new(file.size);
-        Ok(Self { top: RwLock::new(FormatAccess::new(overlay)), backing, file, len, size })
+        // Imago 0.2.6 miscounts on disks that are smaller than a cluster, and zeroes too much.
+        let can_zero = has_zero_clusters && size >= cluster_size;
+        let top = RwLock::new(FormatAccess::new(overlay));
+        Ok(Self { top, backing, file, len, size, can_zero, notice })
+    }
+
+    /// What the user should know, as a sentence.
+    pub(super) fn notice(&self) -> Option<String> {
+        self.notice.clone()
     }
 
     fn top(&self) -> io::Result<RwLockReadGuard<'_, View>> {
@@ -98,13 +124,14 @@ fn lost() -> io::Error {
     io::Error::other("an earlier request left the image in an unknown state")
 }
 
-fn damaged(path: &Path, reason: impl ToString) -> OpenError {
+fn refused(path: &Path, reason: impl ToString) -> OpenError {
     OpenError::Qcow2 { path: path.to_owned(), reason: reason.to_string() }
 }
 
 /// Opens an image and all that back it; these end up in `backing`, the lowest first.
 fn open_layer(
     file: &ImageFile,
+    header: Header,
     direct: bool,
     trusted: bool,
     depth: usize,
@@ -112,14 +139,9 @@ fn open_layer(
 ) -> Result<Overlay, OpenError> {
     let storage = storage(file, direct)?;
     let mut overlay =
-        Overlay::open_image(storage, !file.read_only).map_err(|error| damaged(&file.path, error))?;
-    if overlay.requires_external_data_file() {
-        return Err(damaged(&file.path, "it keeps its data in another file, which is not supported"));
-    }
+        Overlay::open_image(storage, !file.read_only).map_err(|error| refused(&file.path, error))?;
     overlay.set_data_file(None);
-    let name = overlay.implicit_backing_file().cloned();
-    let format = overlay.implicit_backing_format().cloned();
-    let Some(name) = name else {
+    let Some(name) = header.backing else {
         overlay.set_backing(None);
         return Ok(overlay);
     };
@@ -127,7 +149,7 @@ fn open_layer(
         let reason = "it is a qcow2 image that refers to another file, and its format was not given";
         return Err(OpenError::Format { path: file.path.clone(), reason });
     }
-    let lower = open_backing(file, &name, format.as_deref(), direct, depth, backing)
+    let lower = open_backing(file, &name, header.backing_format.as_deref(), direct, depth, backing)
         .map_err(|source| OpenError::Backing { path: file.path.clone(), source: Box::new(source) })?;
     overlay.set_backing(Some(lower));
     Ok(overlay)
@@ -141,33 +163,64 @@ fn open_backing(
     depth: usize,
     backing: &mut Vec<Backing>,
 ) -> Result<Arc<View>, OpenError> {
+    let Some(name) = file_name(name) else {
+        let how = convert(&overlay.path, "qcow2");
+        return Err(refused(
+            &overlay.path,
+            format!("it is backed by {name:?}, which is no plain file; {how}"),
+        ));
+    };
     // A name is relative to the image that it is written in.
     let path: PathBuf = overlay.path.parent().unwrap_or(Path::new("")).join(name);
     if depth >= MAX_LAYERS {
-        return Err(damaged(&path, format!("more than {MAX_LAYERS} images back each other")));
+        return Err(refused(&path, format!("more than {MAX_LAYERS} images back each other")));
     }
     let file = ImageFile::open(&path, true)?;
-    let (is_qcow2, trusted) = match format {
-        Some("qcow2") => (true, true),
-        Some("raw" | "file") => (false, true),
-        None => (file.looks_like_qcow2()?, false),
+    let (format, trusted) = match format {
+        Some("qcow2") => (Format::Qcow2, true),
+        Some("raw" | "file" | "host_device") => (Format::Raw, true),
+        None if file.looks_like_qcow2()? => (Format::Qcow2, false),
+        None => (Format::Raw, false),
         Some(format) => {
-            return Err(damaged(
-                &overlay.path,
-                format!("it is backed by an image of unknown format {format:?}"),
-            ));
+            let how = convert(&overlay.path, "qcow2");
+            let reason = format!("it is backed by an image of the unknown format {format:?}; {how}");
+            return Err(refused(&overlay.path, reason));
         }
     };
-    let view = if is_qcow2 {
-        FormatAccess::new(open_layer(&file, direct, trusted, depth + 1, backing)?)
-    } else {
-        let raw = Raw::open_image(storage(&file, direct)?, false).map_err(|error| damaged(&path, error))?;
-        FormatAccess::new(raw)
+    let view = match format {
+        Format::Qcow2 => {
+            let header = Header::read(&file)?;
+            if header.backing.is_some() && !trusted {
+                let (backing, overlay) = (quoted(&path), quoted(&overlay.path));
+                let reason = format!(
+                    "it looks like a qcow2 image that another one backs, and its format is not recorded in \
+                     {overlay}, which it backs; record it: qemu-img rebase -u -f qcow2 -F qcow2 -b {backing} {overlay}"
+                );
+                return Err(refused(&path, reason));
+            }
+            FormatAccess::new(open_layer(&file, header, direct, trusted, depth + 1, backing)?)
+        }
+        Format::Raw => {
+            let raw =
+                Raw::open_image(storage(&file, direct)?, false).map_err(|error| refused(&path, error))?;
+            FormatAccess::new(raw)
+        }
     };
     let view = Arc::new(view);
     let len = AtomicU64::new(file.size);
-    backing.push(Backing { view: view.clone(), file, len });
+    backing.push(Backing { view: view.clone(), file, format, len });
     Ok(view)
+}
+
+/// The path of a backing file, as QEMU reads a name: what comes before a colon in the first part of a path
+/// says how the file is reached. `None` where it is no plain file.
+fn file_name(name: &str) -> Option<&str> {
+    match name.split_once(':') {
+        Some((protocol, _)) if protocol.contains('/') => Some(name),
+        Some(("file", path)) => Some(path),
+        Some(_) => None,
+        None => Some(name),
+    }
 }
 
 fn storage(file: &ImageFile, direct: bool) -> Result<ImagoFile, OpenError> {
@@ -194,19 +247,18 @@ impl Image for Qcow2Image {
     }
 
     fn can_discard(&self) -> bool {
-        !self.file.read_only
+        !self.file.read_only && self.can_zero
     }
 
     fn identity(&self) -> Option<ImageId> {
-        Some(self.file.id)
+        Some(self.file.id(Format::Qcow2))
     }
 
     fn locate(&self, offset: u64, len: u64) -> io::Result<Location> {
         let top = self.top()?;
         let mut len = len;
-        for (layer, image) in
-            std::iter::once(self.file.id).chain(self.backing.iter().map(|b| b.file.id)).enumerate()
-        {
+        let backing = self.backing.iter().map(|backing| backing.file.id(backing.format));
+        for (layer, image) in std::iter::once(self.file.id(Format::Qcow2)).chain(backing).enumerate() {
             let view = layer.checked_sub(1).map_or(&*top, |lower| &*self.backing[lower].view);
             let (mapping, mapped) = view.get_shallow_mapping(offset, len)?;
             let image = match mapping {
@@ -256,6 +308,9 @@ impl Image for Qcow2Image {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if !self.can_zero {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         // Zeroing makes whole clusters zero whose other parts it has found to be zeroes, which a write must
         // not change meanwhile.
         self.exclusively(
