@@ -171,6 +171,8 @@ pub struct Engine {
     turn: u32,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
+    /// Losses of memory in this process up to which VMs have been looked through.
+    pub(crate) losses_seen: u64,
     membership_changed: bool,
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
@@ -233,6 +235,7 @@ impl Engine {
             looked_at_rested: false,
             turn: 0,
             urgent: Arc::default(),
+            losses_seen: 0,
             membership_changed: true,
             scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
@@ -267,7 +270,8 @@ impl Engine {
     /// Says what of a VM's memory is shared from now on. Pages that are shared and are not to be any
     /// more are taken off their frames step by step.
     pub fn set_mode(&mut self, slot: usize, mode: Mode) {
-        let Some(member) = self.members.get_mut(slot).filter(|member| member.mode != mode) else { return };
+        let changes = |member: &&mut Member| member.mode != mode && !member.space.lost();
+        let Some(member) = self.members.get_mut(slot).filter(changes) else { return };
         let (before, pages) = (member.mode, member.space.pages());
         member.mode = mode;
         member.unshare = (mode != Mode::Full).then(|| (0, Instant::now()));
@@ -345,6 +349,9 @@ impl Engine {
 
     fn next_step(&mut self, now: Instant) -> Step {
         self.recount();
+        if self.retire_step() {
+            return Step::Worked;
+        }
         if self.store.any_left() {
             self.settle_cache();
         }
@@ -362,7 +369,8 @@ impl Engine {
         let passes = self.passes();
         let active = self.members.iter().filter(|member| member.active());
         let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
-        let unshare = self.members.iter().filter_map(|member| member.unshare).map(|(_, due)| due);
+        let whole = self.members.iter().filter(|member| !member.space.lost());
+        let unshare = whole.filter_map(|member| member.unshare).map(|(_, due)| due);
         let pass = passes.then_some(self.pass.due);
         let claims = self.claims_due();
         Step::RestUntil(

@@ -38,6 +38,8 @@ trait Contents {
     fn at(&self, entry: u32) -> *const u8;
     /// The digest under which it was entered.
     fn digest(&self, entry: u32) -> u32;
+    /// Whether what is read there is its content: not once its memory was lost.
+    fn readable(&self, entry: u32) -> bool;
 }
 
 impl Contents for FrameStore {
@@ -47,6 +49,10 @@ impl Contents for FrameStore {
 
     fn digest(&self, entry: Frame) -> u32 {
         FrameStore::digest(self, entry)
+    }
+
+    fn readable(&self, _: Frame) -> bool {
+        !self.lost()
     }
 }
 
@@ -58,6 +64,11 @@ impl Contents for Members {
 
     fn digest(&self, entry: Place) -> u32 {
         Members::digest(self, entry)
+    }
+
+    fn readable(&self, entry: Place) -> bool {
+        let (slot, _) = self.locate(entry);
+        !Members::at(self, slot).space.lost()
     }
 }
 
@@ -81,8 +92,13 @@ impl Index {
             Self::Digest(table) => table.insert(contents.digest(entry), entry),
             Self::Content(tree) => {
                 let page = contents.at(entry);
-                // SAFETY: entries stand for pages that are mapped.
-                tree.insert(entry, |other| unsafe { content::order(page, contents.at(other)) });
+                tree.insert(entry, |other| {
+                    if !contents.readable(other) {
+                        return cmp::Ordering::Less;
+                    }
+                    // SAFETY: entries stand for pages that are mapped.
+                    unsafe { content::order(page, contents.at(other)) }
+                });
             }
         }
     }
@@ -105,7 +121,7 @@ impl Index {
             Self::Digest(table) => {
                 effort.steps += 1;
                 table.find(wanted.digest, |entry| {
-                    besides != Some(entry) && {
+                    besides != Some(entry) && contents.readable(entry) && {
                         effort.comparisons += 1;
                         // SAFETY: entries stand for pages that are mapped.
                         unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
@@ -114,6 +130,9 @@ impl Index {
             }
             Self::Content(tree) => tree.find(|entry| {
                 effort.steps += 1;
+                if !contents.readable(entry) {
+                    return cmp::Ordering::Less;
+                }
                 effort.comparisons += 1;
                 // SAFETY: entries stand for pages that are mapped.
                 match unsafe { content::order(wanted.page.as_ptr(), contents.at(entry)) } {

@@ -15,6 +15,8 @@
 //! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
 //! - [`claims`]: what guests say that their pages are for; [`by_type`]: what sharing comes to by that;
 //!   `give_back`: free memory goes back to the host; [`map`]: a picture of a VM's memory.
+//! - [`loss`]: memory that the host cannot supply ends one VM, never the process; `lost`: such VMs leave the
+//!   indexes.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
 //!   their threads, under a ceiling of CPU time.
 //! - [`pairs`]: which VMs have how much in common.
@@ -39,6 +41,8 @@ pub(crate) mod hinted;
 pub mod hints;
 pub(crate) mod huge;
 pub(crate) mod index;
+pub mod loss;
+pub(crate) mod lost;
 pub mod map;
 pub(crate) mod members;
 pub(crate) mod pace;

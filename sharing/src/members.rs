@@ -94,6 +94,8 @@ pub(crate) struct Member {
     pub(crate) claims: Option<Box<Claims>>,
     /// Which of its pages are shared.
     pub(crate) types: SharedTypes,
+    /// How many of its first pages were taken out of all indexes, since it has lost memory.
+    pub(crate) retired: u32,
     /// Its number among all that the engine ever had: another VM in its slot has another.
     pub(crate) id: u64,
     base: Place,
@@ -316,6 +318,7 @@ impl Members {
             claims: None,
             types: self.types,
             space,
+            retired: 0,
             id: self.ids,
             base,
             on_lost,

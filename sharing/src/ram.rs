@@ -7,7 +7,10 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::loss::{self, Loss, Watch};
 
 /// Size of a page and of a frame, in bytes.
 pub const PAGE_SIZE: usize = 4096;
@@ -111,6 +114,8 @@ pub struct Ram {
     pages: u32,
     /// Huge pages are wanted, rather than small ones.
     huge: AtomicBool,
+    /// Notes what of it the host cannot supply.
+    watch: Watch,
     /// A part was unmapped and may be somebody else's by now: the address space is not ours to
     /// unmap as a whole.
     torn: AtomicBool,
@@ -150,11 +155,15 @@ impl Ram {
         shadow.protect(0, SHADOW_LEAD, libc::PROT_READ)?;
         shadow.protect(0, SHADOW_LEAD, libc::PROT_NONE)?;
         target.protect(0, bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        // SAFETY: the range is the reservation's, which outlives the watch; what is in it is reached by
+        // address alone, as memory that changes at any time.
+        let watch = unsafe { loss::watch(target.0.as_ptr().addr(), bytes) }?;
         Ok(Self {
             base: target.keep(),
             shadow: shadow.keep(),
             pages,
             huge: AtomicBool::new(false),
+            watch,
             torn: AtomicBool::new(false),
         })
     }
@@ -193,7 +202,52 @@ impl Ram {
     /// From now on the address space is left to the process when this value goes: a failed call
     /// tore a hole into it, where the kernel may have placed another mapping since.
     pub(crate) fn tear(&self) {
+        self.watch.tear();
         self.torn.store(true, Ordering::Release);
+    }
+
+    /// Notes that a page is lost, whose VM is told otherwise.
+    pub(crate) fn lose(&self, page: u32) {
+        self.watch.lose(page as usize * PAGE_SIZE);
+    }
+
+    /// Puts untouched memory where a failed call left nothing, so that the address space stays this RAM's.
+    /// Returns whether it could: not where anything is mapped there by now.
+    pub(crate) fn fill_hole(&self, first: u32, count: u32) -> bool {
+        let pages = self.range(first, count);
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = RESERVED | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: nothing is replaced, and the addresses were this RAM's.
+        let mapped =
+            unsafe { libc::mmap(pages.address() as *mut libc::c_void, pages.bytes(), access, flags, -1, 0) };
+        mapped != libc::MAP_FAILED
+    }
+
+    /// Whether the host could not supply a part of it: the VM must not run on, and what is read from it is
+    /// nobody's content. See [`loss`] for when to ask.
+    #[must_use]
+    pub fn lost(&self) -> bool {
+        self.watch.lost()
+    }
+
+    /// The same, for devices that may outlive this value.
+    #[must_use]
+    pub fn loss_flag(&self) -> Arc<AtomicBool> {
+        self.watch.flag()
+    }
+
+    /// What of it the host could not supply first.
+    #[must_use]
+    pub fn loss(&self) -> Option<Loss> {
+        self.watch.loss()
+    }
+
+    /// Has `tell` called, once, from another thread, when the host cannot supply a part of it.
+    ///
+    /// # Errors
+    /// Where that thread cannot be had.
+    pub fn on_loss(&self, tell: impl FnOnce(Loss) + Send + 'static) -> io::Result<()> {
+        self.watch.on_loss(tell)
     }
 
     /// The pages `first..first + count`.
@@ -231,6 +285,7 @@ impl Ram {
 
 impl Drop for Ram {
     fn drop(&mut self) {
+        self.watch.end();
         if *self.torn.get_mut() {
             return;
         }

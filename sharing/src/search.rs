@@ -47,6 +47,9 @@ impl Engine {
         self.counters.scanned += 1;
         // SAFETY: a member's RAM is mapped.
         unsafe { content::copy(member.space.page(page), &mut self.scratch) };
+        if member.space.lost() {
+            return 1;
+        }
         if member.whole(page) {
             self.take_census(slot, page);
             return 1;
@@ -175,7 +178,7 @@ impl Engine {
         let member = members.at(slot);
         let other = members.at(twin_slot);
         let mut alike = |distance: u32, page: u32, twin: u32| {
-            member.mergeable(page) && other.mergeable(twin) && {
+            member.mergeable(page) && other.mergeable(twin) && !other.space.lost() && {
                 counters.effort.comparisons += 1;
                 let twin = other.space.page(twin);
                 // SAFETY: members' RAM is mapped.

@@ -142,10 +142,11 @@ impl Space {
         self.backing.mappings()
     }
 
-    /// Whether a failed call lost a part of this RAM.
+    /// Whether a part of this RAM was lost, by a call that failed or because the host could not supply it.
+    /// What was read from it is nobody's content then.
     #[must_use]
     pub fn lost(&self) -> bool {
-        self.hole.is_some()
+        self.hole.is_some() || self.ram.lost()
     }
 
     /// Bytes that the books take.
@@ -199,7 +200,7 @@ impl Space {
         debug_assert!((first..first + count).all(|page| !self.attached(page)));
         let merged = self.replace(first, count, Source::Frames(frame), calls, |page, index| {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
-            unsafe { content::equal(page, store.content(frame + index)) }
+            unsafe { content::equal(page, store.content(frame + index)) && !store.lost() }
         })?;
         (frame..frame + merged).for_each(|frame| store.attach(frame));
         Ok(merged)
@@ -227,7 +228,7 @@ impl Space {
         let before: Vec<_> = (first..first + count).filter_map(|page| self.refers(page)).collect();
         let moved = self.replace(first, count, Source::Frames(frame), calls, |page, index| {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
-            unsafe { content::equal(page, store.content(frame + index)) }
+            unsafe { content::equal(page, store.content(frame + index)) && !store.lost() }
         })?;
         for (index, before) in (0..moved).zip(before) {
             store.attach(frame + index);
@@ -367,7 +368,7 @@ impl Space {
                 .and_then(|()| {
                     // SAFETY: guest RAM is mapped and protected, and its shadow was just written.
                     let same = |index| unsafe { content::equal(pages.page(index), pages.shadow(index)) };
-                    let whole = (0..count).all(same);
+                    let whole = (0..count).all(same) && !ram.lost();
                     whole.then_some(()).ok_or_else(|| MapError::Refused(io::ErrorKind::InvalidData.into()))
                 })
                 .and_then(|()| window.restore(pages)),
@@ -425,7 +426,8 @@ impl Space {
         };
         let equal = (0..protected).take_while(|&index| same(pages.page(index), index)).count() as u32;
         let part = pages.part(0, equal);
-        let outcome = if equal == 0 {
+        // What was compared may be zeros in the place of a page that is gone.
+        let outcome = if equal == 0 || self.ram.lost() {
             Ok(Remapped::Nothing)
         } else if self.shows_again(first, equal, source) {
             calls.discard(part).map(|()| Remapped::Discarded).map_err(MapError::Refused)
@@ -463,8 +465,14 @@ impl Space {
     ) -> SpaceError {
         // Nobody opens another window here, whose wake would find who was missed.
         let _ = calls.wake(self.ram.range(0, self.pages()));
-        self.hole = Some(pages.first()..pages.first() + pages.count());
-        self.ram.tear();
+        let (first, count) = (pages.first(), pages.count());
+        self.ram.lose(first);
+        // Where nothing else is there by now, threads that still reach for these pages find zeros.
+        let filled = self.ram.fill_hole(first, count);
+        if !filled {
+            self.ram.tear();
+        }
+        self.hole = Some(if filled { first..first } else { first..first + count });
         SpaceError::Lost { doing, first: pages.first(), count: pages.count(), error }
     }
 

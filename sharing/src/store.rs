@@ -16,6 +16,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::calls::MemoryCalls;
+use crate::loss::{self, Watch};
 use crate::ram::PAGE_SIZE;
 
 /// Number of a frame in its store; its offset in the memory file is that many pages.
@@ -79,6 +80,8 @@ pub struct FrameStore {
     idle: u32,
     shared: u32,
     sharing: u64,
+    /// Note what of the two mappings the host cannot supply.
+    watches: [Watch; 2],
 }
 
 // SAFETY: both mappings are memory of the store's own; nothing in them is tied to a thread.
@@ -113,7 +116,14 @@ impl FrameStore {
             // SAFETY: the view was just mapped, and nobody knows its address.
             unsafe { libc::munmap(view.as_ptr().cast(), bytes) };
         })?;
+        let watched = |at: NonNull<u8>| {
+            // SAFETY: the mapping belongs to this value, which ends the watch before it unmaps; frames are
+            // reached by address, and whoever has read one asks whether they are lost.
+            unsafe { loss::watch(at.as_ptr().addr(), bytes) }
+        };
+        let watches = [watched(view)?, watched(landing)?];
         Ok(Self {
+            watches,
             file,
             io,
             view,
@@ -261,6 +271,13 @@ impl FrameStore {
     pub fn content(&self, frame: Frame) -> *const u8 {
         debug_assert!(self.is_live(frame), "frame {frame} is free");
         self.view.as_ptr().wrapping_add(frame as usize * PAGE_SIZE)
+    }
+
+    /// Whether the host could not supply a frame. What was read from frames may be zeros then, which are
+    /// nobody's content: see [`loss`] for when to ask.
+    #[must_use]
+    pub fn lost(&self) -> bool {
+        self.watches.iter().any(Watch::lost)
     }
 
     /// Whether a frame has content.
@@ -535,6 +552,7 @@ impl FrameStore {
 
 impl Drop for FrameStore {
     fn drop(&mut self) {
+        self.watches.iter_mut().for_each(Watch::end);
         let bytes = self.capacity as usize * PAGE_SIZE;
         // SAFETY: both were mapped by `create` and nobody keeps addresses into them.
         unsafe {

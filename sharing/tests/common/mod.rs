@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use parking_lot::Mutex;
 use samepage_sharing::calls::{Linux, MemoryCalls, Over, Source};
 use samepage_sharing::engine::{Engine, Settings};
+use samepage_sharing::loss::Cause;
 use samepage_sharing::ram::RamRange;
 use samepage_sharing::store::{Frame, FrameStore};
 use samepage_sharing::{PAGE_SIZE, Ram};
@@ -235,5 +236,25 @@ impl Numbers {
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0 % limit
+    }
+}
+
+/// Takes pages of a guest away, as a host may: whoever touches them is told by a signal.
+pub(crate) fn damage(guest: &Guest, page: u32, count: u32, cause: Cause) {
+    let pages = guest.ram.range(page, count);
+    let (address, bytes) = (pages.address() as *mut libc::c_void, pages.bytes());
+    // SAFETY: the pages are the test's guest RAM, which is under watch.
+    unsafe {
+        if cause == Cause::Unmapped {
+            assert_eq!(libc::munmap(address, bytes), 0);
+            return;
+        }
+        let file = libc::memfd_create(c"cut-off".as_ptr(), libc::MFD_CLOEXEC);
+        assert_eq!(libc::ftruncate(file, bytes as i64), 0);
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+        let mapped = libc::mmap(address, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, file, 0);
+        assert_ne!(mapped, libc::MAP_FAILED);
+        assert_eq!(libc::ftruncate(file, 0), 0);
+        libc::close(file);
     }
 }

@@ -252,6 +252,9 @@ impl Vm {
         add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
         let handle = VmHandle { name: config.name.as_str().into(), control };
+        let vm = handle.clone();
+        let tell = move |loss| vm.fail(format!("its memory was lost: {loss}"));
+        memory.ram().on_loss(tell).map_err(VmError::Thread)?;
         let membership = match config.sharing {
             Some(sharing) => {
                 let vm = handle.clone();
