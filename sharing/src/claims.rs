@@ -19,6 +19,7 @@ use crate::changes::RareSet;
 use crate::engine::Engine;
 use crate::give_back::Giving;
 use crate::members::Member;
+use crate::turns::Kind;
 
 /// Where a guest makes its claims about its pages.
 pub trait ClaimSource: Send + Sync + fmt::Debug {
@@ -289,11 +290,10 @@ impl Engine {
 
     /// Takes in the next part of what guests say. Returns whether there was any.
     pub(crate) fn take_claims(&mut self, now: Instant) -> bool {
-        let due = |slot: &usize| {
-            let claims = self.members.at(*slot).claims.as_ref();
-            claims.and_then(|claims| claims.due()).is_some_and(|due| due <= now)
+        let due = |member: &Member| {
+            member.claims.as_ref().and_then(|claims| claims.due()).is_some_and(|due| due <= now)
         };
-        let Some(slot) = self.members.slots().find(due) else { return false };
+        let Some(slot) = self.next_with_work(Kind::Claims, due) else { return false };
         if self.members.at(slot).claims.as_ref().is_some_and(|claims| claims.reading.is_some()) {
             self.read_blocks(slot, now);
         } else {

@@ -29,6 +29,7 @@ use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::turns::{Kind, Turns};
 use crate::undo::Pressure;
 
 /// In what order the indexes keep what they look up.
@@ -134,9 +135,6 @@ impl Counters {
     }
 }
 
-/// In so many steps each kind of work goes first once at least.
-const TURNS: u32 = 4;
-
 /// The engine: all VMs that share, their frames, and where the pass stands.
 pub struct Engine {
     pub(crate) calls: Box<dyn MemoryCalls>,
@@ -167,8 +165,7 @@ pub struct Engine {
     /// The slot and page where looking at pages at rest goes on.
     pub(crate) rested_cursor: (usize, u32),
     pub(crate) looked_at_rested: bool,
-    /// Whose turn it is to go first.
-    turn: u32,
+    pub(crate) turns: Turns,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
     /// Losses of memory in this process up to which VMs have been looked through.
@@ -233,7 +230,7 @@ impl Engine {
             pass: Pass::new(),
             rested_cursor: (0, 0),
             looked_at_rested: false,
-            turn: 0,
+            turns: Turns::default(),
             urgent: Arc::default(),
             losses_seen: 0,
             membership_changed: true,
@@ -355,16 +352,12 @@ impl Engine {
         if self.store.any_left() {
             self.settle_cache();
         }
-        // Guests that change faster than the engine can look would leave no time for the rest.
-        self.turn = (self.turn + 1) % TURNS;
-        let worked = match self.turn {
-            0 => self.upkeep(now) || self.follow_changes(now),
-            1 => self.unshare(now) || self.follow_changes(now) || self.upkeep(now),
-            2 => self.look_at_rested() || self.follow_changes(now) || self.upkeep(now),
-            _ => self.follow_changes(now) || self.upkeep(now),
-        };
-        if worked {
-            return Step::Worked;
+        for kind in self.turns.order() {
+            let started = Instant::now();
+            if self.work(kind, now) {
+                self.turns.served(kind, started.elapsed());
+                return Step::Worked;
+            }
         }
         let passes = self.passes();
         let active = self.members.iter().filter(|member| member.active());
@@ -383,23 +376,30 @@ impl Engine {
         )
     }
 
-    /// What pages that changed and pages at rest ask for.
-    fn follow_changes(&mut self, now: Instant) -> bool {
-        self.take_hints()
-            || self.take_claims(now)
-            || self.end_an_interval(now)
-            || self.give_back_step()
-            || self.look_at_rested()
+    /// Does a piece of work of a kind, about a millisecond of it. Returns whether there was any.
+    fn work(&mut self, kind: Kind, now: Instant) -> bool {
+        match kind {
+            Kind::Hints => self.take_hints(),
+            Kind::Claims => self.take_claims(now),
+            Kind::Changes => self.end_an_interval(now),
+            Kind::GiveBack => self.give_back_step(),
+            Kind::Rested => self.look_at_rested(),
+            Kind::Evictions => self.shrink_cache(),
+            Kind::Limit => self.rest_cache(now),
+            Kind::Splits => self.split_step(),
+            Kind::Unshare => self.unshare(now),
+            Kind::Undo => self.undo_for_better(),
+            Kind::Compaction => self.compact(now),
+            Kind::Passes => self.go_on_with_pass(now),
+        }
     }
 
-    /// What is asked for by settings, by the books, and by VMs without a change log.
-    fn upkeep(&mut self, now: Instant) -> bool {
-        self.shrink_cache()
-            || self.rest_cache(now)
-            || self.split_step()
-            || self.take_off_step(now)
-            || self.compact(now)
-            || self.go_on_with_pass(now)
+    /// The next VM in turn, after the one that this kind of work was last done for, that has such work.
+    pub(crate) fn next_with_work(&mut self, kind: Kind, work: impl Fn(&Member) -> bool) -> Option<usize> {
+        let slot =
+            self.members.slots_after(self.turns.slot(kind)).find(|&slot| work(self.members.at(slot)))?;
+        self.turns.set_slot(kind, slot);
+        Some(slot)
     }
 
     /// Whether there are VMs to be gone over in full passes.

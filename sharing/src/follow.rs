@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use crate::changes::{ChangeLog, PageSet, RareSet};
 use crate::claims::Turn;
 use crate::engine::Engine;
-use crate::members::{Flags, Mode};
+use crate::members::{Flags, Member, Mode};
 use crate::passes::CHUNK_PAGES;
 use crate::rest::{Changes, Tracker};
+use crate::turns::Kind;
 
 /// After how many intervals pages that could not be merged for want of mappings, or because a call
 /// was refused, are tried again, and those are looked at that are unlikely to be shared.
@@ -128,11 +129,10 @@ impl Follower {
 impl Engine {
     /// Ends the interval of one VM for which it is over. Returns whether there was one.
     pub(crate) fn end_an_interval(&mut self, now: Instant) -> bool {
-        let over = |slot: &usize| {
-            let member = self.members.at(*slot);
+        let over = |member: &Member| {
             member.active() && member.follower.as_ref().is_some_and(|follower| follower.due <= now)
         };
-        let Some(slot) = self.members.slots().find(over) else { return false };
+        let Some(slot) = self.next_with_work(Kind::Changes, over) else { return false };
         let mut changes = std::mem::take(&mut self.changes);
         let pages = self.members.at(slot).space.pages();
         if changes.changed.words().len() != (pages as usize).div_ceil(64) {
@@ -234,9 +234,8 @@ impl Engine {
             Some((slot, start, pages.min(start.saturating_add(CHUNK_PAGES))))
         };
         let (slot, page) = self.rested_cursor;
-        let after = self.members.slots().filter(|&other| other > slot);
-        let before = self.members.slots().filter(|&other| other <= slot);
-        let found = next(slot, page).or_else(|| after.chain(before).find_map(|slot| next(slot, 0)));
+        let found =
+            next(slot, page).or_else(|| self.members.slots_after(slot).find_map(|slot| next(slot, 0)));
         let Some((slot, start, end)) = found else {
             let followers = self.members.iter_mut().filter_map(|member| member.follower.as_mut());
             if followers.filter_map(Follower::promote).count() > 0 {

@@ -20,8 +20,9 @@ use samepage_hole::FREED_PAGES_MATTER;
 use crate::calls::Source;
 use crate::content;
 use crate::engine::Engine;
-use crate::members::Mode;
+use crate::members::{Member, Mode};
 use crate::space::WINDOW_PAGES;
+use crate::turns::Kind;
 
 /// Pages that are worth asking for.
 const ENOUGH: u32 = 64;
@@ -83,12 +84,11 @@ impl Engine {
 
     /// Goes on with giving memory back, by about a millisecond of work. Returns whether there was any.
     pub(crate) fn give_back_step(&mut self) -> bool {
-        let busy = |slot: &usize| {
-            let member = self.members.at(*slot);
+        let busy = |member: &Member| {
             let work = member.claims.as_ref().map(|claims| claims.giving.work);
             member.active() && matches!(work, Some(Work::Lending(_) | Work::Taking(_)))
         };
-        let Some(slot) = self.members.slots().find(busy) else { return false };
+        let Some(slot) = self.next_with_work(Kind::GiveBack, busy) else { return false };
         let work = self.members.at(slot).claims.as_ref().map(|claims| claims.giving.work);
         let next = match work {
             Some(_) if self.members.at(slot).mode != Mode::Full => Work::None,

@@ -9,38 +9,57 @@ use crate::content;
 use crate::engine::Engine;
 use crate::hints::Hint;
 use crate::members::Mode;
+use crate::turns::Kind;
 
 /// Hints that one step takes up.
 const STEP_HINTS: usize = 16;
+/// Pages said to hold blocks that one step compares, or of one read where that is more than the rest of these.
+const STEP_PAGES: u32 = 512;
+/// Pages said to be free count as so much less work.
+const FREED: u32 = 16;
 
 impl Engine {
-    /// Takes the next hints up. Returns whether there were any.
+    /// Takes the next hints up, of each VM in turn. Returns whether there were any.
     pub(crate) fn take_hints(&mut self) -> bool {
-        let mut taken = 0;
-        for slot in self.members.slots().collect::<Vec<_>>() {
-            while taken < STEP_HINTS {
-                let Some(hint) = self.members.at(slot).hints.take() else { break };
-                taken += 1;
-                self.take_hint(slot, hint);
-            }
+        let (mut hints, mut pages) = (0, 0);
+        while hints < STEP_HINTS && pages < STEP_PAGES {
+            let Some(slot) = self.next_with_work(Kind::Hints, |member| member.hints.waiting() > 0) else {
+                break;
+            };
+            let Some(hint) = self.members.at(slot).hints.take() else { break };
+            hints += 1;
+            pages += self.take_hint(slot, hint, STEP_PAGES - pages);
         }
-        if taken > 0 {
+        if hints > 0 {
             self.store.reclaim(&*self.calls);
         }
-        taken > 0
+        hints > 0
     }
 
-    fn take_hint(&mut self, slot: usize, hint: Hint) {
-        self.counters.hints += 1;
+    /// Takes as much of a hint up as there is time for in a step. Returns for how many pages there would have
+    /// been.
+    fn take_hint(&mut self, slot: usize, hint: Hint, most: u32) -> u32 {
         let pages = hint.pages();
         let member = self.members.at(slot);
         // Page numbers come from a device, which has them from a guest.
         let there = pages.start < pages.end && pages.end <= member.space.pages();
         if member.space.lost() || member.mode != Mode::Full || !there {
-            return;
+            self.counters.hints += 1;
+            return 0;
         }
-        match hint {
-            Hint::Holds { pages, image, block } => self.try_blocks(slot, pages, image, block),
+        let most = if matches!(hint, Hint::Freed { .. }) { most * FREED } else { most };
+        let (first, rest) = hint.split(most);
+        self.counters.hints += u64::from(rest.is_none());
+        if let Some(rest) = rest {
+            member.hints.put_back(rest);
+        }
+        let pages = first.pages();
+        let count = pages.end - pages.start;
+        match first {
+            Hint::Holds { pages, image, block } => {
+                self.try_blocks(slot, pages, image, block);
+                count
+            }
             Hint::Freed { pages } => {
                 for page in pages {
                     self.forget_page(slot, page);
@@ -48,6 +67,7 @@ impl Engine {
                         follower.skip(page);
                     }
                 }
+                count.div_ceil(FREED)
             }
         }
     }

@@ -42,6 +42,23 @@ impl Hint {
             Self::Holds { pages, .. } | Self::Freed { pages } => pages.clone(),
         }
     }
+
+    /// The hint about the first pages, so many at most, and the hint about the rest.
+    pub(crate) fn split(self, most: u32) -> (Self, Option<Self>) {
+        let pages = self.pages();
+        let middle = pages.start.saturating_add(most);
+        if middle >= pages.end {
+            return (self, None);
+        }
+        let (first, rest) = (pages.start..middle, middle..pages.end);
+        match self {
+            Self::Holds { image, block, .. } => (
+                Self::Holds { pages: first, image, block },
+                Some(Self::Holds { pages: rest, image, block: block.wrapping_add(most.into()) }),
+            ),
+            Self::Freed { .. } => (Self::Freed { pages: first }, Some(Self::Freed { pages: rest })),
+        }
+    }
 }
 
 /// One VM's hints on their way to the engine. Giving one takes a short lock and never waits for the
@@ -71,6 +88,17 @@ impl Hints {
 
     pub(crate) fn take(&self) -> Option<Hint> {
         self.queue.lock().pop_front()
+    }
+
+    /// How many wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.queue.lock().len()
+    }
+
+    /// A part of the hint that was taken last is left to be taken.
+    pub(crate) fn put_back(&self, hint: Hint) {
+        self.queue.lock().push_front(hint);
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {
@@ -142,6 +170,15 @@ mod tests {
             blocks.replace(1, block, block as u32);
         }
         assert_eq!(blocks.entries.len(), 64);
+    }
+
+    #[test]
+    fn a_hint_is_taken_up_in_parts() {
+        let (first, rest) = Hint::Holds { pages: 10..20, image: 3, block: 100 }.split(4);
+        assert_eq!(first, Hint::Holds { pages: 10..14, image: 3, block: 100 });
+        assert_eq!(rest, Some(Hint::Holds { pages: 14..20, image: 3, block: 104 }));
+        let whole = Hint::Freed { pages: 10..20 };
+        assert_eq!(whole.clone().split(10), (whole, None));
     }
 
     #[test]

@@ -28,6 +28,7 @@ use std::ops::Range;
 use crate::engine::Engine;
 use crate::members::{Flags, Mode};
 use crate::ram::HUGE_PAGES;
+use crate::turns::Kind;
 
 /// Intervals without a change after which a huge page is cold.
 const COLD: u8 = 8;
@@ -271,7 +272,8 @@ impl Engine {
     /// Returns whether there were any.
     pub fn split_step(&mut self) -> bool {
         let mut splits = 0;
-        for slot in 0..self.members.end() {
+        let slots: Vec<_> = self.members.slots_after(self.turns.slot(Kind::Splits)).collect();
+        for slot in slots {
             while splits < STEP_SPLITS {
                 let Some(member) = self.members.get_mut(slot).filter(|member| member.active()) else { break };
                 let Some(first) = member.huge.as_mut().and_then(HugeRanges::next_cold) else { break };
@@ -281,6 +283,7 @@ impl Engine {
                     continue;
                 }
                 splits += 1;
+                self.turns.set_slot(Kind::Splits, slot);
                 self.split(slot, first);
             }
         }

@@ -58,6 +58,7 @@ pub mod statistics;
 pub mod store;
 pub(crate) mod table;
 pub(crate) mod tree;
+pub(crate) mod turns;
 pub mod uffd;
 pub(crate) mod undo;
 pub mod wakes;

@@ -352,9 +352,11 @@ impl Members {
         self.slots.iter().enumerate().filter(|(_, member)| member.is_some()).map(|(slot, _)| slot)
     }
 
-    /// The number of slots.
-    pub(crate) fn end(&self) -> usize {
-        self.slots.len()
+    /// The slots with members, those behind a slot first and this one last.
+    pub(crate) fn slots_after(&self, slot: usize) -> impl Iterator<Item = usize> + '_ {
+        self.slots()
+            .filter(move |&other| other > slot)
+            .chain(self.slots().filter(move |&other| other <= slot))
     }
 
     /// The first slot with a member, from `slot` on.

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use crate::backing::joined;
 use crate::calls::Source;
 use crate::engine::Engine;
-use crate::members::Mode;
+use crate::members::{Member, Mode};
 use crate::space::{Space, SpaceError};
+use crate::turns::Kind;
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
 const BATCH_PAGES: u32 = 64;
@@ -94,7 +95,7 @@ impl Engine {
         self.unshare(now) || self.undo_for_better()
     }
 
-    fn undo_for_better(&mut self) -> bool {
+    pub(crate) fn undo_for_better(&mut self) -> bool {
         match std::mem::take(&mut self.pressure.work) {
             Work::None => self.begin_counting(),
             Work::Counting { slot, below, classes } => {
@@ -194,11 +195,9 @@ impl Engine {
     /// Takes pages off their frames of a VM that is not to share any more. Returns whether there
     /// were any.
     pub(crate) fn unshare(&mut self, now: Instant) -> bool {
-        let wanted = |slot: &usize| {
-            let member = self.members.at(*slot);
-            member.unshare.is_some_and(|(_, due)| due <= now) && !member.space.lost()
-        };
-        let Some(slot) = self.members.slots().find(wanted) else { return false };
+        let wanted =
+            |member: &Member| member.unshare.is_some_and(|(_, due)| due <= now) && !member.space.lost();
+        let Some(slot) = self.next_with_work(Kind::Unshare, wanted) else { return false };
         let member = self.members.at_mut(slot);
         let from = member.unshare.map_or(0, |(page, _)| page);
         let Some(cluster) = Clusters::new(&member.space, from).next() else {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 
-use super::limit::CacheLimit;
+use super::limit::{CacheLimit, CacheSize};
 use super::names::{BlockKey, Keep, Named, Names};
 use super::notes::{Notes, Proof, Prover};
 use super::reads::VmNumber;
@@ -294,6 +294,11 @@ impl Engine {
                 self.publish_idle();
             }
         }
+    }
+
+    /// Changes how much memory cached blocks may take. Those beyond are dropped step by step.
+    pub fn set_cache_size(&self, size: CacheSize) {
+        self.books.limit.set_size(size);
     }
 
     /// Follows what is free on the host, while there is something to be given back.
