@@ -100,19 +100,24 @@ impl Budget {
         (self.capacity() / AMPLE) as i64
     }
 
+    /// Has the mappings counted anew soon: VMs came or went.
+    pub fn ask_for_recount(&self) {
+        self.steps.store(u32::MAX, Ordering::Relaxed);
+    }
+
     /// Counts the process's mappings anew where that is due: a count costs 1 µs a mapping, so it
-    /// comes when a quarter of the room has been used up since the last, when VMs came or went
-    /// (`force`), and now and then.
+    /// comes when a quarter of the room has been used up since the last, when it was
+    /// [asked for](Self::ask_for_recount), and now and then. Nobody is to wait for it.
     ///
     /// # Errors
     /// Where `/proc` cannot be read; the old count stays.
-    pub fn recount(&self, force: bool) -> io::Result<()> {
+    pub fn recount(&self) -> io::Result<()> {
         let guest = self.guest.load(Ordering::Relaxed);
         let steps = self.steps.load(Ordering::Relaxed).saturating_add(1);
         self.steps.store(steps, Ordering::Relaxed);
         let few = (self.room().max(0) as u64 / 4).max(1000);
         let changed = guest.abs_diff(self.counted.load(Ordering::Relaxed));
-        let due = force || steps >= RECOUNT_STEPS || changed >= few;
+        let due = steps >= RECOUNT_STEPS || changed >= few;
         if due {
             self.steps.store(0, Ordering::Relaxed);
             self.other.store(mappings_of_process()?.saturating_sub(guest), Ordering::Relaxed);
@@ -178,7 +183,7 @@ mod tests {
     #[test]
     fn room_shrinks_with_the_mappings_and_vms_of_all_engines() {
         let budget = Arc::new(Budget::new(Some(20_000)));
-        budget.recount(true).unwrap();
+        budget.recount().unwrap();
         let empty = budget.room();
         assert!(empty > 10_000 && empty <= 20_000 - 4096, "{empty}");
         let mut one = Share::new(Arc::clone(&budget));
@@ -195,7 +200,7 @@ mod tests {
     #[test]
     fn the_shortest_run_worth_merging_grows_as_room_runs_out() {
         let budget = Arc::new(Budget::new(Some(20_000)));
-        budget.recount(true).unwrap();
+        budget.recount().unwrap();
         let capacity = budget.capacity();
         let mut share = Share::new(Arc::clone(&budget));
         let mut shortest = |room: u64| {

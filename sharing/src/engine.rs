@@ -142,6 +142,8 @@ pub struct Engine {
     pub(crate) store: FrameStore,
     pub(crate) members: Members,
     pub(crate) share: Share,
+    /// Nobody else keeps the budget and the limit true.
+    pub(crate) alone: bool,
     pub(crate) digester: Digester,
     pub(crate) settle: bool,
     follow: bool,
@@ -191,10 +193,12 @@ impl Engine {
     /// Where the page map or random numbers cannot be read.
     pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
         let limit = Arc::new(CacheLimit::new(settings.block_cache));
-        Self::with_budget(settings, store, calls, Arc::new(Budget::new(settings.mappings_limit)), limit)
+        let budget = Arc::new(Budget::new(settings.mappings_limit));
+        Ok(Self { alone: true, ..Self::with_budget(settings, store, calls, budget, limit)? })
     }
 
-    /// An engine without VMs that has its part of a budget of mappings.
+    /// An engine without VMs that has its part of a budget of mappings, and of the limit on cached blocks. The
+    /// caller keeps both true.
     ///
     /// # Errors
     /// As [`Engine::new`].
@@ -211,6 +215,7 @@ impl Engine {
             store,
             members: Members::new(settings.types),
             share: Share::new(budget),
+            alone: false,
             digester: Digester::new()?,
             settle: settings.settle,
             follow: settings.follow,
@@ -256,6 +261,7 @@ impl Engine {
         let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
         let space = Space::new(ram, &*self.calls)?;
         self.membership_changed = true;
+        self.books.join();
         self.any_huge |= huge.is_some();
         let log = log.filter(|_| self.follow);
         if log.is_none() {
@@ -366,8 +372,12 @@ impl Engine {
         let unshare = whole.filter_map(|member| member.unshare).map(|(_, due)| due);
         let pass = passes.then_some(self.pass.due);
         let claims = self.claims_due();
+        // Where intervals end, the cache has its turn with them.
+        let cache = self.members.iter().all(|member| !member.active() || member.follower.is_none());
+        let cache = cache.then(|| self.cache_due()).flatten();
         Step::RestUntil(
             intervals
+                .chain(cache)
                 .chain(unshare)
                 .chain(pass)
                 .chain(claims)
@@ -385,7 +395,7 @@ impl Engine {
             Kind::GiveBack => self.give_back_step(),
             Kind::Rested => self.look_at_rested(),
             Kind::Evictions => self.shrink_cache(),
-            Kind::Limit => self.rest_cache(now),
+            Kind::Limit => self.rest_cache(now) || self.follow_limit(now),
             Kind::Splits => self.split_step(),
             Kind::Unshare => self.unshare(now),
             Kind::Undo => self.undo_for_better(),
@@ -424,8 +434,14 @@ impl Engine {
     pub(crate) fn recount(&mut self) {
         let force = std::mem::take(&mut self.membership_changed);
         self.publish_mappings();
-        // A count that failed leaves the last one in force.
-        let _ = self.share.budget().recount(force);
+        let budget = self.share.budget();
+        if force {
+            budget.ask_for_recount();
+        }
+        if self.alone {
+            // A count that failed leaves the last one in force.
+            let _ = budget.recount();
+        }
     }
 
     /// Lets the budget know how many mappings the VMs have.
@@ -473,6 +489,11 @@ impl Engine {
             longest_window_us: windows.max().unwrap_or_default().as_micros() as u64,
             cpu_seconds: 0.0,
         }
+    }
+
+    /// Whether there may be something to do: an engine without VMs may still cache blocks.
+    pub(crate) fn busy(&self) -> bool {
+        self.members.count() > 0 || self.cache_due().is_some()
     }
 
     /// The digest of a page under this engine's key.

@@ -90,6 +90,15 @@ impl Groups {
         Engine::with_budget(&self.settings, store, calls, Arc::clone(&self.budget), Arc::clone(&self.limit))
     }
 
+    /// Keeps the budget of mappings and the limit on cached blocks true, while no engine is held up by it.
+    pub(crate) fn look_around(&self, now: Instant) {
+        // A count that failed leaves the last one in force.
+        let _ = self.budget.recount();
+        if self.limit.used() > 0 {
+            self.limit.refresh(now);
+        }
+    }
+
     pub(crate) fn cache_limit(&self) -> &CacheLimit {
         &self.limit
     }
@@ -163,6 +172,6 @@ impl Group {
 
     /// One step of its engine; `None` where it has nothing to do at all.
     pub(crate) fn step(&self, engine: &mut Engine, now: Instant) -> Option<Step> {
-        (engine.members.count() > 0).then(|| engine.step(now))
+        engine.busy().then(|| engine.step(now))
     }
 }

@@ -207,6 +207,9 @@ impl Crew {
     fn round(&self, first: usize) -> Round {
         let groups = self.groups.all();
         let started = thread_cpu();
+        if first == 0 && !self.paused.load(Ordering::SeqCst) {
+            self.groups.look_around(Instant::now());
+        }
         let mut rest: Option<Instant> = None;
         let mut worked = false;
         for index in 0..groups.len() {

@@ -10,7 +10,7 @@ use common::followed::{Clock, Vm, following};
 use common::{Fault, Numbers, audit, engine, faulty_engine, losses};
 use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
-use samepage_sharing::service::{Participation, Sharing};
+use samepage_sharing::service::{Membership, Participation, Sharing};
 
 const PAGES: u32 = 512;
 
@@ -237,6 +237,38 @@ fn a_cache_that_is_made_smaller_drops_what_is_too_much_though_no_vm_is_left() {
     assert_eq!(sharing.cache().blocks_cached, 100);
     sharing.set_cache_size(CacheSize::Bytes(0));
     assert_eq!(sharing.statistics().frames, 0);
+}
+
+#[test]
+fn what_one_group_reads_evicts_nothing_of_another() {
+    let sharing = Sharing::start(settings(100)).unwrap();
+    let join = |group: &str| {
+        let guest = common::Guest::new(1000);
+        let participation = Participation { group: group.to_owned(), ..Participation::default() };
+        sharing.add(guest.ram, None, &participation, losses().1).unwrap()
+    };
+    let [watcher, reader] = ["watcher", "reader"].map(join);
+    let read = |membership: &Membership, first: u64, count: usize| {
+        let blocks = membership.blocks();
+        let read =
+            BlockRead { keep: Keep::Inclusive, image: Image([1; 4]), first, targets: &vec![None; count] };
+        let plan = blocks.begin_read(&read, |_, _| {});
+        for fetch in plan.fetches {
+            common::disks::land(&fetch);
+            assert!(blocks.end_fetch(fetch.token, true, |_, _| {}));
+        }
+        plan.from_host
+    };
+    read(&watcher, 0, 40);
+    for round in 0..20 {
+        read(&reader, 100 * round, 100);
+    }
+    assert_eq!(read(&watcher, 0, 40), 40, "it can tell that somebody reads");
+    assert_eq!(sharing.cache().blocks_cached, 90, "the reader has its half");
+    // A group that is gone leaves its share to the others.
+    drop(reader);
+    read(&watcher, 0, 90);
+    assert_eq!(read(&watcher, 0, 90), 90);
 }
 
 #[test]

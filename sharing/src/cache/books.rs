@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 
-use super::limit::{CacheLimit, CacheSize};
+use super::limit::{CacheLimit, CacheSize, FRESH};
 use super::names::{BlockKey, Keep, Named, Names};
 use super::notes::{Notes, Proof, Prover};
 use super::reads::VmNumber;
@@ -61,6 +61,10 @@ pub(crate) struct Books {
     pub(crate) limit: Arc<CacheLimit>,
     /// Idle frames as the limit knows them.
     published: u64,
+    /// The group has a share of the limit: it had a VM.
+    joined: bool,
+    /// When the limit was last followed.
+    followed: Instant,
     /// Frames were filled from disks since that was last asked, and when that was.
     pub(crate) filled: bool,
     asked: Instant,
@@ -80,6 +84,8 @@ impl Books {
             prover: Prover::new()?,
             limit,
             published: 0,
+            joined: false,
+            followed: Instant::now(),
             filled: false,
             asked: Instant::now(),
             counters: CacheStatistics::default(),
@@ -94,6 +100,13 @@ impl Books {
 
     pub(crate) fn known_image(&self, image: Image) -> Option<u32> {
         self.images.get(&image).copied()
+    }
+
+    /// The group has a VM, and from now on its share of the limit.
+    pub(crate) fn join(&mut self) {
+        if !std::mem::replace(&mut self.joined, true) {
+            self.limit.join();
+        }
     }
 
     pub(crate) fn add_fetch(&mut self, fetching: Fetching) -> u64 {
@@ -122,6 +135,9 @@ impl Books {
 impl Drop for Books {
     fn drop(&mut self) {
         self.limit.use_instead(self.published, 0);
+        if self.joined {
+            self.limit.leave();
+        }
     }
 }
 
@@ -242,7 +258,7 @@ impl Engine {
             }
         }
         self.publish_idle();
-        if self.books.limit.exceeded() {
+        if self.exceeded() {
             self.evict();
         }
         if self.books.filled {
@@ -265,6 +281,11 @@ impl Engine {
         rested
     }
 
+    /// Whether the group caches more than its share.
+    fn exceeded(&self) -> bool {
+        u64::from(self.store.idle()) > self.books.limit.share()
+    }
+
     fn publish_idle(&mut self) {
         let idle = self.store.idle().into();
         self.books.limit.use_instead(self.books.published, idle);
@@ -273,7 +294,7 @@ impl Engine {
 
     /// Goes on with dropping blocks, where there are too many. Returns whether there were any to drop.
     pub(crate) fn shrink_cache(&mut self) -> bool {
-        let any = self.books.limit.exceeded() && self.store.idle() > 0 && !self.books.order.is_empty();
+        let any = self.exceeded() && !self.books.order.is_empty();
         if any {
             self.settle_cache();
         }
@@ -282,7 +303,7 @@ impl Engine {
 
     fn evict(&mut self) {
         for _ in 0..STEP_EVICTIONS {
-            if !self.books.limit.exceeded() {
+            if !self.exceeded() {
                 return;
             }
             let Some(key) = self.books.order.evict() else { return };
@@ -301,12 +322,28 @@ impl Engine {
         self.books.limit.set_size(size);
     }
 
-    /// Follows what is free on the host, while there is something to be given back.
-    pub(crate) fn follow_limit(&mut self, now: Instant) {
-        if self.store.idle() > 0 {
-            self.books.limit.refresh(now);
+    /// Follows what is free, where cached blocks could be given up for it and nobody has just done so. Returns
+    /// whether that was due.
+    pub(crate) fn follow_limit(&mut self, now: Instant) -> bool {
+        let due = self.limit_due().is_some_and(|due| due <= now);
+        if due {
+            self.books.followed = now;
+            if self.alone {
+                self.books.limit.refresh(now);
+            }
             self.settle_cache();
         }
+        due
+    }
+
+    fn limit_due(&self) -> Option<Instant> {
+        (self.store.idle() > 0).then(|| self.books.followed + FRESH)
+    }
+
+    /// When the cache has something to give back, or looks whether it has.
+    pub(crate) fn cache_due(&self) -> Option<Instant> {
+        let spare = (self.store.spare() > 0).then(|| self.books.asked + SPARE_FOR);
+        spare.into_iter().chain(self.limit_due()).min()
     }
 
     /// What more memory would bring a VM; `None` where it has read nothing through the cache.

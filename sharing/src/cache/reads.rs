@@ -289,7 +289,7 @@ impl Engine {
             let Some(&note) = self.books.notes.get(place) else { continue };
             let same = note.key == BlockKey { block: first.block + index, ..first };
             let held = self.books.names.frame(note.key).is_some() || self.books.being_written(note.key);
-            if same || held || self.books.limit.frames() == 0 {
+            if same || held || self.books.limit.share() == 0 {
                 continue;
             }
             let source = self.members.at(slot).space.page(page);

@@ -7,7 +7,7 @@ use serde::Serialize;
 pub struct CacheStatistics {
     /// Blocks that the host alone holds, now.
     pub blocks_cached: u64,
-    /// Most that it may, now, in all groups together.
+    /// Most that it may, now, in all groups together; each has an equal share of it.
     pub blocks_limit: u64,
     /// Frames that hold blocks and are mapped by guests, now.
     pub blocks_in_guests: u64,
