@@ -514,6 +514,22 @@ fn disks() {
         assert_eq!((status, &disk["cache"], &disk["limits"]["iops"]), (200, &json!(policy), &json!(100)));
     }
     assert_eq!(cache("buffered").0, 409);
+    let resized = |size| {
+        let path = host.folder.path().join("disk.img");
+        fs::File::options().write(true).open(path).unwrap().set_len(size).unwrap();
+        host.ask("POST", "/vms/a/disks/data/resize", None)
+    };
+    for size in [3 << 20, 1 << 19] {
+        let (status, disk) = resized(size);
+        assert_eq!((status, &disk["size_bytes"]), (200, &json!(size)));
+    }
+    let by_command = Running::start(client_command(&host, &["resize", "a", "data"])).wait();
+    by_command.assert_code(0);
+    assert_eq!(by_command.stderr, "samepage: disk data has 524288 bytes now\n");
+    let (status, problem) = resized(777);
+    assert_eq!(status, 409);
+    assert!(problem["detail"].as_str().unwrap().contains("777 bytes"), "{problem}");
+    assert_eq!(host.done("GET", "/vms/a/disks/data", None)["size_bytes"], 1 << 19);
     assert_eq!(host.ask("PATCH", "/vms/a/disks/data", Some(&json!({}))).0, 400);
     let io = host.done("GET", "/vms", None)[0]["io"].clone();
     assert!(io["from_disk_bytes"].is_u64(), "{io}");
@@ -521,6 +537,7 @@ fn disks() {
     assert_eq!(host.done("GET", "/vms/a/working-set", None)["memory_bytes"], MEMORY);
     host.act("a", "kill");
     assert_eq!(host.ask("PATCH", "/vms/a/disks/data", Some(&change)).0, 409);
+    assert_eq!(host.ask("POST", "/vms/a/disks/data/resize", None).0, 409);
     assert_eq!(host.done("GET", "/vms/a/working-set", None)["curve"], json!([]));
     host.end().assert_code(0);
 }

@@ -397,6 +397,12 @@ fn faults() {
     };
     fault("PATCH", "/drives/x", json!({ "drive_id": "x" }), "no drive x");
     fault("PATCH", "/drives/d", change(json!({ "path_on_host": "other" })), "exchange");
+    // The same path says that the image has another size.
+    let image = fs::File::options().write(true).open(place.path("disk.img")).unwrap();
+    image.set_len(2 << 20).unwrap();
+    done(&client, "PATCH", "/drives/d", change(json!({ "path_on_host": "disk.img" })));
+    image.set_len(777).unwrap();
+    fault("PATCH", "/drives/d", change(json!({ "path_on_host": "disk.img" })), "its size of 777 bytes");
     let limiter = json!({ "rate_limiter": { "ops": { "size": 100, "refill_time": 1000 } } });
     done(&client, "PATCH", "/drives/d", change(limiter));
     act(&client, "FlushMetrics");

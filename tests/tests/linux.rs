@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             &[Need::Kvm, Need::LinuxGuest],
             read_one_image,
         ),
+        ("linux_sees_that_its_disk_has_grown", &[Need::Kvm, Need::LinuxGuest], see_growth),
     ])
 }
 
@@ -218,4 +219,24 @@ fn read_one_image() {
     sharing.set_cache_size(CacheSize::Bytes(0));
     let statistics = sharing.statistics();
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
+}
+
+fn see_growth() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let image = tempfile::NamedTempFile::new().expect("a temporary file");
+    image.as_file().set_len(1 << 20).expect("an image");
+    let mut config = VmConfig::new("grower".to_owned(), artifacts.kernel.clone().into());
+    config.initrd = Some(artifacts.initramfs.clone().into());
+    config.cmdline = format!("{COMMAND_LINE} loglevel=6 agent=sum:/dev/vda,fill:64K:1,verify:1000000:250");
+    config.memory_bytes = MEMORY;
+    config.disks =
+        vec![DiskConfig { path: image.path().to_owned(), id: "disk".into(), ..DiskConfig::default() }];
+    let guest = Guest::start(&hypervisor(), config);
+    guest.console.wait_for("a checksum", |line| line.strip_prefix("samepage-agent: sum ").map(drop));
+    image.as_file().set_len(3 << 20).expect("a larger image");
+    let disk = &guest.vm.disks()[0];
+    assert_eq!(disk.size.refresh().expect("the image is still there"), 3 << 20);
+    let told =
+        guest.console.wait_for("the new size", |line| Some(line.split_once("new size: ")?.1.to_owned()));
+    assert!(told.starts_with("6144 512-byte logical blocks"), "{told}");
 }

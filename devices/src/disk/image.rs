@@ -3,6 +3,7 @@
 use std::io;
 
 use super::cache::ImageId;
+use super::open::ResizeError;
 use super::raw::RawFile;
 
 /// Unit of virtio positions and lengths, in bytes.
@@ -29,8 +30,17 @@ pub struct Location {
 /// nothing else; what the guest was told has succeeded is never taken back. Offsets and lengths are
 /// multiples of [`SECTOR_SIZE`] within the disk.
 pub trait Image: Send + Sync {
-    /// Bytes on the disk: a multiple of [`SECTOR_SIZE`] that does not change.
+    /// Bytes on the disk: a multiple of [`SECTOR_SIZE`] that [`refresh_size`](Self::refresh_size) alone
+    /// changes.
     fn size(&self) -> u64;
+
+    /// Takes over the size that the file has now, where the file's is the disk's. Returns it in bytes.
+    ///
+    /// # Errors
+    /// Where the disk keeps the size that it had.
+    fn refresh_size(&self) -> Result<u64, ResizeError> {
+        Ok(self.size())
+    }
 
     /// Nothing can be written.
     fn is_read_only(&self) -> bool;

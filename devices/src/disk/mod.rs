@@ -36,7 +36,7 @@ mod threads;
 mod uring;
 pub(crate) mod wakers;
 
-pub use open::OpenError;
+pub use open::{OpenError, ResizeError};
 
 use cache::BlockCache;
 use channel::Channel;

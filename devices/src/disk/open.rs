@@ -98,6 +98,41 @@ pub enum OpenError {
     },
 }
 
+/// Why a disk keeps the size that it had.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The file's size cannot be found out.
+    #[error("measure disk {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another file has its name.
+    #[error(
+        "resize disk {path}: that is another file now, and the VM has the one that was there; \
+         stop the VM and start it again to use the new one"
+    )]
+    Replaced {
+        /// The file's name.
+        path: PathBuf,
+    },
+    /// Not a whole number of the pieces that the disk is accessed in.
+    #[error(
+        "resize disk {path}: its size of {size} bytes is not a positive multiple of {unit}; \
+         resize it again (truncate -s)"
+    )]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// In bytes.
+        unit: u64,
+    },
+}
+
 /// What direct I/O on a file has to keep to, in bytes; powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DirectAlignment {
@@ -198,6 +233,21 @@ impl ImageFile {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
             Err(source) => Err(OpenError::Io { action: "inspect", path: self.path.clone(), source }),
         }
+    }
+
+    /// Bytes of the file now, if it is still the one that its name refers to.
+    pub(crate) fn measure(&self) -> Result<u64, ResizeError> {
+        let failed = |source| ResizeError::Io { path: self.path.clone(), source };
+        let named = std::fs::metadata(&self.path).map_err(failed)?;
+        let number = |metadata: &Metadata| match metadata.file_type().is_block_device() {
+            true => (u64::MAX, metadata.rdev()),
+            false => (metadata.dev(), metadata.ino()),
+        };
+        if number(&named) != number(&self.metadata) {
+            return Err(ResizeError::Replaced { path: self.path.clone() });
+        }
+        // Reads and writes say where; nothing else depends on the file's position.
+        (&self.file).seek(SeekFrom::End(0)).map_err(failed)
     }
 
     /// Checks that the file is a whole number of sectors.

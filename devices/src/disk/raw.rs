@@ -7,18 +7,20 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Format;
 use super::cache::ImageId;
-use super::image::{Image, Layer, Location};
+use super::image::{Image, Layer, Location, SECTOR_SIZE};
 use super::memory::Memory;
-use super::open::{DirectAlignment, ImageFile, OpenError, fallocate};
+use super::open::{DirectAlignment, ImageFile, OpenError, ResizeError, fallocate};
 
 /// A raw image file or a block device. It is locked as long as it is open.
 #[derive(Debug)]
 pub struct RawFile {
     image: ImageFile,
+    /// In bytes.
+    size: AtomicU64,
     /// With direct I/O.
     direct: Option<DirectAlignment>,
     can_discard: bool,
@@ -38,7 +40,8 @@ impl RawFile {
     pub(crate) fn new(image: ImageFile, direct: bool) -> Result<Self, OpenError> {
         image.check_sectors()?;
         let can_discard = image.can_discard();
-        let mut raw = Self { image, direct: None, can_discard, flush_failed: AtomicBool::new(false) };
+        let size = AtomicU64::new(image.size);
+        let mut raw = Self { image, size, direct: None, can_discard, flush_failed: AtomicBool::new(false) };
         if direct {
             raw.direct = raw.direct_alignment()?;
         }
@@ -147,7 +150,17 @@ pub(crate) fn fallocated(result: io::Result<()>) -> io::Result<()> {
 
 impl Image for RawFile {
     fn size(&self) -> u64 {
-        self.image.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn refresh_size(&self) -> Result<u64, ResizeError> {
+        let size = self.image.measure()?;
+        let unit = self.direct.map_or(SECTOR_SIZE, |direct| SECTOR_SIZE.max(direct.offset.into()));
+        if size == 0 || !size.is_multiple_of(unit) {
+            return Err(ResizeError::Size { path: self.image.path.clone(), size, unit });
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(size)
     }
 
     fn is_read_only(&self) -> bool {

@@ -374,6 +374,9 @@ pub struct DiskView {
     pub path: String,
     /// The guest may not write.
     pub readonly: bool,
+    /// Its size as the guest is told; not there when the VM has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
     /// Who keeps its blocks in host memory.
     pub cache: CacheSpec,
     /// What it may do a second.
@@ -553,7 +556,9 @@ impl DiskView {
             let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits()).into();
             let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
             let cache = counted.map_or(disk.cache, Disk::cache).into();
-            Self { id: disk.id, path, readonly: disk.read_only, cache, limits, notices, statistics }
+            let size_bytes = counted.map(|counted| counted.size.bytes());
+            let readonly = disk.read_only;
+            Self { id: disk.id, path, readonly, size_bytes, cache, limits, notices, statistics }
         });
         disks.collect()
     }

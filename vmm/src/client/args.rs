@@ -29,6 +29,8 @@ pub(crate) enum ClientCommand {
     Kill(VmsArgs),
     /// End VMs, and forget them
     Rm(VmsArgs),
+    /// Have a guest see that the image of a disk has grown or shrunk
+    Resize(ResizeArgs),
     /// Show what VMs' memory consists of
     Stats(ListArgs),
     /// Show what is shared, or change what a VM shares
@@ -99,6 +101,21 @@ pub(crate) struct StopArgs {
 
     #[command(flatten)]
     pub(crate) vms: VmsArgs,
+}
+
+/// The arguments of `samepage resize`.
+#[derive(Debug, Args)]
+pub(crate) struct ResizeArgs {
+    /// The VM's name
+    #[arg(value_name = "VM")]
+    pub(crate) vm: String,
+
+    /// The disk's name
+    #[arg(value_name = "DISK")]
+    pub(crate) disk: String,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 /// The arguments of `samepage create`.

@@ -18,13 +18,13 @@ use std::thread;
 use anyhow::{Context, anyhow, bail};
 use hyper::Method;
 use samepage::api::lifecycle::Action;
-use samepage::api::views::VmSummary;
+use samepage::api::views::{DiskView, VmSummary};
 use samepage::api::{Client, config_file};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::report::{self, tell};
-use args::{ClientCommand, Connection, CreateArgs, VmsArgs};
+use args::{ClientCommand, Connection, CreateArgs, ResizeArgs, VmsArgs};
 
 /// Does what a command asks for.
 pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
@@ -43,6 +43,7 @@ pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Rm(args) => {
             return each(args, |client, path| Ok(client.delete(path).map(|()| None)?));
         }
+        ClientCommand::Resize(args) => resize(args)?,
         ClientCommand::Stats(args) => show::stats(args)?,
         ClientCommand::Sharing(args) => show::sharing(args)?,
         ClientCommand::Events(args) => events::follow(args)?,
@@ -114,6 +115,18 @@ fn each(
 fn vm_path(name: &str) -> anyhow::Result<String> {
     samepage::config::check_name(name)?;
     Ok(format!("/vms/{name}"))
+}
+
+/// Has a disk take over its image's size.
+fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
+    let path = format!("{}/disks/{}/resize", vm_path(&args.vm)?, args.disk);
+    samepage::config::check_disk_id(&args.disk)?;
+    let disk: DiskView = client(&args.connection).send(Method::POST, &path, &json!({}))?;
+    if args.connection.json {
+        return print_json(&disk);
+    }
+    tell(format_args!("disk {} has {} bytes now", disk.id, disk.size_bytes.unwrap_or_default()));
+    Ok(())
 }
 
 /// Creates the VMs of a configuration file, each by itself.

@@ -97,7 +97,8 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
                 let (read, written) = (mebibytes(counted.read_bytes), mebibytes(counted.written_bytes));
                 format!(", {read} read, {written} written, {} errors", counted.errors)
             });
-            line(&format!("disk {}", disk.id), format!("{} {access}{counted}", disk.path));
+            let size = disk.size_bytes.map_or_else(String::new, |size| format!(" of {}", mebibytes(size)));
+            line(&format!("disk {}", disk.id), format!("{}{size} {access}{counted}", disk.path));
         }
         table.to_string()
     })

@@ -168,6 +168,10 @@ impl Controller {
         if change.path_on_host.is_some() && change.path_on_host != self.drives[at].path_on_host {
             return Err(Fault::missing("way to exchange the image of a drive while the guest runs"));
         }
+        if change.path_on_host.is_some() {
+            // Clients say so when the image has another size.
+            self.machine.resize(&disk_name(&self.drives[at], at))?;
+        }
         let Some(limiter) = change.rate_limiter else { return Ok(()) };
         let limiter = self.drives[at].rate_limiter.unwrap_or_default().changed(limiter);
         self.machine.set_limits(&disk_name(&self.drives[at], at), limiter.limits())?;

@@ -153,6 +153,11 @@ impl Machine for Hosted {
         Ok(self.client.send::<Value>(Method::PATCH, &path, &json!({ "limits": limits })).map(drop)?)
     }
 
+    fn resize(&self, disk: &str) -> Result<(), Fault> {
+        let path = format!("{}/disks/{disk}/resize", self.path());
+        Ok(self.client.send::<Value>(Method::POST, &path, &json!({})).map(drop)?)
+    }
+
     fn drives(&self) -> Vec<(String, DriveCounts)> {
         let disks: Vec<DiskView> = self.client.get(&(self.path() + "/disks")).unwrap_or_default();
         disks.into_iter().filter_map(|disk| Some((disk.id, disk.statistics?.into()))).collect()

@@ -115,6 +115,13 @@ impl Machine for Local {
         Ok(())
     }
 
+    fn resize(&self, disk: &str) -> Result<(), Fault> {
+        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
+        let disk = vm.disks().iter().find(|other| other.id == disk);
+        let refreshed = disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.size.refresh();
+        refreshed.map(drop).map_err(|error| Fault::new(format!("{error}.")))
+    }
+
     fn drives(&self) -> Vec<(String, DriveCounts)> {
         let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
         let counts = vm.disks().iter().map(|disk| {

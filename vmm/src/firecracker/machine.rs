@@ -47,6 +47,9 @@ pub(super) trait Machine: Send + Sync {
     /// Changes what a disk, by its name, may do a second.
     fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault>;
 
+    /// Has a disk, by its name, take over the size that its image has now.
+    fn resize(&self, disk: &str) -> Result<(), Fault>;
+
     /// What each disk did, by name. None of them before the start, and after the end.
     fn drives(&self) -> Vec<(String, DriveCounts)>;
 }

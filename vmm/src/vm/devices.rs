@@ -13,7 +13,7 @@ use samepage_devices::disk::{CachePolicy, DiskOptions, Engine};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
-use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats};
+use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use samepage_sharing::service::{BlockClient, HintSender};
@@ -39,6 +39,8 @@ pub struct Disk {
     pub stats: Arc<BlockStats>,
     /// What it may do a second, to be changed at any time.
     pub limiter: Arc<RateLimiter>,
+    /// Its size, which can follow the image's at any time.
+    pub size: Arc<DiskSize>,
     /// What the user should know about how it is accessed, in sentences.
     pub notices: Vec<String>,
     /// Who kept its blocks when it was opened.
@@ -183,6 +185,7 @@ impl Devices {
                 id: disk.id.clone(),
                 stats: block.stats(),
                 limiter: block.limiter(),
+                size: block.size(),
                 notices: block.notices().iter().cloned().chain(without_sharing(disk, policy)).collect(),
                 policy,
                 blocks,

@@ -24,7 +24,7 @@ use imago::{FormatAccess, ShallowMapping};
 use super::Format;
 use super::cache::ImageId;
 use super::image::{Image, Layer, Location, SECTOR_SIZE};
-use super::open::{ImageFile, OpenError};
+use super::open::{ImageFile, OpenError, ResizeError};
 
 mod header;
 
@@ -236,6 +236,11 @@ fn storage(file: &ImageFile, direct: bool) -> Result<ImagoFile, OpenError> {
 impl Image for Qcow2Image {
     fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The image itself says how large its disk is, and others are locked out of it.
+    fn refresh_size(&self) -> Result<u64, ResizeError> {
+        self.file.measure().map(|_| self.size)
     }
 
     fn is_read_only(&self) -> bool {

@@ -35,12 +35,14 @@ use crate::disk::{Disk, DiskOptions, OpenError};
 
 mod request;
 mod service;
+mod size;
 mod stats;
 #[cfg(test)]
 mod tests;
 mod transfer;
 
 pub use crate::disk::image::SECTOR_SIZE;
+pub use size::DiskSize;
 pub use stats::{BlockStats, TroubleObserver};
 
 use request::Rules;
@@ -105,7 +107,9 @@ pub struct Block {
     id: [u8; MAX_ID_LEN],
     disk: Arc<Disk>,
     features: u64,
+    /// Its capacity is kept by `size`.
     config: [u8; 60],
+    size: Arc<DiskSize>,
     queue_sizes: Vec<u16>,
     stats: Arc<BlockStats>,
     observer: Option<Arc<dyn ReadObserver>>,
@@ -145,6 +149,7 @@ impl Block {
         if queues > 1 {
             features |= 1 << VIRTIO_BLK_F_MQ;
         }
+        let disk = Arc::new(disk);
         Ok(Self {
             // The kernel keeps 15 bytes of a thread's name; a zero byte would end it early.
             thread_name: format!("block-{vm}-{id}").replace('\0', "?"),
@@ -152,7 +157,8 @@ impl Block {
             features,
             config: config_space(disk.image(), features, queues),
             queue_sizes: vec![MAX_QUEUE_SIZE; queues],
-            disk: Arc::new(disk),
+            size: Arc::new(DiskSize::new(disk.clone())),
+            disk,
             stats: Arc::default(),
             observer: None,
             workers: Vec::new(),
@@ -172,6 +178,11 @@ impl Block {
     /// The limits of this disk, to be changed at any time.
     pub fn limiter(&self) -> Arc<RateLimiter> {
         self.disk.limiter().clone()
+    }
+
+    /// The size of this disk, which can follow the image's at any time.
+    pub fn size(&self) -> Arc<DiskSize> {
+        self.size.clone()
     }
 
     /// What the user should know about how the disk is accessed, in sentences.
@@ -194,7 +205,13 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config(&self.config, offset, data);
+        let mut config = self.config;
+        config[..8].copy_from_slice(&self.size.capacity());
+        read_config(&config, offset, data);
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.size.generation()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -210,7 +227,7 @@ impl VirtioDevice for Block {
         }
         let image = self.disk.image();
         let common = Arc::new(Common {
-            rules: Rules { capacity: image.size(), read_only: image.is_read_only(), features },
+            rules: Rules { read_only: image.is_read_only(), features },
             disk: self.disk.clone(),
             id: self.id,
             write_through: features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
@@ -228,10 +245,12 @@ impl VirtioDevice for Block {
             workers.push(worker);
         }
         self.workers = workers;
+        self.size.set_driver(Some(interrupt));
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.size.set_driver(None);
         self.workers.clear();
     }
 }
@@ -249,9 +268,8 @@ fn serial_number(id: &str) -> Result<[u8; MAX_ID_LEN], BlockError> {
     Ok(serial)
 }
 
-/// `struct virtio_blk_config` up to what zeroing may do (virtio 1.2, section 5.2.4).
+/// `struct virtio_blk_config` without the capacity, up to what zeroing may do (virtio 1.2, section 5.2.4).
 fn config_space(image: &dyn Image, features: u64, queues: usize) -> [u8; 60] {
-    let capacity = image.size() / SECTOR_SIZE;
     let segments = MAX_DESCRIPTORS as u32 - 2;
     let logical = SECTOR_SIZE as u32;
     let physical = image.physical_block_size().max(logical);
@@ -260,7 +278,6 @@ fn config_space(image: &dyn Image, features: u64, queues: usize) -> [u8; 60] {
 
     let mut config = [0; 60];
     let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-    put(0, &capacity.to_le_bytes());
     put(12, &segments.to_le_bytes());
     put(20, &logical.to_le_bytes());
     // Logical blocks in a physical one, as a power of two; the first of them is aligned.

@@ -75,17 +75,20 @@ pub(super) enum Job {
 /// What requests are checked against.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
-    /// In bytes.
-    pub(super) capacity: u64,
     pub(super) read_only: bool,
     /// Negotiated feature bits.
     pub(super) features: u64,
 }
 
 impl Rules {
-    /// Reads the header, and the ranges if there are any, and checks the request as a whole. What is left in
-    /// `buffers` is the data.
-    pub(super) fn parse(&self, buffers: &mut Buffers, memory: &GuestMemory) -> Result<Job, Failure> {
+    /// Reads the header, and the ranges if there are any, and checks the request as a whole, on a disk of
+    /// `capacity` bytes. What is left in `buffers` is the data.
+    pub(super) fn parse(
+        &self,
+        buffers: &mut Buffers,
+        memory: &GuestMemory,
+        capacity: u64,
+    ) -> Result<Job, Failure> {
         if !buffers.in_memory {
             return Err(Failure::Malformed("a buffer is outside guest memory"));
         }
@@ -99,17 +102,17 @@ impl Rules {
         let (incoming, outgoing) = (buffers.readable.remaining(), buffers.writable.remaining());
         match kind {
             VIRTIO_BLK_T_IN if incoming > 0 => Err(Failure::Malformed("a read brings data")),
-            VIRTIO_BLK_T_IN => Ok(Job::Read(self.range(sector, outgoing)?)),
+            VIRTIO_BLK_T_IN => Ok(Job::Read(bytes_of(sector, outgoing, capacity)?)),
             VIRTIO_BLK_T_OUT if outgoing > 0 => Err(Failure::Malformed("a write asks for data")),
             VIRTIO_BLK_T_OUT if self.read_only => Err(Failure::Malformed("the disk is read-only")),
-            VIRTIO_BLK_T_OUT => Ok(Job::Write(self.range(sector, incoming)?)),
+            VIRTIO_BLK_T_OUT => Ok(Job::Write(bytes_of(sector, incoming, capacity)?)),
             VIRTIO_BLK_T_FLUSH => Ok(Job::Flush),
             VIRTIO_BLK_T_GET_ID => Ok(Job::GetId),
             VIRTIO_BLK_T_DISCARD if self.has(VIRTIO_BLK_F_DISCARD) => {
-                self.parse_ranges(kind, buffers, memory)
+                self.parse_ranges(kind, buffers, memory, capacity)
             }
             VIRTIO_BLK_T_WRITE_ZEROES if self.has(VIRTIO_BLK_F_WRITE_ZEROES) => {
-                self.parse_ranges(kind, buffers, memory)
+                self.parse_ranges(kind, buffers, memory, capacity)
             }
             kind => Err(Failure::UnknownType(kind)),
         }
@@ -119,19 +122,13 @@ impl Rules {
         self.features & (1 << feature) != 0
     }
 
-    /// Where `len` bytes at `sector` are, if all of them are on the disk.
-    fn range(&self, sector: u64, len: u64) -> Result<Range<u64>, Failure> {
-        if len == 0 || !len.is_multiple_of(SECTOR_SIZE) {
-            return Err(Failure::Malformed("the data is not a positive number of whole sectors"));
-        }
-        sector
-            .checked_mul(SECTOR_SIZE)
-            .and_then(|start| Some(start..start.checked_add(len)?))
-            .filter(|range| range.end <= self.capacity)
-            .ok_or(Failure::Malformed("the sectors are beyond the end of the disk"))
-    }
-
-    fn parse_ranges(&self, kind: u32, buffers: &mut Buffers, memory: &GuestMemory) -> Result<Job, Failure> {
+    fn parse_ranges(
+        &self,
+        kind: u32,
+        buffers: &mut Buffers,
+        memory: &GuestMemory,
+        capacity: u64,
+    ) -> Result<Job, Failure> {
         let len = buffers.readable.remaining();
         let most = u64::from(MAX_CLEAR_RANGES) * RANGE_LEN as u64;
         if buffers.writable.remaining() > 0 || len == 0 || !len.is_multiple_of(RANGE_LEN as u64) || len > most
@@ -165,13 +162,25 @@ impl Rules {
             if len > MAX_CLEAR_BYTES {
                 return Err(Failure::Malformed("a range is longer than the device allows"));
             }
-            ranges.push_back(self.range(sector, len)?);
+            ranges.push_back(bytes_of(sector, len, capacity)?);
         }
         if self.read_only {
             return Err(Failure::Malformed("the disk is read-only"));
         }
         Ok(Job::Clear { how, ranges, fill: VecDeque::new() })
     }
+}
+
+/// Where `len` bytes at `sector` are, if all of them are on a disk of `capacity` bytes.
+fn bytes_of(sector: u64, len: u64, capacity: u64) -> Result<Range<u64>, Failure> {
+    if len == 0 || !len.is_multiple_of(SECTOR_SIZE) {
+        return Err(Failure::Malformed("the data is not a positive number of whole sectors"));
+    }
+    sector
+        .checked_mul(SECTOR_SIZE)
+        .and_then(|start| Some(start..start.checked_add(len)?))
+        .filter(|range| range.end <= capacity)
+        .ok_or(Failure::Malformed("the sectors are beyond the end of the disk"))
 }
 
 impl Job {

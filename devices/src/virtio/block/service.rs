@@ -234,7 +234,8 @@ impl Service {
     }
 
     fn accept(&mut self, taken: Taken, status: GuestAddress, mut buffers: Buffers) -> usize {
-        let parsed = self.common.rules.parse(&mut buffers, self.queue.memory());
+        let capacity = self.common.disk.image().size();
+        let parsed = self.common.rules.parse(&mut buffers, self.queue.memory(), capacity);
         let (job, failure) = match parsed {
             Ok(job) => (job, None),
             Err(failure) => (Job::Read(0..0), Some(failure)),

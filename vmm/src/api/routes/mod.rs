@@ -51,6 +51,7 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(vms::show, vms::delete))
         .routes(routes!(vms::act, vms::put_action))
         .routes(routes!(vms::disks))
+        .routes(routes!(vms::resize_disk))
         .routes(routes!(vms::disk, vms::change_disk))
         .routes(routes!(console::backlog))
         .routes(routes!(console::stream))

@@ -20,6 +20,7 @@ use crate::api::record::{Record, Turn};
 use crate::api::server::Api;
 use crate::api::spec::VmSpec;
 use crate::api::views::{DiskView, VmSummary, VmView};
+use crate::vm::{Disk, Vm as RunningVm};
 
 /// List VMs
 ///
@@ -265,12 +266,8 @@ pub(super) async fn change_disk(
             Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}"))
         })?;
     }
-    find_disk(&record, &id)?;
-    let vm = record.vm();
-    let Some(disk) = vm.as_ref().and_then(|vm| vm.disks().iter().find(|disk| disk.id == id)) else {
-        let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
-        return Err(Problem::new(Kind::IllegalTransition, detail).help("start it first"));
-    };
+    let vm = running(&record, &id)?;
+    let disk = open_disk(&record, &vm, &id)?;
     if let Some(cache) = cache {
         // What can be refused comes first: all of the change is made or nothing.
         disk.set_cache(cache.into()).map_err(|error| {
@@ -283,6 +280,41 @@ pub(super) async fn change_disk(
         disk.limiter.set(limits.into());
     }
     find_disk(&record, &id).map(Json)
+}
+
+/// Take over a disk's new size
+///
+/// After its image has grown or shrunk, or a block device has. The guest is told of the size; requests beyond
+/// the end fail from then on. Images in qcow2 format keep their size while a VM has them.
+#[utoipa::path(
+    post, path = "/vms/{vm}/disks/{disk}/resize", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    responses((status = 200, body = DiskView))
+)]
+pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Problem> {
+    // A file system may take its time.
+    let resize = move || {
+        let vm = running(&record, &id)?;
+        let refreshed = open_disk(&record, &vm, &id)?.size.refresh();
+        refreshed.map_err(|error| Problem::new(Kind::IllegalTransition, error.to_string()))?;
+        find_disk(&record, &id).map(Json)
+    };
+    blocking(move || Ok(resize())).await?
+}
+
+/// The VM, if it has a disk of that name and is there to use it.
+fn running(record: &Record, id: &str) -> Result<Arc<RunningVm>, Problem> {
+    find_disk(record, id)?;
+    record.vm().ok_or_else(|| no_disks(record))
+}
+
+fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Disk, Problem> {
+    vm.disks().iter().find(|disk| disk.id == id).ok_or_else(|| no_disks(record))
+}
+
+fn no_disks(record: &Record) -> Problem {
+    let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
+    Problem::new(Kind::IllegalTransition, detail).help("start it first")
 }
 
 fn find_disk(record: &Record, id: &str) -> Result<DiskView, Problem> {

@@ -315,7 +315,7 @@ fn serve(memory: &crate::GuestMemory, event_idx: bool) {
     let queue = ServedQueue::new(queue, memory.clone(), interrupt);
 
     let disk = Arc::new(MemoryDisk::new().disk());
-    let rules = Rules { capacity: disk.image().size(), read_only: false, features: ALL_FEATURES };
+    let rules = Rules { read_only: false, features: ALL_FEATURES };
     let common = Common {
         disk,
         id: [b'x'; MAX_ID_LEN],

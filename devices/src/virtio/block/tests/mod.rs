@@ -22,6 +22,7 @@ mod model;
 mod power;
 mod qcow2;
 mod requests;
+mod size;
 mod targets;
 
 const READ: u32 = 0;
