@@ -134,7 +134,7 @@ pub(crate) fn refused() {
         ("none", &["kernel none", "No such file"]),
         (".", &["kernel .", "not a regular file"]),
         ("empty", &["kernel empty", "give a vmlinux (x86-64 ELF) or a bzImage"]),
-        ("text", &["kernel text", "neither ELF nor bzImage", "give a vmlinux"]),
+        ("text", &["kernel text", "a script", "give a vmlinux"]),
         ("short.elf", &["kernel short.elf", "truncated", "the file at 3000", "copy the file again"]),
         ("short.bz", &["kernel short.bz", "truncated", "the file at 4096", "copy the file again"]),
     ];

@@ -5,22 +5,23 @@
 
 use linux_loader::elf::{PT_LOAD, PT_NOTE};
 
-use super::{ImageError, OpenImage};
+use super::load::Entry;
+use super::{ImageError, OpenImage, foreign, notes};
 use crate::x86::layout::{COMMAND_LINE_MAX, HIMEM_START};
 
 const ELF_HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
 /// More program headers than any kernel has; bounds the work a hostile image can ask for.
 const MAX_PROGRAM_HEADERS: usize = 128;
+/// More notes than any kernel has, those of all segments together.
 const MAX_NOTE_BYTES: u64 = 1 << 20;
-const ET_EXEC: u16 = 2;
-const ET_DYN: u16 = 3;
-const EM_X86_64: u16 = 62;
 
 const SETUP_HEADER: usize = 0x1f1;
 const SETUP_MAGIC_AT: usize = 0x202;
 const SETUP_MAGIC: &[u8] = b"HdrS";
 const SECTOR: u64 = 512;
+/// What `syssize` counts in, rounded up: the file may end within the last one.
+const PARAGRAPH: u64 = 16;
 /// The boot protocol that brought `xloadflags`, and with it the 64-bit entry.
 const PROTOCOL_WITH_64_BIT_ENTRY: u16 = 0x20c;
 const LOADED_HIGH: u8 = 1;
@@ -43,10 +44,23 @@ pub(crate) struct Inspected {
 /// What kind of kernel it is.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// ELF; `segments` are the physical address ranges it is loaded to.
-    Elf { segments: Vec<(u64, u64)> },
+    /// ELF, which is loaded by its segments.
+    Elf { segments: Vec<Segment>, entry: Entry },
     /// bzImage, to be loaded at `load`.
     BzImage { load: u64 },
+}
+
+/// A part of an ELF that is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Its physical address.
+    pub(crate) start: u64,
+    /// The address behind its last. What the file has nothing for is zero.
+    pub(crate) end: u64,
+    /// Where it is in the file.
+    pub(crate) offset: u64,
+    /// How much of it is in the file.
+    pub(crate) file_bytes: u64,
 }
 
 /// Checks a kernel image against its file and against RAM below 4 GiB that ends at `ram_end`.
@@ -57,22 +71,8 @@ pub(crate) fn inspect(image: &mut OpenImage<'_>, ram_end: u64) -> Result<Inspect
     } else if head.get(SETUP_MAGIC_AT..SETUP_MAGIC_AT + 4) == Some(SETUP_MAGIC) {
         inspect_bzimage(image, &head, ram_end)
     } else {
-        Err(ImageError::NotAKernel(unrecognised(&head)))
+        Err(foreign::name(image, &head)?)
     }
-}
-
-fn unrecognised(head: &[u8]) -> String {
-    let guess = match head {
-        [] => "it is empty",
-        [0x1f, 0x8b, ..] => "it is compressed with gzip (gunzip it first)",
-        [0xfd, b'7', b'z', ..] => "it is compressed with xz (unxz it first)",
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => "it is compressed with zstd (unzstd it first)",
-        [b'Q', b'F', b'I', 0xfb, ..] => "it is a qcow2 disk image, not a kernel",
-        [b'0', b'7', b'0', b'7', b'0', ..] => "it is an initramfs (cpio), not a kernel",
-        _ if head.get(0x38..0x3c) == Some(b"ARM\x64") => "it is a kernel for 64-bit ARM",
-        _ => "it is neither ELF nor bzImage",
-    };
-    guess.into()
 }
 
 fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
@@ -80,18 +80,8 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
     if head.len() < ELF_HEADER_BYTES {
         return Err(truncated("the ELF header", ELF_HEADER_BYTES as u64, length));
     }
-    let not_ours = |what: &str| Err(ImageError::NotAKernel(what.into()));
-    if head[4] != 2 {
-        return not_ours("it is a 32-bit ELF");
-    }
-    if head[5] != 1 {
-        return not_ours("it is a big-endian ELF");
-    }
-    if u16_at(head, 18) != EM_X86_64 {
-        return not_ours("it is an ELF for another processor");
-    }
-    if ![ET_EXEC, ET_DYN].contains(&u16_at(head, 16)) {
-        return not_ours("it is an ELF, but not an executable one");
+    if let Some(foreign) = foreign::name_elf(head) {
+        return Err(foreign);
     }
 
     let (table, entry_bytes, count) = (u64_at(head, 32), u16_at(head, 54), usize::from(u16_at(head, 56)));
@@ -106,6 +96,8 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
     let headers = image.read_at(table, table_bytes)?;
 
     let mut segments = Vec::new();
+    let mut note_bytes = 0;
+    let mut pvh_entry = None;
     for (index, header) in headers.chunks_exact(PROGRAM_HEADER_BYTES).enumerate() {
         let what = || format!("its segment {index}");
         let (offset, address) = (u64_at(header, 8), u64_at(header, 24));
@@ -119,12 +111,17 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
                 }
                 inside_file(&what(), offset, file_bytes, length)?;
                 let end = inside_ram(&what(), address, memory_bytes, ram_end)?;
-                segments.push((address, end));
+                segments.push(Segment { start: address, end, offset, file_bytes });
             }
             PT_NOTE => {
                 inside_file(&what(), offset, file_bytes, length)?;
-                if file_bytes > MAX_NOTE_BYTES {
-                    return Err(ImageError::Malformed(format!("notes of {file_bytes} bytes")));
+                note_bytes += file_bytes;
+                if note_bytes > MAX_NOTE_BYTES {
+                    return Err(ImageError::Malformed(format!("notes of {note_bytes} bytes and more")));
+                }
+                if pvh_entry.is_none() {
+                    let notes = image.read_at(offset, file_bytes as usize)?;
+                    pvh_entry = notes::pvh_entry(&notes, u64_at(header, 48))?;
                 }
             }
             PT_LOAD if file_bytes > 0 => {
@@ -133,10 +130,15 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
             _ => {}
         }
     }
-    let end = segments.iter().map(|(_, end)| *end).max();
+    let end = segments.iter().map(|segment| segment.end).max();
     let end = end.ok_or_else(|| ImageError::Malformed("it has nothing to load".into()))?;
+    let entry = pvh_entry.map_or(Entry::Linux64(u64_at(head, 24)), Entry::Pvh);
+    let (Entry::Pvh(address) | Entry::Linux64(address)) = entry;
+    if !segments.iter().any(|segment| (segment.start..segment.end).contains(&address)) {
+        return Err(ImageError::Malformed(format!("its entry point {address:#x} is in no segment")));
+    }
     Ok(Inspected {
-        format: Format::Elf { segments },
+        format: Format::Elf { segments, entry },
         end,
         command_line_max: COMMAND_LINE_MAX,
         initrd_end_max: None,
@@ -155,11 +157,13 @@ fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Resu
     let has_64_bit_entry =
         protocol >= PROTOCOL_WITH_64_BIT_ENTRY && u16_at(at(0x236), 0) & XLF_KERNEL_64 != 0;
     if !loaded_high || !has_64_bit_entry {
-        return Err(ImageError::NotAKernel(format!(
-            "it is a Linux image without the 64-bit entry point (boot protocol {}.{:02})",
+        let what = format!(
+            "a Linux image without the 64-bit entry point (boot protocol {}.{:02})",
             protocol >> 8,
             protocol & 0xff
-        )));
+        );
+        let help = "use a kernel that is built for x86-64, with CONFIG_RELOCATABLE".to_owned();
+        return Err(ImageError::NotAKernel { what, help });
     }
 
     let setup_sectors = match head[SETUP_HEADER] {
@@ -167,12 +171,13 @@ fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Resu
         sectors => u64::from(sectors),
     };
     let setup_bytes = (setup_sectors + 1) * SECTOR;
-    // In paragraphs of 16 bytes, without the setup sectors.
-    let kernel_bytes = u64::from(u32_at(at(0x1f4), 0)) * 16;
+    // In paragraphs, without the setup sectors.
+    let kernel_bytes = u64::from(u32_at(at(0x1f4), 0)) * PARAGRAPH;
     if kernel_bytes <= BZIMAGE_64_BIT_ENTRY {
         return Err(ImageError::Malformed(format!("a kernel of {kernel_bytes} bytes")));
     }
-    inside_file("its protected-mode kernel", setup_bytes, kernel_bytes, length)?;
+    let at_least = kernel_bytes - (PARAGRAPH - 1);
+    inside_file("its protected-mode kernel", setup_bytes, at_least, length)?;
 
     let load = u64_at(at(0x258), 0);
     let needed = u64::from(u32_at(at(0x260), 0)).max(length - setup_bytes);
@@ -209,11 +214,11 @@ fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, I
 
 // The callers have checked the lengths of what they pass.
 
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
 }
 
@@ -223,7 +228,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_images::{bzimage, elf64, pvh_elf};
+    use super::super::test_images::{self, bzimage, elf64, pvh_elf};
     use super::super::{ImageError, ImageSource};
     use super::*;
 
@@ -245,11 +250,13 @@ mod tests {
 
     #[test]
     fn sound_images_are_recognised() {
-        let segments = vec![(0x10_0000, 0x10_0000 + 0x2000)];
+        let segments =
+            vec![Segment { start: 0x10_0000, end: 0x10_0000 + 0x2000, offset: 0x1000, file_bytes: 1 }];
         let elf = inspect_bytes(pvh_elf(b"\xf4")).unwrap();
-        assert_eq!(elf.format, Format::Elf { segments: segments.clone() });
+        assert_eq!(elf.format, Format::Elf { segments: segments.clone(), entry: Entry::Pvh(0x10_0000) });
         assert_eq!(elf.end, 0x10_2000);
-        assert_eq!(inspect_bytes(elf64(b"\xf4")).unwrap().format, Format::Elf { segments });
+        let elf = inspect_bytes(elf64(b"\xf4")).unwrap();
+        assert_eq!(elf.format, Format::Elf { segments, entry: Entry::Linux64(0x10_0000) });
 
         let bz = inspect_bytes(bzimage(b"\xf4")).unwrap();
         assert_eq!(bz.format, Format::BzImage { load: 0x100_0000 });
@@ -260,7 +267,8 @@ mod tests {
     #[test]
     fn every_truncation_of_an_image_is_an_error_and_no_panic() {
         for image in [pvh_elf(b"\xf4"), elf64(b"\xf4"), bzimage(b"\xf4")] {
-            for length in 0..image.len() {
+            let paragraph = if image.starts_with(b"\x7fELF") { 1 } else { 16 };
+            for length in 0..=image.len() - paragraph {
                 assert!(inspect_bytes(image[..length].to_vec()).is_err(), "{length} bytes");
             }
         }
@@ -292,16 +300,47 @@ mod tests {
     }
 
     #[test]
-    fn foreign_files_are_named() {
-        let name = |bytes: &[u8]| inspect_bytes(bytes.to_vec()).unwrap_err().to_string();
-        assert!(name(b"").contains("empty"));
-        assert!(name(b"\x1f\x8b\x08rest").contains("gunzip"));
-        assert!(name(b"#!/bin/sh\n").contains("neither ELF nor bzImage"));
-        let arm = patched(elf64(b"\xf4"), 18, &183_u16.to_le_bytes());
-        assert!(name(&arm).contains("another processor"));
-        let elf32 = patched(elf64(b"\xf4"), 4, &[1]);
-        assert!(name(&elf32).contains("32-bit"));
-        let old = patched(bzimage(b"\xf4"), 0x206, &0x20a_u16.to_le_bytes());
-        assert!(name(&old).contains("64-bit entry"));
+    fn the_pvh_note_is_found_in_whichever_segment_it_is() {
+        let entry = |image| match inspect_bytes(image).unwrap().format {
+            Format::Elf { entry, .. } => entry,
+            Format::BzImage { .. } => panic!("it is an ELF"),
+        };
+        let pvh = test_images::xen_note(18, &0x10_0001_u32.to_le_bytes());
+        let other = test_images::xen_note(5, b"linux\0\0\0");
+        let elf = |notes: &[&[u8]]| test_images::elf_with_notes(b"\xf4\xf4", notes);
+        for notes in [
+            &[&pvh[..], &other][..],
+            &[&other, &pvh],
+            &[&other, &[], &pvh, &other],
+            &[&[&other[..], &pvh].concat()],
+        ] {
+            assert_eq!(entry(elf(notes)), Entry::Pvh(0x10_0001), "{notes:?}");
+        }
+        assert_eq!(entry(elf(&[&other, &other])), Entry::Linux64(0x10_0000));
+        // Notes that are cut off hide none in other segments.
+        assert_eq!(entry(elf(&[&other[..other.len() - 3], &pvh])), Entry::Pvh(0x10_0001));
+        let short = inspect_bytes(elf(&[&test_images::xen_note(18, b"\0\0")])).unwrap_err();
+        assert!(short.to_string().contains("PVH"), "{short}");
+        let far = inspect_bytes(elf(&[&test_images::xen_note(18, &0x7000_u32.to_le_bytes())])).unwrap_err();
+        assert!(far.to_string().contains("in no segment"), "{far}");
+    }
+
+    #[test]
+    fn notes_are_bounded_over_all_segments() {
+        let half = vec![0; (MAX_NOTE_BYTES / 2) as usize];
+        let sound = test_images::elf_with_notes(b"\xf4", &[&half, &half]);
+        inspect_bytes(sound).unwrap();
+        let more = test_images::elf_with_notes(b"\xf4", &[&half, &half, &[0; 12]]);
+        assert!(inspect_bytes(more).unwrap_err().to_string().contains("notes of"));
+    }
+
+    #[test]
+    fn a_bzimage_may_end_within_its_last_paragraph() {
+        let whole = bzimage(b"\xf4");
+        for missing in 0..=15 {
+            inspect_bytes(whole[..whole.len() - missing].to_vec()).unwrap();
+        }
+        let short = inspect_bytes(whole[..whole.len() - 16].to_vec()).unwrap_err();
+        assert!(matches!(short, ImageError::Truncated { .. }), "{short}");
     }
 }

@@ -1,14 +1,15 @@
 //! Loads kernel, initrd and command line, and writes the boot structures that the kernel's protocol
 //! wants.
 
+use std::io::{Seek, SeekFrom};
+
 use linux_loader::loader::bootparam::setup_header;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{BzImage, KernelLoader};
 use samepage_devices::GuestMemory;
 use samepage_sharing::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected};
+use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected, Segment};
 use super::params::{self, Initrd};
 use super::{ImageError, ImageSource, OpenImage};
 use crate::x86::layout::{COMMAND_LINE, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry, memory_map};
@@ -118,18 +119,14 @@ fn load_kernel(
 ) -> Result<(Entry, Option<setup_header>), ImageError> {
     let himem = Some(GuestAddress(HIMEM_START));
     match &inspected.format {
-        Format::Elf { segments } => {
-            // An entry point below 1 MiB is caught with all others that lie in no segment.
-            let loaded = Elf::load(memory, None, image, None)?;
-            let entry = match loaded.pvh_boot_cap {
-                PvhBootCapability::PvhEntryPresent(address) => Entry::Pvh(address.0),
-                _ => Entry::Linux64(loaded.kernel_load.0),
-            };
-            let (Entry::Pvh(address) | Entry::Linux64(address)) = entry;
-            if !segments.iter().any(|(start, end)| (*start..*end).contains(&address)) {
-                return Err(ImageError::Malformed(format!("its entry point {address:#x} is in no segment")));
+        Format::Elf { segments, entry } => {
+            for Segment { start, offset, file_bytes, .. } in segments {
+                image.seek(SeekFrom::Start(*offset))?;
+                memory
+                    .read_exact_volatile_from(GuestAddress(*start), image, *file_bytes as usize)
+                    .map_err(|source| ImageError::GuestMemory { what: "the kernel", source })?;
             }
-            Ok((entry, None))
+            Ok((*entry, None))
         }
         Format::BzImage { load } => {
             let loaded = BzImage::load(memory, Some(GuestAddress(*load)), image, himem)?;

@@ -1,11 +1,13 @@
 //! Puts a kernel, its initrd and its boot structures into guest memory.
 //!
 //! Three kinds of image boot: an ELF with a PVH note, a plain 64-bit ELF, and a bzImage through its
-//! 64-bit entry. Images are foreign input: every field that names an address or a length is checked
+//! 64-bit entry. What is known and does not boot is named, with what makes a kernel of it. Images are foreign input: every field that names an address or a length is checked
 //! against the file and against guest RAM before anything is copied.
 
+mod foreign;
 pub(crate) mod image;
 pub(crate) mod load;
+mod notes;
 pub(crate) mod params;
 #[cfg(test)]
 pub(crate) mod test_images;
@@ -58,8 +60,13 @@ pub enum ImageError {
     #[error("cannot read it: {0}")]
     Read(#[from] io::Error),
     /// The file is no kernel of a supported kind.
-    #[error("{0}; give a vmlinux (x86-64 ELF) or a bzImage")]
-    NotAKernel(String),
+    #[error("it is {what}: {help}")]
+    NotAKernel {
+        /// What it is.
+        what: String,
+        /// How to get one.
+        help: String,
+    },
     /// A header contradicts itself.
     #[error("its headers are damaged: {0}")]
     Malformed(String),

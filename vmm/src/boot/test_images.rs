@@ -10,16 +10,26 @@ pub(crate) fn elf64(code: &[u8]) -> Vec<u8> {
 
 /// The same with a PVH note, for code that starts in 32-bit mode.
 pub(crate) fn pvh_elf(code: &[u8]) -> Vec<u8> {
+    elf_with_notes(code, &[&xen_note(18, &(LOAD_ADDRESS as u32).to_le_bytes())])
+}
+
+/// A note of Xen's. Its content is whole words, or the last note of its segment.
+pub(crate) fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
-    for word in [4_u32, 4, 18] {
+    for word in [4, content.len() as u32, kind] {
         note.extend(word.to_le_bytes());
     }
     note.extend(b"Xen\0");
-    note.extend((LOAD_ADDRESS as u32).to_le_bytes());
-    elf(code, &note)
+    note.extend(content);
+    note
 }
 
-fn elf(code: &[u8], note: &[u8]) -> Vec<u8> {
+/// The same with a segment for each of these notes.
+pub(crate) fn elf_with_notes(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
+    elf(code, notes)
+}
+
+fn elf(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
     let mut image = Vec::new();
     image.extend(b"\x7fELF\x02\x01\x01");
     image.resize(16, 0);
@@ -30,16 +40,21 @@ fn elf(code: &[u8], note: &[u8]) -> Vec<u8> {
     image.extend(64_u64.to_le_bytes()); // program headers
     image.extend(0_u64.to_le_bytes()); // section headers
     image.extend(0_u32.to_le_bytes());
-    for half in [64, 56, if note.is_empty() { 1 } else { 2 }, 0, 0, 0] {
+    for half in [64, 56, 1 + notes.len() as u16, 0, 0, 0] {
         image.extend(u16::to_le_bytes(half));
     }
-    program_header(&mut image, 1, CODE_AT, LOAD_ADDRESS, code.len(), 0x2000);
-    if !note.is_empty() {
-        program_header(&mut image, 4, 0x800, 0, note.len(), note.len());
+    // The code is last, so that a file that is cut short lacks some of it.
+    let note_bytes: usize = notes.iter().map(|note| note.len()).sum();
+    let code_at = (0x800 + note_bytes).next_multiple_of(CODE_AT);
+    program_header(&mut image, 1, code_at, LOAD_ADDRESS, code.len(), 0x2000);
+    let mut at = 0x800;
+    for note in notes {
+        program_header(&mut image, 4, at, 0, note.len(), note.len());
+        at += note.len();
     }
     image.resize(0x800, 0);
-    image.extend(note);
-    image.resize(CODE_AT, 0);
+    notes.iter().for_each(|note| image.extend(*note));
+    image.resize(code_at, 0);
     image.extend(code);
     image
 }
