@@ -20,6 +20,7 @@ pub mod fleet;
 pub mod host_limits;
 pub mod huge_pages;
 pub mod hypervisor;
+mod log_file;
 pub mod oracle;
 pub mod poll;
 pub mod signals;

@@ -15,7 +15,7 @@ use samepage::api::{Common, Doors, Manager, Server, config_file};
 use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
-use samepage::signals::ShutdownSignals;
+use samepage::signals::{Hangup, ShutdownSignals};
 use samepage::statistics::{StatsTarget, StatsWriter};
 use samepage::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_sharing::engine::Settings;
@@ -24,7 +24,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
 use crate::plan;
-use crate::report::tell;
+use crate::report::{self, tell};
 use crate::stdin::{Input, Typed};
 
 /// What the process ends with, by the worst of what happened.
@@ -102,7 +102,8 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     fleet::check(&configs)?;
     check_host(&configs, process.overcommit)?;
     let hypervisor = Hypervisor::open()?;
-    let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
+    let hangup = Hangup::new();
+    let signals = ShutdownSignals::catch_with_hangup().context("catch the signals that end the process")?;
     samepage::host_limits::raise_open_files();
     let statistics = process.stats.as_ref().map(Statistics::open).transpose()?;
 
@@ -143,7 +144,8 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         }
     }
     drop(records);
-    let mut process = Process { manager, signals, statistics, input, audit: process.audit };
+    let stats = process.stats.as_ref();
+    let mut process = Process { manager, signals, hangup, stats, statistics, input, audit: process.audit };
     let outcome = process.watch(plan.serve)?;
     // Clients hear of all ends before the socket goes.
     drop(server);
@@ -155,15 +157,18 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
 }
 
 /// The process at work.
-struct Process {
+struct Process<'a> {
     manager: Arc<Manager>,
     signals: ShutdownSignals,
+    hangup: Hangup,
+    /// Where statistics go.
+    stats: Option<&'a StatsTarget>,
     statistics: Option<Statistics>,
     input: Option<Input>,
     audit: bool,
 }
 
-impl Process {
+impl Process<'_> {
     /// Waits until the last VM has ended and, where the process serves clients, until it is told to end.
     fn watch(&mut self, serve: bool) -> anyhow::Result<Outcome> {
         let mut outcome = Outcome::default();
@@ -179,9 +184,13 @@ impl Process {
             if settled {
                 self.manager.clear_settled();
             }
-            if signal && self.signals.take().is_some() {
-                stay = false;
-                self.manager.close();
+            match signal.then(|| self.signals.take()).flatten() {
+                Some(libc::SIGHUP) if !self.hangup.is_end() => self.reopen_logs(),
+                Some(_) => {
+                    stay = false;
+                    self.manager.close();
+                }
+                None => {}
             }
             // The VMs that have ended are still there for a last line.
             if (due || end)
@@ -202,6 +211,25 @@ impl Process {
             }
         }
         Ok(outcome)
+    }
+
+    /// Opens the files anew that consoles and statistics are written to.
+    fn reopen_logs(&mut self) {
+        for vm in self.manager.fleet().vms() {
+            if let Err(error) = vm.reopen_console() {
+                tell(format_args!("VM {}: {error}; its console goes on to the file before", vm.name()));
+            }
+        }
+        let opened = match (self.stats, &mut self.statistics) {
+            (None, _) => Ok(()),
+            (Some(target), Some(open)) => open.reopen(target),
+            // They had ended for some reason, which may be gone by now.
+            (Some(target), None) => Statistics::open(target).map(|open| self.statistics = Some(open)),
+        };
+        if let Err(error) = opened {
+            tell(report::causes(&error));
+        }
+        tell("log files were opened again (SIGHUP)");
     }
 
     fn take_ended(&mut self) -> anyhow::Result<Outcome> {
@@ -329,6 +357,11 @@ impl Statistics {
         let second = Duration::from_secs(1);
         timer.reset(second, Some(second)).context("set a timer")?;
         Ok(Self { writer, timer })
+    }
+
+    fn reopen(&mut self, target: &StatsTarget) -> anyhow::Result<()> {
+        let opened = self.writer.reopen(target);
+        opened.with_context(|| format!("open {target} again; statistics go on to the file before"))
     }
 
     fn write(&mut self, manager: &Manager) -> io::Result<()> {

@@ -1,7 +1,8 @@
-//! Signals that ask the process to end, as something that can be polled.
+//! Signals that ask the process to end, or to open its logs again, as something that can be polled.
 
 #![expect(unsafe_code, reason = "opens a signalfd and reads from it")]
 
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -15,12 +16,51 @@ pub struct ShutdownSignals {
     file: OwnedFd,
 }
 
+/// What SIGHUP says to a process that has log files: the terminal is gone, or the files have other names by now.
+#[derive(Debug)]
+pub struct Hangup {
+    /// The process was started on a terminal, and not to outlive it (nohup).
+    ends_with_terminal: bool,
+}
+
+impl Hangup {
+    /// Looks at how the process was started.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { ends_with_terminal: !is_ignored(libc::SIGHUP) && has_terminal() }
+    }
+
+    /// Whether SIGHUP, which just came, asks the process to end.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        self.ends_with_terminal && !has_terminal()
+    }
+}
+
+impl Default for Hangup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Whether the process belongs to a session with a terminal. The kernel takes it away before it says so.
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
+}
+
 impl ShutdownSignals {
     /// Catches the signals. Called before any thread is started, so that all threads leave them alone.
     /// SIGHUP and SIGQUIT stay ignored where the process was started to ignore them (nohup).
     pub fn catch() -> io::Result<Self> {
         let mut caught = vec![libc::SIGTERM, libc::SIGINT];
         caught.extend([libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
+        Ok(Self { file: catch(&caught)? })
+    }
+
+    /// The same for a process that has logs: SIGHUP is caught however it was started. See [`Hangup`].
+    pub fn catch_with_hangup() -> io::Result<Self> {
+        let mut caught = vec![libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+        caught.extend([libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
         Ok(Self { file: catch(&caught)? })
     }
 

@@ -28,6 +28,7 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
 use crate::by_type::{self, ByType, TypeSample};
+use crate::log_file::open_again;
 use crate::poll;
 use crate::vm::Vm;
 
@@ -438,6 +439,24 @@ impl StatsWriter {
         Ok(Self { sampler: Sampler::new()?, file, piece, line: Vec::new(), written: 0 })
     }
 
+    /// Opens the target again where it is a file, so that one that was renamed can be moved away. A line
+    /// that is not whole in the file before is written anew.
+    ///
+    /// # Errors
+    /// Where it cannot be opened. What is written then goes on to the file before.
+    pub fn reopen(&mut self, target: &StatsTarget) -> io::Result<()> {
+        // What was no file when it was opened has no name that a log gets.
+        if let StatsTarget::File(path) = target
+            && self.file.metadata()?.is_file()
+        {
+            self.file = open_again(path)?;
+            if self.written < self.line.len() {
+                self.written = 0;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes a sample, or what is left of the one before.
     ///
     /// # Errors
@@ -508,6 +527,30 @@ mod tests {
         for line in text.lines() {
             serde_json::from_str::<serde_json::Value>(line).unwrap();
         }
+    }
+
+    #[test]
+    fn lines_go_on_in_a_new_file_after_a_rename() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, renamed) = (folder.path().join("stats"), folder.path().join("stats.1"));
+        let target = StatsTarget::File(path.clone());
+        let mut statistics = StatsWriter::open(&target).unwrap();
+        statistics.write(None, []).unwrap();
+        std::fs::rename(&path, &renamed).unwrap();
+        statistics.write(None, []).unwrap();
+        statistics.reopen(&target).unwrap();
+        statistics.write(None, []).unwrap();
+        // Cut short, as logrotate does with copytruncate.
+        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        statistics.write(None, []).unwrap();
+        for (path, lines) in [(&renamed, 2), (&path, 1)] {
+            let text = std::fs::read_to_string(path).unwrap();
+            assert_eq!(text.lines().count(), lines, "{text}");
+            assert!(text.starts_with('{') && text.ends_with("}\n"), "{text}");
+        }
+        std::fs::remove_dir_all(folder.path()).unwrap();
+        assert!(statistics.reopen(&target).is_err());
+        statistics.write(None, []).unwrap();
     }
 
     #[test]

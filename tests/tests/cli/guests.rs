@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter};
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::fcntl_setpipe_size;
@@ -135,7 +136,7 @@ pub(crate) fn signals() {
         Plan { crash: Some(Crash::Hang), ..endless() },
         Plan { crash: Some(Crash::Sleep), ..short() },
     ];
-    for (signal, plan) in [Signal::TERM, Signal::INT, Signal::HUP].into_iter().zip(plans) {
+    for (signal, plan) in [Signal::TERM, Signal::INT, Signal::QUIT].into_iter().zip(plans) {
         let running = scratch.start(plan, &["--count=2"]);
         for vm in ["[vm-0]", "[vm-1]"] {
             running.stdout().wait_for(|line| (line.starts_with(vm) && line.contains("ready")).then_some(()));
@@ -149,6 +150,53 @@ pub(crate) fn signals() {
     }
     let left = fs::read_dir(scratch.folder()).expect("list the folder").count();
     assert_eq!(left, 1, "there is more than the kernel");
+}
+
+/// Waits until a file holds a whole line of the guest's, and returns what it holds.
+fn wait_for_log(scratch: &Scratch, name: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let text = String::from_utf8_lossy(&scratch.read(name).unwrap_or_default()).into_owned();
+        if text.lines().any(|line| report(line).is_some()) && text.ends_with('\n') {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "nothing comes into {name}: {text}");
+        // Files have no events that the guest's lines could be waited for by.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn logs_are_rotated() {
+    let scratch = Scratch::new();
+    let logs = ["vm-0.log", "vm-1.log"];
+    let running =
+        scratch.start(endless(), &["--count=2", "--console", "file={name}.log", "--stats", "stats"]);
+    logs.iter().for_each(|log| drop(wait_for_log(&scratch, log)));
+    for log in [logs[0], logs[1], "stats"] {
+        fs::rename(scratch.path(log), scratch.path(&format!("{log}.1"))).expect("rename a log");
+    }
+    running.signal(Signal::HUP);
+    running.stderr().wait_for_line("log files were opened again");
+    for log in logs {
+        wait_for_log(&scratch, log);
+        // As logrotate does with copytruncate. The guest goes on to write.
+        let file = fs::File::options().write(true).open(scratch.path(log)).expect("open a log");
+        file.set_len(0).expect("cut a log short");
+        let text = wait_for_log(&scratch, log);
+        assert!(!text.contains('\0'), "{text}");
+        assert!(scratch.read_text(&format!("{log}.1")).contains("start ram="), "the first part is gone");
+    }
+    // Where a log cannot be opened again, its VM goes on with the one that it has.
+    fs::rename(scratch.path(logs[0]), scratch.path("elsewhere")).expect("rename a log");
+    fs::create_dir(scratch.path(logs[0])).expect("make a folder in the place of a log");
+    running.signal(Signal::HUP);
+    running.stderr().wait_for_line("VM vm-0: open the console vm-0.log");
+    running.signal(Signal::TERM);
+    running.wait().assert_code(0);
+    // The first file may have been renamed before it had a line.
+    let first = scratch.read_text("stats.1");
+    assert!(first.is_empty() || first.ends_with("}\n"), "{first}");
+    assert!(scratch.read_text("stats").contains("\"state\":\"ended\""));
 }
 
 pub(crate) fn readers_that_go_away() {

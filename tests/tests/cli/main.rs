@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         ("threads_are_named_after_their_vms", &[Kvm], guests::threads),
         ("a_crash_is_explained_and_ends_no_other_vm", &[Kvm], guests::crash),
         ("signals_end_guests_that_would_run_for_ever", &[Kvm], guests::signals),
+        ("logs_that_are_renamed_or_cut_short_go_on", &[Kvm], guests::logs_are_rotated),
         ("readers_that_go_away_take_the_text_and_not_the_guest", &[Kvm], guests::readers_that_go_away),
         ("readers_that_stall_hold_no_end_up", &[Kvm], guests::readers_that_stall),
         ("more_memory_than_the_host_has_needs_overcommit", &[Kvm], guests::overcommit),

@@ -7,16 +7,18 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::log_file::open_again;
 use crate::poll;
 
 /// Writes to a file, a terminal or a pipe, without a buffer.
 pub(crate) struct FileSink {
-    file: File,
+    file: Arc<Mutex<File>>,
     /// Readable once the VM is ending; `None` for files that never make a writer wait.
     closing: Option<EventFd>,
     /// What the file held before is still in it.
@@ -31,40 +33,72 @@ impl FileSink {
     }
 
     /// A sink to a file, which is created, or emptied by the first byte: a VM that cannot start leaves what
-    /// another wrote. A FIFO or a terminal will do as well.
+    /// another wrote. A FIFO or a terminal will do as well. Each write goes to the end that the file has by
+    /// then, so that others may cut it short (`copytruncate` of logrotate).
     pub(crate) fn create(path: &Path, closing: &EventFd) -> io::Result<Self> {
-        let sink = Self::new(File::options().write(true).create(true).truncate(false).open(path)?, closing)?;
+        let sink = Self::new(File::options().append(true).create(true).open(path)?, closing)?;
         Ok(Self { to_be_emptied: sink.closing.is_none(), ..sink })
     }
 
     fn new(file: File, closing: &EventFd) -> io::Result<Self> {
         let closing = if file.metadata()?.is_file() { None } else { Some(closing.try_clone()?) };
-        Ok(Self { file, closing, to_be_emptied: false })
+        Ok(Self { file: Arc::new(Mutex::new(file)), closing, to_be_emptied: false })
     }
 
-    /// Waits until the file takes more, or the VM is ending.
-    fn wait_for_room(&self) -> io::Result<()> {
-        let Some(closing) = &self.closing else { return Ok(()) };
-        let mut files = [
-            libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
-            libc::pollfd { fd: closing.as_raw_fd(), events: libc::POLLIN, revents: 0 },
-        ];
-        // The signal by which a vCPU is told to pause is not heeded here: that waits for the reader.
-        poll::wait(&mut files)?;
-        if files[0].revents == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    /// The sink's file, to be opened again at its path; none where that is a FIFO or a terminal.
+    pub(crate) fn log(&self, path: &Path) -> Option<Log> {
+        self.closing.is_none().then(|| Log { path: path.to_owned(), file: Arc::clone(&self.file) })
     }
+}
+
+/// A file that a sink writes to, as long as it has this path.
+pub(crate) struct Log {
+    path: PathBuf,
+    file: Arc<Mutex<File>>,
+}
+
+impl Log {
+    /// Its path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens the path again. What is there now gets what is written from now on, at its end; it is created
+    /// where nothing is there.
+    ///
+    /// # Errors
+    /// Where it cannot be opened, or is no file any more. The sink then goes on with the file that it has.
+    pub(crate) fn reopen(&self) -> io::Result<()> {
+        *self.file.lock() = open_again(&self.path)?;
+        Ok(())
+    }
+}
+
+/// Waits until a file takes more, or the VM is ending.
+fn wait_for_room(file: &File, closing: &EventFd) -> io::Result<()> {
+    let mut files = [
+        libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
+        libc::pollfd { fd: closing.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+    ];
+    // The signal by which a vCPU is told to pause is not heeded here: that waits for the reader.
+    poll::wait(&mut files)?;
+    if files[0].revents == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
 }
 
 impl Write for FileSink {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        // Where a writer has to wait there is no log, and nobody else who locks the file.
+        let mut file = self.file.lock();
         if std::mem::take(&mut self.to_be_emptied) {
-            self.file.set_len(0)?;
+            file.set_len(0)?;
         }
         loop {
-            self.wait_for_room()?;
+            if let Some(closing) = &self.closing {
+                wait_for_room(&file, closing)?;
+            }
             // What a pipe with room takes without waiting.
             let part = &data[..data.len().min(libc::PIPE_BUF)];
-            match self.file.write(part) {
+            match file.write(part) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
@@ -218,6 +252,41 @@ mod tests {
         sink.write_all(b"new").unwrap();
         sink.write_all(b"er").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"newer");
+    }
+
+    #[test]
+    fn what_is_cut_short_meanwhile_gets_no_holes() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let mut sink = FileSink::create(&path, &event()).unwrap();
+        sink.write_all(b"a line\n").unwrap();
+        // As logrotate does with copytruncate.
+        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        sink.write_all(b"another\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "another\n");
+    }
+
+    #[test]
+    fn what_was_renamed_is_left_when_it_is_opened_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, renamed) = (folder.path().join("log"), folder.path().join("log.1"));
+        let mut sink = FileSink::create(&path, &event()).unwrap();
+        let log = sink.log(&path).unwrap();
+        sink.write_all(b"one").unwrap();
+        std::fs::rename(&path, &renamed).unwrap();
+        sink.write_all(b" and two").unwrap();
+        log.reopen().unwrap();
+        sink.write_all(b"three").unwrap();
+        assert_eq!(std::fs::read_to_string(&renamed).unwrap(), "one and two");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "three");
+        // Opened again without having been renamed, it keeps what it has.
+        log.reopen().unwrap();
+        sink.write_all(b", four").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "three, four");
+        // Where that fails, the sink goes on with what it had.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(log.reopen().is_err());
+        sink.write_all(b".").unwrap();
     }
 
     #[test]

@@ -32,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
 use crate::config::{ConfigError, ConsoleConfig, MemoryHole, VmConfig};
-use crate::console::sink::{CopySink, FileSink, PrefixSink};
+use crate::console::sink::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
@@ -212,6 +212,7 @@ pub struct Vm {
     handle: VmHandle,
     threads: Vec<JoinHandle<()>>,
     notices: Vec<String>,
+    console_log: Option<Log>,
     // Fields are dropped in this order: what uses guest memory goes before it.
     devices: Arc<Devices>,
     membership: Option<Membership>,
@@ -280,7 +281,7 @@ impl Vm {
                 }
             }
         });
-        let console = open_console(config.console, &config.name, handle.control.closing())?;
+        let (console, console_log) = open_console(config.console, &config.name, handle.control.closing())?;
         let shared = membership.as_ref().map(|membership| SharedMemory {
             hints: membership.hints(),
             blocks: membership.blocks(),
@@ -302,6 +303,7 @@ impl Vm {
             handle,
             threads: Vec::new(),
             notices,
+            console_log,
             devices,
             membership,
             _kvm: kvm,
@@ -394,6 +396,16 @@ impl Vm {
     /// where the guest takes nothing from its keyboard.
     pub fn press_ctrl_alt_del(&self) -> bool {
         self.devices.press_ctrl_alt_del()
+    }
+
+    /// Opens the console's file again, if it has one, so that what was renamed can be moved away. The guest
+    /// is not held up.
+    ///
+    /// # Errors
+    /// Where that is not possible. The console then goes on to the file that it has.
+    pub fn reopen_console(&self) -> Result<(), VmError> {
+        let Some(log) = &self.console_log else { return Ok(()) };
+        log.reopen().map_err(|source| VmError::Console { path: log.path().display().to_string(), source })
     }
 
     /// Types to the guest's console. Returns how many bytes were taken, from the front; once there is room
@@ -493,29 +505,35 @@ fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> 
     Ok(fd)
 }
 
+/// Opens what the console's bytes go to; and the file, if it is one that can be opened again.
 fn open_console(
     console: ConsoleConfig,
     vm: &str,
     closing: &EventFd,
-) -> Result<Box<dyn Write + Send>, VmError> {
+) -> Result<(Box<dyn Write + Send>, Option<Log>), VmError> {
     let failed = |path: &str| {
         let path = path.to_owned();
         |source| VmError::Console { path, source }
     };
-    Ok(match console {
+    let sink: Box<dyn Write + Send> = match console {
         ConsoleConfig::Stdio => Box::new(FileSink::stdout(closing).map_err(failed("standard output"))?),
         ConsoleConfig::PrefixedStdio => {
             let out = FileSink::stdout(closing).map_err(failed("standard output"))?;
             Box::new(PrefixSink::new(vm, out))
         }
         ConsoleConfig::File(path) => {
-            let open = FileSink::create(&path, closing);
-            Box::new(open.map_err(failed(&path.display().to_string()))?)
+            let sink = FileSink::create(&path, closing).map_err(failed(&path.display().to_string()))?;
+            let log = sink.log(&path);
+            return Ok((Box::new(sink), log));
         }
         ConsoleConfig::Off => Box::new(io::sink()),
-        ConsoleConfig::Copied { to, copy } => Box::new(CopySink::new(copy, open_console(*to, vm, closing)?)),
+        ConsoleConfig::Copied { to, copy } => {
+            let (to, log) = open_console(*to, vm, closing)?;
+            return Ok((Box::new(CopySink::new(copy, to)), log));
+        }
         ConsoleConfig::Sink(sink) => sink,
-    })
+    };
+    Ok((sink, None))
 }
 
 #[cfg(test)]
