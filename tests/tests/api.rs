@@ -1,5 +1,8 @@
 //! The control socket: VMs that clients create, watch and steer, and clients that mean no good.
 
+#[path = "api/queries.rs"]
+mod queries;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
@@ -29,7 +32,11 @@ fn main() -> ExitCode {
         ("broken_slow_and_greedy_clients_harm_nobody", broken_clients),
         ("events_tell_what_happens", events),
         ("metrics_can_be_read", metrics),
+        ("metrics_come_in_the_format_that_is_asked_for", queries::metrics),
+        ("lists_are_of_the_vms_that_are_asked_for", queries::filters),
+        ("parameters_that_nobody_knows_are_refused_everywhere", queries::unknown),
         ("a_console_is_read_along_and_typed_to", console),
+        ("a_console_ends_with_its_guest_and_not_with_a_reset", queries::console),
         ("the_socket_is_its_owners_and_replaced_when_stale", socket),
         ("a_disk_is_limited_while_it_is_used", disks),
         ("guests_are_asked_to_end_and_killed_where_they_do_not", stops),
@@ -464,9 +471,12 @@ fn console() {
     host.wait_for("/vms/a", "the guest's end", |vm| vm["state"] == "stopped");
     // Nobody reads what is typed now.
     assert_eq!(host.ask("POST", "/vms/a/console/input", Some(&json!("q"))).0, 409);
-    // The console outlives the machine, but not the VM.
-    seen.clear();
+    // It ends with the machine. The next one's has an end as well when the VM is deleted.
+    stream.read_to_end(&mut seen).unwrap();
     host.act("a", "start");
+    let (mut stream, _) = host.client.attach("a").unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    seen.clear();
     read_until(&mut stream, &mut seen, "round=1 ");
     assert_eq!(host.ask("DELETE", "/vms/a", None).0, 204);
     stream.read_to_end(&mut seen).unwrap();
@@ -689,9 +699,7 @@ fn terminal() {
     terminal.wait_for("round=");
     terminal.type_keys(b"q");
     terminal.wait_for("corrupt=0");
-    host.wait_for("/vms/a", "the guest's end", |vm| vm["state"] == "stopped");
-    assert_eq!(host.ask("DELETE", "/vms/a", None).0, 204);
-    terminal.wait_for("the console of VM a has ended");
+    terminal.wait_for("VM a: the guest reset the machine");
     terminal.wait_for_end(attached).assert_code(0);
     assert_eq!(terminal.settings(), before);
     host.end().assert_code(0);

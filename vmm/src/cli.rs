@@ -172,7 +172,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 reboot=k panic=-1")]
     pub(crate) cmdline: String,
 
-    /// Memory of each VM, in bytes or with K, M, G or T
+    /// Memory of each VM, in bytes or with K, M, G or T (KiB, MiB, GiB or TiB)
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     pub(crate) memory: u64,
 
@@ -184,8 +184,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) count: u32,
 
-    /// Add a disk: an image file or a block device; may be repeated. {index} and {name} are replaced.
-    /// Further fields are readonly, id=NAME, format=raw|qcow2,
+    /// Add a disk: an image file or a block device; may be repeated. {index} and {name} are replaced, and a
+    /// comma in the path is written twice. Further fields are readonly (or readonly=on|off), id=NAME, format=raw|qcow2,
     /// cache=exclusive|scrub|inclusive|none|buffered (what host memory holds of it), rate=BYTES (a second),
     /// iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
@@ -358,7 +358,14 @@ pub(crate) enum ConsoleArg {
 
 fn parse_memory(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
-    config::check_memory(bytes).map(|()| bytes).map_err(|error| error.to_string())
+    config::check_memory(bytes).map(|()| bytes).map_err(|error| {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number && (1..1 << 20).contains(&bytes) {
+            format!("the unit is missing, and {text} bytes are no memory for a VM; write {text}M for MiB")
+        } else {
+            error.to_string()
+        }
+    })
 }
 
 fn parse_cache_size(text: &str) -> Result<CacheSize, String> {
@@ -394,7 +401,7 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
         limits: RateLimits::default(),
         queues: 1,
     };
-    for field in text.split(',') {
+    for field in fields(text) {
         match field.split_once('=') {
             Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
             Some(("id", id)) => {
@@ -402,6 +409,8 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
                 disk.id = Some(id.to_owned());
             }
             None if field == "readonly" => disk.read_only = true,
+            Some(("readonly", "on")) => disk.read_only = true,
+            Some(("readonly", "off")) => disk.read_only = false,
             Some(("format", format)) => disk.format = Some(format.parse()?),
             Some(("cache", policy)) => disk.cache = policy.parse()?,
             Some(("rate", rate)) => {
@@ -418,13 +427,27 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
             },
             _ => {
                 return Err(format!(
-                    "unknown field {field:?}; fields are path=FILE, readonly, id=NAME, format=raw|qcow2, \
-                     cache=POLICY, rate=BYTES, iops=N and queues=N (a path cannot hold a comma)"
+                    "unknown field {field:?}; fields are path=FILE, readonly[=on|off], id=NAME, \
+                     format=raw|qcow2, cache=POLICY, rate=BYTES, iops=N and queues=N (write a comma in a path twice)"
                 ));
             }
         }
     }
     if disk.path.is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
+}
+
+/// The fields between commas. A comma that is written twice stands for itself, as in QEMU's options.
+fn fields(text: &str) -> Vec<String> {
+    let mut fields = vec![String::new()];
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        if letter == ',' && letters.next_if_eq(&',').is_none() {
+            fields.push(String::new());
+        } else if let Some(field) = fields.last_mut() {
+            field.push(letter);
+        }
+    }
+    fields
 }
 
 /// A limit for each second, of which something must be left.
@@ -509,6 +532,15 @@ mod tests {
     }
 
     #[test]
+    fn memory_without_a_unit_is_asked_about() {
+        assert_eq!(parse_memory("512M"), Ok(512 << 20));
+        assert_eq!((parse_memory("2Gi"), parse_memory("67108864")), (Ok(2 << 30), Ok(64 << 20)));
+        let said = parse_memory("512").unwrap_err();
+        assert!(said.contains("unit is missing") && said.contains("512M"), "{said}");
+        assert!(parse_memory("512K").unwrap_err().contains("2M at least"));
+    }
+
+    #[test]
     fn ranges_are_whole_pages() {
         assert_eq!(parse_range("1000-3000"), Ok(0x1000..0x3000));
         assert_eq!(parse_range("0x7f0000000000-0x7f0040000000"), Ok(0x7f00_0000_0000..0x7f00_4000_0000));
@@ -529,6 +561,10 @@ mod tests {
         };
         assert_eq!(parse_disk("path=a.img"), disk("a.img", false, None));
         assert_eq!(parse_disk("path=a=b.img,readonly,id=root"), disk("a=b.img", true, Some("root")));
+        assert_eq!(parse_disk("path=a,readonly=on"), disk("a", true, None));
+        assert_eq!(parse_disk("readonly=off,path=a"), disk("a", false, None));
+        assert_eq!(parse_disk("path=a,,b,,,readonly"), disk("a,b,", true, None));
+        assert_eq!(parse_disk("path=,,,,"), disk(",,", false, None));
         for wrong in [
             "a.img",
             "readonly",
@@ -540,7 +576,9 @@ mod tests {
             "path=a,iops=many",
             "path=a,queues=0",
             "path=a,queues=17",
-            "path=a,readonly=on",
+            "path=a,readonly=yes",
+            "path=a,",
+            "path=a,b",
             "path=a,id=",
             "",
         ] {

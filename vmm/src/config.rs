@@ -270,7 +270,8 @@ pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
     if is_name(id, MAX_ID_LEN) { Ok(()) } else { Err(ConfigError::DiskId(id.to_owned())) }
 }
 
-/// An amount of memory in bytes, or with K, M, G or T.
+/// An amount of memory in bytes, or with K, M, G or T, which may be followed by `i`, `B` or `iB` and always mean
+/// powers of 1,024.
 ///
 /// # Errors
 /// What to write instead.
@@ -280,11 +281,11 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let (number, unit) = upper.split_at(number_end);
     let shift = match unit {
         "" | "B" => 0,
-        "K" | "KB" | "KIB" => 10,
-        "M" | "MB" | "MIB" => 20,
-        "G" | "GB" | "GIB" => 30,
-        "T" | "TB" | "TIB" => 40,
-        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M")),
+        "K" | "KI" | "KB" | "KIB" => 10,
+        "M" | "MI" | "MB" | "MIB" => 20,
+        "G" | "GI" | "GB" | "GIB" => 30,
+        "T" | "TI" | "TB" | "TIB" => 40,
+        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M or 512MiB")),
     };
     let number: u64 = number.parse().map_err(|_| "write a whole number and a unit, as in 512M".to_owned())?;
     number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
@@ -301,7 +302,7 @@ pub fn check_memory(bytes: u64) -> Result<(), ConfigError> {
     let reason = if !bytes.is_multiple_of(PAGE_SIZE as u64) {
         "it must be a multiple of the page size, 4096"
     } else if bytes < MIN_RAM {
-        "a VM needs 2M at least"
+        "a VM needs 2M at least; is a unit missing, as in 512M?"
     } else if bytes > MAX_RAM {
         "a VM can address less than 8T"
     } else {
@@ -358,7 +359,11 @@ mod tests {
         assert_eq!(parse_size("256M"), Ok(256 << 20));
         assert_eq!(parse_size("2GiB"), Ok(2 << 30));
         assert_eq!(parse_size("64k"), Ok(64 << 10));
-        for wrong in ["", "M", "1.5G", "-1", "10X", "99999999999999999999", "99999999T"] {
+        for (text, shift) in [("1Ki", 10), ("1MiB", 20), ("1Mi", 20), ("1mb", 20), ("1Gi", 30), ("1TiB", 40)]
+        {
+            assert_eq!(parse_size(text), Ok(1 << shift), "{text}");
+        }
+        for wrong in ["", "M", "1.5G", "-1", "10X", "1i", "1IB", "99999999999999999999", "99999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::CommandFactory;
 use samepage::api::{config_file, schema};
+use samepage::counted::counted;
 
 use crate::cli::{Cli, ConfigCommand};
 
@@ -30,7 +31,10 @@ pub(crate) fn config(command: &ConfigCommand) -> anyhow::Result<ExitCode> {
     match command {
         ConfigCommand::Schema => print(schema::config_schema().as_bytes()),
         ConfigCommand::Check { file } => match config_file::load(file) {
-            Ok(vms) => print(format!("{}: {} VMs, no mistakes\n", file.display(), vms.len()).as_bytes()),
+            Ok(vms) => {
+                let vms = counted(vms.len(), "VM");
+                print(format!("{}: {vms}, no mistakes\n", file.display()).as_bytes())
+            }
             Err(mistakes) => {
                 // Each line names its file, as compilers do.
                 let _ = writeln!(io::stderr(), "{mistakes}");

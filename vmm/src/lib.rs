@@ -16,6 +16,7 @@ pub mod boot;
 pub mod by_type;
 pub mod config;
 pub mod console;
+pub mod counted;
 pub mod fleet;
 pub mod host_limits;
 pub mod huge_pages;

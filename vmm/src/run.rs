@@ -12,6 +12,7 @@ use samepage::api::lifecycle::Action;
 use samepage::api::listener::SocketOptions;
 use samepage::api::spec::{HugePagesSpec, VmSpec};
 use samepage::api::{Common, Doors, Manager, Server, config_file};
+use samepage::counted::counted;
 use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
 use samepage::poll::{is_readable_now, wait_readable};
@@ -324,7 +325,8 @@ fn audit(sharing: Option<&Sharing>) -> Outcome {
     let problems = match sharing.map(Sharing::audit) {
         None => return Outcome::AllEnded,
         Some(Ok(report)) if report.passed() => {
-            tell(format_args!("audit of {} pages and {} frames passed", report.pages, report.frames));
+            let (pages, frames) = (counted(report.pages, "page"), counted(report.frames, "frame"));
+            tell(format_args!("audit of {pages} and {frames} passed"));
             return Outcome::AllEnded;
         }
         Some(Ok(report)) => report.descriptions.join("; "),
@@ -338,8 +340,9 @@ fn report(vm: &Ended) {
     tell(format_args!("VM {}: {}", vm.name, vm.end));
     if vm.console_lost > 0 {
         tell(format_args!(
-            "VM {}: {} bytes of console output were lost, because nobody took them",
-            vm.name, vm.console_lost
+            "VM {}: {} of console output lost, because nobody took what the guest wrote",
+            vm.name,
+            counted(vm.console_lost, "byte")
         ));
     }
 }

@@ -147,12 +147,13 @@ impl Client {
         })
     }
 
-    /// Attaches to a VM's console. Returns a connection of its bytes, both ways, and the first of them.
+    /// Attaches to a VM's console until the VM ends. Returns a connection of its bytes, both ways, and the first
+    /// of them.
     ///
     /// # Errors
     /// Where the server refuses.
     pub fn attach(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
-        self.upgrade(&format!("/vms/{vm}/console/stream"))
+        self.upgrade(&format!("/vms/{vm}/console/stream?until_end=true"))
     }
 
     /// The same for a VM that is to end with the connection, and whose end is that of the connection.

@@ -1,4 +1,4 @@
-//! Metrics in the text format of OpenMetrics, which Prometheus reads.
+//! Metrics in the text format of OpenMetrics, and in Prometheus' own.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,9 +18,6 @@ use super::views::{CacheView, DiskStatistics, DiskView, saved_bytes};
 use crate::by_type::TypeSample;
 use crate::statistics::{ClaimedSample, IoSample, VmSample};
 
-/// The media type.
-pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
 /// Everything at one moment.
 #[derive(Debug)]
 struct Metrics {
@@ -35,6 +32,34 @@ pub(super) fn text(manager: &Manager, seen: Arc<Seen>) -> Result<String, fmt::Er
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
+}
+
+/// The same as Prometheus' own text format has it. It differs in the names of counters, which their types and
+/// help have as well, and knows no units and no end.
+///
+/// Source: Prometheus' documentation, "Exposition formats"; the specification of OpenMetrics.
+pub(super) fn for_prometheus(openmetrics: &str) -> String {
+    let mut text = String::with_capacity(openmetrics.len() + openmetrics.len() / 8);
+    let mut help = "";
+    for line in openmetrics.lines() {
+        let Some(comment) = line.strip_prefix("# ") else {
+            text.extend([line, "\n"]);
+            continue;
+        };
+        let mut words = comment.splitn(3, ' ');
+        match (words.next(), words.next(), words.next()) {
+            // The type comes next, and tells what the family is called.
+            (Some("HELP"), Some(_), Some(what)) => help = what,
+            (Some("TYPE"), Some(name), Some(kind)) => {
+                let total = if kind == "counter" { "_total" } else { "" };
+                let lines = ["# HELP ", name, total, " ", help, "\n# TYPE ", name, total, " ", kind, "\n"];
+                text.extend(lines);
+                help = "";
+            }
+            _ => {}
+        }
+    }
+    text
 }
 
 /// Reads a figure off what was counted.
@@ -260,5 +285,23 @@ impl Metrics {
             writer.counter(name, help, unit, values)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prometheus_own_format_names_counters_as_their_samples() {
+        let openmetrics = "# HELP samepage_vms VMs by state.\n# TYPE samepage_vms gauge\n\
+            samepage_vms{state=\"running\"} 2.0\n\
+            # HELP samepage_sharing_cpu_seconds CPU time.\n# TYPE samepage_sharing_cpu_seconds counter\n\
+            # UNIT samepage_sharing_cpu_seconds seconds\nsamepage_sharing_cpu_seconds_total 0.5\n# EOF\n";
+        let expected = "# HELP samepage_vms VMs by state.\n# TYPE samepage_vms gauge\n\
+            samepage_vms{state=\"running\"} 2.0\n\
+            # HELP samepage_sharing_cpu_seconds_total CPU time.\n\
+            # TYPE samepage_sharing_cpu_seconds_total counter\nsamepage_sharing_cpu_seconds_total 0.5\n";
+        assert_eq!(for_prometheus(openmetrics), expected);
     }
 }

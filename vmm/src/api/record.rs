@@ -214,6 +214,18 @@ impl Record {
         }
     }
 
+    /// Waits until the machine has ended, and is not about to be made anew by whoever ended it.
+    pub(super) async fn ended(&self) {
+        loop {
+            self.collected().await;
+            // Whoever ended it for a reset makes the next machine in the same turn.
+            drop(self.turn.lock().await);
+            if !self.is_taking() {
+                return;
+            }
+        }
+    }
+
     /// Waits until it has no machine.
     pub(super) fn wait_collected(&self) {
         let mut body = self.body.lock();

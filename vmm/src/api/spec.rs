@@ -266,7 +266,7 @@ impl PartialSchema for Size {
             .description(Some("Bytes"));
         let text = ObjectBuilder::new()
             .schema_type(Type::String)
-            .pattern(Some("^[0-9]+([KkMmGgTt]([Ii]?[Bb])?|[Bb])?$"))
+            .pattern(Some("^[0-9]+([KkMmGgTt][Ii]?[Bb]?|[Bb])?$"))
             .description(Some("A number and a unit, as in 512M"));
         let either = OneOfBuilder::new().item(bytes).item(text);
         Schema::OneOf(either.description(Some("An amount of memory")).build()).into()

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use samepage::api::lifecycle::State;
 
 /// A command that talks to a control socket.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ClientCommand {
     /// List the VMs of a control socket
-    Ps(ListArgs),
+    Ps(PsArgs),
     /// Show a VM
     Show(VmArgs),
     /// Create the VMs of a configuration file
@@ -64,6 +65,41 @@ pub(crate) struct Connection {
 pub(crate) struct ListArgs {
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage ps`.
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// List those in this state alone: created, running, paused, stopped, crashed or failed
+    #[arg(long, value_name = "STATE", value_parser = parse_state)]
+    pub(crate) state: Option<State>,
+
+    /// List those of this group alone; * stands for any letters
+    #[arg(long, value_name = "GROUP", value_parser = parse_pattern)]
+    pub(crate) group: Option<String>,
+
+    /// List those of this name alone; * stands for any letters, as in 'web-*'
+    #[arg(long, value_name = "NAME", value_parser = parse_pattern)]
+    pub(crate) name: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+fn parse_state(text: &str) -> Result<State, String> {
+    State::ALL.into_iter().find(|state| state.name() == text).ok_or_else(|| {
+        let names: Vec<_> = State::ALL.map(State::name).into();
+        format!("VMs are in one of these states: {}", names.join(", "))
+    })
+}
+
+fn parse_pattern(text: &str) -> Result<String, String> {
+    let letter = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-' | '*');
+    if !text.is_empty() && text.chars().all(letter) {
+        Ok(text.to_owned())
+    } else {
+        Err("names are of letters, digits, '.', '_' and '-'; * stands for any of them".to_owned())
+    }
 }
 
 /// The arguments of commands about one VM.

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
 use hyper::Method;
-use samepage::api::Client;
+use samepage::api::problem::Kind;
+use samepage::api::views::{VmSummary, VmView};
+use samepage::api::{Client, ClientError};
 use samepage::console::escape::{EscapeFilter, Key};
 use samepage::console::terminal::{self, RawTerminal, StdinKind};
 use samepage::poll::wait_readable;
@@ -35,16 +37,22 @@ pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
     }
     let (stream, first) = client.attach(&args.vm)?;
     let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
-    pass_on(&args.vm, &stream, &first, &signals)
+    pass_on(&client, &args.vm, &stream, &first, &signals)
 }
 
-/// Puts a VM's console onto this terminal until the user leaves it.
+/// Puts a VM's console onto this terminal until the user leaves it, or the VM has ended.
 pub(super) fn attach(client: &Client, vm: &str, signals: &ShutdownSignals) -> anyhow::Result<()> {
     let (stream, first) = client.attach(vm)?;
-    pass_on(vm, &stream, &first, signals)
+    pass_on(client, vm, &stream, &first, signals)
 }
 
-fn pass_on(vm: &str, stream: &UnixStream, first: &[u8], signals: &ShutdownSignals) -> anyhow::Result<()> {
+fn pass_on(
+    client: &Client,
+    vm: &str,
+    stream: &UnixStream,
+    first: &[u8],
+    signals: &ShutdownSignals,
+) -> anyhow::Result<()> {
     let raw = match terminal::stdin_kind() {
         StdinKind::Terminal => {
             tell(format_args!("console of VM {vm}; Ctrl-A x leaves it, Ctrl-A h helps"));
@@ -55,9 +63,21 @@ fn pass_on(vm: &str, stream: &UnixStream, first: &[u8], signals: &ShutdownSignal
     let left = show(first).and_then(|()| exchange(stream, signals, raw.is_some()));
     drop(raw);
     if left.context("pass the console on")? == Left::ByServer {
-        tell(format_args!("the console of VM {vm} has ended"));
+        tell(end_of(client, vm));
     }
     Ok(())
+}
+
+/// What became of a VM whose console has ended.
+fn end_of(client: &Client, vm: &str) -> String {
+    match client.get::<VmView>(&format!("/vms/{vm}")) {
+        Ok(VmView { summary: VmSummary { reason: Some(reason), .. }, .. }) => format!("VM {vm}: {reason}"),
+        Ok(VmView { summary, .. }) => {
+            format!("the console of VM {vm} has ended; the VM is {}", summary.state.name())
+        }
+        Err(ClientError::Problem(problem)) if problem.is(Kind::NoSuchVm) => format!("VM {vm} was deleted"),
+        Err(_) => format!("the console of VM {vm} has ended, as the process that hosts the VM does"),
+    }
 }
 
 /// Who has had enough.

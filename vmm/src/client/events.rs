@@ -4,6 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 
 use samepage::api::events::{Event, Happening};
+use samepage::counted::counted;
 
 use super::args::EventsArgs;
 use super::client;
@@ -65,7 +66,7 @@ fn tell(data: &str) -> Option<String> {
         Happening::Deleted { vm } => format!("VM {vm} is deleted"),
         Happening::Disk { vm, disk, message } => format!("VM {vm}: disk {disk}: {message}"),
         Happening::Limit { message } => message,
-        Happening::Missed { count } => format!("{count} events are missing here"),
+        Happening::Missed { count } => format!("{} missing here", counted(count, "event")),
     };
     Some(format!("{id:>6}  {text}"))
 }

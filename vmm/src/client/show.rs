@@ -6,12 +6,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use hyper::Method;
 use samepage::api::Client;
 use samepage::api::views::{CacheView, SharingView, VmSharingView, VmSummary, VmView};
+use samepage::counted::counted;
 use samepage_sharing::PAGE_SIZE;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::args::{Connection, ListArgs, ModeArg, SharingArgs, VmArgs};
+use super::args::{Connection, ListArgs, ModeArg, PsArgs, SharingArgs, VmArgs};
 use super::table::{Table, ago, maybe_mebibytes, mebibytes};
 use super::{client, print, print_json, vm_path};
 
@@ -32,8 +33,15 @@ fn answer<T: DeserializeOwned + Serialize>(
     print(&text(&client.get(path)?))
 }
 
-pub(super) fn list(args: &ListArgs) -> anyhow::Result<()> {
-    answer(&args.connection, "/vms", |vms: &Vec<VmSummary>| {
+pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
+    let state = args.state.map(|state| ("state", state.name()));
+    let group = args.group.as_deref().map(|group| ("group", group));
+    let name = args.name.as_deref().map(|name| ("name", name));
+    // The values are of letters that a query holds as they are.
+    let query: Vec<_> =
+        [state, group, name].into_iter().flatten().map(|(key, value)| format!("{key}={value}")).collect();
+    let path = if query.is_empty() { "/vms".to_owned() } else { format!("/vms?{}", query.join("&")) };
+    answer(&args.connection, &path, |vms: &Vec<VmSummary>| {
         let mut table = Table::new(&[
             "NAME",
             "STATE",
@@ -89,16 +97,20 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         }
         line("command line", config.cmdline.clone());
         if let Some(console) = console {
-            line("console", format!("{} bytes written, {} lost", console.sent_bytes, console.lost_bytes));
+            line(
+                "console",
+                format!("{} written, {} lost", counted(console.sent_bytes, "byte"), console.lost_bytes),
+            );
         }
         for disk in disks {
             let access = if disk.readonly { "read-only" } else { "read and written" };
-            let counted = disk.statistics.as_ref().map_or_else(String::new, |counted| {
-                let (read, written) = (mebibytes(counted.read_bytes), mebibytes(counted.written_bytes));
-                format!(", {read} read, {written} written, {} errors", counted.errors)
+            let figures = disk.statistics.as_ref().map_or_else(String::new, |figures| {
+                let (read, written) = (mebibytes(figures.read_bytes), mebibytes(figures.written_bytes));
+                let errors = counted(figures.errors, "error");
+                format!(", {read} read, {written} written, {errors}")
             });
             let size = disk.size_bytes.map_or_else(String::new, |size| format!(" of {}", mebibytes(size)));
-            line(&format!("disk {}", disk.id), format!("{}{size} {access}{counted}", disk.path));
+            line(&format!("disk {}", disk.id), format!("{}{size} {access}{figures}", disk.path));
         }
         table.to_string()
     })
@@ -199,7 +211,7 @@ pub(super) fn cache(args: &ListArgs) -> anyhow::Result<()> {
             let percent = 100.0 * bytes as f64 / all.max(1) as f64;
             line(&format!("read from {name}"), format!("{} ({percent:.1} %)", mebibytes(bytes)));
         }
-        line("dropped", format!("{} blocks", statistics.evicted));
+        line("dropped", counted(statistics.evicted, "block"));
         table.to_string()
     })
 }
@@ -211,20 +223,20 @@ fn process(sharing: &SharingView) -> String {
     }
     let saved = mebibytes(sharing.saved_bytes.unsigned_abs());
     let sign = if sharing.saved_bytes < 0 { "-" } else { "" };
-    let counted = &sharing.statistics;
+    let figures = &sharing.statistics;
     // Writing to a string does not fail.
     let _ = write!(
         text,
-        "guest memory  {}\nresident      {}\nsaved         {sign}{saved}\nframes        {} for {} pages\n\
+        "guest memory  {}\nresident      {}\nsaved         {sign}{saved}\nframes        {} for {}\n\
          zero pages    {}\nmappings      {} of {}\ncpu           {:.1} s\n\n",
         mebibytes(sharing.guest_bytes),
         mebibytes(sharing.resident_bytes),
-        counted.frames,
-        counted.pages_shared + counted.pages_sharing,
-        counted.zero_pages,
-        counted.mappings,
-        counted.mappings_limit,
-        counted.cpu_seconds,
+        figures.frames,
+        counted(figures.pages_shared + figures.pages_sharing, "page"),
+        figures.zero_pages,
+        figures.mappings,
+        figures.mappings_limit,
+        figures.cpu_seconds,
     );
     let mut table = Table::new(&["GROUP", ">SHARED", ">SHARING", ">ZERO", ">MERGES", ">SAVED"]);
     for group in &sharing.groups {

@@ -11,6 +11,7 @@ use samepage::api::lifecycle::{Action, State};
 use samepage::api::record::Record;
 use samepage::api::spec::VmSpec;
 use samepage::api::{Common, Manager, ManagerError};
+use samepage::counted::counted;
 use samepage::fleet::Ended;
 use samepage::poll::wait_readable;
 use samepage::signals::ShutdownSignals;
@@ -190,8 +191,10 @@ impl Watch {
     fn tell_end(&self, vm: &Ended) -> Exit {
         let (end, lost) = (&vm.end, vm.console_lost);
         if lost > 0 {
-            self.log
-                .error(format_args!("{lost} bytes of console output were lost, because nobody took them"));
+            let lost = counted(lost, "byte");
+            self.log.error(format_args!(
+                "{lost} of console output lost, because nobody took what the guest wrote"
+            ));
         }
         match end {
             VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => {

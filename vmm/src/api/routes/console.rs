@@ -32,6 +32,7 @@ use crate::api::lifecycle::State as VmState;
 use crate::api::problem::{Kind, Problem};
 use crate::api::record::Record;
 use crate::api::server::{Api, Permit, is_ending};
+use crate::counted::counted;
 
 const OCTETS: &str = "application/octet-stream";
 
@@ -54,6 +55,8 @@ pub(crate) struct Along {
     /// The VM lives as long as this connection: it is deleted when the client is gone, and the connection
     /// ends when the VM has ended. For connections that are upgraded.
     lifeline: Option<bool>,
+    /// The stream ends when the VM has ended, unless it is reset, and not only when the VM is deleted.
+    until_end: Option<bool>,
 }
 
 /// Read the end of a console
@@ -72,7 +75,8 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
 /// Read along with a console
 ///
 /// What is kept of what the guest wrote, and then what it writes, until the VM is deleted. Readers who are
-/// slow lose bytes and are told so in the text; they do not hold the guest up. With the headers
+/// slow lose bytes and are told so in the text; they do not hold the guest up. With `until_end=true` the stream
+/// ends with the VM's machine. With the headers
 /// `Connection: upgrade` and `Upgrade: samepage-console` the connection becomes the console after a
 /// response of 101: bytes that are sent are typed.
 #[utoipa::path(
@@ -86,7 +90,7 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
 pub(super) async fn stream(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
-    Parameters(Along { tail, lifeline }): Parameters<Along>,
+    Parameters(Along { tail, lifeline, until_end }): Parameters<Along>,
     Extension(permit): Extension<Permit>,
     mut request: Request,
 ) -> Result<Response, Problem> {
@@ -94,7 +98,12 @@ pub(super) async fn stream(
     // To begin with nothing is lost: what was before is not asked for.
     let from = tail.next - tail.bytes.len() as u64;
     let lifeline = lifeline.unwrap_or(false);
-    let reader = Reader { record, from, until_the_end: lifeline, ending: api.ending.clone() };
+    let until = match (lifeline, until_end) {
+        (true, _) => Until::Collected,
+        (false, Some(true)) => Until::Ended,
+        (false, _) => Until::Deleted,
+    };
+    let reader = Reader { record, from, until, ending: api.ending.clone() };
     if !asks_for_upgrade(request.headers()) {
         if lifeline {
             let detail = "a connection that is not upgraded is no lifeline";
@@ -136,12 +145,21 @@ fn asks_for_upgrade(headers: &HeaderMap) -> bool {
     headers.get(UPGRADE).is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(PROTOCOL.as_bytes()))
 }
 
+/// For how long one reads along.
+enum Until {
+    /// Until the VM is deleted.
+    Deleted,
+    /// Until its machine has ended, whatever comes then.
+    Collected,
+    /// Until its machine has ended for good, or until somebody starts the VM.
+    Ended,
+}
+
 /// Reads along.
 struct Reader {
     record: Arc<Record>,
     from: u64,
-    /// It ends when the machine has.
-    until_the_end: bool,
+    until: Until,
     ending: watch::Receiver<bool>,
 }
 
@@ -152,7 +170,7 @@ impl Reader {
             // What there is comes before the end.
             biased;
             piece = self.record.backlog.read(self.from) => piece?,
-            () = self.record.collected(), if self.until_the_end => return None,
+            () = has_ended(&self.record, &self.until) => return None,
             () = is_ending(&mut self.ending) => return None,
         };
         let Piece { lost, bytes, next } = piece;
@@ -160,8 +178,18 @@ impl Reader {
         if lost == 0 {
             return Some(bytes);
         }
-        let notice = format!("\r\n[samepage: {lost} bytes are missing here: they were not read in time]\r\n");
+        let bytes_lost = counted(lost, "byte");
+        let notice = format!("\r\n[samepage: {bytes_lost} missing here: not read in time]\r\n");
         Some([notice.into_bytes(), bytes].concat())
+    }
+}
+
+/// Waits until there is nothing more to wait for.
+async fn has_ended(record: &Record, until: &Until) {
+    match until {
+        Until::Deleted => std::future::pending().await,
+        Until::Collected => record.collected().await,
+        Until::Ended => record.ended().await,
     }
 }
 

@@ -3,6 +3,7 @@
 mod console;
 mod host;
 mod pages;
+mod query;
 mod sharing;
 mod vms;
 mod watch;
@@ -108,13 +109,18 @@ pub(super) fn routers(api: Arc<Api>, guard: Option<Guard>) -> (Router, Option<Ro
 
 fn router(api: Arc<Api>) -> Router {
     let (router, openapi) = describe(described());
+    let known = Arc::new(query::Known::of(&openapi));
     // A description of constant types can always be written.
     let json = Bytes::from(openapi.to_json().unwrap_or_default());
     let openapi = move || {
         let json = json.clone();
         async move { ([(CONTENT_TYPE, "application/json")], json).into_response() }
     };
-    router.route("/openapi.json", routing::get(openapi)).fallback(problem::no_such_resource).with_state(api)
+    router
+        .route("/openapi.json", routing::get(openapi))
+        .route_layer(middleware::from_fn_with_state(known, query::check))
+        .fallback(problem::no_such_resource)
+        .with_state(api)
 }
 
 #[cfg(test)]

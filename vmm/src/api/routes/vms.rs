@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::disk_spec::{CacheSpec, LimitsSpec};
-use crate::api::extract::{self, Vm, VmAndDisk, blocking, json, to_json};
+use crate::api::extract::{self, Parameters, Vm, VmAndDisk, blocking, json, to_json};
+use crate::api::filter::VmFilter;
 use crate::api::lifecycle::Action;
 use crate::api::manager::{Manager, ManagerError};
 use crate::api::problem::{Kind, Problem};
@@ -24,16 +25,24 @@ use crate::vm::{Disk, Vm as RunningVm};
 
 /// List VMs
 ///
-/// All VMs by name, those that have ended as well.
-#[utoipa::path(get, path = "/vms", tag = "vms", responses((status = 200, body = Vec<VmSummary>)))]
-pub(super) async fn list(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+/// By name, those that have ended as well: all of them, or those that are asked for.
+#[utoipa::path(
+    get, path = "/vms", tag = "vms", params(VmFilter), responses((status = 200, body = Vec<VmSummary>))
+)]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Parameters(filter): Parameters<VmFilter>,
+) -> Result<Response, Problem> {
     let revision = api.manager.revision();
     let seen = api.sampling.latest(&api.manager);
-    let vms = api.answers.vms.get(seen.as_ref(), revision, || {
+    let write = || {
         let sample = |record: &Record| seen.as_ref()?.vm(record.name());
         let vms = api.manager.list();
-        to_json(&vms.iter().map(|record| VmSummary::new(record, sample(record))).collect::<Vec<_>>())
-    })?;
+        let meant = vms.iter().filter(|record| filter.fits(record));
+        to_json(&meant.map(|record| VmSummary::new(record, sample(record))).collect::<Vec<_>>())
+    };
+    // What is asked for by many is all of them.
+    let vms = if filter.is_all() { api.answers.vms.get(seen.as_ref(), revision, write)? } else { write()? };
     Ok(json(vms))
 }
 

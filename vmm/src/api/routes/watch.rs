@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, VARY};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::Deserialize;
@@ -19,6 +19,7 @@ use super::sharing::unseen;
 use crate::api::events::Event;
 use crate::api::extract::Parameters;
 use crate::api::metrics;
+use crate::api::negotiate::TextFormat;
 use crate::api::problem::{Kind, Problem};
 use crate::api::server::{Api, is_ending};
 
@@ -99,17 +100,28 @@ impl Reader {
 
 /// Read metrics
 ///
-/// Counters and gauges in the text format of OpenMetrics, which Prometheus reads.
+/// Counters and gauges in the text format of OpenMetrics, which Prometheus reads; in Prometheus' own text format
+/// for those who prefer `text/plain` by the header `Accept`.
 #[utoipa::path(
     get, path = "/metrics", tag = "process",
-    responses((status = 200, description = "Metrics", content_type = "application/openmetrics-text", body = String))
+    responses((
+        status = 200, description = "Metrics",
+        content((String = "application/openmetrics-text"), (String = "text/plain"))
+    ))
 )]
-pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Problem> {
     let revision = api.manager.revision();
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let text = api.answers.metrics.get(Some(&seen), revision, || {
         let text = metrics::text(&api.manager, seen.clone()).map(Bytes::from);
         text.map_err(|error| Problem::new(Kind::Internal, format!("write metrics: {error}")))
     })?;
-    Ok(([(CONTENT_TYPE, metrics::MEDIA_TYPE)], text).into_response())
+    let format = TextFormat::preferred(&headers);
+    let headers = [(CONTENT_TYPE, format.media_type()), (VARY, "accept")];
+    Ok(match format {
+        TextFormat::OpenMetrics => (headers, text).into_response(),
+        TextFormat::Prometheus => {
+            (headers, metrics::for_prometheus(&String::from_utf8_lossy(&text))).into_response()
+        }
+    })
 }

@@ -12,6 +12,7 @@ use ratatui::widgets::{
     Axis, Block, Cell, Chart, Clear, Dataset, GraphType, Paragraph, Row, Table, TableState,
 };
 use samepage::api::lifecycle::State;
+use samepage::counted::counted;
 
 use super::model::{Column, Model, ReadRates, Row as Vm};
 
@@ -77,7 +78,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
 fn draw_title(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let name = " samepage ";
     let running = model.rows.iter().filter(|vm| vm.state == State::Running).count();
-    let text = format!(" {} VMs, {running} running ", model.rows.len());
+    let text = format!(" {}, {running} running ", counted(model.rows.len(), "VM"));
     let room = usize::from(area.width).saturating_sub(name.len() + text.len() + 2);
     let socket = Span::from(format!(" {}", end_of(&model.socket, room))).style(FAINT);
     frame.render_widget(Line::from(vec![Span::from(name).bold().reversed(), socket]), area);
