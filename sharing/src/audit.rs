@@ -190,7 +190,7 @@ impl Engine {
             if if lost { counted > booked } else { counted != booked } {
                 report.problem(|| format!("frame {frame} has {counted} sharers, the books say {booked}"));
             }
-            if self.books.being_filled(frame) {
+            if !self.store.is_filled(frame) {
                 continue;
             }
             if self.store.kept(frame) != self.books.names.of(frame).is_some() {
@@ -205,6 +205,11 @@ impl Engine {
             if !unsafe { content::equal(self.store.content(frame), page.as_ptr()) } {
                 report.problem(|| format!("frame {frame} reads differently through file and mapping"));
             }
+        }
+        let held = self.books.being_filled() + self.compaction.held();
+        if held != self.store.held() {
+            let booked = self.store.held();
+            report.problem(|| format!("{booked} frames are held, {held} of them by somebody"));
         }
         if live != self.store.live() {
             let booked = self.store.live();

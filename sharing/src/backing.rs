@@ -91,6 +91,11 @@ impl Backing {
         self.attached.runs_within(pages).flatten().map(|page| self.words[page as usize])
     }
 
+    /// The runs of attached pages of a range.
+    pub(crate) fn attached_runs(&self, pages: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
+        self.attached.runs_within(pages)
+    }
+
     pub(crate) fn attached_count(&self) -> u32 {
         self.attached_count
     }

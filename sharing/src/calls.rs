@@ -35,7 +35,7 @@ pub enum Over {
 
 /// What the merge path asks of the kernel. All ranges are guest RAM; nothing else is changed.
 ///
-/// A guest sees no change of content from any of these but [`map`](Self::map) and
+/// A guest sees no change of content from any of these but [`map`](Self::map), [`restore`](Self::restore) and
 /// [`discard`](Self::discard), whose callers have compared the contents under protection.
 pub trait MemoryCalls: Send {
     /// Registers pages with userfaultfd, so that they can be protected.
@@ -87,8 +87,14 @@ pub trait MemoryCalls: Send {
     /// What the kernel said; the pages are as they were.
     fn stage(&self, pages: RamRange<'_>) -> io::Result<()>;
 
-    /// Moves the copy that [`stage`](Self::stage) made over the pages, which are anonymous memory
-    /// then.
+    /// Makes the pages' shadow untouched memory, whatever an earlier copy left there.
+    ///
+    /// # Errors
+    /// What the kernel said; the pages are as they were.
+    fn clean(&self, pages: RamRange<'_>) -> io::Result<()>;
+
+    /// Moves what [`stage`](Self::stage) or [`clean`](Self::clean) made over the pages, which are anonymous
+    /// memory then.
     ///
     /// # Errors
     /// What the kernel said. With [`Over::Pages`] the pages may have been unmapped all the same;
@@ -154,28 +160,6 @@ impl Linux {
     }
 }
 
-impl Linux {
-    /// Moves untouched memory from the shadow over the pages. The kernel makes one mapping of it and of the
-    /// anonymous memory around, which it does not of memory that is mapped there.
-    fn map_fresh(&self, pages: RamRange<'_>) -> io::Result<()> {
-        let shadow = pages.shadow(0).cast();
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // A copy whose end the kernel refused may still be there, and is not to be moved.
-        // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
-        let failed = unsafe {
-            libc::madvise(shadow, pages.bytes(), libc::MADV_DONTNEED) != 0
-                || libc::mprotect(shadow, pages.bytes(), access) != 0
-        };
-        if failed {
-            return Err(io::Error::last_os_error());
-        }
-        let moved = self.restore(pages, Over::Pages);
-        // Where this fails the shadow stays in parts, and is as good.
-        let _ = self.unstage(pages);
-        moved
-    }
-}
-
 impl MemoryCalls for Linux {
     fn register(&self, pages: RamRange<'_>) -> io::Result<()> {
         self.uffd.register(pages)
@@ -209,11 +193,6 @@ impl MemoryCalls for Linux {
     }
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
-        // Memory that is mapped anew is as good, and only stays a mapping of its own. Where the kernel commits
-        // itself to all memory that can be written it may refuse as much again as a guest has.
-        if (source, over) == (Source::Zeros, Over::Pages) && self.map_fresh(pages).is_ok() {
-            return Ok(());
-        }
         let (flags, fd, offset) = match source {
             Source::Frames(frame) => (0, self.store.as_raw_fd(), i64::from(frame) * PAGE_SIZE as i64),
             Source::Zeros => (libc::MAP_ANONYMOUS, -1, 0),
@@ -264,6 +243,17 @@ impl MemoryCalls for Linux {
             unsafe { content::copy_bytes(pages.page(index), pages.shadow(index)) };
         }
         Ok(())
+    }
+
+    fn clean(&self, pages: RamRange<'_>) -> io::Result<()> {
+        let shadow = pages.shadow(0).cast();
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the shadow of the range belongs to this RAM, and nobody else uses it.
+        let failed = unsafe {
+            libc::madvise(shadow, pages.bytes(), libc::MADV_DONTNEED) != 0
+                || libc::mprotect(shadow, pages.bytes(), access) != 0
+        };
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()> {
@@ -336,7 +326,8 @@ mod tests {
         unsafe { word.write_volatile(7) };
         // A copy that nobody ends.
         linux.stage(pages).unwrap();
-        linux.map(pages, Source::Zeros, Over::Pages).unwrap();
+        linux.clean(pages).unwrap();
+        linux.restore(pages, Over::Pages).unwrap();
         // SAFETY: as above.
         assert_eq!(unsafe { word.read_volatile() }, 0);
     }

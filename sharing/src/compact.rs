@@ -5,194 +5,289 @@
 //! which one is in use, a page of page tables for every 512, and the books a record for each. Guests run
 //! on; a frame is copied, and each page on it is compared with the copy under protection before it is
 //! mapped there.
+//!
+//! All of it is done in steps of about a millisecond, between which guests and disks use frames as ever. So
+//! the repair owns what it moves: it has a [`Hold`] on each frame under way and on its copy, until the pages
+//! have been gone over. Neither can die meanwhile, and become another's.
 
-use std::collections::HashMap;
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::cache::names::Keep;
 use crate::calls::Source;
-use crate::engine::Engine;
+use crate::engine::{Engine, Settings};
 use crate::space::{SpaceError, WINDOW_PAGES};
-use crate::store::{Frame, FrameStore};
+use crate::store::{Frame, FrameStore, Hold};
 
-/// Places beyond those in use that do not count as holes.
-const FEW: u32 = 4096;
 /// Frames moved in one go.
-const BATCH_FRAMES: u32 = 4096;
-/// Pages that one step goes over.
-const STEP_PAGES: u32 = 1 << 16;
-/// Windows that one step takes.
-const STEP_WINDOWS: u32 = 32;
+const BATCH_FRAMES: usize = 4096;
+/// How long one step may take; what it is at is ended, which takes a window at most.
+const STEP: Duration = Duration::from_millis(1);
+/// Pages or frames that are gone over between two looks at the clock.
+const GLANCE: u32 = 512;
+/// Frames that are copied at once.
+const COPIED: u32 = 64;
 /// When it is tried again after moving brought little.
 const RETRY: Duration = Duration::from_secs(10);
+
+/// A frame that is under way.
+#[derive(Debug)]
+struct Move {
+    old: Hold,
+    new: Hold,
+}
+
+/// What is done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    /// Nothing is under way.
+    None,
+    /// Frames from `last` on are copied to places before, in the order of the pages on them, from this slot
+    /// and page on.
+    Copying { last: Frame, slot: usize, page: u32 },
+    /// Frames from `last` on that no page is on are moved, from this frame on.
+    MovingIdle { last: Frame, next: Frame },
+    /// Pages change over to the copies, from this slot and page on.
+    Changing { slot: usize, page: u32 },
+    /// What was held is given up.
+    Ending,
+}
 
 /// Where the repair stands.
 #[derive(Debug)]
 pub(crate) struct Compaction {
-    /// Frames under way, from their old places to their new.
-    moves: HashMap<Frame, Frame>,
-    /// The slot and page where it goes on.
-    cursor: (usize, u32),
+    work: Work,
+    /// Frames under way, by their old places.
+    moves: BTreeMap<Frame, Move>,
     places_before: u32,
     due: Instant,
+    /// Places beyond those in use that do not count as holes.
+    few: u32,
+    /// Windows that one step takes.
+    windows: u32,
 }
 
 impl Compaction {
-    pub(crate) fn new() -> Self {
-        Self { moves: HashMap::new(), cursor: (0, 0), places_before: 0, due: Instant::now() }
+    pub(crate) fn new(settings: &Settings) -> Self {
+        Self {
+            work: Work::None,
+            moves: BTreeMap::new(),
+            places_before: 0,
+            due: Instant::now(),
+            few: settings.few_holes,
+            windows: settings.compaction_windows,
+        }
+    }
+
+    /// Whether the store is more than half holes.
+    fn wanted(&self, store: &FrameStore) -> bool {
+        store.places() > self.few.saturating_add(2 * store.live())
+    }
+
+    /// Frames that are held.
+    pub(crate) fn held(&self) -> u32 {
+        2 * self.moves.len() as u32
     }
 }
 
-/// Whether the store is more than half holes.
-pub(crate) fn fragmented(store: &FrameStore) -> bool {
-    store.places() > FEW + 2 * store.live()
+/// The time that one step has.
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn over(&self) -> bool {
+        self.0.elapsed() >= STEP
+    }
 }
 
 impl Engine {
     /// Goes on with the repair of the store, where one is due. Returns whether there was something to
     /// do.
     pub(crate) fn compact(&mut self, now: Instant) -> bool {
-        if self.compaction.moves.is_empty() {
-            let due = self.compaction.due <= now && fragmented(&self.store);
-            return due && self.begin_moves(now);
-        }
-        let (slot, page) = self.compaction.cursor;
-        let Some(next) = self.members.next_from(slot) else {
-            self.end_moves(now);
-            return true;
+        let clock = Clock::start();
+        self.compaction.work = match self.compaction.work {
+            Work::None => {
+                if self.compaction.due > now || !self.compaction.wanted(&self.store) {
+                    return false;
+                }
+                self.compaction.due = now + RETRY;
+                self.compaction.places_before = self.store.places();
+                Work::Copying { last: self.store.live() + self.store.live() / 8, slot: 0, page: 0 }
+            }
+            Work::Copying { last, slot, page } => self.copy_frames(last, slot, page, &clock),
+            Work::MovingIdle { last, next } => self.move_idle(last, next, &clock),
+            Work::Changing { slot, page } => self.change_pages(slot, page, &clock),
+            Work::Ending => self.end_moves(now, &clock),
         };
-        let page = if next == slot { page } else { 0 };
-        let pages = self.members.at(next).space.pages();
-        let end = if self.members.at(next).space.lost() {
-            pages
-        } else {
-            self.move_pages(next, page..pages.min(page.saturating_add(STEP_PAGES)))
-        };
-        self.compaction.cursor = if end >= pages { (next + 1, 0) } else { (next, end) };
+        self.store.reclaim(&*self.calls);
         true
     }
 
-    /// Copies the last frames to free places, in the order in which guests use them.
-    fn begin_moves(&mut self, now: Instant) -> bool {
-        let last = self.store.live() + self.store.live() / 8;
-        let mut moves = HashMap::new();
-        let slots: Vec<_> = self.members.slots().collect();
-        for slot in slots {
-            let mut page = 0;
-            while (moves.len() as u32) < BATCH_FRAMES {
-                let Some(run) = self.next_run(slot, page, last) else { break };
-                page = run.end;
-                self.move_frames(slot, run, last, &mut moves);
-            }
-        }
-        self.move_idle(last);
-        self.compaction.due = now + RETRY;
-        self.compaction.places_before = self.store.places();
-        self.compaction.cursor = (0, 0);
-        self.compaction.moves = moves;
-        !self.compaction.moves.is_empty()
+    /// Frames that the repair has copied, and the copies.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn frames_under_way(&self) -> Vec<(Frame, Frame)> {
+        self.compaction.moves.iter().map(|(&old, moved)| (old, moved.new.first())).collect()
     }
 
-    /// Moves frames that no page is on to free places before `last`, as far as there are any.
-    fn move_idle(&mut self, last: Frame) {
-        let idle = |&(frame, _): &(Frame, _)| frame >= last && self.store.sharers(frame) == 0;
-        let late: Vec<_> =
-            self.books.names.all().filter(idle).map(|(frame, named)| (frame, *named)).collect();
-        for (old, named) in late.into_iter().take(BATCH_FRAMES as usize) {
-            let Some((new, _)) = self.store.allocate_before(last, 1) else { return };
-            if self.store.write(new, self.store.content(old), 1).is_err() {
-                self.counters.refusals += 1;
-                self.store.abandon(new);
-                return;
-            }
-            self.store.set_digest(new, self.store.digest(old));
-            if named.indexed {
-                self.stable.remove(old, &self.store);
-                self.stable.insert(new, &self.store);
-            }
-            self.move_names(old, new);
+    /// Copies frames to free places, in the order in which guests use them.
+    fn copy_frames(&mut self, last: Frame, slot: usize, mut page: u32, clock: &Clock) -> Work {
+        let enough = self.compaction.moves.len() >= BATCH_FRAMES;
+        let Some(next) = self.members.next_from(slot).filter(|_| !enough) else {
+            return Work::MovingIdle { last, next: last };
+        };
+        if next != slot {
+            page = 0;
         }
+        let pages = self.members.at(next).space.pages();
+        while page < pages {
+            if clock.over() {
+                return Work::Copying { last, slot: next, page };
+            }
+            let end = pages.min(page + GLANCE);
+            let Some((first, count)) = self.next_run(next, page, end, last) else {
+                page = end;
+                continue;
+            };
+            let Some(copied) = self.copy_run(next, first, count, last) else {
+                // There is no place, or no memory, for more.
+                return Work::MovingIdle { last, next: last };
+            };
+            page = first + copied;
+            if self.compaction.moves.len() >= BATCH_FRAMES {
+                break;
+            }
+        }
+        Work::Copying { last, slot: next + 1, page: 0 }
     }
 
-    /// The copy of a frame holds the blocks that the frame held.
-    fn move_names(&mut self, old: Frame, new: Frame) {
+    /// The next pages on consecutive frames that are to be moved, between two pages: the first, and how many.
+    fn next_run(&self, slot: usize, from: u32, end: u32, last: Frame) -> Option<(u32, u32)> {
+        let backing = self.members.at(slot).space.backing();
+        let frame = |page: u32| backing.refers(page).filter(|_| backing.attached(page));
+        let moves = |frame: Frame| frame >= last && !self.compaction.moves.contains_key(&frame);
+        let mut attached = backing.attached_runs(from..end).flatten();
+        let first = attached.find(|&page| frame(page).is_some_and(moves))?;
+        let old = frame(first)?;
+        let goes_on = |&index: &u32| frame(first + index) == Some(old + index) && moves(old + index);
+        let count = 1 + (1..COPIED.min(end - first)).take_while(goes_on).count() as u32;
+        Some((first, count))
+    }
+
+    /// Copies the frames of a run to free places before `last`. Returns how many; `None` where there are no
+    /// places left, or no memory.
+    fn copy_run(&mut self, slot: usize, page: u32, count: u32, last: Frame) -> Option<u32> {
+        let old = self.members.at(slot).space.refers(page)?;
+        let hold = self.store.allocate_before(last, count)?;
+        let count = hold.count();
+        if self.store.write(&hold, self.store.content(old)).is_err() {
+            self.counters.refusals += 1;
+            self.release_hold(hold);
+            return None;
+        }
+        self.store.fill(&hold);
+        for (old, new) in (old..).zip(hold.each()) {
+            let Some(old) = self.store.hold(old) else {
+                self.release_hold(new);
+                continue;
+            };
+            // From now on the copy is what is found.
+            self.replace_in_books(old.first(), new.first());
+            self.compaction.moves.insert(old.first(), Move { old, new });
+        }
+        Some(count)
+    }
+
+    /// The copy of a frame is found in its place, and holds the blocks that the frame held.
+    fn replace_in_books(&mut self, old: Frame, new: Frame) {
+        self.store.set_digest(new, self.store.digest(old));
+        if self.store.indexed(old) {
+            self.stable.remove(old, &mut self.store);
+            self.stable.insert(new, &mut self.store);
+        }
         if self.store.kept(old) {
             self.books.names.move_frame(old, new);
-            self.store.keep(new);
-            self.store.let_go(old);
+            if self.store.hand_over(old, new) {
+                self.stable.remove(old, &mut self.store);
+            }
         }
     }
 
-    /// The next run of pages on consecutive frames, the first of which is from `last` on.
-    fn next_run(&self, slot: usize, from: u32, last: Frame) -> Option<Range<u32>> {
-        let space = &self.members.at(slot).space;
-        let on_frame = |page: u32| space.refers(page).filter(|_| space.attached(page));
-        let start = (from..space.pages()).find(|&page| on_frame(page).is_some_and(|frame| frame >= last))?;
-        let first = on_frame(start)?;
-        let longest = WINDOW_PAGES.min(space.pages() - start);
-        let count =
-            (1..longest).take_while(|&next| on_frame(start + next) == Some(first + next)).count() as u32;
-        Some(start..start + 1 + count)
-    }
-
-    /// Copies the frames of a run to free places before `last`, as far as there are any.
-    fn move_frames(&mut self, slot: usize, run: Range<u32>, last: Frame, moves: &mut HashMap<Frame, Frame>) {
-        let mut page = run.start;
-        while page < run.end {
-            let Some(old) = self.members.at(slot).space.refers(page) else { return };
-            let known =
-                (0..run.end - page).take_while(|&index| moves.contains_key(&(old + index))).count() as u32;
-            if known > 0 {
-                page += known;
+    /// Moves frames that no page is on, and nobody fills, to free places before `last`, as far as there are any.
+    fn move_idle(&mut self, last: Frame, next: Frame, clock: &Clock) -> Work {
+        let end = self.store.places();
+        let mut looked = 0;
+        for old in next..end {
+            looked += 1;
+            if looked % GLANCE == 0 && clock.over() {
+                return Work::MovingIdle { last, next: old };
+            }
+            if !self.store.kept(old) || self.store.sharers(old) > 0 {
                 continue;
             }
-            let count =
-                (0..run.end - page).take_while(|&index| !moves.contains_key(&(old + index))).count() as u32;
-            let Some((new, count)) = self.store.allocate_before(last, count) else { return };
-            if self.store.write(new, self.store.content(old), count).is_err() {
+            // A copy is work for some microseconds.
+            looked += COPIED;
+            let Some(new) = self.store.allocate_before(last, 1) else { break };
+            if self.store.write(&new, self.store.content(old)).is_err() {
                 self.counters.refusals += 1;
-                (new..new + count).for_each(|frame| self.store.abandon(frame));
-                return;
+                self.release_hold(new);
+                break;
             }
-            for index in 0..count {
-                // From now on the copy is what is found.
-                self.stable.remove(old + index, &self.store);
-                self.store.set_digest(new + index, self.store.digest(old + index));
-                self.stable.insert(new + index, &self.store);
-                self.move_names(old + index, new + index);
-                moves.insert(old + index, new + index);
-            }
-            page += count;
+            self.store.fill(&new);
+            self.replace_in_books(old, new.first());
+            self.release_hold(new);
         }
+        Work::Changing { slot: 0, page: 0 }
     }
 
-    /// Maps the new places over pages on frames under way. Returns the page to go on from.
-    fn move_pages(&mut self, slot: usize, pages: Range<u32>) -> u32 {
+    /// Maps the copies over pages on frames under way.
+    fn change_pages(&mut self, slot: usize, mut page: u32, clock: &Clock) -> Work {
+        let Some(next) = self.members.next_from(slot).filter(|_| !self.compaction.moves.is_empty()) else {
+            return Work::Ending;
+        };
+        if next != slot {
+            page = 0;
+        }
+        let pages = self.members.at(next).space.pages();
         let mut windows = 0;
-        let mut page = pages.start;
-        while page < pages.end && windows < STEP_WINDOWS {
-            let space = &self.members.at(slot).space;
-            let target = |page: u32| {
-                let old = space.refers(page).filter(|_| space.attached(page))?;
-                self.compaction.moves.get(&old).copied().filter(|&new| self.store.is_live(new))
-            };
-            let Some(new) = target(page) else {
-                page += 1;
+        while page < pages && !self.members.at(next).space.lost() {
+            if windows >= self.compaction.windows || clock.over() {
+                self.publish_mappings();
+                return Work::Changing { slot: next, page };
+            }
+            let end = pages.min(page + GLANCE);
+            let Some((first, new, count)) = self.next_to_change(next, page, end) else {
+                page = end;
                 continue;
             };
-            let longest = WINDOW_PAGES.min(pages.end - page);
-            let count =
-                1 + (1..longest).take_while(|&next| target(page + next) == Some(new + next)).count() as u32;
             windows += 1;
-            page += self.move_run(slot, page, new, count);
+            page = first + self.change_run(next, first, new, count);
         }
         self.publish_mappings();
-        self.store.reclaim(&*self.calls);
-        page
+        Work::Changing { slot: next + 1, page: 0 }
+    }
+
+    /// The next pages between two whose frames are under way to consecutive places: the first, its new frame,
+    /// and how many.
+    fn next_to_change(&self, slot: usize, from: u32, end: u32) -> Option<(u32, Frame, u32)> {
+        let backing = self.members.at(slot).space.backing();
+        let target = |page: u32| {
+            let old = backing.refers(page).filter(|_| backing.attached(page))?;
+            self.compaction.moves.get(&old).map(|moved| moved.new.first())
+        };
+        let mut attached = backing.attached_runs(from..end).flatten();
+        let (first, new) = attached.find_map(|page| target(page).map(|new| (page, new)))?;
+        let longest = WINDOW_PAGES.min(end - first);
+        let count =
+            1 + (1..longest).take_while(|&next| target(first + next) == Some(new + next)).count() as u32;
+        Some((first, new, count))
     }
 
     /// Returns how many pages are dealt with: at least one.
-    fn move_run(&mut self, slot: usize, first: u32, new: Frame, count: u32) -> u32 {
+    fn change_run(&mut self, slot: usize, first: u32, new: Frame, count: u32) -> u32 {
         let Self { members, store, calls, stable, counters, share, .. } = self;
         let member = members.at_mut(slot);
         let added = member.space.mappings_added(first, count, Source::Frames(new));
@@ -216,17 +311,38 @@ impl Engine {
         }
     }
 
-    fn end_moves(&mut self, now: Instant) {
-        for (_, new) in self.compaction.moves.drain() {
-            if self.store.is_live(new) && self.store.sharers(new) == 0 && !self.store.kept(new) {
-                self.stable.remove(new, &self.store);
-                self.store.abandon(new);
+    /// All pages left while a frame was under way: the block that it holds, if it does, is cached now.
+    fn note_left(&mut self, frame: Frame) {
+        let named = self.books.names.of(frame);
+        if named.is_some_and(|named| named.keep == Keep::Exclusive && !self.books.order.contains(named.key)) {
+            self.store.note_left(frame);
+        }
+    }
+
+    /// Gives up what was held, and the memory of what has died.
+    fn end_moves(&mut self, now: Instant, clock: &Clock) -> Work {
+        let mut ended = 0;
+        while let Some((_, Move { old, new })) = self.compaction.moves.pop_first() {
+            // Pages may have stayed where they were: for want of mappings, or since a call was refused.
+            match (self.store.sharers(old.first()), self.store.sharers(new.first())) {
+                (1.., 0) => self.replace_in_books(new.first(), old.first()),
+                (0, 0) => self.note_left(new.first()),
+                _ => {}
+            }
+            self.release_hold(new);
+            self.release_hold(old);
+            ended += 1;
+            if ended % GLANCE == 0 && clock.over() {
+                return Work::Ending;
             }
         }
-        self.store.reclaim(&*self.calls);
+        if self.store.dead() > 0 && self.store.reclaim(&*self.calls) > 0 {
+            return Work::Ending;
+        }
         self.counters.compactions += 1;
         if self.store.places() < self.compaction.places_before / 10 * 9 {
             self.compaction.due = now;
         }
+        Work::None
     }
 }

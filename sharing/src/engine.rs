@@ -75,6 +75,12 @@ pub struct Settings {
     pub block_cache: CacheSize,
     /// Which pages are shared, by what guests say that they are for.
     pub types: SharedTypes,
+    /// Free places for frames that are always tolerated; the store is repaired when more than these and
+    /// half of all places are free.
+    pub few_holes: u32,
+    /// Windows that one step of the repair takes at most.
+    #[doc(hidden)]
+    pub compaction_windows: u32,
 }
 
 impl Default for Settings {
@@ -93,6 +99,8 @@ impl Default for Settings {
             shortest_mapping: 2,
             block_cache: CacheSize::default(),
             types: SharedTypes::default(),
+            few_holes: 4096,
+            compaction_windows: 32,
         }
     }
 }
@@ -230,7 +238,7 @@ impl Engine {
             blocks: Blocks::default(),
             books: Books::new(limit)?,
             pressure: Pressure::default(),
-            compaction: Compaction::new(),
+            compaction: Compaction::new(settings),
             counters: Counters::default(),
             pass: Pass::new(),
             rested_cursor: (0, 0),
@@ -331,7 +339,7 @@ impl Engine {
                 index.remove(member.place(page), member.digest(page));
             }
         }
-        store.reclaim(&**calls);
+        store.reclaim_all(&**calls);
         self.blocks.forget(member.places());
         self.books.notes.forget_places(&member.places());
         members.remove(slot);
@@ -399,7 +407,7 @@ impl Engine {
             Kind::Splits => self.split_step(),
             Kind::Unshare => self.unshare(now),
             Kind::Undo => self.undo_for_better(),
-            Kind::Compaction => self.compact(now),
+            Kind::Compaction => self.compact(now) || self.reclaim_step(),
             Kind::Passes => self.go_on_with_pass(now),
         }
     }
@@ -410,6 +418,11 @@ impl Engine {
             self.members.slots_after(self.turns.slot(kind)).find(|&slot| work(self.members.at(slot)))?;
         self.turns.set_slot(kind, slot);
         Some(slot)
+    }
+
+    /// Gives memory of frames back that died faster than that. Returns whether there was any.
+    fn reclaim_step(&mut self) -> bool {
+        self.store.dead() > 0 && self.store.reclaim(&*self.calls) > 0
     }
 
     /// Whether there are VMs to be gone over in full passes.

@@ -188,10 +188,11 @@ impl Engine {
         let space = &self.members.at(slot).space;
         let before = first.checked_sub(1).filter(|&page| space.attached(page));
         let preferred = before.and_then(|page| space.refers(page)).and_then(|frame| frame.checked_add(1));
-        let Some(frame) = self.store.allocate(count, preferred) else {
+        let Some(hold) = self.store.allocate(count, preferred) else {
             self.counters.refusals += 1;
             return;
         };
+        let frame = hold.first();
         let space = &self.members.at(slot).space;
         let added = space.mappings_added(first, count, Source::Frames(frame));
         let source = space.page(first);
@@ -199,16 +200,16 @@ impl Engine {
         let budget = self.share.budget();
         let room = added <= 0 || budget.room() >= added + ROOM && budget.shortest_run() <= count;
         let mut lent = room;
-        if room && self.store.write(frame, source, count).is_err() {
+        if room && self.store.write(&hold, source).is_err() {
             self.counters.refusals += 1;
             lent = false;
         }
         if lent {
+            self.store.fill(&hold);
             self.map_frames(slot, first, frame, count);
         }
-        for (page, frame) in (first..).zip(frame..frame + count) {
+        for (page, frame) in (first..).zip(hold.frames()) {
             if self.store.sharers(frame) == 0 {
-                self.store.abandon(frame);
                 continue;
             }
             self.index_frame(frame);
@@ -216,6 +217,7 @@ impl Engine {
                 census.lend(page);
             }
         }
+        self.release_hold(hold);
     }
 
     /// Gives the next pages back of those that were put on frames.
@@ -276,7 +278,7 @@ impl Engine {
                 claims.giving.given += given;
             }
             for frame in dead.drain(..) {
-                self.stable.remove(frame, &self.store);
+                self.stable.remove(frame, &mut self.store);
             }
             if failed {
                 break;

@@ -168,12 +168,17 @@ impl FrameIndex {
     }
 
     /// Enters a live frame, whose digest the store knows.
-    pub(crate) fn insert(&mut self, frame: Frame, store: &FrameStore) {
-        self.0.insert(frame, store);
+    pub(crate) fn insert(&mut self, frame: Frame, store: &mut FrameStore) {
+        if !store.set_indexed(frame, true) {
+            self.0.insert(frame, store);
+        }
     }
 
-    pub(crate) fn remove(&mut self, frame: Frame, store: &FrameStore) {
-        self.0.remove(frame, store.digest(frame));
+    /// Takes a frame out, if it is there.
+    pub(crate) fn remove(&mut self, frame: Frame, store: &mut FrameStore) {
+        if store.set_indexed(frame, false) {
+            self.0.remove(frame, store.digest(frame));
+        }
     }
 
     /// A frame of this content, as far as is known without protection.

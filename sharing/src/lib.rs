@@ -2,9 +2,9 @@
 //! frame of memory. It knows pages and frames, and nothing of KVM, virtio or HTTP.
 //!
 //! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages, or of huge ones as well.
-//! - [`store`]: the frames, pages of a sealed memory file, each counted while guests refer to it;
-//!   `compact`: closes the holes in it.
-//! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps;
+//! - [`store`]: the frames, pages of a sealed memory file, each of which lives as long as it has an owner;
+//!   `records` and `extents`: its books; `compact`: closes the holes in it.
+//! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps (`window`);
 //!   `backing`: what each page is mapped from.
 //! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `search`:
 //!   what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
@@ -34,6 +34,7 @@ pub mod claims;
 pub(crate) mod compact;
 pub mod content;
 pub mod engine;
+pub(crate) mod extents;
 pub(crate) mod follow;
 pub(crate) mod give_back;
 pub(crate) mod group;
@@ -50,6 +51,7 @@ pub mod pagemap;
 pub mod pairs;
 pub(crate) mod passes;
 pub mod ram;
+pub(crate) mod records;
 pub mod rest;
 pub(crate) mod search;
 pub mod service;
@@ -62,6 +64,7 @@ pub(crate) mod turns;
 pub mod uffd;
 pub(crate) mod undo;
 pub mod wakes;
+pub(crate) mod window;
 pub(crate) mod worker;
 
 pub use ram::{PAGE_SIZE, Ram};

@@ -17,7 +17,7 @@ use crate::engine::Engine;
 use crate::index::Wanted;
 use crate::members::{Flags, Member, Mode};
 use crate::space::{SpaceError, WINDOW_PAGES};
-use crate::store::Frame;
+use crate::store::{Frame, Hold};
 use crate::undo::value;
 
 /// Neighbours that are compared as a whole before it is taken for granted that a run goes on.
@@ -145,7 +145,7 @@ impl Engine {
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
         let mut alike = |distance: u32, page: u32, frame: Frame| {
-            member.mergeable(page) && store.is_live(frame) && {
+            member.mergeable(page) && store.is_filled(frame) && {
                 counters.effort.comparisons += 1;
                 // SAFETY: a member's RAM is mapped, and the frame was just seen to be live.
                 unsafe { neighbours_alike(distance, member.space.page(page), store.content(frame)) }
@@ -202,32 +202,31 @@ impl Engine {
             member.space.attached(before).then(|| member.space.refers(before))?.map(|frame| frame + 1)
         };
         let preferred = follows(other, twin_first).or_else(|| follows(member, first));
-        let Some(frame) = self.store.allocate(count, preferred) else {
+        let Some(hold) = self.store.allocate(count, preferred) else {
             self.counters.refusals += 1;
             return forward;
         };
+        let frame = hold.first();
         let source = Source::Frames(frame);
         let twin_cost = self.members.at(twin_slot).space.mappings_added(twin_first, count, source);
         let mut written = self.affordable(slot, first, count, source, twin_cost);
-        if written
-            && self.store.write(frame, self.members.at(twin_slot).space.page(twin_first), count).is_err()
-        {
+        if written && self.store.write(&hold, self.members.at(twin_slot).space.page(twin_first)).is_err() {
             self.counters.refusals += 1;
             written = false;
         }
         if written {
+            self.store.fill(&hold);
             let merged = self.merge_run(twin_slot, twin_first, frame, count)
                 + self.merge_run(slot, first, frame, count);
             self.counters.merges_unstable += u64::from(merged.min(2));
             self.counters.merges_lookahead += u64::from(merged.saturating_sub(2));
         }
-        for frame in frame..frame + count {
-            if self.store.sharers(frame) == 0 {
-                self.store.abandon(frame);
-                continue;
+        for frame in hold.frames() {
+            if self.store.sharers(frame) > 0 {
+                self.index_frame(frame);
             }
-            self.index_frame(frame);
         }
+        self.release_hold(hold);
         self.name_published(frame, count, [(slot, first), (twin_slot, twin_first)]);
         forward
     }
@@ -239,7 +238,14 @@ impl Engine {
         let digest = self.digester.digest(page);
         self.counters.digests += 1;
         self.store.set_digest(frame, digest);
-        self.stable.insert(frame, &self.store);
+        self.stable.insert(frame, &mut self.store);
+    }
+
+    /// Gives up a hold on frames. Those that have no other owner die.
+    pub(crate) fn release_hold(&mut self, hold: Hold) {
+        for frame in self.store.release(hold) {
+            self.stable.remove(frame, &mut self.store);
+        }
     }
 
     /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.

@@ -19,6 +19,7 @@ use crate::content;
 use crate::pagemap::{Entry, Pagemap};
 use crate::ram::{Ram, RamRange};
 use crate::store::{Frame, FrameStore};
+use crate::window::{MapError, Remapped, Window, protect};
 
 /// The longest run handled in one window: it bounds how long a writer waits.
 pub const WINDOW_PAGES: u32 = 512;
@@ -55,6 +56,20 @@ pub enum SpaceError {
     },
 }
 
+/// Pages that have another mapping now, and what went wrong after that.
+#[must_use]
+struct Replaced {
+    pages: u32,
+    lost: Option<SpaceError>,
+}
+
+impl Replaced {
+    /// To be called once the books tell of the pages.
+    fn end(self) -> Result<u32, SpaceError> {
+        self.lost.map_or(Ok(self.pages), Err)
+    }
+}
+
 /// What is called, once, when a part of a VM's memory was lost: the VM must not run on.
 pub type LostHandler = Box<dyn Fn(&SpaceError) + Send>;
 
@@ -63,8 +78,8 @@ pub type LostHandler = Box<dyn Fn(&SpaceError) + Send>;
 pub struct Space {
     ram: Arc<Ram>,
     backing: Backing,
-    /// The part that a failed call tore out.
-    hole: Option<Range<u32>>,
+    /// Parts that failed calls tore out.
+    holes: Vec<Range<u32>>,
     /// The longest window so far.
     longest_window: Duration,
 }
@@ -77,7 +92,7 @@ impl Space {
     pub fn new(ram: Arc<Ram>, calls: &dyn MemoryCalls) -> io::Result<Self> {
         let pages = ram.pages();
         calls.register(ram.range(0, pages))?;
-        Ok(Self { backing: Backing::new(pages), hole: None, longest_window: Duration::ZERO, ram })
+        Ok(Self { backing: Backing::new(pages), holes: Vec::new(), longest_window: Duration::ZERO, ram })
     }
 
     /// Number of pages.
@@ -146,7 +161,7 @@ impl Space {
     /// What was read from it is nobody's content then.
     #[must_use]
     pub fn lost(&self) -> bool {
-        self.hole.is_some() || self.ram.lost()
+        !self.holes.is_empty() || self.ram.lost()
     }
 
     /// Bytes that the books take.
@@ -202,8 +217,8 @@ impl Space {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
             unsafe { content::equal(page, store.content(frame + index)) && !store.lost() }
         })?;
-        (frame..frame + merged).for_each(|frame| store.attach(frame));
-        Ok(merged)
+        (frame..frame + merged.pages).for_each(|frame| store.attach(frame));
+        merged.end()
     }
 
     /// Maps the frames `frame..frame + count` over pages that are attached to others, as far as their
@@ -230,13 +245,13 @@ impl Space {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
             unsafe { content::equal(page, store.content(frame + index)) && !store.lost() }
         })?;
-        for (index, before) in (0..moved).zip(before) {
+        for (index, before) in (0..moved.pages).zip(before) {
             store.attach(frame + index);
             if store.detach(before) {
                 dead.push(before);
             }
         }
-        Ok(moved)
+        moved.end()
     }
 
     /// Maps the frames `frame..frame + count` over pages whose content is no longer wanted, and attaches
@@ -259,11 +274,11 @@ impl Space {
         let attached = |page: u32| self.refers(page).filter(|_| self.attached(page));
         let before: Vec<_> = (first..first + count).map(attached).collect();
         let delivered = self.replace(first, count, Source::Frames(frame), calls, |_, _| true)?;
-        for (frame, before) in (frame..frame + delivered).zip(before) {
+        for (frame, before) in (frame..frame + delivered.pages).zip(before) {
             store.attach(frame);
             dead.extend(before.filter(|&before| store.detach(before)));
         }
-        Ok(delivered)
+        delivered.end()
     }
 
     /// Gives the memory of pages back that hold zeros alone, as far as they do. Returns how many.
@@ -282,7 +297,8 @@ impl Space {
         self.replace(first, count, Source::Zeros, calls, |page, _| {
             // SAFETY: guest RAM is mapped; the page is protected.
             unsafe { content::zero(page) }
-        })
+        })?
+        .end()
     }
 
     /// Gives the memory of pages back whose content nobody wants, as far as they provably still show the
@@ -324,13 +340,13 @@ impl Space {
             let entry = entries[index as usize];
             known.get() && entry.present() && entry.file()
         })?;
-        for frame in frames.into_iter().take(discarded as usize) {
+        for frame in frames.into_iter().take(discarded.pages as usize) {
             left.push(frame);
             if store.detach(frame) {
                 dead.push(frame);
             }
         }
-        Ok(discarded)
+        discarded.end()
     }
 
     /// The longest time for which writers to a run of this RAM were made to wait.
@@ -360,7 +376,7 @@ impl Space {
         let refused = |doing, error| SpaceError::Refused { doing, first, count, error };
 
         let opened = Instant::now();
-        let mut window = Window { calls, pages, remapped: 0, open: true };
+        let mut window = Window::new(calls, pages);
         let moved = match protect(pages, calls) {
             Ok(protected) if protected == count => calls
                 .stage(pages)
@@ -379,20 +395,21 @@ impl Space {
         self.longest_window = self.longest_window.max(opened.elapsed());
         // What is left of the copy where this fails is replaced by the next.
         let _ = calls.unstage(pages);
-        match (moved, closed) {
-            (Ok(()), Ok(())) => {
-                // Where this fails the next window tries again.
-                let _ = calls.register(pages);
-                for page in first..first + count {
-                    if self.attached(page) {
-                        dead.extend(self.detach(page, store));
-                    }
+        if moved.is_ok() {
+            // Where this fails the next window tries again.
+            let _ = calls.register(pages);
+            // They show no frames any more, whether or not they can be written.
+            for page in first..first + count {
+                if self.attached(page) {
+                    dead.extend(self.detach(page, store));
                 }
-                self.backing.make_anonymous(first, count);
-                Ok(())
             }
+            self.backing.make_anonymous(first, count);
+        }
+        match (moved, closed) {
+            (Ok(()), Ok(())) => Ok(()),
             (Err(MapError::Refused(error)), Ok(())) => Err(refused("taking off their frames", error)),
-            (Err(MapError::Lost(error)), _) => Err(self.lose("taking off their frames", pages, error, calls)),
+            (Err(MapError::Lost(error)), _) => Err(self.tear("taking off their frames", pages, error, calls)),
             (_, Err(error)) => Err(self.lose("unprotecting", pages, error, calls)),
         }
     }
@@ -406,14 +423,14 @@ impl Space {
         source: Source,
         calls: &dyn MemoryCalls,
         same: impl Fn(*const u8, u32) -> bool,
-    ) -> Result<u32, SpaceError> {
+    ) -> Result<Replaced, SpaceError> {
         assert!(count > 0 && count <= WINDOW_PAGES);
         let ram = Arc::clone(&self.ram);
         let pages = ram.range(first, count);
         let refused = |doing, error| SpaceError::Refused { doing, first, count, error };
 
         let opened = Instant::now();
-        let mut window = Window { calls, pages, remapped: 0, open: true };
+        let mut window = Window::new(calls, pages);
         let protected = match protect(pages, calls) {
             Ok(protected) => protected,
             Err(error) => {
@@ -436,26 +453,51 @@ impl Space {
         };
         let closed = window.close();
         self.longest_window = self.longest_window.max(opened.elapsed());
+        let replaced = match &outcome {
+            Ok(Remapped::Discarded | Remapped::Mapped) => equal,
+            Ok(Remapped::Nothing) | Err(_) => 0,
+        };
+        if matches!(outcome, Ok(Remapped::Mapped)) {
+            // Where this fails the next window tries again; only the neighbours cannot become
+            // one mapping with it.
+            let _ = calls.register(part);
+        }
+        if replaced > 0 {
+            // They show `source` from now on, whether or not they can be written.
+            self.note_mapping(first, replaced, source);
+        }
         match (outcome, closed) {
-            (Ok(Remapped::Nothing), Ok(())) => Ok(0),
-            (Ok(Remapped::Discarded), Ok(())) => {
-                self.note_mapping(first, equal, source);
-                Ok(equal)
-            }
-            (Ok(Remapped::Mapped), Ok(())) => {
-                // Where this fails the next window tries again; only the neighbours cannot become
-                // one mapping with it.
-                let _ = calls.register(part);
-                self.note_mapping(first, equal, source);
-                Ok(equal)
+            (Ok(_), Ok(())) => Ok(Replaced { pages: replaced, lost: None }),
+            (Ok(_), Err(error)) => {
+                let lost = self.lose("unprotecting", pages, error, calls);
+                Ok(Replaced { pages: replaced, lost: Some(lost) })
             }
             (Err(MapError::Refused(error)), Ok(())) => Err(refused("remapping", error)),
-            (Err(MapError::Lost(error)), _) => Err(self.lose("remapping", part, error, calls)),
-            (_, Err(error)) => Err(self.lose("unprotecting", pages, error, calls)),
+            (Err(MapError::Lost(error)), _) => Err(self.tear("remapping", part, error, calls)),
+            (Err(MapError::Refused(_)), Err(error)) => Err(self.lose("unprotecting", pages, error, calls)),
         }
     }
 
-    /// Notes that pages are gone, or blocked for good: nothing is done to this RAM from now on.
+    /// Notes that pages are gone: nothing is done to this RAM from now on.
+    fn tear(
+        &mut self,
+        doing: &'static str,
+        pages: RamRange<'_>,
+        error: io::Error,
+        calls: &dyn MemoryCalls,
+    ) -> SpaceError {
+        let (first, count) = (pages.first(), pages.count());
+        // Where nothing else is there by now, threads that still reach for these pages find zeros.
+        if self.ram.fill_hole(first, count) {
+            self.holes.push(first..first);
+        } else {
+            self.ram.tear();
+            self.holes.push(first..first + count);
+        }
+        self.lose(doing, pages, error, calls)
+    }
+
+    /// Notes that pages are gone, or there and blocked for good: nothing is done to this RAM from now on.
     fn lose(
         &mut self,
         doing: &'static str,
@@ -465,15 +507,17 @@ impl Space {
     ) -> SpaceError {
         // Nobody opens another window here, whose wake would find who was missed.
         let _ = calls.wake(self.ram.range(0, self.pages()));
-        let (first, count) = (pages.first(), pages.count());
-        self.ram.lose(first);
-        // Where nothing else is there by now, threads that still reach for these pages find zeros.
-        let filled = self.ram.fill_hole(first, count);
-        if !filled {
-            self.ram.tear();
-        }
-        self.hole = Some(if filled { first..first } else { first..first + count });
+        self.ram.lose(pages.first());
         SpaceError::Lost { doing, first: pages.first(), count: pages.count(), error }
+    }
+
+    /// All of the RAM, but for what failed calls tore out.
+    fn whole_parts(&self) -> Vec<Range<u32>> {
+        let mut holes = self.holes.clone();
+        holes.sort_unstable_by_key(|hole| hole.start);
+        let starts = std::iter::once(0).chain(holes.iter().map(|hole| hole.end));
+        let ends = holes.iter().map(|hole| hole.start).chain(std::iter::once(self.pages()));
+        starts.zip(ends).map(|(start, end)| start..end).filter(|part| !part.is_empty()).collect()
     }
 
     /// Whether dropping the private copies makes exactly `source` show again.
@@ -503,12 +547,19 @@ impl Space {
     /// VM no longer runs. Returns the frames whose last sharer this was.
     ///
     /// # Errors
-    /// What the kernel said; nothing has changed then, and the call can be repeated.
+    /// What the kernel said; no frame is given up then, and the call can be repeated.
     pub fn clear(&mut self, store: &mut FrameStore, calls: &dyn MemoryCalls) -> io::Result<Vec<Frame>> {
-        let hole = self.hole.clone().unwrap_or(0..0);
-        for part in [0..hole.start, hole.end..self.pages()] {
-            if !part.is_empty() {
-                calls.map(self.ram.range(part.start, part.end - part.start), Source::Zeros, Over::Pages)?;
+        let ram = Arc::clone(&self.ram);
+        for part in self.whole_parts() {
+            let pages = ram.range(part.start, part.end - part.start);
+            let Err(error) = calls.map(pages, Source::Zeros, Over::Pages) else { continue };
+            match calls.map(pages, Source::Zeros, Over::Hole) {
+                Ok(()) => {}
+                // They are there, as they were.
+                Err(there) if there.raw_os_error() == Some(libc::EEXIST) => return Err(error),
+                Err(_) => {
+                    self.tear("clearing", pages, error, calls);
+                }
             }
         }
         // A device that still writes is not to wait for a window that nobody opens any more.
@@ -521,103 +572,5 @@ impl Space {
         }
         self.backing.clear();
         Ok(dead)
-    }
-}
-
-/// Protects pages. Returns how many of the first are.
-fn protect(pages: RamRange<'_>, calls: &dyn MemoryCalls) -> io::Result<u32> {
-    calls.protect(pages).or_else(|_| {
-        // A part that was remapped and could not be registered again.
-        calls.register(pages)?;
-        calls.protect(pages)
-    })
-}
-
-enum Remapped {
-    Nothing,
-    Discarded,
-    Mapped,
-}
-
-enum MapError {
-    Refused(io::Error),
-    Lost(io::Error),
-}
-
-/// The time in which a run is protected. No lock that a writer to guest memory can hold, no
-/// allocation and no output belong in it. It ends on every way out.
-struct Window<'a> {
-    calls: &'a dyn MemoryCalls,
-    pages: RamRange<'a>,
-    /// How many of the first pages have a new mapping, which is not protected.
-    remapped: u32,
-    open: bool,
-}
-
-impl Window<'_> {
-    fn restore(&mut self, pages: RamRange<'_>) -> Result<(), MapError> {
-        if let Err(error) = self.calls.restore(pages, Over::Pages) {
-            // As in `map`: the copy is still there.
-            if self.calls.restore(pages, Over::Hole).is_err() {
-                return self.still_there(pages, error);
-            }
-        }
-        self.remapped = pages.count();
-        Ok(())
-    }
-
-    /// Pages that still can be unprotected are the guest's own, as they were.
-    fn still_there<T>(&mut self, pages: RamRange<'_>, error: io::Error) -> Result<T, MapError> {
-        match self.calls.unprotect(pages) {
-            Ok(()) => Err(MapError::Refused(error)),
-            Err(_) => {
-                self.remapped = pages.count();
-                Err(MapError::Lost(error))
-            }
-        }
-    }
-
-    fn map(&mut self, part: RamRange<'_>, source: Source) -> Result<Remapped, MapError> {
-        if let Err(error) = self.calls.map(part, source, Over::Pages) {
-            // The pages may be gone. Their content is known, so it can be mapped at once; only
-            // where nothing else has been placed since.
-            if self.calls.map(part, source, Over::Hole).is_err() {
-                return self.still_there(part, error);
-            }
-        }
-        self.remapped = part.count();
-        Ok(Remapped::Mapped)
-    }
-
-    /// Lifts what is left of the protection and wakes who waits.
-    fn close(&mut self) -> io::Result<()> {
-        if !std::mem::take(&mut self.open) {
-            return Ok(());
-        }
-        let rest = self.pages.part(self.remapped, self.pages.count() - self.remapped);
-        // To lift the protection wakes who waits for it.
-        let lifted = if rest.count() > 0 { self.lift(rest) } else { Ok(()) };
-        let woken =
-            if self.remapped > 0 { self.calls.wake(self.pages.part(0, self.remapped)) } else { Ok(()) };
-        lifted.and(woken)
-    }
-
-    fn lift(&self, pages: RamRange<'_>) -> io::Result<()> {
-        if self.calls.unprotect(pages).is_ok() {
-            return Ok(());
-        }
-        // Pages that are not registered stand in the way of the others, and were not protected.
-        let lifted =
-            (0..pages.count()).try_for_each(|page| match self.calls.unprotect(pages.part(page, 1)) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-                lifted => lifted,
-            });
-        lifted.and(self.calls.wake(pages))
-    }
-}
-
-impl Drop for Window<'_> {
-    fn drop(&mut self) {
-        let _ = self.close();
     }
 }

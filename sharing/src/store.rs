@@ -1,13 +1,20 @@
 //! The frame store: a sealed memory file whose pages hold the contents that guests share.
 //!
-//! A frame is written once, before anyone maps it, and counted while guest pages refer to it. A
-//! frame that nobody refers to gives its memory back with the next [`FrameStore::reclaim`], unless it is
-//! *kept*: it is *idle* then until it is wanted again or [let go](FrameStore::let_go). Free frames are
-//! never touched through a mapping, since reading a hole would allocate it.
+//! A frame has *owners*: guest pages that refer to it, the disk block that it holds (it is *kept* then), and
+//! whoever has a [`Hold`] on it. A frame lives as long as it has one. So who keeps the number of a frame from
+//! one step to the next is one of its owners, or must find it through one: a number never comes to stand for
+//! another's frame.
+//!
+//! A frame is filled once, by who was given a hold on it, before anybody can map it. A frame without owners
+//! gives its memory back with one of the next [`FrameStore::reclaim`]s. What a guest has mapped is never
+//! filled in place again: the kernel may still read from it for a disk. Free frames are never touched through
+//! a mapping, since reading a hole would allocate it.
 
 #![expect(unsafe_code, reason = "creates and maps the memory file")]
 
-use std::collections::BTreeMap;
+mod reclaim;
+
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,9 +22,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::calls::MemoryCalls;
+use crate::extents::Extents;
 use crate::loss::{self, Watch};
 use crate::ram::PAGE_SIZE;
+use crate::records::{Records, State};
 
 /// Number of a frame in its store; its offset in the memory file is that many pages.
 pub type Frame = u32;
@@ -25,35 +33,37 @@ pub type Frame = u32;
 /// No frame: the page is anonymous memory.
 pub const NO_FRAME: Frame = Frame::MAX;
 
-/// How many free extents are looked at before fresh frames are taken.
-const EXTENTS_TRIED: usize = 32;
-
-/// How many frames may keep their memory for the next that are filled: 4 MiB.
-const SPARE_FRAMES: u32 = 1024;
-
-/// The books of one frame.
-#[derive(Clone, Copy, Debug, Default)]
-struct Record {
-    /// One more than the guest pages that refer to it; 0 for a free place. The highest bit is set while
-    /// the frame is kept.
-    uses: u32,
-    /// Keyed digest of its content.
-    digest: u32,
+/// Ownership of consecutive frames: they stay until it is [given up](FrameStore::release). A frame is in one
+/// hold at most, and a hold cannot be copied.
+#[derive(Debug)]
+#[must_use = "the frames stay for ever unless this is given up"]
+pub struct Hold {
+    first: Frame,
+    count: u32,
 }
 
-const KEPT: u32 = 1 << 31;
-
-impl Record {
-    fn live(self) -> bool {
-        self.uses > 0
+impl Hold {
+    /// The first of the frames.
+    #[must_use]
+    pub fn first(&self) -> Frame {
+        self.first
     }
 
-    fn kept(self) -> bool {
-        self.uses & KEPT != 0
+    /// How many they are.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.count
     }
 
-    fn sharers(self) -> u32 {
-        (self.uses & !KEPT).saturating_sub(1)
+    /// All of them.
+    #[must_use]
+    pub fn frames(&self) -> std::ops::Range<Frame> {
+        self.first..self.first + self.count
+    }
+
+    /// The frames one by one.
+    pub(crate) fn each(self) -> impl Iterator<Item = Self> {
+        self.frames().map(|first| Self { first, count: 1 })
     }
 }
 
@@ -66,17 +76,21 @@ pub struct FrameStore {
     /// The same memory, to be written.
     landing: NonNull<u8>,
     capacity: u32,
-    records: Vec<Record>,
-    /// Free extents below the high-water mark: start to length.
-    free: BTreeMap<Frame, u32>,
-    /// Extents that are free as well, but for their memory, which was not given back.
-    spare: BTreeMap<Frame, u32>,
-    spare_frames: u32,
-    /// Frames that nobody refers to, whose memory is not given back yet.
-    dead: Vec<Frame>,
+    records: Records,
+    /// Free frames below the high-water mark.
+    free: Extents,
+    /// Frames that are free as well, but for their memory, which was not given back. No guest has mapped it.
+    spare: Extents,
+    /// Frames without owners whose memory is not given back yet.
+    dead: Extents,
+    /// Of those, the ones that no guest has mapped.
+    unseen: Extents,
+    /// Where giving back goes on.
+    reclaimed: Frame,
     /// Kept frames that their last sharers left, until they are asked for.
-    left: Vec<Frame>,
+    left: BTreeSet<Frame>,
     live: u32,
+    held: u32,
     idle: u32,
     shared: u32,
     sharing: u64,
@@ -129,13 +143,15 @@ impl FrameStore {
             view,
             landing,
             capacity,
-            records: Vec::new(),
-            free: BTreeMap::new(),
-            spare: BTreeMap::new(),
-            spare_frames: 0,
-            dead: Vec::new(),
-            left: Vec::new(),
+            records: Records::default(),
+            free: Extents::default(),
+            spare: Extents::default(),
+            dead: Extents::default(),
+            unseen: Extents::default(),
+            reclaimed: 0,
+            left: BTreeSet::new(),
             live: 0,
+            held: 0,
             idle: 0,
             shared: 0,
             sharing: 0,
@@ -148,91 +164,72 @@ impl FrameStore {
         &self.file
     }
 
-    /// Takes `count` consecutive frames, the ones from `preferred` on where they are free. Their
-    /// content is undefined until [`FrameStore::write`]; nobody may map them before. `None` where
-    /// the store has no such extent left.
-    pub fn allocate(&mut self, count: u32, preferred: Option<Frame>) -> Option<Frame> {
-        let start = preferred
-            .and_then(|frame| self.take_free_at(frame, count))
-            .or_else(|| self.take_free(count))
+    /// Takes `count` consecutive frames, the ones from `preferred` on where they are free. They read as zeros
+    /// and are to be [filled](Self::fill). `None` where the store has no such extent left.
+    pub fn allocate(&mut self, count: u32, preferred: Option<Frame>) -> Option<Hold> {
+        let first = preferred
+            .filter(|&frame| self.take_at(frame, count))
+            .or_else(|| self.free.room_for(count).filter(|&frame| self.free.take(frame, count)))
             .or_else(|| self.take_fresh(count))?;
-        self.begin(start, count);
-        Some(start)
-    }
-
-    /// Frames have content from now on.
-    fn begin(&mut self, start: Frame, count: u32) {
-        for record in &mut self.records[start as usize..(start + count) as usize] {
-            *record = Record { uses: 1, digest: 0 };
-        }
-        self.live += count;
+        Some(self.begin(first, count))
     }
 
     /// Takes `count` consecutive frames that were [recycled](Self::recycle): they have memory, with what was
     /// in it before, all of which is to be overwritten. `None` where there is no such extent.
-    pub fn allocate_spare(&mut self, count: u32) -> Option<Frame> {
-        let (&start, &len) = self.spare.iter().take(EXTENTS_TRIED).find(|&(_, &len)| len >= count)?;
-        self.spare.remove(&start);
-        if len > count {
-            self.spare.insert(start + count, len - count);
-        }
-        self.spare_frames -= count;
-        self.begin(start, count);
-        Some(start)
+    pub fn allocate_spare(&mut self, count: u32) -> Option<Hold> {
+        let first = self.spare.room_for(count)?;
+        self.spare.take(first, count).then(|| self.begin(first, count))
     }
 
     /// Takes up to `count` consecutive frames before frame `end`, as [`allocate`](Self::allocate) does:
-    /// all of them where there is such an extent, the largest extent otherwise. `None` where all frames
-    /// before `end` are in use.
-    pub fn allocate_before(&mut self, end: Frame, count: u32) -> Option<(Frame, u32)> {
-        let extents = self.free.range(..end).map(|(&start, &len)| (start, len.min(end - start)));
-        let fits = extents.clone().find(|&(_, len)| len >= count);
-        let (start, len) = fits.or_else(|| extents.max_by_key(|&(_, len)| len))?;
-        let count = len.min(count);
-        self.allocate(count, Some(start)).map(|frame| (frame, count))
+    /// all of them where there is such an extent, of the longest otherwise, as far as is easily found. `None`
+    /// where all frames before `end` are in use.
+    pub fn allocate_before(&mut self, end: Frame, count: u32) -> Option<Hold> {
+        let fits = self.free.within(end, count).map(|first| (first, count));
+        let (first, count) = fits
+            .or_else(|| self.free.longest_within(end).map(|(first, longest)| (first, longest.min(count))))?;
+        self.free.take(first, count).then(|| self.begin(first, count))
     }
 
-    fn take_free_at(&mut self, frame: Frame, count: u32) -> Option<Frame> {
-        if frame as usize == self.records.len() {
-            return self.take_fresh(count);
+    /// Frames are in use from now on.
+    fn begin(&mut self, first: Frame, count: u32) -> Hold {
+        for frame in first..first + count {
+            let state = self.records.state_mut(frame);
+            debug_assert!(!state.has(State::LIVE), "frame {frame} is in use");
+            *state = State::default();
+            state.set(State::LIVE);
+            state.set(State::HELD);
+            self.records.set_digest(frame, 0);
         }
-        let (&start, &len) = self.free.range(..=frame).next_back()?;
-        let end = start + len;
-        (frame.checked_add(count)? <= end).then(|| {
-            self.free.remove(&start);
-            self.put_free(start, frame - start);
-            self.put_free(frame + count, end - frame - count);
-            frame
-        })
+        self.live += count;
+        self.held += count;
+        Hold { first, count }
     }
 
-    fn take_free(&mut self, count: u32) -> Option<Frame> {
-        let (&start, _) = self.free.iter().take(EXTENTS_TRIED).find(|&(_, &len)| len >= count)?;
-        self.take_free_at(start, count)
+    fn take_at(&mut self, frame: Frame, count: u32) -> bool {
+        if frame == self.records.len() {
+            return self.take_fresh(count).is_some();
+        }
+        self.free.take(frame, count)
     }
 
     fn take_fresh(&mut self, count: u32) -> Option<Frame> {
-        let start = self.records.len() as u32;
-        let end = start.checked_add(count).filter(|&end| end <= self.capacity)?;
-        self.records.resize(end as usize, Record::default());
-        Some(start)
+        let first = self.records.len();
+        let end = first.checked_add(count).filter(|&end| end <= self.capacity)?;
+        self.records.grow(end);
+        Some(first)
     }
 
-    fn put_free(&mut self, start: Frame, len: u32) {
-        if len > 0 {
-            self.free.insert(start, len);
-        }
-    }
-
-    /// Fills frames that were just allocated with the content of consecutive pages at `source`.
-    /// The kernel copies, so the pages may change meanwhile: what the frames hold then is some mix
-    /// of their contents, which a comparison will tell.
+    /// Writes to frames that are not filled yet the content of consecutive pages at `source`. The kernel
+    /// copies, so the pages may change meanwhile: what the frames hold then is some mix of their contents,
+    /// which a comparison will tell.
     ///
     /// # Errors
     /// Where the memory for the frames is not to be had, or the source is not mapped.
-    pub fn write(&self, frame: Frame, source: *const u8, count: u32) -> io::Result<()> {
+    pub fn write(&self, hold: &Hold, source: *const u8) -> io::Result<()> {
+        self.assert_unfilled(hold);
         let mut done = 0;
-        let bytes = count as usize * PAGE_SIZE;
+        let bytes = hold.count as usize * PAGE_SIZE;
         while done < bytes {
             // SAFETY: the kernel checks that the source is readable and reports EFAULT otherwise.
             let written = unsafe {
@@ -240,7 +237,7 @@ impl FrameStore {
                     self.io.as_raw_fd(),
                     source.wrapping_add(done).cast(),
                     bytes - done,
-                    i64::from(frame) * PAGE_SIZE as i64 + done as i64,
+                    i64::from(hold.first) * PAGE_SIZE as i64 + done as i64,
                 )
             };
             match written {
@@ -257,19 +254,53 @@ impl FrameStore {
         Ok(())
     }
 
-    /// Where the content of frames that were just allocated can be written, until the first of them is
-    /// mapped by a guest or compared.
+    /// Where the content of frames can be written that are not filled yet.
     #[must_use]
-    pub fn landing(&self, frame: Frame) -> NonNull<u8> {
-        debug_assert!(self.is_live(frame), "frame {frame} is free");
+    pub fn landing(&self, hold: &Hold) -> NonNull<u8> {
+        self.assert_unfilled(hold);
         // SAFETY: frames are within the mapping.
-        unsafe { self.landing.add(frame as usize * PAGE_SIZE) }
+        unsafe { self.landing.add(hold.first as usize * PAGE_SIZE) }
     }
 
-    /// Where the content of a live frame can be read in this process.
+    fn assert_unfilled(&self, hold: &Hold) {
+        let filled = |frame| self.records.state(frame).has(State::FILLED);
+        assert!(!hold.frames().any(filled), "frames {:?} are filled already", hold.frames());
+    }
+
+    /// The content of frames is there, and no longer changes: from now on they can be mapped.
+    pub fn fill(&mut self, hold: &Hold) {
+        hold.frames().for_each(|frame| self.records.state_mut(frame).set(State::FILLED));
+    }
+
+    /// Holds on to a frame that is filled. `None` where it is not, or somebody holds it.
+    pub fn hold(&mut self, frame: Frame) -> Option<Hold> {
+        let free = self.is_filled(frame) && !self.records.state(frame).has(State::HELD);
+        free.then(|| {
+            self.records.state_mut(frame).set(State::HELD);
+            self.held += 1;
+            Hold { first: frame, count: 1 }
+        })
+    }
+
+    /// Gives up a hold. Returns the frames that have no owner left: they are dead, and the caller forgets them.
+    #[must_use]
+    pub fn release(&mut self, hold: Hold) -> Vec<Frame> {
+        let mut dead = Vec::new();
+        for frame in hold.frames() {
+            let held = self.records.state_mut(frame).clear(State::HELD);
+            assert!(held, "frame {frame} is not held");
+            self.held -= 1;
+            if self.bury(frame) {
+                dead.push(frame);
+            }
+        }
+        dead
+    }
+
+    /// Where the content of a frame that is filled can be read in this process.
     #[must_use]
     pub fn content(&self, frame: Frame) -> *const u8 {
-        debug_assert!(self.is_live(frame), "frame {frame} is free");
+        debug_assert!(self.is_filled(frame), "frame {frame} is not filled");
         self.view.as_ptr().wrapping_add(frame as usize * PAGE_SIZE)
     }
 
@@ -280,36 +311,65 @@ impl FrameStore {
         self.watches.iter().any(Watch::lost)
     }
 
-    /// Whether a frame has content.
+    /// Whether a frame is in use.
     #[must_use]
     pub fn is_live(&self, frame: Frame) -> bool {
-        self.records.get(frame as usize).is_some_and(|record| record.live())
+        self.records.state(frame).has(State::LIVE)
+    }
+
+    /// Whether a frame is in use and has its content.
+    #[must_use]
+    pub fn is_filled(&self, frame: Frame) -> bool {
+        self.records.state(frame).has(State::FILLED)
     }
 
     /// Notes the digest of a frame's content.
     pub fn set_digest(&mut self, frame: Frame, digest: u32) {
-        self.records[frame as usize].digest = digest;
+        self.records.set_digest(frame, digest);
     }
 
     /// The digest of a frame's content.
     #[must_use]
     pub fn digest(&self, frame: Frame) -> u32 {
-        self.records[frame as usize].digest
+        self.records.digest(frame)
+    }
+
+    /// Notes whether a frame is in the index of frames. Returns whether it was.
+    pub(crate) fn set_indexed(&mut self, frame: Frame, indexed: bool) -> bool {
+        let state = self.records.state_mut(frame);
+        let was = state.clear(State::INDEXED);
+        if indexed {
+            assert!(state.has(State::FILLED), "frame {frame} is not filled");
+            state.set(State::INDEXED);
+        }
+        was
+    }
+
+    /// Whether a frame is in the index of frames.
+    pub(crate) fn indexed(&self, frame: Frame) -> bool {
+        self.records.state(frame).has(State::INDEXED)
     }
 
     /// How many guest pages refer to a frame.
     #[must_use]
     pub fn sharers(&self, frame: Frame) -> u32 {
-        self.records.get(frame as usize).map_or(0, |record| record.sharers())
+        self.records.sharers(frame)
     }
 
-    /// One more guest page refers to the frame. Comes before the page maps it.
+    /// One more guest page refers to the frame.
     pub fn attach(&mut self, frame: Frame) {
-        let record = &mut self.records[frame as usize];
-        debug_assert!(record.live());
-        record.uses += 1;
-        match record.sharers() {
-            1 => self.idle -= u32::from(record.kept()),
+        let state = self.records.state_mut(frame);
+        assert!(state.has(State::FILLED), "frame {frame} is mapped by a guest and has no content");
+        state.set(State::MAPPED);
+        let kept = state.has(State::KEPT);
+        let sharers = self.records.sharers_mut(frame);
+        *sharers += 1;
+        match *sharers {
+            1 if kept => {
+                self.idle -= 1;
+                self.left.remove(&frame);
+            }
+            1 => {}
             2 => {
                 self.shared += 1;
                 self.sharing += 1;
@@ -319,62 +379,78 @@ impl FrameStore {
     }
 
     /// One guest page less refers to the frame; comes after proof that it does not. Returns whether the
-    /// frame is dead, and the caller forgets it: this page was the last, and it is not kept.
+    /// frame is dead, and the caller forgets it: this page was its last owner.
     pub fn detach(&mut self, frame: Frame) -> bool {
-        let record = &mut self.records[frame as usize];
-        assert!(record.sharers() > 0, "frame {frame} left by more pages than came");
-        record.uses -= 1;
-        match record.sharers() {
-            0 if record.kept() => {
+        let sharers = self.records.sharers_mut(frame);
+        assert!(*sharers > 0, "frame {frame} left by more pages than came");
+        *sharers -= 1;
+        let left = *sharers;
+        match left {
+            0 if self.kept(frame) => {
                 self.idle += 1;
-                self.left.push(frame);
+                self.left.insert(frame);
+                false
             }
-            0 => {
-                self.kill(frame);
-                return true;
-            }
+            0 => self.bury(frame),
             1 => {
                 self.shared -= 1;
                 self.sharing -= 1;
+                false
             }
-            _ => self.sharing -= 1,
+            _ => {
+                self.sharing -= 1;
+                false
+            }
         }
-        false
     }
 
     /// The frame is to stay when nobody refers to it any more.
     pub fn keep(&mut self, frame: Frame) {
-        let record = &mut self.records[frame as usize];
-        debug_assert!(record.live());
-        if !record.kept() {
-            record.uses |= KEPT;
-            self.idle += u32::from(record.sharers() == 0);
+        let idle = self.sharers(frame) == 0;
+        let state = self.records.state_mut(frame);
+        assert!(state.has(State::FILLED), "frame {frame} is kept and has no content");
+        if !state.has(State::KEPT) {
+            state.set(State::KEPT);
+            self.idle += u32::from(idle);
         }
     }
 
     /// Whether the frame is kept.
     #[must_use]
     pub fn kept(&self, frame: Frame) -> bool {
-        self.records.get(frame as usize).is_some_and(|record| record.kept())
+        self.records.state(frame).has(State::KEPT)
     }
 
-    /// A kept frame need not stay any more. Returns whether it is dead, since nobody refers to it; the
+    /// A kept frame need not stay any more. Returns whether it is dead, since that was its last owner; the
     /// caller forgets it then.
     pub fn let_go(&mut self, frame: Frame) -> bool {
-        let record = &mut self.records[frame as usize];
-        assert!(record.kept(), "frame {frame} was not kept");
-        record.uses &= !KEPT;
-        let idle = record.sharers() == 0;
-        if idle {
-            self.idle -= 1;
-            self.kill(frame);
-        }
-        idle
+        let kept = self.records.state_mut(frame).clear(State::KEPT);
+        assert!(kept, "frame {frame} was not kept");
+        self.left.remove(&frame);
+        self.idle -= u32::from(self.sharers(frame) == 0);
+        self.bury(frame)
     }
 
-    /// Takes the list of kept frames that their last sharers left since the last call. They may have been
-    /// let go or wanted again meanwhile.
-    pub fn take_left(&mut self) -> Vec<Frame> {
+    /// The block that a frame holds is on another from now on. Returns whether the frame is dead, since that was
+    /// its last owner; the caller forgets it then.
+    pub(crate) fn hand_over(&mut self, from: Frame, to: Frame) -> bool {
+        let left = self.left.contains(&from);
+        self.keep(to);
+        if left && self.sharers(to) == 0 {
+            self.left.insert(to);
+        }
+        self.let_go(from)
+    }
+
+    /// Notes that the last sharers of what a kept frame holds have left, where no page of its own has.
+    pub(crate) fn note_left(&mut self, frame: Frame) {
+        debug_assert!(self.kept(frame) && self.sharers(frame) == 0);
+        self.left.insert(frame);
+    }
+
+    /// Takes the kept frames that their last sharers left since the last call, and to which none has come
+    /// back.
+    pub fn take_left(&mut self) -> BTreeSet<Frame> {
         std::mem::take(&mut self.left)
     }
 
@@ -390,116 +466,43 @@ impl FrameStore {
         self.idle
     }
 
-    /// Gives up a frame that was allocated and found no sharer.
-    pub fn abandon(&mut self, frame: Frame) {
-        let record = self.records[frame as usize];
-        assert!(record.sharers() == 0 && !record.kept(), "frame {frame} is in use");
-        self.kill(frame);
-    }
-
-    fn kill(&mut self, frame: Frame) {
-        self.records[frame as usize].uses = 0;
+    /// A frame that has no owner is dead. Returns whether it has none.
+    fn bury(&mut self, frame: Frame) -> bool {
+        let state = self.records.state(frame);
+        if self.sharers(frame) > 0 || state.has(State::KEPT) || state.has(State::HELD) {
+            return false;
+        }
+        assert!(state.has(State::LIVE), "frame {frame} dies twice");
+        let state = self.records.state_mut(frame);
+        state.clear(State::LIVE);
+        state.clear(State::FILLED);
+        if state.clear(State::MAPPED) { &mut self.dead } else { &mut self.unseen }.add(frame, 1);
         self.live -= 1;
-        self.dead.push(frame);
+        true
     }
 
-    /// Gives the memory of dead frames back and makes them free. Frames whose memory the kernel
-    /// would not take stay dead and are tried again.
-    pub fn reclaim(&mut self, calls: &dyn MemoryCalls) {
-        if self.dead.is_empty() {
-            return;
-        }
-        let mut dead = std::mem::take(&mut self.dead);
-        dead.sort_unstable();
-        let runs = dead.chunk_by(|one, next| one + 1 == *next);
-        for (start, count) in runs.map(|run| (run[0], run.len() as u32)) {
-            if calls.punch(start, count).is_ok() {
-                self.release_extent(start, count);
-            } else {
-                self.dead.extend(start..start + count);
-            }
-        }
-    }
-
-    /// Makes dead frames free that keep their memory, as far as there is room for such: who fills frames
-    /// again and again is spared giving memory back and taking it again. The others are
-    /// [reclaimed](Self::reclaim).
-    pub fn recycle(&mut self, calls: &dyn MemoryCalls) {
-        let room = SPARE_FRAMES.saturating_sub(self.spare_frames) as usize;
-        if room > 0 && !self.dead.is_empty() {
-            let mut kept = self.dead.split_off(self.dead.len().saturating_sub(room));
-            kept.sort_unstable();
-            for run in kept.chunk_by(|one, next| one + 1 == *next) {
-                self.keep_spare(run[0], run.len() as u32);
-            }
-        }
-        self.reclaim(calls);
-    }
-
-    fn keep_spare(&mut self, mut start: Frame, count: u32) {
-        self.spare_frames += count;
-        let mut end = start + count;
-        if let Some((&before, &len)) = self.spare.range(..start).next_back()
-            && before + len == start
-        {
-            self.spare.remove(&before);
-            start = before;
-        }
-        if let Some(len) = self.spare.remove(&end) {
-            end += len;
-        }
-        self.spare.insert(start, end - start);
-    }
-
-    /// Gives the memory of all free frames back.
-    pub fn drop_spare(&mut self, calls: &dyn MemoryCalls) {
-        let spare = std::mem::take(&mut self.spare);
-        self.spare_frames = 0;
-        self.dead.extend(spare.into_iter().flat_map(|(start, len)| start..start + len));
-        self.reclaim(calls);
-    }
-
-    /// Free frames that have kept their memory.
-    #[must_use]
-    pub fn spare(&self) -> u32 {
-        self.spare_frames
-    }
-
-    fn release_extent(&mut self, mut start: Frame, count: u32) {
-        let mut end = start + count;
-        if let Some((&before, &len)) = self.free.range(..start).next_back()
-            && before + len == start
-        {
-            self.free.remove(&before);
-            start = before;
-        }
-        if let Some(len) = self.free.remove(&end) {
-            end += len;
-        }
-        if end as usize == self.records.len() {
-            self.records.truncate(start as usize);
-            self.records.shrink_to(2 * self.records.len());
-        } else {
-            self.free.insert(start, end - start);
-        }
-    }
-
-    /// Frames with content.
+    /// Frames in use.
     #[must_use]
     pub fn live(&self) -> u32 {
         self.live
     }
 
+    /// Frames on which somebody has a hold.
+    #[must_use]
+    pub fn held(&self) -> u32 {
+        self.held
+    }
+
     /// Places for frames up to the last in use: more than are live where the store has holes.
     #[must_use]
     pub fn places(&self) -> u32 {
-        self.records.len() as u32
+        self.records.len()
     }
 
-    /// Frames that nobody refers to, whose memory is not given back yet.
+    /// Frames without owners whose memory is not given back yet.
     #[must_use]
-    pub fn dead(&self) -> usize {
-        self.dead.len()
+    pub fn dead(&self) -> u32 {
+        self.dead.frames() + self.unseen.frames()
     }
 
     /// Frames that two or more guest pages refer to.
@@ -525,23 +528,24 @@ impl FrameStore {
     /// Bytes of this process that the books of the frames take.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
-        self.records.capacity() * size_of::<Record>()
-            + (self.free.len() + self.spare.len()) * 2 * size_of::<(Frame, u32)>()
-            + (self.dead.capacity() + self.left.capacity()) * size_of::<Frame>()
+        let extents = [&self.free, &self.spare, &self.dead, &self.unseen];
+        self.records.bytes()
+            + extents.into_iter().map(Extents::bytes).sum::<usize>()
+            + self.left.len() * size_of::<Frame>()
     }
 
     /// Bytes of page tables that the view of the frames takes: one page for each 512 frames.
     #[must_use]
     pub fn page_table_bytes(&self) -> u64 {
-        (self.records.len().div_ceil(512) * PAGE_SIZE) as u64
+        ((self.records.len() as usize).div_ceil(512) * PAGE_SIZE) as u64
     }
 
-    /// The numbers of all live frames.
+    /// The numbers of all frames in use.
     pub fn live_frames(&self) -> impl Iterator<Item = Frame> + '_ {
-        self.records.iter().enumerate().filter(|(_, record)| record.live()).map(|(frame, _)| frame as Frame)
+        (0..self.records.len()).filter(|&frame| self.is_live(frame))
     }
 
-    /// Reads a live frame through the file.
+    /// Reads a frame through the file.
     ///
     /// # Errors
     /// What the kernel said.
@@ -574,105 +578,4 @@ fn map(file: &OwnedFd, bytes: usize, access: i32) -> io::Result<NonNull<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::calls::Linux;
-
-    fn store() -> (FrameStore, Linux) {
-        let store = FrameStore::create(4096).unwrap();
-        let calls = Linux::open(store.file().clone()).unwrap();
-        (store, calls)
-    }
-
-    #[test]
-    fn frames_count_their_sharers_and_give_memory_back() {
-        let (mut store, calls) = store();
-        let pages = vec![5_u8; 8 * PAGE_SIZE];
-        let frame = store.allocate(8, None).unwrap();
-        store.write(frame, pages.as_ptr(), 8).unwrap();
-        assert_eq!(store.charged_bytes().unwrap(), 8 * PAGE_SIZE as u64);
-        for _ in 0..3 {
-            store.attach(frame + 2);
-        }
-        assert_eq!((store.live(), store.shared(), store.sharing()), (8, 1, 2));
-        for other in (frame..frame + 8).filter(|&other| other != frame + 2) {
-            store.abandon(other);
-        }
-        assert!(!store.detach(frame + 2) && !store.detach(frame + 2));
-        assert_eq!((store.shared(), store.sharing()), (0, 0));
-        assert!(store.detach(frame + 2));
-        store.reclaim(&calls);
-        assert_eq!((store.live(), store.charged_bytes().unwrap()), (0, 0));
-    }
-
-    #[test]
-    fn kept_frames_stay_without_sharers_until_they_are_let_go() {
-        let (mut store, calls) = store();
-        let frame = store.allocate(2, None).unwrap();
-        // SAFETY: the frames are new.
-        unsafe { store.landing(frame).write_bytes(7, 2 * PAGE_SIZE) };
-        // SAFETY: the frame is live, and was just written.
-        assert_eq!(unsafe { store.content(frame + 1).add(PAGE_SIZE - 1).read() }, 7);
-        store.keep(frame);
-        assert_eq!(store.idle(), 1);
-        store.attach(frame);
-        store.attach(frame);
-        assert_eq!((store.idle(), store.shared(), store.sharing(), store.sharers(frame)), (0, 1, 1, 2));
-        assert!(!store.detach(frame) && !store.detach(frame), "it does not die");
-        assert_eq!((store.idle(), store.live(), store.take_left()), (1, 2, vec![frame]));
-        store.attach(frame);
-        assert!(!store.let_go(frame), "it has a sharer");
-        assert!(!store.kept(frame) && store.detach(frame));
-        store.keep(frame + 1);
-        assert!(store.let_go(frame + 1));
-        store.reclaim(&calls);
-        assert_eq!((store.idle(), store.live(), store.charged_bytes().unwrap()), (0, 0, 0));
-    }
-
-    #[test]
-    fn extents_are_reused_preferred_and_joined() {
-        let (mut store, calls) = store();
-        let first = store.allocate(100, None).unwrap();
-        assert_eq!(store.allocate(10, Some(first + 100)), Some(100));
-        (20..40).for_each(|frame| store.abandon(frame));
-        store.reclaim(&calls);
-        assert_eq!(store.allocate(5, Some(30)), Some(30));
-        assert_eq!(store.allocate(8, None), Some(20));
-        assert_eq!(store.allocate(8, None), Some(110), "no extent of 8 is left");
-        (30..35).chain(20..28).for_each(|frame| store.abandon(frame));
-        store.reclaim(&calls);
-        assert_eq!(store.allocate(20, None), Some(20), "neighbours became one extent again");
-    }
-
-    #[test]
-    fn recycled_frames_keep_their_memory_until_they_are_filled_again_or_dropped() {
-        let (mut store, calls) = store();
-        let pages = vec![5_u8; 2000 * PAGE_SIZE];
-        let first = store.allocate(2000, None).unwrap();
-        store.write(first, pages.as_ptr(), 2000).unwrap();
-        assert_eq!(store.allocate_spare(1), None);
-        (100..164).chain(300..302).for_each(|frame| store.abandon(frame));
-        store.recycle(&calls);
-        assert_eq!((store.spare(), store.charged_bytes().unwrap()), (66, 2000 * PAGE_SIZE as u64));
-        assert_eq!((store.allocate_spare(65), store.allocate_spare(64)), (None, Some(100)));
-        assert!(store.is_live(163) && !store.is_live(300));
-        assert_eq!(store.allocate(2, Some(300)), Some(2000), "they are not free");
-        let live: Vec<_> = (164..1500).filter(|&frame| store.is_live(frame)).collect();
-        live.into_iter().for_each(|frame| store.abandon(frame));
-        store.recycle(&calls);
-        assert_eq!(store.spare(), SPARE_FRAMES, "no more than that");
-        let kept = u64::from(store.live() + SPARE_FRAMES) - 2;
-        assert_eq!(store.charged_bytes().unwrap(), kept * PAGE_SIZE as u64, "two were not written yet");
-        store.drop_spare(&calls);
-        assert_eq!(store.charged_bytes().unwrap(), (u64::from(store.live()) - 2) * PAGE_SIZE as u64);
-        assert_eq!((store.spare(), store.allocate(64, Some(400))), (0, Some(400)));
-    }
-
-    #[test]
-    fn a_full_store_says_so() {
-        let (mut store, _) = store();
-        assert_eq!(store.allocate(4097, None), None);
-        assert_eq!(store.allocate(4096, None), Some(0));
-        assert_eq!(store.allocate(1, None), None);
-    }
-}
+mod tests;

@@ -84,8 +84,10 @@ fn missed(pages: u32) -> (Guest, FrameStore, Counted, mpsc::Receiver<Writer>) {
 fn a_writer_that_was_missed_as_its_page_came_to_a_frame_goes_on() {
     let (guest, mut store, calls, writer) = missed(8);
     guest.write(0, 5);
-    let frame = store.allocate(1, None).unwrap();
-    store.write(frame, guest.ram.range(0, 1).page(0), 1).unwrap();
+    let hold = store.allocate(1, None).unwrap();
+    let frame = hold.first();
+    store.write(&hold, guest.ram.range(0, 1).page(0)).unwrap();
+    store.fill(&hold);
     let mut space = Space::new(guest.ram.clone(), &calls).unwrap();
     assert_eq!(space.merge(0, frame, 1, &mut store, &calls).unwrap(), 1);
     writer.recv().unwrap().goes_on();

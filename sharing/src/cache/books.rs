@@ -18,7 +18,7 @@ use super::statistics::CacheStatistics;
 use super::working_set::Curve;
 use crate::content::Page;
 use crate::engine::Engine;
-use crate::store::Frame;
+use crate::store::{Frame, Hold};
 
 /// How long memory is kept for reads from disks while none comes.
 const SPARE_FOR: Duration = Duration::from_secs(1);
@@ -37,7 +37,8 @@ pub(crate) struct Fetching {
     pub(crate) keep: Keep,
     /// The first block.
     pub(crate) key: BlockKey,
-    pub(crate) frame: Frame,
+    /// The frames that they are read into.
+    pub(crate) hold: Hold,
     /// The page that each block goes to, where it is a whole page.
     pub(crate) targets: Vec<Option<u32>>,
     pub(crate) histories: Vec<History>,
@@ -119,11 +120,9 @@ impl Books {
         self.writing.iter().any(|(image, blocks)| *image == key.image && blocks.contains(&key.block))
     }
 
-    /// Whether a frame is being filled from a disk: it is nobody's yet.
-    pub(crate) fn being_filled(&self, frame: Frame) -> bool {
-        self.fetches
-            .values()
-            .any(|fetch| (fetch.frame..fetch.frame + fetch.targets.len() as u32).contains(&frame))
+    /// Frames that are being filled from a disk.
+    pub(crate) fn being_filled(&self) -> u32 {
+        self.fetches.values().map(|fetch| fetch.hold.count()).sum()
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -150,10 +149,8 @@ impl Engine {
 
     /// A frame holds a block, which no frame is known to hold. Returns whether that was noted.
     pub(crate) fn name(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History) -> bool {
-        let indexed =
-            keep != Keep::Inclusive || self.books.names.of(frame).is_some_and(|named| named.indexed);
         let first = self.books.names.of(frame).is_none();
-        let named = self.books.names.add(frame, Named { key, keep, history, indexed });
+        let named = self.books.names.add(frame, Named { key, keep, history });
         if named && first {
             self.store.keep(frame);
         }
@@ -170,7 +167,7 @@ impl Engine {
             for (slot, page) in runs.map(|(slot, page)| (slot, page + index)) {
                 let place = self.members.at(slot).place(page);
                 let Some(&note) = self.books.notes.get(place) else { continue };
-                if !self.store.is_live(frame) || !self.members.at(slot).space.attached(page) {
+                if !self.store.is_filled(frame) || !self.members.at(slot).space.attached(page) {
                     continue;
                 }
                 // From now on the frame tells which block the page holds.
@@ -192,13 +189,13 @@ impl Engine {
     pub(crate) fn unname(&mut self, frame: Frame) {
         if let Some(named) = self.books.names.remove_frame(frame) {
             self.books.order.remove(named.key);
-            self.let_go(frame, named);
+            self.let_go(frame);
         }
     }
 
-    fn let_go(&mut self, frame: Frame, named: Named) {
-        if self.store.let_go(frame) && named.indexed {
-            self.stable.remove(frame, &self.store);
+    fn let_go(&mut self, frame: Frame) {
+        if self.store.let_go(frame) {
+            self.stable.remove(frame, &mut self.store);
         }
     }
 
@@ -208,7 +205,7 @@ impl Engine {
         self.books.counters.overwritten += 1;
         let ordered = self.books.order.remove(key);
         match removed.next {
-            None => self.let_go(removed.frame, removed.was),
+            None => self.let_go(removed.frame),
             Some(next) if ordered => {
                 self.books.order.insert(next, removed.was.history);
             }
@@ -247,8 +244,7 @@ impl Engine {
     pub fn settle_cache(&mut self) {
         if self.store.any_left() {
             for frame in self.store.take_left() {
-                let idle = self.store.kept(frame) && self.store.sharers(frame) == 0;
-                let Some(&named) = self.books.names.of(frame).filter(|_| idle) else { continue };
+                let Some(&named) = self.books.names.of(frame) else { continue };
                 if named.keep == Keep::Exclusive {
                     self.books.counters.demoted_mapped += 1;
                     self.books.order.insert(named.key, named.history);

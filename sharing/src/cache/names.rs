@@ -42,8 +42,6 @@ pub(crate) struct Named {
     pub(crate) key: BlockKey,
     pub(crate) keep: Keep,
     pub(crate) history: History,
-    /// Whether it is in the index of frames: guest pages may be mapped to it.
-    pub(crate) indexed: bool,
 }
 
 /// All names.
@@ -148,11 +146,6 @@ impl Names {
         self.frames.len()
     }
 
-    /// All frames with names.
-    pub(crate) fn all(&self) -> impl Iterator<Item = (Frame, &Named)> {
-        self.frames.iter().map(|(&frame, named)| (frame, named))
-    }
-
     /// Blocks of an image that are on frames, among these.
     pub(crate) fn within(&self, image: u32, blocks: std::ops::Range<u32>) -> Vec<BlockKey> {
         if (blocks.len()) <= self.blocks.len() {
@@ -190,7 +183,7 @@ mod tests {
     }
 
     fn named(block: u32) -> Named {
-        Named { key: key(block), keep: Keep::Exclusive, history: History::NONE, indexed: true }
+        Named { key: key(block), keep: Keep::Exclusive, history: History::NONE }
     }
 
     #[test]

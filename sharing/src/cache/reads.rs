@@ -21,7 +21,7 @@ use crate::content::{self, Page};
 use crate::engine::Engine;
 use crate::members::{Mode, Place};
 use crate::space::{SpaceError, WINDOW_PAGES};
-use crate::store::Frame;
+use crate::store::{Frame, Hold};
 use crate::undo::value;
 
 /// Blocks that are fetched as one.
@@ -157,34 +157,36 @@ impl Engine {
     /// have it.
     pub fn end_fetch(&mut self, token: u64, read: bool, copy: &mut CopyOut<'_>) -> bool {
         let Some(fetch) = self.books.fetches.remove(&token) else { return false };
-        let (slot, count) = (fetch.vm.slot, fetch.targets.len() as u32);
+        let (slot, hold) = (fetch.vm.slot, fetch.hold);
         let there = self.members.get(slot).is_some_and(|m| m.id == fetch.vm.id && !m.space.lost());
         if !read || !there {
-            (fetch.frame..fetch.frame + count).for_each(|frame| self.store.abandon(frame));
+            self.release_hold(hold);
             self.store.recycle(&*self.calls);
             return false;
         }
-        self.books.counters.fetched += u64::from(count);
+        self.store.fill(&hold);
+        self.books.counters.fetched += u64::from(hold.count());
         self.books.filled = true;
-        let mut deliveries = Vec::with_capacity(count as usize);
+        let mut deliveries = Vec::with_capacity(fetch.targets.len());
         for (index, &target) in fetch.targets.iter().enumerate() {
             let key = BlockKey { block: fetch.key.block + index as u32, ..fetch.key };
             let history = fetch.histories[index];
             let stale = fetch.stale[index] || self.books.being_written(key);
-            let frame = self.enter(fetch.frame + index as u32, key, fetch.keep, history, stale);
+            let frame = self.enter(hold.first() + index as u32, key, fetch.keep, history, stale);
             deliveries.push(Delivery { index, key, frame, target, history });
         }
         self.deliver(slot, fetch.keep, &deliveries, copy);
+        // What nobody has taken over dies: another frame has its content, or it was written meanwhile.
+        self.release_hold(hold);
         self.settle_cache();
         true
     }
 
-    /// Enters a frame that was just filled into the books, unless there is another of that block or
-    /// content. Returns the one to be delivered.
+    /// Enters a frame that was just filled, and is held, into the books, unless there is another of that block
+    /// or content. Returns the one to be delivered, which holds the block or is the one that was filled.
     fn enter(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History, stale: bool) -> Frame {
         if !stale && let Some(other) = self.books.names.frame(key) {
             // Somebody else read it meanwhile.
-            self.store.abandon(frame);
             return other;
         }
         // SAFETY: the frame is live, and its content no longer changes.
@@ -199,13 +201,13 @@ impl Engine {
             return frame;
         }
         self.scratch.copy_from_slice(page);
-        if let Some(like) = self.frame_like_scratch(digest)
-            && (stale || self.name(like, key, keep, history))
+        if !stale
+            && let Some(like) = self.frame_like_scratch(digest)
+            && self.name(like, key, keep, history)
         {
-            self.store.abandon(frame);
             return like;
         }
-        self.stable.insert(frame, &self.store);
+        self.stable.insert(frame, &mut self.store);
         if !stale {
             self.name(frame, key, keep, history);
         }
@@ -225,7 +227,7 @@ impl Engine {
         let before = targets[0].and_then(|page| page.checked_sub(1)).filter(|&page| space.attached(page));
         let preferred = before.and_then(|page| space.refers(page)).map(|frame| frame + 1);
         let spare = if preferred.is_none() { self.store.allocate_spare(count) } else { None };
-        let Some(frame) = spare.or_else(|| self.store.allocate(count, preferred)) else {
+        let Some(hold) = spare.or_else(|| self.store.allocate(count, preferred)) else {
             self.counters.refusals += 1;
             self.books.counters.past += u64::from(count);
             plan.past.push(first..first + u64::from(count));
@@ -234,8 +236,8 @@ impl Engine {
         let keys = (key.block..key.block + count).map(|block| BlockKey { image, block });
         let histories = keys.clone().map(|key| self.books.order.miss(key)).collect();
         let stale = keys.map(|key| self.books.being_written(key)).collect();
-        let landing = self.store.landing(frame);
-        let fetching = Fetching { vm, keep: read.keep, key, frame, targets, histories, stale };
+        let landing = self.store.landing(&hold);
+        let fetching = Fetching { vm, keep: read.keep, key, hold, targets, histories, stale };
         let token = self.books.add_fetch(fetching);
         plan.fetches.push(FetchRun { token, first, blocks: count, landing });
     }
@@ -299,14 +301,15 @@ impl Engine {
                 self.refute(place);
                 continue;
             }
-            let Some(frame) = self.copy_to_frame(source) else { return };
-            if self.proof_of(frame) != note.proof {
-                self.store.abandon(frame);
+            let Some(hold) = self.copy_to_frame(source) else { return };
+            if self.proof_of(hold.first()) != note.proof {
+                self.release_hold(hold);
                 self.refute(place);
                 continue;
             }
             self.give_up(place);
-            let frame = self.enter(frame, note.key, Keep::Exclusive, note.history, false);
+            let frame = self.enter(hold.first(), note.key, Keep::Exclusive, note.history, false);
+            self.release_hold(hold);
             if self.store.sharers(frame) == 0 && self.store.kept(frame) {
                 self.books.order.insert(note.key, note.history);
                 self.books.counters.demoted_copied += 1;
@@ -316,18 +319,21 @@ impl Engine {
 
     /// A frame with a copy of a guest's page, which may have changed meanwhile. `None` where there is no memory
     /// for it.
-    fn copy_to_frame(&mut self, source: *const u8) -> Option<Frame> {
-        if let Some(frame) = self.store.allocate_spare(1) {
+    fn copy_to_frame(&mut self, source: *const u8) -> Option<Hold> {
+        let hold = if let Some(hold) = self.store.allocate_spare(1) {
             // SAFETY: a member's RAM is mapped; the frame is new, and nobody maps it.
-            unsafe { content::copy_bytes(source, self.store.landing(frame).as_ptr()) };
-            return Some(frame);
-        }
-        let frame = self.store.allocate(1, None)?;
-        if self.store.write(frame, source, 1).is_err() {
-            self.store.abandon(frame);
-            return None;
-        }
-        Some(frame)
+            unsafe { content::copy_bytes(source, self.store.landing(&hold).as_ptr()) };
+            hold
+        } else {
+            let hold = self.store.allocate(1, None)?;
+            if self.store.write(&hold, source).is_err() {
+                self.release_hold(hold);
+                return None;
+            }
+            hold
+        };
+        self.store.fill(&hold);
+        Some(hold)
     }
 
     /// A block that the host holds is read. Returns its history.
@@ -356,7 +362,7 @@ impl Engine {
                 }
             }
         }
-        // One frame may have been delivered several times.
+        // One frame may have been delivered several times, and is found by its first owner alone after that.
         for delivery in deliveries {
             self.dismiss(keep, delivery);
         }
@@ -396,20 +402,13 @@ impl Engine {
 
     /// A block has been delivered: the host keeps it, or leaves it to the guest.
     fn dismiss(&mut self, keep: Keep, delivery: &Delivery) {
-        let frame = delivery.frame;
-        if !self.store.is_live(frame) || self.store.sharers(frame) > 0 {
+        // Of a frame without a name only who filled it is left, or guests.
+        let Some(&named) = self.books.names.of(delivery.frame) else { return };
+        if self.store.sharers(delivery.frame) > 0 {
             return;
         }
-        let Some(&named) = self.books.names.of(frame) else {
-            // It was written meanwhile, and is nobody's block.
-            if keep != Keep::Inclusive {
-                self.stable.remove(frame, &self.store);
-            }
-            self.store.abandon(frame);
-            return;
-        };
         if keep == Keep::Exclusive && named.keep == Keep::Exclusive && delivery.target.is_some() {
-            self.unname(frame);
+            self.unname(delivery.frame);
         } else if !self.books.order.contains(named.key) {
             self.books.order.insert(named.key, named.history);
         }
@@ -435,7 +434,7 @@ impl Engine {
         let mut dead = Vec::new();
         let Self { members, store, calls, .. } = self;
         let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &**calls, &mut dead);
-        dead.into_iter().for_each(|frame| self.stable.remove(frame, &self.store));
+        dead.into_iter().for_each(|frame| self.stable.remove(frame, &mut self.store));
         let mapped = match outcome {
             Ok(mapped) => mapped,
             Err(error) => {

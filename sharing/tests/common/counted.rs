@@ -82,6 +82,11 @@ impl MemoryCalls for Counted {
         self.linux.stage(pages)
     }
 
+    fn clean(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.note("clean", pages.count());
+        self.linux.clean(pages)
+    }
+
     fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()> {
         self.note("restore", pages.count());
         self.linux.restore(pages, over)

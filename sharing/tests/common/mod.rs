@@ -6,6 +6,8 @@ pub(crate) mod agent;
 pub(crate) mod counted;
 pub(crate) mod disks;
 pub(crate) mod followed;
+pub(crate) mod pipes;
+pub(crate) mod world;
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use samepage_sharing::store::{Frame, FrameStore};
 use samepage_sharing::{PAGE_SIZE, Ram};
 
 /// Words in a page.
-const WORDS: usize = PAGE_SIZE / 8;
+pub(crate) const WORDS: usize = PAGE_SIZE / 8;
 
 /// The word at `index` of the content named `seed`; content 0 is a page of zeros.
 pub(crate) fn word(seed: u64, index: usize) -> u64 {
@@ -119,7 +121,7 @@ impl MemoryCalls for Faulty {
     }
 
     fn wake(&self, pages: RamRange<'_>) -> io::Result<()> {
-        self.linux.wake(pages)
+        self.fault("wake").and_then(|_| self.linux.wake(pages))
     }
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
@@ -138,6 +140,10 @@ impl MemoryCalls for Faulty {
 
     fn stage(&self, pages: RamRange<'_>) -> io::Result<()> {
         self.fault("stage").and_then(|_| self.linux.stage(pages))
+    }
+
+    fn clean(&self, pages: RamRange<'_>) -> io::Result<()> {
+        self.fault("clean").and_then(|_| self.linux.clean(pages))
     }
 
     fn restore(&self, pages: RamRange<'_>, over: Over) -> io::Result<()> {

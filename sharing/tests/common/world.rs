@@ -1,0 +1,513 @@
+//! A model of guests, disks and the kernel's own uses of pages, beside an engine that rearranges all of it.
+//! Whatever happens, in any order: each page has the content that its guest, or a disk, has put there.
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![expect(unsafe_code, reason = "plays guests, disks and the kernel: reads and writes their memory")]
+
+mod disks;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use samepage_sharing::cache::Keep;
+use samepage_sharing::changes::PageSet;
+use samepage_sharing::engine::{Engine, Mode, Step};
+use samepage_sharing::hints::Hint;
+
+use disks::{Disk, Reading};
+
+use super::agent::{ANON, Agent, FREE};
+use super::followed::{Told, Vm};
+use super::pipes::Spliced;
+use super::{Fault, Guest, Numbers, WORDS, losses, word};
+
+/// What a page of a guest is known to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Holds {
+    seed: u64,
+    /// Its guest has said that the page is free: it may be zeros instead.
+    or_zero: bool,
+}
+
+/// A VM, and what is known of it.
+pub(crate) struct Player {
+    id: u64,
+    pub(crate) vm: Vm,
+    pages: Vec<Holds>,
+    agent: Option<Agent>,
+    free: Vec<bool>,
+    /// Writes of which its log does not tell yet.
+    late: Vec<u32>,
+    losses: Arc<AtomicU32>,
+    /// It has ended, and the engine could not let it go yet.
+    ended: bool,
+}
+
+impl Player {
+    fn lost(&self) -> bool {
+        self.ended || self.losses.load(Ordering::Relaxed) > 0
+    }
+
+    fn count(&self) -> u32 {
+        self.pages.len() as u32
+    }
+}
+
+/// A page that the kernel reads for a device.
+struct Pinned {
+    vm: u64,
+    page: u32,
+    seed: u64,
+    spliced: Spliced,
+}
+
+/// How often calls are refused.
+#[derive(Debug, Default)]
+pub(crate) struct Weather {
+    /// Calls out of a thousand that are refused, or fail after they unmapped.
+    pub(crate) refused: AtomicU32,
+    /// Calls out of a thousand that are refused where that loses memory.
+    pub(crate) fatal: AtomicU32,
+    /// Calls that failed so far.
+    pub(crate) ever: AtomicU32,
+}
+
+/// Refuses calls as the weather is.
+pub(crate) fn faults(weather: &Arc<Weather>, seed: u64) -> impl FnMut(&'static str) -> Fault + Send + use<> {
+    let weather = Arc::clone(weather);
+    let mut luck = Numbers(seed | 1);
+    move |call| {
+        let fatal = ["map again", "restore again", "unprotect"].contains(&call);
+        let of_thousand = if fatal { &weather.fatal } else { &weather.refused };
+        if luck.below(1000) >= u64::from(of_thousand.load(Ordering::Relaxed)) {
+            return Fault::None;
+        }
+        weather.ever.fetch_add(1, Ordering::Relaxed);
+        let tears = ["map", "restore"].contains(&call) && luck.below(2) == 0;
+        if tears { Fault::Tear } else { Fault::Refuse }
+    }
+}
+
+/// All of it.
+pub(crate) struct World {
+    pub(crate) engine: Engine,
+    pub(crate) numbers: Numbers,
+    pub(crate) players: Vec<Player>,
+    disks: Vec<Disk>,
+    readings: Vec<Reading>,
+    pinned: Vec<Pinned>,
+    pub(crate) now: Instant,
+    weather: Arc<Weather>,
+    /// Pages of each VM.
+    size: u32,
+    ids: u64,
+    own: u64,
+    /// What happened, for who reads about a failure.
+    pub(crate) told: Vec<String>,
+    /// VMs that lost memory.
+    pub(crate) lost: u64,
+    given_back: u64,
+}
+
+impl World {
+    pub(crate) fn new(engine: Engine, weather: Arc<Weather>, seed: u64, size: u32) -> Self {
+        let keeps = [Keep::Exclusive, Keep::Exclusive, Keep::Scrub, Keep::Inclusive];
+        Self {
+            engine,
+            numbers: Numbers(seed | 1),
+            players: Vec::new(),
+            disks: (1..).zip(keeps).map(|(number, keep)| Disk::new(number, keep)).collect(),
+            readings: Vec::new(),
+            pinned: Vec::new(),
+            now: Instant::now() + Duration::from_secs(60),
+            weather,
+            size,
+            ids: 0,
+            own: 1 << 44,
+            told: Vec::new(),
+            lost: 0,
+            given_back: 0,
+        }
+    }
+
+    pub(crate) fn below(&mut self, limit: u32) -> u32 {
+        self.numbers.below(u64::from(limit.max(1))) as u32
+    }
+
+    fn one_in(&mut self, many: u32) -> bool {
+        self.below(many) == 0
+    }
+
+    fn tell(&mut self, what: String) {
+        self.told.push(what);
+    }
+
+    /// A content that is nowhere else.
+    fn own(&mut self) -> u64 {
+        self.own += 1;
+        self.own
+    }
+
+    /// A content that is elsewhere as well, in runs.
+    pub(crate) fn alike(page: u32) -> u64 {
+        1 + u64::from(page)
+    }
+
+    pub(crate) fn add_vm(&mut self, followed: bool, with_agent: bool) {
+        let guest = Guest::new(self.size);
+        let mut all = PageSet::new(self.size);
+        all.insert_range(0..self.size);
+        let told = Told(Arc::new(Mutex::new(all)));
+        let (losses, handler) = losses();
+        let log = followed.then(|| Box::new(told.clone()) as _);
+        let Ok(slot) = self.engine.add(guest.ram.clone(), log, handler) else {
+            return self.tell("a VM was refused".into());
+        };
+        let vm = Vm { guest, told, slot };
+        let agent = with_agent.then(|| Agent::start(&mut self.engine, slot, self.size));
+        self.ids += 1;
+        let pages = vec![Holds { seed: 0, or_zero: false }; self.size as usize];
+        let free = vec![false; self.size as usize];
+        let player = Player { id: self.ids, vm, pages, agent, free, late: Vec::new(), losses, ended: false };
+        self.players.push(player);
+        self.tell(format!("VM {} starts in slot {slot}, followed {followed}", self.ids));
+    }
+
+    pub(crate) fn remove_vm(&mut self, index: usize) {
+        let slot = self.players[index].vm.slot;
+        let given_back = self.engine.claimed(slot).ok().flatten().map_or(0, |claimed| claimed.given_back);
+        let lost = self.players[index].losses.load(Ordering::Relaxed) > 0;
+        self.players[index].ended = true;
+        let removed = self.engine.remove(slot).is_ok();
+        self.tell(format!("VM {} ends: {removed}", self.players[index].id));
+        if removed {
+            self.players.remove(index);
+            self.given_back += given_back;
+            self.lost += u64::from(lost);
+        }
+    }
+
+    /// Pages that were given back to the host, by all VMs that there were.
+    pub(crate) fn given_back(&self) -> u64 {
+        let of = |player: &Player| self.engine.claimed(player.vm.slot).ok().flatten();
+        self.given_back + self.players.iter().filter_map(of).map(|claimed| claimed.given_back).sum::<u64>()
+    }
+
+    /// A VM that runs.
+    fn any_vm(&mut self) -> Option<usize> {
+        let count = self.players.len() as u32;
+        let index = self.below(count) as usize;
+        self.players.get(index).filter(|player| !player.lost()).map(|_| index)
+    }
+
+    /// A guest writes to a page of its own.
+    pub(crate) fn write(&mut self, index: usize, page: u32, seed: u64, late: bool) {
+        let player = &mut self.players[index];
+        player.vm.guest.write(page, seed);
+        if late {
+            player.late.push(page);
+        } else {
+            player.vm.told.0.lock().insert(page);
+        }
+        player.pages[page as usize] = Holds { seed, or_zero: false };
+        player.free[page as usize] = false;
+        let id = player.id;
+        // The kernel reads on from the page itself, where that is the guest's own.
+        self.pinned.retain(|pinned| (pinned.vm, pinned.page) != (id, page));
+    }
+
+    pub(crate) fn run(&mut self, longest: u32) -> (u32, u32) {
+        let count = 1 + self.below(longest.min(self.size - 1));
+        (self.below(self.size - count), count)
+    }
+
+    fn write_some(&mut self) {
+        let Some(index) = self.any_vm() else { return };
+        let longest = [1, 4, 64, self.size][self.below(4) as usize];
+        let (first, count) = self.run(longest);
+        let (kind, late) = (self.below(6), self.one_in(8));
+        let shift = if self.one_in(3) { self.below(self.size) } else { first };
+        let disk = self.below(self.disks.len() as u32) as usize;
+        self.tell(format!("VM {} writes {count} pages at {first}, kind {kind}", self.players[index].id));
+        for offset in 0..count {
+            let seed = match kind {
+                0 | 1 => Self::alike(shift + offset),
+                2 => 0,
+                3 => self.disks[disk].seed(u64::from(shift + offset)),
+                _ => self.own(),
+            };
+            self.write(index, first + offset, seed, late);
+        }
+    }
+
+    /// All guests come to hold the same.
+    fn become_alike(&mut self) {
+        self.tell("all VMs become alike".into());
+        for index in 0..self.players.len() {
+            if !self.players[index].lost() {
+                (0..self.size).for_each(|page| self.write(index, page, Self::alike(page), false));
+            }
+        }
+    }
+
+    /// Guests leave most of what they share.
+    fn leave_most(&mut self) {
+        let stay = 4 + self.below(30);
+        self.tell(format!("all VMs leave all but every {stay}th page"));
+        for index in 0..self.players.len() {
+            for page in (0..self.size).filter(|page| !page.is_multiple_of(stay)) {
+                if !self.players[index].lost() {
+                    let seed = self.own();
+                    self.write(index, page, seed, false);
+                }
+            }
+        }
+    }
+
+    fn tell_late(&mut self) {
+        for player in &mut self.players {
+            let mut told = player.vm.told.0.lock();
+            player.late.drain(..).for_each(|page| told.insert(page));
+        }
+    }
+
+    pub(crate) fn steps(&mut self, count: u32, jump: Duration) {
+        self.tell(format!("{count} steps, each {jump:?} later"));
+        for _ in 0..count {
+            self.now += jump;
+            self.engine.step(self.now);
+        }
+    }
+
+    /// Does all work there is, and lets an interval pass, so many times.
+    pub(crate) fn intervals(&mut self, count: u32) {
+        self.tell(format!("{count} intervals"));
+        for _ in 0..count {
+            for _ in 0..2000 {
+                if let Step::RestUntil(end) = self.engine.step(self.now) {
+                    self.now = self.now.max(end.min(self.now + Duration::from_secs(20)));
+                    break;
+                }
+            }
+        }
+    }
+
+    /// A guest has a page written to a disk: the kernel holds on to the page until the disk has read it.
+    fn pin(&mut self) {
+        let Some(index) = self.any_vm().filter(|_| self.pinned.len() < 6) else { return };
+        let (first, count) = self.run(3);
+        for page in first..first + count {
+            let player = &self.players[index];
+            let Holds { seed, or_zero } = player.pages[page as usize];
+            if or_zero {
+                continue;
+            }
+            let spliced = Spliced::new(&player.vm.guest, page);
+            self.pinned.push(Pinned { vm: player.id, page, seed, spliced });
+        }
+        let id = self.players[index].id;
+        self.tell(format!("VM {id} writes {count} pages at {first} to a disk"));
+    }
+
+    fn unpin(&mut self) {
+        let count = self.pinned.len() as u32;
+        let number = self.below(count) as usize;
+        if number < self.pinned.len() {
+            let pinned = self.pinned.swap_remove(number);
+            self.tell(format!("the disk reads page {} of VM {}", pinned.page, pinned.vm));
+            pinned.spliced.check(pinned.seed);
+        }
+    }
+
+    fn change_mode(&mut self) {
+        let Some(index) = self.any_vm() else { return };
+        let mode = [Mode::Full, Mode::Full, Mode::Zero, Mode::Off][self.below(4) as usize];
+        self.tell(format!("VM {} has mode {mode:?}", self.players[index].id));
+        self.engine.set_mode(self.players[index].vm.slot, mode);
+    }
+
+    fn hint(&mut self) {
+        let Some(index) = self.any_vm() else { return };
+        let (first, count) = self.run(32);
+        let pages = first..first + count;
+        let block = u64::from(self.below(self.size));
+        let hint =
+            if self.one_in(3) { Hint::Freed { pages } } else { Hint::Holds { pages, image: 1, block } };
+        if let Some(hints) = self.engine.hints(self.players[index].vm.slot) {
+            self.told.push(format!("VM {} hints {hint:?}", self.players[index].id));
+            hints.give(hint);
+        }
+    }
+
+    /// A guest frees pages.
+    fn free(&mut self) {
+        let Some(index) = self.any_vm().filter(|&index| self.players[index].agent.is_some()) else { return };
+        let longest = [8, 200, self.size][self.below(3) as usize];
+        let (first, count) = self.run(longest);
+        let reading = |page: u32| {
+            let vm = self.players[index].id;
+            self.readings.iter().any(|reading| reading.vm == vm && reading.targets.contains(&Some(page)))
+        };
+        let pages: Vec<_> = (first..first + count).filter(|&page| !reading(page)).collect();
+        let player = &mut self.players[index];
+        for page in pages {
+            player.free[page as usize] = true;
+            player.pages[page as usize].or_zero = true;
+        }
+        let id = player.id;
+        // What is written to a disk from a free page is of no account.
+        self.pinned.retain(|pinned| pinned.vm != id);
+        self.tell(format!("VM {id} frees {count} pages at {first}"));
+    }
+
+    /// The agent in a guest tells what is free.
+    fn agent_pass(&mut self) {
+        let Some(index) = self.any_vm() else { return };
+        let player = &mut self.players[index];
+        let Some(agent) = &mut player.agent else { return };
+        let pages = 0..player.free.len() as u32;
+        agent.say(pages.clone().filter(|&page| player.free[page as usize]), FREE);
+        agent.say(pages.filter(|&page| !player.free[page as usize]), ANON);
+        agent.pass();
+        self.told.push(format!("the agent of VM {} ends a pass", player.id));
+    }
+
+    /// What it takes for free memory to go back to the host, with something else in between.
+    fn free_and_tell(&mut self) {
+        self.free();
+        for _ in 0..self.players.len() {
+            self.agent_pass();
+        }
+        self.intervals(2);
+        self.write_some();
+        for _ in 0..2 * self.players.len() {
+            self.agent_pass();
+        }
+        let count = 1 + self.below(40);
+        self.steps(count, Duration::from_millis(30));
+    }
+
+    fn vms_come_and_go(&mut self) {
+        if self.players.len() > 1 && self.one_in(2) {
+            let index = self.below(self.players.len() as u32) as usize;
+            self.remove_vm(index);
+        } else if self.players.len() < 4 {
+            let (followed, with_agent) = (!self.one_in(5), self.one_in(2));
+            self.add_vm(followed, with_agent);
+        }
+    }
+
+    /// Lost VMs end.
+    fn bury(&mut self) {
+        while let Some(index) = self.players.iter().position(Player::lost) {
+            let before = self.players.len();
+            self.remove_vm(index);
+            if self.players.len() == before {
+                break;
+            }
+        }
+    }
+
+    /// Something happens.
+    pub(crate) fn act(&mut self) {
+        match self.below(64) {
+            0..10 => self.write_some(),
+            10..12 => self.become_alike(),
+            12..14 => self.leave_most(),
+            14..24 => {
+                let count = 1 + self.below(12);
+                let jump = [0, 1, 30, 150, 11_000][self.below(5) as usize];
+                self.steps(count, Duration::from_millis(jump));
+            }
+            24..30 => {
+                let count = 1 + self.below(4);
+                self.intervals(count);
+            }
+            30..38 => self.begin_read(),
+            38..40 => self.land(),
+            40..46 => self.end_read(),
+            46..48 => self.write_disk(),
+            48 => self.end_writes(),
+            49 => self.change_mode(),
+            50 => self.vms_come_and_go(),
+            51 => self.hint(),
+            52 => self.free(),
+            53..55 => self.agent_pass(),
+            55..57 => self.free_and_tell(),
+            57..59 => self.pin(),
+            59..61 => self.unpin(),
+            61 => self.tell_late(),
+            62 => self.bury(),
+            _ => self.check_all(1 + WORDS / 16),
+        }
+    }
+
+    /// Checks a page of a guest, every `stride`-th word of it.
+    fn check(&mut self, index: usize, page: u32, stride: usize) {
+        let player = &mut self.players[index];
+        let Holds { mut seed, or_zero } = player.pages[page as usize];
+        let address = player.vm.guest.ram.range(page, 1).page(0).cast::<u64>();
+        if or_zero && player.vm.guest.is_zero(page) {
+            seed = 0;
+        }
+        for index in (0..WORDS).step_by(stride) {
+            // SAFETY: within the page, which is mapped.
+            let found = unsafe { address.add(index).read_volatile() };
+            if found != word(seed, index) {
+                let id = player.id;
+                panic!(
+                    "page {page} of VM {id}, word {index}: found {found:#x}, {:#x} is of {seed:#x}",
+                    word(seed, index)
+                );
+            }
+        }
+    }
+
+    pub(crate) fn check_all(&mut self, stride: usize) {
+        for index in 0..self.players.len() {
+            if !self.players[index].lost() {
+                (0..self.size).for_each(|page| self.check(index, page, stride));
+            }
+        }
+    }
+
+    pub(crate) fn audit(&mut self) {
+        let report = self.engine.audit().unwrap();
+        // Where pages could not be registered again the kernel keeps their mappings apart.
+        let apart = |text: &&String| text.contains("mappings, the books say");
+        let apart = report.descriptions.iter().filter(apart).count() as u64;
+        let refused = self.engine.statistics().refusals > 0 || self.weather.ever.load(Ordering::Relaxed) > 0;
+        assert!(report.problems <= if refused { apart } else { 0 }, "{report:#?}");
+    }
+
+    /// Ends everything, and looks for what is left.
+    pub(crate) fn end(&mut self) {
+        self.weather.refused.store(0, Ordering::Relaxed);
+        self.weather.fatal.store(0, Ordering::Relaxed);
+        self.check_all(1);
+        self.audit();
+        while !self.readings.is_empty() {
+            self.finish(0, true);
+        }
+        self.end_writes();
+        while !self.pinned.is_empty() {
+            self.unpin();
+        }
+        self.intervals(3);
+        self.check_all(1);
+        self.audit();
+        while !self.players.is_empty() {
+            self.remove_vm(0);
+        }
+        for disk in &self.disks {
+            self.engine.begin_write(disk.image, &(0..1 << 40));
+            self.engine.end_write(disk.image, &(0..1 << 40));
+        }
+        // Compaction may have frames on their way still.
+        self.intervals(20);
+        self.audit();
+        let statistics = self.engine.statistics();
+        assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "something is left");
+    }
+}
