@@ -15,6 +15,7 @@ pub mod kernel;
 pub mod process;
 pub mod python;
 pub mod setup;
+pub mod suite;
 
 use std::path::PathBuf;
 

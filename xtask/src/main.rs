@@ -4,10 +4,13 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::num::NonZero;
 use std::process::ExitCode;
+use std::thread;
 use xtask::artifacts::Artifacts;
 use xtask::bench::{self, Benchmark};
 use xtask::cache::Cache;
+use xtask::suite::Choice;
 use xtask::{check, disk, initramfs, kernel, python, setup};
 
 /// Builds what the tests of samepage need, and runs every check of the project.
@@ -40,9 +43,14 @@ enum Task {
     Bench(Benchmark),
     /// Run every check: packages, guests, format, lint, tests
     Test {
+        /// Run the tests whose name holds this, and neither format nor lint
+        filter: Option<String>,
         /// Leave out the tests that boot guests, and what they need
         #[arg(long)]
         quick: bool,
+        /// How many parts of the tests run at once [default: one for each core]
+        #[arg(long, value_name = "N")]
+        jobs: Option<NonZero<usize>>,
     },
 }
 
@@ -58,7 +66,14 @@ fn main() -> ExitCode {
         }),
         Task::Python => Cache::of_user().and_then(|cache| python::build(&cache)).map(drop),
         Task::Bench(benchmark) => bench::run(&benchmark),
-        Task::Test { quick } => return if check::run(quick) { ExitCode::SUCCESS } else { ExitCode::FAILURE },
+        Task::Test { filter, quick, jobs } => {
+            let jobs = jobs.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get);
+            return if check::run(&Choice { filter, quick, jobs }) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            };
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
