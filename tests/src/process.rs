@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::console::PATIENCE;
+
 /// Things that a VM must not leave behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holdings {
@@ -42,10 +44,10 @@ impl Holdings {
     /// the allocator keeps.
     ///
     /// # Panics
-    /// Where it still holds more after some seconds: the kernel lists a thread for a moment after it
+    /// Where it still holds more after minutes: the kernel lists a thread for a moment after it
     /// was joined.
     pub fn assert_back_to(before: &Self, slack_bytes: u64) {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let now = Self::now();
             let Some(more) = now.more_than(before, slack_bytes) else { return };
