@@ -29,6 +29,7 @@ use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::trust::{Stop, Stopped};
 use crate::turns::{Kind, Turns};
 use crate::undo::Pressure;
 
@@ -178,6 +179,8 @@ pub struct Engine {
     pub(crate) turns: Turns,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
+    /// Whether it can still be trusted.
+    pub(crate) stop: Arc<Stop>,
     /// Losses of memory in this process up to which VMs have been looked through.
     pub(crate) losses_seen: u64,
     membership_changed: bool,
@@ -245,6 +248,7 @@ impl Engine {
             looked_at_rested: false,
             turns: Turns::default(),
             urgent: Arc::default(),
+            stop: Arc::default(),
             losses_seen: 0,
             membership_changed: true,
             scratch: Box::new([0; PAGE_SIZE]),
@@ -328,6 +332,11 @@ impl Engine {
     /// # Errors
     /// What the kernel said; the RAM is still a member then.
     pub fn remove(&mut self, slot: usize) -> io::Result<()> {
+        if self.stop.get() == Some(Stopped::Panicked) {
+            // The books do not tell any more which frames can go.
+            self.members.forget(slot);
+            return Ok(());
+        }
         let Self { members, store, stable, unique, whole, calls, .. } = self;
         let Some(member) = members.get_mut(slot) else { return Ok(()) };
         for frame in member.space.clear(store, &**calls)? {
@@ -500,6 +509,7 @@ impl Engine {
             mappings_limit: self.share.budget().limit(),
             shortest_run: self.shortest_run().into(),
             longest_window_us: windows.max().unwrap_or_default().as_micros() as u64,
+            groups_stopped: u64::from(self.stop.get().is_some()),
             cpu_seconds: 0.0,
         }
     }

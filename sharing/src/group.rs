@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crate::budget::Budget;
 use crate::cache::limit::CacheLimit;
@@ -16,6 +17,7 @@ use crate::engine::{Engine, Settings, Step};
 use crate::service::{DEFAULT_GROUP, StartError};
 use crate::statistics::EngineStatistics;
 use crate::store::FrameStore;
+use crate::trust::EngineLock;
 use crate::uffd::UffdError;
 use crate::wakes::Watch;
 
@@ -23,7 +25,11 @@ use crate::wakes::Watch;
 #[derive(Debug)]
 pub(crate) struct Group {
     pub(crate) name: String,
-    pub(crate) engine: Mutex<Engine>,
+    pub(crate) engine: EngineLock,
+    /// What was counted when it stopped.
+    last: OnceLock<EngineStatistics>,
+    /// It was told that it has stopped.
+    pub(crate) told: AtomicBool,
     /// Threads of guests' disks that wait for the engine.
     urgent: Arc<AtomicU32>,
 }
@@ -126,13 +132,15 @@ impl Groups {
         Ok(group)
     }
 
-    /// A VM is gone from its group. A group without VMs is taken down, but for the default group.
+    /// A VM is gone from its group. A group without VMs is taken down, but for the default group; that is
+    /// taken down as well where it has stopped, and put up anew for the next VM.
     pub(crate) fn leave(&self, group: &Group) {
         let Known { groups, gone } = &mut *self.known.lock();
         let Some(entry) = groups.get_mut(&group.name) else { return };
         entry.vms -= 1;
-        if entry.vms == 0 && group.name != DEFAULT_GROUP {
-            gone.add_counters(&group.engine.lock().statistics());
+        let stopped = group.engine.stopped().is_some();
+        if entry.vms == 0 && (group.name != DEFAULT_GROUP || stopped) {
+            gone.add_counters(&group.statistics());
             groups.remove(&group.name);
         }
     }
@@ -146,7 +154,7 @@ impl Groups {
         let mut sum = self.known.lock().gone.clone();
         let mut each = Vec::new();
         for group in self.all() {
-            let statistics = group.engine.lock().statistics();
+            let statistics = group.statistics();
             sum.add(&statistics);
             each.push((group.name.clone(), statistics));
         }
@@ -159,19 +167,47 @@ impl Groups {
 impl Group {
     fn new(name: &str, engine: Engine) -> Self {
         let urgent = Arc::clone(&engine.urgent);
-        Self { name: name.to_owned(), engine: Mutex::new(engine), urgent }
+        Self {
+            name: name.to_owned(),
+            engine: EngineLock::new(engine),
+            last: OnceLock::new(),
+            told: AtomicBool::new(false),
+            urgent,
+        }
     }
 
-    /// The engine, for somebody whom a guest waits for: a step that is under way ends early.
-    pub(crate) fn urgently(&self) -> MutexGuard<'_, Engine> {
+    /// What `work` comes to, for somebody whom a guest waits for: a step that is under way ends early. `None`
+    /// where the engine has stopped, or does so by that.
+    pub(crate) fn urgently<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> Option<T> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
-        let engine = self.engine.lock();
+        let engine = self.engine.working();
         self.urgent.fetch_sub(1, Ordering::Relaxed);
-        engine
+        // A panic has stopped the engine: what it left half done is not used again.
+        let mut engine = engine?;
+        catch_unwind(AssertUnwindSafe(move || work(&mut engine))).ok()
+    }
+
+    /// Its statistics; those of when it stopped, if it has.
+    pub(crate) fn statistics(&self) -> EngineStatistics {
+        let now = || self.engine.ask(|engine| engine.statistics()).unwrap_or_default();
+        if self.engine.stopped().is_none() {
+            return now();
+        }
+        EngineStatistics { groups_stopped: 1, ..self.last.get_or_init(now).clone() }
+    }
+
+    /// Lets a VM's RAM go, which no longer runs.
+    ///
+    /// # Errors
+    /// As [`Engine::remove`].
+    pub(crate) fn remove(&self, slot: usize) -> io::Result<()> {
+        let remove = || self.engine.ask(|engine| engine.remove(slot));
+        // Where the books fail at that it is forgotten by the second try, which does without them.
+        remove().or_else(remove).unwrap_or(Ok(()))
     }
 
     /// One step of its engine; `None` where it has nothing to do at all.
     pub(crate) fn step(&self, engine: &mut Engine, now: Instant) -> Option<Step> {
-        engine.busy().then(|| engine.step(now))
+        (engine.busy() && engine.works()).then(|| engine.step(now))
     }
 }

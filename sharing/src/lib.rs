@@ -17,6 +17,7 @@
 //!   `give_back`: free memory goes back to the host; [`map`]: a picture of a VM's memory.
 //! - [`loss`]: memory that the host cannot supply ends one VM, never the process; `lost`: such VMs leave the
 //!   indexes.
+//! - [`trust`]: an engine that panicked, or whose frames the host lost, does nothing more.
 //! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
 //!   their threads, under a ceiling of CPU time.
 //! - [`pairs`]: which VMs have how much in common.
@@ -60,6 +61,7 @@ pub mod statistics;
 pub mod store;
 pub(crate) mod table;
 pub(crate) mod tree;
+pub mod trust;
 pub(crate) mod turns;
 pub mod uffd;
 pub(crate) mod undo;

@@ -338,6 +338,14 @@ impl Members {
         start.checked_add(pages).map(|_| start)
     }
 
+    /// Lets a member's memory go, whatever the books say of it.
+    pub(crate) fn forget(&mut self, slot: usize) {
+        if let Some(member) = self.slots.get_mut(slot).and_then(Option::take) {
+            self.places.retain(|_, other| *other != slot);
+            drop(member);
+        }
+    }
+
     pub(crate) fn remove(&mut self, slot: usize) {
         if let Some(member) = self.slots[slot].take() {
             self.places.remove(&member.base);

@@ -21,7 +21,7 @@ use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::claims::ClaimSource;
 use crate::content::Page;
-use crate::engine::{Mode, Settings};
+use crate::engine::{Engine, Mode, Settings};
 use crate::group::{Group, Groups};
 use crate::hints::{Hint, Hints};
 use crate::map::MapCell;
@@ -30,9 +30,13 @@ use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::trust::Stopped;
 use crate::uffd::UffdError;
 use crate::worker::Crew;
 pub use crate::worker::Notice;
+
+/// The slot of a VM that joined a group for which sharing had stopped.
+const NO_SLOT: usize = usize::MAX;
 
 /// The group of VMs for which none is named.
 pub const DEFAULT_GROUP: &str = "default";
@@ -143,7 +147,15 @@ impl Sharing {
         on_lost: LostHandler,
     ) -> Result<Membership, StartError> {
         let group = self.crew.groups.join(&participation.group)?;
-        let mut engine = group.engine.lock();
+        let Some(mut engine) = group.engine.working() else {
+            // It runs all the same; who asks is told that its group has stopped.
+            return Ok(Membership {
+                crew: Arc::clone(&self.crew),
+                group,
+                slot: NO_SLOT,
+                hints: Arc::default(),
+            });
+        };
         let slot = match engine.add(ram, log, on_lost) {
             Ok(slot) => slot,
             Err(error) => {
@@ -198,7 +210,10 @@ impl Sharing {
     pub fn audit(&self) -> io::Result<AuditReport> {
         let mut report = AuditReport::default();
         for group in self.crew.groups.all() {
-            report.add(group.engine.lock().audit()?);
+            // The books of an engine that has stopped are known to be wrong.
+            if let Some(audit) = group.engine.work(|engine| engine.audit()) {
+                report.add(audit?);
+            }
         }
         Ok(report)
     }
@@ -208,7 +223,7 @@ impl Sharing {
     pub fn cache(&self) -> CacheStatistics {
         let mut all = CacheStatistics::default();
         for group in self.crew.groups.all() {
-            all.add(&group.engine.lock().cache_statistics());
+            all.add(&group.engine.ask(|engine| engine.cache_statistics()).unwrap_or_default());
         }
         all
     }
@@ -218,7 +233,7 @@ impl Sharing {
         self.crew.groups.cache_limit().set_size(size);
         for group in self.crew.groups.all() {
             // A group without VMs takes no steps.
-            while group.engine.lock().shrink_cache() {}
+            while group.engine.work(|engine| engine.shrink_cache()) == Some(true) {}
         }
         self.crew.refresh();
     }
@@ -255,20 +270,27 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn statistics(&self) -> io::Result<VmStatistics> {
-        Ok(self.group.engine.lock().vm_statistics(self.slot)?.unwrap_or_default())
+        let statistics = self.group.engine.ask(|engine| engine.vm_statistics(self.slot));
+        Ok(statistics.transpose()?.flatten().unwrap_or_default())
+    }
+
+    /// Why sharing has stopped for the VM's group, if it has.
+    #[must_use]
+    pub fn stopped(&self) -> Option<Stopped> {
+        self.group.engine.stopped()
     }
 
     /// How the VM takes part.
     #[must_use]
     pub fn participation(&self) -> Participation {
-        let mode = self.group.engine.lock().mode(self.slot).unwrap_or_default();
+        let mode = self.group.engine.ask(|engine| engine.mode(self.slot)).flatten().unwrap_or_default();
         Participation { group: self.group.name.clone(), mode }
     }
 
     /// Changes what of the VM's memory is shared, while it runs. What is not to be shared any more gets
     /// memory of its own step by step; a writer waits for less than 0.1 ms.
     pub fn set_mode(&self, mode: Mode) {
-        self.group.engine.lock().set_mode(self.slot, mode);
+        self.group.engine.work(|engine| engine.set_mode(self.slot, mode));
         self.crew.refresh();
     }
 
@@ -278,7 +300,10 @@ impl Membership {
     pub fn frames(&self) -> FrameSample {
         let mut sample = FrameSample::default();
         let mut from = 0;
-        while let Some(next) = self.group.engine.lock().sample_frames(self.slot, from, &mut sample) {
+        let engine = &self.group.engine;
+        while let Some(next) =
+            engine.ask(|engine| engine.sample_frames(self.slot, from, &mut sample)).flatten()
+        {
             from = next;
         }
         sample
@@ -288,7 +313,7 @@ impl Membership {
     /// been spared. `None` before the first.
     #[must_use]
     pub fn working_set(&self) -> Option<Curve> {
-        self.group.engine.lock().working_set(self.slot)
+        self.group.engine.ask(|engine| engine.working_set(self.slot)).flatten()
     }
 
     /// Has the engine listen to what the guest says of its pages. The bell is to be rung when the guest
@@ -299,7 +324,8 @@ impl Membership {
     #[must_use]
     pub fn listen(&self, source: Arc<dyn ClaimSource>) -> Bell {
         let rung = Arc::new(AtomicBool::new(false));
-        self.group.engine.lock().listen(self.slot, source, Arc::clone(&rung));
+        let bell = Arc::clone(&rung);
+        self.group.engine.work(|engine| engine.listen(self.slot, source, bell));
         Bell { crew: Arc::clone(&self.crew), rung }
     }
 
@@ -309,7 +335,8 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn claimed(&self) -> io::Result<Claimed> {
-        Ok(self.group.engine.lock().claimed(self.slot)?.unwrap_or_default())
+        let claimed = self.group.engine.ask(|engine| engine.claimed(self.slot));
+        Ok(claimed.transpose()?.flatten().unwrap_or_default())
     }
 
     /// A picture of the VM's memory: runs of pages of the same size, `cells` at most. Takes time in
@@ -318,14 +345,15 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn map(&self, cells: u32) -> io::Result<Vec<MapCell>> {
-        Ok(self.group.engine.lock().map(self.slot, cells)?.unwrap_or_default())
+        let map = self.group.engine.ask(|engine| engine.map(self.slot, cells));
+        Ok(map.transpose()?.flatten().unwrap_or_default())
     }
 
     /// Where disks ask for blocks.
     #[must_use]
     pub fn blocks(&self) -> BlockClient {
         let vm = self.group.engine.lock().vm_number(self.slot);
-        BlockClient { group: Arc::clone(&self.group), vm }
+        BlockClient { crew: Arc::clone(&self.crew), group: Arc::clone(&self.group), vm }
     }
 
     /// Where devices say what they know about the VM's pages.
@@ -338,8 +366,20 @@ impl Membership {
 /// A VM's way to the blocks that its group holds. Of a VM that is gone everything goes past the cache.
 #[derive(Clone, Debug)]
 pub struct BlockClient {
+    crew: Arc<Crew>,
     group: Arc<Group>,
     vm: VmNumber,
+}
+
+/// What became of a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// It was read, and the VM has it.
+    Delivered,
+    /// It was read, and is to be copied by the caller from where it was read to: the engine has stopped.
+    ToBeCopied,
+    /// It was not read, or nobody is there to have it.
+    Not,
 }
 
 impl BlockClient {
@@ -347,23 +387,53 @@ impl BlockClient {
     /// rest. Each fetch is to be [ended](Self::end_fetch), and this client, or a clone of it, to be kept
     /// until then: the memory to be read into belongs to the group.
     pub fn begin_read(&self, read: &BlockRead<'_>, mut copy: impl FnMut(usize, &Page)) -> ReadPlan {
-        self.group.urgently().begin_read(self.vm, read, &mut copy)
+        let plan = self.urgently(|engine| {
+            let plan = engine.begin_read(self.vm, read, &mut copy);
+            if !engine.works() {
+                // A frame was lost: what was copied may be zeros, and is read from the disk instead.
+                plan.fetches.iter().for_each(|fetch| {
+                    engine.end_fetch(fetch.token, false, &mut copy);
+                });
+                return None;
+            }
+            Some(plan)
+        });
+        plan.flatten().unwrap_or_else(|| {
+            let blocks = read.first..read.first.saturating_add(read.targets.len() as u64);
+            ReadPlan { past: vec![blocks], ..ReadPlan::default() }
+        })
     }
 
-    /// A fetch was read in full, or not: then nothing is kept or delivered. Returns whether it was
-    /// delivered.
-    pub fn end_fetch(&self, token: u64, read: bool, mut copy: impl FnMut(usize, &Page)) -> bool {
-        self.group.urgently().end_fetch(token, read, &mut copy)
+    /// A fetch was read in full, or not: then nothing is kept or delivered.
+    pub fn end_fetch(&self, token: u64, read: bool, mut copy: impl FnMut(usize, &Page)) -> Fetched {
+        let delivered =
+            self.urgently(|engine| engine.end_fetch(token, read, &mut copy) && !engine.store.lost());
+        match (delivered, self.group.engine.stopped()) {
+            (Some(true), _) => Fetched::Delivered,
+            // Where it was read to was set aside before the panic, and nothing was set aside since.
+            (None, Some(Stopped::Panicked)) if read => Fetched::ToBeCopied,
+            _ => Fetched::Not,
+        }
     }
 
     /// Before blocks are written, discarded or zeroed: nobody has them any more.
     pub fn begin_write(&self, image: Image, blocks: &Range<u64>) {
-        self.group.urgently().begin_write(image, blocks);
+        self.urgently(|engine| engine.begin_write(image, blocks));
     }
 
     /// After they were, or were not, and before the guest is told.
     pub fn end_write(&self, image: Image, blocks: &Range<u64>) {
-        self.group.urgently().end_write(image, blocks);
+        self.urgently(|engine| engine.end_write(image, blocks));
+    }
+
+    fn urgently<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> Option<T> {
+        let working = self.group.engine.stopped().is_none();
+        let outcome = self.group.urgently(work);
+        if outcome.is_none() && working {
+            // It has just stopped: whoever is to know is told by a sharing thread.
+            self.crew.refresh();
+        }
+        outcome
     }
 }
 
@@ -402,7 +472,7 @@ impl Bell {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        let removed = self.group.engine.lock().remove(self.slot);
+        let removed = self.group.remove(self.slot);
         match removed {
             Ok(()) => self.crew.groups.leave(&self.group),
             // The kernel lacks the memory to let memory go; it is tried again.

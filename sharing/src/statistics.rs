@@ -73,6 +73,8 @@ pub struct EngineStatistics {
     /// The longest time for which writers to a run of pages have been made to wait, in microseconds,
     /// of the VMs that are there.
     pub longest_window_us: u64,
+    /// Groups for which sharing has stopped: see [`trust`](crate::trust).
+    pub groups_stopped: u64,
     /// CPU time of the sharing threads, in seconds.
     pub cpu_seconds: f64,
 }
@@ -110,6 +112,7 @@ impl EngineStatistics {
             metadata_bytes,
             page_table_bytes,
             guest_mappings,
+            groups_stopped,
         );
         self.shortest_run = self.shortest_run.max(other.shortest_run);
         self.longest_window_us = self.longest_window_us.max(other.longest_window_us);

@@ -8,6 +8,7 @@
 #![expect(unsafe_code, reason = "reads the CPU clock of a thread")]
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::engine::Step;
 use crate::group::{Group, Groups};
 use crate::pace::Pace;
+use crate::trust::Stopped;
 
 /// What the threads and their owner have in common.
 pub(crate) struct Crew {
@@ -30,7 +32,8 @@ pub(crate) struct Crew {
     paused: AtomicBool,
     pace: Mutex<Pace>,
     cpu_nanoseconds: AtomicU64,
-    /// Until there was one.
+    /// It was told that mappings run short.
+    told_short: AtomicBool,
     on_notice: Mutex<Option<NoticeHandler>>,
 }
 
@@ -53,8 +56,15 @@ struct Control {
 const RETRY_LEAVING: Duration = Duration::from_millis(100);
 
 /// What users should know, said once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
+    /// Sharing has stopped for a group, and its VMs go on.
+    Stopped {
+        /// The group's name.
+        group: String,
+        /// Why.
+        why: Stopped,
+    },
     /// The process comes near the kernel's limit on mappings: only longer runs are shared from now on.
     ShortOfMappings {
         /// Mappings of the process.
@@ -67,6 +77,12 @@ pub enum Notice {
 impl fmt::Display for Notice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Stopped { group, why } => write!(
+                f,
+                "sharing has stopped for group {group}: {why}; its VMs go on, nothing more of them is merged, \
+                 and their disks are read past the cache; once you have stopped all of its VMs, new ones share \
+                 again"
+            ),
             Self::ShortOfMappings { used, limit } => write!(
                 f,
                 "sharing has made {used} memory mappings of the {limit} that this process may have, and from \
@@ -99,6 +115,7 @@ impl Crew {
             paused: AtomicBool::new(false),
             pace: Mutex::new(Pace::new(cpu_percent, Instant::now())),
             cpu_nanoseconds: AtomicU64::new(0),
+            told_short: AtomicBool::new(false),
             on_notice: Mutex::new(None),
         }
     }
@@ -138,11 +155,18 @@ impl Crew {
     }
 
     fn notice(&self) {
+        let handler = self.on_notice.lock();
+        let Some(handler) = &*handler else { return };
         let budget = self.groups.budget();
-        if budget.shortest_run() > 1
-            && let Some(handler) = self.on_notice.lock().take()
-        {
+        if budget.shortest_run() > 1 && !self.told_short.swap(true, Ordering::Relaxed) {
             handler(Notice::ShortOfMappings { used: budget.used(), limit: budget.limit() });
+        }
+        for group in self.groups.all() {
+            if let Some(why) = group.engine.stopped()
+                && !group.told.swap(true, Ordering::Relaxed)
+            {
+                handler(Notice::Stopped { group: group.name.clone(), why });
+            }
         }
     }
 
@@ -222,7 +246,13 @@ impl Crew {
             if self.paused.load(Ordering::SeqCst) {
                 return Round::Idle;
             }
-            match group.step(&mut engine, Instant::now()) {
+            // A panic is this group's end, and none of the others'.
+            let step = catch_unwind(AssertUnwindSafe(|| group.step(&mut engine, Instant::now())));
+            let step = step.unwrap_or_else(|_| {
+                engine.stop.set(Stopped::Panicked);
+                None
+            });
+            match step {
                 Some(Step::Worked) => worked = true,
                 Some(Step::RestUntil(moment)) => {
                     rest = Some(rest.map_or(moment, |before| before.min(moment)));
@@ -230,7 +260,7 @@ impl Crew {
                 None => {}
             }
             // Whoever waits comes first.
-            MutexGuard::unlock_fair(engine);
+            engine.unlock_fair();
             if worked && first == 0 && groups.len() > 1 {
                 self.more.notify_all();
             }
@@ -248,7 +278,7 @@ impl Crew {
     fn retry_leaving(&self) {
         let leaving = std::mem::take(&mut self.control.lock().leaving);
         for (group, slot) in leaving {
-            let removed = group.engine.lock().remove(slot);
+            let removed = group.remove(slot);
             match removed {
                 Ok(()) => self.groups.leave(&group),
                 Err(_) => self.control.lock().leaving.push((group, slot)),

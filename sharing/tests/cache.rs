@@ -10,7 +10,7 @@ use common::followed::{Clock, Vm, following};
 use common::{Fault, Numbers, audit, engine, faulty_engine, losses};
 use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
-use samepage_sharing::service::{Membership, Participation, Sharing};
+use samepage_sharing::service::{Fetched, Membership, Participation, Sharing};
 
 const PAGES: u32 = 512;
 
@@ -229,7 +229,7 @@ fn a_cache_that_is_made_smaller_drops_what_is_too_much_though_no_vm_is_left() {
     let read = BlockRead { keep: Keep::Exclusive, image: Image([1; 4]), first: 0, targets: &targets };
     for fetch in blocks.begin_read(&read, |_, _| {}).fetches {
         common::disks::land(&fetch);
-        assert!(blocks.end_fetch(fetch.token, true, |_, _| {}));
+        assert_eq!(blocks.end_fetch(fetch.token, true, |_, _| {}), Fetched::Delivered);
     }
     drop(membership);
     assert_eq!(sharing.cache().blocks_cached, 4000);
@@ -255,7 +255,7 @@ fn what_one_group_reads_evicts_nothing_of_another() {
         let plan = blocks.begin_read(&read, |_, _| {});
         for fetch in plan.fetches {
             common::disks::land(&fetch);
-            assert!(blocks.end_fetch(fetch.token, true, |_, _| {}));
+            assert_eq!(blocks.end_fetch(fetch.token, true, |_, _| {}), Fetched::Delivered);
         }
         plan.from_host
     };

@@ -79,6 +79,8 @@ pub struct PairSample {
 pub struct GroupSample {
     /// Its name.
     pub name: String,
+    /// Sharing has stopped for it.
+    pub stopped: bool,
     /// Frames in use by two or more guest pages.
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames.
@@ -94,7 +96,8 @@ pub struct GroupSample {
 impl GroupSample {
     fn new(name: String, engine: &EngineStatistics) -> Self {
         let EngineStatistics { pages_shared, pages_sharing, zero_pages, merges, .. } = *engine;
-        Self { name, pages_shared, pages_sharing, zero_pages, merges, saved_bytes: engine.saved_bytes() }
+        let (stopped, saved_bytes) = (engine.groups_stopped > 0, engine.saved_bytes());
+        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes }
     }
 }
 

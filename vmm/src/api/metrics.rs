@@ -141,6 +141,7 @@ impl Metrics {
             ("pages_unshared", "Pages looked at and found unique", engine.pages_unshared),
             ("pages_volatile", "Pages that changed since the pass before", engine.pages_volatile),
             ("zero_pages", "Guest pages of zeros whose memory was given back", engine.zero_pages),
+            ("groups_stopped", "Groups for which sharing has stopped", engine.groups_stopped),
             ("mappings", "Mappings of the process", engine.mappings),
             ("mappings_limit", "The kernel's limit on mappings", engine.mappings_limit),
         ];

@@ -83,6 +83,8 @@ mirror! {
         mappings_limit: u64,
         /// The longest time for which writers to a run of pages were made to wait, in microseconds.
         longest_window_us: u64,
+        /// Groups for which sharing has stopped.
+        groups_stopped: u64,
         /// CPU time of the sharing threads until now, in seconds.
         cpu_seconds: f64,
     }
@@ -134,6 +136,9 @@ pub struct VmSummary {
     pub group: String,
     /// What of its memory is shared.
     pub mode: SharingMode,
+    /// Why sharing has stopped for its group, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sharing_stopped: Option<String>,
     /// What it takes of the host: its private pages, and its share of each frame. Not there before this
     /// was looked at, and when it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -479,6 +484,9 @@ pub struct SettingsView {
 pub struct GroupView {
     /// Its name.
     pub name: String,
+    /// Sharing has stopped for it: its VMs go on, and nothing more of them is shared.
+    #[serde(default)]
+    pub stopped: bool,
     /// Frames in use by two or more guest pages.
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames.
@@ -507,6 +515,7 @@ impl VmSummary {
             memory_bytes: spec.memory.0,
             group: spec.sharing.group.clone(),
             mode: record.mode(),
+            sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),
             resident_bytes: sample.map(|sample| sample.resident_bytes),
             saved_bytes: sample.map(saved_bytes),
             shared_bytes: bytes(|pages| pages.pages_merged),
@@ -634,8 +643,8 @@ impl From<&Settings> for SettingsView {
 
 impl From<&GroupSample> for GroupView {
     fn from(group: &GroupSample) -> Self {
-        let GroupSample { name, pages_shared, pages_sharing, zero_pages, merges, saved_bytes } =
+        let GroupSample { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes } =
             group.clone();
-        Self { name, pages_shared, pages_sharing, zero_pages, merges, saved_bytes }
+        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes }
     }
 }

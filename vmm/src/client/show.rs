@@ -62,7 +62,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
                 maybe_mebibytes(vm.resident_bytes),
                 maybe_mebibytes(vm.saved_bytes),
                 vm.group.clone(),
-                word(&vm.mode),
+                if vm.sharing_stopped.is_some() { "stopped".to_owned() } else { word(&vm.mode) },
                 vm.reason.clone().unwrap_or_default(),
             ]);
         }
@@ -91,6 +91,9 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         line("resident", maybe_mebibytes(summary.resident_bytes));
         line("saved", maybe_mebibytes(summary.saved_bytes));
         line("sharing", format!("{} in group {}", word(&summary.mode), summary.group));
+        if let Some(why) = &summary.sharing_stopped {
+            line("stopped", format!("nothing more is shared: {why}"));
+        }
         line("kernel", config.kernel.display().to_string());
         if let Some(initrd) = &config.initrd {
             line("initrd", initrd.display().to_string());
@@ -220,6 +223,9 @@ fn process(sharing: &SharingView) -> String {
     let mut text = String::new();
     if !sharing.enabled {
         text.push_str("no memory is shared in this process\n");
+    }
+    for group in sharing.groups.iter().filter(|group| group.stopped) {
+        let _ = writeln!(text, "sharing has stopped for group {}; see the log, or `samepage vm`", group.name);
     }
     let saved = mebibytes(sharing.saved_bytes.unsigned_abs());
     let sign = if sharing.saved_bytes < 0 { "-" } else { "" };

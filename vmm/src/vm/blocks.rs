@@ -11,10 +11,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::CachePolicy;
-use samepage_devices::disk::cache::{BlockCache, BlockRead, Fetch, ImageId, ReadPlan, Served};
+use samepage_devices::disk::cache::{BLOCK_SIZE, BlockCache, BlockRead, Fetch, ImageId, ReadPlan, Served};
 use samepage_sharing::cache::{self, Image, Keep};
 use samepage_sharing::content::Page;
-use samepage_sharing::service::BlockClient;
+use samepage_sharing::service::{BlockClient, Fetched};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::memory::MemorySlot;
@@ -104,10 +104,19 @@ impl BlockCache for DiskBlocks {
                 copied = Err(error);
             }
         });
-        if read.is_ok() && !delivered {
-            return Err(io::Error::other("the VM's memory is gone"));
+        match delivered {
+            Fetched::Delivered => copied,
+            Fetched::ToBeCopied => targets.iter().enumerate().try_for_each(|(index, &target)| {
+                let mut page: Page = [0; BLOCK_SIZE as usize];
+                // SAFETY: the fetch was read in full, and its memory lasts and is nobody else's while it lives.
+                unsafe {
+                    fetch.buffer().cast::<Page>().add(index).copy_to_nonoverlapping((&mut page).into(), 1)
+                };
+                self.copy(target, &page)
+            }),
+            Fetched::Not if read.is_ok() => Err(io::Error::other("the VM's memory, or the block's, is gone")),
+            Fetched::Not => copied,
         }
-        copied
     }
 
     fn begin_write(&self, image_id: ImageId, blocks: Range<u64>) {

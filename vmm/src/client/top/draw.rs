@@ -95,6 +95,8 @@ fn draw_memory(frame: &mut Frame<'_>, model: &Model, text: Rect, bar: Rect) {
     line.add(&[Span::from("■ ").fg(SAVED)], &amount(saved), "saved");
     if !sharing.enabled {
         line.say("not shared".yellow());
+    } else if sharing.statistics.groups_stopped > 0 {
+        line.say("sharing has stopped".red().bold());
     } else if sharing.resident_bytes + saved > 0 {
         let percent = 100.0 * saved as f64 / (sharing.resident_bytes + saved) as f64;
         line.say(format!("{percent:.0} % less").bold().fg(SAVED));

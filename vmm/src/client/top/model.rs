@@ -327,6 +327,7 @@ pub(super) mod tests {
             private_bytes: Some(20 * mib),
             zero_bytes: Some(5 * mib),
             wanted_bytes: (index == 0).then_some(12 * mib),
+            sharing_stopped: None,
             cpu_seconds: Some(seconds as f64 * (index as f64 + 1.0) / 10.0),
             io: Some(IoView {
                 from_guests_bytes: seconds * mib * index,
