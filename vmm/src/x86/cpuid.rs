@@ -8,9 +8,17 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 
 const HYPERVISOR_SIGNATURE: u32 = 0x4000_0000;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+const LEAF_1_ECX_VMX: u32 = 1 << 5;
+const LEAF_1_ECX_SMX: u32 = 1 << 6;
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_MULTITHREADING: u32 = 1 << 28;
+const EXTENDED_1_ECX_SVM: u32 = 1 << 2;
+const EXTENDED_1_ECX_SKINIT: u32 = 1 << 12;
+/// What the processor's own virtualization of AMD can do.
+const SVM_FEATURES: u32 = 0x8000_000a;
+/// Encryption of guests' memory, of AMD.
+const ENCRYPTION: u32 = 0x8000_001f;
 /// Frequency of the APIC bus that KVM emulates.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
@@ -32,6 +40,7 @@ pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, S
     let mut entries = supported.as_slice().to_vec();
     for entry in &mut entries {
         set_topology(entry, topology);
+        hide_virtualization(entry);
     }
     if let Some(tsc_khz) = topology.tsc_khz {
         add_timing(&mut entries, tsc_khz);
@@ -83,6 +92,20 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
             entry.eax = vcpu;
             entry.ebx = vcpu & 0xff; // one thread in this core
             entry.ecx = 0; // one node
+        }
+        _ => {}
+    }
+}
+
+/// Keeps guests from guests of their own: for these KVM pins pages (virtual-APIC page, posted-interrupt
+/// descriptor) that sharing remaps. Without the bits KVM refuses the guest the instructions, and the MSRs that
+/// describe them (IA32_FEATURE_CONTROL's VMX bits, IA32_VMX_*, EFER.SVME, VM_CR, VM_HSAVE_PA).
+fn hide_virtualization(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        1 => entry.ecx &= !(LEAF_1_ECX_VMX | LEAF_1_ECX_SMX),
+        0x8000_0001 => entry.ecx &= !(EXTENDED_1_ECX_SVM | EXTENDED_1_ECX_SKINIT),
+        SVM_FEATURES | ENCRYPTION => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         _ => {}
     }
@@ -194,6 +217,19 @@ mod tests {
         );
         assert_eq!((all[0].ebx, all[0].edx), (0x0001_0800, 0));
         assert_eq!((all[1].eax, all[2].eax), (0x0000_0121, 0x0000_0163));
+    }
+
+    #[test]
+    fn no_vcpu_is_told_of_virtualization() {
+        let all = [entry(1, 0, [0, 0, u32::MAX, 0]), entry(0x8000_0001, 0, [1, 2, u32::MAX, 3])];
+        let features = [entry(0x8000_000a, 0, [1, 0x8000, 0, 0xffff]), entry(0x8000_001f, 0, [3, 4, 5, 6])];
+        for vcpu in 0..3 {
+            let topology = Topology { vcpu, vcpus: 3, ..FOURTH_OF_SIX };
+            let told = result(&[&all[..], &features].concat(), topology);
+            assert_eq!(told[0].ecx, !(1 << 5 | 1 << 6));
+            assert_eq!((told[1].eax, told[1].ecx, told[1].edx), (1, !(1 << 2 | 1 << 12), 3));
+            assert!(told[2..4].iter().all(|e| (e.eax, e.ebx, e.ecx, e.edx) == (0, 0, 0, 0)), "{told:?}");
+        }
     }
 
     #[test]
