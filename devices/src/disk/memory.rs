@@ -237,6 +237,19 @@ impl GuestSlices {
     }
 }
 
+impl GuestSlices {
+    /// Reads a byte of each page, so that one that the host cannot supply is noticed.
+    pub(crate) fn touch(&self) {
+        const PAGE: usize = 4096;
+        for vector in &self.vectors {
+            for offset in (0..vector.iov_len).step_by(PAGE) {
+                // SAFETY: within guest memory, which `_memory` keeps mapped.
+                unsafe { vector.iov_base.cast::<u8>().wrapping_add(offset).read_volatile() };
+            }
+        }
+    }
+}
+
 fn address_of<B: Bitmap + BitmapSlice>(slice: &VolatileSlice<'_, B>) -> *mut u8 {
     slice.ptr_guard().as_ptr().cast_mut()
 }

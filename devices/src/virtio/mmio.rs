@@ -10,6 +10,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -135,6 +136,14 @@ impl MmioTransport {
             driver_features_select: 0,
             queue_select: 0,
         })
+    }
+
+    /// Has the device stop once this flag is set: the host has lost a part of guest memory, which reads as
+    /// zeros since. To be called before the driver starts the device.
+    pub fn set_memory_lost_flag(&mut self, flag: Arc<AtomicBool>) {
+        if let Some(interrupt) = Arc::get_mut(&mut self.interrupt) {
+            interrupt.set_memory_lost_flag(flag);
+        }
     }
 
     /// The notification events, one for each queue: to be registered as ioeventfd at [`QUEUE_NOTIFY`] with

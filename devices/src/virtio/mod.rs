@@ -17,6 +17,10 @@
 //! A request that makes no sense is answered with an error status. A ring or chain that makes no sense
 //! (there is nowhere to put a status) breaks the device: DEVICE_NEEDS_RESET is set, the driver is told by a
 //! configuration interrupt, and the device rests until it is reset.
+//!
+//! Guest memory that the host cannot supply reads as zeros, after a flag was set
+//! ([`mmio::MmioTransport::set_memory_lost_flag`]). It is looked at after guest memory was read and before
+//! that has consequences: no such request goes to a disk's image from a buffer, and none is completed.
 
 use std::io;
 use std::sync::Arc;
@@ -119,11 +123,27 @@ pub struct Interrupt {
     event: EventFd,
     status: AtomicU32,
     needs_reset: AtomicBool,
+    /// Guest memory has lost a part, which reads as zeros until its VM has ended.
+    memory_lost: Arc<AtomicBool>,
 }
 
 impl Interrupt {
     pub(crate) fn new(event: EventFd) -> Self {
-        Self { event, status: AtomicU32::new(0), needs_reset: AtomicBool::new(false) }
+        Self {
+            event,
+            status: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            memory_lost: Arc::default(),
+        }
+    }
+
+    pub(crate) fn set_memory_lost_flag(&mut self, flag: Arc<AtomicBool>) {
+        self.memory_lost = flag;
+    }
+
+    /// Whether what was read from guest memory before may be nobody's content.
+    pub(crate) fn memory_lost(&self) -> bool {
+        self.memory_lost.load(Ordering::SeqCst)
     }
 
     /// Buffers were used in some queue.

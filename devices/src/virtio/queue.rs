@@ -27,6 +27,9 @@ pub(crate) enum QueueError {
         "serve a virtio queue: a request has no status byte in guest memory; the driver must reset the device"
     )]
     NoStatus,
+    /// Guest memory has lost a part.
+    #[error("serve a virtio queue: the host has lost a part of guest memory; the VM has to end")]
+    MemoryLost,
     /// What lies behind the device is gone.
     #[error(transparent)]
     Channel(#[from] ChannelLost),
@@ -78,6 +81,11 @@ impl ServedQueue {
         &self.memory
     }
 
+    /// Checks that what was read from guest memory so far is the guest's.
+    pub(crate) fn check_memory(&self) -> Result<(), QueueError> {
+        if self.interrupt.memory_lost() { Err(QueueError::MemoryLost) } else { Ok(()) }
+    }
+
     /// Takes the next request and loads its buffers; none when the available ring is empty.
     pub(crate) fn take(&mut self, buffers: &mut Buffers) -> Result<Option<Taken>, QueueError> {
         let Some(chain) = self.queue.iter(&self.memory)?.next() else {
@@ -85,11 +93,15 @@ impl ServedQueue {
         };
         let head = chain.head_index();
         buffers.load(&self.memory, chain)?;
+        self.check_memory()?;
         Ok(Some(Taken { head, settled: false }))
     }
 
     /// Returns a request to the driver; the device wrote `written` bytes into its buffers.
     pub(crate) fn complete(&mut self, mut taken: Taken, written: u32) -> Result<(), QueueError> {
+        if let Err(lost) = self.check_memory() {
+            return Err(taken.break_queue(lost));
+        }
         taken.settled = true;
         self.unannounced = true;
         Ok(self.queue.add_used(&self.memory, taken.head, written)?)

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use parking_lot::Mutex;
@@ -118,11 +119,12 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices and wires them to KVM's interrupt lines and write notifications.
+    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. They stop once the
+    /// flag beside the memory says that a part of it was lost.
     pub(super) fn new(
         vm: &str,
         kvm: &VmFd,
-        memory: &GuestMemory,
+        (memory, lost): (&GuestMemory, Arc<AtomicBool>),
         console: Box<dyn Write + Send>,
         disks: &[DiskConfig],
         sharing: Option<&SharedMemory<'_>>,
@@ -192,8 +194,9 @@ impl Devices {
             });
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
-            let transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
+            let mut transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
                 .map_err(|source| failed(source.into()))?;
+            transport.set_memory_lost_flag(Arc::clone(&lost));
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }
@@ -201,8 +204,9 @@ impl Devices {
         if let Some((console, (base, irq))) = port.zip(mmio_slots().nth(disks.len())) {
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
-            let transport =
+            let mut transport =
                 MmioTransport::new(memory.clone(), Box::new(console), interrupt).map_err(VmError::Port)?;
+            transport.set_memory_lost_flag(lost);
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }

@@ -290,7 +290,7 @@ impl Vm {
         let devices = Arc::new(Devices::new(
             &config.name,
             &kvm,
-            memory.view(),
+            (memory.view(), memory.ram().loss_flag()),
             console,
             &config.disks,
             shared.as_ref(),

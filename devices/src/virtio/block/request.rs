@@ -29,6 +29,8 @@ pub(super) enum Failure {
     Flush(#[source] io::Error),
     #[error("copy to or from guest memory: {0}")]
     Guest(#[from] GuestMemoryError),
+    #[error("give up a request: the host has lost a part of guest memory; the VM has to end")]
+    MemoryLost,
     #[error("refuse a request: {0}")]
     Malformed(&'static str),
     #[error("refuse a request of unknown type {0}")]

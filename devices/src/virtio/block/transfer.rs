@@ -166,6 +166,11 @@ impl Service {
         Ok(Flow::Begun)
     }
 
+    /// Checks that what was read from guest memory is the guest's, before it goes to an image.
+    fn check_memory(&self) -> Result<(), Failure> {
+        self.queue.check_memory().map_err(|_| Failure::MemoryLost)
+    }
+
     /// Where the bytes are; for plain files that is known.
     fn locate(&self, offset: u64, len: u64) -> Result<Location, Failure> {
         self.common.disk.image().locate(offset, len).map_err(host_failure("locate", offset, len))
@@ -229,6 +234,7 @@ impl Service {
             let mut ahead = self.request(index).buffers.readable.clone();
             let pieces = ahead.take((end - range.start) as usize)?;
             if let Some(slices) = GuestSlices::new(&memory, &pieces, memory_alignment, alignment as usize) {
+                self.check_memory()?;
                 let request = self.request(index);
                 request.buffers.readable = ahead;
                 request.job = Job::Write(end..range.end);
@@ -277,9 +283,10 @@ impl Service {
             self.submit(part, wide.start, Action::Read(Layer(0), Memory::Bounce(bounce)));
             return Ok(Flow::Begun);
         }
-        if let Err(error) = source.fill(self.queue.memory(), bounce.bytes_mut()) {
+        let filled = source.fill(self.queue.memory(), bounce.bytes_mut()).map_err(Failure::from);
+        if let Err(failure) = filled.and_then(|()| self.check_memory()) {
             self.bounces.give(bounce);
-            return Err(error.into());
+            return Err(failure);
         }
         let action = Action::Write(Memory::Bounce(bounce));
         self.submit(Part { request: index, kind: PartKind::Write }, range.start, action);
@@ -342,7 +349,8 @@ impl Service {
                 let len = bounce.bytes().len() as u64;
                 let filled = result
                     .map_err(host_failure("read what surrounds", offset, len))
-                    .and_then(|()| Ok(source.fill(self.queue.memory(), &mut bounce.bytes_mut()[inner])?));
+                    .and_then(|()| Ok(source.fill(self.queue.memory(), &mut bounce.bytes_mut()[inner])?))
+                    .and_then(|()| self.check_memory());
                 if let Err(failure) = filled {
                     self.bounces.give(bounce);
                     return Err(failure);
@@ -353,6 +361,12 @@ impl Service {
             }
             (PartKind::Write, Action::Write(memory)) => {
                 let len = memory.len() as u64;
+                if let (Memory::Guest(slices), Err(error)) = (&memory, &result)
+                    && matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON))
+                {
+                    // The kernel could not read the guest's data. That it is lost comes to light by a touch.
+                    slices.touch();
+                }
                 self.give_back(memory);
                 result.map_err(host_failure("write", offset, len))
             }

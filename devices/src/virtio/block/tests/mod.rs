@@ -18,6 +18,7 @@ mod formats;
 mod hostile;
 mod limits;
 mod locks;
+mod lost;
 mod model;
 mod power;
 mod qcow2;
