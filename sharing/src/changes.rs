@@ -15,7 +15,7 @@ pub trait ChangeLog: Send {
     /// not armed. They are not armed from then on.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// What the kernel said. Nothing that was noted is lost then: the next call names it.
     fn collect(&mut self, written: &mut PageSet) -> io::Result<()>;
 
     /// Arms pages that [`collect`](Self::collect) named.

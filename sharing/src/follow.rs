@@ -178,9 +178,12 @@ impl Engine {
         changes.left.clear();
         let Some(follower) = &mut self.members.at_mut(slot).follower else { return false };
         follower.due = due;
-        if follower.tracker.next_interval(changes).is_err() {
-            self.counters.refusals += 1;
-            return false;
+        match follower.tracker.next_interval(changes) {
+            Ok(armed) => self.counters.refusals += u64::from(!armed),
+            Err(_) => {
+                self.counters.refusals += 1;
+                return false;
+            }
         }
         for page in changes.changed.iter() {
             self.forget_page(slot, page);

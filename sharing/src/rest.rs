@@ -22,6 +22,8 @@ pub struct Tracker {
     armed: PageSet,
     /// Armed at the end of the last interval: at rest if they are not written in this one.
     waiting: PageSet,
+    /// Pages of which a failed call may have armed some.
+    again: Option<PageSet>,
     /// How often a page was written in an interval in which it was waited for, less how often not.
     slowness: Slowness,
     interval: u32,
@@ -86,7 +88,14 @@ impl Tracker {
     #[must_use]
     pub fn new(log: Box<dyn ChangeLog>, pages: u32) -> Self {
         let set = PageSet::new(pages);
-        Self { log, armed: set.clone(), waiting: set, slowness: Slowness::new(pages), interval: 0 }
+        Self {
+            log,
+            armed: set.clone(),
+            waiting: set,
+            again: None,
+            slowness: Slowness::new(pages),
+            interval: 0,
+        }
     }
 
     /// Follows changes from now on, with no page armed, or no longer.
@@ -97,24 +106,29 @@ impl Tracker {
         self.log.set_noting(following)?;
         self.armed.clear();
         self.waiting.clear();
+        self.again = None;
         Ok(())
     }
 
-    /// Ends an interval and begins the next.
+    /// Ends an interval and begins the next. Returns whether all pages are armed that are to be; where not, they
+    /// are when the next ends.
     ///
     /// # Errors
-    /// What the log said. The interval then goes on.
-    pub fn next_interval(&mut self, changes: &mut Changes) -> io::Result<()> {
+    /// What the log said. The interval then goes on, and has brought nothing so far.
+    pub fn next_interval(&mut self, changes: &mut Changes) -> io::Result<bool> {
         let Changes { changed: all_changed, rested: all_rested, restless, written: all_written, .. } =
             changes;
         all_written.clear();
         self.log.collect(all_written)?;
         self.interval = self.interval.wrapping_add(1);
+        let again = self.again.take();
         for index in 0..all_written.words().len() {
             let written = all_written.words()[index];
             let armed = self.armed.words()[index];
             let waiting = self.waiting.words()[index];
-            let changed = written & armed;
+            // Which of them are armed nobody knows, and the log does not name those that are and were not written.
+            let again = again.as_ref().map_or(0, |again| again.words()[index]);
+            let changed = written & (armed | again);
             let rested = waiting & !written;
             all_changed.words_mut()[index] = changed;
             all_rested.words_mut()[index] = rested;
@@ -125,8 +139,8 @@ impl Tracker {
             for page in ones(index, rested) {
                 self.slowness.set(page, self.slowness.get(page).saturating_sub(1));
             }
-            let mut arm = 0;
-            for page in ones(index, written) {
+            let mut arm = again;
+            for page in ones(index, written & !again) {
                 let every = (1_u32 << self.slowness.get(page).saturating_sub(1)) - 1;
                 // Pages of the same slowness take turns, but neighbours come to rest together.
                 if self.interval.wrapping_add(page / TURN_PAGES) & every == 0 {
@@ -136,14 +150,15 @@ impl Tracker {
             self.armed.words_mut()[index] = armed & !written | arm;
             self.waiting.words_mut()[index] = arm;
         }
-        let armed = self.log.arm(&self.waiting);
-        if armed.is_err() {
-            // What is armed all the same is armed once more later, which does no harm.
+        let armed = self.log.arm(&self.waiting).is_ok();
+        if !armed {
+            // To arm a page once more does no harm.
+            self.again = Some(self.waiting.clone());
             for (armed, waiting) in self.armed.words_mut().iter_mut().zip(self.waiting.words_mut()) {
                 *armed &= !std::mem::take(waiting);
             }
         }
-        armed
+        Ok(armed)
     }
 
     /// A page that is armed is not waited for: nobody cares when it comes to rest.
@@ -154,7 +169,7 @@ impl Tracker {
     /// Bytes that following takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
-        self.slowness.0.len() + 2 * self.armed.bytes()
+        self.slowness.0.len() + 2 * self.armed.bytes() + self.again.as_ref().map_or(0, PageSet::bytes)
     }
 }
 
@@ -166,15 +181,15 @@ mod tests {
 
     const PAGES: u32 = 200;
 
-    /// A log that is written to by hand, and counts how often each page was armed.
+    /// A log that is written to by hand, counts how often each page was armed, and arms so many at most.
     #[derive(Clone)]
-    struct ByHand(Arc<Mutex<(PageSet, Vec<u32>)>>);
+    struct ByHand(Arc<Mutex<(PageSet, Vec<u32>, usize)>>);
 
     impl ByHand {
         fn new() -> Self {
             let mut all = PageSet::new(PAGES);
             all.insert_range(0..PAGES);
-            Self(Arc::new(Mutex::new((all, vec![0; PAGES as usize]))))
+            Self(Arc::new(Mutex::new((all, vec![0; PAGES as usize], usize::MAX))))
         }
 
         fn write(&self, page: u32) {
@@ -194,7 +209,10 @@ mod tests {
 
         fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
             let mut log = self.0.lock().unwrap();
-            for page in pages.iter() {
+            for (index, page) in pages.iter().enumerate() {
+                if index == log.2 {
+                    return Err(io::ErrorKind::OutOfMemory.into());
+                }
                 log.0.remove(page);
                 log.1[page as usize] += 1;
             }
@@ -223,6 +241,34 @@ mod tests {
         assert!(changes.changed.iter().eq([9]) && changes.restless.is_empty());
         tracker.next_interval(&mut changes).unwrap();
         assert!(changes.rested.iter().eq([9]));
+    }
+
+    #[test]
+    fn what_an_interval_brought_is_told_though_nothing_can_be_armed() {
+        // Wherever the log gives up, and whichever pages are armed before it does.
+        for most in [0, 1, 50, 150] {
+            let (log, mut tracker, mut changes) = tracker();
+            tracker.next_interval(&mut changes).unwrap();
+            tracker.next_interval(&mut changes).unwrap();
+            (0..100).for_each(|page| log.write(page));
+            log.0.lock().unwrap().2 = most;
+            let armed = tracker.next_interval(&mut changes).unwrap();
+            assert_eq!(armed, most >= 100);
+            assert!(changes.changed.iter().eq(0..100), "those that were written, with {most} armed");
+            log.0.lock().unwrap().2 = usize::MAX;
+            // One that may be armed is written.
+            log.write(30);
+            assert!(tracker.next_interval(&mut changes).unwrap());
+            assert!(changes.changed.contains(30));
+            // All of them come to rest, now or later.
+            let mut rested: Vec<_> = changes.rested.iter().collect();
+            for _ in 0..4 {
+                tracker.next_interval(&mut changes).unwrap();
+                rested.extend(changes.rested.iter());
+            }
+            rested.sort_unstable();
+            assert_eq!(rested, (0..100).collect::<Vec<_>>(), "with {most} armed");
+        }
     }
 
     #[test]

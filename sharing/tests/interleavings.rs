@@ -13,9 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use common::Numbers;
 use common::followed::following;
 use common::world::{Weather, World, faults};
-use common::{Numbers, faulty_engine};
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::{Order, Settings};
 
@@ -64,8 +64,8 @@ fn play(seed: u64, statistics: &mut BTreeMap<&'static str, u64>) -> Result<(), S
     });
     let (settings, size, length) = arrangement(&mut numbers);
     let weather = Arc::new(Weather::default());
-    let engine = faulty_engine(&settings, faults(&weather, numbers.below(u64::MAX)));
-    let mut world = World::new(engine, Arc::clone(&weather), numbers.below(u64::MAX), size);
+    let plan = faults(&weather, numbers.below(u64::MAX));
+    let mut world = World::new(&settings, Arc::clone(&weather), plan, numbers.below(u64::MAX), size);
     let played = catch_unwind(AssertUnwindSafe(|| {
         for _ in 0..2 + world.below(2) {
             let (followed, with_agent) = (world.below(5) > 0, world.below(2) == 0);

@@ -5,14 +5,15 @@
 
 mod disks;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use samepage_sharing::cache::Keep;
-use samepage_sharing::changes::PageSet;
-use samepage_sharing::engine::{Engine, Mode, Step};
+use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::hints::Hint;
 
 use disks::{Disk, Reading};
@@ -20,7 +21,7 @@ use disks::{Disk, Reading};
 use super::agent::{ANON, Agent, FREE};
 use super::followed::{Told, Vm};
 use super::pipes::Spliced;
-use super::{Fault, Guest, Numbers, WORDS, losses, word};
+use super::{Fault, Guest, Numbers, WORDS, faulty_engine, losses, word};
 
 /// What a page of a guest is known to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,53 @@ struct Pinned {
     spliced: Spliced,
 }
 
+/// Which calls fail, by their names.
+pub(crate) type Plan = Arc<Mutex<dyn FnMut(&'static str) -> Fault + Send>>;
+
+/// A log some of whose calls fail.
+struct Moody {
+    told: Told,
+    pages: u32,
+    plan: Plan,
+}
+
+impl Moody {
+    fn refused(&self, call: &'static str) -> bool {
+        (self.plan.lock())(call) != Fault::None
+    }
+}
+
+impl ChangeLog for Moody {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        if self.refused("collect") {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.told.collect(written)
+    }
+
+    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+        if self.refused("arm") {
+            // A refusal half-way leaves some armed.
+            let mut some = PageSet::new(self.pages);
+            pages.iter().filter(|page| page % 3 == 0).for_each(|page| some.insert(page));
+            self.told.arm(&some)?;
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.told.arm(pages)
+    }
+
+    fn set_noting(&mut self, noting: bool) -> io::Result<()> {
+        if self.refused("note") {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        if noting {
+            // No page is armed.
+            self.told.0.lock().insert_range(0..self.pages);
+        }
+        Ok(())
+    }
+}
+
 /// How often calls are refused.
 #[derive(Debug, Default)]
 pub(crate) struct Weather {
@@ -74,10 +122,10 @@ pub(crate) struct Weather {
 }
 
 /// Refuses calls as the weather is.
-pub(crate) fn faults(weather: &Arc<Weather>, seed: u64) -> impl FnMut(&'static str) -> Fault + Send + use<> {
+pub(crate) fn faults(weather: &Arc<Weather>, seed: u64) -> Plan {
     let weather = Arc::clone(weather);
     let mut luck = Numbers(seed | 1);
-    move |call| {
+    Arc::new(Mutex::new(move |call| {
         let fatal = ["map again", "restore again", "unprotect"].contains(&call);
         let of_thousand = if fatal { &weather.fatal } else { &weather.refused };
         if luck.below(1000) >= u64::from(of_thousand.load(Ordering::Relaxed)) {
@@ -86,7 +134,13 @@ pub(crate) fn faults(weather: &Arc<Weather>, seed: u64) -> impl FnMut(&'static s
         weather.ever.fetch_add(1, Ordering::Relaxed);
         let tears = ["map", "restore"].contains(&call) && luck.below(2) == 0;
         if tears { Fault::Tear } else { Fault::Refuse }
-    }
+    }))
+}
+
+/// An engine whose calls fail by a plan.
+pub(crate) fn engine_of(settings: &Settings, plan: &Plan) -> Engine {
+    let plan = Arc::clone(plan);
+    faulty_engine(settings, move |call| (plan.lock())(call))
 }
 
 /// All of it.
@@ -99,6 +153,7 @@ pub(crate) struct World {
     pinned: Vec<Pinned>,
     pub(crate) now: Instant,
     weather: Arc<Weather>,
+    plan: Plan,
     /// Pages of each VM.
     size: u32,
     ids: u64,
@@ -111,7 +166,8 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(engine: Engine, weather: Arc<Weather>, seed: u64, size: u32) -> Self {
+    pub(crate) fn new(settings: &Settings, weather: Arc<Weather>, plan: Plan, seed: u64, size: u32) -> Self {
+        let engine = engine_of(settings, &plan);
         let keeps = [Keep::Exclusive, Keep::Exclusive, Keep::Scrub, Keep::Inclusive];
         Self {
             engine,
@@ -122,6 +178,7 @@ impl World {
             pinned: Vec::new(),
             now: Instant::now() + Duration::from_secs(60),
             weather,
+            plan,
             size,
             ids: 0,
             own: 1 << 44,
@@ -160,7 +217,9 @@ impl World {
         all.insert_range(0..self.size);
         let told = Told(Arc::new(Mutex::new(all)));
         let (losses, handler) = losses();
-        let log = followed.then(|| Box::new(told.clone()) as _);
+        let log = followed.then(|| {
+            Box::new(Moody { told: told.clone(), pages: self.size, plan: Arc::clone(&self.plan) }) as _
+        });
         let Ok(slot) = self.engine.add(guest.ram.clone(), log, handler) else {
             return self.tell("a VM was refused".into());
         };
@@ -363,7 +422,12 @@ impl World {
 
     /// The agent in a guest tells what is free.
     fn agent_pass(&mut self) {
-        let Some(index) = self.any_vm() else { return };
+        if let Some(index) = self.any_vm() {
+            self.agent_pass_of(index);
+        }
+    }
+
+    fn agent_pass_of(&mut self, index: usize) {
         let player = &mut self.players[index];
         let Some(agent) = &mut player.agent else { return };
         let pages = 0..player.free.len() as u32;
@@ -443,6 +507,82 @@ impl World {
         }
     }
 
+    /// Merging, zeros, disks, free memory, modes, compaction, and VMs that come and go, once each.
+    pub(crate) fn every_kind_of_work(&mut self) {
+        while self.players.len() < 3 {
+            // Where the first call is refused the VM is tried again.
+            self.add_vm(true, true);
+        }
+        self.become_alike();
+        for index in 0..self.players.len() {
+            let zeros = 10 + 5 * index as u32;
+            self.write_all(index, 0..zeros, |_| 0);
+        }
+        self.intervals(3);
+        self.check_all(1);
+        for disk in 0..4 {
+            for index in 0..self.players.len() {
+                let first = 8 * disk as u32;
+                let page = 20 + first + index as u32;
+                if !self.players[index].lost() {
+                    self.read(index, disk, first.into(), (page..page + 6).map(Some).collect());
+                }
+            }
+        }
+        self.intervals(1);
+        self.finish_all();
+        self.check_all(1);
+        // Guests leave most, and what is left moves together.
+        for index in 0..self.players.len() {
+            self.write_all(index, 0..self.size, |page| if page % 9 == 0 { 1 } else { 0 });
+            let base = (index as u64 + 1) << 40;
+            self.write_all(index, 0..self.size, |page| {
+                if page % 9 == 0 { Self::alike(page) } else { base + u64::from(page) }
+            });
+        }
+        self.steps(60, Duration::from_millis(120));
+        self.check_all(1);
+        // Free memory goes back.
+        for player in self.players.iter_mut().filter(|player| !player.lost()) {
+            for page in 0..player.free.len() - 4 {
+                player.free[page] = true;
+                player.pages[page].or_zero = true;
+            }
+        }
+        for _ in 0..3 {
+            (0..self.players.len()).for_each(|index| self.agent_pass_of(index));
+            self.intervals(2);
+        }
+        self.check_all(1);
+        // Shared again, and no longer.
+        self.become_alike();
+        self.intervals(3);
+        for mode in [Mode::Off, Mode::Full, Mode::Zero] {
+            for index in (0..self.players.len()).take(2) {
+                self.engine.set_mode(self.players[index].vm.slot, mode);
+            }
+            self.intervals(2);
+            self.check_all(1);
+        }
+        self.remove_vm(0);
+        self.intervals(1);
+        self.check_all(1);
+    }
+
+    fn write_all(&mut self, index: usize, pages: std::ops::Range<u32>, content: impl Fn(u32) -> u64) {
+        for page in pages {
+            if !self.players[index].lost() {
+                self.write(index, page, content(page), false);
+            }
+        }
+    }
+
+    fn finish_all(&mut self) {
+        while !self.readings.is_empty() {
+            self.finish(0, true);
+        }
+    }
+
     /// Checks a page of a guest, every `stride`-th word of it.
     fn check(&mut self, index: usize, page: u32, stride: usize) {
         let player = &mut self.players[index];
@@ -487,9 +627,7 @@ impl World {
         self.weather.fatal.store(0, Ordering::Relaxed);
         self.check_all(1);
         self.audit();
-        while !self.readings.is_empty() {
-            self.finish(0, true);
-        }
+        self.finish_all();
         self.end_writes();
         while !self.pinned.is_empty() {
             self.unpin();
@@ -497,9 +635,11 @@ impl World {
         self.intervals(3);
         self.check_all(1);
         self.audit();
-        while !self.players.is_empty() {
-            self.remove_vm(0);
+        // What is refused once is tried again.
+        for _ in 0..8 {
+            (0..self.players.len()).rev().for_each(|index| self.remove_vm(index));
         }
+        assert!(self.players.is_empty(), "a VM cannot be removed");
         for disk in &self.disks {
             self.engine.begin_write(disk.image, &(0..1 << 40));
             self.engine.end_write(disk.image, &(0..1 << 40));
