@@ -166,6 +166,54 @@ fn a_core_and_a_raw_image_of_the_same_memory_are_alike() {
 }
 
 #[test]
+fn memory_of_lime_is_like_the_same_memory_elsewhere() {
+    let folder = Folder::new();
+    let (low, high) = (memory(1..161), memory(500..900));
+    let range = |first: u64, memory: &[u8]| {
+        let mut range = b"EMiL\x01\0\0\0".to_vec();
+        let last = first + memory.len() as u64 - 1;
+        [first, last, 0].iter().for_each(|word| range.extend(word.to_le_bytes()));
+        [&range, memory].concat()
+    };
+    let raw = folder.file("vm.raw", &[low.clone(), high.clone()].concat());
+    let lime = folder.file("vm.lime", &[range(0x1000, &low), range(1 << 32, &high)].concat());
+    let result = json(&[], &[&raw, &lime]);
+    assert_eq!(result["inputs"][1]["kind"], "lime");
+    assert_counts(&result["total"], &[("pages", 1120), ("between", 1120)]);
+    let cut = folder.file("cut.lime", &range(0, &low)[..4096]);
+    assert!(refusal(&[], &[&cut]).contains("truncated"));
+}
+
+#[test]
+fn one_file_that_is_named_twice_is_told() {
+    let folder = Folder::new();
+    let image = folder.file("vm.raw", &memory(1..11));
+    let copy = folder.file("copy.raw", &memory(1..11));
+    let link = folder.path("link.raw");
+    std::os::unix::fs::symlink(&image, &link).expect("make a link");
+    let finished = analyze(&["--json"], &[&image, &copy, &link]);
+    finished.assert_code(0);
+    let told = format!("samepage: {} is the same as {}: ", link.display(), image.display());
+    assert!(finished.stderr.starts_with(&told), "{}", finished.stderr);
+    assert_eq!(finished.stderr.lines().count(), 1, "{}", finished.stderr);
+    let result: Value = serde_json::from_str(&finished.stdout).expect("JSON");
+    assert_eq!(result["inputs"][2]["same_as"], image.to_str().expect("a name in UTF-8"));
+    assert_eq!(result["inputs"][1].get("same_as"), None);
+}
+
+#[test]
+fn raw_memory_may_begin_with_a_program() {
+    let folder = Folder::new();
+    let mut content = memory(1..5);
+    content[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
+    let image = folder.file("pmemsave.raw", &content);
+    assert!(refusal(&[], &[&image]).contains("--format raw"));
+    let result = json(&["--format", "raw"], &[&image]);
+    assert_counts(&result["total"], &[("pages", 4), ("unique", 4)]);
+    assert!(refusal(&["--format", "lime"], &[&image]).contains("LiME"));
+}
+
+#[test]
 fn what_is_no_image_is_refused_by_name() {
     let folder = Folder::new();
     let good = core(&[(0, memory(0..4)), (MIB, memory(0..4))]);
@@ -177,6 +225,9 @@ fn what_is_no_image_is_refused_by_name() {
         ("start.core", good[..6].to_vec(), "truncated"),
         ("no.core", [&good[..16], &[2], &good[17..]].concat(), "core"),
         ("x.gz", b"\x1f\x8b\x08".to_vec(), "gzip"),
+        ("vm.save", b"LibvirtQemudSave\x02\0\0\0".to_vec(), "virsh restore"),
+        ("vm.kdump", [&b"makedumpfile"[..], &[0; 4084]].concat(), "--format elf"),
+        ("xen.save", b"Xen saved domain, xl format\n".to_vec(), "xl dump-core"),
     ];
     for (name, content, what) in refused {
         let said = refusal(&[], &[&folder.file(name, &content)]);

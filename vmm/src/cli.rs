@@ -108,10 +108,14 @@ pub(crate) enum ConfigCommand {
 /// The arguments of `samepage analyze`.
 #[derive(Debug, Args)]
 pub(crate) struct AnalyzeArgs {
-    /// Memory of a VM: a raw image, or an ELF core as `virsh dump --memory-only`, QEMU's
-    /// dump-guest-memory or gcore write it
+    /// Memory of a VM: a raw image, an ELF core as `virsh dump --memory-only`, QEMU's dump-guest-memory,
+    /// `xl dump-core` or gcore write it, or what LiME writes
     #[arg(value_name = "FILE", required_unless_present = "pids")]
     pub(crate) files: Vec<PathBuf>,
+
+    /// What the files are, where that is not to be found out: a raw image may begin with a program's header
+    #[arg(long, value_enum, value_name = "auto|raw|elf|lime", default_value_t = ImageFormatArg::Auto)]
+    pub(crate) format: ImageFormatArg,
 
     /// A running process that holds a VM (QEMU, Firecracker, Cloud Hypervisor, samepage); its memory is
     /// read and never changed. May be repeated
@@ -138,6 +142,15 @@ pub(crate) struct AnalyzeArgs {
     /// Draw the result into this file, as SVG
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
+}
+
+/// `--format` of `samepage analyze`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageFormatArg {
+    Auto,
+    Raw,
+    Elf,
+    Lime,
 }
 
 /// The arguments of `samepage demo`.

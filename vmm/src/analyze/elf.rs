@@ -4,20 +4,26 @@
 //! writes guest memory with physical addresses. The kernel and gcore write the memory of a process; of
 //! that, the large read-write mappings are guest memory. Source: the System V ABI, chapters 4 and 5.
 //!
+//! QEMU's dumps by virtual addresses (`paging: true`) describe only what the guest maps, and that in part.
+//! All of its RAM is in the file nonetheless, behind the notes, and is read from there (QEMU's dump/dump.c).
+//!
 //! The file is not trusted: counts are bounded, sums are checked, and only headers are kept.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use samepage::oracle::PAGE_SIZE;
 use thiserror::Error;
 
 use super::file::Region;
+use super::xen;
 use crate::units::bytes;
 
 /// What an ELF file begins with.
 pub(super) const MAGIC: &[u8] = b"\x7fELF";
 
+const PAGE: u64 = PAGE_SIZE as u64;
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const SECTION_HEADER: usize = 64;
@@ -28,8 +34,16 @@ const MOST_SEGMENTS: u64 = 1 << 20;
 const ET_CORE: u64 = 4;
 const EM_X86_64: u64 = 62;
 const PT_LOAD: u64 = 1;
+const PT_NOTE: u64 = 4;
+/// As much of the notes as is searched: they have some hundred bytes for each vCPU.
+const MOST_NOTES: u64 = 1 << 20;
+/// And of the segments that hold some; a dump has one.
+const MOST_NOTE_SEGMENTS: usize = 16;
 const PF_WRITE: u64 = 2;
 const PF_READ: u64 = 4;
+
+/// A raw image may begin with the ELF header of the guest's kernel.
+const RAW: &str = "; if it is raw memory that begins with a program, say so (--format raw)";
 
 /// Why a file is no core to work with.
 #[derive(Debug, Error)]
@@ -37,12 +51,14 @@ pub(super) enum CoreError {
     #[error("the file ends within its {0}: it is truncated; dump it again")]
     Truncated(&'static str),
     #[error(
-        "it is an ELF file, but not of 64 bits, little-endian: memory of x86-64 guests alone can be read"
+        "it is an ELF file, but not of 64 bits, little-endian: memory of x86-64 guests alone can be read{RAW}"
     )]
     Class,
-    #[error("it is an ELF file, but not a core dump (its type is {0}, a core's is 4): name a memory image")]
+    #[error(
+        "it is an ELF file, but not a core dump (its type is {0}, a core's is 4): name a memory image{RAW}"
+    )]
     NoCore(u64),
-    #[error("it is a core dump of machine {0}: memory of x86-64 guests alone can be read")]
+    #[error("it is a core dump of machine {0}: memory of x86-64 guests alone can be read{RAW}")]
     Machine(u64),
     #[error("its program headers are {0} bytes long, not 56: the file is damaged")]
     HeaderSize(u64),
@@ -54,8 +70,8 @@ pub(super) enum CoreError {
     )]
     Segment { index: u64, offset: u64, bytes: u64, file: u64 },
     #[error(
-        "segment {0} has but a part of its memory in the file, as in a dump by virtual addresses (`-p` of QEMU's \
-         dump-guest-memory), which may leave out memory; dump without `-p`"
+        "segment {0} has but a part of its memory in the file, and the dump is none of QEMU's, of which the rest \
+         could be found; dump by physical addresses (without `-p` of dump-guest-memory)"
     )]
     Partial(u64),
     #[error("it holds no memory: no segment to load has contents")]
@@ -86,16 +102,66 @@ struct Segment {
 /// Finds guest memory in a core of `length` bytes. Of the core of a process, mappings below
 /// `least` bytes are left out.
 pub(super) fn regions(file: &File, length: u64, least: u64) -> Result<Vec<Region>, CoreError> {
-    let segments = segments(file, length)?;
+    let Headers { elf, segments, notes } = headers(file, length)?;
+    if segments.is_empty()
+        && let Some(pages) = xen::regions(file, length, &elf)?.filter(|pages| pages.stored > 0)
+    {
+        return Ok(vec![pages]);
+    }
     if segments.iter().all(|segment| segment.stored == 0) {
         return Err(CoreError::Empty);
+    }
+    let by_virtual_address = segments.iter().any(|segment| {
+        ![0, segment.physical_address].contains(&segment.virtual_address) || segment.stored < segment.bytes
+    });
+    if by_virtual_address
+        && let Some(all) = all_of_qemu(file, length, &notes)?
+        && segments.iter().all(|segment| segment.stored == 0 || segment.offset >= all.offset)
+    {
+        return Ok(vec![all]);
     }
     let of_process = segments.iter().all(|segment| segment.physical_address == 0)
         && segments.iter().any(|segment| segment.virtual_address != 0);
     if of_process { process(segments, least) } else { physical(&segments) }
 }
 
-fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
+/// All RAM of a guest in a dump of QEMU's: what follows its notes. Nothing where the notes are not QEMU's.
+fn all_of_qemu(file: &File, length: u64, notes: &[Segment]) -> Result<Option<Region>, CoreError> {
+    for Segment { offset, stored, .. } in notes.iter().take(MOST_NOTE_SEGMENTS) {
+        let mut bytes = vec![0; (*stored).min(MOST_NOTES) as usize];
+        file.read_exact_at(&mut bytes, *offset)?;
+        if has_note_of(b"QEMU\0", &bytes) {
+            let start = offset + stored;
+            // Names of sections may follow, which are shorter than a page.
+            let stored = (length - start) & !(PAGE - 1);
+            return Ok((stored > 0).then_some(Region { address: 0, offset: start, stored, absent: 0 }));
+        }
+    }
+    Ok(None)
+}
+
+fn has_note_of(owner: &[u8], mut notes: &[u8]) -> bool {
+    const NOTE_HEADER: usize = 12;
+    while let Some((header, rest)) = notes.split_at_checked(NOTE_HEADER) {
+        let [name, content] = [number(header, 0, 4), number(header, 4, 4)].map(|bytes| bytes as usize);
+        if name == owner.len() && rest.starts_with(owner) {
+            return true;
+        }
+        notes = rest.get(name.next_multiple_of(4) + content.next_multiple_of(4)..).unwrap_or_default();
+    }
+    false
+}
+
+/// What a core says of itself.
+struct Headers {
+    elf: [u8; HEADER],
+    /// Those to load.
+    segments: Vec<Segment>,
+    /// Those of notes.
+    notes: Vec<Segment>,
+}
+
+fn headers(file: &File, length: u64) -> Result<Headers, CoreError> {
     let read = |offset: u64, bytes: &mut [u8], what| {
         if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
             return Err(CoreError::Truncated(what));
@@ -127,11 +193,12 @@ fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
         return Err(CoreError::Segments(count));
     }
 
-    let mut segments = Vec::new();
+    let (mut segments, mut notes) = (Vec::new(), Vec::new());
     let mut headers = vec![0; count as usize * PROGRAM_HEADER];
     read(table, &mut headers, "program headers")?;
     for (index, header) in (0..).zip(headers.as_chunks::<PROGRAM_HEADER>().0) {
-        if number(header, 0, 4) != PT_LOAD {
+        let kind = number(header, 0, 4);
+        if kind != PT_LOAD && kind != PT_NOTE {
             continue;
         }
         let segment = Segment {
@@ -147,9 +214,9 @@ fn segments(file: &File, length: u64) -> Result<Vec<Segment>, CoreError> {
         if stored > 0 && offset.checked_add(stored).is_none_or(|end| end > length) {
             return Err(CoreError::Segment { index, offset, bytes: stored, file: length });
         }
-        segments.push(segment);
+        if kind == PT_LOAD { segments.push(segment) } else { notes.push(segment) }
     }
-    Ok(segments)
+    Ok(Headers { elf: header, segments, notes })
 }
 
 /// All that is stored. Segments without contents are devices' memory or were filtered out by who
@@ -216,7 +283,7 @@ fn once(mut regions: Vec<Region>) -> Vec<Region> {
 }
 
 /// The little-endian number of `size` bytes at `offset`, which is within the header.
-fn number(header: &[u8], offset: usize, size: usize) -> u64 {
+pub(super) fn number(header: &[u8], offset: usize, size: usize) -> u64 {
     header[offset..offset + size].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
@@ -320,6 +387,53 @@ mod tests {
             ]
         );
         assert!(matches!(parse(&core(&segments[..2]), 60 * MIB), Err(CoreError::NoGuest(_))));
+    }
+
+    /// Bytes of the notes in the next.
+    const NOTES: u64 = 24 + 28;
+
+    /// A core with notes of this owner in front of its segments, and so many bytes.
+    fn core_with_notes(owner: &[u8; 5], segments: &[Segment], length: usize) -> Vec<u8> {
+        let note = Segment { stored: NOTES, ..segment(0, 0, 1024, 0) };
+        let mut file = core(&[&[note][..], segments].concat());
+        file[HEADER] = PT_NOTE as u8;
+        file.resize(1024, 0);
+        for (name, content) in [(b"CORE\0", 1), (owner, 7)] {
+            [5_u32, content, 1].iter().for_each(|word| file.extend(word.to_le_bytes()));
+            file.extend(name);
+            file.resize(file.len().next_multiple_of(4), 0);
+            file.resize((file.len() + content as usize).next_multiple_of(4), 0);
+        }
+        assert_eq!(file.len() as u64, 1024 + NOTES);
+        file.resize(length, 0);
+        file
+    }
+
+    #[test]
+    fn a_dump_by_virtual_addresses_holds_all_memory_behind_its_notes() {
+        const START: u64 = 1024 + NOTES;
+        let direct_map = Segment { bytes: MIB, ..segment(0, 0xffff_8880_0000_0000, START, 16 * PAGE) };
+        let text = segment(8 * PAGE, 0xffff_ffff_8100_0000, START + 8 * PAGE, 4 * PAGE);
+        // Names of sections follow the memory.
+        let length = START + 40 * PAGE + 11;
+        let all = Region { address: 0, offset: START, stored: 40 * PAGE, absent: 0 };
+        for segments in [
+            &[direct_map][..],
+            &[direct_map, text],
+            &[text],
+            &[Segment { bytes: MIB, ..segment(0, 0, START, PAGE) }],
+        ] {
+            let dump = core_with_notes(b"QEMU\0", segments, length as usize);
+            assert_eq!(parse(&dump, length).unwrap(), [all], "{segments:?}");
+        }
+        // By physical addresses it is described as a whole.
+        let physical = [segment(0, 0, START, 8 * PAGE), segment(MIB, MIB, START + 8 * PAGE, PAGE)];
+        assert_eq!(parse(&core_with_notes(b"QEMU\0", &physical, length as usize), length).unwrap().len(), 2);
+        let others = core_with_notes(b"KVMM\0", &[direct_map, text], length as usize);
+        assert!(matches!(parse(&others, length), Err(CoreError::Partial(1))));
+        // Memory in front of the notes is in no dump of QEMU's.
+        let before = core_with_notes(b"QEMU\0", &[segment(PAGE, MIB, 512, PAGE)], length as usize);
+        assert_eq!(parse(&before, length).unwrap()[0].offset, 512);
     }
 
     #[test]

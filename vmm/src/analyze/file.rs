@@ -1,11 +1,11 @@
-//! Memory images in files: raw ones, and ELF cores.
+//! Memory images in files: raw ones, ELF cores, and what LiME writes.
 //!
 //! A hole in a sparse file is never read and counts as untouched memory. Files are not trusted:
 //! what is wrong with one is an error that says so.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{SeekFrom, seek};
@@ -14,25 +14,14 @@ use samepage::oracle::{Image, PAGE_SIZE, TooManyPages};
 use thiserror::Error;
 
 use super::elf::{self, CoreError};
+use super::foreign;
+use super::lime::{self, LimeError};
 use super::progress::Progress;
+use crate::cli::ImageFormatArg;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// How much is read at a time, in bytes: whole pages.
 const CHUNK: usize = 1 << 20;
-
-/// Files that hold memory in a form that cannot be read here: what they begin with, and what to do.
-const OTHER_FORMATS: [(&[u8], &str); 8] = [
-    (b"KDUMP   ", KDUMP),
-    (b"makedumpfile", KDUMP),
-    (b"LibvirtQemudSave", "a VM saved by libvirt; use `virsh dump --memory-only --format elf` instead"),
-    (b"QEVM", "a QEMU migration stream; use `dump-guest-memory` instead"),
-    (b"\x1f\x8b", "compressed by gzip; decompress it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd; decompress it first"),
-    (b"\xfd7zXZ", "compressed by xz; decompress it first"),
-    (b"QFI\xfb", "a qcow2 disk image, and no memory image"),
-];
-
-const KDUMP: &str = "a kdump; dump as ELF: with `--format elf` (virsh), or without `-z`, `-l`, `-s` (QEMU)";
 
 /// Why an image cannot be read.
 #[derive(Debug, Error)]
@@ -43,8 +32,10 @@ pub(super) enum ImageError {
     Kind(&'static str),
     #[error("it is empty: there is no memory in it")]
     Empty,
-    #[error("it is {0}")]
-    Format(&'static str),
+    #[error("it is {0}: {1}")]
+    Format(&'static str, &'static str),
+    #[error("it does not begin as {0} does; leave out --format, or give another")]
+    NotAsSaid(&'static str),
     #[error(
         "it is {0} bytes long, which is no whole number of pages of 4,096 bytes: it is truncated, or no raw \
          memory image"
@@ -52,6 +43,8 @@ pub(super) enum ImageError {
     Length(u64),
     #[error(transparent)]
     Core(#[from] CoreError),
+    #[error(transparent)]
+    Lime(#[from] LimeError),
     #[error("reading {bytes} bytes at offset {offset} failed: {error}")]
     Read { offset: u64, bytes: usize, error: io::Error },
     #[error(transparent)]
@@ -78,6 +71,8 @@ pub(super) enum Format {
     Raw,
     /// In an ELF core.
     Core,
+    /// In ranges with headers.
+    Lime,
 }
 
 /// An image, opened and found to be in order.
@@ -86,12 +81,14 @@ pub(super) struct FileImage {
     file: File,
     format: Format,
     regions: Vec<Region>,
+    /// The file's device and number.
+    identity: (u64, u64),
 }
 
 impl FileImage {
-    /// Opens an image and reads its headers. `least` is the size of the smallest mapping that
+    /// Opens an image and reads its headers, as what it is said to be. `least` is the size of the smallest mapping that
     /// counts where the file is the core of a process, in bytes.
-    pub(super) fn open(path: &Path, least: u64) -> Result<Self, ImageError> {
+    pub(super) fn open(path: &Path, said: ImageFormatArg, least: u64) -> Result<Self, ImageError> {
         // A FIFO would block when opened, so the kind is asked for first.
         let metadata = std::fs::metadata(path).map_err(ImageError::Open)?;
         if metadata.is_dir() {
@@ -101,25 +98,27 @@ impl FileImage {
             return Err(ImageError::Kind("not a regular file"));
         }
         let file = File::open(path).map_err(ImageError::Open)?;
-        let length = file.metadata().map_err(ImageError::Open)?.len();
+        let metadata = file.metadata().map_err(ImageError::Open)?;
+        let (length, identity) = (metadata.len(), (metadata.dev(), metadata.ino()));
         if length == 0 {
             return Err(ImageError::Empty);
         }
-        let mut start = [0; 16];
-        let known = &mut start[..length.min(16) as usize];
-        read(&file, known, 0)?;
-        if let Some((_, what)) = OTHER_FORMATS.iter().find(|(magic, _)| known.starts_with(magic)) {
-            return Err(ImageError::Format(what));
-        }
-        if known.starts_with(elf::MAGIC) {
-            let regions = elf::regions(&file, length, least)?;
-            return Ok(Self { file, format: Format::Core, regions });
-        }
-        if !length.is_multiple_of(PAGE) {
-            return Err(ImageError::Length(length));
-        }
-        let all = Region { address: 0, offset: 0, stored: length, absent: 0 };
-        Ok(Self { file, format: Format::Raw, regions: vec![all] })
+        let mut head = [0; foreign::HEAD];
+        let head = &mut head[..length.min(foreign::HEAD as u64) as usize];
+        read(&file, head, 0)?;
+        let format = recognise(head, said)?;
+        let regions = match format {
+            Format::Core => elf::regions(&file, length, least)?,
+            Format::Lime => lime::regions(&file, length)?,
+            Format::Raw if !length.is_multiple_of(PAGE) => return Err(ImageError::Length(length)),
+            Format::Raw => vec![Region { address: 0, offset: 0, stored: length, absent: 0 }],
+        };
+        Ok(Self { file, format, regions, identity })
+    }
+
+    /// What only the same file has as well.
+    pub(super) fn identity(&self) -> (u64, u64) {
+        self.identity
     }
 
     /// How memory lies in the file.
@@ -198,6 +197,24 @@ impl FileImage {
     }
 }
 
+/// How memory lies in a file that begins with these bytes, and is said to be of a format.
+fn recognise(head: &[u8], said: ImageFormatArg) -> Result<Format, ImageError> {
+    let (is_elf, is_lime) = (head.starts_with(elf::MAGIC), head.starts_with(lime::MAGIC));
+    match said {
+        ImageFormatArg::Raw => Ok(Format::Raw),
+        ImageFormatArg::Elf if is_elf => Ok(Format::Core),
+        ImageFormatArg::Elf => Err(ImageError::NotAsSaid("an ELF core")),
+        ImageFormatArg::Lime if is_lime => Ok(Format::Lime),
+        ImageFormatArg::Lime => Err(ImageError::NotAsSaid("memory of LiME's")),
+        ImageFormatArg::Auto if is_elf => Ok(Format::Core),
+        ImageFormatArg::Auto if is_lime => Ok(Format::Lime),
+        ImageFormatArg::Auto => match foreign::name(head) {
+            Some((what, help)) => Err(ImageError::Format(what, help)),
+            None => Ok(Format::Raw),
+        },
+    }
+}
+
 fn read(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), ImageError> {
     file.read_exact_at(buffer, offset).map_err(|error| {
         let error = if error.kind() == io::ErrorKind::UnexpectedEof {
@@ -228,7 +245,7 @@ mod tests {
         file.as_file().set_len(1 << 40).unwrap();
         file.seek(io::SeekFrom::Start(1 << 39)).unwrap();
         file.write_all(&[1; 2 * PAGE_SIZE]).unwrap();
-        let image = FileImage::open(file.path(), 0).unwrap();
+        let image = FileImage::open(file.path(), ImageFormatArg::Auto, 0).unwrap();
         let total = analyze(&image).total;
         assert_eq!((total.pages, total.within), (1 << 28, 2));
         assert_eq!(total.untouched + total.zero + 2, 1 << 28);
@@ -245,7 +262,8 @@ mod tests {
         for offset in [100, 100 + PAGE, 50, 4095] {
             let region = Region { address: 0, offset, stored: 4 << 20, absent: PAGE };
             let file = file.reopen().unwrap();
-            let total = analyze(&FileImage { file, format: Format::Core, regions: vec![region] }).total;
+            let image = FileImage { file, format: Format::Core, regions: vec![region], identity: (0, 0) };
+            let total = analyze(&image).total;
             assert_eq!((total.pages, total.unread), (1025, 1), "{offset}");
             let whole = (offset % PAGE) == 100;
             assert_eq!(total.within, if whole { 2 } else { 0 }, "{offset}: {total:?}");
@@ -258,14 +276,31 @@ mod tests {
         let file = |content: &[u8]| {
             let mut file = NamedTempFile::new().unwrap();
             file.write_all(content).unwrap();
-            FileImage::open(file.path(), 0).map(drop)
+            FileImage::open(file.path(), ImageFormatArg::Auto, 0).map(drop)
         };
+        let open = |path: &str| FileImage::open(Path::new(path), ImageFormatArg::Auto, 0);
         assert!(matches!(file(b""), Err(ImageError::Empty)));
         assert!(matches!(file(&[1; 4095]), Err(ImageError::Length(4095))));
         assert!(matches!(file(b"\x7fELF"), Err(ImageError::Core(CoreError::Truncated(_)))));
-        assert!(matches!(file(&[b"KDUMP   ", &[0; 4088][..]].concat()), Err(ImageError::Format(_))));
-        assert!(matches!(FileImage::open(Path::new("/"), 0), Err(ImageError::Kind("a directory"))));
-        assert!(matches!(FileImage::open(Path::new("/dev/zero"), 0), Err(ImageError::Kind(_))));
-        assert!(matches!(FileImage::open(Path::new("/no/such/file"), 0), Err(ImageError::Open(_))));
+        assert!(matches!(file(&[b"KDUMP   ", &[0; 4088][..]].concat()), Err(ImageError::Format(..))));
+        assert!(matches!(open("/"), Err(ImageError::Kind("a directory"))));
+        assert!(matches!(open("/dev/zero"), Err(ImageError::Kind(_))));
+        assert!(matches!(open("/no/such/file"), Err(ImageError::Open(_))));
+    }
+
+    #[test]
+    fn what_is_said_to_be_raw_is_read_as_it_is() {
+        let mut file = NamedTempFile::new().unwrap();
+        // As QEMU's pmemsave writes it of a machine whose kernel lies at its beginning.
+        let mut program = [0; 2 * PAGE_SIZE];
+        program[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
+        file.write_all(&program).unwrap();
+        let open = |said| FileImage::open(file.path(), said, 0);
+        let refused = open(ImageFormatArg::Auto).unwrap_err();
+        assert!(refused.to_string().contains("--format raw"), "{refused}");
+        let total = analyze(&open(ImageFormatArg::Raw).unwrap()).total;
+        assert_eq!((total.pages, total.unique, total.zero), (2, 1, 1));
+        assert!(matches!(open(ImageFormatArg::Elf), Err(ImageError::Core(CoreError::NoCore(2)))));
+        assert!(matches!(open(ImageFormatArg::Lime), Err(ImageError::NotAsSaid(_))));
     }
 }

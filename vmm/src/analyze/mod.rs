@@ -6,12 +6,16 @@
 
 mod elf;
 mod file;
+mod foreign;
+mod lime;
 mod maps;
 mod process;
 mod progress;
 mod svg;
 mod table;
+mod xen;
 
+use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,6 +26,7 @@ use samepage::oracle::{Oracle, Report};
 use serde::Serialize;
 
 use crate::cli::AnalyzeArgs;
+use crate::report::tell;
 use file::{FileImage, Format};
 use maps::GuestMemory;
 use process::Process;
@@ -46,6 +51,9 @@ struct Analysis {
 struct Input {
     /// As in the report.
     name: String,
+    /// The input before it that is the same file or process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    same_as: Option<String>,
     #[serde(flatten)]
     origin: Origin,
 }
@@ -57,6 +65,8 @@ enum Origin {
     Raw { path: PathBuf },
     /// An ELF core.
     Core { path: PathBuf },
+    /// What LiME writes.
+    Lime { path: PathBuf },
     /// A running process.
     Process { pid: u32, mappings: Vec<Part> },
 }
@@ -94,11 +104,17 @@ pub(crate) fn main(args: &AnalyzeArgs) -> Result<ExitCode> {
 fn analyze(args: &AnalyzeArgs) -> Result<Analysis> {
     let started = Instant::now();
     let sources = open(args)?;
+    for (at, source) in sources.iter().enumerate() {
+        if let Some(first) = source.same_as(&sources[..at]) {
+            tell(format_args!("{source} is the same as {first}: all of it counts as shared"));
+        }
+    }
     let mut progress = Progress::new(sources.iter().map(Source::bytes).sum());
     let mut oracle = Oracle::new().context("a key for digests cannot be made from /dev/urandom")?;
     let mut inputs = Vec::new();
-    for source in &sources {
-        source.feed(args.each_mapping, &mut oracle, &mut inputs, &mut progress)?;
+    for (at, source) in sources.iter().enumerate() {
+        let same_as = source.same_as(&sources[..at]).map(ToString::to_string);
+        source.feed(args.each_mapping, same_as.as_deref(), &mut oracle, &mut inputs, &mut progress)?;
     }
     drop(progress);
     let report = oracle.report();
@@ -110,7 +126,7 @@ fn open(args: &AnalyzeArgs) -> Result<Vec<Source>> {
         bail!("--range says where the guest memory of one process is: give --pid once");
     }
     let files = args.files.iter().map(|path| {
-        let image = FileImage::open(path, args.min_mapping)
+        let image = FileImage::open(path, args.format, args.min_mapping)
             .with_context(|| format!("{} cannot be used", path.display()))?;
         Ok(Source::File(path.clone(), image))
     });
@@ -130,10 +146,20 @@ impl Source {
         }
     }
 
+    /// The one of these that is the same file or process.
+    fn same_as<'a>(&self, others: &'a [Source]) -> Option<&'a Source> {
+        others.iter().find(|other| match (self, other) {
+            (Self::File(_, one), Self::File(_, other)) => one.identity() == other.identity(),
+            (Self::Process { pid: one, .. }, Self::Process { pid: other, .. }) => one == other,
+            _ => false,
+        })
+    }
+
     /// Reads all of it, as one VM or as several.
     fn feed(
         &self,
         each_mapping: bool,
+        same_as: Option<&str>,
         oracle: &mut Oracle,
         inputs: &mut Vec<Input>,
         progress: &mut Progress,
@@ -148,8 +174,9 @@ impl Source {
                 let origin = match image.format() {
                     Format::Raw => Origin::Raw { path },
                     Format::Core => Origin::Core { path },
+                    Format::Lime => Origin::Lime { path },
                 };
-                inputs.push(Input { name, origin });
+                inputs.push(Input { name, same_as: same_as.map(str::to_owned), origin });
             }
             Self::Process { pid, process } => {
                 let each = each_mapping || process.program == OWN_NAME;
@@ -166,11 +193,21 @@ impl Source {
                             .with_context(|| format!("process {pid} cannot be read"))?;
                     }
                     let mappings = parts.iter().map(Part::of).collect();
-                    inputs.push(Input { name, origin: Origin::Process { pid: *pid, mappings } });
+                    let origin = Origin::Process { pid: *pid, mappings };
+                    inputs.push(Input { name, same_as: same_as.map(str::to_owned), origin });
                 }
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path, _) => path.display().fmt(f),
+            Self::Process { pid, .. } => write!(f, "process {pid}"),
+        }
     }
 }
 
