@@ -34,6 +34,8 @@ pub enum Need {
     LinuxGuest,
     /// Programs in Python from PyPI. Without them a test is ignored.
     Python,
+    /// Programs of systemd's, which need not run the host. Without them a test is ignored.
+    Systemd,
 }
 
 /// Runs tests that need KVM.
@@ -87,6 +89,9 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 None if needs.contains(&Need::Python) && !matches!(python::find(), Ok(Some(_))) => Ok(
                     Completion::ignored_with("needs programs in Python: `cargo xtask python` installs them"),
                 ),
+                None if needs.contains(&Need::Systemd) && !*SYSTEMD => {
+                    Ok(Completion::ignored_with("needs systemd-analyze: `cargo xtask setup` installs it"))
+                }
                 None => catch_unwind(AssertUnwindSafe(test))
                     .map(|()| Completion::Completed)
                     .map_err(|panic| Failed::from(text(&*panic))),
@@ -101,6 +106,12 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
 static MOUNTS: LazyLock<bool> = LazyLock::new(|| {
     let attempt = "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3";
     let output = Command::new("unshare").args(["--mount", "sh", "-c", attempt]).output();
+    output.is_ok_and(|output| output.status.success())
+});
+
+/// Whether units can be verified.
+static SYSTEMD: LazyLock<bool> = LazyLock::new(|| {
+    let output = Command::new("systemd-analyze").arg("--version").output();
     output.is_ok_and(|output| output.status.success())
 });
 

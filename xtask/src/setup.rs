@@ -6,8 +6,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-/// Everything that building guests and testing disks takes beyond the Rust toolchain.
-pub const PACKAGES: [&str; 15] = [
+/// Everything that building guests, and testing disks and units, takes beyond the Rust toolchain.
+pub const PACKAGES: [&str; 16] = [
     crate::kernel::SOURCE_PACKAGE,
     "bc",
     "bison",
@@ -22,6 +22,8 @@ pub const PACKAGES: [&str; 15] = [
     "python3-venv",
     "qemu-system-x86",
     "qemu-utils",
+    // Verifies units; it need not run the host.
+    "systemd",
     "xz-utils",
 ];
 

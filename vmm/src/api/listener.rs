@@ -41,6 +41,19 @@ pub enum SocketError {
     /// There is no such group.
     #[error("there is no group {0}; give --socket-group one of /etc/group, or a number")]
     NoSuchGroup(String),
+    /// The socket may not be given to the group.
+    #[error(
+        "give {path} to the group {group}: {source}; start the process as a member of the group \
+         (SupplementaryGroups= in a unit of systemd), or with CAP_CHOWN"
+    )]
+    Group {
+        /// The group, as it was given.
+        group: String,
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The kernel refused something.
     #[error("{what} {path}: {source}")]
     Io {
@@ -69,7 +82,7 @@ pub fn open(options: &SocketOptions) -> Result<(UnixListener, Socket), SocketErr
     let path = &options.path;
     let failed = |what| move |source: io::Error| SocketError::Io { what, path: path.clone(), source };
     let address = SocketAddrUnix::new(path).map_err(|_| SocketError::PathTooLong(path.clone()))?;
-    let group = options.group.as_deref().map(group_id).transpose()?;
+    let group = options.group.as_deref().map(|group| Ok((group, group_id(group)?))).transpose()?;
 
     // Two processes that start at the same time do not take a socket away from each other.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -85,8 +98,16 @@ pub fn open(options: &SocketOptions) -> Result<(UnixListener, Socket), SocketErr
     bind(&socket, &address).map_err(|e| failed("make")(e.into()))?;
     let metadata = fs::symlink_metadata(path).map_err(failed("look at"))?;
     let guard = Socket { path: path.clone(), identity: (metadata.dev(), metadata.ino()) };
-    if let Some(group) = group {
-        chown(path, None, Some(group)).map_err(failed("change the group of"))?;
+    if let Some((group, id)) = group {
+        chown(path, None, Some(id)).map_err(|source| {
+            let path = path.clone();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    SocketError::Group { group: group.to_owned(), path, source }
+                }
+                _ => SocketError::Io { what: "change the group of", path, source },
+            }
+        })?;
     }
     fs::set_permissions(path, fs::Permissions::from_mode(options.mode))
         .map_err(failed("change the permissions of"))?;
