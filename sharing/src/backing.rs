@@ -160,18 +160,6 @@ impl Backing {
         self.mappings = self.mappings + self.boundaries(first, count) - before;
     }
 
-    /// All pages are anonymous memory.
-    pub(crate) fn clear(&mut self) {
-        let pages = self.pages();
-        let census = self.census.take().map(|mut census| {
-            census.detach_all();
-            census
-        });
-        *self = Self { words: std::mem::take(&mut self.words), census, ..Self::new(0) };
-        self.on_frames = PageSet::new(pages);
-        self.attached = PageSet::new(pages);
-    }
-
     /// How many more mappings the kernel will need once the pages are mapped from `source`.
     pub(crate) fn mappings_added(&self, first: u32, count: u32, source: Source) -> i64 {
         let refers = |page: u32| match source {

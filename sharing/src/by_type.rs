@@ -183,12 +183,6 @@ impl Census {
         self.lent.clear();
     }
 
-    /// All pages are anonymous.
-    pub(crate) fn detach_all(&mut self) {
-        self.lent.clear();
-        self.counts.iter_mut().for_each(|count| count.attached = 0);
-    }
-
     /// Counts the time until now.
     pub(crate) fn elapse(&mut self, now: Instant) {
         let seconds = now.saturating_duration_since(self.counted).as_secs_f64();

@@ -37,7 +37,7 @@ pub enum Over {
 ///
 /// A guest sees no change of content from any of these but [`map`](Self::map), [`restore`](Self::restore) and
 /// [`discard`](Self::discard), whose callers have compared the contents under protection.
-pub trait MemoryCalls: Send {
+pub trait MemoryCalls: Send + Sync {
     /// Registers pages with userfaultfd, so that they can be protected.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use crate::engine::Engine;
 use crate::give_back::Giving;
 use crate::members::Member;
 use crate::turns::Kind;
+use crate::worker::thread_cpu;
 
 /// Where a guest makes its claims about its pages.
 pub trait ClaimSource: Send + Sync + fmt::Debug {
@@ -96,7 +97,7 @@ struct Reading {
     header: GuestHeader,
     block: u32,
     started: Instant,
-    /// The time that it took so far.
+    /// The CPU time that it took so far.
     took: Duration,
 }
 
@@ -333,7 +334,8 @@ impl Engine {
 
     /// Reads the words of the next blocks that changed.
     fn read_blocks(&mut self, slot: usize, now: Instant) {
-        let started = Instant::now();
+        // Time in which this thread had no processor is not the guest's.
+        let started = thread_cpu();
         let member = self.members.at_mut(slot);
         let Some(claims) = &mut member.claims else { return };
         let Some(mut reading) = claims.reading.take() else { return };
@@ -361,7 +363,7 @@ impl Engine {
         }
         let Some(claims) = &mut member.claims else { return };
         claims.words += words;
-        reading.took += started.elapsed();
+        reading.took += thread_cpu().saturating_sub(started);
         if reading.block < hole.blocks() {
             claims.reading = Some(reading);
             return;

@@ -21,7 +21,7 @@ use crate::hints::{Blocks, Hints};
 use crate::huge::HugeRanges;
 use crate::index::{Effort, FrameIndex, PageIndex};
 pub use crate::members::Mode;
-use crate::members::{Flags, Member, Members};
+use crate::members::{Member, Members};
 use crate::pagemap::Pagemap;
 use crate::passes::Pass;
 use crate::ram::{HUGE_PAGES, PAGE_SIZE, Ram};
@@ -29,7 +29,7 @@ use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
-use crate::trust::{Stop, Stopped};
+use crate::trust::Stop;
 use crate::turns::{Kind, Turns};
 use crate::undo::Pressure;
 
@@ -146,7 +146,7 @@ impl Counters {
 
 /// The engine: all VMs that share, their frames, and where the pass stands.
 pub struct Engine {
-    pub(crate) calls: Box<dyn MemoryCalls>,
+    pub(crate) calls: Arc<dyn MemoryCalls>,
     pub(crate) pagemap: Pagemap,
     pub(crate) store: FrameStore,
     pub(crate) members: Members,
@@ -183,7 +183,7 @@ pub struct Engine {
     pub(crate) stop: Arc<Stop>,
     /// Losses of memory in this process up to which VMs have been looked through.
     pub(crate) losses_seen: u64,
-    membership_changed: bool,
+    pub(crate) membership_changed: bool,
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
     pub(crate) runs: Vec<std::ops::Range<u32>>,
@@ -221,7 +221,7 @@ impl Engine {
         limit: Arc<CacheLimit>,
     ) -> io::Result<Self> {
         Ok(Self {
-            calls,
+            calls: calls.into(),
             pagemap: Pagemap::open()?,
             store,
             members: Members::new(settings.types),
@@ -324,40 +324,6 @@ impl Engine {
     #[must_use]
     pub fn hints(&self, slot: usize) -> Option<Arc<Hints>> {
         self.members.get(slot).map(|member| Arc::clone(&member.hints))
-    }
-
-    /// Lets a VM's RAM go, which no longer runs: its pages become zeros and its frames are given
-    /// up.
-    ///
-    /// # Errors
-    /// What the kernel said; the RAM is still a member then.
-    pub fn remove(&mut self, slot: usize) -> io::Result<()> {
-        if self.stop.get() == Some(Stopped::Panicked) {
-            // The books do not tell any more which frames can go.
-            self.members.forget(slot);
-            return Ok(());
-        }
-        let Self { members, store, stable, unique, whole, calls, .. } = self;
-        let Some(member) = members.get_mut(slot) else { return Ok(()) };
-        for frame in member.space.clear(store, &**calls)? {
-            stable.remove(frame, store);
-        }
-        for page in 0..member.space.pages() {
-            if member.flags[page as usize].contains(Flags::UNIQUE) {
-                let index = if member.whole(page) { &mut *whole } else { &mut *unique };
-                index.remove(member.place(page), member.digest(page));
-            }
-        }
-        store.reclaim_all(&**calls);
-        self.blocks.forget(member.places());
-        self.books.notes.forget_places(&member.places());
-        members.remove(slot);
-        self.unique.shrink();
-        self.whole.shrink();
-        self.stable.shrink();
-        self.membership_changed = true;
-        self.settle_cache();
-        Ok(())
     }
 
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
@@ -516,7 +482,7 @@ impl Engine {
 
     /// Whether there may be something to do: an engine without VMs may still cache blocks.
     pub(crate) fn busy(&self) -> bool {
-        self.members.count() > 0 || self.cache_due().is_some()
+        self.members.count() > 0 || self.store.dead() > 0 || self.cache_due().is_some()
     }
 
     /// The digest of a page under this engine's key.

@@ -196,14 +196,28 @@ impl Group {
         EngineStatistics { groups_stopped: 1, ..self.last.get_or_init(now).clone() }
     }
 
-    /// Lets a VM's RAM go, which no longer runs.
+    /// Lets a VM's RAM go, which no longer runs. The engine works for others meanwhile.
     ///
     /// # Errors
     /// As [`Engine::remove`].
     pub(crate) fn remove(&self, slot: usize) -> io::Result<()> {
-        let remove = || self.engine.ask(|engine| engine.remove(slot));
-        // Where the books fail at that it is forgotten by the second try, which does without them.
-        remove().or_else(remove).unwrap_or(Ok(()))
+        let begin = || self.engine.ask(|engine| engine.begin_removal(slot));
+        // Where the books fail at that, the VM is forgotten by another try, which does without them.
+        let Some(mut removal) = begin().or_else(begin).flatten() else { return Ok(()) };
+        loop {
+            if let Err(error) = removal.empty() {
+                self.engine.ask(|engine| engine.put_off(removal));
+                return Err(error);
+            }
+            match self.engine.ask(|engine| engine.go_on_removing(&mut removal)) {
+                Some(true) => {}
+                Some(false) => return Ok(()),
+                None => {
+                    begin();
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// One step of its engine; `None` where it has nothing to do at all.

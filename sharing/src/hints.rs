@@ -139,6 +139,11 @@ impl Blocks {
         (before.image == image && before.block == block && before.place != place).then_some(before.place)
     }
 
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.entries = Vec::new();
+    }
+
     /// Forgets the pages of a VM.
     pub(crate) fn forget(&mut self, places: Range<Place>) {
         for entry in &mut self.entries {

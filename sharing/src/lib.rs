@@ -53,6 +53,7 @@ pub mod pairs;
 pub(crate) mod passes;
 pub mod ram;
 pub(crate) mod records;
+pub mod removal;
 pub mod rest;
 pub(crate) mod search;
 pub mod service;

@@ -346,13 +346,16 @@ impl Members {
         }
     }
 
-    pub(crate) fn remove(&mut self, slot: usize) {
-        if let Some(member) = self.slots[slot].take() {
+    /// Takes a member out, to be dropped by the caller: that takes time in proportion to its memory.
+    pub(crate) fn remove(&mut self, slot: usize) -> Option<Member> {
+        let removed = self.slots[slot].take();
+        if let Some(member) = &removed {
             self.places.remove(&member.base);
         }
         while self.slots.last().is_some_and(Option::is_none) {
             self.slots.pop();
         }
+        removed
     }
 
     /// The slots with members, in order.

@@ -27,6 +27,9 @@ const GUARD_BYTES: usize = PAGE_SIZE;
 /// What stays of the shadow in front of the pages that were moved.
 const SHADOW_LEAD: usize = PAGE_SIZE;
 
+/// So much is unmapped by one call.
+const UNMAP_BYTES: usize = 8 << 20;
+
 /// Address space without access that is unmapped unless it is kept.
 struct Reservation(NonNull<u8>, usize);
 
@@ -89,8 +92,13 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the range is this reservation's own, and nobody has addresses into it.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), self.1) };
+        // All of it in one call would hold a lock of the process for 100 ms a GiB. From the front on, so that no
+        // call makes two mappings of one.
+        for offset in (0..self.1).step_by(UNMAP_BYTES) {
+            let bytes = UNMAP_BYTES.min(self.1 - offset);
+            // SAFETY: the range is this reservation's own, and nobody has addresses into it.
+            unsafe { libc::munmap(self.at(offset, bytes), bytes) };
+        }
     }
 }
 

@@ -472,8 +472,7 @@ impl Bell {
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        let removed = self.group.remove(self.slot);
-        match removed {
+        match self.group.remove(self.slot) {
             Ok(()) => self.crew.groups.leave(&self.group),
             // The kernel lacks the memory to let memory go; it is tried again.
             Err(_) => self.crew.leave_later(Arc::clone(&self.group), self.slot),

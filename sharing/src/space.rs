@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::backing::Backing;
 use crate::by_type::Census;
-use crate::calls::{MemoryCalls, Over, Source};
+use crate::calls::{MemoryCalls, Source};
 use crate::content;
 use crate::pagemap::{Entry, Pagemap};
 use crate::ram::{Ram, RamRange};
@@ -80,6 +80,8 @@ pub struct Space {
     backing: Backing,
     /// Parts that failed calls tore out.
     holes: Vec<Range<u32>>,
+    /// The VM is about to be removed.
+    leaving: bool,
     /// The longest window so far.
     longest_window: Duration,
 }
@@ -92,7 +94,13 @@ impl Space {
     pub fn new(ram: Arc<Ram>, calls: &dyn MemoryCalls) -> io::Result<Self> {
         let pages = ram.pages();
         calls.register(ram.range(0, pages))?;
-        Ok(Self { backing: Backing::new(pages), holes: Vec::new(), longest_window: Duration::ZERO, ram })
+        Ok(Self {
+            backing: Backing::new(pages),
+            holes: Vec::new(),
+            leaving: false,
+            longest_window: Duration::ZERO,
+            ram,
+        })
     }
 
     /// Number of pages.
@@ -157,11 +165,11 @@ impl Space {
         self.backing.mappings()
     }
 
-    /// Whether a part of this RAM was lost, by a call that failed or because the host could not supply it.
-    /// What was read from it is nobody's content then.
+    /// Whether a part of this RAM was lost, by a call that failed or because the host could not supply it, or
+    /// its VM is about to be removed. What was read from it is nobody's content then.
     #[must_use]
     pub fn lost(&self) -> bool {
-        !self.holes.is_empty() || self.ram.lost()
+        self.leaving || !self.holes.is_empty() || self.ram.lost()
     }
 
     /// Bytes that the books take.
@@ -511,15 +519,6 @@ impl Space {
         SpaceError::Lost { doing, first: pages.first(), count: pages.count(), error }
     }
 
-    /// All of the RAM, but for what failed calls tore out.
-    fn whole_parts(&self) -> Vec<Range<u32>> {
-        let mut holes = self.holes.clone();
-        holes.sort_unstable_by_key(|hole| hole.start);
-        let starts = std::iter::once(0).chain(holes.iter().map(|hole| hole.end));
-        let ends = holes.iter().map(|hole| hole.start).chain(std::iter::once(self.pages()));
-        starts.zip(ends).map(|(start, end)| start..end).filter(|part| !part.is_empty()).collect()
-    }
-
     /// Whether dropping the private copies makes exactly `source` show again.
     fn shows_again(&self, first: u32, count: u32, source: Source) -> bool {
         let shows = |index: u32| match source {
@@ -543,34 +542,23 @@ impl Space {
         }
     }
 
-    /// Makes all of the RAM anonymous again, with nothing in it, and gives up every frame. The
-    /// VM no longer runs. Returns the frames whose last sharer this was.
-    ///
-    /// # Errors
-    /// What the kernel said; no frame is given up then, and the call can be repeated.
-    pub fn clear(&mut self, store: &mut FrameStore, calls: &dyn MemoryCalls) -> io::Result<Vec<Frame>> {
-        let ram = Arc::clone(&self.ram);
-        for part in self.whole_parts() {
-            let pages = ram.range(part.start, part.end - part.start);
-            let Err(error) = calls.map(pages, Source::Zeros, Over::Pages) else { continue };
-            match calls.map(pages, Source::Zeros, Over::Hole) {
-                Ok(()) => {}
-                // They are there, as they were.
-                Err(there) if there.raw_os_error() == Some(libc::EEXIST) => return Err(error),
-                Err(_) => {
-                    self.tear("clearing", pages, error, calls);
-                }
-            }
-        }
-        // A device that still writes is not to wait for a window that nobody opens any more.
-        let _ = calls.wake(self.ram.range(0, self.pages()));
-        let mut dead = Vec::new();
-        for page in 0..self.pages() {
-            if self.attached(page) {
-                dead.extend(self.detach(page, store));
-            }
-        }
-        self.backing.clear();
-        Ok(dead)
+    /// The VM no longer runs: nothing more is done to this RAM, but that it is emptied.
+    pub(crate) fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// The parts that are not this RAM's any more.
+    pub(crate) fn holes(&self) -> &[Range<u32>] {
+        &self.holes
+    }
+
+    /// There are more of them.
+    pub(crate) fn set_holes(&mut self, holes: Vec<Range<u32>>) {
+        self.holes = holes;
+    }
+
+    /// Pages, none of which are attached, are anonymous memory again, with nothing in it.
+    pub(crate) fn emptied(&mut self, pages: Range<u32>) {
+        self.backing.make_anonymous(pages.start, pages.end - pages.start);
     }
 }

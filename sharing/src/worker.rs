@@ -278,8 +278,7 @@ impl Crew {
     fn retry_leaving(&self) {
         let leaving = std::mem::take(&mut self.control.lock().leaving);
         for (group, slot) in leaving {
-            let removed = group.remove(slot);
-            match removed {
+            match group.remove(slot) {
                 Ok(()) => self.groups.leave(&group),
                 Err(_) => self.control.lock().leaving.push((group, slot)),
             }
@@ -288,7 +287,7 @@ impl Crew {
 }
 
 /// CPU time that this thread has used.
-fn thread_cpu() -> Duration {
+pub(crate) fn thread_cpu() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes one timespec that is ours.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };

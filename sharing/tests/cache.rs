@@ -388,8 +388,11 @@ fn at_random(seed: u64, faults: bool) {
                 let mode = [Mode::Full, Mode::Zero, Mode::Off][numbers.below(3) as usize];
                 engine.set_mode(vms[vm].slot, mode);
             }
-            8 if numbers.below(5) == 0 && engine.remove(vms[vm].slot).is_ok() => {
+            8 if numbers.below(5) == 0 => {
+                let removed = engine.remove(vms[vm].slot);
                 calm.store(true, Ordering::Relaxed);
+                // What was refused is begun again.
+                removed.or_else(|_| engine.remove(vms[vm].slot)).unwrap();
                 vms[vm] = Vm::start(&mut engine, PAGES);
                 calm.store(false, Ordering::Relaxed);
             }
