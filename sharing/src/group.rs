@@ -141,6 +141,8 @@ impl Groups {
         let stopped = group.engine.stopped().is_some();
         if entry.vms == 0 && (group.name != DEFAULT_GROUP || stopped) {
             gone.add_counters(&group.statistics());
+            // A thread may hold on to the group for a moment.
+            group.engine.ask(|engine| engine.books.leave());
             groups.remove(&group.name);
         }
     }

@@ -110,6 +110,13 @@ impl Books {
         }
     }
 
+    /// The group is gone, and its share of the limit is for others.
+    pub(crate) fn leave(&mut self) {
+        if std::mem::take(&mut self.joined) {
+            self.limit.leave();
+        }
+    }
+
     pub(crate) fn add_fetch(&mut self, fetching: Fetching) -> u64 {
         self.next_token += 1;
         self.fetches.insert(self.next_token, fetching);
@@ -134,9 +141,7 @@ impl Books {
 impl Drop for Books {
     fn drop(&mut self) {
         self.limit.use_instead(self.published, 0);
-        if self.joined {
-            self.limit.leave();
-        }
+        self.leave();
     }
 }
 
