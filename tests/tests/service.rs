@@ -287,7 +287,8 @@ fn at_work() {
     let disks: Vec<_> = disks.iter().map(|path| json!({ "path": path, "format": "raw" })).collect();
     let plan = Plan { rounds: 0, every_ms: 20, pages: Some(256), ..Plan::default() };
     let vm = json!({
-        "name": "a", "kernel": kernel, "memory": "16M", "cmdline": plan.to_string(), "disks": disks, "start": true
+        "name": "a", "kernel": kernel, "memory": "16M", "cmdline": plan.to_string(), "disks": disks, "start": true,
+        "console": { "file": service.path("console.log") }
     });
     let client = Client::new(service.path("control.sock"));
     let created: Value = client.send("POST".parse().expect("a method"), "/vms", &vm).expect("a VM");
@@ -306,8 +307,10 @@ fn at_work() {
 
     // What `systemctl reload` does.
     assert_eq!(service.unit.words("ExecReload"), ["/bin/kill", "-HUP", "$MAINPID"]);
+    fs::rename(service.path("console.log"), service.path("console.log.1")).expect("rename a log");
     running.signal(Signal::HUP);
     running.stderr().wait_for_line("log files were opened again");
+    assert!(service.path("console.log").exists(), "the log was not opened again");
     running.signal(Signal::TERM);
     let finished = running.wait();
     finished.assert_code(0);

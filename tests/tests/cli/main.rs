@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         ("the_terminal_is_restored_after_a_signal", &[Kvm], terminal::signal),
         ("the_terminal_is_restored_after_an_error", &[Kvm], terminal::error),
         ("a_background_job_leaves_the_terminal_alone", &[Kvm], terminal::background),
+        ("sighup_on_a_terminal_that_is_still_there_ends_nothing", &[Kvm], terminal::hangup),
         ("a_terminal_that_is_closed_ends_the_guest", &[Kvm], terminal::closed),
     ])
 }

@@ -125,6 +125,17 @@ pub(crate) fn background() {
     assert_eq!(terminal.settings(), before);
 }
 
+pub(crate) fn hangup() {
+    let scratch = Scratch::new();
+    let (mut terminal, before, program) = with_guest(&scratch, &endless());
+    // Somebody says that logs were renamed; the terminal is still there.
+    program.signal(Signal::HUP);
+    terminal.wait_for("log files were opened again");
+    program.signal(Signal::TERM);
+    terminal.wait_for_end(program).assert_code(0);
+    assert_eq!(terminal.settings(), before);
+}
+
 pub(crate) fn closed() {
     let scratch = Scratch::new();
     let (terminal, _, program) = with_guest(&scratch, &endless());

@@ -162,7 +162,7 @@ fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Resu
             protocol >> 8,
             protocol & 0xff
         );
-        let help = "use a kernel that is built for x86-64, with CONFIG_RELOCATABLE".to_owned();
+        let help = "give one that is built for x86-64".to_owned();
         return Err(ImageError::NotAKernel { what, help });
     }
 

@@ -89,6 +89,7 @@ impl BlockStats {
         {
             match withheld {
                 0 => observer(&error),
+                1 => observer(&format!("{error} (and one more since the last report)")),
                 more => observer(&format!("{error} (and {more} more errors since the last report)")),
             }
         }

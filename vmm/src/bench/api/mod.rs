@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
+use samepage::counted::counted;
 use serde::Serialize;
 
 use load::Load;
@@ -77,7 +78,7 @@ pub(super) fn measure(args: &ApiArgs) -> Result<Report> {
 impl Report {
     /// The report for people.
     pub(super) fn format(&self) -> String {
-        let mut text = format!("{} clients, {} VMs\n\n", self.clients, self.vms);
+        let mut text = format!("{}, {}\n\n", counted(self.clients, "client"), counted(self.vms, "VM"));
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
