@@ -233,25 +233,35 @@ impl VmConfig {
 
     /// Checks what can be checked without starting anything: the values themselves, and that the images
     /// are sound and fit into the memory.
+    ///
+    /// # Errors
+    /// The first of [`VmConfig::faults`].
     pub fn check(&self) -> Result<(), ConfigError> {
-        check_name(&self.name)?;
-        check_memory(self.memory_bytes)?;
-        check_group(&self.participation.group)?;
+        self.faults().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that is wrong, as far as that can be known without starting anything.
+    pub fn faults(&self) -> Vec<ConfigError> {
+        let memory = check_memory(self.memory_bytes);
+        // Whether images fit into memory that cannot be is no question.
+        let room = if memory.is_ok() { self.memory_bytes } else { MAX_RAM };
+        let values = [check_name(&self.name), memory, check_group(&self.participation.group)];
+        let mut faults: Vec<_> = values.into_iter().filter_map(Result::err).collect();
         if self.disks.len() > MAX_DISKS {
-            return Err(ConfigError::TooManyDisks(self.disks.len()));
-        }
-        if self.disks.len() == MAX_DISKS && self.memory_hole == MemoryHole::Port {
-            return Err(ConfigError::TooManyDisksForPort(self.disks.len()));
+            faults.push(ConfigError::TooManyDisks(self.disks.len()));
+        } else if self.disks.len() == MAX_DISKS && self.memory_hole == MemoryHole::Port {
+            faults.push(ConfigError::TooManyDisksForPort(self.disks.len()));
         }
         let mut ids = HashSet::new();
         for disk in &self.disks {
-            check_disk_id(&disk.id)?;
+            faults.extend(check_disk_id(&disk.id).err());
             if !ids.insert(&disk.id) {
-                return Err(ConfigError::DuplicateDiskId(disk.id.clone()));
+                faults.push(ConfigError::DuplicateDiskId(disk.id.clone()));
             }
         }
-        load::check(&self.kernel, self.initrd.as_ref(), &self.kernel_command_line(), self.memory_bytes)?;
-        Ok(())
+        let images = load::faults(&self.kernel, self.initrd.as_ref(), &self.kernel_command_line(), room);
+        faults.extend(images.into_iter().map(ConfigError::Boot));
+        faults
     }
 }
 

@@ -52,8 +52,8 @@ pub enum FleetError {
     },
     /// A disk that is written would have another user.
     #[error(
-        "disk {path} is used by {first} and by {second}, and not by both as readonly: they would damage it; \
-         give each VM a copy of its own ({{index}} in the path is replaced), or add readonly"
+        "disk {path} is used {}, and not by both as readonly: they would damage it; give each an image of its own, \
+         or add readonly to both", by_both(.first, .second)
     )]
     SharedDisk {
         /// The disk's file.
@@ -64,10 +64,7 @@ pub enum FleetError {
         second: String,
     },
     /// A file for one console would be written by two.
-    #[error(
-        "console file {path} is used by {first} and by {second}; give each VM a file of its own \
-         ({{index}} and {{name}} in the path are replaced)"
-    )]
+    #[error("console file {path} is used {}; give each VM a file of its own", by_both(.first, .second))]
     SharedConsole {
         /// The console's file.
         path: PathBuf,
@@ -76,9 +73,32 @@ pub enum FleetError {
         /// The other.
         second: String,
     },
+    /// There is no folder for a console's file.
+    #[error("VM {vm}: console {path}: {source}; make the folder, or give another path")]
+    ConsoleFolder {
+        /// The VM's name.
+        vm: String,
+        /// The console's file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The fleet cannot be watched.
     #[error("watch the VMs: {0}; raise the limit of open files (ulimit -n)")]
     Watch(#[from] io::Error),
+}
+
+fn by_both(first: &str, second: &str) -> String {
+    if first == second { format!("twice by VM {first}") } else { format!("by VM {first} and by VM {second}") }
+}
+
+impl FleetError {
+    /// What may help where paths are templates for several VMs, to be said after the error.
+    #[must_use]
+    pub fn hint_of_templates(&self) -> Option<&'static str> {
+        let shared = matches!(self, Self::SharedDisk { .. } | Self::SharedConsole { .. });
+        shared.then_some(" ({index} and {name} in a path stand for each VM's number and name)")
+    }
 }
 
 /// Checks what can be checked of VMs that are to run together, before any is started: each
@@ -88,7 +108,7 @@ pub fn check(configs: &[VmConfig]) -> Result<(), FleetError> {
     for config in configs {
         config.check().map_err(|source| FleetError::Config { vm: config.name.clone(), source })?;
     }
-    check_together(configs.iter().map(Uses::of))
+    check_together(&configs.iter().map(Uses::of).collect::<Vec<_>>())
 }
 
 /// The files that a VM uses, which others may not use as well.
@@ -107,39 +127,99 @@ impl Uses {
     }
 }
 
-/// Checks that names are unique, that no disk is written by one VM while another uses it, and that each
-/// console has a file of its own.
-pub fn check_together(vms: impl IntoIterator<Item = Uses>) -> Result<(), FleetError> {
+/// Checks that names are unique, that the files of disks and the folders of consoles are there, that no disk is
+/// written by one VM while another uses it, and that each console has a file of its own.
+///
+/// # Errors
+/// The first of [`conflicts`].
+pub fn check_together(vms: &[Uses]) -> Result<(), FleetError> {
+    conflicts(vms).into_iter().next().map_or(Ok(()), |conflict| Err(conflict.error))
+}
+
+/// Something that keeps a VM from running together with others.
+#[derive(Debug)]
+pub struct Conflict {
+    /// The VM's place in the list.
+    pub vm: usize,
+    /// What of it.
+    pub part: Part,
+    /// What is wrong.
+    pub error: FleetError,
+}
+
+/// A part of a VM's configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Its name.
+    Name,
+    /// The disk of this number.
+    Disk(usize),
+    /// Its console's file.
+    Console,
+}
+
+/// Everything that keeps VMs from running together: names that are not unique, files of disks that are not
+/// there, disks that are written by one VM while another uses them, consoles that have no folder or no file of
+/// their own.
+pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
-    let mut disks: HashMap<(u64, u64), (String, bool)> = HashMap::new();
-    let mut consoles: HashMap<PathBuf, String> = HashMap::new();
-    for config in vms {
-        let vm = || config.name.clone();
-        if !names.insert(vm()) {
-            return Err(FleetError::Config { vm: vm(), source: ConfigError::DuplicateName(vm()) });
+    let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
+    let mut consoles: HashMap<&Path, &str> = HashMap::new();
+    let mut found = Vec::new();
+    for (number, uses) in vms.iter().enumerate() {
+        let vm = || uses.name.clone();
+        let mut tell = |part, error| found.push(Conflict { vm: number, part, error });
+        if !names.insert(uses.name.as_str()) {
+            let source = ConfigError::DuplicateName(vm());
+            tell(Part::Name, FleetError::Config { vm: vm(), source });
         }
-        for disk in &config.disks {
-            let metadata = std::fs::metadata(&disk.path).map_err(|source| FleetError::Disk {
-                vm: vm(),
-                path: disk.path.clone(),
-                source,
-            })?;
-            let file = (metadata.dev(), metadata.ino());
-            if let Some((first, read_only)) = disks.insert(file, (vm(), disk.read_only))
+        for (place, disk) in uses.disks.iter().enumerate() {
+            let path = disk.path.clone();
+            let file = match image(&disk.path) {
+                Ok(file) => file,
+                Err(source) => {
+                    tell(Part::Disk(place), FleetError::Disk { vm: vm(), path, source });
+                    continue;
+                }
+            };
+            if let Some((first, read_only)) = disks.insert(file, (&uses.name, disk.read_only))
                 && !(read_only && disk.read_only)
             {
-                return Err(FleetError::SharedDisk { path: disk.path.clone(), first, second: vm() });
+                let first = first.to_owned();
+                tell(Part::Disk(place), FleetError::SharedDisk { path, first, second: vm() });
             }
         }
-        // A pipe or a terminal may well be everybody's.
-        if let Some(path) = &config.console
-            && path.metadata().map_or(true, |metadata| metadata.is_file())
-            && let Some(first) = consoles.insert(path.clone(), vm())
+        let Some(path) = uses.console.as_deref() else { continue };
+        let file = path.metadata();
+        if file.is_err()
+            && let Err(source) = folder(path)
         {
-            return Err(FleetError::SharedConsole { path: path.clone(), first, second: vm() });
+            tell(Part::Console, FleetError::ConsoleFolder { vm: vm(), path: path.to_owned(), source });
+        }
+        // A pipe or a terminal may well be everybody's.
+        if file.map_or(true, |file| file.is_file())
+            && let Some(first) = consoles.insert(path, &uses.name)
+        {
+            let (path, first) = (path.to_owned(), first.to_owned());
+            tell(Part::Console, FleetError::SharedConsole { path, first, second: vm() });
         }
     }
-    Ok(())
+    found
+}
+
+/// The device and inode of a disk's file.
+fn image(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::metadata(path)?;
+    if metadata.is_dir() {
+        return Err(io::Error::other("it is a directory; give a regular file or a block device"));
+    }
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Checks that the folder of a file is there.
+fn folder(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if parent.metadata()?.is_dir() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOTDIR)) }
 }
 
 /// A VM that has come to its end, and is gone.
@@ -368,12 +448,13 @@ mod tests {
 
     #[test]
     fn a_console_has_a_file_of_its_own() {
-        let with = |name, path: &str| VmConfig { console: ConsoleConfig::File(path.into()), ..vm(name, &[]) };
-        check(&[with("a", "/nonexistent/a"), with("b", "/nonexistent/b")]).unwrap();
-        check(&[with("a", "/dev/null"), with("b", "/dev/null")]).unwrap();
-        let text =
-            check(&[with("a", "/nonexistent/x"), with("b", "/nonexistent/x")]).unwrap_err().to_string();
-        assert!(text.contains("used by a and by b"), "{text}");
+        let folder = tempfile::tempdir().unwrap();
+        let in_folder = |path: &str| folder.path().join(path);
+        let with = |name, path: PathBuf| VmConfig { console: ConsoleConfig::File(path), ..vm(name, &[]) };
+        check(&[with("a", in_folder("a")), with("b", in_folder("b"))]).unwrap();
+        check(&[with("a", "/dev/null".into()), with("b", "/dev/null".into())]).unwrap();
+        let text = check(&[with("a", in_folder("x")), with("b", in_folder("x"))]).unwrap_err().to_string();
+        assert!(text.contains("used by VM a and by VM b"), "{text}");
     }
 
     #[test]
@@ -386,11 +467,38 @@ mod tests {
         for (first, second) in [(true, false), (false, true), (false, false)] {
             let configs = [vm("a", &[(file.path(), first)]), vm("b", &[(&link, second)])];
             let text = check(&configs).unwrap_err().to_string();
-            assert!(text.contains("used by a and by b"), "{text}");
+            assert!(text.contains("used by VM a and by VM b"), "{text}");
         }
         let twice = vm("a", &[(file.path(), false), (&link, false)]);
         assert!(matches!(check(&[twice]), Err(FleetError::SharedDisk { .. })));
         let missing = check(&[vm("a", &[(&folder.path().join("none"), true)])]).unwrap_err();
         assert!(matches!(missing, FleetError::Disk { .. }));
+    }
+
+    #[test]
+    fn all_conflicts_are_found_each_with_its_vm_and_part() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (file, none) = (file.path(), folder.path().join("none"));
+        let console = ConsoleConfig::File(none.join("log"));
+        let vms = [
+            vm("a", &[(file, false), (&none, true)]),
+            VmConfig { console, ..vm("a", &[(folder.path(), true)]) },
+            vm("b", &[(&none, true), (file, true)]),
+        ];
+        let uses: Vec<_> = vms.iter().map(Uses::of).collect();
+        let found: Vec<_> = conflicts(&uses).iter().map(|conflict| (conflict.vm, conflict.part)).collect();
+        let wanted = [
+            (0, Part::Disk(1)),
+            (1, Part::Name),
+            (1, Part::Disk(0)),
+            (1, Part::Console),
+            (2, Part::Disk(0)),
+            (2, Part::Disk(1)),
+        ];
+        assert_eq!(found, wanted);
+        let twice = [Uses::of(&vm("a", &[(file, false), (file, false)]))];
+        let text = check_together(&twice).unwrap_err().to_string();
+        assert!(text.contains("used twice by VM a") && !text.contains("{index}"), "{text}");
     }
 }

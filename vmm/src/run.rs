@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use samepage::api::http::{HttpOptions, Token};
 use samepage::api::lifecycle::Action;
 use samepage::api::listener::SocketOptions;
@@ -100,7 +100,10 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     }
     check_huge_pages(&mut specs);
     let configs: Vec<_> = specs.iter().map(VmSpec::to_config).collect();
-    fleet::check(&configs)?;
+    fleet::check(&configs).map_err(|error| match error.hint_of_templates() {
+        Some(hint) => anyhow!("{error}{hint}"),
+        None => error.into(),
+    })?;
     check_host(&configs, process.overcommit)?;
     let hypervisor = Hypervisor::open()?;
     let hangup = Hangup::new();

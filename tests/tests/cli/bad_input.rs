@@ -157,8 +157,11 @@ pub(crate) fn refused() {
             &["two disks are named a"],
         ),
         (&["--disk", "path=disk", "--disk", "path=./disk"], &["disk ./disk", "add readonly"]),
-        (&["--count", "2", "--disk", "path=disk"], &["used by vm-0 and by vm-1", "{index}", "add readonly"]),
-        (&["--count", "2", "--console", "file=log"], &["used by vm-0 and by vm-1", "{index}"]),
+        (
+            &["--count", "2", "--disk", "path=disk"],
+            &["used by VM vm-0 and by VM vm-1", "{index}", "add readonly"],
+        ),
+        (&["--count", "2", "--console", "file=log"], &["used by VM vm-0 and by VM vm-1", "{index}"]),
     ];
     for (arguments, parts) in cases {
         let mut command = scratch.samepage(&["run", "--kernel", KERNEL]);

@@ -95,33 +95,24 @@ impl DiskSpec {
         }
     }
 
-    /// Checks what a configuration cannot have; says where it is wrong and how.
-    ///
-    /// # Errors
-    /// The field, and what it has to be.
-    pub fn check(&self) -> Result<(), (&'static str, String)> {
-        if let Some(queues) = self.queues
-            && !(1..=MAX_QUEUES).contains(&queues)
-        {
-            return Err(("queues", format!("{queues} queues: a disk has 1 to {MAX_QUEUES}")));
-        }
-        self.limits.check()
+    /// What a configuration cannot have: the field, and what it has to be.
+    #[must_use]
+    pub fn faults(&self) -> Vec<(&'static str, String)> {
+        let queues = self.queues.filter(|queues| !(1..=MAX_QUEUES).contains(queues));
+        let queues =
+            queues.map(|queues| ("queues", format!("{queues} queues: a disk has 1 to {MAX_QUEUES}")));
+        queues.into_iter().chain(self.limits.faults()).collect()
     }
 }
 
 impl LimitsSpec {
-    /// Checks that something is let through.
-    ///
-    /// # Errors
-    /// The field, and what it has to be.
-    pub fn check(&self) -> Result<(), (&'static str, String)> {
-        if self.rate == Some(Size(0)) {
-            return Err(("limits/rate", "a limit of 0 bytes a second lets nothing through".to_owned()));
-        }
-        if self.iops == Some(0) {
-            return Err(("limits/iops", "a limit of 0 requests a second lets nothing through".to_owned()));
-        }
-        Ok(())
+    /// Limits that let nothing through: the field, and what it has to be.
+    #[must_use]
+    pub fn faults(&self) -> Vec<(&'static str, String)> {
+        let nothing = |unit: &str| format!("a limit of 0 {unit} a second lets nothing through");
+        let rate = (self.rate == Some(Size(0))).then(|| ("limits/rate", nothing("bytes")));
+        let iops = (self.iops == Some(0)).then(|| ("limits/iops", nothing("requests")));
+        rate.into_iter().chain(iops).collect()
     }
 }
 
@@ -174,10 +165,13 @@ mod tests {
 
     #[test]
     fn limits_let_something_through() {
-        let check = |json: &str| serde_json::from_str::<DiskSpec>(json).unwrap().check();
-        assert!(check(r#"{"path": "x", "queues": 0}"#).unwrap_err().1.contains("1 to"));
-        assert_eq!(check(r#"{"path": "x", "limits": {"rate": 0}}"#).unwrap_err().0, "limits/rate");
-        assert_eq!(check(r#"{"path": "x", "limits": {"iops": 0}}"#).unwrap_err().0, "limits/iops");
-        check(r#"{"path": "x", "limits": {"iops": 1}}"#).unwrap();
+        let faults = |json: &str| serde_json::from_str::<DiskSpec>(json).unwrap().faults();
+        assert!(faults(r#"{"path": "x", "queues": 0}"#)[0].1.contains("1 to"));
+        let both = faults(r#"{"path": "x", "queues": 17, "limits": {"rate": 0, "iops": 0}}"#);
+        assert_eq!(
+            both.iter().map(|fault| fault.0).collect::<Vec<_>>(),
+            ["queues", "limits/rate", "limits/iops"]
+        );
+        assert_eq!(faults(r#"{"path": "x", "limits": {"iops": 1}}"#), []);
     }
 }

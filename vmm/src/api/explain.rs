@@ -2,7 +2,7 @@
 
 use super::manager::ManagerError;
 use super::problem::{Kind, Problem};
-use crate::boot::BootError;
+use crate::boot::{BootError, ImageError};
 use crate::config::ConfigError;
 use crate::fleet::FleetError;
 use crate::vm::VmError;
@@ -48,6 +48,9 @@ fn explain_fleet(error: &FleetError, text: String) -> Problem {
         FleetError::Disk { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/disks"),
         FleetError::SharedDisk { .. } => Problem::new(Kind::InUse, text).at("/disks"),
         FleetError::SharedConsole { .. } => Problem::new(Kind::InUse, text).at("/console/file"),
+        FleetError::ConsoleFolder { .. } => {
+            Problem::new(Kind::InvalidConfiguration, text).at("/console/file")
+        }
         FleetError::Build { source, .. } => match source {
             VmError::Config(source) => {
                 Problem::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
@@ -77,6 +80,10 @@ pub(super) fn place(error: &ConfigError) -> Option<&'static str> {
         | ConfigError::TooManyDisksForPort(_)
         | ConfigError::DiskId(_)
         | ConfigError::DuplicateDiskId(_) => "/disks",
+        ConfigError::Boot(BootError::Kernel {
+            source: ImageError::CommandLineCharacter(_) | ImageError::CommandLineTooLong { .. },
+            ..
+        }) => "/cmdline",
         ConfigError::Boot(BootError::Kernel { .. }) => "/kernel",
         ConfigError::Boot(BootError::Initrd { .. }) => "/initrd",
     })

@@ -237,7 +237,7 @@ impl Manager {
         let mut all: Vec<_> = self.records.lock().values().cloned().collect();
         all.retain(|record| record.is_taking() && !is_new(record));
         all.extend_from_slice(new);
-        fleet::check_together(all.iter().map(|record| record.uses.clone()))?;
+        fleet::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
             // What VMs that are there have taken already is part of what they were promised.
             let taken = statistics::rss_anon().unwrap_or(0);

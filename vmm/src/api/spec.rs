@@ -297,15 +297,23 @@ impl VmSpec {
         }
     }
 
-    /// Checks what a configuration cannot have; says where it is wrong, as a JSON pointer, and how.
+    /// What a configuration cannot have: where it is wrong, as a JSON pointer, and how.
+    #[must_use]
+    pub fn faults(&self) -> Vec<(String, String)> {
+        let disks = self.disks.iter().enumerate();
+        let faults = disks.flat_map(|(number, disk)| {
+            let at = move |(field, reason)| (format!("/disks/{number}/{field}"), reason);
+            disk.faults().into_iter().map(at)
+        });
+        faults.collect()
+    }
+
+    /// Checks that there are no [`VmSpec::faults`].
     ///
     /// # Errors
-    /// The place, and what has to be there.
+    /// The first of them.
     pub fn check(&self) -> Result<(), (String, String)> {
-        let disks = self.disks.iter().enumerate();
-        disks.map(|(number, disk)| (number, disk.check())).try_for_each(|(number, result)| {
-            result.map_err(|(field, reason)| (format!("/disks/{number}/{field}"), reason))
-        })
+        self.faults().into_iter().next().map_or(Ok(()), Err)
     }
 
     /// Makes relative paths begin where this process was started.

@@ -12,7 +12,9 @@ use vm_memory::{Bytes, GuestAddress};
 use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected, Segment};
 use super::params::{self, Initrd};
 use super::{ImageError, ImageSource, OpenImage};
-use crate::x86::layout::{COMMAND_LINE, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry, memory_map};
+use crate::x86::layout::{
+    COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry, memory_map,
+};
 use crate::x86::mptable;
 
 /// How the first vCPU starts.
@@ -57,18 +59,29 @@ impl BootError {
     }
 }
 
-/// Checks that the images can boot in a VM of `ram_bytes` with this command line, and loads nothing.
-pub(crate) fn check(
+/// All that keeps the images from booting in a VM of `ram_bytes` with this command line. Nothing is loaded.
+pub(crate) fn faults(
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
     command_line: &str,
     ram_bytes: u64,
-) -> Result<(), BootError> {
-    let (inspected, _) = inspect(kernel, command_line, ram_bytes).map_err(BootError::kernel(kernel))?;
-    if let Some(initrd) = initrd {
-        place(initrd, &inspected, ram_bytes).map_err(BootError::initrd(initrd))?;
-    }
-    Ok(())
+) -> Vec<BootError> {
+    let mut faults = Vec::new();
+    let inspected = inspect_kernel(kernel, ram_bytes).map(|(inspected, _)| inspected);
+    let limit = inspected.as_ref().map_or(COMMAND_LINE_MAX, |inspected| inspected.command_line_max);
+    let line = check_command_line(command_line, limit);
+    let initrd = initrd.map(|initrd| {
+        let placed = match &inspected {
+            Ok(inspected) => place(initrd, inspected, ram_bytes).map(drop),
+            // Whether it fits beside the kernel cannot be told.
+            Err(_) => open_initrd(initrd).map(drop),
+        };
+        placed.map_err(BootError::initrd(initrd))
+    });
+    faults.extend(inspected.err().map(BootError::kernel(kernel)));
+    faults.extend(line.err().map(BootError::kernel(kernel)));
+    faults.extend(initrd.and_then(Result::err));
+    faults
 }
 
 /// Fills fresh guest memory of `ram_bytes` with all that the guest needs to start, among it the memory map of
@@ -100,16 +113,27 @@ fn inspect<'a>(
     command_line: &str,
     ram_bytes: u64,
 ) -> Result<(Inspected, OpenImage<'a>), ImageError> {
+    let (inspected, image) = inspect_kernel(kernel, ram_bytes)?;
+    check_command_line(command_line, inspected.command_line_max)?;
+    Ok((inspected, image))
+}
+
+fn inspect_kernel(kernel: &ImageSource, ram_bytes: u64) -> Result<(Inspected, OpenImage<'_>), ImageError> {
     let mut image = kernel.open()?;
     let inspected = image::inspect(&mut image, ram_bytes.min(LOW_RAM_MAX))?;
+    Ok((inspected, image))
+}
+
+/// Checks a command line against the most bytes that a kernel takes, NUL included.
+fn check_command_line(command_line: &str, max: usize) -> Result<(), ImageError> {
     if let Some(odd) = command_line.chars().find(|c| !matches!(c, ' '..='~' | '\t')) {
         return Err(ImageError::CommandLineCharacter(odd));
     }
-    let limit = inspected.command_line_max - 1;
+    let limit = max - 1;
     if command_line.len() > limit {
         return Err(ImageError::CommandLineTooLong { length: command_line.len(), limit });
     }
-    Ok((inspected, image))
+    Ok(())
 }
 
 fn load_kernel(
@@ -135,17 +159,19 @@ fn load_kernel(
     }
 }
 
+fn open_initrd(source: &ImageSource) -> Result<OpenImage<'_>, ImageError> {
+    let image = source.open()?;
+    if image.length() == 0 { Err(ImageError::EmptyInitrd) } else { Ok(image) }
+}
+
 /// Chooses the initrd's address: as high as possible, on a page boundary.
 fn place<'a>(
     source: &'a ImageSource,
     kernel: &Inspected,
     ram_bytes: u64,
 ) -> Result<(Initrd, OpenImage<'a>), ImageError> {
-    let image = source.open()?;
+    let image = open_initrd(source)?;
     let size = image.length();
-    if size == 0 {
-        return Err(ImageError::EmptyInitrd);
-    }
     let ram_end = ram_bytes.min(LOW_RAM_MAX);
     let limit = kernel.initrd_end_max.unwrap_or(ram_end).min(ram_end);
     let start = limit.checked_sub(size).map(|start| start & !(PAGE_SIZE as u64 - 1));
@@ -246,6 +272,27 @@ mod tests {
         load_into(&memory, pvh_elf(b"\xf4"), Some(vec![7; 5000])).unwrap();
         let start = RAM - 2 * PAGE_SIZE as u64;
         assert_eq!(bytes_at(&memory, start, 5001), [vec![7; 5000], vec![0]].concat());
+    }
+
+    fn check(
+        kernel: &ImageSource,
+        initrd: Option<&ImageSource>,
+        line: &str,
+        ram: u64,
+    ) -> Result<(), BootError> {
+        faults(kernel, initrd, line, ram).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    #[test]
+    fn all_faults_are_found_at_once() {
+        let nowhere = || ImageSource::Path("/nonexistent".into());
+        let all = faults(&nowhere(), Some(&nowhere()), "a\nb", RAM);
+        let text: Vec<_> = all.iter().map(ToString::to_string).collect();
+        assert!(matches!(
+            all[..],
+            [BootError::Kernel { .. }, BootError::Kernel { .. }, BootError::Initrd { .. }]
+        ));
+        assert!(text[1].contains("printable"), "{text:?}");
     }
 
     #[test]

@@ -270,10 +270,8 @@ pub(super) async fn change_disk(
         let problem = Problem::new(Kind::BadRequest, "there is nothing to change in the body");
         return Err(problem.help("give limits, cache or both"));
     }
-    if let Some(limits) = &limits {
-        limits.check().map_err(|(place, reason)| {
-            Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}"))
-        })?;
+    if let Some((place, reason)) = limits.iter().flat_map(LimitsSpec::faults).next() {
+        return Err(Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
     }
     let vm = running(&record, &id)?;
     let disk = open_disk(&record, &vm, &id)?;

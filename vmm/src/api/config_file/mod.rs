@@ -1,0 +1,567 @@
+//! Configuration files: VMs written down, in TOML or JSON.
+//!
+//! A file names VMs in the shape of the API's body, defaults for them, and other files to include. All that is
+//! wrong with it is told at once, with the numbers of lines: what cannot be read is left out, and the rest is
+//! checked.
+
+mod check;
+mod json;
+mod read;
+mod source;
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::disk_spec::DiskSpec;
+use super::spec::{ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec};
+use check::EntryPlaces;
+use read::{Entry, Read};
+use source::Source;
+
+/// How deep files may include each other.
+const MAX_DEPTH: usize = 8;
+/// Most VMs that one entry stands for.
+const MAX_COUNT: u32 = 4096;
+
+/// A configuration file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFile {
+    /// Files whose VMs and defaults are taken first. Relative paths begin at the folder of this file.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub include: Vec<PathBuf>,
+    /// What VMs of this file have where they do not say otherwise, and those of files included after it.
+    #[serde(default)]
+    pub defaults: VmEntry,
+    /// The VMs.
+    #[serde(default)]
+    pub vms: Vec<VmEntry>,
+}
+
+/// One or several VMs, or what VMs have by default. In texts and paths `{index}` and `{name}` stand for
+/// each VM's number and name; relative paths begin at the folder of the file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmEntry {
+    /// The VM's name; with `count`, VMs are named NAME-0, NAME-1 and so on.
+    pub name: Option<String>,
+    /// How many such VMs there are.
+    #[schema(minimum = 1, maximum = 4096)]
+    pub count: Option<u32>,
+    /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage.
+    #[schema(value_type = Option<String>)]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: Option<String>,
+    /// Memory.
+    pub memory: Option<Size>,
+    /// What the host backs memory with.
+    pub hugepages: Option<HugePagesSpec>,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Option<Vec<DiskSpec>>,
+    /// Where the console goes besides the backlog that is kept for clients.
+    pub console: Option<ConsoleSpec>,
+    /// How memory is shared.
+    pub sharing: Option<SharingSpec>,
+    /// The guests' memory hole, in which an agent of theirs may say what pages are for; it is on where
+    /// nothing is said.
+    pub memory_hole: Option<HoleSpec>,
+    /// Whether the VM is started once it is made; it is where nothing is said.
+    pub start: Option<bool>,
+}
+
+/// Calls a macro with the names of all fields of [`VmEntry`].
+macro_rules! with_fields {
+    ($macro:ident) => {
+        $macro!(
+            name,
+            count,
+            kernel,
+            initrd,
+            cmdline,
+            memory,
+            hugepages,
+            disks,
+            console,
+            sharing,
+            memory_hole,
+            start
+        )
+    };
+}
+
+impl VmEntry {
+    /// This entry, and what it leaves out from another.
+    fn or(self, other: &Self) -> Self {
+        macro_rules! each {
+            ($($field:ident),+) => { Self { $($field: self.$field.or_else(|| other.$field.clone())),+ } };
+        }
+        with_fields!(each)
+    }
+
+    /// The names of the fields that it has.
+    fn fields(&self) -> impl Iterator<Item = &'static str> {
+        macro_rules! each {
+            ($($field:ident),+) => { [$(self.$field.is_some().then_some(stringify!($field))),+] };
+        }
+        with_fields!(each).into_iter().flatten()
+    }
+
+    /// The VM of this number.
+    fn vm(&self, name: &str, kernel: &Path, index: u32, folder: &Path) -> VmSpec {
+        let name = if self.count.is_some() { format!("{name}-{index}") } else { name.to_owned() };
+        let text = |text: &str| expand(text, index, &name);
+        let path = |path: &Path| match path.to_str() {
+            Some(path) => folder.join(text(path)),
+            None => folder.join(path),
+        };
+        let disk = |disk: &DiskSpec| DiskSpec { path: path(&disk.path), ..disk.clone() };
+        let sharing = self.sharing.clone().unwrap_or_default();
+        VmSpec {
+            initrd: self.initrd.as_deref().map(path),
+            cmdline: text(self.cmdline.as_deref().unwrap_or(DEFAULT_COMMAND_LINE)),
+            memory: self.memory.unwrap_or_default(),
+            hugepages: self.hugepages.unwrap_or_default(),
+            disks: self.disks.iter().flatten().map(disk).collect(),
+            console: ConsoleSpec {
+                file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),
+            },
+            sharing: SharingSpec { group: text(&sharing.group), ..sharing },
+            memory_hole: self.memory_hole.unwrap_or_default(),
+            start: Some(self.start.unwrap_or(true)),
+            ..VmSpec::new(name.clone(), path(kernel))
+        }
+    }
+}
+
+/// Replaces `{index}` and `{name}`.
+#[must_use]
+pub fn expand(text: &str, index: u32, name: &str) -> String {
+    // In one pass, so that a name that contains "{index}" would not be expanded again.
+    let mut expanded = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('{') {
+        expanded.push_str(&rest[..at]);
+        rest = &rest[at..];
+        if let Some(after) = rest.strip_prefix("{index}") {
+            expanded.push_str(&index.to_string());
+            rest = after;
+        } else if let Some(after) = rest.strip_prefix("{name}") {
+            expanded.push_str(name);
+            rest = after;
+        } else {
+            expanded.push('{');
+            rest = &rest[1..];
+        }
+    }
+    expanded.push_str(rest);
+    expanded
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, counted from 1, where it is known.
+    pub line: Option<usize>,
+    /// What is wrong, and what to do.
+    pub text: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        write!(f, ": {}", self.text)
+    }
+}
+
+/// Everything that is wrong with a configuration file and those it includes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().enumerate().try_for_each(|(number, mistake)| {
+            let separator = if number == 0 { "" } else { "\n" };
+            write!(f, "{separator}{mistake}")
+        })
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+/// The VMs of a configuration file. They are checked as far as that is possible without making them.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn load(path: &Path) -> Result<Vec<VmSpec>, Mistakes> {
+    let mut loading = Loading::default();
+    loading.file(path, None, &mut Defaults::default(), 0);
+    loading.check();
+    let Loading { vms, mistakes, .. } = loading;
+    if mistakes.is_empty() { Ok(vms.into_iter().map(|vm| vm.spec).collect()) } else { Err(told(mistakes)) }
+}
+
+/// All mistakes in the order of files and lines, those that many VMs have in common once.
+fn told(mut found: Vec<Found>) -> Mistakes {
+    found.sort_by_key(|found| (found.source, found.mistake.line));
+    let mistakes = found.into_iter().map(|Found { mut mistake, more, .. }| {
+        match more {
+            0 => {}
+            1 => mistake.text.push_str(" (and so for 1 more VM)"),
+            more => mistake.text.push_str(&format!(" (and so for {more} more VMs)")),
+        }
+        mistake
+    });
+    Mistakes(mistakes.collect())
+}
+
+/// Where something is: a file's number, and a JSON pointer.
+type Place = (usize, String);
+
+/// A VM that a file asks for, as far as it is right.
+#[derive(Debug)]
+struct Planned {
+    spec: VmSpec,
+    /// The number of its entry.
+    entry: usize,
+    /// It has no name, or no kernel, which has been told.
+    unnamed: bool,
+    without_kernel: bool,
+}
+
+/// What VMs have where they do not say otherwise.
+#[derive(Clone, Debug, Default)]
+struct Defaults {
+    entry: Entry,
+    /// Where each field comes from.
+    fields: Vec<(&'static str, Place)>,
+}
+
+/// Something that is wrong.
+#[derive(Debug)]
+struct Found {
+    source: usize,
+    pointer: String,
+    /// The text without what differs between VMs of an entry.
+    shape: String,
+    mistake: Mistake,
+    /// As many VMs more have the same.
+    more: usize,
+}
+
+#[derive(Debug, Default)]
+struct Loading {
+    sources: Vec<Source>,
+    entries: Vec<EntryPlaces>,
+    vms: Vec<Planned>,
+    mistakes: Vec<Found>,
+}
+
+impl Loading {
+    /// Takes a file in, with all that it includes.
+    fn file(&mut self, path: &Path, included_from: Option<Place>, defaults: &mut Defaults, depth: usize) {
+        let text = match fs::read_to_string(path) {
+            Ok(_) if depth > MAX_DEPTH => {
+                Err(format!("files include each other more than {MAX_DEPTH} deep; is it a circle?"))
+            }
+            Ok(text) => Ok(text),
+            Err(error) => Err(format!("read {}: {error}", path.display())),
+        };
+        let text = match (text, included_from) {
+            (Ok(text), _) => text,
+            (Err(text), Some(place)) => return self.mistake(&place, None, text),
+            (Err(text), None) => {
+                let mistake = Mistake { file: path.to_owned(), line: None, text };
+                return self.found(0, String::new(), None, mistake);
+            }
+        };
+        let number = self.sources.len();
+        let (source, value, wrong) = Source::parse(path, &text);
+        self.sources.push(source);
+        // What could not be parsed may be all that is there.
+        let readable = wrong.is_empty() || !value.is_null();
+        for mistake in wrong {
+            self.found(number, String::new(), None, mistake);
+        }
+        if !readable {
+            return;
+        }
+        let Read { include, defaults: own, vms, faults } = read::read(value);
+        for (pointer, text) in &faults {
+            self.mistake(&(number, pointer.clone()), None, text.clone());
+        }
+        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        for (index, include) in include {
+            let place = (number, format!("/include/{index}"));
+            self.file(&folder.join(include), Some(place), defaults, depth + 1);
+        }
+        for field in own.vm.fields().filter(|field| matches!(*field, "name" | "count")) {
+            let text = format!("{field} is each VM's own, and there is no default for it");
+            self.mistake(&(number, format!("/defaults/{field}")), None, text);
+        }
+        defaults.take(own, number);
+        for (index, entry) in vms {
+            self.entry((number, format!("/vms/{index}")), entry, defaults, &faults, &folder);
+        }
+    }
+
+    fn entry(
+        &mut self,
+        place: Place,
+        entry: Entry,
+        defaults: &Defaults,
+        faults: &[read::Fault],
+        folder: &Path,
+    ) {
+        let own = |field| (field, (place.0, format!("{}/{field}", place.1)));
+        let mut fields: Vec<_> = entry.vm.fields().map(own).collect();
+        fields.extend(defaults.fields.iter().cloned());
+        let disks = if entry.vm.disks.is_some() { entry.disks } else { defaults.entry.disks.clone() };
+        self.entries.push(EntryPlaces { entry: place.clone(), fields, disks });
+        let vm = entry.vm.or(&defaults.entry.vm);
+        for (field, given) in [("name", vm.name.is_some()), ("kernel", vm.kernel.is_some())] {
+            // One that cannot be read has been told.
+            let told = faults.iter().any(|(fault, _)| {
+                *fault == format!("{}/{field}", place.1) || *fault == format!("/defaults/{field}")
+            });
+            if !given && !told {
+                let help =
+                    if field == "name" { "give it one" } else { "give it, or one in [defaults] for all" };
+                self.mistake(&place, None, format!("a VM needs a {field}; {help}"));
+            }
+        }
+        let mut count = vm.count.unwrap_or(1);
+        if !(1..=MAX_COUNT).contains(&count) {
+            let text = format!("count is {count}; use 1 to {MAX_COUNT}");
+            self.mistake(&(place.0, place.1.clone() + "/count"), None, text);
+            count = 1;
+        }
+        // What has no name is checked all the same, under one that nobody can have given.
+        let unnamed = format!("without a name ({})", self.entries.len());
+        for index in 0..count {
+            let name = vm.name.as_deref().unwrap_or(&unnamed);
+            let kernel = vm.kernel.as_deref().unwrap_or(Path::new(""));
+            self.vms.push(Planned {
+                spec: vm.vm(name, kernel, index, folder),
+                entry: self.entries.len() - 1,
+                unnamed: vm.name.is_none(),
+                without_kernel: vm.kernel.is_none(),
+            });
+        }
+    }
+
+    /// Notes what is wrong at a place, with a VM if it is about one.
+    fn mistake(&mut self, place: &Place, vm: Option<&str>, text: String) {
+        let (source, pointer) = place;
+        let file = &self.sources[*source];
+        let mistake = Mistake { file: file.path.clone(), line: file.line_of(pointer), text };
+        self.found(*source, pointer.clone(), vm, mistake);
+    }
+
+    fn found(&mut self, source: usize, pointer: String, vm: Option<&str>, mistake: Mistake) {
+        let plain = |text: String| text.chars().filter(|c| !c.is_ascii_digit()).collect::<String>();
+        let shape = vm.map_or_else(|| mistake.text.clone(), |vm| plain(mistake.text.replace(vm, "")));
+        let same =
+            |found: &&mut Found| (found.source, &found.pointer, &found.shape) == (source, &pointer, &shape);
+        match self.mistakes.iter_mut().find(same).filter(|_| vm.is_some()) {
+            Some(found) => found.more += 1,
+            None => self.mistakes.push(Found { source, pointer, shape, mistake, more: 0 }),
+        }
+    }
+}
+
+impl Defaults {
+    /// Takes those of another file in, which come first.
+    fn take(&mut self, own: Entry, source: usize) {
+        let mut fields: Vec<_> =
+            own.vm.fields().map(|field| (field, (source, format!("/defaults/{field}")))).collect();
+        fields.append(&mut self.fields);
+        self.fields = fields;
+        if own.vm.disks.is_some() {
+            self.entry.disks = own.disks;
+        }
+        self.entry.vm = own.vm.or(&self.entry.vm);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::test_images::pvh_elf;
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new() -> Self {
+            let folder = Self(tempfile::tempdir().unwrap());
+            fs::write(folder.0.path().join("vmlinux"), pvh_elf(b"\xf4")).unwrap();
+            folder
+        }
+
+        fn write(&self, name: &str, text: &str) -> PathBuf {
+            let path = self.0.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        }
+
+        fn mistakes(&self, text: &str) -> Vec<(Option<usize>, String)> {
+            let Mistakes(mistakes) = load(&self.write("vms.toml", text)).unwrap_err();
+            mistakes.into_iter().map(|mistake| (mistake.line, mistake.text)).collect()
+        }
+    }
+
+    #[test]
+    fn templates_are_replaced_once() {
+        assert_eq!(expand("{name}/{index}.img", 3, "vm-3"), "vm-3/3.img");
+        assert_eq!(expand("{name}", 1, "{index}"), "{index}");
+        assert_eq!(expand("a{b}{{index}}{", 7, "n"), "a{b}{7}{");
+    }
+
+    #[test]
+    fn vms_have_defaults_and_numbers_and_paths_begin_at_the_file() {
+        let folder = Folder::new();
+        folder.write("d0", "x");
+        folder.write("d1", "x");
+        folder.write("common.toml", "[defaults]\nkernel = 'vmlinux'\nmemory = '64M'\n");
+        let text = "include = ['common.toml']\n[defaults]\ncmdline = 'host={name}'\n\
+                    [[vms]]\nname = 'web'\ncount = 2\ndisks = [{ path = 'd{index}' }]\n\
+                    [[vms]]\nname = 'db'\nmemory = 4194304\nstart = false\n";
+        let vms = load(&folder.write("vms.toml", text)).unwrap();
+        let names: Vec<_> = vms.iter().map(|vm| (vm.name.as_str(), vm.cmdline.as_str())).collect();
+        assert_eq!(names, [("web-0", "host=web-0"), ("web-1", "host=web-1"), ("db", "host=db")]);
+        assert_eq!(vms[1].disks[0].path, folder.0.path().join("d1"));
+        assert_eq!(vms[2].kernel, folder.0.path().join("vmlinux"));
+        assert_eq!((vms[0].memory.0, vms[2].memory.0, vms[2].start), (64 << 20, 4 << 20, Some(false)));
+    }
+
+    #[test]
+    fn json_has_the_same_shape() {
+        let folder = Folder::new();
+        let json =
+            r#"{"defaults": {"kernel": "vmlinux"}, "vms": [{"name": "a", "sharing": {"mode": "zero"}}]}"#;
+        assert_eq!(load(&folder.write("vms.json", json)).unwrap()[0].name, "a");
+        let Mistakes(mistakes) = load(&folder.write("vms.json", "{\n\"vms\": 3}")).unwrap_err();
+        assert_eq!(mistakes[0].line, Some(2));
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_lines_and_all_at_once() {
+        let folder = Folder::new();
+        let text = "[[vms]]\nname = 'a'\nkernel = 'vmlinux'\nmemory = '1000'\n\n\
+                    [[vms]]\nname = 'b'\nkernel = 'none'\n\n\
+                    [[vms]]\nname = 'c d'\nkernel = 'vmlinux'\n\n\
+                    [[vms]]\nname = 'e'\n\n\
+                    [[vms]]\nname = 'f'\nkernel = 'vmlinux'\ndisks = [{ path = 'vmlinux' },\n{ path = 'x', queues = 0 }]\n";
+        let mistakes = folder.mistakes(text);
+        let lines: Vec<_> = mistakes.iter().map(|(line, _)| line.unwrap()).collect();
+        assert_eq!(lines, [4, 8, 11, 14, 21, 21], "{mistakes:?}");
+        assert!(mistakes[1].1.contains("none"), "{mistakes:?}");
+        assert!(mistakes[3].1.contains("needs a kernel"), "{mistakes:?}");
+        assert!(mistakes[4].1.contains("0 queues") && mistakes[5].1.contains("No such file"), "{mistakes:?}");
+        let wrong = folder.mistakes("[[vms]]\nname = 'a'\nkernel = 'vmlinux'\ncpus = 2\n");
+        assert_eq!(wrong[0].0, Some(4));
+        assert!(wrong[0].1.contains("unknown field `cpus`"), "{wrong:?}");
+        assert_eq!(folder.mistakes("vms = [\n")[0].0, Some(1));
+        assert_eq!(folder.mistakes("include = ['vms.toml']\n").len(), 1);
+        assert_eq!(folder.mistakes("\ninclude = ['none.toml']\n")[0].0, Some(2));
+        let twice = "[defaults]\nkernel = 'vmlinux'\n[[vms]]\nname = 'a'\n[[vms]]\nname = 'a'\n";
+        assert!(folder.mistakes(twice)[0].1.contains("two VMs are named a"));
+    }
+
+    #[test]
+    fn no_mistake_hides_another() {
+        let folder = Folder::new();
+        let text = "colour = 'red'\ninclude = ['none.toml', 7]\n[defaults]\nkernel = 'vmlinux'\nmemory = 'much'\n\
+                    [[vms]]\nname = 'a'\ncpus = 2\nmemory = 1000\ninitrd = 'none'\nsharing = { group = 'b c', way = 1 }\n\
+                    console = { file = 'none/log' }\n\
+                    disks = [{ readonly = true }, { path = 'gone', id = 'x y' }, { path = '.' },\n\
+                    { path = 'vmlinux', id = 'q', limits = { iops = 0, rate = 0 } }, { path = 'vmlinux', id = 'q' }]\n\
+                    [[vms]]\nmemory = 4097\n\
+                    [[vms]]\nname = 'b'\ncount = 0\n[[vms]]\nname = 'a'\n";
+        let mistakes = folder.mistakes(text);
+        let wanted = [
+            (1, "unknown field `colour`"),
+            (2, "none.toml"),
+            (2, "invalid type: integer `7`"),
+            (5, "unknown unit"),
+            (8, "unknown field `cpus`"),
+            (9, "VM a: 1000 bytes of memory"),
+            (10, "initrd"),
+            (11, "unknown field `way`"),
+            (11, "\"b c\""),
+            (12, "make the folder"),
+            (13, "missing field `path`"),
+            (13, "\"x y\""),
+            (13, "gone: No such file"),
+            (13, "it is a directory"),
+            (14, "0 bytes a second"),
+            (14, "0 requests a second"),
+            (14, "two disks are named q"),
+            (14, "by both as readonly"),
+            (15, "needs a name"),
+            (16, "4097 bytes"),
+            (19, "count is 0"),
+            (21, "two VMs are named a"),
+        ];
+        for (line, part) in wanted {
+            let found = mistakes.iter().filter(|(at, text)| *at == Some(line) && text.contains(part)).count();
+            assert_eq!(found, 1, "line {line}: {part}: {mistakes:#?}");
+        }
+        assert_eq!(mistakes.len(), wanted.len(), "{mistakes:#?}");
+    }
+
+    #[test]
+    fn what_vms_of_an_entry_have_in_common_is_told_once_where_it_comes_from() {
+        let folder = Folder::new();
+        folder.write(
+            "common.toml",
+            "[defaults]\nkernel = 'vmlinux'\ndisks = [{ path = 7 },\n{ path = 'd{index}' }]\n",
+        );
+        let text = "include = ['common.toml']\n[[vms]]\nname = 'web'\ncount = 4\n";
+        let Mistakes(mistakes) = load(&folder.write("vms.toml", text)).unwrap_err();
+        assert_eq!(mistakes.len(), 2, "{mistakes:?}");
+        let missing = &mistakes[1];
+        assert!(missing.file.ends_with("common.toml"), "{missing}");
+        assert_eq!(missing.line, Some(4), "{missing}");
+        assert!(
+            missing.text.contains("d0") && missing.text.ends_with("(and so for 3 more VMs)"),
+            "{missing}"
+        );
+        let shared = "[[vms]]\nname = 'web'\ncount = 2\nkernel = 'vmlinux'\ndisks = [{ path = 'vmlinux' }]\n";
+        let mistakes = folder.mistakes(shared);
+        assert_eq!(mistakes[0].0, Some(5));
+        assert!(
+            mistakes[0].1.contains("{index}") && mistakes[0].1.contains("VM web-0 and by VM web-1"),
+            "{mistakes:?}"
+        );
+    }
+
+    #[test]
+    fn mistakes_in_json_and_in_syntax_have_lines() {
+        let folder = Folder::new();
+        let json = "{\n\"vms\": [\n{\"name\": \"a\", \"kernel\": \"vmlinux\",\n\"memory\": \"x\"},\n{\"name\": 1,\n\
+                    \"kernel\": \"none\",\n\"kernel\": \"none\"}]}";
+        let Mistakes(mistakes) = load(&folder.write("vms.json", json)).unwrap_err();
+        let lines: Vec<_> = mistakes.iter().map(|mistake| mistake.line.unwrap()).collect();
+        assert_eq!(lines, [4, 5, 7, 7], "{mistakes:?}");
+        // Of TOML what can be read is checked.
+        let mistakes = folder.mistakes(
+            "[defaults]\nkernel = \n[[vms]]\nname = 'a'\nmemory = '1'\nx = 99999999999999999999\n[[vms]\n",
+        );
+        assert!(mistakes.iter().any(|(line, _)| *line == Some(2)), "{mistakes:?}");
+        assert!(mistakes.iter().any(|(_, text)| text.contains("1 bytes of memory")), "{mistakes:?}");
+    }
+}
