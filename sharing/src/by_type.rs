@@ -37,6 +37,9 @@ pub struct TypeStatistics {
     /// `broken` it is how long a merged page of this type lives: the likeliest mean where each moment is
     /// as good as another for a write, in which pages that still are merged count as they should.
     pub merged_seconds: f64,
+    /// How long that start is ago, in seconds; 0 where there has been nothing of this type.
+    #[serde(default)]
+    pub watched_seconds: f64,
 }
 
 /// What a guest says of its pages, and what that comes to.
@@ -105,6 +108,8 @@ pub(crate) struct Census {
     counts: [Count; TYPES],
     /// Pages that were put on frames to see whether they are written.
     lent: RareSet,
+    /// Since when time is counted.
+    started: Instant,
     /// Up to when time was counted.
     counted: Instant,
 }
@@ -115,7 +120,8 @@ impl Census {
         let mut counts = [Count::default(); TYPES];
         counts[PageType::Unknown as usize] = Count { pages, attached, ..Count::default() };
         let claims = vec![0; (pages as usize).div_ceil(2)];
-        Self { claims, counts, lent: RareSet::new(pages), counted: Instant::now() }
+        let now = Instant::now();
+        Self { claims, counts, lent: RareSet::new(pages), started: now, counted: now }
     }
 
     pub(crate) fn claim(&self, page: u32) -> Claim {
@@ -194,13 +200,18 @@ impl Census {
 
     fn statistics(&self, now: Instant) -> [TypeStatistics; TYPES] {
         let seconds = now.saturating_duration_since(self.counted).as_secs_f64();
-        self.counts.map(|count| TypeStatistics {
-            pages: count.pages.into(),
-            merged: count.attached.into(),
-            merges: count.merges,
-            broken: count.broken,
-            merged_seconds: count.merged_seconds + f64::from(count.attached) * seconds,
-            ..TypeStatistics::default()
+        let watched = now.saturating_duration_since(self.started).as_secs_f64();
+        self.counts.map(|count| {
+            let none = count.pages == 0 && count.merged_seconds == 0.0 && count.broken == 0;
+            TypeStatistics {
+                pages: count.pages.into(),
+                merged: count.attached.into(),
+                merges: count.merges,
+                broken: count.broken,
+                merged_seconds: count.merged_seconds + f64::from(count.attached) * seconds,
+                watched_seconds: if none { 0.0 } else { watched },
+                ..TypeStatistics::default()
+            }
         })
     }
 
@@ -270,6 +281,7 @@ mod tests {
         assert_eq!((of(PageType::Unknown).pages, of(PageType::Unknown).merged_seconds), (8, 2.0));
         assert_eq!((of(PageType::Slab).merged, of(PageType::Slab).merged_seconds), (1, 1.0));
         assert_eq!((of(PageType::Slab).merges, of(PageType::Free).pages), (1, 1));
+        assert_eq!((of(PageType::Slab).watched_seconds, of(PageType::Balloon).watched_seconds), (3.0, 0.0));
         assert!(!census.broken(3));
         census.left(3);
         let statistics = census.statistics(start + Duration::from_secs(9));

@@ -80,13 +80,19 @@ pub struct EngineStatistics {
 }
 
 impl EngineStatistics {
-    /// Bytes saved: what merged pages and pages of zeros would take, less what sharing itself takes
-    /// for its books, for the kernel's mappings and for the page tables of the frame store's view.
+    /// Bytes saved: what merged pages and pages of zeros would take, less what sharing takes itself. Nothing is
+    /// saved where it takes more.
     #[must_use]
-    pub fn saved_bytes(&self) -> i64 {
-        let gross = (self.pages_sharing + self.zero_pages) as i64 * crate::PAGE_SIZE as i64;
-        let mappings = self.guest_mappings as i64 * MAPPING_BYTES;
-        gross - self.metadata_bytes as i64 - mappings - self.page_table_bytes as i64
+    pub fn saved_bytes(&self) -> u64 {
+        let gross = (self.pages_sharing + self.zero_pages) * crate::PAGE_SIZE as u64;
+        gross.saturating_sub(self.overhead_bytes())
+    }
+
+    /// Bytes that sharing takes itself, for its books, for the kernel's mappings and for the page tables of the
+    /// frame store's view.
+    #[must_use]
+    pub fn overhead_bytes(&self) -> u64 {
+        self.metadata_bytes + self.guest_mappings * MAPPING_BYTES + self.page_table_bytes
     }
 }
 
@@ -146,7 +152,7 @@ impl EngineStatistics {
 }
 
 /// Kernel memory for one mapping, in bytes: a vm_area_struct and its part of the maple tree.
-const MAPPING_BYTES: i64 = 240;
+const MAPPING_BYTES: u64 = 240;
 
 /// One VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -175,4 +181,18 @@ pub struct VmStatistics {
     pub huge_split: u64,
     /// Mappings of its RAM.
     pub mappings: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_saved_where_sharing_takes_more_than_it_saves() {
+        let mut idle =
+            EngineStatistics { metadata_bytes: 180_752, guest_mappings: 1, ..EngineStatistics::default() };
+        assert_eq!((idle.saved_bytes(), idle.overhead_bytes()), (0, 180_992));
+        idle.pages_sharing = 100;
+        assert_eq!(idle.saved_bytes(), 409_600 - 180_992);
+    }
 }

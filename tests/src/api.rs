@@ -135,6 +135,7 @@ impl Host {
             }
             _ => return (status, Value::Null),
         };
+        assert_possible(&json);
         if let Some(schema) = self.schema(method, path, status, &answer.media_type) {
             let validator = jsonschema::validator_for(&schema).expect("a schema");
             let wrong: Vec<_> = validator.iter_errors(&json).map(|error| error.to_string()).collect();
@@ -298,6 +299,29 @@ impl Host {
         let finished = self.running.wait();
         assert!(!self.client.socket().exists(), "the socket was left behind");
         finished
+    }
+}
+
+/// Asserts that figures are what their names say: dates are dates, lengths of time are not, amounts are not below
+/// zero, and no page lives longer than it was watched for.
+fn assert_possible(json: &Value) {
+    let Value::Object(fields) = json else {
+        return json.as_array().into_iter().flatten().for_each(assert_possible);
+    };
+    for (name, value) in fields {
+        assert_possible(value);
+        let Some(number) = value.as_f64() else { continue };
+        let range = match name.as_str() {
+            // From 2001 to 2096.
+            name if name.ends_with("time_seconds") => 1e9..4e9,
+            name if name.ends_with("_seconds") => 0.0..1e9,
+            name if name.ends_with("_bytes") => 0.0..f64::INFINITY,
+            _ => continue,
+        };
+        assert!(range.contains(&number) && !number.is_sign_negative(), "{name} cannot be {value}: {json}");
+    }
+    if let Some(life) = fields.get("mean_life_seconds").and_then(Value::as_f64) {
+        assert!(Some(life) <= fields["watched_seconds"].as_f64(), "{json}");
     }
 }
 

@@ -22,6 +22,28 @@ pub fn program() -> Option<&'static Path> {
     PROGRAM.as_deref()
 }
 
+/// How wide a page in a file comes out, scrolled or not, on a screen of so many pixels; and its elements.
+///
+/// # Panics
+/// Where there is no browser, or it does not come to an end.
+#[must_use]
+pub fn width_on(file: &Path, pixels: u32) -> (u32, String) {
+    // A window cannot be as narrow as a phone; a frame in it can.
+    let folder = tempfile::tempdir().expect("make a folder");
+    let wrapper = folder.path().join("wrapper.html");
+    let html = format!(
+        "<!DOCTYPE html><body><iframe id=\"page\" src=\"file://{}\" style=\"width:{pixels}px;height:4000px;border:0\">\
+         </iframe><script>page.onload = () => {{ const all = page.contentDocument.documentElement; \
+         document.body.dataset.width = all.scrollWidth; document.body.append(all.outerHTML); }};</script>",
+        file.display()
+    );
+    std::fs::write(&wrapper, html).expect("write a page");
+    let page = page_after(&format!("file://{}", wrapper.display()), 3000);
+    let (_, width) = page.split_once("data-width=\"").unwrap_or_else(|| panic!("no width:\n{page}"));
+    let width = width.split('"').next().and_then(|width| width.parse().ok());
+    (width.expect("a number"), page)
+}
+
 /// Opens a page, and returns its elements as text once it has had so many milliseconds by its own clock,
 /// which does not wait while nothing happens.
 ///
@@ -35,6 +57,7 @@ pub fn page_after(url: &str, milliseconds: u32) -> String {
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
         .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
         .args(["--disable-dev-shm-usage", "--window-size=1280,2000", "--dump-dom"])
+        .arg("--allow-file-access-from-files")
         .arg(format!("--virtual-time-budget={milliseconds}"))
         .arg(format!("--user-data-dir={}", profile.path().display()))
         .arg(url);

@@ -137,7 +137,7 @@ fn cycle(host: &Host, count: u32) {
     assert_eq!(host.act("vm-0", "resume"), "running");
     assert_eq!(host.act("vm-1", "kill"), "stopped");
     let stopped = host.done("GET", "/vms/vm-1", None);
-    assert_eq!((&stopped["reason"], &stopped["actions"]), (&json!("stopped"), &json!(["start"])));
+    assert_eq!((&stopped["reason"], &stopped["actions"]), (&json!("it was killed"), &json!(["start"])));
     assert_eq!(host.act("vm-1", "start"), "running");
     // A guest verifies all of its memory before it ends by itself.
     host.done("POST", "/vms/vm-0/console/input", Some(&json!("q")));
@@ -579,7 +579,8 @@ fn stops() {
         assert_eq!((status, &problem["pointer"]), (400, &json!("/timeout_seconds")), "{problem}");
     }
     let (status, vm) = ask("deaf", json!({ "action": "stop", "timeout_seconds": 1 }));
-    assert_eq!((status, &vm["reason"]), (200, &json!("stopped")), "{vm}");
+    let reason = "it did not end within 1 s of being asked, and was killed";
+    assert_eq!((status, &vm["reason"]), (200, &json!(reason)), "{vm}");
     assert_eq!(ask("deaf", json!({ "action": "stop" })).0, 409);
     // A kill overtakes a stop that waits.
     host.act("deaf", "start");

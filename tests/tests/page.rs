@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::{Host, MEMORY};
-use samepage_tests::browser::page_after;
+use samepage_tests::browser::{page_after, width_on};
 use samepage_tests::console::PATIENCE;
 use samepage_tests::harness::{self, Need};
 use samepage_tests::program::{Running, command};
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         ("the_page_shows_what_vms_share", &[Need::Kvm, Need::Browser], page),
         ("a_port_lets_in_who_may", &[Need::Kvm], port),
         ("a_run_is_reported_in_one_file", &[Need::Kvm], report),
+        ("a_report_fits_on_a_phone_and_its_axis_is_as_long_as_the_run", &[Need::Kvm, Need::Browser], phone),
     ])
 }
 
@@ -52,8 +53,8 @@ fn assert_shown(page: &str) {
     let (body, _) = body.split_once("<script").expect("scripts at the end");
     assert!(body.contains("data-ready=\"true\""), "{body}");
     for part in [
-        ">first-vm</b>",
-        ">second-vm</b>",
+        ">first-vm</span></b>",
+        ">second-vm</span></b>",
         ">Saved by sharing<",
         "MiB",
         "<canvas",
@@ -169,6 +170,36 @@ fn assert_alone(file: &Path) {
         let page = page_after(&format!("file://{}", file.display()), 1000);
         assert_shown(&page);
     }
+}
+
+fn phone() {
+    let host = Host::serve(&["--sharing-cpu", "100"]);
+    // They differ in what a narrow screen cuts off at the end.
+    let name = |vm: u32| format!("production-eu-central-database-primary-node-{vm}-blue");
+    for vm in 0..3 {
+        host.done("POST", "/vms", Some(&host.vm(&name(vm), &endless(vm), true)));
+    }
+    host.wait_for("/sharing/pairs", "VMs that share", |pairs| pairs[0]["pages"].as_u64() > Some(0));
+    let file = host.folder.path().join("report.html");
+    let mut report = command(["report", "--seconds", "5", "--output"]);
+    report.arg(&file).env("SAMEPAGE_SOCKET", host.socket());
+    Running::start(report).wait().assert_code(0);
+    for pixels in [320, 375, 800] {
+        let (width, page) = width_on(&file, pixels);
+        assert!(width <= pixels, "the report is {width} pixels wide on a screen of {pixels}");
+        // Marks of the axes, in seconds.
+        let texts =
+            page.split("&lt;/text&gt;").filter_map(|text| text.rsplit_once("&gt;")?.1.strip_suffix(" s"));
+        let marks: Vec<u32> = texts.filter_map(|text| text.parse().ok()).collect();
+        let last = marks.iter().max().unwrap_or_else(|| panic!("no marks:\n{page}"));
+        assert!((3..=6).contains(last), "{marks:?}");
+        for vm in 0..3 {
+            // The part of a name that is never cut.
+            let end = format!("-node-{vm}-blue&lt;/span&gt;");
+            assert!(page.contains(&end), "{end} is missing:\n{page}");
+        }
+    }
+    host.end().assert_code(0);
 }
 
 fn report() {

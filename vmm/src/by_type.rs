@@ -168,15 +168,23 @@ pub struct TypeSample {
     pub broken: u64,
     /// For how long pages of this type were merged since then, in seconds, all pages together.
     pub merged_seconds: f64,
+    /// How long that is, in seconds: of the VM that was watched longest. 0 where there is nothing of the type, and
+    /// where an older program wrote this.
+    #[serde(default)]
+    pub watched_seconds: f64,
 }
 
 impl TypeSample {
     /// For how long a page of this type is shared before it is written to, in seconds; `None` before the
-    /// first was. The likeliest figure where each moment is as likely as another to be the last: pages that
-    /// are shared still count with the time so far.
+    /// first was, and where it is longer than pages were watched. The likeliest figure where each moment is as
+    /// likely as another to be the last: pages that are shared still count with the time so far.
+    ///
+    /// A figure beyond the time that was watched would say of it what nobody has seen: after three minutes, one
+    /// write among ten thousand pages makes 21 days.
     #[must_use]
     pub fn mean_life_seconds(&self) -> Option<f64> {
-        (self.broken > 0).then(|| self.merged_seconds / self.broken as f64)
+        let mean = self.merged_seconds / self.broken as f64;
+        (self.broken > 0 && mean <= self.watched_seconds).then_some(mean)
     }
 
     /// Pages that sharing saves, those of zeros included.
@@ -201,8 +209,17 @@ impl TypeSample {
 
 impl From<&TypeStatistics> for TypeSample {
     fn from(counted: &TypeStatistics) -> Self {
-        let TypeStatistics { pages, private, merged, sharing, zero, merges, broken, merged_seconds } =
-            *counted;
+        let TypeStatistics {
+            pages,
+            private,
+            merged,
+            sharing,
+            zero,
+            merges,
+            broken,
+            merged_seconds,
+            watched_seconds,
+        } = *counted;
         Self {
             pages,
             pages_private: private,
@@ -212,6 +229,7 @@ impl From<&TypeStatistics> for TypeSample {
             merges,
             broken,
             merged_seconds,
+            watched_seconds,
         }
     }
 }
@@ -228,6 +246,7 @@ impl AddAssign for TypeSample {
         add(&mut self.merges, other.merges);
         add(&mut self.broken, other.broken);
         self.merged_seconds += other.merged_seconds;
+        self.watched_seconds = self.watched_seconds.max(other.watched_seconds);
     }
 }
 
@@ -269,9 +288,23 @@ mod tests {
 
     #[test]
     fn a_life_is_known_once_one_has_ended() {
-        let mut sample = TypeSample { merged_seconds: 30.0, ..TypeSample::default() };
+        let mut sample = TypeSample { merged_seconds: 30.0, watched_seconds: 60.0, ..TypeSample::default() };
         assert_eq!(sample.mean_life_seconds(), None);
-        sample += TypeSample { broken: 4, merged_seconds: 10.0, ..TypeSample::default() };
+        sample +=
+            TypeSample { broken: 4, merged_seconds: 10.0, watched_seconds: 5.0, ..TypeSample::default() };
         assert_eq!(sample.mean_life_seconds(), Some(10.0));
+    }
+
+    #[test]
+    fn a_life_is_no_longer_than_it_was_watched_for() {
+        let sample = TypeSample {
+            broken: 5,
+            // As 3,200 pages in three minutes.
+            merged_seconds: 576_000.0,
+            watched_seconds: 180.0,
+            ..TypeSample::default()
+        };
+        assert_eq!(sample.mean_life_seconds(), None);
+        assert_eq!(TypeSample { broken: 3200, ..sample }.mean_life_seconds(), Some(180.0));
     }
 }

@@ -554,6 +554,27 @@ mod tests {
     }
 
     #[test]
+    fn commands_print_json_where_the_readme_says_so() {
+        let readme = include_str!("../../README.md");
+        let (_, promised) = readme.split_once("People use").unwrap();
+        let (promised, rest) = promised.split_once("each with `--json`").unwrap();
+        let cli = Cli::command();
+        let has_json = |name: &str| {
+            let command = cli.find_subcommand(name).unwrap_or_else(|| panic!("there is no {name}"));
+            command.get_arguments().any(|argument| argument.get_long() == Some("json"))
+        };
+        let names: Vec<_> = promised.split('`').skip(1).step_by(2).collect();
+        assert!(names.len() > 10, "{names:?}");
+        for name in names {
+            assert!(has_json(name.trim_start_matches("samepage ")), "{name}");
+        }
+        assert!(
+            rest.trim_start().starts_with("for programs, and `console`") && !has_json("console"),
+            "{rest}"
+        );
+    }
+
+    #[test]
     fn ranges_are_whole_pages() {
         assert_eq!(parse_range("1000-3000"), Ok(0x1000..0x3000));
         assert_eq!(parse_range("0x7f0000000000-0x7f0040000000"), Ok(0x7f00_0000_0000..0x7f00_4000_0000));

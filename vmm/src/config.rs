@@ -21,7 +21,7 @@ use crate::vm::devices::{MAX_DISKS, mmio_parameters};
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 
 /// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
-const MAX_NAME: usize = 64;
+pub(crate) const MAX_NAME: usize = 64;
 
 /// A virtual disk.
 #[derive(Debug, Clone, PartialEq, Eq)]

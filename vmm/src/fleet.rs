@@ -231,6 +231,8 @@ pub struct Ended {
     pub end: VmEnd,
     /// Bytes of console output that could not be written anywhere.
     pub console_lost: u64,
+    /// It was told to stop so that it can be made anew.
+    pub reset: bool,
 }
 
 #[derive(Debug)]
@@ -407,7 +409,7 @@ impl Fleet {
         drop(members);
         let end = vm.wait();
         let console_lost = vm.serial_stats().lost.load(Ordering::Relaxed);
-        Some(Ended { name, end, console_lost })
+        Some(Ended { name, end, console_lost, reset: false })
     }
 }
 

@@ -60,6 +60,8 @@ struct Plan<'a> {
     process: &'a ProcessArgs,
     socket: Option<SocketOptions>,
     share: bool,
+    /// The option with which no memory is shared.
+    no_sharing: &'static str,
     /// The one VM that has the terminal, by its place among those of the command line.
     terminal: bool,
     /// The process goes on without VMs, and their ends are not its own.
@@ -72,14 +74,19 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let vms = plan::vms(args);
     let terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
     let share = args.sharing != SharingArg::Off;
-    host(vms, &Plan { process: &args.process, socket, share, terminal, serve: false })
+    let no_sharing = "--sharing off";
+    host(vms, &Plan { process: &args.process, socket, share, no_sharing, terminal, serve: false })
 }
 
 /// Hosts VMs of clients until told to end.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let socket = Some(socket_options(&args.socket, &args.socket_access));
     let share = !args.no_sharing;
-    host(Vec::new(), &Plan { process: &args.process, socket, share, terminal: false, serve: true })
+    let no_sharing = "--no-sharing";
+    host(
+        Vec::new(),
+        &Plan { process: &args.process, socket, share, no_sharing, terminal: false, serve: true },
+    )
 }
 
 fn socket_options(path: &std::path::Path, access: &SocketAccess) -> SocketOptions {
@@ -112,7 +119,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let statistics = process.stats.as_ref().map(Statistics::open).transpose()?;
 
     let settings = settings(process);
-    let sharing = if plan.share { start_sharing(&settings) } else { None };
+    let sharing = if plan.share { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
     let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit };
     let manager = Arc::new(Manager::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {
@@ -310,14 +317,14 @@ fn settings(args: &ProcessArgs) -> Settings {
     }
 }
 
-/// Starts the engine that shares memory, or says why this host cannot.
-pub(crate) fn start_sharing(settings: &Settings) -> Option<Arc<Sharing>> {
+/// Starts the engine that shares memory, or says why this host cannot, and with which option that is not said.
+pub(crate) fn start_sharing(settings: &Settings, silently: Option<&str>) -> Option<Arc<Sharing>> {
     match Sharing::start(settings.clone()) {
         Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {
-            tell(format_args!(
-                "the VMs run without sharing memory (--sharing off says so without this message): {error}"
-            ));
+            let option = silently
+                .map_or_else(String::new, |option| format!(" ({option} says so without this message)"));
+            tell(format_args!("the VMs run without sharing memory{option}: {error}"));
             None
         }
     }
@@ -340,7 +347,11 @@ fn audit(sharing: Option<&Sharing>) -> Outcome {
 }
 
 fn report(vm: &Ended) {
-    tell(format_args!("VM {}: {}", vm.name, vm.end));
+    if vm.reset {
+        tell(format_args!("VM {}: it was reset", vm.name));
+    } else {
+        tell(format_args!("VM {}: {}", vm.name, vm.end));
+    }
     if vm.console_lost > 0 {
         tell(format_args!(
             "VM {}: {} of console output lost, because nobody took what the guest wrote",

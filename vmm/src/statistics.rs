@@ -33,7 +33,7 @@ use crate::poll;
 use crate::vm::Vm;
 
 /// Pairs of VMs that are told at most: all pairs of 32 VMs.
-const MOST_PAIRS: usize = 32 * 31 / 2;
+pub(crate) const MOST_PAIRS: usize = 32 * 31 / 2;
 
 /// The process at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -48,8 +48,10 @@ pub struct Sample {
     pub resident_bytes: u64,
     /// Of that, private pages: guests' own ones, and the program's.
     pub private_bytes: u64,
-    /// What sharing saves, in bytes, less what its books and mappings take.
-    pub saved_bytes: i64,
+    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
     /// The engine's counts.
     #[serde(flatten)]
     pub engine: EngineStatistics,
@@ -89,15 +91,18 @@ pub struct GroupSample {
     pub zero_pages: u64,
     /// Pages mapped to frames since the group came up.
     pub merges: u64,
-    /// What sharing saves, in bytes, less what its books and mappings take.
-    pub saved_bytes: i64,
+    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
 }
 
 impl GroupSample {
     fn new(name: String, engine: &EngineStatistics) -> Self {
         let EngineStatistics { pages_shared, pages_sharing, zero_pages, merges, .. } = *engine;
-        let (stopped, saved_bytes) = (engine.groups_stopped > 0, engine.saved_bytes());
-        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes }
+        let (saved_bytes, overhead_bytes) = (engine.saved_bytes(), engine.overhead_bytes());
+        let stopped = engine.groups_stopped > 0;
+        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes, overhead_bytes }
     }
 }
 
@@ -298,7 +303,8 @@ impl Sampler {
             guest_bytes: vms.iter().map(|vm| vm.memory_bytes).sum(),
             resident_bytes: private_bytes + engine.store_bytes,
             private_bytes,
-            saved_bytes: if sharing.is_some() { engine.saved_bytes() } else { 0 },
+            saved_bytes: sharing.map_or(0, |_| engine.saved_bytes()),
+            overhead_bytes: sharing.map_or(0, |_| engine.overhead_bytes()),
             engine,
             cache: sharing.map(Sharing::cache).unwrap_or_default(),
             groups,

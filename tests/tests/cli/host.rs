@@ -3,9 +3,11 @@
 use std::fs;
 use std::process::Command;
 
+use samepage::api::Client;
 use samepage_tests::program::{self, Running};
+use serde_json::{Value, json};
 
-use crate::scratch::{Scratch, assert_verified, short};
+use crate::scratch::{KERNEL, Scratch, assert_verified, short};
 
 /// The program with a `/dev` that holds what `prepare` puts there. Nobody else sees that, and it is
 /// gone when the program ends. `"$@"` is the program with its arguments.
@@ -85,4 +87,19 @@ pub(crate) fn userfaultfd_not_permitted() {
         assert!(first.contains(part), "{part:?} is missing in:\n{first}");
     }
     assert_eq!(rest, "samepage: VM vm: the guest reset the machine\n");
+
+    // A server has another option for that, and says of its VMs what is true.
+    let run = on_another_host(&scratch, &as_nobody_with_kvm_of_mode("666"));
+    let mut serve = Command::new(run.get_program());
+    serve.args(run.get_args().take_while(|argument| *argument != "run"));
+    serve.args(["serve", "--socket", "/dev/socket"]).current_dir(scratch.folder());
+    let serve = Running::start(serve);
+    let told = serve.stderr().wait_for_line("without sharing memory");
+    assert!(told.contains("(--no-sharing says so") && !told.contains("--sharing off"), "{told}");
+    serve.stderr().wait_for_line("the control socket is");
+    let socket = format!("/proc/{}/root/dev/socket", serve.pid().as_raw_nonzero());
+    let client = Client::new(socket);
+    let vm = json!({ "name": "a", "kernel": scratch.folder().join(KERNEL), "memory": "16M" });
+    let created: Value = client.send("POST".parse().unwrap(), "/vms", &vm).unwrap();
+    assert_eq!((&created["mode"], &created["config"]["sharing"]["mode"]), (&json!("off"), &json!("full")));
 }

@@ -7,7 +7,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
-use utoipa::ToSchema;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::lifecycle::State;
 
@@ -15,7 +17,7 @@ use super::lifecycle::State;
 const CAPACITY: usize = 1024;
 
 /// Something that happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// Its number; events are numbered from 1 on without gaps.
     pub id: u64,
@@ -24,6 +26,44 @@ pub struct Event {
     /// What.
     #[serde(flatten)]
     pub what: Happening,
+}
+
+impl PartialSchema for Event {
+    /// One object for each kind of event, since generators of clients cannot put an object and a choice together.
+    fn schema() -> RefOr<Schema> {
+        let number = |kind, format, description| {
+            let format = SchemaFormat::KnownFormat(format);
+            ObjectBuilder::new()
+                .schema_type(kind)
+                .format(Some(format))
+                .description(Some(description))
+                .minimum(Some(1))
+        };
+        let id = number(
+            Type::Integer,
+            KnownFormat::Int64,
+            "Its number; events are numbered from 1 on without gaps",
+        );
+        let time = number(Type::Number, KnownFormat::Double, "When, in seconds since 1970");
+        let (id, time): (RefOr<Schema>, RefOr<Schema>) = (id.into(), time.into());
+        let mut schema = Happening::schema();
+        if let RefOr::T(Schema::OneOf(kinds)) = &mut schema {
+            kinds.description = Some("Something that happened".to_owned());
+            for kind in &mut kinds.items {
+                let RefOr::T(Schema::Object(object)) = kind else { continue };
+                object.properties.insert("id".to_owned(), id.clone());
+                object.properties.insert("time_seconds".to_owned(), time.clone());
+                object.required.extend(["id".to_owned(), "time_seconds".to_owned()]);
+            }
+        }
+        schema
+    }
+}
+
+impl ToSchema for Event {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        Happening::schemas(schemas);
+    }
 }
 
 /// What happened.
@@ -36,7 +76,7 @@ pub enum Happening {
         vm: String,
         /// The state.
         state: State,
-        /// Why, where the VM has ended.
+        /// Why, where the VM has ended or was reset.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
     },

@@ -26,7 +26,7 @@ impl From<ManagerError> for Problem {
             ManagerError::Spec { place, .. } => Problem::new(Kind::InvalidConfiguration, text).at(place),
             ManagerError::Overcommitted(_) => Problem::new(Kind::Overcommitted, text),
             ManagerError::NotSharing(..) => Problem::new(Kind::NotSharing, text)
-                .help("see what the process said when it was started, and its option --sharing"),
+                .help("the process was told to share none (run --sharing off, serve --no-sharing), or its host cannot, which it said when it was started"),
             ManagerError::NotListening(_) => {
                 Problem::new(Kind::NotListening, text).help("use its console, or kill it")
             }

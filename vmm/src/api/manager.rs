@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{EventLog, Happening};
 use super::lifecycle::{Action, State};
-use super::record::{Record, Turn};
+use super::record::{Cause, Record, Turn};
 use super::spec::{SharingMode, VmSpec};
 use super::trouble::{Teller, Troubles};
 use crate::config::{ConfigError, ConsoleConfig, VmConfig};
@@ -177,7 +177,9 @@ impl Manager {
             let mut config = spec.to_config();
             config.check().map_err(|source| FleetError::Config { vm: spec.name.clone(), source })?;
             config.console = console.unwrap_or(config.console);
-            let record = Arc::new(Record::new(spec, Uses::of(&config)).map_err(FleetError::Watch)?);
+            let shares = self.common.sharing.is_some();
+            let record = Record::new(spec, Uses::of(&config), shares).map_err(FleetError::Watch)?;
+            let record = Arc::new(record);
             configs.push(self.complete(config, &record));
             records.push(record);
         }
@@ -277,7 +279,7 @@ impl Manager {
             Action::Start if state == State::Created => self.run(record, action)?,
             Action::Start => {
                 record.wait_collected();
-                self.boot(record)?;
+                self.boot(record, action)?;
             }
             Action::Resume => self.run(record, action)?,
             Action::Pause => {
@@ -292,8 +294,8 @@ impl Manager {
             }
             Action::Reset => {
                 let _operation = self.operation();
-                self.end(record);
-                self.boot(record)?;
+                self.end(record, Cause::Reset);
+                self.boot(record, action)?;
             }
             Action::Shutdown => {
                 if !self.machine(record, action)?.press_ctrl_alt_del() {
@@ -304,7 +306,7 @@ impl Manager {
                 // Who does not listen is given the time as well: it may end for other reasons.
                 self.machine(record, action)?.press_ctrl_alt_del();
             }
-            Action::Kill => self.end(record),
+            Action::Kill => self.end(record, Cause::Killed),
         }
         Ok(record.state())
     }
@@ -331,12 +333,13 @@ impl Manager {
         let vm = self.machine(record, action)?;
         record.note_started();
         vm.start();
-        self.tell_state(record);
+        let reason = (action == Action::Reset).then(|| Cause::Reset.to_string());
+        self.tell_state_because(record, reason.or_else(|| record.reason()));
         Ok(())
     }
 
     /// Makes a machine anew, and lets it run.
-    fn boot(&self, record: &Arc<Record>) -> Result<(), ManagerError> {
+    fn boot(&self, record: &Arc<Record>, action: Action) -> Result<(), ManagerError> {
         let _operation = self.operation();
         {
             let _one_after_another = self.reserving.lock();
@@ -364,12 +367,13 @@ impl Manager {
             vm.handle().request_stop();
         }
         drop(vm);
-        self.run(record, Action::Start)
+        self.run(record, action)
     }
 
     /// Ends a VM's machine, if it has one, and waits until nothing is left of it.
-    pub(super) fn end(&self, record: &Record) {
+    pub(super) fn end(&self, record: &Record, cause: Cause) {
         if let Some(vm) = record.vm() {
+            record.note_cause(cause);
             vm.handle().request_stop();
             vm.wait();
         }
@@ -379,7 +383,7 @@ impl Manager {
     /// Lets a VM go, with all that it holds.
     pub fn delete(&self, turn: &Turn) {
         let record = turn.record();
-        self.end(record);
+        self.end(record, Cause::Deleted);
         let removed = {
             let mut known = self.records.lock();
             let same = known.get(record.name()).is_some_and(|present| Arc::ptr_eq(present, record));
@@ -416,16 +420,20 @@ impl Manager {
     /// # Errors
     /// Where the fleet cannot be watched.
     pub fn collect(&self) -> io::Result<Vec<Ended>> {
-        let ended = self.fleet.take_ended()?;
-        for vm in &ended {
+        let mut ended = self.fleet.take_ended()?;
+        for vm in &mut ended {
             let record = self.records.lock().get(&vm.name).cloned();
             if let Some(record) = record {
+                vm.reset = record.is_reset(&vm.end);
                 record.finish(&vm.end, || self.note_change());
                 if let VmEnd::Crashed(report) = &vm.end {
                     let report = report.to_string();
                     self.events.tell(Happening::Crash { vm: vm.name.clone(), report });
                 }
-                self.tell_state(&record);
+                // What follows a reset is told once it is there.
+                if !vm.reset {
+                    self.tell_state(&record);
+                }
             }
         }
         Ok(ended)
@@ -452,7 +460,11 @@ impl Manager {
     }
 
     fn tell_state(&self, record: &Record) {
-        let (vm, state, reason) = (record.name().to_owned(), record.state(), record.reason());
+        self.tell_state_because(record, record.reason());
+    }
+
+    fn tell_state_because(&self, record: &Record, reason: Option<String>) {
+        let (vm, state) = (record.name().to_owned(), record.state());
         self.events.tell(Happening::State { vm, state, reason });
     }
 

@@ -129,6 +129,7 @@ impl Metrics {
             ("resident", "Memory that the process takes, each frame once", sample.resident_bytes as f64),
             ("private", "Private pages of the process", sample.private_bytes as f64),
             ("saved", "What sharing saves, less what it takes itself", sample.saved_bytes as f64),
+            ("overhead", "What sharing takes itself", sample.overhead_bytes as f64),
             ("frames_stored", "Memory charged for frames", engine.store_bytes as f64),
             ("engine_books", "What the engine's books take", engine.metadata_bytes as f64),
         ];

@@ -1,5 +1,6 @@
 //! One VM as clients see it, with or without a machine.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,11 +18,39 @@ use crate::vm::{Vm, VmEnd, VmState};
 /// How long one waits for others' operations on the same VM.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Who has ended a machine that was told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A client, without asking the guest.
+    Killed,
+    /// A client, whose guest was asked and had this many seconds.
+    NotInTime(u32),
+    /// A client, to boot it anew.
+    Reset,
+    /// A client, to be rid of the VM.
+    Deleted,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Killed => f.write_str("it was killed"),
+            Self::NotInTime(seconds) => {
+                write!(f, "it did not end within {seconds} s of being asked, and was killed")
+            }
+            Self::Reset => f.write_str("it was reset"),
+            Self::Deleted => f.write_str("it was deleted"),
+        }
+    }
+}
+
 /// One VM. It is there from before its first machine is built until it is deleted.
 #[derive(Debug)]
 pub struct Record {
     pub(super) spec: VmSpec,
     pub(super) uses: Uses,
+    /// The process has an engine that shares memory.
+    shares: bool,
     pub(super) backlog: Arc<Backlog>,
     /// Written when the console takes more of what is typed.
     room: EventFd,
@@ -44,18 +73,21 @@ struct Body {
     listed: bool,
     /// Its machine is being taken apart.
     collecting: bool,
+    /// Who has told its machine to stop.
+    cause: Option<Cause>,
     mode: SharingMode,
     end: Option<VmEnd>,
     since: SystemTime,
 }
 
 impl Record {
-    /// A VM that is about to be made.
-    pub(super) fn new(spec: VmSpec, uses: Uses) -> io::Result<Self> {
+    /// A VM that is about to be made, in a process that shares memory or not.
+    pub(super) fn new(spec: VmSpec, uses: Uses, shares: bool) -> io::Result<Self> {
         let mode = spec.sharing.mode;
         Ok(Self {
             spec,
             uses,
+            shares,
             backlog: Arc::default(),
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             turn: Arc::default(),
@@ -66,6 +98,7 @@ impl Record {
                 booting: true,
                 listed: false,
                 collecting: false,
+                cause: None,
                 mode,
                 end: None,
                 since: SystemTime::now(),
@@ -97,9 +130,14 @@ impl Record {
         Some(look(&vm))
     }
 
-    /// What of its memory is shared.
+    /// What of its memory is to be shared.
     pub fn mode(&self) -> SharingMode {
         self.body.lock().mode
+    }
+
+    /// What of its memory is shared in this process.
+    pub fn effective_mode(&self) -> SharingMode {
+        if self.shares { self.mode() } else { SharingMode::Off }
     }
 
     pub(super) fn set_mode(&self, mode: SharingMode) {
@@ -118,7 +156,22 @@ impl Record {
 
     /// Why it has ended, if it has.
     pub fn reason(&self) -> Option<String> {
-        self.body.lock().end().map(|end| end.to_string())
+        let body = self.body.lock();
+        Some(match (body.end()?, body.cause) {
+            (VmEnd::Stopped, Some(cause)) => cause.to_string(),
+            (VmEnd::Stopped, None) => "the process ended it".to_owned(),
+            (end, _) => end.to_string(),
+        })
+    }
+
+    /// Notes who is about to tell its machine to stop. The first one counts.
+    pub(super) fn note_cause(&self, cause: Cause) {
+        self.body.lock().cause.get_or_insert(cause);
+    }
+
+    /// Whether its machine came to this end so that it can be made anew.
+    pub(super) fn is_reset(&self, end: &VmEnd) -> bool {
+        matches!(end, VmEnd::Stopped) && self.body.lock().cause == Some(Cause::Reset)
     }
 
     /// Whether clients see it.
@@ -141,6 +194,7 @@ impl Record {
         let mut body = self.body.lock();
         body.booting = true;
         body.end = None;
+        body.cause = None;
         body.started = false;
     }
 

@@ -3,7 +3,8 @@
 //! To look at a VM takes time in proportion to its memory (the engine's books and the kernel's page map
 //! are gone through), so this is done at most once in [`FRESH`], only when somebody asks, and by another
 //! thread. Who asks meanwhile gets what is there unless that is older than [`STALE`]. A look takes a
-//! twentieth of the time at most: where it takes long, the next one comes later.
+//! twentieth of the time at most: where it takes long, the next one comes later. VMs that were made since the
+//! last look are looked at without the wait of [`FRESH`], so that lists have no gaps.
 
 use std::io;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::manager::Manager;
+use super::record::Record;
 use crate::statistics::{Sample, Sampler, VmSample};
 
 /// For how long what was seen counts as what is.
@@ -21,6 +23,8 @@ const FRESH: Duration = Duration::from_secs(1);
 const STALE: Duration = Duration::from_secs(5);
 /// The part of the time that looks may take, as a divisor.
 const SHARE: u32 = 20;
+/// How long who asks for all VMs waits until those are looked at that have just been made.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What was seen last, and who looks.
 #[derive(Debug)]
@@ -53,6 +57,16 @@ impl Seen {
         vms.binary_search_by(|vm| vm.name.as_str().cmp(name)).ok().map(|at| &vms[at])
     }
 
+    /// Whether it tells of these VMs, as far as they have memory.
+    fn tells_of(&self, records: &[Arc<Record>]) -> bool {
+        records.iter().all(|record| record.vm().is_none() || self.vm(record.name()).is_some())
+    }
+
+    /// How long it still is until there may be another look.
+    fn rest(&self) -> Duration {
+        (self.took * SHARE).saturating_sub(self.at.elapsed())
+    }
+
     fn is_fresh(&self) -> bool {
         self.at.elapsed() < FRESH.max(self.took * SHARE)
     }
@@ -72,12 +86,47 @@ impl Sampling {
     pub(super) fn latest(self: &Arc<Self>, manager: &Arc<Manager>) -> Option<Arc<Seen>> {
         let mut state = self.state.lock();
         let fresh = state.seen.as_ref().is_some_and(|seen| seen.is_fresh());
-        if !fresh && !state.looking {
-            state.looking = true;
+        if !fresh {
+            self.begin(&mut state, manager);
+        }
+        state.seen.clone()
+    }
+
+    /// Has somebody look, unless somebody does.
+    fn begin(self: &Arc<Self>, state: &mut Latest, manager: &Arc<Manager>) {
+        if !std::mem::replace(&mut state.looking, true) {
             let (sampling, manager) = (Arc::clone(self), Arc::clone(manager));
             tokio::task::spawn_blocking(move || sampling.look(&manager));
         }
-        state.seen.clone()
+    }
+
+    /// What was seen last. Where that is old or does not tell of VMs that have just been made, another look is waited for,
+    /// as long as that does not take long.
+    pub(super) async fn of(
+        self: &Arc<Self>,
+        records: &[Arc<Record>],
+        manager: &Arc<Manager>,
+    ) -> Option<Arc<Seen>> {
+        let looked_at = async {
+            loop {
+                let seen_again = self.seen.notified();
+                tokio::pin!(seen_again);
+                seen_again.as_mut().enable();
+                let rest = match self.latest(manager) {
+                    Some(seen) if seen.tells_of(records) && !seen.is_stale() => return,
+                    seen => seen.map_or(Duration::ZERO, |seen| seen.rest()),
+                };
+                tokio::time::sleep(rest).await;
+                self.begin(&mut self.state.lock(), manager);
+                seen_again.await;
+                if self.state.lock().error.is_some() {
+                    return;
+                }
+            }
+        };
+        // Who has waited long enough gets what there is.
+        let _ = tokio::time::timeout(PATIENCE, looked_at).await;
+        self.state.lock().seen.clone()
     }
 
     /// What was seen a short while ago.

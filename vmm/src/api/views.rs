@@ -1,7 +1,8 @@
 //! What the API answers.
 //!
-//! Pages are of 4 KiB, amounts of memory in bytes, and times in seconds since 1970. Fields that say what
-//! was counted are in the terms of the kernel's KSM, as in the lines of `--stats`.
+//! Pages are of 4 KiB and amounts of memory in bytes. Fields whose names end in `time_seconds` are dates, in
+//! seconds since 1970; all others that end in `_seconds` are lengths of time. Fields that say what was counted are
+//! in the terms of the kernel's KSM, as in the lines of `--stats`.
 
 pub mod pages;
 
@@ -125,8 +126,8 @@ pub struct VmSummary {
     pub name: String,
     /// What it does.
     pub state: State,
-    /// Since when.
-    pub since_seconds: f64,
+    /// Since when it has been in that state, in seconds since 1970.
+    pub since_time_seconds: f64,
     /// Why it has ended, if it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -134,7 +135,7 @@ pub struct VmSummary {
     pub memory_bytes: u64,
     /// The group that it shares memory with.
     pub group: String,
-    /// What of its memory is shared.
+    /// What of its memory is shared: nothing where this process shares none, whatever its configuration says.
     pub mode: SharingMode,
     /// Why sharing has stopped for its group, if it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -427,7 +428,7 @@ pub struct DiskStatistics {
 pub struct VmSharingView {
     /// The group that it shares with.
     pub group: String,
-    /// What of its memory is shared.
+    /// What of its memory is shared: nothing where this process shares none.
     pub mode: SharingMode,
     /// When this was looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -456,8 +457,10 @@ pub struct SharingView {
     pub resident_bytes: u64,
     /// Of that, private pages.
     pub private_bytes: u64,
-    /// What sharing saves, less what its books and mappings take.
-    pub saved_bytes: i64,
+    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
     /// What the engine counts.
     pub statistics: EngineView,
     /// The groups within which VMs share.
@@ -495,8 +498,10 @@ pub struct GroupView {
     pub zero_pages: u64,
     /// Pages mapped to frames since the group came up.
     pub merges: u64,
-    /// What sharing saves, less what its books and mappings take.
-    pub saved_bytes: i64,
+    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
 }
 
 impl VmSummary {
@@ -510,11 +515,11 @@ impl VmSummary {
         Self {
             name: spec.name.clone(),
             state: record.state(),
-            since_seconds: unix_seconds(record.since()),
+            since_time_seconds: unix_seconds(record.since()),
             reason: record.reason(),
             memory_bytes: spec.memory.0,
             group: spec.sharing.group.clone(),
-            mode: record.mode(),
+            mode: record.effective_mode(),
             sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),
             resident_bytes: sample.map(|sample| sample.resident_bytes),
             saved_bytes: sample.map(saved_bytes),
@@ -596,7 +601,7 @@ impl VmSharingView {
         let sample = sample.filter(|_| record.vm().is_some());
         Self {
             group: record.spec().sharing.group.clone(),
-            mode: record.mode(),
+            mode: record.effective_mode(),
             time_seconds: sample.map(|(time, _)| time),
             resident_bytes: sample.map(|(_, sample)| sample.resident_bytes),
             statistics: sample.map(|(_, sample)| VmMemoryView::from(&sample.pages)),
@@ -619,6 +624,7 @@ impl SharingView {
             resident_bytes: sample.resident_bytes,
             private_bytes: sample.private_bytes,
             saved_bytes: sample.saved_bytes,
+            overhead_bytes: sample.overhead_bytes,
             statistics,
             groups: sample.groups.iter().map(GroupView::from).collect(),
             pairs: PairView::most(sample, 10),
@@ -643,8 +649,16 @@ impl From<&Settings> for SettingsView {
 
 impl From<&GroupSample> for GroupView {
     fn from(group: &GroupSample) -> Self {
-        let GroupSample { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes } =
-            group.clone();
-        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes }
+        let GroupSample {
+            name,
+            stopped,
+            pages_shared,
+            pages_sharing,
+            zero_pages,
+            merges,
+            saved_bytes,
+            overhead_bytes,
+        } = group.clone();
+        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes, overhead_bytes }
     }
 }

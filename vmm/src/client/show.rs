@@ -57,7 +57,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
             table.row([
                 vm.name.clone(),
                 vm.state.name().to_owned(),
-                ago(vm.since_seconds, now()),
+                ago(vm.since_time_seconds, now()),
                 mebibytes(vm.memory_bytes),
                 maybe_mebibytes(vm.resident_bytes),
                 maybe_mebibytes(vm.saved_bytes),
@@ -82,7 +82,7 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         let actions: Vec<_> = actions.iter().map(|action| action.name()).collect();
         let mut table = Table::new(&["NAME", &summary.name]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
-        line("state", format!("{} for {}", summary.state.name(), ago(summary.since_seconds, now())));
+        line("state", format!("{} for {}", summary.state.name(), ago(summary.since_time_seconds, now())));
         if let Some(reason) = &summary.reason {
             line("because", reason.clone());
         }
@@ -225,18 +225,19 @@ fn process(sharing: &SharingView) -> String {
         text.push_str("no memory is shared in this process\n");
     }
     for group in sharing.groups.iter().filter(|group| group.stopped) {
-        let _ = writeln!(text, "sharing has stopped for group {}; see the log, or `samepage vm`", group.name);
+        let _ =
+            writeln!(text, "sharing has stopped for group {}; see the log, or `samepage show`", group.name);
     }
-    let saved = mebibytes(sharing.saved_bytes.unsigned_abs());
-    let sign = if sharing.saved_bytes < 0 { "-" } else { "" };
     let figures = &sharing.statistics;
     // Writing to a string does not fail.
     let _ = write!(
         text,
-        "guest memory  {}\nresident      {}\nsaved         {sign}{saved}\nframes        {} for {}\n\
+        "guest memory  {}\nresident      {}\nsaved         {}\noverhead      {}\nframes        {} for {}\n\
          zero pages    {}\nmappings      {} of {}\ncpu           {:.1} s\n\n",
         mebibytes(sharing.guest_bytes),
         mebibytes(sharing.resident_bytes),
+        mebibytes(sharing.saved_bytes),
+        mebibytes(sharing.overhead_bytes),
         figures.frames,
         counted(figures.pages_shared + figures.pages_sharing, "page"),
         figures.zero_pages,
@@ -246,7 +247,7 @@ fn process(sharing: &SharingView) -> String {
     );
     let mut table = Table::new(&["GROUP", ">SHARED", ">SHARING", ">ZERO", ">MERGES", ">SAVED"]);
     for group in &sharing.groups {
-        let saved = mebibytes(u64::try_from(group.saved_bytes).unwrap_or(0));
+        let saved = mebibytes(group.saved_bytes);
         let figures = [group.pages_shared, group.pages_sharing, group.zero_pages, group.merges];
         let figures = figures.map(|figure| figure.to_string());
         table.row([group.name.clone()].into_iter().chain(figures).chain([saved]));

@@ -2,13 +2,17 @@
 
 /// Rows of cells, in columns as wide as they have to be.
 pub(super) struct Table {
+    /// Which columns are aligned to the right.
+    right: Vec<bool>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// A table with these headings. Columns whose heading begins with `>` are aligned to the right.
     pub(super) fn new(headings: &[&str]) -> Self {
-        Self { rows: vec![headings.iter().map(|heading| (*heading).to_owned()).collect()] }
+        let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
+        let headings = headings.iter().map(|heading| heading.strip_prefix('>').unwrap_or(heading).to_owned());
+        Self { right, rows: vec![headings.collect()] }
     }
 
     /// Adds a row.
@@ -21,18 +25,17 @@ impl Table {
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let right: Vec<bool> = self.rows[0].iter().map(|heading| heading.starts_with('>')).collect();
-        let text = |cell: &str| cell.strip_prefix('>').unwrap_or(cell).to_owned();
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
-            cells.map(|cell| text(cell).chars().count()).max().unwrap_or(0)
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
-        let widths: Vec<usize> = (0..right.len()).map(width).collect();
+        let widths: Vec<usize> = (0..self.right.len()).map(width).collect();
         for row in &self.rows {
             let mut line = String::new();
             for (column, cell) in row.iter().enumerate() {
-                let (cell, width) = (text(cell), widths[column]);
-                let cell = if right[column] { format!("{cell:>width$}") } else { format!("{cell:width$}") };
+                let width = widths[column];
+                let cell =
+                    if self.right[column] { format!("{cell:>width$}") } else { format!("{cell:width$}") };
                 line.push_str(&cell);
                 line.push_str("  ");
             }

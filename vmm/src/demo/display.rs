@@ -73,7 +73,7 @@ impl Display {
     fn plain(&self, elapsed: Duration, sample: &Sample, progress: &[Progress]) -> String {
         let rounds = progress.iter().map(|vm| vm.rounds).min().unwrap_or(0);
         format!(
-            "{:5.1} s  resident {}  shared {} pages  saved {} of {}  sharing CPU {:.2} s  rounds {rounds}  ({})\n",
+            "{:5.1} s  resident {}  shared {} pages  saved {} of at least {}  sharing CPU {:.2} s  rounds {rounds}  ({})\n",
             elapsed.as_secs_f64(),
             mebibytes(sample.resident_bytes),
             sample.engine.pages_shared,
@@ -114,7 +114,7 @@ impl Display {
             .push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages given back", ""));
         lines.push(String::new());
         lines.push(format!(
-            "resident {}   saved {} of {}   sharing CPU {:.2} s",
+            "resident {}   saved {} of at least {}   sharing CPU {:.2} s",
             mebibytes(sample.resident_bytes),
             mebibytes(gross_saved(sample)),
             mebibytes(self.can_save),

@@ -227,14 +227,17 @@ impl Watch {
     fn end(&self, raw: &mut Option<RawTerminal>) -> Exit {
         *raw = None;
         match self.hosted.client.get::<VmSummary>(&self.hosted.path()) {
-            // Stopped by somebody else, for instance because its host is about to end.
-            Ok(vm) if vm.state == State::Stopped && vm.reason == Some(VmEnd::Stopped.to_string()) => {
-                self.log.error("the VM was stopped by its host");
-                Exit::Error
-            }
-            Ok(vm) if vm.state == State::Stopped => {
-                self.log.info(vm.reason.unwrap_or_default());
+            Ok(VmSummary { state: State::Stopped, reason: Some(reason), .. })
+                if [VmEnd::Reset, VmEnd::PowerOff].iter().any(|end| end.to_string() == reason) =>
+            {
+                self.log.info(reason);
                 Exit::Ok
+            }
+            // Stopped by somebody else, for instance because its host is about to end.
+            Ok(VmSummary { state: State::Stopped, reason, .. }) => {
+                let reason = reason.unwrap_or_default();
+                self.log.error(format_args!("the VM was stopped by its host: {reason}"));
+                Exit::Error
             }
             Ok(vm) => {
                 self.log.error(vm.reason.unwrap_or_else(|| "the console was closed by the host".to_owned()));

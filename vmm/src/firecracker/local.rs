@@ -44,7 +44,7 @@ pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Ar
     let hypervisor = Hypervisor::open()?;
     samepage::host_limits::raise_open_files();
     let settings = Settings::default();
-    let sharing = start_sharing(&settings);
+    let sharing = start_sharing(&settings, None);
     if let Some(sharing) = &sharing {
         let log = log.clone();
         sharing.on_notice(move |notice| log.info(notice));

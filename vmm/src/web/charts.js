@@ -13,7 +13,7 @@
 
   /** Marks on an axis of time: some seconds, minutes or hours apart. */
   function times(seconds, most) {
-    const steps = [5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400];
+    const steps = [1, 2, 3, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400];
     const step = steps.find((step) => seconds / step <= most) || 86400 * Math.ceil(seconds / 86400 / most);
     const all = [];
     for (let at = 0; at <= seconds; at += step) all.push(at);
@@ -22,15 +22,18 @@
 
   /**
    * Series stacked on each other over time. `points` are `{ time, values }`, in order of time; `series` are
-   * `{ name, colour }`, from the bottom up; `format` writes values; `span` is the least number of seconds.
+   * `{ name, colour }`, from the bottom up; `format` writes values; `span` is the least number of seconds of what
+   * goes on. What has ended is shown from its first moment to its last.
    */
   samepage.areas = function (into, { points, series, format, span = 60, ended = false }) {
     const width = into.clientWidth;
     const height = into.clientHeight;
     if (width < 50 || points.length === 0) return;
+    // A moment alone lasts.
+    if (points.length === 1) points = [{ ...points[0], time: points[0].time - 1 }, points[0]];
     const [left, right, top, bottom] = [64, 8, 8, 22];
     const last = points[points.length - 1].time;
-    const first = Math.min(points[0].time, last - span);
+    const first = Math.min(points[0].time, last - (ended ? 1 : span));
     const sum = (point) => point.values.reduce((all, value) => all + Math.max(0, value), 0);
     const most = Math.max(1, ...points.map(sum)) * 1.08;
     const x = (time) => left + ((time - first) / (last - first)) * (width - left - right);
@@ -43,7 +46,7 @@
         svg('text', { x: left - 8, y: y(tick) + 4, 'text-anchor': 'end' }, format(tick)),
       );
     }
-    for (const ago of times(last - first, Math.max(2, Math.floor(width / 110)))) {
+    for (const ago of times(last - first, Math.max(3, Math.floor(width / 110)))) {
       const at = ended ? first + ago : last - ago;
       const text = ended ? samepage.duration(ago) : ago === 0 ? 'now' : '−' + samepage.duration(ago);
       const place = x(at) > width - right - 14 ? 'end' : x(at) < left + 14 ? 'start' : 'middle';
@@ -147,10 +150,14 @@
     const face = `${font}px system-ui, sans-serif`;
     const context = canvas.getContext('2d');
     context.font = face;
-    const shown = names.map((name) => (name.length > 14 ? '…' + name.slice(-13) : name));
+    // On a narrow screen the cells come before the names.
+    const room = Math.max(7, Math.min(14, Math.floor(width / (count > 8 ? 30 : 24))));
+    const shown = names.map((name) => samepage.middle(name, room));
     const label = Math.ceil(Math.max(24, ...shown.map((name) => context.measureText(name).width))) + 8;
     const cell = Math.min(84, (width - label) / count);
-    const top = count > 8 ? label : font + 10;
+    // Names that are wider than their columns stand upright.
+    const upright = label - 8 > cell - 4;
+    const top = upright ? label : font + 10;
     const height = top + cell * count + 2;
     canvas.width = width * scale;
     canvas.height = height * scale;
@@ -169,7 +176,7 @@
       if (cell >= font - 1 || a % 2 === 0) context.fillText(shown[a], label - 8, top + (a + 0.5) * cell);
       context.save();
       context.translate(label + (a + 0.5) * cell, top - 6);
-      if (count > 8) {
+      if (upright) {
         context.rotate(-Math.PI / 2);
         context.textAlign = 'left';
       } else {

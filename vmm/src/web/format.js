@@ -41,6 +41,25 @@ var samepage = {};
     return s < 172800 ? Math.round(s / 3600) + ' h' : Math.round(s / 86400) + ' d';
   };
 
+  /** A text in so many characters, cut in the middle: names mostly differ at their ends. */
+  samepage.middle = function (text, room) {
+    const letters = [...text];
+    if (letters.length <= room) return text;
+    const end = Math.ceil((room - 1) / 2);
+    return letters.slice(0, room - 1 - end).join('') + '…' + letters.slice(letters.length - end).join('');
+  };
+
+  /** A name that is cut in the middle where there is no room for it, and shown as a whole at the pointer. */
+  samepage.name = function (name) {
+    const letters = [...name];
+    // A short one needs no cut.
+    const end = letters.length > 12 ? Math.min(12, Math.ceil(letters.length / 2)) : letters.length;
+    const [start, rest] = [letters.slice(0, letters.length - end), letters.slice(letters.length - end)];
+    return samepage.html('b', { class: 'vm', title: name },
+      start.length > 0 ? samepage.html('span', {}, start.join('')) : undefined,
+      samepage.html('span', {}, rest.join('')));
+  };
+
   /** Names in the order in which people count. */
   samepage.natural = new Intl.Collator('en', { numeric: true }).compare;
 

@@ -87,6 +87,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn types_of_pages_have_the_names_that_they_have_elsewhere() {
+        for page_type in samepage_hole::PageType::ALL {
+            assert!(SHOW.contains(&format!("{}: ", page_type.name())), "{page_type:?} has no colour");
+        }
+        assert!(!SHOW.contains("page cache"));
+        let docs = [include_str!("../../../docs/api.md"), include_str!("../../../docs/memory-hole.md")];
+        for page_type in samepage_hole::PageType::ALL {
+            assert!(
+                docs.iter().all(|text| text.contains(&format!("`{}`", page_type.name()))),
+                "{page_type:?}"
+            );
+        }
+    }
+
+    #[test]
     fn the_page_asks_for_what_there_is_and_nothing_else() {
         let parts = PAGE.split(['"', '\'']).filter(|part| part.ends_with(".js") || part.ends_with(".css"));
         let parts: Vec<_> = parts.collect();

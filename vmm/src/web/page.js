@@ -31,10 +31,6 @@
     anonymous: '#dd7f35', file_mapped: '#1f9d6b', file_unmapped: '#29a3b5', slab: '#8a63c9', page_table: '#d1549b',
     compound: '#c9a227', balloon: '#4d5f7a', unknown: '#93a4bd', free: null,
   };
-  const TYPE_NAMES = {
-    anonymous: 'anonymous', file_mapped: 'files, mapped', file_unmapped: 'files, page cache alone', slab: 'slab',
-    page_table: 'page tables', compound: 'compound', balloon: 'balloon', unknown: 'unknown', free: 'free',
-  };
   const OTHER_TYPES = ['#3a6fd8', '#7cc7a4', '#a05a2c', '#cf3f3f'];
 
   class Page {
@@ -215,7 +211,7 @@
       });
       const named = this.kind === 'states'
         ? Object.keys(STATES).map((state) => [STATE_NAMES[state], STATES[state]])
-        : this.types().map((type) => [TYPE_NAMES[type] || type, typeColour(type), undefined, true]);
+        : this.types().map((type) => [type, typeColour(type), undefined, true]);
       legend(byId('maps-legend'), named);
       byId('maps-note').textContent = this.kind === 'types' && named.length === 0
         ? 'No agent in a guest says what pages are used for.' : '';
@@ -226,7 +222,7 @@
       const text = html('span', {});
       const card = { name, canvas, text, cells: null, live: false };
       card.figure = html('figure', { class: 'map' },
-        html('figcaption', {}, html('b', { title: name }, name), text), canvas);
+        html('figcaption', {}, samepage.name(name), text), canvas);
       canvas.style.aspectRatio = '64 / 18';
       samepage.tip(canvas, (event) => {
         const cell = card.cells && canvas.cellAt && canvas.cellAt(event);
@@ -303,7 +299,7 @@
 
     drawTable() {
       const columns = [
-        { key: 'name', title: 'Name', of: (vm) => vm.name, cell: (vm) => html('b', {}, vm.name) },
+        { key: 'name', title: 'Name', of: (vm) => vm.name, cell: (vm) => samepage.name(vm.name) },
         { key: 'state', title: 'State', of: (vm) => vm.state,
           cell: (vm) => html('span', { class: 'state ' + vm.state, tip: vm.reason || '' }, vm.state) },
         { key: 'cpu', title: 'CPU', number: true, of: (vm) => (this.ended ? vm.cpu_seconds : vm.cpu),
@@ -369,7 +365,7 @@
 
   /** A state or a type of pages, for people. */
   function kindName(kind, name) {
-    return (kind === 'states' ? STATE_NAMES : TYPE_NAMES)[name] || name.replaceAll('_', ' ');
+    return (kind === 'states' && STATE_NAMES[name]) || name;
   }
 
   /** Names with their colours, and a figure where there is one. */

@@ -17,7 +17,7 @@ use crate::api::filter::VmFilter;
 use crate::api::lifecycle::Action;
 use crate::api::manager::{Manager, ManagerError};
 use crate::api::problem::{Kind, Problem};
-use crate::api::record::{Record, Turn};
+use crate::api::record::{Cause, Record, Turn};
 use crate::api::server::Api;
 use crate::api::spec::VmSpec;
 use crate::api::views::{DiskView, VmSummary, VmView};
@@ -27,14 +27,14 @@ use crate::vm::{Disk, Vm as RunningVm};
 ///
 /// By name, those that have ended as well: all of them, or those that are asked for.
 #[utoipa::path(
-    get, path = "/vms", tag = "vms", params(VmFilter), responses((status = 200, body = Vec<VmSummary>))
+    get, path = "/vms", operation_id = "list_vms", tag = "vms", params(VmFilter), responses((status = 200, body = Vec<VmSummary>))
 )]
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Parameters(filter): Parameters<VmFilter>,
 ) -> Result<Response, Problem> {
     let revision = api.manager.revision();
-    let seen = api.sampling.latest(&api.manager);
+    let seen = api.sampling.of(&api.manager.list(), &api.manager).await;
     let write = || {
         let sample = |record: &Record| seen.as_ref()?.vm(record.name());
         let vms = api.manager.list();
@@ -50,7 +50,7 @@ pub(super) async fn list(
 ///
 /// All of it or nothing: where this fails, nothing is left of the VM.
 #[utoipa::path(
-    post, path = "/vms", tag = "vms", request_body = VmSpec,
+    post, path = "/vms", operation_id = "create_vm", tag = "vms", request_body = VmSpec,
     responses((status = 201, body = VmView, headers(("Location" = String, description = "Its path"))))
 )]
 pub(super) async fn create(
@@ -79,18 +79,19 @@ fn view(api: &Api, record: &Record) -> VmView {
 
 /// Show a VM
 #[utoipa::path(
-    get, path = "/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    get, path = "/vms/{vm}", operation_id = "get_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = VmView))
 )]
 pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
-    Json(view(&api, &record))
+    let seen = api.sampling.of(std::slice::from_ref(&record), &api.manager).await;
+    Json(VmView::new(&record, seen.as_ref().and_then(|seen| seen.vm(record.name()))))
 }
 
 /// Delete a VM
 ///
 /// It is ended first where it runs; its guest is not asked. All that it held is free afterwards.
 #[utoipa::path(
-    delete, path = "/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    delete, path = "/vms/{vm}", operation_id = "delete_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     responses((status = 204, description = "It is gone"))
 )]
 pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Problem> {
@@ -102,6 +103,7 @@ pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Resul
 pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Problem> {
     // Whoever waits for the VM in a turn of theirs need not wait any longer.
     if let Some(vm) = record.vm() {
+        record.note_cause(Cause::Deleted);
         vm.handle().request_stop();
     }
     let turn = turn(api, record).await?;
@@ -129,13 +131,13 @@ pub(crate) struct ActionRequest {
 /// How long a guest that is asked to stop may take, where the request does not say.
 const STOP_TIMEOUT: u32 = 30;
 /// And how long it may take at most.
-const LONGEST_STOP_TIMEOUT: u32 = 86_400;
+pub(super) const LONGEST_STOP_TIMEOUT: u32 = 86_400;
 
 /// Ask a VM to do something
 ///
 /// The answer comes once it is done. What a VM can be asked for depends on its state.
 #[utoipa::path(
-    post, path = "/vms/{vm}/actions", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    post, path = "/vms/{vm}/actions", operation_id = "act_on_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     request_body = ActionRequest, responses((status = 200, body = VmSummary))
 )]
 pub(super) async fn act(
@@ -149,6 +151,7 @@ pub(super) async fn act(
         api.manager.check(&record, action)?;
         // Whoever waits for the VM in a turn of theirs need not wait any longer.
         if let Some(vm) = record.vm() {
+            record.note_cause(Cause::Killed);
             vm.handle().request_stop();
         }
     }
@@ -158,7 +161,7 @@ pub(super) async fn act(
         Action::Stop => stop(manager, turn, timeout_seconds.unwrap_or(STOP_TIMEOUT)).await?,
         Action::Kill => {
             let end = move || {
-                manager.end(turn.record());
+                manager.end(turn.record(), Cause::Killed);
                 Ok(())
             };
             blocking(end).await?;
@@ -187,7 +190,7 @@ async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Pro
         // However this ends, what is left is ended.
         let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
         let end = move || {
-            manager.end(turn.record());
+            manager.end(turn.record(), Cause::NotInTime(seconds));
             Ok(())
         };
         blocking(end).await
@@ -199,7 +202,7 @@ async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Pro
 ///
 /// The same as with POST.
 #[utoipa::path(
-    put, path = "/vms/{vm}/actions", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    put, path = "/vms/{vm}/actions", operation_id = "put_vm_action", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     request_body = ActionRequest, responses((status = 200, body = VmSummary))
 )]
 pub(super) async fn put_action(
@@ -226,7 +229,7 @@ pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Proble
 
 /// List a VM's disks
 #[utoipa::path(
-    get, path = "/vms/{vm}/disks", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    get, path = "/vms/{vm}/disks", operation_id = "list_disks", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = Vec<DiskView>))
 )]
 pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
@@ -235,7 +238,7 @@ pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
 
 /// Show a disk
 #[utoipa::path(
-    get, path = "/vms/{vm}/disks/{disk}", tag = "vms",
+    get, path = "/vms/{vm}/disks/{disk}", operation_id = "get_disk", tag = "vms",
     params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
     responses((status = 200, body = DiskView))
 )]
@@ -258,7 +261,7 @@ pub(crate) struct DiskChange {
 
 /// Change a disk's limits or cache
 #[utoipa::path(
-    patch, path = "/vms/{vm}/disks/{disk}", tag = "vms",
+    patch, path = "/vms/{vm}/disks/{disk}", operation_id = "change_disk", tag = "vms",
     params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
     request_body = DiskChange, responses((status = 200, body = DiskView))
 )]

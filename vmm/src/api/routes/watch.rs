@@ -41,7 +41,7 @@ pub(crate) struct Since {
 /// Server-sent events: states of VMs, crashes, limits that were reached. The data of each is an `Event` in
 /// JSON.
 #[utoipa::path(
-    get, path = "/events", tag = "process", params(Since),
+    get, path = "/events", operation_id = "listen_to_events", tag = "process", params(Since),
     responses((status = 200, description = "Events as they happen", content_type = "text/event-stream", body = String))
 )]
 pub(super) async fn events(
@@ -103,7 +103,7 @@ impl Reader {
 /// Counters and gauges in the text format of OpenMetrics, which Prometheus reads; in Prometheus' own text format
 /// for those who prefer `text/plain` by the header `Accept`.
 #[utoipa::path(
-    get, path = "/metrics", tag = "process",
+    get, path = "/metrics", operation_id = "get_metrics", tag = "process",
     responses((
         status = 200, description = "Metrics",
         content((String = "application/openmetrics-text"), (String = "text/plain"))

@@ -38,8 +38,11 @@ pub struct TypeView {
     pub broken: u64,
     /// For how long pages of this type were on frames since then, in seconds, all pages together.
     pub merged_seconds: f64,
+    /// How long that is, in seconds: of the VM whose agent has been heard of longest. 0 where there is nothing of
+    /// this type.
+    pub watched_seconds: f64,
     /// For how long a page of this type is shared before it is written to: `merged_seconds` over `broken`.
-    /// Nothing before the first was written to.
+    /// Nothing before the first was written to, and where that is longer than `watched_seconds`.
     #[schema(required)]
     pub mean_life_seconds: Option<f64>,
 }
@@ -55,6 +58,7 @@ impl From<TypeSample> for TypeView {
             merges,
             broken,
             merged_seconds,
+            watched_seconds,
         } = sample;
         let bytes = |pages: u64| pages.saturating_mul(PAGE_SIZE as u64);
         Self {
@@ -71,6 +75,7 @@ impl From<TypeSample> for TypeView {
             merges,
             broken,
             merged_seconds,
+            watched_seconds,
             mean_life_seconds: sample.mean_life_seconds(),
         }
     }
@@ -87,6 +92,7 @@ impl From<TypeView> for TypeSample {
             merges: view.merges,
             broken: view.broken,
             merged_seconds: view.merged_seconds,
+            watched_seconds: view.watched_seconds,
         }
     }
 }

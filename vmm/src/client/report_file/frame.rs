@@ -11,7 +11,7 @@ pub(super) struct Line {
     pub(super) guest: u64,
     pub(super) resident: u64,
     pub(super) private: u64,
-    pub(super) saved: i64,
+    pub(super) saved: u64,
     pub(super) engine: EngineFrame,
     pub(super) cache: CacheFrame,
 }

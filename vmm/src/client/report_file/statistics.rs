@@ -22,6 +22,7 @@ struct Sample {
     guest_bytes: u64,
     resident_bytes: u64,
     private_bytes: u64,
+    /// Older programs wrote what sharing takes itself as less than nothing.
     saved_bytes: i64,
     #[serde(flatten)]
     engine: EngineFrame,
@@ -128,7 +129,7 @@ impl From<Sample> for Frame {
             guest: sample.guest_bytes,
             resident: sample.resident_bytes,
             private: sample.private_bytes,
-            saved: sample.saved_bytes,
+            saved: u64::try_from(sample.saved_bytes).unwrap_or(0),
             engine: sample.engine,
             cache: CacheFrame::from(&sample.cache),
         };

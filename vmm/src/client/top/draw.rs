@@ -88,7 +88,7 @@ fn draw_title(frame: &mut Frame<'_>, model: &Model, area: Rect) {
 fn draw_memory(frame: &mut Frame<'_>, model: &Model, text: Rect, bar: Rect) {
     let Some(latest) = &model.latest else { return };
     let sharing = &latest.sharing;
-    let saved = u64::try_from(sharing.saved_bytes).unwrap_or(0);
+    let saved = sharing.saved_bytes;
     let mut line = Figures::new("memory", text.width);
     line.add(&[], &amount(sharing.guest_bytes), "promised");
     line.add(&[Span::from("■ ").fg(RESIDENT)], &amount(sharing.resident_bytes), "resident");
@@ -166,10 +166,13 @@ fn draw_chart(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_widget(chart, area);
 }
 
+/// The least width of the column of names, in cells.
+const NAME_WIDTH: u16 = 12;
+
 /// Headings, and widths in cells.
 fn heading(column: Column) -> (&'static str, Constraint) {
     let (heading, width) = match column {
-        Column::Name => return ("NAME", Constraint::Min(12)),
+        Column::Name => return ("NAME", Constraint::Min(NAME_WIDTH)),
         Column::State => ("STATE", 7),
         Column::Cpu => ("CPU%", 5),
         Column::Memory => ("MEM", 5),
@@ -195,14 +198,20 @@ fn draw_vms(frame: &mut Frame<'_>, model: &Model, area: Rect) {
         let line = Line::from(Span::styled(text, style));
         Cell::from(if is_text(column) { line } else { line.right_aligned() })
     });
+    let widths = Column::ALL.map(|column| heading(column).1);
+    let others: u16 =
+        widths.iter().map(|width| if let Constraint::Length(width) = width { width + 1 } else { 0 }).sum();
+    let room = usize::from(area.width.saturating_sub(others + 2)).max(NAME_WIDTH.into());
     let rows = model.rows.iter().map(|vm| {
         Row::new(Column::ALL.map(|column| {
-            let (text, style) = cell(vm, column);
+            let (mut text, style) = cell(vm, column);
+            if column == Column::Name {
+                text = middle_cut(&text, room);
+            }
             let line = Line::from(Span::styled(text, style));
             Cell::from(if is_text(column) { line } else { line.right_aligned() })
         }))
     });
-    let widths = Column::ALL.map(|column| heading(column).1);
     let table = Table::new(rows, widths)
         .header(Row::new(headings))
         .column_spacing(1)
@@ -262,11 +271,16 @@ fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     for (page_type, one) in pages.and_then(|pages| pages.types.as_ref()).iter().flat_map(|types| types.iter())
     {
         let figures = [one.bytes, one.shared_bytes, one.pages_sharing * 4096, one.zero_bytes];
-        let life = one.mean_life_seconds.map_or_else(|| "-".to_owned(), |life| format!("{} s", count(life)));
+        let life = match one.mean_life_seconds {
+            Some(life) => format!("{} s", count(life)),
+            // Longer than it can be known.
+            None if one.broken > 0 => format!(">{} s", count(one.watched_seconds.floor())),
+            None => "-".to_owned(),
+        };
         let figures = figures.into_iter().map(short).chain([count(one.broken as f64), life]);
         let cells = figures.map(|text| Cell::from(Line::from(text).right_aligned()));
         let style = if one.pages == 0 { FAINT } else { Style::new() };
-        let name = Cell::from(page_type.name().replace('_', " "));
+        let name = Cell::from(page_type.name());
         rows.push(Row::new(std::iter::once(name).chain(cells)).style(style));
     }
     let note = match pages {
@@ -337,6 +351,17 @@ fn end_of(text: &str, room: usize) -> String {
     }
     let end = text.chars().skip(length + 1 - room.max(1));
     std::iter::once('…').chain(end).collect()
+}
+
+/// A name in so many characters, cut in the middle: names mostly differ at their ends.
+fn middle_cut(name: &str, room: usize) -> String {
+    let letters: Vec<char> = name.chars().collect();
+    if letters.len() <= room {
+        return name.to_owned();
+    }
+    let end = room / 2;
+    let start = room.saturating_sub(end + 1);
+    letters[..start].iter().chain(&['…']).chain(&letters[letters.len() - end..]).collect()
 }
 
 /// An amount of memory in few characters.
@@ -457,7 +482,7 @@ mod tests {
         let long = (1023 << 20) - 1;
         let latest = model.latest.as_mut().unwrap();
         let sharing = &mut latest.sharing;
-        (sharing.guest_bytes, sharing.resident_bytes, sharing.saved_bytes) = (long, long, long as i64);
+        (sharing.guest_bytes, sharing.resident_bytes, sharing.saved_bytes) = (long, long, long);
         sharing.statistics.frames = 99_949_000;
         (latest.cache.cached_bytes, latest.cache.limit_bytes) = (long, long);
         model.reads = ReadRates { guests: long as f64, host: long as f64, disk: long as f64 };
@@ -484,6 +509,22 @@ mod tests {
         let all = picture(&model, 160, 60).join("\n");
         assert!((0..32).all(|vm| all.contains(&format!("vm-{vm} "))), "{all}");
         assert!(all.contains("1234 of 65530 mappings"), "{all}");
+    }
+
+    #[test]
+    fn names_that_differ_at_their_ends_are_told_apart() {
+        let mut model = model(3);
+        for (vm, row) in model.rows.iter_mut().enumerate() {
+            row.name = format!("production-webserver-frontend-{vm}");
+        }
+        let text = picture(&model, 80, 24).join("\n");
+        for vm in 0..3 {
+            assert!(text.contains(&format!("product…ntend-{vm}")), "{text}");
+        }
+        let wide = picture(&model, 120, 24).join("\n");
+        assert!(wide.contains("production-webserver-frontend-2 "), "{wide}");
+        assert_eq!(["abc", "abcdefgh"].map(|name| middle_cut(name, 5)), ["abc", "ab…gh"]);
+        assert_eq!([0, 1, 2].map(|room| middle_cut("abc", room)), ["…", "…", "…c"]);
     }
 
     #[test]

@@ -149,7 +149,7 @@ impl Model {
         let moment = Moment {
             time: snapshot.sharing.time_seconds,
             resident: snapshot.sharing.resident_bytes as f64,
-            saved: snapshot.sharing.saved_bytes.max(0) as f64,
+            saved: snapshot.sharing.saved_bytes as f64,
         };
         if self.history.back().is_none_or(|last| last.time < moment.time) {
             self.history.push_back(moment);
@@ -316,7 +316,7 @@ pub(super) mod tests {
         let vm = |index: u64| VmSummary {
             name: format!("vm-{index}"),
             state: if index == 2 { State::Paused } else { State::Running },
-            since_seconds: 0.0,
+            since_time_seconds: 0.0,
             reason: None,
             memory_bytes: 128 * mib,
             group: "default".into(),
@@ -352,7 +352,8 @@ pub(super) mod tests {
             guest_bytes: vms * 128 * mib,
             resident_bytes: vms * 50 * mib,
             private_bytes: vms * 30 * mib,
-            saved_bytes: (vms * (40 + seconds % 20) * mib) as i64,
+            saved_bytes: vms * (40 + seconds % 20) * mib,
+            overhead_bytes: vms * mib / 10,
             statistics,
             groups: Vec::new(),
             pairs: Vec::<PairView>::new(),
@@ -371,6 +372,7 @@ pub(super) mod tests {
             pages_merged: 512,
             broken: 2,
             merged_seconds: 9.0,
+            watched_seconds: 60.0,
             ..TypeSample::default()
         };
         let types = ByType { anonymous: sample, ..ByType::default() };

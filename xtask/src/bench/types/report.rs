@@ -176,12 +176,14 @@ impl fmt::Display for TypesReport {
         )?;
         let types = self.rows[1].rounds.last().map(|told| &told.types);
         for (name, told) in types.into_iter().flatten() {
-            let TypeTold { pages, sharing, zero, merges, broken, merged_seconds } = *told;
+            let TypeTold { pages, sharing, zero, merges, broken, merged_seconds, watched_seconds } = *told;
             let life = match broken {
                 0 => "-".to_owned(),
+                broken if merged_seconds / broken as f64 > watched_seconds => {
+                    format!("> {watched_seconds:.0} s")
+                }
                 broken => format!("{:.0} s", merged_seconds / broken as f64),
             };
-            let name = name.replace('_', " ");
             writeln!(f, "{name:15} {pages:>8} {sharing:>8} {zero:>11} {merges:>8} {broken:>8} {life:>15}")?;
         }
         Ok(())
@@ -211,7 +213,13 @@ mod tests {
                 .collect(),
             types: [(
                 "page_table".to_owned(),
-                TypeTold { pages: 5, broken: 2, merged_seconds: 30.0, ..TypeTold::default() },
+                TypeTold {
+                    pages: 5,
+                    broken: 2,
+                    merged_seconds: 30.0,
+                    watched_seconds: 60.0,
+                    ..TypeTold::default()
+                },
             )]
             .into(),
         };
@@ -227,7 +235,7 @@ mod tests {
         assert!(text.contains("quiet                  650            1200"), "{text}");
         assert!(text.contains("pages looked at for each merge         0.67 times"), "{text}");
         assert!(
-            text.contains("page table             5        0           0        0        2            15 s"),
+            text.contains("page_table             5        0           0        0        2            15 s"),
             "{text}"
         );
         let json = serde_json::to_value(report()).unwrap();

@@ -54,6 +54,9 @@ pub struct TypeTold {
     pub broken: u64,
     /// How long pages were mapped to frames, in page-seconds.
     pub merged_seconds: f64,
+    /// How long they were watched, in seconds.
+    #[serde(default)]
+    pub watched_seconds: f64,
 }
 
 /// The engine's statistics at one moment, by their names in `--stats`.
@@ -199,6 +202,7 @@ fn sum(vms: &[Vm]) -> BTreeMap<String, TypeTold> {
         sum.merges += told.merges;
         sum.broken += told.broken;
         sum.merged_seconds += told.merged_seconds;
+        sum.watched_seconds = sum.watched_seconds.max(told.watched_seconds);
     }
     all
 }

@@ -14,7 +14,6 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use samepage::api::views::pages::TypeView;
 use samepage::by_type::{ByType, TypeSample, present};
-use samepage_hole::PageType;
 use samepage_sharing::PAGE_SIZE;
 use serde::Serialize;
 
@@ -112,21 +111,6 @@ pub(super) fn main(args: &TypesArgs) -> anyhow::Result<()> {
     if args.json { print_json(&Json::new(&moments, &state)) } else { print(&text(&state)) }
 }
 
-/// A type for people.
-fn title(page_type: PageType) -> &'static str {
-    match page_type {
-        PageType::Unknown => "unknown",
-        PageType::Anonymous => "anonymous",
-        PageType::FileMapped => "files, mapped",
-        PageType::FileUnmapped => "files, page cache",
-        PageType::Slab => "slab",
-        PageType::PageTable => "page tables",
-        PageType::Compound => "compound",
-        PageType::Free => "free",
-        PageType::Balloon => "balloon",
-    }
-}
-
 /// A table for people.
 fn text(state: &Moment) -> String {
     let mut table = Table::new(&[
@@ -170,12 +154,17 @@ fn add(table: &mut Table, name: &str, types: &ByType<TypeSample>) {
         let figures =
             [one.pages, one.pages_merged, one.pages_sharing, one.zero_pages, one.merges, one.broken];
         let figures = figures.map(|figure| figure.to_string());
-        let life = one.mean_life_seconds().map_or_else(|| "-".to_owned(), duration);
+        let life = match one.mean_life_seconds() {
+            Some(life) => duration(life),
+            // Longer than it can be known.
+            None if one.broken > 0 => format!("> {}", duration(one.watched_seconds)),
+            None => "-".to_owned(),
+        };
         table.row([name.to_owned(), title.to_owned()].into_iter().chain(figures).chain([life]));
     };
     let mut name = name;
     for (page_type, one) in types.iter().filter(|(_, one)| **one != TypeSample::default()) {
-        row(name, title(page_type), one);
+        row(name, page_type.name(), one);
         name = "";
         sum += *one;
     }
@@ -264,6 +253,8 @@ fn series(moments: &[Moment]) -> BTreeMap<&str, Vec<(f64, &ByType<TypeSample>)>>
 
 #[cfg(test)]
 mod tests {
+    use samepage_hole::PageType;
+
     use super::*;
 
     /// A VM with some pages of two types.
@@ -275,6 +266,7 @@ mod tests {
             pages_sharing: pages / 8,
             broken,
             merged_seconds: 300.0,
+            watched_seconds: 500.0,
             ..TypeSample::default()
         };
         let free = TypeSample { pages: 100, zero_pages: 90, ..TypeSample::default() };
@@ -292,6 +284,12 @@ mod tests {
         assert_eq!(words[4], ["other", "anonymous", "3000", "750", "375", "0", "0", "100", "3.0", "s"]);
         assert_eq!(words[7], ["all", "VMs", "anonymous", "4000", "1000", "500", "0", "0", "100", "6.0", "s"]);
         assert_eq!(words[9], ["all", "types", "4200", "1000", "500", "180", "0", "100", "6.0", "s"]);
+        // What is longer than it was watched for is not known.
+        let young = vm("young", 1000, 1);
+        let anonymous = TypeSample { watched_seconds: 180.0, ..young.types.anonymous };
+        let types = ByType { anonymous, ..ByType::default() };
+        let young = super::text(&Moment { time: 0.0, vms: vec![VmTypes { types, ..young }] });
+        assert!(young.lines().nth(1).unwrap().ends_with("> 3.0 min"), "{young}");
         assert!(text.contains("2 of 2 guests say") && text.contains("2.0 MiB of free pages"), "{text}");
         // A guest says what it likes, and the figures stay in their columns.
         let widest = text.lines().take(10).map(|line| line.chars().count()).max().unwrap();

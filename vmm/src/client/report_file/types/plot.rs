@@ -9,7 +9,7 @@ use std::ops::AddAssign;
 use samepage::by_type::{ByType, TypeSample};
 use samepage_hole::PageType;
 
-use super::{Moment, series, title};
+use super::{Moment, series};
 use crate::picture::{Canvas, Scale};
 use crate::units::pages as amount;
 
@@ -190,7 +190,7 @@ fn panel(canvas: &mut Canvas, [left, top, width, height]: [f64; 4], points: &[Po
                     let _ = write!(path, "{} ", place(at, *pages));
                 }
                 let last = parts.last().map_or(0, |parts| parts[tint]);
-                let note = format!("{}, {name}: {} at the end", title(page_type), amount(last));
+                let note = format!("{}, {name}: {} at the end", page_type.name(), amount(last));
                 canvas.element(format_args!(
                     "<path class=\"{} {class}\" d=\"{}Z\"><title>{note}</title></path>",
                     page_type.name(),
@@ -226,7 +226,7 @@ fn legend(canvas: &mut Canvas, all: &[Point], state: &Moment) -> f64 {
             let place = [LEGEND + 9.0 * at as f64, y, 9.0, 12.0];
             canvas.rect(place, &format!("{} {tint}", page_type.name()), "");
         }
-        canvas.text(LEGEND + 36.0, y + 10.0, "", title(page_type));
+        canvas.text(LEGEND + 36.0, y + 10.0, "", page_type.name());
         let mut figures = amount(sample.pages);
         if sample.pages_merged > 0 {
             let _ = write!(figures, ", {} shared", amount(sample.pages_merged));
