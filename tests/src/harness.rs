@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
 use xtask::artifacts::Artifacts;
-use xtask::python;
+use xtask::{node, promtool, python};
 
 use crate::browser;
 
@@ -36,6 +36,10 @@ pub enum Need {
     Python,
     /// Programs of systemd's, which need not run the host. Without them a test is ignored.
     Systemd,
+    /// Programs in JavaScript from npm. Without them a test is ignored.
+    Node,
+    /// Prometheus' checker of metrics. Without it a test is ignored.
+    Promtool,
 }
 
 /// Runs tests that need KVM.
@@ -91,6 +95,14 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 ),
                 None if needs.contains(&Need::Systemd) && !*SYSTEMD => {
                     Ok(Completion::ignored_with("needs systemd-analyze: `cargo xtask setup` installs it"))
+                }
+                None if needs.contains(&Need::Node) && !matches!(node::find(), Ok(Some(_))) => {
+                    Ok(Completion::ignored_with(
+                        "needs programs in JavaScript: `cargo xtask node` installs them",
+                    ))
+                }
+                None if needs.contains(&Need::Promtool) && promtool::find().is_none() => {
+                    Ok(Completion::ignored_with("needs promtool: `cargo xtask promtool` gets it"))
                 }
                 None => catch_unwind(AssertUnwindSafe(test))
                     .map(|()| Completion::Completed)

@@ -5,7 +5,7 @@
 use crate::artifacts::Artifacts;
 use crate::cache::Cache;
 use crate::suite::{self, Choice, Results};
-use crate::{process, python, setup};
+use crate::{node, process, promtool, python, setup};
 use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::time::{Duration, Instant};
@@ -37,6 +37,12 @@ pub fn run(choice: &Choice) -> bool {
         report.step("guests", || Artifacts::build().map(drop));
         if let Err(error) = Cache::of_user().and_then(|cache| python::build(&cache)) {
             println!("warning: tests that need programs in Python are left out: {error:#}");
+        }
+        if let Err(error) = Cache::of_user().and_then(|cache| node::build(&cache)) {
+            println!("warning: tests that need programs in JavaScript are left out: {error:#}");
+        }
+        if let Err(error) = Cache::of_user().and_then(|cache| promtool::build(&cache)) {
+            println!("warning: tests that need promtool are left out: {error:#}");
         }
     }
     if choice.filter.is_none() {

@@ -11,7 +11,7 @@ use xtask::artifacts::Artifacts;
 use xtask::bench::{self, Benchmark};
 use xtask::cache::Cache;
 use xtask::suite::Choice;
-use xtask::{check, disk, initramfs, kernel, python, setup};
+use xtask::{check, disk, initramfs, kernel, node, promtool, python, setup};
 
 /// Builds what the tests of samepage need, and runs every check of the project.
 ///
@@ -38,6 +38,10 @@ enum Task {
     Artifacts,
     /// Install the programs in Python that some tests use
     Python,
+    /// Install the programs in JavaScript that some tests use
+    Node,
+    /// Get Prometheus' checker of metrics, which a test uses
+    Promtool,
     /// Measure what is promised of samepage, beside what others need for the same
     #[command(subcommand)]
     Bench(Benchmark),
@@ -65,6 +69,8 @@ fn main() -> ExitCode {
             Ok(())
         }),
         Task::Python => Cache::of_user().and_then(|cache| python::build(&cache)).map(drop),
+        Task::Node => Cache::of_user().and_then(|cache| node::build(&cache)).map(drop),
+        Task::Promtool => Cache::of_user().and_then(|cache| promtool::build(&cache)),
         Task::Bench(benchmark) => bench::run(&benchmark),
         Task::Test { filter, quick, jobs } => {
             let jobs = jobs.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get);

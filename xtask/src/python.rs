@@ -1,4 +1,4 @@
-//! Programs in Python that tests use: clients of others, and a generator of requests.
+//! Programs in Python that tests use: clients of others, and generators of requests and of clients.
 //!
 //! They are installed from PyPI into an environment of their own in an entry of the cache, at the versions
 //! that are named here. Where they cannot be had, tests that need them are left out, and counted.
@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// What is installed.
-const PACKAGES: [&str; 2] = ["firecracker-python==0.0.5", "schemathesis==4.32.5"];
+const PACKAGES: [&str; 4] =
+    ["firecracker-python==0.0.5", "schemathesis==4.32.5", "openapi-python-client==0.29.1", "mypy==2.4.1"];
 
 /// To be raised when this module installs something else from the same packages.
 const RECIPE: &str = "python 1";

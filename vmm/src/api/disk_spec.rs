@@ -8,7 +8,7 @@ use samepage_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::spec::Size;
+use super::spec::{Size, optional_rate_schema};
 use crate::config::DiskConfig;
 
 /// A virtual disk.
@@ -16,7 +16,7 @@ use crate::config::DiskConfig;
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     /// An image file or a block device.
-    #[schema(value_type = String, example = "/srv/root.img")]
+    #[schema(value_type = String, min_length = 1, example = "/srv/root.img")]
     pub path: PathBuf,
     /// The guest may not write.
     #[serde(default)]
@@ -24,7 +24,7 @@ pub struct DiskSpec {
     /// Its name within the VM, which the guest sees as its serial number; `disk` and its number where
     /// none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^[A-Za-z0-9._-]{1,20}$")]
+    #[schema(pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 20)]
     pub id: Option<String>,
     /// The image's format; found out where none is given, which is refused where it would be dangerous.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -73,6 +73,7 @@ pub enum CacheSpec {
 pub struct LimitsSpec {
     /// Bytes read and written; as many as there are where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(schema_with = optional_rate_schema)]
     pub rate: Option<Size>,
     /// Requests; as many as there are where not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,10 +5,12 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::{DEFAULT_GROUP, Participation};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::json;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
@@ -17,6 +19,7 @@ use super::disk_spec::DiskSpec;
 use crate::boot::ImageSource;
 use crate::config::{self, ConsoleConfig, MemoryHole, VmConfig};
 use crate::huge_pages::HugePages;
+use crate::x86::layout::{MAX_RAM, MIN_RAM};
 
 /// The kernel's command line where none is given.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -30,23 +33,29 @@ fn default_command_line() -> String {
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
     /// Its name, unique in the process: letters, digits, `.`, `_` and `-`.
-    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$", example = "web-0")]
+    #[schema(
+        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$",
+        min_length = 1,
+        max_length = 64,
+        example = "web-0"
+    )]
     pub name: String,
     /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin
     /// where the process was started.
-    #[schema(value_type = String, example = "/srv/vmlinux")]
+    #[schema(value_type = String, min_length = 1, example = "/srv/vmlinux")]
     pub kernel: PathBuf,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line. What names the disks and the memory hole is added to it.
+    /// The kernel's command line. What names the disks and the memory hole is added to it, and both have to fit
+    /// into what the kernel takes.
     #[serde(default = "default_command_line")]
-    #[schema(default = json!(DEFAULT_COMMAND_LINE))]
+    #[schema(default = json!(DEFAULT_COMMAND_LINE), pattern = "^[\\t -~]*$", max_length = 2047)]
     pub cmdline: String,
     /// Its memory.
     #[serde(default)]
-    #[schema(default = 268_435_456)]
+    #[schema(schema_with = memory_schema)]
     pub memory: Size,
     /// What the host backs its memory with.
     #[serde(default)]
@@ -90,7 +99,10 @@ pub struct SharingSpec {
     pub mode: SharingMode,
     /// The group of VMs that it shares with.
     #[serde(default = "default_group")]
-    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$", default = json!(DEFAULT_GROUP))]
+    #[schema(
+        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 64,
+        default = json!(DEFAULT_GROUP)
+    )]
     pub group: String,
 }
 
@@ -259,18 +271,41 @@ impl<'de> Deserialize<'de> for Size {
 
 impl PartialSchema for Size {
     fn schema() -> RefOr<Schema> {
-        let bytes = ObjectBuilder::new()
-            .schema_type(Type::Integer)
-            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
-            .minimum(Some(0))
-            .description(Some("Bytes"));
-        let text = ObjectBuilder::new()
-            .schema_type(Type::String)
-            .pattern(Some("^[0-9]+([KkMmGgTt][Ii]?[Bb]?|[Bb])?$"))
-            .description(Some("A number and a unit, as in 512M"));
-        let either = OneOfBuilder::new().item(bytes).item(text);
-        Schema::OneOf(either.description(Some("An amount of memory")).build()).into()
+        bounded_size(0, None, None).description(Some("An amount of memory")).into()
     }
+}
+
+/// The size of a VM's memory.
+fn memory_schema() -> OneOfBuilder {
+    let memory = bounded_size(MIN_RAM, Some(MAX_RAM), Some(PAGE_SIZE as u64));
+    memory.default(Some(json!(Size::default()))).description(Some("Its memory"))
+}
+
+/// The same where it may be left to others to say.
+pub(super) fn optional_memory_schema() -> OneOfBuilder {
+    memory_schema().item(ObjectBuilder::new().schema_type(Type::Null))
+}
+
+/// What may be read and written a second, where there is a limit.
+pub(super) fn optional_rate_schema() -> OneOfBuilder {
+    let rate = bounded_size(1, None, None).item(ObjectBuilder::new().schema_type(Type::Null));
+    rate.description(Some("Bytes read and written; as many as there are where not given"))
+}
+
+/// A number of bytes within bounds, or text with a unit.
+fn bounded_size(min: u64, max: Option<u64>, multiple_of: Option<u64>) -> OneOfBuilder {
+    let bytes = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+        .minimum(Some(min as usize))
+        .maximum(max.map(|max| max as usize))
+        .multiple_of(multiple_of.map(|bytes| bytes as usize))
+        .description(Some("Bytes"));
+    let text = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[0-9]+([KkMmGgTt][Ii]?[Bb]?|[Bb])?$"))
+        .description(Some("A number and a unit, as in 512M"));
+    OneOfBuilder::new().item(bytes).item(text)
 }
 
 impl ToSchema for Size {

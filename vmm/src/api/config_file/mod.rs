@@ -17,7 +17,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::disk_spec::DiskSpec;
-use super::spec::{ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec};
+use super::spec::{
+    ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec,
+    optional_memory_schema,
+};
 use check::EntryPlaces;
 use read::{Entry, Read};
 use source::Source;
@@ -62,10 +65,12 @@ pub struct VmEntry {
     /// The kernel's command line.
     pub cmdline: Option<String>,
     /// Memory.
+    #[schema(schema_with = optional_memory_schema)]
     pub memory: Option<Size>,
     /// What the host backs memory with.
     pub hugepages: Option<HugePagesSpec>,
     /// Disks, in the order in which the guest finds them.
+    #[schema(max_items = 8)]
     pub disks: Option<Vec<DiskSpec>>,
     /// Where the console goes besides the backlog that is kept for clients.
     pub console: Option<ConsoleSpec>,

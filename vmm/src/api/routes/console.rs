@@ -21,7 +21,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, ReadHalf, WriteHalf};
 use tokio::sync::watch;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, Type};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vms::remove;
@@ -35,6 +37,18 @@ use crate::api::server::{Api, Permit, is_ending};
 use crate::counted::counted;
 
 const OCTETS: &str = "application/octet-stream";
+
+/// Bytes as they are. Generators of clients know them by their format.
+struct Octets;
+
+impl PartialSchema for Octets {
+    fn schema() -> RefOr<Schema> {
+        let format = SchemaFormat::KnownFormat(KnownFormat::Binary);
+        ObjectBuilder::new().schema_type(Type::String).format(Some(format)).into()
+    }
+}
+
+impl ToSchema for Octets {}
 
 /// How much of the backlog.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
@@ -63,9 +77,9 @@ pub(crate) struct Along {
 ///
 /// The last 64 KiB that the guest wrote, also of VMs that have ended.
 #[utoipa::path(
-    get, path = "/vms/{vm}/console", tag = "console",
+    get, path = "/vms/{vm}/console", operation_id = "read_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Tail),
-    responses((status = 200, description = "Bytes as the guest wrote them", content_type = OCTETS, body = String))
+    responses((status = 200, description = "Bytes as the guest wrote them", content_type = OCTETS, body = Octets))
 )]
 pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameters<Tail>) -> Response {
     let piece = record.backlog.tail(tail.unwrap_or(usize::MAX));
@@ -80,10 +94,10 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
 /// `Connection: upgrade` and `Upgrade: samepage-console` the connection becomes the console after a
 /// response of 101: bytes that are sent are typed.
 #[utoipa::path(
-    get, path = "/vms/{vm}/console/stream", tag = "console",
+    get, path = "/vms/{vm}/console/stream", operation_id = "stream_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Along),
     responses(
-        (status = 200, description = "Bytes as the guest writes them", content_type = OCTETS, body = String),
+        (status = 200, description = "Bytes as the guest writes them", content_type = OCTETS, body = Octets),
         (status = 101, description = "The connection is the console")
     )
 )]
@@ -299,9 +313,9 @@ pub(crate) struct Typed {
 ///
 /// As many bytes of the body as the console takes.
 #[utoipa::path(
-    post, path = "/vms/{vm}/console/input", tag = "console",
+    post, path = "/vms/{vm}/console/input", operation_id = "type_to_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name")),
-    request_body(content_type = OCTETS, content = String), responses((status = 200, body = Typed))
+    request_body(content_type = OCTETS, content = Octets), responses((status = 200, body = Typed))
 )]
 pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed>, Problem> {
     let bytes = read_body(request.into_body()).await?;

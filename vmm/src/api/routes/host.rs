@@ -70,7 +70,7 @@ pub(crate) struct FeaturesView {
 }
 
 /// Show the host
-#[utoipa::path(get, path = "/host", tag = "process", responses((status = 200, body = HostView)))]
+#[utoipa::path(get, path = "/host", operation_id = "get_host", tag = "process", responses((status = 200, body = HostView)))]
 pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let engine = &seen.sample.engine;
@@ -125,7 +125,7 @@ pub(crate) struct VersionView {
 }
 
 /// Show the version
-#[utoipa::path(get, path = "/version", tag = "process", responses((status = 200, body = VersionView)))]
+#[utoipa::path(get, path = "/version", operation_id = "get_version", tag = "process", responses((status = 200, body = VersionView)))]
 pub(super) async fn version() -> Json<VersionView> {
     let (name, version) = (env!("CARGO_PKG_NAME").to_owned(), env!("CARGO_PKG_VERSION").to_owned());
     Json(VersionView { name, version, pid: std::process::id() })

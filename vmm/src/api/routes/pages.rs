@@ -19,7 +19,7 @@ use crate::api::views::pages::{MapView, PagesView, VmPagesView};
 ///
 /// As agents in the guests say, and what of each use is shared, how long it stays so, and what that saves.
 /// Pages of guests without an agent are of type `unknown`.
-#[utoipa::path(get, path = "/pages", tag = "sharing", responses((status = 200, body = PagesView)))]
+#[utoipa::path(get, path = "/pages", operation_id = "get_pages", tag = "sharing", responses((status = 200, body = PagesView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     Ok(Json(PagesView::new(&seen.sample)))
@@ -29,7 +29,7 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<Pages
 ///
 /// As an agent in its guest says, and what of each use is shared.
 #[utoipa::path(
-    get, path = "/vms/{vm}/pages", tag = "sharing",
+    get, path = "/vms/{vm}/pages", operation_id = "get_vm_pages", tag = "sharing",
     params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = VmPagesView))
 )]
@@ -59,7 +59,7 @@ fn default_cells() -> u32 {
 /// Its pages in their order, in cells of equally many: how they are in memory, and what they are used for where
 /// an agent in the guest says it. Looked at a second ago at most, or longer ago where that takes long.
 #[utoipa::path(
-    get, path = "/vms/{vm}/pages/map", tag = "sharing",
+    get, path = "/vms/{vm}/pages/map", operation_id = "get_vm_map", tag = "sharing",
     params(("vm" = String, Path, description = "Its name"), Fineness),
     responses((status = 200, body = MapView))
 )]

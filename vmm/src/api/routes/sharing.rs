@@ -14,10 +14,11 @@ use crate::api::problem::{Kind, Problem};
 use crate::api::server::Api;
 use crate::api::spec::SharingMode;
 use crate::api::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
+use crate::statistics::MOST_PAIRS;
 
 /// Show what a VM shares
 #[utoipa::path(
-    get, path = "/vms/{vm}/sharing", tag = "sharing",
+    get, path = "/vms/{vm}/sharing", operation_id = "get_vm_sharing", tag = "sharing",
     params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = VmSharingView))
 )]
@@ -41,7 +42,7 @@ pub(crate) struct SharingChange {
 
 /// Change what a VM shares
 #[utoipa::path(
-    patch, path = "/vms/{vm}/sharing", tag = "sharing",
+    patch, path = "/vms/{vm}/sharing", operation_id = "change_vm_sharing", tag = "sharing",
     params(("vm" = String, Path, description = "Its name")),
     request_body = SharingChange, responses((status = 200, body = VmSharingView))
 )]
@@ -60,7 +61,7 @@ pub(super) async fn change_vm(
 ///
 /// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
 /// a second ago or less, or some seconds ago where nobody had asked.
-#[utoipa::path(get, path = "/sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
+#[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let (settings, sharing) = (api.manager.settings(), api.manager.sharing().map(Arc::as_ref));
@@ -73,9 +74,9 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, 
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Most {
-    /// So many pairs at most; up to 496 are known, all of 32 VMs.
+    /// So many pairs at most; 496 are known, all of 32 VMs.
     #[serde(default = "default_pairs")]
-    #[param(minimum = 0, default = 100)]
+    #[param(minimum = 0, maximum = 496, default = 100)]
     limit: u32,
 }
 
@@ -88,13 +89,17 @@ fn default_pairs() -> u32 {
 /// The pairs of VMs with most in common, those with most first. Estimated from a sample of the frames, as
 /// often as memory is looked at.
 #[utoipa::path(
-    get, path = "/sharing/pairs", tag = "sharing", params(Most),
+    get, path = "/sharing/pairs", operation_id = "list_pairs", tag = "sharing", params(Most),
     responses((status = 200, body = Vec<PairView>))
 )]
 pub(super) async fn pairs(
     State(api): State<Arc<Api>>,
     Parameters(Most { limit }): Parameters<Most>,
 ) -> Result<Json<Vec<PairView>>, Problem> {
+    if limit as usize > MOST_PAIRS {
+        let problem = Problem::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
+        return Err(problem.help(format!("ask for {MOST_PAIRS} at most")));
+    }
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     Ok(Json(PairView::most(&seen.sample, limit as usize)))
 }
@@ -102,7 +107,7 @@ pub(super) async fn pairs(
 /// Show the block cache
 ///
 /// What the host holds of disks' blocks, and where guests got those that they read.
-#[utoipa::path(get, path = "/cache", tag = "sharing", responses((status = 200, body = CacheView)))]
+#[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
 pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Problem> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     Ok(Json(CacheView::new(&seen.sample)))
@@ -112,7 +117,7 @@ pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>
 ///
 /// An estimate from the blocks that it reads and gives up.
 #[utoipa::path(
-    get, path = "/vms/{vm}/working-set", tag = "sharing",
+    get, path = "/vms/{vm}/working-set", operation_id = "get_working_set", tag = "sharing",
     params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = WorkingSetView))
 )]

@@ -1,0 +1,68 @@
+//! Programs in JavaScript that tests use: a generator of clients in TypeScript, and its compiler.
+//!
+//! They are installed from npm into an entry of the cache, at the versions that are named here. Where they cannot
+//! be had, tests that need them are left out, and counted.
+
+use crate::cache::{Cache, Key};
+use crate::{process, setup};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What is installed.
+const PACKAGES: [&str; 3] = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3"];
+/// The Debian packages that npm is in, where there is none.
+const DEBIAN: [&str; 2] = ["nodejs", "npm"];
+
+/// To be raised when this module installs something else from the same packages.
+const RECIPE: &str = "node 1";
+
+/// Installs the packages if the cache lacks them.
+///
+/// # Errors
+/// There is no npm, or it does not give the packages.
+pub fn build(cache: &Cache) -> Result<Modules> {
+    let entry = cache.get_or_build("node", &key(), |dir| {
+        // Node.js does not come from Debian on every host.
+        if !process::succeeds(Command::new("npm").arg("--version")) {
+            setup::install_packages(&DEBIAN)?;
+        }
+        let mut install = Command::new("npm");
+        install.args(["install", "--no-save", "--no-fund", "--no-audit", "--no-update-notifier", "--silent"]);
+        process::run(install.arg("--prefix").arg(dir).args(PACKAGES)).context("installing packages from npm")
+    })?;
+    Ok(Modules(entry))
+}
+
+/// What was installed, if the cache has it and there is a program to run it.
+///
+/// # Errors
+/// There is no cache.
+pub fn find() -> Result<Option<Modules>> {
+    let entry = Cache::of_user()?.find("node", &key());
+    Ok(entry.filter(|_| process::succeeds(Command::new("node").arg("--version"))).map(Modules))
+}
+
+fn key() -> Key {
+    PACKAGES.iter().fold(Key::new().part(RECIPE), |key, package| key.part(package))
+}
+
+/// A folder with the packages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Modules(PathBuf);
+
+impl Modules {
+    /// Where the packages are, for programs that import them.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.0.join("node_modules")
+    }
+
+    /// A command line of one of the programs, by its path below the folder of its package.
+    #[must_use]
+    pub fn program(&self, path: impl AsRef<Path>) -> Command {
+        let mut program = Command::new("node");
+        program.arg(self.folder().join(path));
+        program
+    }
+}
