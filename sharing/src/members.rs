@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::cache::admission::Sampler;
 use crate::cache::names::BlockKey;
 use crate::cache::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
@@ -89,7 +90,7 @@ pub(crate) struct Member {
     /// What huge pages back, where they are wanted.
     pub(crate) huge: Option<HugeRanges>,
     /// What more memory would bring it, once it has read a block through the cache.
-    pub(crate) working_set: Option<Box<WorkingSet>>,
+    pub(crate) working_set: Option<Box<WorkingSet<Sampler>>>,
     /// What its guest says of its pages, where it can say anything.
     pub(crate) claims: Option<Box<Claims>>,
     /// Which of its pages are shared.
@@ -236,10 +237,15 @@ impl Member {
     }
 
     /// The VM reads a block that it does not hold.
-    pub(crate) fn missed(&mut self, key: BlockKey) {
-        self.working_set
-            .get_or_insert_with(|| Box::new(WorkingSet::new(working_set::Settings::default())))
-            .missed(key);
+    pub(crate) fn missed(&mut self, key: BlockKey, sampler: &Sampler) {
+        self.working_set_by(sampler).missed(key);
+    }
+
+    /// What more memory would bring it, followed by the hashes that samples are taken by.
+    pub(crate) fn working_set_by(&mut self, sampler: &Sampler) -> &mut WorkingSet<Sampler> {
+        let settings = working_set::Settings::default();
+        let new = || Box::new(WorkingSet::with_hashes(settings, sampler.clone()));
+        self.working_set.get_or_insert_with(new)
     }
 
     /// The VM holds a block no more.

@@ -14,9 +14,10 @@ use serde::Serialize;
 
 use crate::audit::AuditReport;
 use crate::by_type::Claimed;
+use crate::cache::admission::Sampler;
 use crate::cache::statistics::CacheStatistics;
 use crate::cache::working_set::Curve;
-use crate::cache::{BlockRead, CacheSize, Image, ReadPlan, VmNumber};
+use crate::cache::{BlockRead, CacheSize, CopyOut, Image, ReadPlan, VmNumber};
 use crate::calls::MemoryCalls;
 use crate::changes::ChangeLog;
 use crate::claims::ClaimSource;
@@ -387,12 +388,32 @@ impl BlockClient {
     /// rest. Each fetch is to be [ended](Self::end_fetch), and this client, or a clone of it, to be kept
     /// until then: the memory to be read into belongs to the group.
     pub fn begin_read(&self, read: &BlockRead<'_>, mut copy: impl FnMut(usize, &Page)) -> ReadPlan {
+        self.begin(read, &mut copy, |engine, copy| engine.begin_read(self.vm, read, copy))
+    }
+
+    /// The same for what is in the sample of a disk of which nothing else goes through the cache; `passed` blocks
+    /// have gone past since the last time.
+    pub fn begin_sampled_read(
+        &self,
+        read: &BlockRead<'_>,
+        passed: u64,
+        mut copy: impl FnMut(usize, &Page),
+    ) -> ReadPlan {
+        self.begin(read, &mut copy, |engine, copy| engine.begin_sampled_read(self.vm, read, passed, copy))
+    }
+
+    fn begin(
+        &self,
+        read: &BlockRead<'_>,
+        copy: &mut CopyOut<'_>,
+        begin: impl FnOnce(&mut Engine, &mut CopyOut<'_>) -> ReadPlan,
+    ) -> ReadPlan {
         let plan = self.urgently(|engine| {
-            let plan = engine.begin_read(self.vm, read, &mut copy);
+            let plan = begin(engine, copy);
             if !engine.works() {
                 // A frame was lost: what was copied may be zeros, and is read from the disk instead.
                 plan.fetches.iter().for_each(|fetch| {
-                    engine.end_fetch(fetch.token, false, &mut copy);
+                    engine.end_fetch(fetch.token, false, copy);
                 });
                 return None;
             }
@@ -402,6 +423,17 @@ impl BlockClient {
             let blocks = read.first..read.first.saturating_add(read.targets.len() as u64);
             ReadPlan { past: vec![blocks], ..ReadPlan::default() }
         })
+    }
+
+    /// All reads of a disk go through the cache from now on, and not a sample only.
+    pub fn end_sampling(&self) {
+        self.urgently(|engine| engine.end_sampling(self.vm));
+    }
+
+    /// What chooses the samples of the group's disks.
+    #[must_use]
+    pub fn sampler(&self) -> Sampler {
+        self.urgently(|engine| engine.sampler()).unwrap_or_default()
     }
 
     /// A fetch was read in full, or not: then nothing is kept or delivered.

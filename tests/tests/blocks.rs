@@ -29,6 +29,8 @@ fn main() -> ExitCode {
         ("a_second_guest_is_served_from_the_first_ones_memory", second_guest),
         ("what_a_guest_gives_up_is_read_from_the_host", given_up),
         ("blocks_survive_guests_that_clear_their_pages", cleared),
+        ("a_disk_of_which_nothing_hits_goes_past_the_cache", past),
+        ("a_disk_whose_blocks_are_read_again_goes_through_the_cache", through),
     ])
 }
 
@@ -206,6 +208,63 @@ fn cleared() {
         let client = ClientPlan { clear: true, ..looping(run) };
         let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, client);
         guest.console.wait_for_round(4);
+        audit(&sharing);
+        finish(vec![guest]);
+    }
+}
+
+/// Blocks that a disk which one VM has to itself reads through the cache before it has shown any hits.
+const CREDIT: u64 = 1024;
+
+fn past() {
+    for run in [1, 16] {
+        let image = Image::new(24_000);
+        let sharing = with_cache(600);
+        // Each block is used once in a pass; by the next pass the caches have long given it up.
+        let scan = ClientPlan { reads: Pattern::Scan, pages: 300, run, ..ClientPlan::default() };
+        let units = u64::from(image.blocks / run);
+        let guest = start(
+            &sharing,
+            0,
+            &image,
+            CachePolicy::Exclusive,
+            ClientPlan { units, writes: 10, check: true, ..scan },
+        );
+        guest.console.wait_for_round(2);
+        let [from_guests, from_host, fetched] = sources(&guest);
+        println!("{from_guests} from guests, {from_host} from the host, {fetched} through the cache");
+        let sampled = 2 * u64::from(image.blocks) / 64;
+        assert!(from_guests + from_host + fetched <= CREDIT + sampled, "{fetched} went through the cache");
+        audit(&sharing);
+        finish(vec![guest]);
+        audit(&sharing);
+    }
+}
+
+fn through() {
+    for run in [1, 16] {
+        let image = Image::new(6000);
+        let sharing = with_cache(6000);
+        // A loop over all of the disk, which fits into the host's cache.
+        let units = u64::from(image.blocks / run);
+        let plan = ClientPlan {
+            reads: Pattern::Scan,
+            pages: 300,
+            run,
+            units,
+            writes: 1,
+            check: true,
+            ..ClientPlan::default()
+        };
+        let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, plan);
+        // The sample shows hits in the second pass, and everything is there in the fourth.
+        guest.console.wait_for_round(4);
+        let before = sources(&guest);
+        guest.console.wait_for_round(6);
+        let after = sources(&guest);
+        let [_, from_host, fetched] = [0, 1, 2].map(|source| after[source] - before[source]);
+        println!("{from_host} from the host, {fetched} fetched");
+        assert!(from_host > 4 * fetched, "{from_host} from the host, {fetched} fetched");
         audit(&sharing);
         finish(vec![guest]);
     }

@@ -9,6 +9,7 @@
 //! - A read is [`BlockCache::begin_read`], then for each fetch that it asks for one read of the image and
 //!   one [`BlockCache::end_fetch`]. Every fetch is ended, also when the read fails and when the device is
 //!   reset meanwhile; host I/O into its buffer is over by then.
+//! - Where [`BlockCache::admits`] says no, the disk reads by itself, as if there were no cache.
 //! - A write, discard or zeroing is [`BlockCache::begin_write`] before the first byte of it is submitted,
 //!   then the change, then [`BlockCache::end_write`] with the same image and blocks, whether the change
 //!   succeeded or not, before the guest is told of it. Writes of the same blocks may overlap.
@@ -175,6 +176,11 @@ impl fmt::Debug for Fetch {
 
 /// A cache of the blocks of images.
 pub trait BlockCache: Send + Sync {
+    /// Whether the cache has any use for a read of these blocks. If not, the disk need not ask it for them.
+    fn admits(&self, _blocks: Range<u64>) -> bool {
+        true
+    }
+
     /// Delivers what the cache has of the read, and says what becomes of the rest.
     fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan;
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 
+use super::admission::Sampler;
 use super::limit::{CacheLimit, CacheSize, FRESH};
 use super::names::{BlockKey, Keep, Named, Names};
 use super::notes::{Notes, Proof, Prover};
@@ -35,6 +36,8 @@ pub struct Image(pub [u64; 4]);
 pub(crate) struct Fetching {
     pub(crate) vm: VmNumber,
     pub(crate) keep: Keep,
+    /// Nothing but a sample of the disk goes through the cache.
+    pub(crate) sampled: bool,
     /// The first block.
     pub(crate) key: BlockKey,
     /// The frames that they are read into.
@@ -59,6 +62,9 @@ pub(crate) struct Books {
     /// Blocks that are being written.
     pub(crate) writing: Vec<(u32, Range<u32>)>,
     pub(crate) prover: Prover,
+    pub(crate) sampler: Sampler,
+    /// What is being delivered is in the sample of a disk.
+    pub(crate) sampling: bool,
     pub(crate) limit: Arc<CacheLimit>,
     /// Idle frames as the limit knows them.
     published: u64,
@@ -83,6 +89,8 @@ impl Books {
             next_token: 0,
             writing: Vec::new(),
             prover: Prover::new()?,
+            sampler: Sampler::default(),
+            sampling: false,
             limit,
             published: 0,
             joined: false,

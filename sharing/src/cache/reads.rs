@@ -12,6 +12,7 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use super::admission::{SAMPLED, Sampler};
 use super::books::{Fetching, Image};
 use super::names::{BlockKey, Keep};
 use super::notes::Note;
@@ -62,6 +63,8 @@ pub struct ReadPlan {
     pub fetches: Vec<FetchRun>,
     /// Blocks that there is no room for.
     pub past: Vec<Range<u64>>,
+    /// Blocks that the VM and the host's cache may hold together.
+    pub room: u64,
 }
 
 /// A run of blocks to be read into frames.
@@ -118,7 +121,7 @@ impl Engine {
         let mut missing: Option<Range<usize>> = None;
         let mut held: Vec<Delivery> = Vec::new();
         for (index, &target) in read.targets.iter().enumerate() {
-            self.members.at_mut(slot).missed(key(index));
+            self.members.at_mut(slot).missed(key(index), &self.books.sampler);
             let found = if self.books.being_written(key(index)) { None } else { self.find_block(key(index)) };
             match found {
                 Some(Found::Frame(frame)) => {
@@ -153,6 +156,43 @@ impl Engine {
         plan
     }
 
+    /// The same for what is in the sample of a disk of which nothing else goes through the cache; `passed` blocks
+    /// have gone past since the last time.
+    pub fn begin_sampled_read(
+        &mut self,
+        vm: VmNumber,
+        read: &BlockRead<'_>,
+        passed: u64,
+        copy: &mut CopyOut<'_>,
+    ) -> ReadPlan {
+        if self.members.get(vm.slot).is_some_and(|member| member.id == vm.id) {
+            let working_set = self.members.at_mut(vm.slot).working_set_by(&self.books.sampler);
+            working_set.follow_below(SAMPLED);
+            working_set.passed(passed);
+        }
+        self.books.sampling = true;
+        let mut plan = self.begin_read(vm, read, copy);
+        self.books.sampling = false;
+        let pages = self.members.get(vm.slot).map_or(0, |member| member.space.pages());
+        plan.room = self.books.limit.share().saturating_add(pages.into());
+        plan
+    }
+
+    /// All reads of a disk go through the cache from now on, and not a sample only.
+    pub fn end_sampling(&mut self, vm: VmNumber) {
+        if let Some(member) = self.members.get(vm.slot).filter(|member| member.id == vm.id)
+            && member.working_set.is_some()
+        {
+            self.members.at_mut(vm.slot).working_set_by(&self.books.sampler).follow_below(u64::MAX);
+        }
+    }
+
+    /// What chooses the samples.
+    #[must_use]
+    pub fn sampler(&self) -> Sampler {
+        self.books.sampler.clone()
+    }
+
     /// The run was read in full, or not. What was read is delivered. Returns whether the VM was there to
     /// have it.
     pub fn end_fetch(&mut self, token: u64, read: bool, copy: &mut CopyOut<'_>) -> bool {
@@ -175,7 +215,9 @@ impl Engine {
             let frame = self.enter(hold.first() + index as u32, key, fetch.keep, history, stale);
             deliveries.push(Delivery { index, key, frame, target, history });
         }
+        self.books.sampling = fetch.sampled;
         self.deliver(slot, fetch.keep, &deliveries, copy);
+        self.books.sampling = false;
         // What nobody has taken over dies: another frame has its content, or it was written meanwhile.
         self.release_hold(hold);
         self.settle_cache();
@@ -237,7 +279,8 @@ impl Engine {
         let histories = keys.clone().map(|key| self.books.order.miss(key)).collect();
         let stale = keys.map(|key| self.books.being_written(key)).collect();
         let landing = self.store.landing(&hold);
-        let fetching = Fetching { vm, keep: read.keep, key, hold, targets, histories, stale };
+        let (keep, sampled) = (read.keep, self.books.sampling);
+        let fetching = Fetching { vm, keep, sampled, key, hold, targets, histories, stale };
         let token = self.books.add_fetch(fetching);
         plan.fetches.push(FetchRun { token, first, blocks: count, landing });
     }
@@ -477,7 +520,9 @@ impl Engine {
         let budget = self.share.budget();
         let shortest = budget.shortest_run();
         let least = if shortest == 1 { 0 } else { shortest };
-        count >= self.shortest_mapping
+        // What goes past the cache leaves a mapping where all see it, and a note where nobody looks.
+        let least_run = if self.books.sampling { 1 } else { self.shortest_mapping };
+        count >= least_run
             && value(count, added) >= least.max(self.pressure.floor())
             && added + 2 <= budget.room()
     }

@@ -15,6 +15,8 @@ use super::word;
 pub(crate) struct Disk {
     pub(crate) image: Image,
     pub(crate) keep: Keep,
+    /// Reads are of what is in its sample.
+    pub(crate) sampled: bool,
     seeds: BTreeMap<u64, u64>,
     /// Blocks read from it.
     pub(crate) reads: u64,
@@ -31,7 +33,7 @@ pub(crate) struct Reading {
 
 impl Disk {
     pub(crate) fn new(number: u64, keep: Keep) -> Self {
-        Self { image: Image([1, number, 0, 0]), keep, seeds: BTreeMap::new(), reads: 0 }
+        Self { image: Image([1, number, 0, 0]), keep, sampled: false, seeds: BTreeMap::new(), reads: 0 }
     }
 
     pub(crate) fn seed(&self, block: u64) -> u64 {
@@ -61,6 +63,14 @@ impl Disk {
         self.end(engine, vm, reading, true)
     }
 
+    /// Reads blocks past the cache.
+    pub(crate) fn pass(&mut self, vm: &Vm, first: u64, page: u32, count: u32) {
+        for index in 0..count {
+            self.reads += 1;
+            vm.write(page + index, self.seed(first + u64::from(index)));
+        }
+    }
+
     /// Asks the cache, and has the disk read what is to be fetched, but not delivered yet.
     pub(crate) fn begin(
         &mut self,
@@ -71,7 +81,11 @@ impl Disk {
     ) -> Reading {
         let number = engine.vm_number(vm.slot);
         let read = BlockRead { keep: self.keep, image: self.image, first, targets: &targets };
-        let plan = engine.begin_read(number, &read, &mut |index, page| copy_out(vm, targets[index], page));
+        let mut copy = |index: usize, page: &Page| copy_out(vm, targets[index], page);
+        let plan = match self.sampled {
+            true => engine.begin_sampled_read(number, &read, 0, &mut copy),
+            false => engine.begin_read(number, &read, &mut copy),
+        };
         let mut bytes = Vec::new();
         for fetch in &plan.fetches {
             for block in 0..fetch.blocks {

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::CachePolicy;
 use samepage_devices::disk::cache::{BLOCK_SIZE, BlockCache, BlockRead, Fetch, ImageId, ReadPlan, Served};
+use samepage_sharing::cache::admission::{Admission, Readers};
 use samepage_sharing::cache::{self, Image, Keep};
 use samepage_sharing::content::Page;
 use samepage_sharing::service::{BlockClient, Fetched};
@@ -24,6 +25,8 @@ use super::provenance::page_of;
 pub(super) struct DiskBlocks {
     client: BlockClient,
     policy: Mutex<CachePolicy>,
+    /// What of an exclusive disk goes through the cache.
+    admission: Admission,
     memory: GuestMemory,
     slots: Vec<MemorySlot>,
     /// Where the blocks of fetches under way go, by token.
@@ -34,10 +37,12 @@ impl DiskBlocks {
     pub(super) fn new(
         client: BlockClient,
         policy: CachePolicy,
+        readers: Readers,
         memory: GuestMemory,
         slots: Vec<MemorySlot>,
     ) -> Self {
-        Self { client, policy: Mutex::new(policy), memory, slots, targets: Mutex::default() }
+        let admission = Admission::new(client.sampler(), readers);
+        Self { client, policy: Mutex::new(policy), admission, memory, slots, targets: Mutex::default() }
     }
 
     /// Who keeps the blocks that are read from now on.
@@ -60,22 +65,34 @@ impl DiskBlocks {
     }
 }
 
-impl BlockCache for DiskBlocks {
-    fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan {
-        let Some(keep) = keep(self.policy()) else {
-            let mut plan = ReadPlan::default();
-            plan.past.push(read.first..read.first.saturating_add(read.targets.len() as u64));
-            return plan;
-        };
+impl DiskBlocks {
+    /// Asks for a read, or for a part of it that is in the sample.
+    fn begin(&self, read: &BlockRead<'_>, keep: Keep, sampled: bool) -> ReadPlan {
         let targets: Vec<_> = read.targets.iter().map(|&address| self.page(address)).collect();
         let image = image(read.image);
         let wanted = cache::BlockRead { keep, image, first: read.first, targets: &targets };
         let mut failed = Vec::new();
-        let plan = self.client.begin_read(&wanted, |index, content| {
+        let copy = |index: usize, content: &Page| {
             if self.copy(read.targets[index], content).is_err() {
                 failed.push(index as u64);
             }
-        });
+        };
+        let blocks = targets.len() as u64;
+        let hits = |plan: &cache::ReadPlan| plan.from_guests + plan.from_host;
+        let plan = if sampled {
+            let passed = self.admission.take_passed();
+            let plan = self.client.begin_sampled_read(&wanted, passed, copy);
+            if self.admission.note_sampled(read.first, blocks, hits(&plan), passed, plan.room) {
+                self.client.end_sampling();
+            }
+            plan
+        } else {
+            let plan = self.client.begin_read(&wanted, copy);
+            if keep == Keep::Exclusive {
+                self.admission.note(read.first, blocks, hits(&plan));
+            }
+            plan
+        };
         // A disk that delivers these itself finds out why it cannot.
         let failed = failed.into_iter().map(|index| read.first + index..read.first + index + 1);
         let past = plan.past.into_iter().chain(failed).collect();
@@ -94,6 +111,46 @@ impl BlockCache for DiskBlocks {
             fetches,
             past,
         }
+    }
+}
+
+impl BlockCache for DiskBlocks {
+    fn admits(&self, blocks: Range<u64>) -> bool {
+        match keep(self.policy()) {
+            None => false,
+            Some(Keep::Exclusive) => {
+                self.admission.admits(blocks.start, blocks.end.saturating_sub(blocks.start))
+            }
+            Some(_) => true,
+        }
+    }
+
+    fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan {
+        let blocks = read.first..read.first.saturating_add(read.targets.len() as u64);
+        let Some(keep) = keep(self.policy()) else {
+            return ReadPlan { past: vec![blocks], ..ReadPlan::default() };
+        };
+        if keep != Keep::Exclusive || !self.admission.samples() {
+            return self.begin(read, keep, false);
+        }
+        let mut plan = ReadPlan::default();
+        let taken: Vec<_> = blocks.map(|block| self.admission.takes(block)).collect();
+        let mut from = 0;
+        for run in taken.chunk_by(|one, next| one == next) {
+            let (first, targets) = (read.first + from as u64, &read.targets[from..from + run.len()]);
+            from += run.len();
+            if !run[0] {
+                self.admission.pass(targets.len() as u64);
+                plan.past.push(first..first + targets.len() as u64);
+                continue;
+            }
+            let part = self.begin(&BlockRead { first, targets, ..*read }, keep, true);
+            plan.served.from_guests += part.served.from_guests;
+            plan.served.from_host += part.served.from_host;
+            plan.fetches.extend(part.fetches);
+            plan.past.extend(part.past);
+        }
+        plan
     }
 
     fn end_fetch(&self, fetch: Fetch, read: Result<(), ()>) -> io::Result<()> {

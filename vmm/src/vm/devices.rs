@@ -10,13 +10,14 @@ use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::cache::BlockCache;
 use samepage_devices::disk::limit::RateLimiter;
-use samepage_devices::disk::{CachePolicy, DiskOptions, Engine};
+use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use samepage_sharing::cache::admission::Readers;
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -174,8 +175,11 @@ impl Devices {
                 id: disk.id.clone(),
                 source,
             };
+            // Whatever a qcow2 image has from another one is read by others as well.
+            let alone = !disk.read_only && disk.format != Some(Format::Qcow2);
+            let readers = if alone { Readers::One } else { Readers::Many };
             let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
-                Arc::new(DiskBlocks::new(blocks.clone(), policy, memory.clone(), slots.to_vec()))
+                Arc::new(DiskBlocks::new(blocks.clone(), policy, readers, memory.clone(), slots.to_vec()))
             });
             let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;

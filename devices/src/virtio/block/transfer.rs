@@ -9,6 +9,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -17,7 +18,7 @@ use super::request::{Clearing, Failure, Job};
 use super::service::{Flow, Service};
 use super::stats::add;
 use crate::GuestMemory;
-use crate::disk::cache::{BLOCK_SIZE, BlockRead, ImageId};
+use crate::disk::cache::{BLOCK_SIZE, BlockCache, BlockRead, ImageId};
 use crate::disk::channel::{Action, Operation};
 use crate::disk::image::{Layer, Location};
 use crate::disk::memory::{GuestSlices, MAX_BOUNCE, Memory, widen};
@@ -132,7 +133,10 @@ impl Service {
         // Whole blocks apart from what comes before and after them.
         let first_block = range.start.next_multiple_of(BLOCK_SIZE);
         let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
-        let is_cached = image.is_some() && first_block == range.start && last_block > first_block;
+        let is_whole = first_block == range.start && last_block > first_block;
+        let blocks = first_block / BLOCK_SIZE..last_block / BLOCK_SIZE;
+        let admits = |cache: &Arc<dyn BlockCache>| is_whole && cache.admits(blocks);
+        let is_cached = image.is_some() && self.common.disk.cache().is_some_and(admits);
         if is_cached {
             end = last_block;
         } else if image.is_some() && first_block > range.start && first_block < end {

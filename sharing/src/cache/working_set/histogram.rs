@@ -44,6 +44,19 @@ impl Histogram {
         self.all += self.latest;
     }
 
+    /// There are so many more reads, none of which is followed.
+    pub(super) fn pass(&mut self, reads: u32) {
+        let mut left = reads;
+        while left > 0 {
+            // Beyond a power of 200 weights would leave what a number can hold.
+            let step = left.min((200.0 / self.growth.ln()) as u32).max(1);
+            self.latest *= self.growth.powf(f64::from(step - 1));
+            self.all += self.latest * f64::from(step - 1);
+            self.tick();
+            left -= step;
+        }
+    }
+
     /// The read was one of those that are followed, of which there are this part; so many followed blocks
     /// lay above its own, if that was in the stack.
     pub(super) fn add(&mut self, above: Option<u32>, rate: f64) {

@@ -112,6 +112,20 @@ impl<S: BuildHasher> WorkingSet<S> {
         }
     }
 
+    /// So many reads that missed were not told of, since their blocks are not among those that are
+    /// [followed](Self::follow_below).
+    pub fn passed(&mut self, reads: u64) {
+        let reads = u32::try_from(reads).unwrap_or(u32::MAX);
+        self.now = self.now.wrapping_add(reads);
+        self.histogram.pass(reads);
+    }
+
+    /// Blocks whose hashes are not below this are not told of from now on. A limit that was lower comes up to
+    /// this one.
+    pub fn follow_below(&mut self, limit: u64) {
+        self.stack.limit(limit);
+    }
+
     /// An odd number.
     fn hash(&self, block: impl Hash) -> u64 {
         self.hashes.hash_one(block) | 1

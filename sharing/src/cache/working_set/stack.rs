@@ -32,6 +32,8 @@ pub(super) struct Stack {
     now: u32,
     /// Blocks with lesser hashes are followed.
     followed: u64,
+    /// Others are not told of.
+    limit: u64,
     /// Blocks with lesser hashes count.
     threshold: u64,
     /// When the first of these rose last.
@@ -54,6 +56,7 @@ impl Stack {
             memory,
             now: 0,
             followed: u64::MAX,
+            limit: u64::MAX,
             threshold: u64::MAX,
             rose: 0,
         }
@@ -85,9 +88,22 @@ impl Stack {
         if settled && self.threshold < self.followed {
             self.threshold = self.followed;
             self.rebuild();
-        } else if settled && self.followed < u64::MAX && self.used < self.most / 4 {
-            self.followed = self.followed.saturating_mul(2);
+        } else if settled && self.followed < self.limit && self.used < self.most / 4 {
+            self.followed = self.followed.saturating_mul(2).min(self.limit);
             self.rose = now;
+        }
+    }
+
+    /// Blocks whose hashes are not below `limit` are not told of from now on; all others are.
+    pub(super) fn limit(&mut self, limit: u64) {
+        let before = std::mem::replace(&mut self.limit, limit);
+        if limit < self.followed {
+            self.followed = limit;
+            self.threshold = self.threshold.min(limit);
+            self.rebuild();
+        } else if before < limit && self.followed == before {
+            self.followed = limit;
+            self.rose = self.now;
         }
     }
 

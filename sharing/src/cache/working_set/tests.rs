@@ -204,6 +204,38 @@ fn a_working_set_that_moves_on_is_followed() {
 }
 
 #[test]
+fn a_sample_of_the_disk_tells_of_all_of_it() {
+    use crate::cache::admission::{SAMPLED, Sampler};
+    // A loop of which each block is given up 200,000 blocks before it is read again.
+    let (blocks, held) = (400_000_u32, 200_000_u32);
+    let sampler = Sampler::default();
+    let settings = Settings { sight: Sight::Evictions, window: LONG };
+    let mut estimator = WorkingSet::with_hashes(settings, sampler.clone());
+    estimator.follow_below(SAMPLED);
+    let mut passed = 0;
+    for turn in 0..5 * blocks {
+        if sampler.takes((turn % blocks).into()) {
+            estimator.passed(std::mem::take(&mut passed));
+            estimator.missed(turn % blocks);
+        } else {
+            passed += 1;
+        }
+        if turn >= held && sampler.takes(((turn - held) % blocks).into()) {
+            estimator.evicted((turn - held) % blocks);
+        }
+    }
+    let curve = estimator.curve();
+    // The blocks that were given up since are the other half of the loop.
+    let wanted = curve.working_set();
+    assert!((150_000..250_000).contains(&wanted), "{wanted}");
+    assert!((curve.miss_ratio(300_000) - 0.2).abs() < 0.05, "{}", curve.miss_ratio(300_000));
+    assert!((estimator.misses() / f64::from(5 * blocks) - 1.0).abs() < 0.02, "{}", estimator.misses());
+    // When all is told again it is followed at once, and counts in time.
+    estimator.follow_below(u64::MAX);
+    assert!(estimator.sampling_rate() < 0.01);
+}
+
+#[test]
 fn memory_is_bounded_whatever_is_read() {
     let mut estimator = WorkingSet::with_hashes(Settings::default(), Fixed);
     assert!(estimator.bytes() < 16 << 10, "{}", estimator.bytes());

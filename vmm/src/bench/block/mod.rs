@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use samepage::Hypervisor;
+use samepage::{DiskConfig, Hypervisor};
 use samepage_devices::disk::CachePolicy;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::plan::Plan;
@@ -61,6 +61,10 @@ pub(super) struct BlockArgs {
     /// Rounds of each measurement; medians are printed [default: 5, or 1 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
+
+    /// Only requests whose names contain this, such as "reads" or "sequential reads, 128 KiB"
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
 
     /// A small image and one round: a first impression
     #[arg(long)]
@@ -152,13 +156,17 @@ impl Load {
 /// Who serves the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
+    /// With a policy, alone.
     Samepage(CachePolicy),
+    /// With a policy, beside the sharing engine, as a VM is.
+    Shared(CachePolicy),
     Qemu,
 }
 
-const SIDES: [Side; 4] = [
+const SIDES: [Side; 5] = [
     Side::Samepage(CachePolicy::None),
-    Side::Samepage(CachePolicy::Exclusive),
+    Side::Shared(CachePolicy::None),
+    Side::Shared(CachePolicy::Exclusive),
     Side::Samepage(CachePolicy::Buffered),
     Side::Qemu,
 ];
@@ -170,6 +178,8 @@ struct Run {
     /// One to read and one to write, so that what is read is what was there at the start.
     images: [Image; 2],
     blocks: u32,
+    /// What the names of requests have to contain.
+    only: String,
 }
 
 /// Measures everything.
@@ -188,7 +198,12 @@ pub(super) fn measure(args: &BlockArgs) -> Result<Report> {
     let images = [image("reads")?, image("writes")?];
     let blocks = u32::try_from(blocks).context("the image has more blocks than can be counted")?;
     let qemu = Qemu::find(&folder);
-    let run = Run { bench, hypervisor, qemu, images, blocks };
+    let only = args.only.clone().unwrap_or_default();
+    if !Load::all().any(|load| load.name().contains(&only)) {
+        let names: Vec<_> = Load::all().map(Load::name).collect();
+        bail!("find requests called {only:?}: there are {}", names.join("; "));
+    }
+    let run = Run { bench, hypervisor, qemu, images, blocks, only };
     let sections = run.sections()?;
     run.bench.end();
     Ok(Report {
@@ -211,15 +226,16 @@ impl Run {
         if let Err(reason) = &self.qemu {
             beside.note(reason.clone());
         }
-        for load in Load::all() {
+        for load in Load::all().filter(|load| load.name().contains(&self.only)) {
             let work = self.work(load)?;
             let of = |side: Side| &work[SIDES.iter().position(|&other| other == side).unwrap_or(0)][..];
-            let [none, ours, cached, qemu] = SIDES.map(of);
-            let goal = Some(Goal::RatioAtMost(1.03));
-            add(&mut exclusive, load, ours, none, goal);
+            let [none, shared, ours, cached, qemu] = SIDES.map(of);
+            let goal = Some(Goal::RatioAtMost(1.05));
+            add(&mut exclusive, load, ours, shared, goal);
             add(&mut buffered, load, cached, none, None);
             add(&mut beside, load, none, qemu, None);
         }
+        exclusive.note("the sharing engine runs beside both");
         for section in [&mut exclusive, &mut buffered, &mut beside] {
             section.note("time: of the guest's, for each request, with as many in flight as said; p50, p99: of a request");
         }
@@ -237,7 +253,8 @@ impl Run {
                 image.forget()?;
                 let plan = load.plan(self.blocks, self.bench.quick);
                 work[index].extend(match SIDES[index] {
-                    Side::Samepage(policy) => Some(self.samepage(policy, image.path(), &plan)?),
+                    Side::Samepage(policy) => Some(self.samepage(policy, false, image.path(), &plan)?),
+                    Side::Shared(policy) => Some(self.samepage(policy, true, image.path(), &plan)?),
                     Side::Qemu => match &self.qemu {
                         Ok(qemu) => Some(qemu.work(&self.bench, image.path(), &plan)?),
                         Err(_) => None,
@@ -248,14 +265,15 @@ impl Run {
         Ok(work)
     }
 
-    fn samepage(&self, policy: CachePolicy, image: &Path, plan: &Plan) -> Result<Work> {
-        let sharing = if policy.wants_cache() {
+    fn samepage(&self, policy: CachePolicy, shares: bool, image: &Path, plan: &Plan) -> Result<Work> {
+        let sharing = if shares {
             let size = CacheSize::Bytes(u64::from(self.blocks) * BLOCK_BYTES / CACHE_DIVISOR);
             Some(Arc::new(Sharing::start(Settings { block_cache: size, ..Settings::default() })?))
         } else {
             None
         };
-        let disks = vec![client::disk(image, policy, plan)];
+        // As disks are where nobody says otherwise: they can be written, so no other VM can read them.
+        let disks = vec![DiskConfig { read_only: false, ..client::disk(image, policy, plan) }];
         let memory = client::memory(plan);
         let guest = Guest::start_with_disks(&self.hypervisor, plan, memory, sharing.as_ref(), disks)?;
         client::wait_end(&self.bench, &guest)

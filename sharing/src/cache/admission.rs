@@ -1,0 +1,334 @@
+//! Which reads of a disk go through the cache, and which go past it since nothing ever hits.
+//!
+//! To have a block in the cache costs: a frame of its own to read it into, the books, and a page fault of the
+//! guest's where it is mapped. Where no block is read again that buys nothing. So each disk begins with
+//! *credit*: blocks that go through the cache without a hit use it up, hits bring it back. When it is used up,
+//! only a *sample* of the disk goes on to be cached, one stretch of [`STRETCH`] blocks in [`RATE`], chosen by a
+//! keyed hash, and all else goes past as if there were no cache. As soon as the sample has hits enough, everything goes
+//! through the cache again.
+//!
+//! The sample is spatial, as in SHARDS (see [`working_set`](super::working_set)): all reads of a block that is
+//! in it are seen, so reuse shows in it at any distance, and the estimate of the working set is made from it.
+//!
+//! A cache that holds the sample alone has more room for it than it would have for its share of everything. So a
+//! hit is no evidence where more was read since the block was read last than guest and cache hold together. A
+//! trial may still find less than the sample has promised: after each that failed, twice the evidence is asked for.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+
+/// Blocks of a stretch, a power of two.
+const STRETCH: u64 = 8;
+/// One of so many stretches that follow each other is in the sample.
+const RATE: u64 = 256;
+/// The estimator's hashes of blocks that are in the sample are below this, and all others are not.
+pub(crate) const SAMPLED: u64 = u64::MAX / RATE + 1;
+
+/// Blocks that a hit is worth: with fewer hits than one in so many reads credit runs out.
+const WORTH: i64 = 32;
+/// What the sample has to bring before all is let in again.
+const EVIDENCE: i64 = 3 * WORTH;
+/// Evidence is doubled so many times at most.
+const MOST_FAILURES: u32 = 10;
+/// Blocks of the sample whose last reads are remembered: a sample of 16 GiB.
+const MOST_SEEN: usize = 1 << 14;
+/// Credit for a disk that one VM has to itself: 4 MiB. What it reads once is nobody else's.
+const OWN_CREDIT: i64 = 1 << 10;
+/// Credit for a disk that others may read as well: 64 MiB. What the first VM reads, a second one is given.
+const COMMON_CREDIT: i64 = 1 << 14;
+
+/// Chooses the stretches of a sample under a random key, so that no guest can tell them. Hashes blocks so that
+/// those of these stretches have the smallest hashes.
+#[derive(Clone, Debug, Default)]
+pub struct Sampler {
+    keys: RandomState,
+}
+
+impl Sampler {
+    /// Whether a block is in the sample.
+    #[must_use]
+    pub fn takes(&self, block: u64) -> bool {
+        let stretch = block / STRETCH;
+        self.keys.hash_one(stretch / RATE) % RATE == stretch % RATE
+    }
+
+    /// The hash of a block's stretch.
+    fn stretch(&self, block: u64) -> u64 {
+        let hash = self.keys.hash_one((block / STRETCH, RATE));
+        if self.takes(block) { hash / RATE } else { hash.max(hash / RATE + SAMPLED) }
+    }
+}
+
+impl BuildHasher for Sampler {
+    type Hasher = StretchHasher;
+
+    fn build_hasher(&self) -> StretchHasher {
+        StretchHasher { sampler: self.clone(), all: self.keys.build_hasher(), last: 0 }
+    }
+}
+
+/// The upper half of a hash is that of the stretch, by the last number that was hashed; the lower half that of
+/// everything.
+#[derive(Debug)]
+pub struct StretchHasher {
+    sampler: Sampler,
+    all: <RandomState as BuildHasher>::Hasher,
+    last: u64,
+}
+
+impl Hasher for StretchHasher {
+    fn finish(&self) -> u64 {
+        let upper = self.sampler.stretch(self.last);
+        upper & !u64::from(u32::MAX) | self.all.finish() & u64::from(u32::MAX)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.all.write(bytes);
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.all.write_u32(number);
+        self.last = number.into();
+    }
+}
+
+/// Who can read a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readers {
+    /// One VM: it may write to it.
+    One,
+    /// Any number of VMs, now or later.
+    Many,
+}
+
+/// What is let in of one disk.
+#[derive(Debug)]
+pub struct Admission {
+    sampler: Sampler,
+    credit: i64,
+    sampling: AtomicBool,
+    /// Blocks that went past since that was last told.
+    passed: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// While all is let in, the credit that is left; while a sample is, the evidence.
+    balance: i64,
+    /// Hits since all is let in.
+    hits: u64,
+    /// Trials that failed one after the other.
+    failures: u32,
+    /// Blocks read, and how many those were when a block of the sample was read last.
+    read: u64,
+    seen: HashMap<u64, u64>,
+}
+
+impl Admission {
+    /// All is let in until the credit is used up.
+    #[must_use]
+    pub fn new(sampler: Sampler, readers: Readers) -> Self {
+        let credit = match readers {
+            Readers::One => OWN_CREDIT,
+            Readers::Many => COMMON_CREDIT,
+        };
+        let state = State { balance: credit, hits: 0, failures: 0, read: 0, seen: HashMap::new() };
+        let (sampling, passed) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { sampler, credit, sampling, passed, state: Mutex::new(state) }
+    }
+
+    /// Whether only a sample is let in.
+    #[must_use]
+    pub fn samples(&self) -> bool {
+        self.sampling.load(Ordering::Relaxed)
+    }
+
+    /// Whether any of so many blocks from `first` on is to be asked of the cache. If not, they count as gone
+    /// past.
+    #[must_use]
+    pub fn admits(&self, first: u64, blocks: u64) -> bool {
+        if !self.samples() {
+            return true;
+        }
+        let last = first.saturating_add(blocks.max(1) - 1);
+        let mut stretches = first / STRETCH..=last / STRETCH;
+        let any = stretches.any(|stretch| self.sampler.takes(stretch * STRETCH));
+        if !any {
+            self.pass(blocks);
+        }
+        any
+    }
+
+    /// Whether a block is to be asked of the cache.
+    #[must_use]
+    pub fn takes(&self, block: u64) -> bool {
+        !self.samples() || self.sampler.takes(block)
+    }
+
+    /// So many blocks go past the cache.
+    pub fn pass(&self, blocks: u64) {
+        self.passed.fetch_add(blocks, Ordering::Relaxed);
+    }
+
+    /// Blocks that went past since this was last asked.
+    pub fn take_passed(&self) -> u64 {
+        self.passed.swap(0, Ordering::Relaxed)
+    }
+
+    /// What a read came to while all is let in: `hits` of `blocks` blocks from `first` on were held.
+    pub fn note(&self, first: u64, blocks: u64, hits: u64) {
+        let mut state = self.state.lock();
+        state.read += blocks;
+        for block in (first..first + blocks).filter(|&block| self.sampler.takes(block)) {
+            state.see(block);
+        }
+        let balance = state.balance_after(hits, blocks - hits);
+        state.hits += hits;
+        state.balance = balance.min(self.credit);
+        if state.hits * 8 >= self.credit.unsigned_abs() {
+            state.failures = 0;
+        }
+        if balance < 0 && !self.samples() {
+            state.balance = 0;
+            state.failures = (state.failures + 1).min(MOST_FAILURES);
+            self.sampling.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What a read of the sample came to: `hits` of `blocks` blocks from `first` on. `passed` blocks went past
+    /// since the one before; guest and cache hold `room` blocks together. Returns whether all is let in from now
+    /// on.
+    pub fn note_sampled(&self, first: u64, blocks: u64, hits: u64, passed: u64, room: u64) -> bool {
+        let mut state = self.state.lock();
+        state.read += passed + blocks;
+        // What this disk has not read was read by another.
+        let is_near = |&block: &u64| state.see(block).is_none_or(|distance| distance <= room);
+        let near = (first..first + blocks).filter(is_near).count() as u64;
+        let hits = hits.min(near);
+        state.balance = state.balance_after(hits, blocks - hits).max(0);
+        // Before the first trial nothing was promised that did not come.
+        let proven = self.samples() && state.balance >= EVIDENCE << state.failures.saturating_sub(1);
+        if proven {
+            (state.balance, state.hits) = (self.credit, 0);
+            self.sampling.store(false, Ordering::Relaxed);
+        }
+        proven
+    }
+}
+
+impl State {
+    /// A block of the sample is read. Returns how many were since it was last, if it was.
+    fn see(&mut self, block: u64) -> Option<u64> {
+        if self.seen.len() >= MOST_SEEN {
+            self.seen.clear();
+        }
+        let then = self.seen.insert(block, self.read)?;
+        Some(self.read - then)
+    }
+
+    fn balance_after(&self, hits: u64, misses: u64) -> i64 {
+        let gain = i64::try_from(hits).unwrap_or(i64::MAX).saturating_mul(WORTH);
+        self.balance.saturating_add(gain).saturating_sub_unsigned(misses)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOM: u64 = 50_000;
+
+    fn read(admission: &Admission, blocks: std::ops::Range<u64>, hits: bool) -> u64 {
+        let mut admitted = 0;
+        for block in blocks {
+            if admission.admits(block, 1) && admission.takes(block) {
+                admitted += 1;
+                if admission.samples() {
+                    let passed = admission.take_passed();
+                    admission.note_sampled(block, 1, hits.into(), passed, ROOM);
+                } else {
+                    admission.note(block, 1, hits.into());
+                }
+            }
+        }
+        admitted
+    }
+
+    #[test]
+    fn where_nothing_hits_a_sample_is_left() {
+        for (readers, credit) in [(Readers::One, OWN_CREDIT), (Readers::Many, COMMON_CREDIT)] {
+            let admission = Admission::new(Sampler::default(), readers);
+            let credit = credit.unsigned_abs();
+            assert_eq!(read(&admission, 0..credit, false), credit);
+            let admitted = read(&admission, credit..1 << 20, false);
+            assert!((1 << 20 >> 9..1 << 20 >> 7).contains(&admitted), "{admitted}");
+            assert!(admission.samples());
+            let left = admission.take_passed();
+            assert_eq!(admission.state.lock().read + left, 1 << 20);
+        }
+    }
+
+    #[test]
+    fn hits_let_all_in_again_and_keep_it_in() {
+        let admission = Admission::new(Sampler::default(), Readers::One);
+        read(&admission, 0..40_000, false);
+        assert!(admission.samples());
+        let admitted = read(&admission, 0..40_000, true);
+        assert!(!admission.samples() && admitted > 30_000, "{admitted}");
+        // One hit in twenty reads is enough.
+        for round in 0..20_000_u64 {
+            let all = read(&admission, round * 20..round * 20 + 19, false);
+            assert_eq!(all + read(&admission, 0..1, true), 20);
+        }
+    }
+
+    #[test]
+    fn promises_that_are_not_kept_are_asked_for_twice() {
+        let admission = Admission::new(Sampler::default(), Readers::One);
+        read(&admission, 0..OWN_CREDIT.unsigned_abs() + 1, false);
+        let mut asked = Vec::new();
+        for _ in 0..15 {
+            let mut hits = 0;
+            while admission.samples() {
+                admission.note_sampled(hits, 1, 1, 0, ROOM);
+                hits += 1;
+            }
+            asked.push(hits);
+            read(&admission, 0..2 * OWN_CREDIT.unsigned_abs(), false);
+            assert!(admission.samples());
+        }
+        assert_eq!(asked[..4], [3, 6, 12, 24]);
+        assert_eq!(asked[13..], [3 << 9, 3 << 9]);
+    }
+
+    #[test]
+    fn what_the_whole_cache_would_not_have_kept_is_no_evidence() {
+        let admission = Admission::new(Sampler::default(), Readers::One);
+        read(&admission, 0..2 * OWN_CREDIT.unsigned_abs(), false);
+        // A loop that is longer than guest and cache, all of whose sample the cache still has.
+        read(&admission, 100_000..200_000, false);
+        for _ in 0..10 {
+            read(&admission, 100_000..200_000, true);
+        }
+        assert!(admission.samples());
+        read(&admission, 100_000..140_000, false);
+        read(&admission, 100_000..140_000, true);
+        assert!(!admission.samples());
+    }
+
+    #[test]
+    fn hashes_of_the_sample_are_the_smallest() {
+        #[derive(Hash)]
+        struct Key(u32, u32);
+        let sampler = Sampler::default();
+        for block in 0..100_000 {
+            let hash = sampler.hash_one(Key(3, block));
+            assert_eq!(hash < SAMPLED, sampler.takes(block.into()));
+        }
+        assert_ne!(sampler.hash_one(Key(1, 5)), sampler.hash_one(Key(2, 5)));
+    }
+}
