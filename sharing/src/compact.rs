@@ -22,7 +22,7 @@ use crate::store::{Frame, FrameStore, Hold};
 /// Frames moved in one go.
 const BATCH_FRAMES: usize = 4096;
 /// How long one step may take; what it is at is ended, which takes a window at most.
-const STEP: Duration = Duration::from_millis(1);
+const STEP: Duration = Duration::from_micros(600);
 /// Pages or frames that are gone over between two looks at the clock.
 const GLANCE: u32 = 512;
 /// Frames that are copied at once.
@@ -60,6 +60,8 @@ pub(crate) struct Compaction {
     /// Frames under way, by their old places.
     moves: BTreeMap<Frame, Move>,
     places_before: u32,
+    /// Frames of which nothing has stayed in their old places.
+    moved: usize,
     due: Instant,
     /// Places beyond those in use that do not count as holes.
     few: u32,
@@ -73,6 +75,7 @@ impl Compaction {
             work: Work::None,
             moves: BTreeMap::new(),
             places_before: 0,
+            moved: 0,
             due: Instant::now(),
             few: settings.few_holes,
             windows: settings.compaction_windows,
@@ -106,7 +109,7 @@ impl Clock {
 impl Engine {
     /// Goes on with the repair of the store, where one is due. Returns whether there was something to
     /// do.
-    pub(crate) fn compact(&mut self, now: Instant) -> bool {
+    pub fn compact_step(&mut self, now: Instant) -> bool {
         let clock = Clock::start();
         self.compaction.work = match self.compaction.work {
             Work::None => {
@@ -115,6 +118,7 @@ impl Engine {
                 }
                 self.compaction.due = now + RETRY;
                 self.compaction.places_before = self.store.places();
+                self.compaction.moved = 0;
                 Work::Copying { last: self.store.live() + self.store.live() / 8, slot: 0, page: 0 }
             }
             Work::Copying { last, slot, page } => self.copy_frames(last, slot, page, &clock),
@@ -329,10 +333,11 @@ impl Engine {
                 (0, 0) => self.note_left(new.first()),
                 _ => {}
             }
+            self.compaction.moved += usize::from(self.store.sharers(old.first()) == 0);
             self.release_hold(new);
             self.release_hold(old);
             ended += 1;
-            if ended % GLANCE == 0 && clock.over() {
+            if ended % COPIED == 0 && clock.over() {
                 return Work::Ending;
             }
         }
@@ -340,7 +345,9 @@ impl Engine {
             return Work::Ending;
         }
         self.counters.compactions += 1;
-        if self.store.places() < self.compaction.places_before / 10 * 9 {
+        // What is at the end of the store may be at the end of the guests as well, many batches from here.
+        let much = self.compaction.moved >= BATCH_FRAMES / 2;
+        if much || self.store.places() < self.compaction.places_before / 10 * 9 {
             self.compaction.due = now;
         }
         Work::None

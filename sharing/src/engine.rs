@@ -382,7 +382,7 @@ impl Engine {
             Kind::Splits => self.split_step(),
             Kind::Unshare => self.unshare(now),
             Kind::Undo => self.undo_for_better(),
-            Kind::Compaction => self.compact(now) || self.reclaim_step(),
+            Kind::Compaction => self.compact_step(now) || self.reclaim_step(),
             Kind::Passes => self.go_on_with_pass(now),
         }
     }

@@ -79,7 +79,8 @@ impl Extents {
         let longest = self.classes.iter().rev().find_map(first);
         let last = self.lengths.range(..end).next_back();
         let last = last.map(|(&start, _)| (start, self.length_before(start, end)));
-        longest.into_iter().chain(last).max_by_key(|&(_, len)| len)
+        // The last is cut off by `end`, or is in a class with others.
+        last.filter(|&(_, len)| longest.is_none_or(|(_, other)| len > other)).or(longest)
     }
 
     fn length_before(&self, start: Frame, end: Frame) -> u32 {

@@ -4,6 +4,8 @@ use crate::store::Frame;
 
 /// Frames of one piece.
 const PIECE: usize = 1024;
+/// Pieces that are given back at once.
+const TRIMMED: usize = 16;
 
 /// What a frame is, and who its owners are besides pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,13 +87,20 @@ impl Records {
         }
     }
 
-    /// Makes the table shorter. All frames beyond are free.
+    /// Makes the table shorter. All frames beyond are free, and nothing is noted of them.
     pub(crate) fn shrink(&mut self, len: u32) {
         self.len = len;
-        self.pieces.truncate((len as usize).div_ceil(PIECE));
+        self.trim();
+    }
+
+    /// Gives memory back that the table has too much: a bounded piece of work. Returns whether there is more.
+    pub(crate) fn trim(&mut self) -> bool {
+        let needed = (self.len as usize).div_ceil(PIECE);
+        self.pieces.truncate(needed.max(self.pieces.len().saturating_sub(TRIMMED)));
         if self.pieces.len() * 4 < self.pieces.capacity() {
             self.pieces.shrink_to(2 * self.pieces.len());
         }
+        self.pieces.len() > needed
     }
 
     /// The state of a frame; a free one's beyond the end.
@@ -147,6 +156,7 @@ mod tests {
         assert_eq!((records.digest(3000), records.sharers(3000), records.sharers(1 << 30)), (7, 3, 0));
         let before = records.bytes();
         records.shrink(10);
+        while records.trim() {}
         assert!(records.bytes() < before / 3);
         records.grow(3001);
         assert_eq!((records.state(3000), records.digest(3000)), (State::default(), 0));

@@ -1,12 +1,15 @@
 //! A frame store that has become mostly holes is repaired while guests go on.
 
+#![expect(unsafe_code, reason = "plays guests whose pages differ in a word")]
+
 mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use common::followed::{Clock, Vm, following};
 use common::{Fault, audit, engine, faulty_engine};
-use samepage_sharing::engine::Engine;
+use samepage_sharing::engine::{Engine, Settings};
 
 const PAGES: u32 = 24_000;
 
@@ -112,4 +115,68 @@ fn calls_that_fail_while_frames_move_leave_guests_whole() {
         check(&vms);
         audit(&mut engine);
     }
+}
+
+/// CPU time of this thread: what others take from it does not count.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one struct that is ours.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Writes the first word of a page alone, which is enough to tell it from others.
+fn mark(vm: &Vm, page: u32, word: u64) {
+    // SAFETY: the page is reserved, writable and written by this thread alone.
+    unsafe { vm.guest.ram.range(page, 1).page(0).cast::<u64>().cast_mut().write_volatile(word) };
+    vm.told.0.lock().insert(page);
+}
+
+#[test]
+fn a_large_store_is_compacted_in_short_steps() {
+    const MANY: u32 = 100_000;
+    let pages: u32 = std::env::var("SAMEPAGE_TEST_COMPACT_PAGES").map_or(MANY, |text| text.parse().unwrap());
+    let mut engine = engine(&Settings { shortest_mapping: 1, ..following() });
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, pages)).collect();
+    let mut clock = Clock::new();
+    vms.iter().for_each(|vm| (0..pages).for_each(|page| mark(vm, page, alike(page))));
+    clock.intervals(&mut engine, 2);
+    assert_eq!(engine.statistics().frames, u64::from(pages));
+    // Single pages stay, and runs of eight at the end.
+    let tail = pages / 10 * 9;
+    let stays = |page: u32| if page < tail { page.is_multiple_of(16) } else { page % 24 < 8 };
+    for (number, vm) in (0..).zip(&vms) {
+        (0..pages).filter(|&page| !stays(page)).for_each(|page| mark(vm, page, own(number, page)));
+    }
+    let holes = |engine: &Engine| {
+        let statistics = engine.statistics();
+        statistics.frame_places > 8192 + 2 * statistics.frames
+    };
+    while !holes(&engine) {
+        clock.tick(&mut engine);
+    }
+    let now = Instant::now() + Duration::from_secs(3600);
+    let (mut longest, mut steps) = (Duration::ZERO, 0);
+    loop {
+        let before = cpu_time();
+        let any = engine.compact_step(now);
+        longest = longest.max(cpu_time() - before);
+        steps += 1;
+        if !any {
+            break;
+        }
+    }
+    let statistics = engine.statistics();
+    println!("{pages} pages, {} frames: {steps} steps, the longest {longest:?}", statistics.frames);
+    assert!(statistics.compactions > 1 && steps > 100, "{steps} steps, {statistics:?}");
+    // A window that is under way is ended, and this build is slow.
+    assert!(longest < Duration::from_millis(10), "a step of {longest:?}");
+    for (number, vm) in (0..).zip(&vms) {
+        for page in 0..pages {
+            // SAFETY: as in `mark`.
+            let found = unsafe { vm.guest.ram.range(page, 1).page(0).cast::<u64>().read_volatile() };
+            assert_eq!(found, if stays(page) { alike(page) } else { own(number, page) }, "page {page}");
+        }
+    }
+    audit(&mut engine);
 }

@@ -5,9 +5,9 @@ use crate::calls::MemoryCalls;
 
 /// How many frames may keep their memory for the next that are filled: 4 MiB.
 pub(super) const SPARE_FRAMES: u32 = 1024;
-/// Runs of frames whose memory is given back at once: less than a millisecond.
-pub(super) const STEP_RUNS: usize = 64;
-/// Frames of the longest of them.
+/// Runs of frames whose memory is given back at once: about half a millisecond.
+pub(super) const STEP_RUNS: usize = 32;
+/// Frames of the longest of them, and about as many in all.
 const LONGEST_RUN: u32 = 512;
 
 impl FrameStore {
@@ -16,7 +16,12 @@ impl FrameStore {
     pub fn reclaim(&mut self, calls: &dyn MemoryCalls) -> u32 {
         let mut refused = Vec::new();
         let mut done = 0;
+        self.records.trim();
+        let mut frames = 0;
         for _ in 0..STEP_RUNS {
+            if frames >= LONGEST_RUN {
+                break;
+            }
             let next = self.dead.take_next(self.reclaimed, LONGEST_RUN);
             let next = next.or_else(|| self.unseen.take_next(0, LONGEST_RUN));
             let Some((first, count)) = next else {
@@ -24,6 +29,7 @@ impl FrameStore {
                 break;
             };
             self.reclaimed = first + count;
+            frames += count;
             // Who still looks one up would find another's content.
             let free = (first..first + count).all(|frame| !self.indexed(frame));
             debug_assert!(free, "a dead frame is in the index");
@@ -44,6 +50,7 @@ impl FrameStore {
     pub fn reclaim_all(&mut self, calls: &dyn MemoryCalls) {
         self.reclaimed = 0;
         while self.reclaim(calls) > 0 || self.reclaimed > 0 {}
+        while self.records.trim() {}
     }
 
     /// Makes dead frames free that keep their memory, as far as there is room for such: who fills frames

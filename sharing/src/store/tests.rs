@@ -220,3 +220,24 @@ fn a_full_store_says_so() {
     assert_eq!(mapped(&mut store, 4096, None), 0);
     assert!(store.allocate(1, None).is_none());
 }
+
+#[test]
+fn places_in_a_store_of_single_holes_are_found_at_once() {
+    const FRAMES: u32 = 400_000;
+    let mut store = FrameStore::create(1 << 20).unwrap();
+    let calls = Linux::open(store.file().clone()).unwrap();
+    let hold = store.allocate(FRAMES, None).unwrap();
+    store.fill(&hold);
+    for hold in hold.each().filter(|hold| hold.first() % 2 == 0) {
+        assert_eq!(store.release(hold).len(), 1);
+    }
+    store.reclaim_all(&calls);
+    let started = std::time::Instant::now();
+    for count in 0..1000 {
+        let hold = store.allocate_before(FRAMES, 2).unwrap();
+        assert_eq!((hold.first(), hold.count()), (2 * count, 1), "the first of the longest");
+    }
+    // To go over all holes each time took ten seconds and more.
+    println!("{:?} for each", started.elapsed() / 1000);
+    assert!(started.elapsed() < std::time::Duration::from_secs(5), "{:?}", started.elapsed());
+}

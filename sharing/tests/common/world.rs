@@ -322,6 +322,14 @@ impl World {
                 }
             }
         }
+        // Now the store has holes.
+        self.now += Duration::from_secs(11);
+        for _ in 0..40 {
+            if !self.engine.frames_under_way().is_empty() {
+                break;
+            }
+            self.steps(1, Duration::from_millis(30));
+        }
     }
 
     fn tell_late(&mut self) {
@@ -356,6 +364,10 @@ impl World {
     fn pin(&mut self) {
         let Some(index) = self.any_vm().filter(|_| self.pinned.len() < 6) else { return };
         let (first, count) = self.run(3);
+        self.pin_run(index, first, count);
+    }
+
+    fn pin_run(&mut self, index: usize, first: u32, count: u32) {
         for page in first..first + count {
             let player = &self.players[index];
             let Holds { seed, or_zero } = player.pages[page as usize];
@@ -367,6 +379,49 @@ impl World {
         }
         let id = self.players[index].id;
         self.tell(format!("VM {id} writes {count} pages at {first} to a disk"));
+    }
+
+    /// A guest reads over pages that it is still writing to a disk, and others read.
+    fn read_over(&mut self) {
+        let Some(index) = self.any_vm().filter(|_| self.pinned.len() < 12) else { return };
+        let disk = self.below(2) as usize;
+        let (page, count) = self.run(16);
+        let first = u64::from(self.below(self.size));
+        let targets = || (page..page + count).map(Some).collect();
+        let mut readings = self.readings.len();
+        self.read(index, disk, first, targets());
+        self.finish_from(readings);
+        if self.players[index].lost() {
+            return;
+        }
+        self.pin_run(index, page, count.min(3));
+        if self.one_in(2) {
+            self.write_blocks(disk, (first, u64::from(count)));
+        }
+        if self.one_in(3) {
+            self.steps(2, Duration::from_millis(30));
+        }
+        for _ in 0..1 + self.below(3) {
+            let (other, from) = (self.below(2) as usize, u64::from(self.below(self.size)));
+            let Some(reader) = self.any_vm() else { return };
+            readings = self.readings.len();
+            if reader == index && !self.one_in(3) {
+                self.read(index, other, from, targets());
+            } else {
+                let (page, count) = self.run(16);
+                self.read(reader, other, from, (page..page + count).map(Some).collect());
+            }
+            if !self.one_in(3) {
+                self.finish_from(readings);
+            }
+        }
+    }
+
+    /// Readings from this one on end.
+    fn finish_from(&mut self, number: usize) {
+        while self.readings.len() > number {
+            self.finish(number, true);
+        }
     }
 
     fn unpin(&mut self) {
@@ -473,8 +528,34 @@ impl World {
         }
     }
 
+    /// What frames under way are to survive: guests leave them, disks and other guests take frames, and some
+    /// of that lasts until long after.
+    fn stir(&mut self) {
+        match self.below(12) {
+            0..4 => {
+                let Some(index) = self.any_vm() else { return };
+                let (first, count) = self.run(self.size);
+                self.tell(format!("VM {} leaves {count} pages at {first}", self.players[index].id));
+                for page in first..first + count {
+                    let seed = self.own();
+                    self.write(index, page, seed, false);
+                }
+            }
+            4..8 => {
+                let (count, jump) = (1 + self.below(3), [0, 150][self.below(2) as usize]);
+                self.steps(count, Duration::from_millis(jump));
+            }
+            8..10 => self.begin_read(),
+            10 => self.write_some(),
+            _ => self.end_read(),
+        }
+    }
+
     /// Something happens.
     pub(crate) fn act(&mut self) {
+        if !self.engine.frames_under_way().is_empty() && !self.one_in(4) {
+            return self.stir();
+        }
         match self.below(64) {
             0..10 => self.write_some(),
             10..12 => self.become_alike(),
@@ -499,8 +580,9 @@ impl World {
             52 => self.free(),
             53..55 => self.agent_pass(),
             55..57 => self.free_and_tell(),
-            57..59 => self.pin(),
-            59..61 => self.unpin(),
+            57 => self.pin(),
+            58..60 => self.read_over(),
+            60 => self.unpin(),
             61 => self.tell_late(),
             62 => self.bury(),
             _ => self.check_all(1 + WORDS / 16),
@@ -578,9 +660,7 @@ impl World {
     }
 
     fn finish_all(&mut self) {
-        while !self.readings.is_empty() {
-            self.finish(0, true);
-        }
+        self.finish_from(0);
     }
 
     /// Checks a page of a guest, every `stride`-th word of it.

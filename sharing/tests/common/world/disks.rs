@@ -229,6 +229,16 @@ impl World {
         }
     }
 
+    /// Blocks are written in one go.
+    pub(super) fn write_blocks(&mut self, disk: usize, (first, count): (u64, u64)) {
+        let overlaps = |&(other, many): &(u64, u64)| other < first + count && first < other + many;
+        if !self.disks[disk].writes.iter().any(overlaps) {
+            self.engine.begin_write(self.disks[disk].image, &(first..first + count));
+            self.change(disk, (first, count));
+            self.engine.end_write(self.disks[disk].image, &(first..first + count));
+        }
+    }
+
     fn change(&mut self, disk: usize, (first, count): (u64, u64)) {
         for block in first..first + count {
             let seed = if self.one_in(2) { self.own() } else { Self::alike(block as u32) };
