@@ -139,6 +139,8 @@ pub struct I8042 {
     keyboard_awaits: Option<u8>,
     scanning: bool,
     scan_codes: u8,
+    /// The guest has read from the controller.
+    in_use: bool,
 }
 
 impl I8042 {
@@ -157,7 +159,13 @@ impl I8042 {
             keyboard_awaits: None,
             scanning: true,
             scan_codes: 2,
+            in_use: false,
         }
+    }
+
+    /// Whether the guest has ever read from the controller: who has not has no driver for a keyboard.
+    pub fn in_use(&self) -> bool {
+        self.in_use
     }
 
     /// Presses Ctrl, Alt and Delete and lets them go. Returns whether the guest can still take that: `false`
@@ -317,6 +325,7 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.in_use = true;
         read_bytewise(offset, data, |port| match port {
             DATA => self.read_data(),
             COMMAND => self.status().bits(),
@@ -464,6 +473,15 @@ mod tests {
         machine.command(0x60);
         machine.send(0x45);
         assert_eq!(machine.answered(&[0xf2]), [0xfa, 0xab, 0x41]);
+    }
+
+    #[test]
+    fn it_is_in_use_once_the_guest_has_looked_at_it() {
+        let mut machine = Machine::new();
+        machine.command(0xfe);
+        assert!(!machine.i8042.in_use(), "who resets the machine listens to nothing");
+        machine.read();
+        assert!(machine.i8042.in_use());
     }
 
     #[test]

@@ -4,7 +4,11 @@
 //! the commands arrive as `agent=LIST` on the kernel's command line. When they have run, whatever
 //! came of them, the machine is reset: with the kernel parameter `reboot=k` through the keyboard
 //! controller (writing 0xfe to port 0x64), which ends a virtual machine of samepage.
+//!
+//! Ctrl-Alt-Del, by which a host asks a guest to end, does the same before the commands have run: what was
+//! written gets to the disks first.
 
+use crate::asked;
 use crate::command::parse_list;
 use crate::run::{Runner, say};
 use rustix::mount::{MountFlags, mount};
@@ -24,6 +28,10 @@ pub fn run() -> ! {
         // What needs a missing file system says so when it is used.
         let _ = mount(kind, dir, kind, MountFlags::empty(), None);
     }
+    asked::on_ctrl_alt_del(|| {
+        say("asked to end");
+        reset();
+    });
     say(ready_line());
     let mut runner = Runner::new(true);
     match parse_list(&std::env::var(PARAMETER).unwrap_or_default()) {
@@ -33,6 +41,11 @@ pub fn run() -> ! {
         Err(error) => say(format_args!("{} failed: {error}", error.name())),
     }
     runner.unmount_all();
+    reset();
+}
+
+/// Resets the machine, once what was written is on the disks.
+fn reset() -> ! {
     rustix::fs::sync();
     if let Err(error) = reboot(RebootCommand::Restart) {
         say(format_args!("poweroff failed: {error}"));

@@ -19,6 +19,7 @@
 //! samepage-agent: done ran=4 failed=0
 //! ```
 
+pub(crate) mod asked;
 pub mod checksum;
 pub mod command;
 pub mod content;

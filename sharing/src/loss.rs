@@ -155,6 +155,22 @@ struct Teller {
     tell: Box<dyn FnOnce(Loss) + Send>,
 }
 
+/// What a handler of a signal is.
+pub type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+
+/// Called for faults that concern no range.
+static OTHERS: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// Has `handler` called for SIGBUS and SIGSEGV that concern no range, in place of what was set up before. It
+/// may do what handlers may.
+///
+/// # Errors
+/// Where the signals' handlers cannot be had.
+pub fn on_other_faults(handler: Handler) -> io::Result<()> {
+    OTHERS.store(handler as *mut c_void, Ordering::SeqCst);
+    install()
+}
+
 /// How many ranges were lost since the start of the process. Where it has not changed, no range was.
 pub fn count() -> u64 {
     LOSSES.load(Ordering::SeqCst)
@@ -305,7 +321,7 @@ fn install() -> io::Result<()> {
     for signal in [libc::SIGBUS, libc::SIGSEGV] {
         // SAFETY: zeroes are a valid value of the structure.
         let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-        let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = handle;
+        let handler: Handler = handle;
         action.sa_sigaction = handler as usize;
         // On the alternative stack, where a thread has one: a stack that has overflowed is none of ours.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -328,6 +344,12 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
     if supplied {
         return;
     }
+    let others = OTHERS.load(Ordering::SeqCst);
+    if !others.is_null() {
+        // SAFETY: nothing but handlers is stored there.
+        let handler: Handler = unsafe { std::mem::transmute(others) };
+        return handler(signal, info, context);
+    }
     let Some(Ok(installed)) = INSTALLED.get() else { return };
     let before = &installed.before[usize::from(signal == libc::SIGSEGV)];
     match before.sa_sigaction {
@@ -339,7 +361,7 @@ extern "C" fn handle(signal: c_int, info: *mut siginfo_t, context: *mut c_void) 
         // SAFETY: the handler that was set up before, called as the kernel would; a handler without
         // SA_SIGINFO takes the first argument and ignores the others.
         handler => unsafe {
-            let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = std::mem::transmute(handler);
+            let handler: Handler = std::mem::transmute(handler);
             handler(signal, info, context);
         },
     }

@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use samepage::{DiskConfig, Hypervisor, VmConfig, VmEnd};
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
@@ -15,6 +16,7 @@ use samepage_sharing::service::Sharing;
 use samepage_tests::console::PATIENCE;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
+use samepage_tests::program::{self, Running};
 use xtask::artifacts::{Artifacts, COMMAND_LINE, DISK_FILES, DiskFile};
 
 fn main() -> ExitCode {
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
             &[Need::Kvm, Need::LinuxGuest],
             read_one_image,
         ),
+        ("linux_is_asked_to_end_by_sigterm_and_keeps_what_it_wrote", &[Need::Kvm, Need::LinuxGuest], asked),
         ("linux_sees_that_its_disk_has_grown", &[Need::Kvm, Need::LinuxGuest], see_growth),
     ])
 }
@@ -239,4 +242,28 @@ fn see_growth() {
     let told =
         guest.console.wait_for("the new size", |line| Some(line.split_once("new size: ")?.1.to_owned()));
     assert!(told.starts_with("6144 512-byte logical blocks"), "{told}");
+}
+
+/// What the guest writes, and has in its page cache alone when the process is told to end.
+const UNSYNCED_BYTES: usize = 1 << 20;
+
+fn asked() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let dir = tempfile::tempdir().expect("a folder");
+    let disk = dir.path().join("disk");
+    fs::copy(&artifacts.disk, &disk).expect("a copy of the disk image");
+    let cmdline =
+        format!("{COMMAND_LINE} agent=mount:/dev/vda:/mnt,write:/mnt/written:{UNSYNCED_BYTES}:9,idle");
+    let mut run = program::command(["run", "--memory=64M", "--stop-timeout=600", "--cmdline", &cmdline]);
+    run.arg("--kernel").arg(&artifacts.kernel).arg("--initrd").arg(&artifacts.initramfs);
+    run.arg(format!("--disk=path={}", disk.display()));
+    let running = Running::start(run);
+    running.stdout().wait_for_line("samepage-agent: idle");
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.assert_code(0);
+    assert!(end.stderr.contains("asked vm to end; waiting for up to 600 s"), "{}", end.stderr);
+    assert!(end.stderr.contains("VM vm: the guest reset the machine"), "{}", end.stderr);
+    let written = e2fsprogs("debugfs", &["-R", "cat /written"], &disk);
+    assert!(written == content::bytes(9, UNSYNCED_BYTES), "{} bytes got to the disk", written.len());
 }

@@ -312,6 +312,11 @@ pub(crate) struct ProcessArgs {
     #[arg(long)]
     pub(crate) audit: bool,
 
+    /// How long guests that are asked to end by SIGTERM or SIGINT may take before they are cut off, in
+    /// seconds; a second signal cuts them off at once, as does 0
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub(crate) stop_timeout: u32,
+
     /// How far the VMs' memory together may exceed what the host has available
     #[arg(long, value_name = "RATIO", default_value_t = 1.0, value_parser = parse_ratio)]
     pub(crate) overcommit: f64,

@@ -5,6 +5,7 @@ mod bench;
 mod cli;
 mod client;
 mod demo;
+mod ending;
 mod firecracker;
 mod generate;
 mod picture;

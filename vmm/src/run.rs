@@ -24,6 +24,7 @@ use samepage_sharing::service::Sharing;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
+use crate::ending::Ending;
 use crate::plan;
 use crate::report::{self, tell};
 use crate::stdin::{Input, Typed};
@@ -156,7 +157,9 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     }
     drop(records);
     let stats = process.stats.as_ref();
-    let mut process = Process { manager, signals, hangup, stats, statistics, input, audit: process.audit };
+    let (audit, stop_timeout) = (process.audit, Duration::from_secs(process.stop_timeout.into()));
+    let mut process =
+        Process { manager, signals, hangup, stats, statistics, input, audit, stop_timeout, ending: None };
     let outcome = process.watch(plan.serve)?;
     // Clients hear of all ends before the socket goes.
     drop(server);
@@ -177,6 +180,10 @@ struct Process<'a> {
     statistics: Option<Statistics>,
     input: Option<Input>,
     audit: bool,
+    /// How long guests may take to end.
+    stop_timeout: Duration,
+    /// Guests were asked to end.
+    ending: Option<Ending>,
 }
 
 impl Process<'_> {
@@ -185,11 +192,13 @@ impl Process<'_> {
         let mut outcome = Outcome::default();
         let mut stay = serve;
         while stay || !self.manager.is_idle() {
-            let [signal, end, settled, due, typed, room] = {
+            let [signal, end, settled, due, typed, room, waited] = {
                 let [typed, room] = self.input.as_ref().map_or([None, None], Input::files);
                 let due = self.statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
                 let (fleet, settled) = (self.manager.fleet().as_raw_fd(), self.manager.as_raw_fd());
-                wait_readable([Some(self.signals.as_raw_fd()), Some(fleet), Some(settled), due, typed, room])
+                let signals = Some(self.signals.as_raw_fd());
+                let waited = self.ending.as_ref().map(Ending::as_raw_fd);
+                wait_readable([signals, Some(fleet), Some(settled), due, typed, room, waited])
                     .context("wait for the VMs")?
             };
             if settled {
@@ -197,11 +206,14 @@ impl Process<'_> {
             }
             match signal.then(|| self.signals.take()).flatten() {
                 Some(libc::SIGHUP) if !self.hangup.is_end() => self.reopen_logs(),
-                Some(_) => {
+                Some(signal) => {
                     stay = false;
-                    self.manager.close();
+                    self.end_by(signal);
                 }
                 None => {}
+            }
+            if waited && let Some(ending) = &mut self.ending {
+                ending.go_on(&self.manager).context("wait for guests that were asked to end")?;
             }
             // The VMs that have ended are still there for a last line.
             if (due || end)
@@ -222,6 +234,16 @@ impl Process<'_> {
             }
         }
         Ok(outcome)
+    }
+
+    /// Ends the process as a signal says: guests are asked first, but by SIGQUIT or the second signal.
+    fn end_by(&mut self, signal: i32) {
+        let at_once = signal == libc::SIGQUIT || self.stop_timeout.is_zero() || self.ending.is_some();
+        if !at_once && let Ok(ending) = Ending::begin(&self.manager, self.stop_timeout) {
+            self.ending = Some(ending);
+            return;
+        }
+        self.manager.close();
     }
 
     /// Opens the files anew that consoles and statistics are written to.

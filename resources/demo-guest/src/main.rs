@@ -30,7 +30,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use clock::Clock;
 use demo::layout::{Arena, LayoutError, Ram};
-use demo::plan::Plan;
+use demo::plan::{Crash, Plan};
 use demo::report::{Hex, Report, Text};
 use disk::Disk;
 use hole::Claims;
@@ -82,6 +82,10 @@ fn run(handover: &Handover) -> ! {
     // SAFETY: all usable memory is mapped now, and the arena and its table are used by nothing else.
     let mut pages = unsafe { Pages::fill(&plan, &arena, &clock) };
     let counts = arena.counts();
+    if plan.misbehaviour() == Some(Crash::Hang) {
+        // As a driver that finds a keyboard, and then listens to nothing.
+        port::look_at_keyboard();
+    }
     port::print(Report::Ready {
         pages: arena.pages(),
         alike: counts.alike,

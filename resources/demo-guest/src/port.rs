@@ -65,6 +65,11 @@ pub(crate) fn ctrl_alt_del(codes: &mut u32) -> bool {
     pressed
 }
 
+/// Ask the keyboard controller for its status.
+pub(crate) fn look_at_keyboard() {
+    read8(I8042_COMMAND);
+}
+
 /// Reset the machine. Returns if it has no reset line there.
 pub(crate) fn reset() {
     write8(I8042_COMMAND, I8042_RESET);

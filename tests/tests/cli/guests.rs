@@ -131,13 +131,13 @@ pub(crate) fn crash() {
 
 pub(crate) fn signals() {
     let scratch = Scratch::new();
-    let plans = [
-        endless(),
-        Plan { crash: Some(Crash::Hang), ..endless() },
-        Plan { crash: Some(Crash::Sleep), ..short() },
-    ];
-    for (signal, plan) in [Signal::TERM, Signal::INT, Signal::QUIT].into_iter().zip(plans) {
-        let running = scratch.start(plan, &["--count=2"]);
+    for (signal, plan, timeout) in [
+        (Signal::TERM, endless(), "0"),
+        // Who has no driver for a keyboard cannot be asked.
+        (Signal::INT, Plan { crash: Some(Crash::Sleep), ..short() }, "3600"),
+        (Signal::QUIT, Plan { crash: Some(Crash::Hang), ..endless() }, "3600"),
+    ] {
+        let running = scratch.start(plan, &["--count=2", "--stop-timeout", timeout]);
         for vm in ["[vm-0]", "[vm-1]"] {
             running.stdout().wait_for(|line| (line.starts_with(vm) && line.contains("ready")).then_some(()));
         }
@@ -148,6 +148,35 @@ pub(crate) fn signals() {
         told.sort_unstable();
         assert_eq!(told, ["samepage: VM vm-0: stopped", "samepage: VM vm-1: stopped"], "{signal:?}");
     }
+    for (signal, stop) in [(Signal::TERM, Signal::INT), (Signal::INT, Signal::TERM)] {
+        // One guest hears, the other does not.
+        let plan = Plan { crash: Some(Crash::Hang), crash_vm: Some(1), ..endless() };
+        let running = scratch.start(format!("{plan} vm={{index}}"), &["--count=2", "--stop-timeout=3600"]);
+        running
+            .stdout()
+            .wait_for(|line| (line.starts_with("[vm-0]") && line.contains("round=")).then_some(()));
+        running
+            .stdout()
+            .wait_for(|line| (line.starts_with("[vm-1]") && line.contains("ready")).then_some(()));
+        running.signal(signal);
+        running.stderr().wait_for_line("samepage: VM vm-0: the guest reset the machine");
+        running.stderr().wait_for_line("samepage: waiting for vm-1, ");
+        running.signal(stop);
+        let end = running.wait();
+        end.assert_code(0);
+        let asked =
+            "samepage: asked vm-0, vm-1 to end; waiting for up to 3600 s; another signal ends at once\n";
+        assert!(end.stderr.starts_with(asked), "{}", end.stderr);
+        assert!(end.stderr.ends_with("samepage: VM vm-1: stopped\n"), "{}", end.stderr);
+    }
+    // Its time runs out.
+    let plan = Plan { crash: Some(Crash::Hang), ..endless() };
+    let running = scratch.start(plan, &["--stop-timeout=1"]);
+    running.stdout().wait_for_line("ready");
+    running.signal(Signal::TERM);
+    let end = running.wait();
+    end.assert_code(0);
+    assert!(end.stderr.contains("samepage: not ended in time, and cut off: vm\n"), "{}", end.stderr);
     let left = fs::read_dir(scratch.folder()).expect("list the folder").count();
     assert_eq!(left, 1, "there is more than the kernel");
 }
@@ -254,8 +283,10 @@ pub(crate) fn readers_that_stall() {
     // The statistics of so many VMs do not fit into the pipe.
     let (_reader, writer) = narrow_pipe();
     let plan = Plan { crash: Some(Crash::Triple), crash_vm: Some(0), ..endless() };
-    let mut command =
-        scratch.run(format!("{plan} vm={{index}}"), &["--count=16", "--console=off", "--stats=-"]);
+    let mut command = scratch.run(
+        format!("{plan} vm={{index}}"),
+        &["--count=16", "--console=off", "--stats=-", "--stop-timeout=0"],
+    );
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
     let running = Running::start_as_is(command);
     running.stderr().wait_for_line("VM vm-0: the guest crashed");

@@ -40,7 +40,7 @@ pub enum Action {
     Reset,
     /// Ask the guest to end, by Ctrl-Alt-Del on its keyboard. What comes of that is up to the guest.
     Shutdown,
-    /// The same, and wait; what has not ended in time is killed.
+    /// The same, and wait; what has not ended in time is killed. A paused guest goes on for that.
     Stop,
     /// End it. The guest is not asked.
     Kill,
@@ -52,7 +52,7 @@ const TABLE: [(State, [Option<State>; 7]); 6] = {
     [
         (Created, [Some(Running), None, None, None, None, None, Some(Stopped)]),
         (Running, [None, Some(Paused), None, Some(Running), Some(Running), Some(Stopped), Some(Stopped)]),
-        (Paused, [None, None, Some(Running), Some(Running), None, None, Some(Stopped)]),
+        (Paused, [None, None, Some(Running), Some(Running), None, Some(Stopped), Some(Stopped)]),
         (Stopped, [Some(Running), None, None, None, None, None, None]),
         (Crashed, [Some(Running), None, None, None, None, None, None]),
         (Failed, [Some(Running), None, None, None, None, None, None]),
@@ -148,8 +148,9 @@ mod tests {
         assert_eq!(State::Running.after(Action::Start), None);
         assert_eq!(State::Paused.after(Action::Resume), Some(State::Running));
         assert_eq!(State::Stopped.after(Action::Kill), None);
-        // Who is held cannot end by itself.
-        assert_eq!(State::Paused.after(Action::Stop), None);
+        // Who is held cannot end by itself; for a stop it goes on.
+        assert_eq!(State::Paused.after(Action::Shutdown), None);
+        assert_eq!(State::Paused.after(Action::Stop), Some(State::Stopped));
     }
 
     /// The table in the documentation says what the code does.

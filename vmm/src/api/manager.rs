@@ -200,7 +200,7 @@ impl Manager {
         }
         // A shutdown that came meanwhile did not see all of them.
         if self.is_closing() {
-            self.fleet.request_stop_all();
+            records.iter().filter_map(|record| record.vm()).for_each(|vm| vm.handle().request_stop());
         }
         Ok(records)
     }
@@ -303,6 +303,9 @@ impl Manager {
                 }
             }
             Action::Stop => {
+                if state == State::Paused {
+                    self.run(record, action)?;
+                }
                 // Who does not listen is given the time as well: it may end for other reasons.
                 self.machine(record, action)?.press_ctrl_alt_del();
             }
@@ -468,7 +471,30 @@ impl Manager {
         self.events.tell(Happening::State { vm, state, reason });
     }
 
-    /// Makes no more VMs, and asks those that are there to end. They are to be collected.
+    /// Makes no more VMs, and asks all guests at once to end; those that are paused go on for that. Returns
+    /// the names of their VMs. VMs whose guests cannot be asked, or never ran, end at once. All are to be
+    /// collected.
+    pub fn ask_to_end(&self) -> Vec<String> {
+        self.closing.store(true, Ordering::SeqCst);
+        let records: Vec<_> = self.records.lock().values().cloned().collect();
+        let mut asked = Vec::new();
+        for record in records {
+            let Some(vm) = record.vm() else { continue };
+            if record.state() == State::Paused {
+                vm.resume();
+                record.note_change();
+                self.tell_state(&record);
+            }
+            if record.state() == State::Running && vm.ask_to_end() {
+                asked.push(record.name().to_owned());
+            } else {
+                vm.handle().request_stop();
+            }
+        }
+        asked
+    }
+
+    /// Makes no more VMs, and ends those that are there; their guests are not asked. They are to be collected.
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
         self.fleet.request_stop_all();

@@ -37,7 +37,8 @@ pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
         ClientCommand::Resume(args) => return act(args, Action::Resume),
         ClientCommand::Reset(args) => return act(args, Action::Reset),
         ClientCommand::Stop(args) => {
-            return ask(&args.vms, &json!({ "action": "stop", "timeout_seconds": args.timeout }));
+            let body = json!({ "action": "stop", "timeout_seconds": args.timeout });
+            return ask(&args.vms, Action::Stop, &body);
         }
         ClientCommand::Kill(args) => return act(args, Action::Kill),
         ClientCommand::Rm(args) => {
@@ -60,19 +61,20 @@ fn client(connection: &Connection) -> Client {
 }
 
 fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {
-    ask(args, &json!({ "action": action.name() }))
+    ask(args, action, &json!({ "action": action.name() }))
 }
 
-/// Asks each VM that is named for an action.
-fn ask(args: &VmsArgs, body: &Value) -> anyhow::Result<ExitCode> {
-    each(args, |client, path| {
+/// Asks each VM that is named for an action; where all are, those whose state allows it.
+fn ask(args: &VmsArgs, action: Action, body: &Value) -> anyhow::Result<ExitCode> {
+    let can = |vm: &VmSummary| vm.state.after(action).is_some();
+    each_that(args, can, |client, path| {
         let vm: VmSummary = client.send(Method::POST, &format!("{path}/actions"), body)?;
         Ok(Some(vm))
     })
 }
 
 /// VMs that something is done to at a time.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 128;
 
 /// Does something to each VM that is named, several at a time. One that cannot be done keeps the others from
 /// nothing.
@@ -80,11 +82,20 @@ fn each(
     args: &VmsArgs,
     work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
 ) -> anyhow::Result<ExitCode> {
+    each_that(args, |_| true, work)
+}
+
+/// The same, but where all are meant for those alone that `can`.
+fn each_that(
+    args: &VmsArgs,
+    can: impl Fn(&VmSummary) -> bool,
+    work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
+) -> anyhow::Result<ExitCode> {
     let client = client(&args.connection);
     let mut names = args.vms.clone();
     if args.all {
         let vms: Vec<VmSummary> = client.get("/vms")?;
-        names = vms.into_iter().map(|vm| vm.name).collect();
+        names = vms.into_iter().filter(can).map(|vm| vm.name).collect();
     }
     let mut printed = Vec::new();
     let mut code = ExitCode::SUCCESS;

@@ -11,10 +11,11 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{STDIN_FILENO, c_int, c_void, siginfo_t, termios};
+use samepage_sharing::loss;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Signals that end a process for its own fault.
-const FATAL: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+/// Signals that end a process for its own fault, besides SIGSEGV and SIGBUS.
+const FATAL: [c_int; 3] = [libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
 /// Settings to go back to. There is one terminal for a process, and signal handlers can reach nothing
 /// but statics.
@@ -83,6 +84,8 @@ impl RawTerminal {
         SAVED.valid.store(true, Ordering::Release);
         let guard = Self(());
 
+        // Faults in guest memory end a VM, and not the process.
+        loss::on_other_faults(die)?;
         for signal in FATAL {
             register_signal_handler(signal, die).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         }

@@ -239,6 +239,10 @@ impl Devices {
         controller.contains(&port) && self.reset.read().is_ok()
     }
 
+    pub(super) fn keyboard_in_use(&self) -> bool {
+        self.keyboard.lock().in_use()
+    }
+
     pub(super) fn press_ctrl_alt_del(&self) -> bool {
         self.keyboard.lock().press_ctrl_alt_del()
     }

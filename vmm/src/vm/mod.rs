@@ -408,6 +408,12 @@ impl Vm {
         log.reopen().map_err(|source| VmError::Console { path: log.path().display().to_string(), source })
     }
 
+    /// Asks the guest's system to end, by whatever it listens to: Ctrl-Alt-Del on its keyboard. Returns `false`
+    /// where it listens to nothing.
+    pub fn ask_to_end(&self) -> bool {
+        self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
+    }
+
     /// Types to the guest's console. Returns how many bytes were taken, from the front; once there is room
     /// for more, the event given to [`Vm::set_serial_room_event`] is written.
     pub fn serial_input(&self, data: &[u8]) -> usize {

@@ -191,6 +191,20 @@ impl Block {
     }
 }
 
+impl Drop for Block {
+    /// However a VM ends, what its guest has written gets to the medium: who cuts its power off may cut off the
+    /// host's next.
+    fn drop(&mut self) {
+        self.workers.clear();
+        if self.disk.image().is_read_only() || self.disk.is_lost() || !self.stats.unflushed() {
+            return;
+        }
+        if let Err(error) = self.disk.image().flush() {
+            self.stats.record_trouble(format!("flush as the disk is closed: {error}"));
+        }
+    }
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK

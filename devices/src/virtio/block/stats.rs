@@ -96,6 +96,11 @@ impl BlockStats {
         self.record_error(error);
     }
 
+    /// Whether there may be anything that the medium does not have.
+    pub(super) fn unflushed(&self) -> bool {
+        [&self.writes, &self.discards, &self.write_zeroes].iter().any(|counter| counter.load(Relaxed) > 0)
+    }
+
     /// What went wrong last, in words.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -1,0 +1,98 @@
+//! The end of a process that hosts VMs: all guests are asked at once, and waited for, for some time.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use samepage::VmState;
+use samepage::api::Manager;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::report::tell;
+
+/// How often it is told who is waited for.
+const PROGRESS: Duration = Duration::from_secs(5);
+/// VMs that are named; others are counted.
+const NAMED: usize = 8;
+
+/// An end that is under way.
+pub(crate) struct Ending {
+    until: Instant,
+    timer: TimerFd,
+}
+
+impl Ending {
+    /// Asks all guests to end, for as long as `timeout`. VMs whose guests cannot be asked end at once.
+    ///
+    /// # Errors
+    /// Where there is no timer to be had; then nobody was asked.
+    pub(crate) fn begin(manager: &Manager, timeout: Duration) -> io::Result<Self> {
+        let mut timer = TimerFd::new().map_err(io::Error::from)?;
+        let until = Instant::now() + timeout;
+        timer.reset(PROGRESS.min(timeout).max(Duration::from_millis(1)), None).map_err(io::Error::from)?;
+        let asked = manager.ask_to_end();
+        if !asked.is_empty() {
+            tell(format_args!(
+                "asked {} to end; waiting for up to {} s; another signal ends at once",
+                Names(&asked),
+                timeout.as_secs()
+            ));
+        }
+        Ok(Self { until, timer })
+    }
+
+    /// Tells who is waited for, and ends the VMs whose time is over. Called when this file is readable.
+    ///
+    /// # Errors
+    /// Where the timer fails.
+    pub(crate) fn go_on(&mut self, manager: &Manager) -> io::Result<()> {
+        self.timer.wait().map_err(io::Error::from)?;
+        let vms = manager.fleet().vms();
+        let waited: Vec<_> =
+            vms.iter().filter(|vm| vm.state() != VmState::Ended).map(|vm| vm.name().to_owned()).collect();
+        let rest = self.until.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            if !waited.is_empty() {
+                tell(format_args!("not ended in time, and cut off: {}", Names(&waited)));
+            }
+            manager.close();
+            return Ok(());
+        }
+        if !waited.is_empty() {
+            tell(format_args!("waiting for {}, {} s more", Names(&waited), rest.as_secs_f64().ceil()));
+        }
+        self.timer.reset(PROGRESS.min(rest), None).map_err(io::Error::from)
+    }
+}
+
+impl AsRawFd for Ending {
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+}
+
+/// The names of VMs, as many as there is room for.
+struct Names<'a>(&'a [String]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = &self.0[..self.0.len().min(NAMED)];
+        write!(f, "{}", shown.join(", "))?;
+        match self.0.len() - shown.len() {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_names_are_counted() {
+        let names: Vec<_> = (0..10).map(|number| format!("vm-{number}")).collect();
+        assert_eq!(Names(&names[..2]).to_string(), "vm-0, vm-1");
+        assert!(Names(&names).to_string().ends_with("vm-7 and 2 more"), "{}", Names(&names));
+    }
+}
