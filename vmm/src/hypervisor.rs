@@ -121,7 +121,11 @@ impl Hypervisor {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| {
             HypervisorError::Query { what: "the processor features it supports", source: error.into() }
         })?;
-        let supported_cpuid = cpuid::complete(&supported).map_err(HypervisorError::Cpuid)?;
+        let mut supported_cpuid = cpuid::complete(&supported).map_err(HypervisorError::Cpuid)?;
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        if cpuid::holds_steal_time(&release) {
+            supported_cpuid = cpuid::without_steal_time(&supported_cpuid).map_err(HypervisorError::Cpuid)?;
+        }
         Ok(Self {
             has_tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             needs_tss: kvm.check_extension(Cap::SetTssAddr),

@@ -7,6 +7,10 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 
 const HYPERVISOR_SIGNATURE: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
+const KVM_STEAL_TIME: u32 = 1 << 5;
+/// Asks for what is in the page of steal time.
+const KVM_PV_TLB_FLUSH: u32 = 1 << 9;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_1_ECX_VMX: u32 = 1 << 5;
 const LEAF_1_ECX_SMX: u32 = 1 << 6;
@@ -133,6 +137,26 @@ fn add_timing(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
     });
 }
 
+/// Keeps guests from asking for a page of steal time: what KVM offers by its own leaf.
+pub(crate) fn without_steal_time(supported: &CpuId) -> Result<CpuId, String> {
+    let mut entries = supported.as_slice().to_vec();
+    for entry in entries.iter_mut().filter(|entry| entry.function == KVM_FEATURES) {
+        entry.eax &= !(KVM_STEAL_TIME | KVM_PV_TLB_FLUSH);
+    }
+    CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
+}
+
+/// Whether KVM of this kernel keeps the page of steal time by its frame, and hears of no remap: Linux 5.6 to
+/// 5.15. What it writes there would be lost once the page was merged. Earlier kernels are not told apart: some
+/// were given the same.
+pub(crate) fn holds_steal_time(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) => (major, minor) < (5, 16),
+        _ => false,
+    }
+}
+
 /// Completes what KVM says it supports: older kernels list the topology leaf 0xb once, or not at all
 /// below its second level, and a guest needs both levels.
 pub(crate) fn complete(supported: &CpuId) -> Result<CpuId, String> {
@@ -217,6 +241,24 @@ mod tests {
         );
         assert_eq!((all[0].ebx, all[0].edx), (0x0001_0800, 0));
         assert_eq!((all[1].eax, all[2].eax), (0x0000_0121, 0x0000_0163));
+    }
+
+    #[test]
+    fn steal_time_is_offered_where_kvm_follows_the_page() {
+        for (release, holds) in [
+            ("5.15.0-91-generic", true),
+            ("5.4.0", true),
+            ("4.19.0-26-amd64", true),
+            ("5.16.0", false),
+            ("6.1.0-31-amd64", false),
+            ("6.18", false),
+            ("unknown", false),
+        ] {
+            assert_eq!(holds_steal_time(release), holds, "{release}");
+        }
+        let supported = CpuId::from_entries(&[entry(0x4000_0001, 0, [u32::MAX, 0, 0, 0])]).unwrap();
+        let told = without_steal_time(&supported).unwrap();
+        assert_eq!(told.as_slice()[0].eax, !(1 << 5 | 1 << 9));
     }
 
     #[test]
