@@ -669,7 +669,9 @@ fn commands() {
     check.current_dir(mistakes.path());
     let finished = Running::start(check).wait();
     finished.assert_code(1);
-    assert!(finished.stderr.starts_with("vms.toml:3: unknown field `cpus`"), "{}", finished.stderr);
+    let told: Vec<_> = finished.stderr.lines().collect();
+    assert!(told[0].starts_with("vms.toml:1: a VM needs a kernel"), "{told:?}");
+    assert!(told.len() == 2 && told[1].starts_with("vms.toml:3: unknown field `cpus`"), "{told:?}");
     let nobody = Running::start(command(["ps", "--socket", "/nonexistent/socket"])).wait();
     nobody.assert_code(1);
     assert!(nobody.stderr.contains("samepage serve --socket"), "{}", nobody.stderr);

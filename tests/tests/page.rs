@@ -187,12 +187,12 @@ fn phone() {
     for pixels in [320, 375, 800] {
         let (width, page) = width_on(&file, pixels);
         assert!(width <= pixels, "the report is {width} pixels wide on a screen of {pixels}");
-        // Marks of the axes, in seconds.
+        // Marks of the axes, in seconds: as many as the looks at memory reach over, and no more than were watched.
         let texts =
             page.split("&lt;/text&gt;").filter_map(|text| text.rsplit_once("&gt;")?.1.strip_suffix(" s"));
         let marks: Vec<u32> = texts.filter_map(|text| text.parse().ok()).collect();
         let last = marks.iter().max().unwrap_or_else(|| panic!("no marks:\n{page}"));
-        assert!((3..=6).contains(last), "{marks:?}");
+        assert!((1..=6).contains(last), "{marks:?}");
         for vm in 0..3 {
             // The part of a name that is never cut.
             let end = format!("-node-{vm}-blue&lt;/span&gt;");
