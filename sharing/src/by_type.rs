@@ -3,6 +3,7 @@
 //! A guest's word is a claim: nothing here decides what may be shared.
 
 use std::io;
+use std::ops::Range;
 use std::time::Instant;
 
 use samepage_hole::flags::in_motion;
@@ -11,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::changes::RareSet;
 use crate::engine::Engine;
-use crate::members::Flags;
+use crate::members::{Flags, Member};
+use crate::survey::{PageCount, Survey};
 
 /// How many types of pages there are.
 pub const TYPES: usize = PageType::ALL.len();
@@ -227,31 +229,55 @@ impl Engine {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn claimed(&self, slot: usize) -> io::Result<Option<Claimed>> {
-        let Some(member) = self.members.get(slot) else { return Ok(None) };
+        Survey::new(slot, ClaimCount::default()).all(self)
+    }
+}
+
+/// What [`Engine::claimed`] counts.
+#[derive(Default)]
+pub(crate) struct ClaimCount {
+    private: [u64; TYPES],
+    sharing: [f64; TYPES],
+    zero: [u64; TYPES],
+}
+
+impl PageCount for ClaimCount {
+    type Sum = Claimed;
+    const NAME: &'static str = "statistics by type of page";
+
+    fn count(
+        &mut self,
+        engine: &Engine,
+        member: &Member,
+        pages: Range<u32>,
+        runs: &[Range<u32>],
+    ) -> io::Result<()> {
         let space = &member.space;
-        let mut claimed = member.claims.as_ref().map(|claims| claims.summary()).unwrap_or_default();
-        let Some(census) = space.backing().census() else { return Ok(Some(claimed)) };
-        claimed.types = census.statistics(Instant::now());
-        let mut runs = Vec::new();
-        if !space.lost() {
-            space.private(0..space.pages(), &self.pagemap, &mut runs)?;
+        let Some(census) = space.backing().census() else { return Ok(()) };
+        for page in runs.iter().cloned().flatten() {
+            self.private[census.claim(page).page_type() as usize] += 1;
         }
-        for page in runs.into_iter().flatten() {
-            claimed.types[census.claim(page).page_type() as usize].private += 1;
-        }
-        let mut sharing = [0.0; TYPES];
-        for page in 0..space.pages() {
+        for page in pages {
             let kind = census.claim(page).page_type() as usize;
             if space.attached(page) {
-                let sharers = space.refers(page).map_or(1, |frame| self.store.sharers(frame).max(1));
-                sharing[kind] += 1.0 - 1.0 / f64::from(sharers);
+                let sharers = space.refers(page).map_or(1, |frame| engine.store.sharers(frame).max(1));
+                self.sharing[kind] += 1.0 - 1.0 / f64::from(sharers);
             }
-            claimed.types[kind].zero += u64::from(member.flags[page as usize].contains(Flags::ZERO));
+            self.zero[kind] += u64::from(member.flags[page as usize].contains(Flags::ZERO));
         }
-        for (kind, sharing) in claimed.types.iter_mut().zip(sharing) {
-            kind.sharing = f64::round(sharing) as u64;
+        Ok(())
+    }
+
+    fn end(self, member: &Member) -> Claimed {
+        let mut claimed = member.claims.as_ref().map(|claims| claims.summary()).unwrap_or_default();
+        let Some(census) = member.space.backing().census() else { return claimed };
+        claimed.types = census.statistics(Instant::now());
+        for (kind, statistics) in claimed.types.iter_mut().enumerate() {
+            statistics.private = self.private[kind];
+            statistics.sharing = f64::round(self.sharing[kind]) as u64;
+            statistics.zero = self.zero[kind];
         }
-        Ok(Some(claimed))
+        claimed
     }
 }
 

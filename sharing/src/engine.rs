@@ -3,9 +3,10 @@
 //! Pages of VMs with a change log are looked at when they have come to rest (`follow`); VMs without
 //! one are gone over in full passes (`passes`). What a page is merged with is found in `search`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::budget::{Budget, Share};
@@ -18,17 +19,19 @@ use crate::claims::SharedTypes;
 use crate::compact::Compaction;
 use crate::content::{Digester, Page};
 use crate::hints::{Blocks, Hints};
+use crate::holds::{Hold, Holds, Since};
 use crate::huge::HugeRanges;
 use crate::index::{Effort, FrameIndex, PageIndex};
 pub use crate::members::Mode;
 use crate::members::{Member, Members};
 use crate::pagemap::Pagemap;
 use crate::passes::Pass;
-use crate::ram::{HUGE_PAGES, PAGE_SIZE, Ram};
+use crate::ram::{PAGE_SIZE, Ram};
 use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::survey::{Survey, VmCount};
 use crate::trust::Stop;
 use crate::turns::{Kind, Turns};
 use crate::undo::Pressure;
@@ -106,6 +109,9 @@ impl Default for Settings {
     }
 }
 
+/// The time that a step takes, as far as it can end early.
+const STEP: Duration = Duration::from_millis(1);
+
 /// What a step was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -177,6 +183,9 @@ pub struct Engine {
     pub(crate) rested_cursor: (usize, u32),
     pub(crate) looked_at_rested: bool,
     pub(crate) turns: Turns,
+    /// When the step that is under way is to end.
+    pub(crate) step_ends: Instant,
+    pub(crate) holds: Holds,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
     /// Whether it can still be trusted.
@@ -247,6 +256,8 @@ impl Engine {
             rested_cursor: (0, 0),
             looked_at_rested: false,
             turns: Turns::default(),
+            step_ends: Instant::now(),
+            holds: Holds::default(),
             urgent: Arc::default(),
             stop: Arc::default(),
             losses_seen: 0,
@@ -285,6 +296,12 @@ impl Engine {
     /// Says what of a VM's memory is shared from now on. Pages that are shared and are not to be any
     /// more are taken off their frames step by step.
     pub fn set_mode(&mut self, slot: usize, mode: Mode) {
+        let since = Since::now();
+        self.change_mode(slot, mode);
+        self.holds.note("change of mode", since);
+    }
+
+    fn change_mode(&mut self, slot: usize, mode: Mode) {
         let changes = |member: &&mut Member| member.mode != mode && !member.space.lost();
         let Some(member) = self.members.get_mut(slot).filter(changes) else { return };
         let (before, pages) = (member.mode, member.space.pages());
@@ -328,15 +345,18 @@ impl Engine {
 
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
-        let step = self.next_step(now);
+        let since = Since::now();
+        let (kind, step) = self.next_step(now);
         self.calls.wake_latecomers();
+        self.holds.note(kind.map_or("looking for work", Kind::name), since);
         step
     }
 
-    fn next_step(&mut self, now: Instant) -> Step {
+    /// What kind of work there was, if it has a turn, and what the step was.
+    fn next_step(&mut self, now: Instant) -> (Option<Kind>, Step) {
         self.recount();
         if self.retire_step() {
-            return Step::Worked;
+            return (None, Step::Worked);
         }
         if self.store.any_left() {
             self.settle_cache();
@@ -345,7 +365,7 @@ impl Engine {
             let started = Instant::now();
             if self.work(kind, now) {
                 self.turns.served(kind, started.elapsed());
-                return Step::Worked;
+                return (Some(kind), Step::Worked);
             }
         }
         let passes = self.passes();
@@ -358,7 +378,7 @@ impl Engine {
         // Where intervals end, the cache has its turn with them.
         let cache = self.members.iter().all(|member| !member.active() || member.follower.is_none());
         let cache = cache.then(|| self.cache_due()).flatten();
-        Step::RestUntil(
+        let rest = Step::RestUntil(
             intervals
                 .chain(cache)
                 .chain(unshare)
@@ -366,11 +386,13 @@ impl Engine {
                 .chain(claims)
                 .min()
                 .unwrap_or(now + Duration::from_secs(3600)),
-        )
+        );
+        (None, rest)
     }
 
     /// Does a piece of work of a kind, about a millisecond of it. Returns whether there was any.
     fn work(&mut self, kind: Kind, now: Instant) -> bool {
+        self.begin_step();
         match kind {
             Kind::Hints => self.take_hints(),
             Kind::Claims => self.take_claims(now),
@@ -509,39 +531,21 @@ impl Engine {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn vm_statistics(&self, slot: usize) -> io::Result<Option<VmStatistics>> {
-        let Some(member) = self.members.get(slot) else { return Ok(None) };
-        let space = &member.space;
-        let mut runs = Vec::new();
-        let mut huge = Vec::new();
-        if !space.lost() {
-            space.private(0..space.pages(), &self.pagemap, &mut runs)?;
-            if member.huge.is_some() && self.pagemap.tells_huge() {
-                self.pagemap.huge(space.ram().range(0, space.pages()), &mut huge)?;
-            }
-        }
-        let pages =
-            |runs: &[std::ops::Range<u32>]| runs.iter().map(|run| u64::from(run.end - run.start)).sum();
-        let huge_pages: u64 = pages(&huge);
-        let mut sharing = 0.0;
-        let mut shared = 0_u64;
-        for page in (0..space.pages()).filter(|&page| space.attached(page)) {
-            let sharers = space.refers(page).map_or(1, |frame| self.store.sharers(frame).max(1));
-            shared += u64::from(sharers > 1);
-            sharing += 1.0 - 1.0 / f64::from(sharers);
-        }
-        let sharing = f64::round(sharing) as u64;
-        Ok(Some(VmStatistics {
-            pages: space.pages().into(),
-            pages_shared: shared - sharing,
-            pages_sharing: sharing,
-            pages_merged: space.attached_count().into(),
-            pages_unshared: member.counts.unique.into(),
-            pages_volatile: member.counts.volatile.into(),
-            zero_pages: member.counts.zero.into(),
-            pages_private: pages(&runs),
-            huge_whole: huge_pages / u64::from(HUGE_PAGES),
-            huge_split: member.huge.as_ref().map_or(0, HugeRanges::splits),
-            mappings: space.mappings().into(),
-        }))
+        Survey::new(slot, VmCount::default()).all(self)
+    }
+
+    /// For how long this engine was kept from others at a time since the last call, by what it did.
+    pub fn take_holds(&self) -> BTreeMap<&'static str, Hold> {
+        self.holds.take()
+    }
+
+    /// Whether a step has taken its time, or a guest waits for the engine: it is to end.
+    pub(crate) fn spent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed) > 0 || Instant::now() >= self.step_ends
+    }
+
+    /// A step begins.
+    pub(crate) fn begin_step(&mut self) {
+        self.step_ends = Instant::now() + STEP;
     }
 }

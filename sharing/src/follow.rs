@@ -4,7 +4,6 @@
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::changes::{ChangeLog, PageSet, RareSet};
@@ -284,8 +283,9 @@ impl Engine {
         'runs: for run in &runs {
             let mut page = run.start;
             while let Some(next) = self.next_ready(slot, page..run.end) {
-                page = next + self.look_at(slot, next, run.end).max(1);
-                if self.urgent.load(Ordering::Relaxed) > 0 {
+                let looked = self.look_at(slot, next, run.end).max(1);
+                page = next + looked;
+                if self.time_to_end(page, looked) {
                     chunk.end = page.min(chunk.end);
                     break 'runs;
                 }

@@ -13,8 +13,10 @@ use crate::turns::Kind;
 
 /// Hints that one step takes up.
 const STEP_HINTS: usize = 16;
-/// Pages said to hold blocks that one step compares, or of one read where that is more than the rest of these.
+/// Pages said to hold blocks that one step compares.
 const STEP_PAGES: u32 = 512;
+/// Of these, the ones between two looks at the time.
+const PART_PAGES: u32 = 64;
 /// Pages said to be free count as so much less work.
 const FREED: u32 = 16;
 
@@ -22,13 +24,13 @@ impl Engine {
     /// Takes the next hints up, of each VM in turn. Returns whether there were any.
     pub(crate) fn take_hints(&mut self) -> bool {
         let (mut hints, mut pages) = (0, 0);
-        while hints < STEP_HINTS && pages < STEP_PAGES {
+        while hints < STEP_HINTS && pages < STEP_PAGES && (hints == 0 || !self.spent()) {
             let Some(slot) = self.next_with_work(Kind::Hints, |member| member.hints.waiting() > 0) else {
                 break;
             };
             let Some(hint) = self.members.at(slot).hints.take() else { break };
             hints += 1;
-            pages += self.take_hint(slot, hint, STEP_PAGES - pages);
+            pages += self.take_hint(slot, hint, PART_PAGES);
         }
         if hints > 0 {
             self.store.reclaim(&*self.calls);
@@ -36,8 +38,7 @@ impl Engine {
         hints > 0
     }
 
-    /// Takes as much of a hint up as there is time for in a step. Returns for how many pages there would have
-    /// been.
+    /// Takes up what a hint says of so many pages at most. Returns how many they were.
     fn take_hint(&mut self, slot: usize, hint: Hint, most: u32) -> u32 {
         let pages = hint.pages();
         let member = self.members.at(slot);

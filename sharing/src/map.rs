@@ -1,12 +1,14 @@
 //! A picture of a VM's memory: runs of pages, each summed up.
 
 use std::io;
+use std::ops::Range;
 
 use serde::Serialize;
 
 use crate::by_type::TYPES;
 use crate::engine::Engine;
-use crate::members::Flags;
+use crate::members::{Flags, Member};
+use crate::survey::{PageCount, Survey};
 
 /// A run of pages of a VM, summed up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -28,35 +30,62 @@ impl Engine {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn map(&self, slot: usize, cells: u32) -> io::Result<Option<Vec<MapCell>>> {
-        let Some(member) = self.members.get(slot) else { return Ok(None) };
+        Survey::new(slot, Picture::new(cells)).all(self)
+    }
+}
+
+/// A picture that is made cell by cell.
+pub(crate) struct Picture {
+    most: u32,
+    cells: Vec<MapCell>,
+}
+
+impl Picture {
+    /// Of at most so many cells.
+    pub(crate) fn new(most: u32) -> Self {
+        Self { most: most.max(1), cells: Vec::new() }
+    }
+}
+
+impl PageCount for Picture {
+    type Sum = Vec<MapCell>;
+    const NAME: &'static str = "picture of a VM";
+
+    fn count(
+        &mut self,
+        _: &Engine,
+        member: &Member,
+        pages: Range<u32>,
+        runs: &[Range<u32>],
+    ) -> io::Result<()> {
         let space = &member.space;
-        let pages = space.pages();
-        let size = pages.div_ceil(cells.max(1)).max(1);
-        let mut runs = Vec::new();
-        if !space.lost() {
-            space.private(0..pages, &self.pagemap, &mut runs)?;
-        }
-        let mut private = runs.into_iter().flatten().peekable();
+        let all = space.pages();
+        let size = all.div_ceil(self.most).max(1);
+        let mut private = runs.iter().cloned().flatten().peekable();
         let census = space.backing().census();
-        let cell = |first: u32| {
-            let end = pages.min(first.saturating_add(size));
-            let mut cell = MapCell { first_page: first.into(), pages: end - first, ..MapCell::default() };
-            for page in first..end {
-                // A page that has just left its frame is still on the books.
-                let own = private.next_if_eq(&page).is_some();
-                let zero = member.flags[page as usize].contains(Flags::ZERO);
-                let state = match (own, space.attached(page), zero) {
-                    (true, ..) => 1,
-                    (_, true, _) => 0,
-                    (_, _, true) => 2,
-                    _ => 3,
-                };
-                cell.states[state] += 1;
-                let kind = census.map_or(0, |census| census.claim(page).page_type() as usize);
-                cell.types[kind] += 1;
+        for page in pages {
+            if page.is_multiple_of(size) {
+                let pages = size.min(all - page);
+                self.cells.push(MapCell { first_page: page.into(), pages, ..MapCell::default() });
             }
-            cell
-        };
-        Ok(Some((0..pages).step_by(size as usize).map(cell).collect()))
+            let Some(cell) = self.cells.last_mut() else { continue };
+            // A page that has just left its frame is still on the books.
+            let own = private.next_if_eq(&page).is_some();
+            let zero = member.flags[page as usize].contains(Flags::ZERO);
+            let state = match (own, space.attached(page), zero) {
+                (true, ..) => 1,
+                (_, true, _) => 0,
+                (_, _, true) => 2,
+                _ => 3,
+            };
+            cell.states[state] += 1;
+            let kind = census.map_or(0, |census| census.claim(page).page_type() as usize);
+            cell.types[kind] += 1;
+        }
+        Ok(())
+    }
+
+    fn end(self, _: &Member) -> Vec<MapCell> {
+        self.cells
     }
 }

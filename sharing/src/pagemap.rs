@@ -26,6 +26,8 @@ const CATEGORY_HUGE: u64 = 1 << 6;
 
 /// How many runs one scan returns at most.
 const REGIONS: usize = 256;
+/// How much memory one scan looks at: it holds a lock of the process for some 5 ns a page.
+const SCAN_BYTES: u64 = 128 << 20;
 /// How many pages the older way reads at a time.
 const ENTRIES: usize = 512;
 
@@ -160,7 +162,7 @@ impl Pagemap {
             let mut argument = ScanArgument {
                 size: size_of::<ScanArgument>() as u64,
                 start,
-                end,
+                end: end.min(start + SCAN_BYTES),
                 regions: regions.as_mut_ptr().addr() as u64,
                 regions_len: REGIONS as u64,
                 category_mask: CATEGORY_PRESENT | CATEGORY_FILE | CATEGORY_ZERO_FRAME | besides,

@@ -32,6 +32,7 @@ impl Engine {
     /// how many pages were merged, given back, or had changed in it.
     pub fn pass_step(&mut self) -> Option<u64> {
         self.recount();
+        self.begin_step();
         let (slot, start) = self.pass.cursor;
         let Some(next) = self.members.next_from(slot) else {
             return Some(self.end_pass());
@@ -44,8 +45,8 @@ impl Engine {
             self.pass.cursor = (next + 1, 0);
             return None;
         }
+        let end = self.go_over(next, start..end);
         self.pass.cursor = if end == pages { (next + 1, 0) } else { (next, end) };
-        self.go_over(next, start..end);
         self.store.reclaim(&*self.calls);
         self.calls.wake_latecomers();
         None
@@ -64,7 +65,9 @@ impl Engine {
         events
     }
 
-    fn go_over(&mut self, slot: usize, chunk: Range<u32>) {
+    /// Returns up to which page there was time.
+    fn go_over(&mut self, slot: usize, chunk: Range<u32>) -> u32 {
+        let mut done = chunk.end;
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
@@ -76,12 +79,17 @@ impl Engine {
                     run.clone().for_each(|page| member.became_private(page));
                 }
                 for run in &runs {
-                    self.look_at_run(slot, run.clone());
+                    let end = self.look_at_run(slot, run.clone());
+                    if end < run.end {
+                        done = end;
+                        break;
+                    }
                 }
             }
             Err(_) => self.counters.refusals += 1,
         }
         self.runs = runs;
+        done
     }
 
     /// Private pages have left their frames, and are zero pages no longer.

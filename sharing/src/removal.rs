@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::calls::{MemoryCalls, Over, Source};
 use crate::engine::Engine;
+use crate::holds::Since;
 use crate::members::Member;
 use crate::ram::Ram;
 use crate::trust::Stopped;
@@ -123,6 +124,13 @@ impl Engine {
         if self.forget_distrusted(removal.slot) {
             return false;
         }
+        let since = Since::now();
+        let more = self.give_up_piece(removal);
+        self.holds.note("end of a VM", since);
+        more
+    }
+
+    fn give_up_piece(&mut self, removal: &mut Removal) -> bool {
         let Self { members, store, stable, .. } = self;
         let Some(member) = members.get_mut(removal.slot) else { return false };
         for page in removal.piece.clone() {

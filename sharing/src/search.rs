@@ -26,12 +26,23 @@ const CERTAIN: u32 = 2;
 const MISSES: u32 = 8;
 
 impl Engine {
-    /// Looks at the private pages of a run that are to be looked at.
-    pub(crate) fn look_at_run(&mut self, slot: usize, run: Range<u32>) {
+    /// Looks at the private pages of a run that are to be looked at. Returns up to which there was time.
+    pub(crate) fn look_at_run(&mut self, slot: usize, run: Range<u32>) -> u32 {
         let mut page = run.start;
         while page < run.end && !self.members.at(slot).space.lost() {
-            page += self.look_at(slot, page, run.end).max(1);
+            let looked = self.look_at(slot, page, run.end).max(1);
+            page += looked;
+            if self.time_to_end(page, looked) {
+                return page.min(run.end);
+            }
         }
+        run.end
+    }
+
+    /// Whether the step is to end after a look that dealt with so many pages up to this one. The time is not
+    /// asked for after each page.
+    pub(crate) fn time_to_end(&self, page: u32, looked: u32) -> bool {
+        (looked > 1 || page.is_multiple_of(16)) && self.spent()
     }
 
     /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how

@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::audit::AuditReport;
-use crate::by_type::Claimed;
+use crate::by_type::{ClaimCount, Claimed};
 use crate::cache::admission::Sampler;
 use crate::cache::statistics::CacheStatistics;
 use crate::cache::working_set::Curve;
@@ -25,12 +25,13 @@ use crate::content::Page;
 use crate::engine::{Engine, Mode, Settings};
 use crate::group::{Group, Groups};
 use crate::hints::{Hint, Hints};
-use crate::map::MapCell;
+use crate::map::{MapCell, Picture};
 use crate::pairs::FrameSample;
 use crate::ram::{PAGE_SIZE, Ram};
 use crate::space::LostHandler;
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
+use crate::survey::{PageCount, Survey, VmCount};
 use crate::trust::Stopped;
 use crate::uffd::UffdError;
 use crate::worker::Crew;
@@ -271,8 +272,7 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn statistics(&self) -> io::Result<VmStatistics> {
-        let statistics = self.group.engine.ask(|engine| engine.vm_statistics(self.slot));
-        Ok(statistics.transpose()?.flatten().unwrap_or_default())
+        Ok(self.survey(VmCount::default())?.unwrap_or_default())
     }
 
     /// Why sharing has stopped for the VM's group, if it has.
@@ -336,8 +336,7 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn claimed(&self) -> io::Result<Claimed> {
-        let claimed = self.group.engine.ask(|engine| engine.claimed(self.slot));
-        Ok(claimed.transpose()?.flatten().unwrap_or_default())
+        Ok(self.survey(ClaimCount::default())?.unwrap_or_default())
     }
 
     /// A picture of the VM's memory: runs of pages of the same size, `cells` at most. Takes time in
@@ -346,8 +345,14 @@ impl Membership {
     /// # Errors
     /// Where the page map cannot be read.
     pub fn map(&self, cells: u32) -> io::Result<Vec<MapCell>> {
-        let map = self.group.engine.ask(|engine| engine.map(self.slot, cells));
-        Ok(map.transpose()?.flatten().unwrap_or_default())
+        Ok(self.survey(Picture::new(cells))?.unwrap_or_default())
+    }
+
+    /// Counts the VM's pages, while others get at the engine.
+    fn survey<C: PageCount>(&self, count: C) -> io::Result<Option<C::Sum>> {
+        let mut survey = Survey::new(self.slot, count);
+        while self.group.engine.ask(|engine| survey.go_on(engine)).transpose()?.unwrap_or(false) {}
+        Ok(self.group.engine.ask(|engine| survey.end(engine)).flatten())
     }
 
     /// Where disks ask for blocks.

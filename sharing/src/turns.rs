@@ -52,6 +52,24 @@ impl Kind {
         Self::Compaction,
         Self::Passes,
     ];
+
+    /// What people call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Hints => "hints of devices",
+            Self::Claims => "claims of guests",
+            Self::Changes => "ends of intervals",
+            Self::GiveBack => "giving free pages back",
+            Self::Rested => "pages at rest",
+            Self::Evictions => "evictions",
+            Self::Limit => "limit of the cache",
+            Self::Splits => "splits of huge pages",
+            Self::Unshare => "ends of sharing",
+            Self::Undo => "undoing for better runs",
+            Self::Compaction => "compaction",
+            Self::Passes => "full passes",
+        }
+    }
 }
 
 const KINDS: usize = 12;

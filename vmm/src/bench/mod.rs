@@ -22,6 +22,7 @@ mod images;
 mod kernels;
 mod ksm;
 mod layout;
+mod locks;
 mod lookahead;
 mod memory;
 mod ours;
@@ -71,6 +72,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "sharers", measure: sharers::measure },
     Workload { name: "state", measure: state::measure },
     Workload { name: "delivery", measure: delivery::measure },
+    Workload { name: "locks", measure: locks::measure },
     Workload { name: "found", measure: vms::found },
     Workload { name: "share", measure: vms::share },
     Workload { name: "idle", measure: vms::idle },
