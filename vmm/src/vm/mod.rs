@@ -7,6 +7,8 @@ pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
 mod hole;
+#[cfg(test)]
+mod kept_pages;
 pub(crate) mod memory;
 mod provenance;
 mod vcpu;
