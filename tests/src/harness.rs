@@ -7,6 +7,8 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use samepage::Hypervisor;
+use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::ram::Ram;
 use xtask::artifacts::Artifacts;
 use xtask::{node, promtool, python};
 
@@ -49,9 +51,10 @@ pub fn run(tests: &[Test]) -> ExitCode {
     run_all(&tests)
 }
 
-/// Has the C library set up what it keeps for threads, so that it does not look like a leak later: an
-/// arena of the allocator and a stack for each.
+/// Has the process set up what it keeps to its end, so that it does not look like a leak later: the thread
+/// that tells of lost memory, and in the C library an arena of the allocator and a stack for each thread.
 fn warm_up() {
+    Ram::reserve(PAGE_SIZE).and_then(|ram| ram.on_loss(drop)).expect("memory can be reserved and watched");
     let all_there = std::sync::Barrier::new(8);
     std::thread::scope(|scope| {
         for _ in 0..8 {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use xtask::suite::PROGRAM;
 
 /// How long the program may take for anything.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,6 +40,9 @@ pub fn path() -> &'static Path {
 }
 
 fn build() -> PathBuf {
+    if let Some(program) = env::var_os(PROGRAM) {
+        return program.into();
+    }
     // Cargo puts a test at TARGET/PROFILE/deps/NAME, and a program at TARGET/PROFILE/NAME.
     let test = env::current_exe().expect("find this test");
     let folder = test.parent().and_then(Path::parent).expect("a test lies in a target directory");

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+/// Says where the program lies that tests run, so that they need not build it.
+pub const PROGRAM: &str = "SAMEPAGE_TEST_PROGRAM";
 /// The crate with the tests that boot guests.
 const GUEST_TESTS: &str = "samepage-tests";
 /// How many of the slowest parts are named at the end.

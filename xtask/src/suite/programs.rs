@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::GUEST_TESTS;
+use super::{GUEST_TESTS, PROGRAM};
 use crate::process;
 
 /// A part of the tests: one process that runs one test or many.
@@ -44,9 +44,14 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     let (guests, others): (Vec<_>, Vec<_>) =
         messages.lines().filter_map(program).partition(|program| program.package == GUEST_TESTS);
     let mut parts = Vec::new();
+    // Once for all of the processes that run it.
+    let samepage = if guests.is_empty() { PathBuf::new() } else { build_program()? };
     for program in guests {
         let tests = program.tests()?;
         parts.extend(tests.iter().map(|test| program.one(test)));
+    }
+    for part in &mut parts {
+        part.command.env(PROGRAM, &samepage);
     }
     parts.push(examples());
     for program in others {
@@ -54,6 +59,31 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     }
     parts.retain(|part| part.tests > 0 || part.name == EXAMPLES);
     Ok(parts)
+}
+
+/// Builds the program with the features that its dependencies have for the tests. Returns its path.
+fn build_program() -> Result<PathBuf> {
+    let mut cargo = process::cargo();
+    cargo.args([
+        "build",
+        "--workspace",
+        "--bin",
+        "samepage",
+        "--locked",
+        "--message-format=json-render-diagnostics",
+    ]);
+    let output =
+        cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting cargo build")?;
+    if !output.status.success() {
+        bail!("the program does not build: {}", output.status);
+    }
+    let messages = String::from_utf8(output.stdout).context("reading the messages of cargo build")?;
+    let executables = messages.lines().filter_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        (message["target"]["name"] == "samepage")
+            .then(|| message["executable"].as_str().map(PathBuf::from))?
+    });
+    executables.last().context("cargo build names no program")
 }
 
 /// The examples in documentation.
