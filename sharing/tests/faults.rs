@@ -88,7 +88,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
     #[test]
     fn random_failures_leave_guests_whole(faults in prop::collection::vec(0_u8..12, 1..200)) {
-        let mut next = faults.into_iter().cycle();
+        // Not all fail: a VM is added again until it can be.
+        let mut next = faults.into_iter().chain([11]).cycle();
         let mut engine = faulty_engine(&no_rest(false), move |name| match (name, next.next()) {
             // What must not fail twice in a row is the subject of the tests of losses.
             ("map again" | "unprotect", _) => Fault::None,
