@@ -78,12 +78,12 @@ fn build_program() -> Result<PathBuf> {
         bail!("the program does not build: {}", output.status);
     }
     let messages = String::from_utf8(output.stdout).context("reading the messages of cargo build")?;
-    let executables = messages.lines().filter_map(|line| {
+    let mut executables = messages.lines().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
         (message["target"]["name"] == "samepage")
             .then(|| message["executable"].as_str().map(PathBuf::from))?
     });
-    executables.last().context("cargo build names no program")
+    executables.next_back().context("cargo build names no program")
 }
 
 /// The examples in documentation.
