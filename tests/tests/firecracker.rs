@@ -524,10 +524,12 @@ fn hosted() {
     fourth.signal(Signal::TERM);
     fourth.wait().assert_code(0);
     assert_eq!(host.done("GET", "/vms", None), json!([]));
-    // The host's end is noticed.
+    // The host's end is noticed. A host that has the time asks its guests to end, and may be gone before or
+    // after they have: this one has none.
     let (fifth, _) = start(4);
-    host.end().assert_code(0);
+    host.running.signal(Signal::KILL);
     fifth.wait().assert_code(1);
+    let _ = host.running.wait();
     let nobody = place.firecracker(&["--api-sock", "s", "--host", "/nonexistent/socket"]);
     let nobody = Running::start(nobody).wait();
     nobody.assert_code(1);
