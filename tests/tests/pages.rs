@@ -273,7 +273,7 @@ fn reports(host: &Host, stats: &str) {
     let all: ByType<Value> = serde_json::from_value(json["all"].clone()).unwrap();
     let watched = all.anonymous["watched_seconds"].as_f64();
     let life = all.anonymous["mean_life_seconds"].as_f64();
-    // Counts begin anew where a guest was silent for long, as a busy host may make it.
+    // Pages may have been merged before the agent was heard of, and none broken by the last look.
     assert!(life <= watched && watched > Some(0.0), "{json}");
     let moments = json["moments"].as_array().unwrap();
     assert!(moments.len() > 10, "{}", moments.len());
@@ -283,12 +283,12 @@ fn reports(host: &Host, stats: &str) {
     assert!(svg.starts_with("<?xml") && svg.contains("<path class=\"anonymous shared\""), "{svg}");
     // Lines say it by the same names.
     let text = fs::read_to_string(stats).unwrap();
-    let mut samples = text.lines().filter_map(|line| {
+    let samples = text.lines().filter_map(|line| {
         let line: Value = serde_json::from_str(line).ok()?;
         let anonymous = line["vms"][0]["claimed"]["types"]["anonymous"].clone();
         serde_json::from_value::<TypeSample>(anonymous).ok()
     });
-    // In one of them at least, since counts may have begun anew.
-    let any = samples.any(|sample| sample.pages > 0 && sample.merges > 0);
-    assert!(any, "{}", text.lines().last().unwrap_or_default());
+    let samples: Vec<_> = samples.collect();
+    let any = samples.iter().any(|sample| sample.pages > 0 && sample.pages_merged > 0);
+    assert!(any, "{samples:?}");
 }
