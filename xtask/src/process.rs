@@ -1,6 +1,8 @@
 //! Running other programs, with errors that name the command.
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// Runs `command` to its end.
@@ -46,6 +48,22 @@ pub fn cargo() -> Command {
     command
 }
 
+/// Has Cargo build something, shows its progress, and returns its messages, a JSON object a line.
+///
+/// # Errors
+/// It does not build.
+pub fn build(arguments: &[&str]) -> Result<String> {
+    let mut command = cargo();
+    command.args(arguments).arg("--message-format=json-render-diagnostics");
+    output(command.stderr(Stdio::inherit()))
+}
+
+/// The last program that Cargo's messages speak of.
+pub fn executable(messages: &str) -> Option<PathBuf> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    messages.filter_map(|message| Some(message.get("executable")?.as_str()?.into())).next_back()
+}
+
 fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
@@ -69,5 +87,16 @@ mod tests {
         assert_eq!(error.to_string(), "starting /nonexistent x");
         assert!(!succeeds(&mut Command::new("false")));
         assert!(succeeds(&mut Command::new("true")));
+    }
+
+    #[test]
+    fn the_program_is_found_in_what_cargo_says() {
+        let messages = concat!(
+            "{\"reason\":\"compiler-artifact\",\"executable\":null}\n",
+            "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/release/samepage\"}\n",
+            "{\"reason\":\"build-finished\",\"success\":true}\n",
+        );
+        assert_eq!(executable(messages), Some("/t/release/samepage".into()));
+        assert_eq!(executable("warning: what\n"), None);
     }
 }

@@ -20,7 +20,6 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::{process, setup};
 
@@ -90,18 +89,11 @@ fn startup(args: &StartupArgs) -> Result<StartupReport> {
 /// Builds samepage as it is released and returns the path of the program.
 fn build_samepage() -> Result<PathBuf> {
     let build = ["build", "--release", "--package", "samepage", "--bin", "samepage"];
-    let messages =
-        process::output(process::cargo().args(build).arg("--message-format=json-render-diagnostics"))?;
-    match executable(&messages) {
+    let messages = process::build(&build)?;
+    match process::executable(&messages) {
         Some(path) => Ok(path),
         None => bail!("cargo {} built no program; run it by hand to see why", build.join(" ")),
     }
-}
-
-/// The program that Cargo's JSON messages speak of.
-fn executable(messages: &str) -> Option<PathBuf> {
-    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    messages.filter_map(|message| Some(message.get("executable")?.as_str()?.into())).next_back()
 }
 
 /// The median, and the quartiles around it, of measurements that are sorted for it.
@@ -125,16 +117,5 @@ mod tests {
         assert_eq!(quartiles(vec![2.0, 1.0]).unwrap(), [1.25, 1.5, 1.75]);
         assert_eq!(quartiles(vec![7.0]).unwrap(), [7.0; 3]);
         assert!(quartiles(Vec::new()).is_err());
-    }
-
-    #[test]
-    fn the_program_is_found_in_what_cargo_says() {
-        let messages = concat!(
-            "{\"reason\":\"compiler-artifact\",\"executable\":null}\n",
-            "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/release/samepage\"}\n",
-            "{\"reason\":\"build-finished\",\"success\":true}\n",
-        );
-        assert_eq!(executable(messages), Some("/t/release/samepage".into()));
-        assert_eq!(executable("warning: what\n"), None);
     }
 }

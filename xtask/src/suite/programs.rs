@@ -1,9 +1,9 @@
 //! What there is to run: test programs, as Cargo builds them, and the tests that they list.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{GUEST_TESTS, PROGRAM};
@@ -30,17 +30,11 @@ struct Program {
 
 /// Builds the test programs and lists what they have. Tests that boot guests come first: they take longest.
 pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
-    let mut cargo = process::cargo();
-    cargo.args(["test", "--no-run", "--workspace", "--locked", "--message-format=json-render-diagnostics"]);
+    let mut build = vec!["test", "--no-run", "--workspace", "--locked"];
     if quick {
-        cargo.args(["--exclude", GUEST_TESTS]);
+        build.extend(["--exclude", GUEST_TESTS]);
     }
-    let output =
-        cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting cargo test")?;
-    if !output.status.success() {
-        bail!("the tests do not build: {}", output.status);
-    }
-    let messages = String::from_utf8(output.stdout).context("reading the messages of cargo test")?;
+    let messages = process::build(&build).context("building the tests")?;
     let (guests, others): (Vec<_>, Vec<_>) =
         messages.lines().filter_map(program).partition(|program| program.package == GUEST_TESTS);
     let mut parts = Vec::new();
@@ -63,27 +57,8 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
 
 /// Builds the program with the features that its dependencies have for the tests. Returns its path.
 fn build_program() -> Result<PathBuf> {
-    let mut cargo = process::cargo();
-    cargo.args([
-        "build",
-        "--workspace",
-        "--bin",
-        "samepage",
-        "--locked",
-        "--message-format=json-render-diagnostics",
-    ]);
-    let output =
-        cargo.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("starting cargo build")?;
-    if !output.status.success() {
-        bail!("the program does not build: {}", output.status);
-    }
-    let messages = String::from_utf8(output.stdout).context("reading the messages of cargo build")?;
-    let mut executables = messages.lines().filter_map(|line| {
-        let message: Value = serde_json::from_str(line).ok()?;
-        (message["target"]["name"] == "samepage")
-            .then(|| message["executable"].as_str().map(PathBuf::from))?
-    });
-    executables.next_back().context("cargo build names no program")
+    let messages = process::build(&["build", "--workspace", "--bin", "samepage", "--locked"])?;
+    process::executable(&messages).context("cargo build names no program")
 }
 
 /// The examples in documentation.
