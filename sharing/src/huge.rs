@@ -194,9 +194,11 @@ impl Engine {
         found.is_some()
     }
 
+    /// Enters a page of a huge page into their index. Of equal pages some represent all.
     fn enter_whole(&mut self, slot: usize, page: u32) {
-        self.whole.insert(self.members.at(slot).place(page), &self.members);
-        self.members.at_mut(slot).set_unique(page);
+        if self.whole.insert(self.members.at(slot).place(page), &self.members) {
+            self.members.at_mut(slot).set_unique(page);
+        }
     }
 
     /// Asks the kernel which huge pages back some pages and those around them.
@@ -245,7 +247,6 @@ impl Engine {
             }
             return;
         }
-        self.whole.shrink();
         let mut known = known.into_iter().peekable();
         for page in range {
             let entered = known.next_if_eq(&page).is_some();
@@ -255,8 +256,7 @@ impl Engine {
                     follower.look_again(page);
                 }
             } else if entered {
-                self.unique.insert(member.place(page), &self.members);
-                self.members.at_mut(slot).set_unique(page);
+                self.enter_unique(slot, page);
             }
         }
     }

@@ -72,6 +72,10 @@ impl Contents for Members {
     }
 }
 
+/// Entries with equal digests beyond these are left out. A guest can fill its memory with one content, or change
+/// its pages before the engine hears of it; without a bound each of these entries would be in the way of all others.
+const MOST_EQUAL: usize = 4;
+
 /// Entries in one of the orders.
 #[derive(Debug)]
 enum Index {
@@ -87,9 +91,10 @@ impl Index {
         }
     }
 
-    fn insert(&mut self, entry: u32, contents: &impl Contents) {
+    /// Returns whether the entry is there now.
+    fn insert(&mut self, entry: u32, contents: &impl Contents) -> bool {
         match self {
-            Self::Digest(table) => table.insert(contents.digest(entry), entry),
+            Self::Digest(table) => table.insert_few(contents.digest(entry), entry, MOST_EQUAL),
             Self::Content(tree) => {
                 let page = contents.at(entry);
                 tree.insert(entry, |other| {
@@ -99,6 +104,7 @@ impl Index {
                     // SAFETY: entries stand for pages that are mapped.
                     unsafe { content::order(page, contents.at(other)) }
                 });
+                true
             }
         }
     }
@@ -143,13 +149,6 @@ impl Index {
         }
     }
 
-    fn shrink(&mut self) {
-        match self {
-            Self::Digest(table) => table.shrink(),
-            Self::Content(tree) => tree.shrink(),
-        }
-    }
-
     fn bytes(&self) -> usize {
         match self {
             Self::Digest(table) => table.bytes(),
@@ -167,10 +166,10 @@ impl FrameIndex {
         Self(Index::new(order))
     }
 
-    /// Enters a live frame, whose digest the store knows.
+    /// Enters a live frame, whose digest the store knows, unless there are enough of its content.
     pub(crate) fn insert(&mut self, frame: Frame, store: &mut FrameStore) {
-        if !store.set_indexed(frame, true) {
-            self.0.insert(frame, store);
+        if !store.set_indexed(frame, true) && !self.0.insert(frame, store) {
+            store.set_indexed(frame, false);
         }
     }
 
@@ -184,10 +183,6 @@ impl FrameIndex {
     /// A frame of this content, as far as is known without protection.
     pub(crate) fn find(&self, wanted: Wanted<'_>, store: &FrameStore, effort: &mut Effort) -> Option<Frame> {
         self.0.find(wanted, None, store, effort)
-    }
-
-    pub(crate) fn shrink(&mut self) {
-        self.0.shrink();
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -204,8 +199,10 @@ impl PageIndex {
         Self(Index::new(order))
     }
 
-    pub(crate) fn insert(&mut self, place: Place, members: &Members) {
-        self.0.insert(place, members);
+    /// Enters a page under the digest that is noted of it, unless there are enough of its content. Returns whether
+    /// it was entered.
+    pub(crate) fn insert(&mut self, place: Place, members: &Members) -> bool {
+        self.0.insert(place, members)
     }
 
     /// Takes a page out that was entered under this digest.
@@ -222,10 +219,6 @@ impl PageIndex {
         effort: &mut Effort,
     ) -> Option<Place> {
         self.0.find(wanted, Some(itself), members, effort)
-    }
-
-    pub(crate) fn shrink(&mut self) {
-        self.0.shrink();
     }
 
     pub(crate) fn bytes(&self) -> usize {

@@ -57,6 +57,7 @@ pub(crate) mod records;
 pub mod removal;
 pub mod rest;
 pub(crate) mod search;
+pub(crate) mod segments;
 pub mod service;
 pub mod space;
 pub mod statistics;

@@ -148,9 +148,6 @@ impl Engine {
         }
         removal.books = self.members.remove(removal.slot);
         self.blocks.clear();
-        self.unique.shrink();
-        self.whole.shrink();
-        self.stable.shrink();
         self.membership_changed = true;
         self.settle_cache();
         false

@@ -99,9 +99,16 @@ impl Engine {
             return self.publish(slot, page, end, twin);
         }
         self.whole_twin(slot, page, digest);
-        self.unique.insert(self.members.at(slot).place(page), &self.members);
-        self.members.at_mut(slot).set_unique(page);
+        self.enter_unique(slot, page);
         1
+    }
+
+    /// Enters a page that was looked at into the index of unique pages. Where that has enough pages that had
+    /// its content, it is looked at again in its time.
+    pub(crate) fn enter_unique(&mut self, slot: usize, page: u32) {
+        if self.unique.insert(self.members.at(slot).place(page), &self.members) {
+            self.members.at_mut(slot).set_unique(page);
+        }
     }
 
     pub(crate) fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {

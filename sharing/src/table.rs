@@ -1,8 +1,11 @@
-//! A hash table of numbers under digests, for indexes with as many entries as there are pages: it is
-//! never less than five sixths full, so that an entry takes 9.6 bytes at most.
+//! A hash table of numbers under digests, for indexes with as many entries as there are pages: an entry takes
+//! 9.6 bytes at most while the table grows, and 10.5 after entries have left.
 //!
-//! Linear probing over places in the order of digests, which are as good as random. It grows by a
-//! sixteenth, from the front of memory to its end, since entries keep their order.
+//! It consists of small [segments](crate::segments), each a vector with linear probing over places in the order
+//! of digests. A segment grows by a sixteenth, and is split when there are many entries. Whatever is done, a
+//! bounded number of entries is moved: nobody has to wait for a table of millions.
+
+use crate::segments::{self, SEGMENT, segment_of, split_off};
 
 /// An entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,27 +17,186 @@ struct Entry {
 /// No entry. No page and no frame has this number.
 const NONE: Entry = Entry { digest: 0, key: u32::MAX };
 
-/// The table.
+/// Some of the entries.
 #[derive(Debug, Default)]
-pub(crate) struct Table {
-    places: Vec<Entry>,
+struct Segment {
+    places: Box<[Entry]>,
     used: usize,
 }
 
-impl Table {
+/// The table, whose segments are split when they have so many entries on average.
+#[derive(Debug)]
+pub(crate) struct Table<const SIZE: usize = SEGMENT> {
+    segments: Vec<Segment>,
+    used: usize,
+    /// Of all segments.
+    places: usize,
+    /// Entries that were moved.
+    #[cfg(test)]
+    moved: usize,
+}
+
+impl<const SIZE: usize> Default for Table<SIZE> {
+    fn default() -> Self {
+        Self {
+            segments: Vec::new(),
+            used: 0,
+            places: 0,
+            #[cfg(test)]
+            moved: 0,
+        }
+    }
+}
+
+impl<const SIZE: usize> Table<SIZE> {
     /// Adds a number that is not in the table.
     pub(crate) fn insert(&mut self, digest: u32, key: u32) {
         debug_assert_ne!(key, NONE.key);
-        // Nine tenths full.
-        if (self.used + 1) * 10 > self.places.len() * 9 {
-            self.resize(self.places.len() + self.places.len() / 16 + 16);
+        if self.segments.is_empty() {
+            self.segments.push(Segment::default());
         }
-        self.put(Entry { digest, key });
+        let at = self.segment(digest);
+        if self.segments[at].is_full() {
+            let places = self.segments[at].places.len();
+            self.resize(at, places + places / 16 + 2);
+        }
+        self.segments[at].put(Entry { digest, key });
+        self.used += 1;
+        if segments::crowded(self.used, self.segments.len(), SIZE) {
+            self.split();
+        }
+    }
+
+    /// Adds a number that is not in the table, unless there are `most` under this digest. Returns whether it was
+    /// added. So what many entries with equal digests cost each other is bounded.
+    pub(crate) fn insert_few(&mut self, digest: u32, key: u32, most: usize) -> bool {
+        let mut found = 0;
+        self.find(digest, |_| {
+            found += 1;
+            found == most
+        });
+        let few = found < most;
+        if few {
+            self.insert(digest, key);
+        }
+        few
     }
 
     /// Takes a number out that was entered under this digest, if it is there.
     pub(crate) fn remove(&mut self, digest: u32, key: u32) {
-        let Some(mut hole) = self.find_place(digest, |entry| entry == Entry { digest, key }) else { return };
+        if self.segments.is_empty() {
+            return;
+        }
+        let at = self.segment(digest);
+        if !self.segments[at].remove(Entry { digest, key }) {
+            return;
+        }
+        self.used -= 1;
+        if self.segments[at].is_sparse() {
+            let places = roomy(self.segments[at].used);
+            self.resize(at, places);
+        }
+        if segments::deserted(self.used, self.segments.len(), SIZE) {
+            self.join();
+        }
+        if self.used == 0 {
+            *self = Self::default();
+        }
+    }
+
+    /// A number entered under this digest for which `same` holds.
+    pub(crate) fn find(&self, digest: u32, mut same: impl FnMut(u32) -> bool) -> Option<u32> {
+        if self.segments.is_empty() {
+            return None;
+        }
+        let segment = &self.segments[self.segment(digest)];
+        let place = segment.find_place(digest, |entry| entry.digest == digest && same(entry.key))?;
+        Some(segment.places[place].key)
+    }
+
+    /// Bytes that the table takes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.places * size_of::<Entry>() + self.segments.capacity() * size_of::<Segment>()
+    }
+
+    fn segment(&self, digest: u32) -> usize {
+        segment_of(digest.into(), self.segments.len())
+    }
+
+    /// Gives a segment so many places.
+    fn resize(&mut self, at: usize, places: usize) {
+        let old = std::mem::take(&mut self.segments[at]);
+        self.places -= old.places.len();
+        self.fill(at, places, old.entries());
+    }
+
+    /// Puts entries into a segment without places, which gets so many.
+    fn fill(&mut self, at: usize, places: usize, entries: impl Iterator<Item = Entry>) {
+        let segment = &mut self.segments[at];
+        segment.places = vec![NONE; places].into();
+        self.places += places;
+        entries.for_each(|entry| segment.put(entry));
+        #[cfg(test)]
+        {
+            self.moved += segment.used;
+        }
+    }
+
+    /// Splits the next segment.
+    fn split(&mut self) {
+        let last = self.segments.len();
+        let at = split_off(last);
+        let old = std::mem::take(&mut self.segments[at]);
+        if last == self.segments.capacity() {
+            // Doubling would waste half of it at worst, and there is one for some hundred entries.
+            self.segments.reserve_exact(last / 4 + 1);
+        }
+        self.segments.push(Segment::default());
+        self.places -= old.places.len();
+        for part in [at, last] {
+            let count = last + 1;
+            let its = |entry: &Entry| segment_of(entry.digest.into(), count) == part;
+            let used = old.entries().filter(its).count();
+            self.fill(part, roomy(used), old.entries().filter(its));
+        }
+    }
+
+    /// Joins the last segment with the one that it was split off.
+    fn join(&mut self) {
+        let Some(last) = self.segments.pop() else { return };
+        let at = split_off(self.segments.len());
+        let other = std::mem::take(&mut self.segments[at]);
+        self.places -= last.places.len() + other.places.len();
+        self.fill(at, roomy(last.used + other.used), last.entries().chain(other.entries()));
+        if self.segments.len() * 2 < self.segments.capacity() {
+            self.segments.shrink_to_fit();
+        }
+    }
+}
+
+/// Places for so many entries, such that there is some room for more and few are free.
+fn roomy(used: usize) -> usize {
+    if used == 0 { 0 } else { used * 8 / 7 + 1 }
+}
+
+impl Segment {
+    /// Whether one more entry would leave less than a tenth of the places free.
+    fn is_full(&self) -> bool {
+        (self.used + 1) * 10 > self.places.len() * 9
+    }
+
+    /// Whether more than a fifth of the places is free, and some are to spare.
+    fn is_sparse(&self) -> bool {
+        self.used * 5 + 40 < self.places.len() * 4 || self.used == 0
+    }
+
+    fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        self.places.iter().copied().filter(|&entry| entry != NONE)
+    }
+
+    /// Takes an entry out. Returns whether it was there.
+    fn remove(&mut self, entry: Entry) -> bool {
+        let Some(mut hole) = self.find_place(entry.digest, |other| other == entry) else { return false };
         self.used -= 1;
         // Entries that had to go further because of this one come back.
         let mut next = hole;
@@ -52,25 +214,7 @@ impl Table {
             }
         }
         self.places[hole] = NONE;
-    }
-
-    /// A number entered under this digest for which `same` holds.
-    pub(crate) fn find(&self, digest: u32, mut same: impl FnMut(u32) -> bool) -> Option<u32> {
-        let place = self.find_place(digest, |entry| entry.digest == digest && same(entry.key))?;
-        Some(self.places[place].key)
-    }
-
-    /// Gives unused memory back.
-    pub(crate) fn shrink(&mut self) {
-        let wanted = if self.used == 0 { 0 } else { self.used * 10 / 9 + 16 };
-        if wanted + wanted / 16 < self.places.len() {
-            self.resize(wanted);
-        }
-    }
-
-    /// Bytes that the table takes.
-    pub(crate) fn bytes(&self) -> usize {
-        self.places.capacity() * size_of::<Entry>()
+        true
     }
 
     fn find_place(&self, digest: u32, mut found: impl FnMut(Entry) -> bool) -> Option<usize> {
@@ -99,15 +243,6 @@ impl Table {
         self.used += 1;
     }
 
-    fn resize(&mut self, places: usize) {
-        let mut new = Vec::new();
-        new.reserve_exact(places);
-        new.resize(places, NONE);
-        let old = std::mem::replace(&mut self.places, new);
-        self.used = 0;
-        old.into_iter().filter(|&entry| entry != NONE).for_each(|entry| self.put(entry));
-    }
-
     /// Where an entry belongs.
     fn home(&self, digest: u32) -> usize {
         ((u64::from(digest) * self.places.len() as u64) >> 32) as usize
@@ -124,64 +259,4 @@ impl Table {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// Digests of which some are equal, and some are close to each other and to the end.
-    fn digest() -> impl Strategy<Value = u32> {
-        prop_oneof![any::<u32>(), 0..4_u32, (u32::MAX - 3)..=u32::MAX]
-    }
-
-    proptest! {
-        #[test]
-        fn a_table_is_a_set(changes in prop::collection::vec((0..3_u8, digest(), 0..30_u32), 0..400)) {
-            let mut table = Table::default();
-            let mut model = BTreeSet::new();
-            for (change, digest, key) in changes {
-                match change {
-                    0 => {
-                        table.remove(digest, key);
-                        model.remove(&(digest, key));
-                    }
-                    1 if model.iter().nth(key as usize).is_some() => {
-                        let &(digest, key) = model.iter().nth(key as usize).expect("it is there");
-                        table.remove(digest, key);
-                        model.remove(&(digest, key));
-                    }
-                    _ if model.insert((digest, key)) => table.insert(digest, key),
-                    _ => {}
-                }
-                prop_assert_eq!(table.used, model.len());
-            }
-            for &(digest, key) in &model {
-                prop_assert_eq!(table.find(digest, |found| found == key), Some(key));
-            }
-            while let Some((digest, key)) = model.pop_first() {
-                table.remove(digest, key);
-                let other = digest.wrapping_add(1);
-                let known = model.iter().any(|&(digest, _)| digest == other);
-                prop_assert_eq!(table.find(other, |_| true).is_some(), known);
-            }
-            prop_assert!(table.places.iter().all(|&entry| entry == NONE));
-            table.shrink();
-            prop_assert_eq!(table.bytes(), 0);
-        }
-    }
-
-    #[test]
-    fn an_entry_takes_little_more_than_its_eight_bytes() {
-        let mut table = Table::default();
-        let mut most = 0.0_f64;
-        for key in 0..200_000_u32 {
-            table.insert(key.wrapping_mul(0x9e37_79b9), key);
-            if key > 10_000 {
-                most = most.max(table.bytes() as f64 / f64::from(key + 1));
-            }
-        }
-        assert!(most <= 9.6, "{most} bytes");
-    }
-}
+mod tests;

@@ -95,11 +95,6 @@ impl Tree {
         let merged = self.merge(left, right);
         self.replace_child(parent, link, merged);
         self.free.push(link);
-    }
-
-    /// Gives unused memory back.
-    pub(crate) fn shrink(&mut self) {
-        self.places.shrink_to_fit();
         if self.places.is_empty() {
             *self = Self::default();
         }
@@ -229,7 +224,6 @@ mod tests {
             contents.reverse();
             (0..contents.len() as u32).for_each(|key| tree.remove(key));
             prop_assert_eq!(tree.root, NONE);
-            tree.shrink();
             prop_assert_eq!(tree.bytes(), 0);
         }
     }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::followed::{Clock, Vm, following};
 use common::{Guest, audit, engine, losses, no_rest, pass};
 use samepage_sharing::engine::{Engine, Settings};
 
@@ -216,4 +217,23 @@ fn at_the_reserve_of_mappings_merging_pauses_and_nothing_fails() {
     pass(&mut engine);
     (0..pages).for_each(|page| third.check(page, content(2, page)));
     audit(&mut engine);
+}
+
+#[test]
+fn pages_that_changed_unnoticed_do_not_pile_up_under_the_content_that_they_had() {
+    let mut engine = engine(&following());
+    let vm = Vm::start(&mut engine, 40);
+    let mut clock = Clock::new();
+    clock.intervals(&mut engine, 1);
+    for page in 0..12 {
+        vm.write(page, 7);
+        clock.intervals(&mut engine, 1);
+        // By now another one was looked at. Its log does not hear of this.
+        if page >= 1 {
+            vm.guest.write(page - 1, 1 << 32 | u64::from(page));
+        }
+    }
+    let now = engine.statistics();
+    assert!((1..=4).contains(&now.pages_unshared), "{now:?}");
+    assert_eq!(now.merges, 0);
 }

@@ -163,6 +163,29 @@ fn a_range_that_changed_once_becomes_cold_again() {
 }
 
 #[test]
+fn equal_pages_of_huge_pages_are_represented_by_a_few() {
+    const PAGES: u32 = 4 * HUGE_PAGES;
+    let mut engine = engine(&following());
+    let vm = start(&mut engine, PAGES);
+    let mut clock = Clock::new();
+    (0..PAGES).for_each(|page| vm.write(page, 7));
+    let there = huge(&engine, std::slice::from_ref(&vm));
+    clock.intervals(&mut engine, 4);
+    let now = engine.statistics();
+    if there {
+        // Each that is entered was in the way of all that came after.
+        assert!((1..=4).contains(&now.pages_unshared), "{now:?}");
+        assert!(now.comparisons <= 2 * u64::from(PAGES), "{now:?}");
+    }
+    // All of them have their like all the same.
+    clock.intervals(&mut engine, LONG);
+    let now = engine.statistics();
+    assert!(now.pages_sharing >= u64::from(PAGES - PAGES / 4), "{now:?}");
+    (0..PAGES).for_each(|page| vm.guest.check(page, 7));
+    audit(&mut engine);
+}
+
+#[test]
 fn what_a_huge_page_brought_along_is_given_back() {
     for mode in [Mode::Full, Mode::Zero] {
         let mut engine = engine(&following());

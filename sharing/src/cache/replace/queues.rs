@@ -161,7 +161,6 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
                 from = next;
             }
         }
-        table.shrink();
         (self.entries, self.marks, self.table, self.free) = (entries, marks, table, NONE);
     }
 
