@@ -1,13 +1,17 @@
 //! The control socket: VMs that clients create, watch and steer, and clients that mean no good.
 
+#[path = "api/commands.rs"]
+mod commands;
 #[path = "api/queries.rs"]
 mod queries;
+#[path = "api/stops.rs"]
+mod stops;
 
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,9 +24,10 @@ use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::api::{Host, MEMORY, connect};
 use samepage_tests::console::PATIENCE;
 use samepage_tests::harness;
-use samepage_tests::program::{self, Running, command};
-use samepage_tests::terminal::Terminal;
+use samepage_tests::program::{Running, command};
 use serde_json::{Value, json};
+
+use commands::client_command;
 
 fn main() -> ExitCode {
     harness::run(&[
@@ -39,11 +44,12 @@ fn main() -> ExitCode {
         ("a_console_ends_with_its_guest_and_not_with_a_reset", queries::console),
         ("the_socket_is_its_owners_and_replaced_when_stale", socket),
         ("a_disk_is_limited_while_it_is_used", disks),
-        ("guests_are_asked_to_end_and_killed_where_they_do_not", stops),
-        ("people_use_the_same_by_commands", commands),
-        ("a_console_is_attached_to_a_terminal_and_left", terminal),
-        ("top_shows_vms_steers_them_and_leaves_the_terminal_as_it_was", top),
-        ("run_opens_a_socket_and_starts_what_a_file_describes", run_with_socket),
+        ("guests_are_asked_to_end_and_killed_where_they_do_not", stops::asked),
+        ("all_that_run_or_are_paused_are_stopped_at_once", stops::all),
+        ("people_use_the_same_by_commands", commands::commands),
+        ("a_console_is_attached_to_a_terminal_and_left", commands::terminal),
+        ("top_shows_vms_steers_them_and_leaves_the_terminal_as_it_was", commands::top),
+        ("run_opens_a_socket_and_starts_what_a_file_describes", commands::run_with_socket),
     ])
 }
 
@@ -550,244 +556,4 @@ fn disks() {
     assert_eq!(host.ask("POST", "/vms/a/disks/data/resize", None).0, 409);
     assert_eq!(host.done("GET", "/vms/a/working-set", None)["curve"], json!([]));
     host.end().assert_code(0);
-}
-
-fn stops() {
-    let host = Host::serve(&[]);
-    host.done("POST", "/vms", Some(&host.vm("hears", &endless(0), true)));
-    let deaf = Plan { crash: Some(Crash::Hang), ..endless(1) };
-    host.done("POST", "/vms", Some(&host.vm("deaf", &deaf, true)));
-    host.wait_for_console("hears", "round=1 ");
-    host.wait_for_console("deaf", "ready ");
-    let ask = |vm: &str, body: Value| host.ask("POST", &format!("/vms/{vm}/actions"), Some(&body));
-    let (status, vm) = ask("hears", json!({ "action": "stop", "timeout_seconds": 60 }));
-    assert_eq!((status, vm["state"].as_str()), (200, Some("stopped")), "{vm}");
-    assert!(vm["reason"].as_str().unwrap().contains("reset"), "{vm}");
-    assert!(host.console("hears").contains("corrupt=0"));
-
-    // Who takes nothing from the keyboard hears two presses, and then no more.
-    assert_eq!(host.act("deaf", "shutdown"), "running");
-    assert_eq!(host.act("deaf", "shutdown"), "running");
-    let (status, problem) = ask("deaf", json!({ "action": "shutdown" }));
-    assert_eq!((status, &problem["type"]), (409, &json!("urn:samepage:problem:not-listening")));
-    for wrong in [
-        json!({ "action": "pause", "timeout_seconds": 1 }),
-        json!({ "action": "stop", "timeout_seconds": -1 }),
-        json!({ "action": "stop", "timeout_seconds": 100_000 }),
-    ] {
-        let (status, problem) = ask("deaf", wrong);
-        assert_eq!((status, &problem["pointer"]), (400, &json!("/timeout_seconds")), "{problem}");
-    }
-    let (status, vm) = ask("deaf", json!({ "action": "stop", "timeout_seconds": 1 }));
-    let reason = "it did not end within 1 s of being asked, and was killed";
-    assert_eq!((status, &vm["reason"]), (200, &json!(reason)), "{vm}");
-    assert_eq!(ask("deaf", json!({ "action": "stop" })).0, 409);
-    // A kill overtakes a stop that waits.
-    host.act("deaf", "start");
-    host.wait_for_console("deaf", "ready ");
-    thread::scope(|scope| {
-        let stop = scope.spawn(|| ask("deaf", json!({ "action": "stop", "timeout_seconds": 3600 })));
-        host.wait_for("/vms/deaf", "the stop or its end", |_| {
-            ask("deaf", json!({ "action": "kill" }));
-            stop.is_finished()
-        });
-        let (status, _) = stop.join().unwrap();
-        assert!(matches!(status, 200 | 409), "{status}");
-    });
-
-    // A VM that lives as long as a connection.
-    assert_eq!(host.ask("GET", "/vms/hears/console/stream?lifeline=true", None).0, 400);
-    host.act("hears", "start");
-    let (stream, _) = host.client.attach_for_life("hears").unwrap();
-    drop(stream);
-    let deadline = Instant::now() + PATIENCE;
-    while host.ask("GET", "/vms/hears", None).0 != 404 {
-        assert!(Instant::now() < deadline, "the VM outlives its connection");
-        thread::sleep(Duration::from_millis(10));
-    }
-    host.end().assert_code(0);
-}
-
-/// A command of the client's.
-fn client_command(host: &Host, arguments: &[&str]) -> Command {
-    let mut client = command(arguments);
-    client.env("SAMEPAGE_SOCKET", host.socket()).current_dir(host.folder.path());
-    client
-}
-
-fn commands() {
-    let host = Host::serve(&[]);
-    let run = |arguments: &[&str]| {
-        let finished = Running::start(client_command(&host, arguments)).wait();
-        finished.assert_code(0);
-        finished.stdout
-    };
-    let fails = |arguments: &[&str]| {
-        let finished = Running::start(client_command(&host, arguments)).wait();
-        finished.assert_code(1);
-        finished.stderr
-    };
-    let text = format!(
-        "[defaults]\nkernel = 'demo.elf'\nmemory = '64M'\ncmdline = '{}'\n[[vms]]\nname = 'web'\ncount = 2\n\
-         [[vms]]\nname = 'db'\nstart = false\n",
-        endless(0)
-    );
-    fs::write(host.folder.path().join("vms.toml"), text).unwrap();
-    assert!(run(&["config", "check", "vms.toml"]).contains("3 VMs"));
-    run(&["create", "vms.toml"]);
-    let listed = run(&["ps"]);
-    let states: Vec<_> = listed.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
-    assert_eq!(states, ["created", "running", "running"], "{listed}");
-    run(&["start", "db"]);
-    run(&["pause", "web-0", "web-1"]);
-    let listed: Value = serde_json::from_str(&run(&["ps", "--json"])).unwrap();
-    assert_eq!((&listed[0]["state"], &listed[1]["state"]), (&json!("running"), &json!("paused")));
-    assert!(fails(&["pause", "web-0"]).contains("VM web-0 is paused"));
-    assert!(fails(&["show", "none"]).contains("no VM named none"));
-    run(&["resume", "web-0"]);
-    run(&["stop", "web-0"]);
-    assert!(run(&["show", "web-0"]).contains("the guest reset the machine"));
-    run(&["reset", "db"]);
-    run(&["sharing", "db", "--mode", "zero"]);
-    assert!(run(&["sharing", "db"]).contains("zero"));
-    assert!(run(&["sharing"]).contains("default"));
-    assert!(run(&["stats"]).contains("VOLATILE"));
-    assert!(run(&["cache"]).contains("read from disk"));
-    assert!(run(&["cache", "--json"]).contains("limit_bytes"));
-    assert!(run(&["console", "web-0", "--backlog"]).contains("start ram="));
-    let events = Running::start(client_command(&host, &["events", "--since", "0"]));
-    events.stdout().wait_for_line("VM web-0 is stopped: the guest reset the machine");
-    run(&["rm", "--all"]);
-    events.stdout().wait_for_line("VM web-1 is deleted");
-    assert_eq!(run(&["ps", "--json"]).trim(), "[]");
-    drop(events);
-    host.end().assert_code(0);
-
-    let mistakes = tempfile::tempdir().unwrap();
-    fs::write(mistakes.path().join("vms.toml"), "[[vms]]\nname = 'a'\ncpus = 2\n").unwrap();
-    let mut check = command(["config", "check", "vms.toml"]);
-    check.current_dir(mistakes.path());
-    let finished = Running::start(check).wait();
-    finished.assert_code(1);
-    let told: Vec<_> = finished.stderr.lines().collect();
-    assert!(told[0].starts_with("vms.toml:1: a VM needs a kernel"), "{told:?}");
-    assert!(told.len() == 2 && told[1].starts_with("vms.toml:3: unknown field `cpus`"), "{told:?}");
-    let nobody = Running::start(command(["ps", "--socket", "/nonexistent/socket"])).wait();
-    nobody.assert_code(1);
-    assert!(nobody.stderr.contains("samepage serve --socket"), "{}", nobody.stderr);
-    Running::start(command(["completions", "bash"])).wait().assert_code(0);
-    let mut man = command(["man"]);
-    man.arg(mistakes.path().join("man"));
-    Running::start(man).wait().assert_code(0);
-    assert!(mistakes.path().join("man/samepage-serve.1").exists());
-}
-
-fn terminal() {
-    let host = Host::serve(&[]);
-    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
-    let mut terminal = Terminal::open();
-    let before = terminal.settings();
-    let mut attach = Command::new(program::path());
-    attach.args(["console", "a", "--socket"]).arg(host.socket());
-    let attached = terminal.start(&attach);
-    terminal.wait_for("round=");
-    assert!(terminal.settings().is_raw());
-    terminal.type_keys(b"\x01h");
-    terminal.wait_for("leave the console");
-    terminal.type_keys(b"\x01x");
-    terminal.wait_for_end(attached).assert_code(0);
-    assert_eq!(terminal.settings(), before);
-    // The VM goes on, and can be attached to again; its guest takes what is typed.
-    let attached = terminal.start(&attach);
-    terminal.wait_for("round=");
-    terminal.type_keys(b"q");
-    terminal.wait_for("corrupt=0");
-    terminal.wait_for("VM a: the guest reset the machine");
-    terminal.wait_for_end(attached).assert_code(0);
-    assert_eq!(terminal.settings(), before);
-    host.end().assert_code(0);
-}
-
-fn top() {
-    let host = Host::serve(&[]);
-    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
-    host.done("POST", "/vms", Some(&host.vm("b", &endless(1), true)));
-    let mut terminal = Terminal::open();
-    let before = terminal.settings();
-    let mut top = Command::new(program::path());
-    top.args(["top", "--interval", "0.2", "--socket"]).arg(host.socket());
-    let shown = terminal.start(&top);
-    let shows = |terminal: &mut Terminal, text: &str| {
-        terminal.wait_for_picture(text, |picture| picture.alternate && picture.text.contains(text))
-    };
-    let is_left = |terminal: &mut Terminal, text: &str| {
-        terminal.wait_for_picture("the terminal as it was", |picture| {
-            !picture.alternate && !picture.hidden && picture.text.contains(text)
-        });
-    };
-    shows(&mut terminal, "2 VMs, 2 running");
-    // A picture comes in parts; this is its last line.
-    let text = shows(&mut terminal, "q quit");
-    assert!(text.lines().count() <= 24, "{text}");
-    assert!(terminal.settings().is_raw());
-    // The second VM is paused, and goes on.
-    terminal.type_keys(b"\x1b[Bp");
-    host.wait_for("/vms/b", "a pause", |vm| vm["state"] == "paused");
-    shows(&mut terminal, "VM b is paused");
-    terminal.type_keys(b"p");
-    host.wait_for("/vms/b", "a guest that goes on", |vm| vm["state"] == "running");
-    // To its console and back.
-    terminal.type_keys(b"c");
-    is_left(&mut terminal, "round=");
-    terminal.type_keys(b"\x01x");
-    shows(&mut terminal, "2 VMs, 2 running");
-    terminal.type_keys(b"?");
-    shows(&mut terminal, "any key goes back");
-    terminal.resize(120, 40);
-    shows(&mut terminal, "65530 mappings");
-    terminal.type_keys(b" ");
-    terminal.type_keys(b"q");
-    is_left(&mut terminal, "");
-    terminal.wait_for_end(shown).assert_code(0);
-    assert_eq!(terminal.settings(), before);
-    // A signal ends it as well, and so does a server that goes.
-    let shown = terminal.start(&top);
-    shows(&mut terminal, "2 VMs, 2 running");
-    shown.signal(Signal::TERM);
-    is_left(&mut terminal, "");
-    terminal.wait_for_end(shown).assert_code(0);
-    assert_eq!(terminal.settings(), before);
-    let shown = terminal.start(&top);
-    shows(&mut terminal, "2 VMs, 2 running");
-    host.end().assert_code(0);
-    is_left(&mut terminal, "samepage serve --socket");
-    terminal.wait_for_end(shown).assert_code(1);
-    assert_eq!(terminal.settings(), before);
-    let no_terminal = Running::start(top).wait();
-    no_terminal.assert_code(1);
-    assert!(no_terminal.stderr.contains("needs a terminal"), "{}", no_terminal.stderr);
-}
-
-fn run_with_socket() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("demo.elf"), samepage_resources::DEMO_GUEST).unwrap();
-    let text =
-        format!("[[vms]]\nname = 'a'\nkernel = 'demo.elf'\nmemory = '64M'\ncmdline = '{}'\n", endless(0));
-    fs::write(folder.path().join("vms.toml"), text).unwrap();
-    let socket = folder.path().join("socket");
-    let mut run = command(["run", "--config", "vms.toml", "--socket"]);
-    run.arg(&socket).current_dir(folder.path());
-    let running = Running::start(run);
-    let client = samepage::api::Client::new(&socket);
-    let deadline = Instant::now() + PATIENCE;
-    while client.get::<Value>("/vms/a").is_err() {
-        assert!(Instant::now() < deadline, "no socket");
-        thread::sleep(Duration::from_millis(10));
-    }
-    // A reset of the only VM is not the end of the process; its end is.
-    let post = |body: Value| client.send::<Value>("POST".parse().unwrap(), "/vms/a/actions", &body).unwrap();
-    assert_eq!(post(json!({ "action": "reset" }))["state"], "running");
-    post(json!({ "action": "kill" }));
-    running.wait().assert_code(0);
-    assert!(!socket.exists());
 }

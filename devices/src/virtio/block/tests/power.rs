@@ -147,3 +147,26 @@ proptest! {
         }
     }
 }
+
+/// What a medium has seen by the time that a disk is gone whose guest never flushed.
+fn seen_at_the_end(requests: impl FnOnce(&mut Driver)) -> Vec<Event> {
+    let recorder = Recorder { disk: MemoryDisk::new(), events: Arc::default() };
+    let events = recorder.events.clone();
+    let block = Block::new("vm", "disk", 1, Disk::new(Arc::new(recorder), Engine::Auto)).unwrap();
+    let mut driver = Driver::new(block);
+    driver.start(RING_FEATURES | FLUSH_FEATURE);
+    requests(&mut driver);
+    drop(driver);
+    events.lock().unwrap().clone()
+}
+
+#[test]
+fn what_was_written_is_flushed_however_a_vm_ends() {
+    let events = seen_at_the_end(|driver| assert_eq!(driver.write_sectors(3, &[7; SECTOR]), OK));
+    assert!(matches!(events[..], [Event::Write(..), Event::Flush]), "{} events", events.len());
+}
+
+#[test]
+fn a_disk_that_nobody_wrote_to_is_not_flushed() {
+    assert!(seen_at_the_end(|_| ()).is_empty());
+}
