@@ -293,50 +293,6 @@ impl Engine {
         self.members.add(space, log, huge, Mode::Full, on_lost)
     }
 
-    /// Says what of a VM's memory is shared from now on. Pages that are shared and are not to be any
-    /// more are taken off their frames step by step.
-    pub fn set_mode(&mut self, slot: usize, mode: Mode) {
-        let since = Since::now();
-        self.change_mode(slot, mode);
-        self.holds.note("change of mode", since);
-    }
-
-    fn change_mode(&mut self, slot: usize, mode: Mode) {
-        let changes = |member: &&mut Member| member.mode != mode && !member.space.lost();
-        let Some(member) = self.members.get_mut(slot).filter(changes) else { return };
-        let (before, pages) = (member.mode, member.space.pages());
-        member.mode = mode;
-        member.unshare = (mode != Mode::Full).then(|| (0, Instant::now()));
-        (0..pages).for_each(|page| {
-            member.clear_alike(page);
-        });
-        if mode == Mode::Full || before == Mode::Off || member.huge.is_some() {
-            // Whatever changed meanwhile, all of it is new.
-            if let Some(follower) = &mut member.follower {
-                follower.reset(0..pages);
-            }
-            self.pass.due = Instant::now();
-        }
-        if let Some(follower) = &mut member.follower
-            && (mode == Mode::Off) != (before == Mode::Off)
-            && follower.set_following(mode != Mode::Off, pages).is_err()
-        {
-            self.counters.refusals += 1;
-            if mode != Mode::Off {
-                member.follower = None;
-            }
-        }
-        if mode != Mode::Full {
-            (0..pages).for_each(|page| self.forget_page(slot, page));
-        }
-    }
-
-    /// What of a VM's memory is shared; `None` for a slot without a VM.
-    #[must_use]
-    pub fn mode(&self, slot: usize) -> Option<Mode> {
-        self.members.get(slot).map(|member| member.mode)
-    }
-
     /// Where hints about a VM's pages go; `None` for a slot without a VM.
     #[must_use]
     pub fn hints(&self, slot: usize) -> Option<Arc<Hints>> {
@@ -372,7 +328,7 @@ impl Engine {
         let active = self.members.iter().filter(|member| member.active());
         let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
         let whole = self.members.iter().filter(|member| !member.space.lost());
-        let unshare = whole.filter_map(|member| member.unshare).map(|(_, due)| due);
+        let unshare = whole.filter_map(|member| member.unshare).map(|unshare| unshare.due);
         let pass = passes.then_some(self.pass.due);
         let claims = self.claims_due();
         // Where intervals end, the cache has its turn with them.

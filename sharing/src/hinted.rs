@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::content;
 use crate::engine::Engine;
 use crate::hints::Hint;
-use crate::members::Mode;
+use crate::members::{Member, Mode};
 use crate::turns::Kind;
 
 /// Hints that one step takes up.
@@ -112,7 +112,8 @@ impl Engine {
     /// many pages from it on are dealt with.
     fn merge_with(&mut self, slot: usize, page: u32, end: u32, place: u32) -> u32 {
         let (twin_slot, twin) = self.members.locate(place);
-        let Some(other) = self.members.get(twin_slot).filter(|other| !other.space.lost()) else { return 1 };
+        let shares = |other: &&Member| other.mode == Mode::Full && !other.space.lost();
+        let Some(other) = self.members.get(twin_slot).filter(shares) else { return 1 };
         self.counters.effort.comparisons += 1;
         // SAFETY: members' RAM is mapped.
         let alike = unsafe {

@@ -11,7 +11,7 @@ use std::cmp;
 
 use crate::content::{self, Page};
 use crate::engine::Order;
-use crate::members::{Members, Place};
+use crate::members::{Members, Mode, Place};
 use crate::store::{Frame, FrameStore};
 use crate::table::Table;
 use crate::tree::Tree;
@@ -40,6 +40,8 @@ trait Contents {
     fn digest(&self, entry: u32) -> u32;
     /// Whether what is read there is its content: not once its memory was lost.
     fn readable(&self, entry: u32) -> bool;
+    /// Whether it is to be shared: a VM whose mode has changed leaves the indexes page by page.
+    fn shares(&self, entry: u32) -> bool;
 }
 
 impl Contents for FrameStore {
@@ -53,6 +55,10 @@ impl Contents for FrameStore {
 
     fn readable(&self, _: Frame) -> bool {
         !self.lost()
+    }
+
+    fn shares(&self, _: Frame) -> bool {
+        true
     }
 }
 
@@ -69,6 +75,11 @@ impl Contents for Members {
     fn readable(&self, entry: Place) -> bool {
         let (slot, _) = self.locate(entry);
         !Members::at(self, slot).space.lost()
+    }
+
+    fn shares(&self, entry: Place) -> bool {
+        let (slot, _) = self.locate(entry);
+        Members::at(self, slot).mode == Mode::Full
     }
 }
 
@@ -127,7 +138,7 @@ impl Index {
             Self::Digest(table) => {
                 effort.steps += 1;
                 table.find(wanted.digest, |entry| {
-                    besides != Some(entry) && contents.readable(entry) && {
+                    besides != Some(entry) && contents.readable(entry) && contents.shares(entry) && {
                         effort.comparisons += 1;
                         // SAFETY: entries stand for pages that are mapped.
                         unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
@@ -142,7 +153,9 @@ impl Index {
                 effort.comparisons += 1;
                 // SAFETY: entries stand for pages that are mapped.
                 match unsafe { content::order(wanted.page.as_ptr(), contents.at(entry)) } {
-                    cmp::Ordering::Equal if besides == Some(entry) => cmp::Ordering::Less,
+                    cmp::Ordering::Equal if besides == Some(entry) || !contents.shares(entry) => {
+                        cmp::Ordering::Less
+                    }
                     order => order,
                 }
             }),

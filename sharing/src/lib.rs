@@ -48,6 +48,7 @@ pub mod loss;
 pub(crate) mod lost;
 pub mod map;
 pub(crate) mod members;
+pub(crate) mod modes;
 pub(crate) mod pace;
 pub mod pagemap;
 pub mod pairs;

@@ -5,7 +5,6 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::Serialize;
 
@@ -17,6 +16,7 @@ use crate::claims::{Claims, SharedTypes};
 use crate::follow::Follower;
 use crate::hints::Hints;
 use crate::huge::HugeRanges;
+use crate::modes::Unshare;
 use crate::space::{LostHandler, Space, SpaceError};
 
 /// What of a VM's memory is shared.
@@ -84,8 +84,8 @@ pub(crate) struct Member {
     /// What follows its changes; without one the VM is gone over in full passes.
     pub(crate) follower: Option<Follower>,
     pub(crate) mode: Mode,
-    /// The page from which on pages are to be taken off their frames, and when.
-    pub(crate) unshare: Option<(u32, Instant)>,
+    /// How far it has come, where it is not to share any more.
+    pub(crate) unshare: Option<Unshare>,
     pub(crate) hints: Arc<Hints>,
     /// What huge pages back, where they are wanted.
     pub(crate) huge: Option<HugeRanges>,

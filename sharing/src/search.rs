@@ -195,6 +195,7 @@ impl Engine {
         let Self { members, counters, .. } = self;
         let member = members.at(slot);
         let other = members.at(twin_slot);
+        debug_assert!([member, other].iter().all(|member| member.mode == Mode::Full));
         let mut alike = |distance: u32, page: u32, twin: u32| {
             member.mergeable(page) && other.mergeable(twin) && !other.space.lost() && {
                 counters.effort.comparisons += 1;

@@ -288,8 +288,9 @@ impl Membership {
         Participation { group: self.group.name.clone(), mode }
     }
 
-    /// Changes what of the VM's memory is shared, while it runs. What is not to be shared any more gets
-    /// memory of its own step by step; a writer waits for less than 0.1 ms.
+    /// Changes what of the VM's memory is shared, while it runs. When this returns nothing more of it is merged
+    /// that is not to be. What is shared, and is not to be any more, gets memory of its own step by step; a writer
+    /// waits for less than 0.1 ms.
     pub fn set_mode(&self, mode: Mode) {
         self.group.engine.work(|engine| engine.set_mode(self.slot, mode));
         self.crew.refresh();

@@ -1,28 +1,25 @@
 //! Taking pages off their frames: merges of low value for better ones when mappings run out, and all
-//! merges of a VM that is not to share any more.
+//! merges of a VM that is not to share any more ([`modes`](crate::modes)).
 //!
 //! The *value* of a run is the pages that it saves for the mappings that it needs. Runs that guests
 //! have written to since have lost theirs and go first. Pages that are taken off their frames are
 //! anonymous memory again, in one mapping with what is around them.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::backing::joined;
 use crate::calls::Source;
 use crate::engine::Engine;
-use crate::members::{Member, Mode};
+use crate::members::Mode;
 use crate::space::{Space, SpaceError};
-use crate::turns::Kind;
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
-const BATCH_PAGES: u32 = 64;
+pub(crate) const BATCH_PAGES: u32 = 64;
 /// Runs taken off in one step: about a millisecond of work.
 const STEP_RUNS: u32 = 16;
 /// How many classes of value there are; the first is that of runs without any.
 const CLASSES: usize = 16;
-/// After a refusal, when a VM's pages are tried again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// What a run is worth: half pages for each mapping, so that a single page that needs two mappings is
 /// worth 1, and a run of n pages n.
@@ -192,28 +189,8 @@ impl Engine {
         Work::Undoing { slot: next, page, below }
     }
 
-    /// Takes pages off their frames of a VM that is not to share any more. Returns whether there
-    /// were any.
-    pub(crate) fn unshare(&mut self, now: Instant) -> bool {
-        let wanted =
-            |member: &Member| member.unshare.is_some_and(|(_, due)| due <= now) && !member.space.lost();
-        let Some(slot) = self.next_with_work(Kind::Unshare, wanted) else { return false };
-        let member = self.members.at_mut(slot);
-        let from = member.unshare.map_or(0, |(page, _)| page);
-        let Some(cluster) = Clusters::new(&member.space, from).next() else {
-            // Pages that were refused are tried again.
-            let left = member.space.mappings() > 1;
-            member.unshare = left.then_some((0, now + RETRY));
-            return true;
-        };
-        let part = cluster.start..cluster.end.min(cluster.start + BATCH_PAGES);
-        member.unshare = Some((part.end, now));
-        self.take_off(slot, part);
-        true
-    }
-
     /// Takes a run off its frames. Returns in how many batches.
-    fn take_off(&mut self, slot: usize, run: Range<u32>) -> u32 {
+    pub(crate) fn take_off(&mut self, slot: usize, run: Range<u32>) -> u32 {
         let mut batches = 0;
         let mut dead = Vec::new();
         for first in run.clone().step_by(BATCH_PAGES as usize) {

@@ -4,7 +4,7 @@ mod common;
 
 use common::followed::{Clock, Vm, following};
 use common::{audit, engine};
-use samepage_sharing::engine::Engine;
+use samepage_sharing::engine::{Engine, Mode};
 use samepage_sharing::hints::Hint;
 
 const PAGES: u32 = 1000;
@@ -43,6 +43,25 @@ fn a_block_that_another_guest_holds_is_shared_before_it_has_come_to_rest() {
     assert_eq!(engine.statistics().pages_sharing, 84);
     clock.intervals(&mut engine, 4);
     assert_eq!((engine.statistics().pages_sharing, engine.statistics().breaks), (84, 0));
+    audit(&mut engine);
+}
+
+#[test]
+fn a_block_that_a_guest_holds_which_does_not_share_is_left_to_it() {
+    let mut engine = engine(&following());
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    clock.intervals(&mut engine, 1);
+    for (number, mode) in (0..).zip([Mode::Off, Mode::Zero]) {
+        let block = 5000 + 100 * number;
+        engine.set_mode(vms[0].slot, Mode::Full);
+        read(&engine, &vms[0], 100, block, 64);
+        clock.intervals(&mut engine, 0);
+        engine.set_mode(vms[0].slot, mode);
+        read(&engine, &vms[1], 300, block, 64);
+        clock.intervals(&mut engine, 4);
+        assert_eq!(engine.statistics().merges, 0, "{mode:?}");
+    }
     audit(&mut engine);
 }
 

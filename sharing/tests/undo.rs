@@ -92,6 +92,48 @@ fn of_a_vm_in_zero_mode_pages_of_zeros_alone_are_given_back() {
 }
 
 #[test]
+fn a_change_of_mode_goes_over_no_memory_and_holds_from_then_on() {
+    const MANY: u32 = 20_000;
+    let guests = [Guest::new(MANY), Guest::new(400)];
+    let mut engine = engine(&no_rest(false));
+    fill(&guests[0], |page| 1 << 32 | u64::from(page));
+    fill(&guests[1], |page| 2 << 32 | u64::from(page));
+    let slots = [add(&mut engine, &guests[0]), add(&mut engine, &guests[1])];
+    pass(&mut engine);
+    let unshared = |engine: &Engine| engine.statistics().pages_unshared;
+    let all = u64::from(MANY + 400);
+    assert_eq!(unshared(&engine), all);
+    for mode in [Mode::Off, Mode::Zero] {
+        engine.set_mode(slots[0], mode);
+        assert_eq!(unshared(&engine), all, "nothing was gone over");
+        // Pages that are still in the index are not merged with.
+        fill(&guests[1], |page| 1 << 32 | u64::from(page));
+        pass(&mut engine);
+        assert_eq!(engine.statistics().merges, 0);
+        let mut before = unshared(&engine);
+        while engine.take_off_step(std::time::Instant::now()) {
+            let now = unshared(&engine);
+            assert!(before - now <= 2048, "{} pages in one step", before - now);
+            before = now;
+        }
+        assert_eq!(before, 400, "its pages are in no index");
+        fill(&guests[1], |page| 2 << 32 | u64::from(page));
+        engine.set_mode(slots[0], Mode::Full);
+        pass(&mut engine);
+        assert_eq!(unshared(&engine), all);
+    }
+    // A change that is taken back half-way.
+    engine.set_mode(slots[0], Mode::Off);
+    engine.take_off_step(std::time::Instant::now());
+    engine.set_mode(slots[0], Mode::Full);
+    fill(&guests[1], |page| 1 << 32 | u64::from(page));
+    pass(&mut engine);
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, 400);
+    audit(&mut engine);
+}
+
+#[test]
 fn a_followed_vm_is_looked_at_anew_when_it_shares_again() {
     let mut engine = engine(&following());
     let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, 500)).collect();
