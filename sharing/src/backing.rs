@@ -7,13 +7,13 @@
 //! With a page that is not attached a number can be kept, its note, in the place where the number of the
 //! frame is otherwise: the books of a page are what limits how much memory can be managed.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-
-use hashbrown::HashMap;
 
 use crate::by_type::Census;
 use crate::calls::Source;
 use crate::changes::PageSet;
+use crate::segments::tree_bytes;
 use crate::store::Frame;
 
 /// The books of one VM's mappings.
@@ -26,7 +26,7 @@ pub(crate) struct Backing {
     attached: PageSet,
     attached_count: u32,
     /// The frames of pages that have left them.
-    left: HashMap<u32, Frame>,
+    left: BTreeMap<u32, Frame>,
     mappings: u32,
     /// What the guest says of its pages, where it does.
     census: Option<Box<Census>>,
@@ -41,7 +41,7 @@ impl Backing {
             on_frames: set.clone(),
             attached: set,
             attached_count: 0,
-            left: HashMap::new(),
+            left: BTreeMap::new(),
             mappings: 1,
             census: None,
         }
@@ -195,7 +195,7 @@ impl Backing {
         self.words.capacity() * size_of::<u32>()
             + self.on_frames.bytes()
             + self.attached.bytes()
-            + self.left.allocation_size()
+            + tree_bytes(&self.left)
             + self.census.as_ref().map_or(0, |census| census.bytes())
     }
 }

@@ -61,6 +61,8 @@ const SHARE: u32 = 50;
 const SILENCE: Duration = Duration::from_secs(10);
 /// The longest time that a guest may name.
 const LONGEST: Duration = Duration::from_secs(600);
+/// Pages that one step goes over, where something is to be done with all of them.
+const STEP_PAGES: u32 = 8192;
 /// After how many passes all free pages are tried again: some may have been used and freed between two.
 const RETRY_PASSES: u64 = 32;
 
@@ -73,14 +75,27 @@ pub(crate) struct Claims {
     counters: Vec<u32>,
     heard: Option<Heard>,
     reading: Option<Reading>,
+    /// Since when the guest is listened to.
+    begun: Instant,
     /// Before this moment no pass is read.
     not_before: Instant,
+    /// What is to be done with all pages, and from which page on. Until then no pass is read.
+    sweep: Option<(Sweep, u32)>,
     /// Free pages that may take memory, and have not been tried.
     pub(crate) offered: RareSet,
     pub(crate) giving: Giving,
     passes: u64,
     words: u64,
     pub(crate) given_back: u64,
+}
+
+/// What is done with all pages, some in each step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sweep {
+    /// What the guest said holds no longer.
+    Forget,
+    /// Free pages are tried again.
+    Retry,
 }
 
 /// The last pass that was read to its end.
@@ -110,7 +125,9 @@ impl Claims {
             counters,
             heard: None,
             reading: None,
+            begun: Instant::now(),
             not_before: Instant::now(),
+            sweep: None,
             offered: RareSet::new(pages),
             giving: Giving::default(),
             passes: 0,
@@ -136,6 +153,9 @@ impl Claims {
 
     /// When there is something to be done.
     fn due(&self) -> Option<Instant> {
+        if self.sweep.is_some() {
+            return Some(self.begun);
+        }
         if self.reading.is_some() || self.rung.load(Ordering::Acquire) {
             return Some(self.not_before);
         }
@@ -295,7 +315,10 @@ impl Engine {
             member.claims.as_ref().and_then(|claims| claims.due()).is_some_and(|due| due <= now)
         };
         let Some(slot) = self.next_with_work(Kind::Claims, due) else { return false };
-        if self.members.at(slot).claims.as_ref().is_some_and(|claims| claims.reading.is_some()) {
+        let claims = self.members.at(slot).claims.as_ref();
+        if let Some((sweep, from)) = claims.and_then(|claims| claims.sweep) {
+            self.go_on_sweeping(slot, sweep, from);
+        } else if claims.is_some_and(|claims| claims.reading.is_some()) {
             self.read_blocks(slot, now);
         } else {
             self.begin_reading(slot, now);
@@ -380,13 +403,7 @@ impl Engine {
         }
         let Some(claims) = &mut member.claims else { return };
         if claims.passes.is_multiple_of(RETRY_PASSES) {
-            let pages = member.space.pages();
-            for page in 0..pages {
-                let free = member.claim(page).free();
-                if let Some(claims) = member.claims.as_mut().filter(|_| free) {
-                    claims.offered.insert(page);
-                }
-            }
+            claims.sweep = Some((Sweep::Retry, 0));
         }
         self.pass_was_read(slot, answered);
         if first && self.members.at(slot).types == SharedTypes::NotFile {
@@ -399,7 +416,30 @@ impl Engine {
         }
     }
 
-    /// A guest says nothing any more: what it said holds no longer.
+    /// Goes over the next pages.
+    fn go_on_sweeping(&mut self, slot: usize, sweep: Sweep, from: u32) {
+        let member = self.members.at_mut(slot);
+        let pages = member.space.pages();
+        let end = pages.min(from.saturating_add(STEP_PAGES));
+        for page in from..end {
+            match sweep {
+                Sweep::Forget => {
+                    member.hear(page, Claim::default());
+                }
+                Sweep::Retry => {
+                    let free = member.claim(page).free();
+                    if let Some(claims) = member.claims.as_mut().filter(|_| free) {
+                        claims.offered.insert(page);
+                    }
+                }
+            }
+        }
+        if let Some(claims) = &mut member.claims {
+            claims.sweep = (end < pages).then_some((sweep, end));
+        }
+    }
+
+    /// A guest says nothing any more: what it said holds no longer, page by page.
     fn forget_claims(&mut self, slot: usize) {
         let member = self.members.at_mut(slot);
         let Some(claims) = &mut member.claims else { return };
@@ -409,12 +449,8 @@ impl Engine {
         claims.reading = None;
         claims.giving = Giving::default();
         claims.counters.fill(0);
-        for page in 0..member.space.pages() {
-            member.hear(page, Claim::default());
-        }
-        if let Some(claims) = &mut member.claims {
-            claims.offered.clear();
-        }
+        claims.offered.clear();
+        claims.sweep = Some((Sweep::Forget, 0));
         if let Some(census) = member.space.census_mut() {
             census.end_lending();
         }

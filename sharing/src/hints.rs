@@ -106,12 +106,19 @@ impl Hints {
     }
 }
 
+/// Entries of a piece of the table.
+const PIECE: usize = 256;
+
 /// Which page was last said to hold a block: a table of fixed size, in which blocks take each other's
-/// places.
+/// places. A piece of it takes memory once a block is in it: nobody waits for all of it to be made.
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
-    entries: Vec<Option<Entry>>,
+    pieces: Vec<Option<Piece>>,
+    /// Pieces that take memory.
+    made: usize,
 }
+
+type Piece = Box<[Option<Entry>; PIECE]>;
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
@@ -124,35 +131,31 @@ impl Blocks {
     /// Makes room for VMs of this many pages in all; what is remembered is forgotten when the size
     /// changes.
     pub(crate) fn fit(&mut self, pages: u64) {
-        let wanted = (pages as usize / PAGES_PER_BLOCK).max(1);
-        if self.entries.len() != wanted {
-            self.entries = vec![None; wanted];
+        let wanted = (pages as usize / PAGES_PER_BLOCK).div_ceil(PIECE).max(1);
+        if self.pieces.len() != wanted {
+            self.pieces = vec![None; wanted];
+            self.made = 0;
         }
     }
 
     /// Remembers the page that holds a block. Returns the page that held it before, as far as known.
     pub(crate) fn replace(&mut self, image: u32, block: u64, place: Place) -> Option<Place> {
         let key = (block ^ u64::from(image) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let index = ((u128::from(key) * self.entries.len() as u128) >> 64) as usize;
-        let entry = self.entries.get_mut(index)?;
+        let index = ((u128::from(key) * (self.pieces.len() * PIECE) as u128) >> 64) as usize;
+        let piece = self.pieces.get_mut(index / PIECE)?;
+        self.made += usize::from(piece.is_none());
+        let entry = &mut piece.get_or_insert_with(|| Box::new([None; PIECE]))[index % PIECE];
         let before = entry.replace(Entry { block, image, place })?;
         (before.image == image && before.block == block && before.place != place).then_some(before.place)
     }
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.entries = Vec::new();
-    }
-
-    /// Forgets the pages of a VM.
-    pub(crate) fn forget(&mut self, places: Range<Place>) {
-        for entry in &mut self.entries {
-            *entry = entry.filter(|entry| !places.contains(&entry.place));
-        }
+        *self = Self::default();
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Option<Entry>>()
+        self.pieces.capacity() * size_of::<Option<Piece>>() + self.made * size_of::<[Option<Entry>; PIECE]>()
     }
 }
 
@@ -164,17 +167,18 @@ mod tests {
     fn a_block_is_remembered_where_it_was_last() {
         let mut blocks = Blocks::default();
         assert_eq!(blocks.replace(1, 7, 3), None, "there is no room");
-        blocks.fit(16 * 64);
+        blocks.fit(16 * 512);
+        assert_eq!(blocks.made, 0, "nothing is made in advance");
         assert_eq!(blocks.replace(1, 7, 3), None);
         assert_eq!(blocks.replace(1, 7, 90), Some(3));
         assert_eq!(blocks.replace(1, 7, 90), None, "the same page");
         assert_eq!(blocks.replace(2, 7, 5), None, "another image");
-        blocks.forget(80..100);
-        assert_eq!(blocks.replace(1, 7, 4), None, "the VM has gone");
         for block in 0..10_000 {
             blocks.replace(1, block, block as u32);
         }
-        assert_eq!(blocks.entries.len(), 64);
+        assert_eq!((blocks.pieces.len(), blocks.made), (2, 2));
+        blocks.clear();
+        assert_eq!((blocks.replace(1, 7, 3), blocks.bytes()), (None, 0));
     }
 
     #[test]

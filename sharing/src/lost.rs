@@ -31,12 +31,10 @@ impl Engine {
             member.follower = None;
             member.claims = None;
             member.unshare = None;
-            let places = member.places();
-            self.blocks.forget(places.clone());
-            self.books.notes.forget_places(&places);
         }
         for page in from..end {
             self.forget_page(slot, page);
+            self.books.notes.remove(self.members.at(slot).place(page));
         }
         self.members.at_mut(slot).retired = end;
         true

@@ -108,11 +108,6 @@ impl Member {
         self.base + page
     }
 
-    /// The places of all its pages.
-    pub(crate) fn places(&self) -> Range<Place> {
-        self.base..self.base + self.space.pages()
-    }
-
     /// The digest of the last look at a page that is not attached, where there was one since it was.
     pub(crate) fn digest(&self, page: u32) -> u32 {
         self.space.backing().note(page)

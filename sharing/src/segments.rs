@@ -5,6 +5,8 @@
 //! segments, and `p` the greatest power of two that is at most `n`, the first `n - p` segments have been split:
 //! they and the segments beyond `p` are told apart by one bit of the hash more than the others.
 
+use std::collections::BTreeMap;
+
 /// Entries of a segment that is about to be split, on average: a split takes some microseconds.
 pub(crate) const SEGMENT: usize = 512;
 
@@ -30,6 +32,11 @@ pub(crate) fn crowded(entries: usize, count: usize, size: usize) -> bool {
 /// Whether so many entries are few enough to be in one segment less.
 pub(crate) fn deserted(entries: usize, count: usize, size: usize) -> bool {
     count > 1 && entries < (count - 1) * size / 2
+}
+
+/// Bytes that a balanced tree takes, about: its leaves are two thirds full.
+pub(crate) fn tree_bytes<K, V>(tree: &BTreeMap<K, V>) -> usize {
+    tree.len() * (size_of::<K>() + size_of::<V>()) * 3 / 2
 }
 
 #[cfg(test)]

@@ -456,7 +456,13 @@ impl BlockClient {
 
     /// Before blocks are written, discarded or zeroed: nobody has them any more.
     pub fn begin_write(&self, image: Image, blocks: &Range<u64>) {
-        self.urgently(|engine| engine.begin_write(image, blocks));
+        let mut rest = self.urgently(|engine| engine.announce_write(image, blocks));
+        // Others get at the engine in between.
+        while let Some(blocks) = &mut rest {
+            if self.urgently(|engine| engine.forget_next(blocks)) != Some(true) {
+                return;
+            }
+        }
     }
 
     /// After they were, or were not, and before the guest is told.

@@ -6,8 +6,9 @@
 //! removal finds its number all the same, since it goes by the node and not by the order.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
-use hashbrown::HashMap;
+use crate::segments::tree_bytes;
 
 /// Index of a node, or [`NONE`].
 type Link = u32;
@@ -28,13 +29,13 @@ pub(crate) struct Tree {
     /// Nodes that are free, to be used again.
     free: Vec<Link>,
     /// Where each number is.
-    places: HashMap<u32, Link>,
+    places: BTreeMap<u32, Link>,
     root: Link,
 }
 
 impl Default for Tree {
     fn default() -> Self {
-        Self { nodes: Vec::new(), free: Vec::new(), places: HashMap::new(), root: NONE }
+        Self { nodes: Vec::new(), free: Vec::new(), places: BTreeMap::new(), root: NONE }
     }
 }
 
@@ -104,7 +105,7 @@ impl Tree {
     pub(crate) fn bytes(&self) -> usize {
         self.nodes.capacity() * size_of::<Node>()
             + self.free.capacity() * size_of::<Link>()
-            + self.places.allocation_size()
+            + tree_bytes(&self.places)
     }
 
     fn node(&self, link: Link) -> &Node {

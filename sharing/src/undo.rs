@@ -10,14 +10,20 @@ use std::time::Instant;
 
 use crate::backing::joined;
 use crate::calls::Source;
+use crate::changes::PageSet;
 use crate::engine::Engine;
 use crate::members::Mode;
 use crate::space::{Space, SpaceError};
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
 pub(crate) const BATCH_PAGES: u32 = 64;
-/// Runs taken off in one step: about a millisecond of work.
-const STEP_RUNS: u32 = 16;
+/// Batches taken off in one step: about a millisecond of work.
+const STEP_BATCHES: u32 = 16;
+/// Pages on frames that are valued together at most. Longer ranges are worth more than anything that is undone,
+/// and so are their parts.
+const PART_PAGES: u32 = 512;
+/// Pages on frames that one step values: some hundred microseconds.
+const STEP_VALUED: u32 = 8192;
 /// How many classes of value there are; the first is that of runs without any.
 const CLASSES: usize = 16;
 
@@ -48,9 +54,9 @@ pub(crate) struct Pressure {
 enum Work {
     #[default]
     None,
-    /// Adds up the mappings that runs of each class of value need, from this slot on.
+    /// Adds up the mappings that runs of each class of value need, from this slot and page on.
     /// Of runs worth less than `below` only.
-    Counting { slot: usize, below: u32, classes: [i64; CLASSES] },
+    Counting { slot: usize, page: u32, below: u32, classes: [i64; CLASSES] },
     /// Undoes runs below a value, from this slot and page on.
     Undoing { slot: usize, page: u32, below: u32 },
 }
@@ -95,8 +101,8 @@ impl Engine {
     pub(crate) fn undo_for_better(&mut self) -> bool {
         match std::mem::take(&mut self.pressure.work) {
             Work::None => self.begin_counting(),
-            Work::Counting { slot, below, classes } => {
-                self.pressure.work = self.count_classes(slot, below, classes);
+            Work::Counting { slot, page, below, classes } => {
+                self.pressure.work = self.count_classes(slot, page, below, classes);
                 true
             }
             Work::Undoing { slot, page, below } => {
@@ -119,14 +125,20 @@ impl Engine {
         self.pressure.futile = Some((mappings, wanted));
         // What is undone is worth half of what is wanted at most, or it would not be worth the work.
         let below = (wanted / 2).max(1);
-        self.pressure.work = Work::Counting { slot: 0, below, classes: [0; CLASSES] };
+        self.pressure.work = Work::Counting { slot: 0, page: 0, below, classes: [0; CLASSES] };
         true
     }
 
-    fn count_classes(&self, slot: usize, below: u32, mut classes: [i64; CLASSES]) -> Work {
+    fn count_classes(&self, slot: usize, page: u32, below: u32, mut classes: [i64; CLASSES]) -> Work {
         let Some(next) = self.members.next_from(slot) else { return self.end_counting(below, &classes) };
+        let page = if next == slot { page } else { 0 };
         let space = &self.members.at(next).space;
-        for cluster in Clusters::new(space, 0) {
+        let mut valued = 0;
+        for cluster in Clusters::new(space, page) {
+            if valued >= STEP_VALUED {
+                return Work::Counting { slot: next, page: cluster.start, below, classes };
+            }
+            valued += cluster.end - cluster.start;
             let (lost, gain) = worth(space, &cluster);
             if lost < below {
                 classes[class(lost).min(CLASSES - 1)] += gain;
@@ -139,7 +151,7 @@ impl Engine {
                 }
             }
         }
-        Work::Counting { slot: next + 1, below, classes }
+        Work::Counting { slot: next + 1, page: 0, below, classes }
     }
 
     fn end_counting(&self, limit: u32, classes: &[i64; CLASSES]) -> Work {
@@ -167,13 +179,14 @@ impl Engine {
         let enough = budget.room() >= 2 * budget.ample();
         let Some(next) = self.members.next_from(slot).filter(|_| !enough) else { return Work::None };
         let mut page = if next == slot { page } else { 0 };
-        let mut undone = 0;
-        while undone < STEP_RUNS {
+        let (mut undone, mut valued) = (0, 0);
+        while undone < STEP_BATCHES && valued < STEP_VALUED {
             let space = &self.members.at(next).space;
             let Some(cluster) = Clusters::new(space, page).next().filter(|_| !space.lost()) else {
                 return Work::Undoing { slot: next + 1, page: 0, below };
             };
             page = cluster.end;
+            valued += cluster.end - cluster.start;
             if worth(space, &cluster).0 < below {
                 undone += self.take_off(next, cluster);
                 continue;
@@ -181,7 +194,11 @@ impl Engine {
             for run in runs(space, cluster).collect::<Vec<_>>() {
                 let (lost, gain) = worth(&self.members.at(next).space, &run);
                 if gain > 0 && lost < below {
-                    undone += self.take_off(next, run);
+                    undone += self.take_off(next, run.clone());
+                }
+                if undone >= STEP_BATCHES {
+                    page = run.end;
+                    break;
                 }
             }
         }
@@ -227,15 +244,15 @@ fn worth(space: &Space, run: &Range<u32>) -> (u32, i64) {
     (if attached == 0 && gain > 0 { 0 } else { value(attached, gain) }, gain)
 }
 
-/// Ranges of pages whose mappings refer to frames, between anonymous memory.
+/// Ranges of pages whose mappings refer to frames, between anonymous memory, in parts of a bounded length.
 struct Clusters<'a> {
-    space: &'a Space,
-    page: u32,
+    on_frames: &'a PageSet,
+    pages: Range<u32>,
 }
 
 impl<'a> Clusters<'a> {
     fn new(space: &'a Space, page: u32) -> Self {
-        Self { space, page }
+        Self { on_frames: space.backing().on_frames(), pages: page..space.pages() }
     }
 }
 
@@ -243,9 +260,9 @@ impl Iterator for Clusters<'_> {
     type Item = Range<u32>;
 
     fn next(&mut self) -> Option<Range<u32>> {
-        let pages = self.page..self.space.pages();
-        let cluster = self.space.backing().on_frames().runs_within(pages).next()?;
-        self.page = cluster.end;
+        let run = self.on_frames.runs_within(self.pages.clone()).next()?;
+        let cluster = run.start..run.end.min(run.start + PART_PAGES);
+        self.pages.start = cluster.end;
         Some(cluster)
     }
 }
@@ -259,4 +276,20 @@ fn runs(space: &Space, cluster: Range<u32>) -> impl Iterator<Item = Range<u32>> 
         start = (first + 1..cluster.end).find(|page| !joins(page)).unwrap_or(cluster.end);
         (first < cluster.end).then_some(first..start)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_valued_at_once_is_bounded() {
+        const PAGES: u32 = 100_000;
+        let mut on_frames = PageSet::new(PAGES);
+        on_frames.insert_range(3..90_000);
+        on_frames.insert_range(90_001..90_003);
+        let clusters: Vec<_> = Clusters { on_frames: &on_frames, pages: 0..PAGES }.collect();
+        assert!(clusters.iter().all(|cluster| (1..=PART_PAGES).contains(&(cluster.end - cluster.start))));
+        assert!(clusters.into_iter().flatten().eq(on_frames.iter()));
+    }
 }

@@ -106,6 +106,36 @@ fn a_page_that_a_block_was_copied_to_has_to_prove_that_it_still_holds_it() {
 }
 
 #[test]
+fn a_discard_of_much_is_told_in_parts_and_counts_at_once() {
+    const BLOCKS: u32 = 3000;
+    let mut engine = engine(&settings(10_000));
+    let vm = Vm::start(&mut engine, BLOCKS + 100);
+    let mut disk = Disk::new(1, Keep::Exclusive);
+    for first in (0..BLOCKS).step_by(100) {
+        disk.read(&mut engine, &vm, first.into(), first, 100);
+    }
+    let known = |engine: &Engine| {
+        let statistics = engine.cache_statistics();
+        statistics.blocks_cached + statistics.blocks_in_guests + statistics.blocks_noted
+    };
+    assert_eq!(known(&engine), BLOCKS.into());
+    let discarded = 100..1 << 40;
+    let mut rest = engine.announce_write(disk.image, &discarded);
+    assert_eq!(known(&engine), BLOCKS.into(), "nothing was gone over");
+    let before = disk.reads;
+    disk.read(&mut engine, &vm, 2900, BLOCKS, 100);
+    assert_eq!(disk.reads - before, 100, "none of the blocks is served any more");
+    let mut left = known(&engine);
+    while engine.forget_next(&mut rest) {
+        assert!(left - known(&engine) <= 512, "{} blocks at once", left - known(&engine));
+        left = known(&engine);
+    }
+    assert_eq!(known(&engine), 100, "those before the first that is discarded");
+    engine.end_write(disk.image, &discarded);
+    audit(&mut engine);
+}
+
+#[test]
 fn a_write_takes_the_block_away_from_all_who_could_serve_it() {
     let mut engine = engine(&settings(1000));
     let vms = [Vm::start(&mut engine, PAGES), Vm::start(&mut engine, PAGES)];

@@ -193,6 +193,31 @@ fn a_guest_that_is_silent_or_takes_its_header_away_has_said_nothing() {
 }
 
 #[test]
+fn a_guest_that_says_nothing_any_more_is_forgotten_in_parts() {
+    const MANY: u32 = 40_000;
+    let mut engine = engine(&following());
+    let vm = Vm::start(&mut engine, MANY);
+    let mut agent = Agent::start(&mut engine, vm.slot, MANY);
+    let mut clock = Clock::new();
+    // Slabs are never given back.
+    agent.say(0..MANY, SLAB);
+    agent.pass();
+    clock.intervals(&mut engine, 3);
+    let slabs = |engine: &Engine| of(engine, &vm, PageType::Slab).pages;
+    assert_eq!(slabs(&engine), MANY.into());
+    agent.take_away();
+    agent.bell.store(true, Ordering::Release);
+    let mut before = slabs(&engine);
+    while before > 0 {
+        clock.tick(&mut engine);
+        let now = slabs(&engine);
+        assert!(before - now <= 2 * 8192, "{} pages in two steps", before - now);
+        before = now;
+    }
+    assert_eq!(of(&engine, &vm, PageType::Unknown).pages, u64::from(MANY));
+}
+
+#[test]
 fn free_pages_are_not_looked_at_and_the_kernels_own_last() {
     let mut engine = engine(&following());
     let mut clock = Clock::new();

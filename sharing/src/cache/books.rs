@@ -19,10 +19,13 @@ use super::statistics::CacheStatistics;
 use super::working_set::Curve;
 use crate::content::Page;
 use crate::engine::Engine;
+use crate::holds::Since;
 use crate::store::{Frame, Hold};
 
 /// How long memory is kept for reads from disks while none comes.
 const SPARE_FOR: Duration = Duration::from_secs(1);
+/// Blocks forgotten in one step: some hundred microseconds.
+const STEP_FORGOTTEN: u32 = 512;
 /// Blocks dropped in one step.
 const STEP_EVICTIONS: u32 = 1024;
 
@@ -47,6 +50,14 @@ pub(crate) struct Fetching {
     pub(crate) histories: Vec<History>,
     /// Blocks that were written to meanwhile.
     pub(crate) stale: Vec<bool>,
+}
+
+/// Blocks that are about to change, and of which some may be known.
+#[doc(hidden)]
+#[derive(Clone, Debug)]
+pub struct Forgetting {
+    image: u32,
+    blocks: Range<u32>,
 }
 
 /// The books.
@@ -226,21 +237,49 @@ impl Engine {
         }
     }
 
-    /// Blocks are about to change.
+    /// Blocks are about to change: nobody has them any more.
     pub fn begin_write(&mut self, image: Image, blocks: &Range<u64>) {
+        let mut rest = self.announce_write(image, blocks);
+        while self.forget_next(&mut rest) {}
+    }
+
+    /// Blocks are about to change: from now on none comes to be known. Those that are known are forgotten by
+    /// [`forget_next`](Self::forget_next), before the first of them changes.
+    #[doc(hidden)]
+    pub fn announce_write(&mut self, image: Image, blocks: &Range<u64>) -> Forgetting {
+        let since = Since::now();
         let image = self.books.image(image);
         let blocks = narrow(blocks);
-        for key in self.books.names.within(image, blocks.clone()) {
-            self.forget_block(key);
-        }
-        self.books.notes.forget_blocks(image, blocks.clone());
         for fetch in self.books.fetches.values_mut().filter(|fetch| fetch.key.image == image) {
             for (block, stale) in (fetch.key.block..).zip(&mut fetch.stale) {
                 *stale |= blocks.contains(&block);
             }
         }
-        self.books.writing.push((image, blocks));
+        self.books.writing.push((image, blocks.clone()));
+        self.holds.note("beginning of a write", since);
+        Forgetting { image, blocks }
+    }
+
+    /// Forgets the next blocks that are about to change. Returns whether there may be more.
+    #[doc(hidden)]
+    pub fn forget_next(&mut self, rest: &mut Forgetting) -> bool {
+        let since = Since::now();
+        let mut more = true;
+        for _ in 0..STEP_FORGOTTEN {
+            let Forgetting { image, blocks } = rest.clone();
+            let named = self.books.names.first_within(image, blocks.clone());
+            let noted = self.books.notes.first_within(image, blocks);
+            let Some(key) = named.into_iter().chain(noted).min() else {
+                more = false;
+                break;
+            };
+            self.forget_block(key);
+            self.books.notes.forget_block(key);
+            rest.blocks.start = key.block + 1;
+        }
         self.settle_cache();
+        self.holds.note("blocks that are written", since);
+        more
     }
 
     /// The change is over.

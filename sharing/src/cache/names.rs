@@ -4,10 +4,12 @@
 //! A name is given only to bytes that the host itself read from the disk, or that have their digest. It
 //! goes with the first write to the block.
 
-use hashbrown::HashMap;
-use hashbrown::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ops::Range;
 
 use super::replace::History;
+use crate::segments::tree_bytes;
 use crate::store::Frame;
 
 /// Blocks of one content beyond these get frames of their own: what is done to a frame is done for each
@@ -44,12 +46,12 @@ pub(crate) struct Named {
     pub(crate) history: History,
 }
 
-/// All names.
+/// All names, in order: trees grow in small steps, and find the blocks of a range.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     /// The frame of a block, and the next block with the same frame.
-    blocks: HashMap<BlockKey, (Frame, Option<BlockKey>)>,
-    frames: HashMap<Frame, Named>,
+    blocks: BTreeMap<BlockKey, (Frame, Option<BlockKey>)>,
+    frames: BTreeMap<Frame, Named>,
 }
 
 impl Names {
@@ -146,17 +148,15 @@ impl Names {
         self.frames.len()
     }
 
-    /// Blocks of an image that are on frames, among these.
-    pub(crate) fn within(&self, image: u32, blocks: std::ops::Range<u32>) -> Vec<BlockKey> {
-        if (blocks.len()) <= self.blocks.len() {
-            let keys = blocks.map(|block| BlockKey { image, block });
-            return keys.filter(|key| self.blocks.contains_key(key)).collect();
-        }
-        self.blocks.keys().filter(|key| key.image == image && blocks.contains(&key.block)).copied().collect()
+    /// The first block of an image that is on a frame, among these.
+    pub(crate) fn first_within(&self, image: u32, blocks: Range<u32>) -> Option<BlockKey> {
+        let key = |block: u32| BlockKey { image, block };
+        let range = (!blocks.is_empty()).then(|| self.blocks.range(key(blocks.start)..key(blocks.end)))?;
+        range.map(|(&key, _)| key).next()
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.blocks.allocation_size() + self.frames.allocation_size()
+        tree_bytes(&self.blocks) + tree_bytes(&self.frames)
     }
 }
 
@@ -194,9 +194,9 @@ mod tests {
         assert_eq!(names.frame(key(99)), None);
         names.move_frame(9, 4);
         assert!((0..MOST_NAMES as u32).all(|block| names.frame(key(block)) == Some(4)));
-        assert_eq!(names.within(1, 3..7).len(), 4);
-        assert_eq!(names.within(1, 3..u32::MAX).len(), MOST_NAMES - 3);
-        assert!(names.within(2, 0..u32::MAX).is_empty());
+        assert_eq!(names.first_within(1, 3..7), Some(key(3)));
+        assert_eq!(names.first_within(1, MOST_NAMES as u32..u32::MAX), None);
+        assert_eq!((names.first_within(1, 3..3), names.first_within(2, 0..u32::MAX)), (None, None));
         assert!(names.remove_frame(4).is_some());
         assert_eq!((names.frames(), names.blocks.len()), (0, 0));
     }

@@ -1,15 +1,15 @@
 //! Which guest page a block was copied to, and what the host's own bytes looked like. The page is the
 //! guest's: it may hold anything by now, and counts as the block only where its content has the digest.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::ops::Range;
-
-use hashbrown::HashMap;
 
 use super::names::BlockKey;
 use super::replace::History;
 use crate::content::Page;
 use crate::members::Place;
+use crate::segments::tree_bytes;
 
 /// A digest that nobody who lacks the key can find a second content for: keyed BLAKE3, cut to 128 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,13 +52,13 @@ pub(crate) struct Note {
     pub(crate) history: History,
 }
 
-/// The notes of all VMs, by place.
+/// The notes of all VMs, by place, in order: trees grow in small steps, and find the blocks of a range.
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
     /// Each with the next page that the same block was copied to.
-    pages: HashMap<Place, (Note, Option<Place>)>,
+    pages: BTreeMap<Place, (Note, Option<Place>)>,
     /// The last page that each block was copied to.
-    holders: HashMap<BlockKey, Place>,
+    holders: BTreeMap<BlockKey, Place>,
 }
 
 impl Notes {
@@ -111,31 +111,20 @@ impl Notes {
         std::iter::successors(head, |place| self.pages.get(place).and_then(|&(_, next)| next))
     }
 
-    /// The blocks are not what they were: no page is known for them.
-    pub(crate) fn forget_blocks(&mut self, image: u32, blocks: Range<u32>) {
-        if blocks.len() > self.holders.len() {
-            let gone = |key: &BlockKey| key.image == image && blocks.contains(&key.block);
-            self.pages.retain(|_, (note, _)| !gone(&note.key));
-            self.holders.retain(|key, _| !gone(key));
-            return;
-        }
-        for block in blocks {
-            let head = self.holders.remove(&BlockKey { image, block });
-            let places: Vec<_> = self.chain(head).collect();
-            places.into_iter().for_each(|place| {
-                self.pages.remove(&place);
-            });
-        }
+    /// The first block of an image that was copied to a page, among these.
+    pub(crate) fn first_within(&self, image: u32, blocks: Range<u32>) -> Option<BlockKey> {
+        let key = |block: u32| BlockKey { image, block };
+        let range = (!blocks.is_empty()).then(|| self.holders.range(key(blocks.start)..key(blocks.end)))?;
+        range.map(|(&key, _)| key).next()
     }
 
-    /// A VM is gone.
-    pub(crate) fn forget_places(&mut self, places: &Range<Place>) {
-        let gone: Vec<_> = self.pages.keys().filter(|place| places.contains(place)).copied().collect();
-        gone.into_iter().for_each(|place| {
-            self.remove(place);
+    /// A block is not what it was: no page is known for it.
+    pub(crate) fn forget_block(&mut self, key: BlockKey) {
+        let head = self.holders.remove(&key);
+        let places: Vec<_> = self.chain(head).collect();
+        places.into_iter().for_each(|place| {
+            self.pages.remove(&place);
         });
-        self.pages.shrink_to_fit();
-        self.holders.shrink_to_fit();
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -143,14 +132,12 @@ impl Notes {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.pages.allocation_size() + self.holders.allocation_size()
+        tree_bytes(&self.pages) + tree_bytes(&self.holders)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -178,7 +165,9 @@ mod tests {
         let mut notes = Notes::default();
         (0..1000).for_each(|place| notes.insert(place, note(5)));
         assert_eq!(notes.len(), MOST_PAGES);
-        notes.forget_blocks(3, 5..6);
+        assert_eq!(notes.first_within(3, 0..9), Some(key(5)));
+        assert_eq!((notes.first_within(3, 6..9), notes.first_within(4, 0..9)), (None, None));
+        notes.forget_block(key(5));
         assert!(notes.is_empty() && notes.holders.is_empty());
     }
 
@@ -199,11 +188,15 @@ mod tests {
                     }
                     3 => {
                         let end = block + place % 3;
-                        notes.forget_blocks(3, block..end);
+                        while let Some(key) = notes.first_within(3, block..end) {
+                            notes.forget_block(key);
+                        }
                         model.retain(|_, other| !(block..end).contains(other));
                     }
                     _ => {
-                        notes.forget_places(&(place..place + block));
+                        for place in place..place + block {
+                            notes.remove(place);
+                        }
                         model.retain(|other, _| !(place..place + block).contains(other));
                     }
                 }

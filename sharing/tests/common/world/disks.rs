@@ -222,8 +222,23 @@ impl World {
             return;
         }
         self.tell(format!("a write of {count} blocks at {first} of disk {disk} begins"));
-        self.engine.begin_write(self.disks[disk].image, &(first..first + count));
+        let image = self.disks[disk].image;
         self.disks[disk].writes.push((first, count));
+        if self.one_in(2) {
+            self.engine.begin_write(image, &(first..first + count));
+        } else {
+            // Something happens before all of it is forgotten.
+            let mut rest = self.engine.announce_write(image, &(first..first + count));
+            for _ in 0..self.below(3) {
+                match self.below(4) {
+                    0 => self.begin_read(),
+                    1 => self.end_read(),
+                    2 => self.steps(2, std::time::Duration::from_millis(30)),
+                    _ => self.vms_come_and_go(),
+                }
+            }
+            while self.engine.forget_next(&mut rest) {}
+        }
         if self.one_in(2) {
             self.change(disk, (first, count));
         }
