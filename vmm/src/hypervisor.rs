@@ -136,8 +136,16 @@ impl Hypervisor {
     }
 
     /// A new, empty VM of KVM's.
+    ///
+    /// KVM takes all locks of the address space for it and gives up where the thread has something else to do for
+    /// the kernel meanwhile, such as to take in what io_uring has done: it is asked again then.
     pub(crate) fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
-        self.kvm.create_vm()
+        loop {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                made => return made,
+            }
+        }
     }
 
     /// Bits of guest physical addresses that guests can use.

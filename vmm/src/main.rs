@@ -14,6 +14,7 @@ mod report;
 mod run;
 mod stdin;
 mod units;
+mod upkeep;
 
 use std::process::ExitCode;
 

@@ -28,6 +28,7 @@ use crate::ending::Ending;
 use crate::plan;
 use crate::report::{self, tell};
 use crate::stdin::{Input, Typed};
+use crate::upkeep::{self, Upkeep};
 
 /// What the process ends with, by the worst of what happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,6 +101,7 @@ fn http_options(process: &ProcessArgs) -> anyhow::Result<Option<HttpOptions>> {
 }
 
 fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<ExitCode> {
+    upkeep::keep_arenas_few();
     let Plan { process, .. } = plan;
     let (mut specs, consoles): (Vec<_>, Vec<_>) =
         named.into_iter().map(|(spec, console)| (spec, Some(console))).unzip();
@@ -158,8 +160,20 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     drop(records);
     let stats = process.stats.as_ref();
     let (audit, stop_timeout) = (process.audit, Duration::from_secs(process.stop_timeout.into()));
-    let mut process =
-        Process { manager, signals, hangup, stats, statistics, input, audit, stop_timeout, ending: None };
+    let mut upkeep = Upkeep::new().context("open a timer")?;
+    upkeep.note_change().context("set a timer")?;
+    let mut process = Process {
+        manager,
+        signals,
+        hangup,
+        stats,
+        statistics,
+        input,
+        audit,
+        stop_timeout,
+        ending: None,
+        upkeep,
+    };
     let outcome = process.watch(plan.serve)?;
     // Clients hear of all ends before the socket goes.
     drop(server);
@@ -184,6 +198,7 @@ struct Process<'a> {
     stop_timeout: Duration,
     /// Guests were asked to end.
     ending: Option<Ending>,
+    upkeep: Upkeep,
 }
 
 impl Process<'_> {
@@ -192,17 +207,24 @@ impl Process<'_> {
         let mut outcome = Outcome::default();
         let mut stay = serve;
         while stay || !self.manager.is_idle() {
-            let [signal, end, settled, due, typed, room, waited] = {
+            let [signal, end, settled, due, typed, room, waited, rested] = {
                 let [typed, room] = self.input.as_ref().map_or([None, None], Input::files);
                 let due = self.statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
                 let (fleet, settled) = (self.manager.fleet().as_raw_fd(), self.manager.as_raw_fd());
                 let signals = Some(self.signals.as_raw_fd());
                 let waited = self.ending.as_ref().map(Ending::as_raw_fd);
-                wait_readable([signals, Some(fleet), Some(settled), due, typed, room, waited])
+                let rested = Some(self.upkeep.as_raw_fd());
+                wait_readable([signals, Some(fleet), Some(settled), due, typed, room, waited, rested])
                     .context("wait for the VMs")?
             };
             if settled {
                 self.manager.clear_settled();
+            }
+            if settled || end {
+                self.upkeep.note_change().context("set a timer")?;
+            }
+            if rested {
+                self.upkeep.give_back().context("wait for the process to come to rest")?;
             }
             match signal.then(|| self.signals.take()).flatten() {
                 Some(libc::SIGHUP) if !self.hangup.is_end() => self.reopen_logs(),

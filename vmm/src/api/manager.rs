@@ -109,7 +109,7 @@ pub struct Manager {
     records: Mutex<BTreeMap<String, Arc<Record>>>,
     /// Held while it is checked that one more VM can be.
     reserving: Mutex<()>,
-    /// Machines being made or made anew.
+    /// Machines being made or made anew, and VMs being deleted.
     operations: AtomicUsize,
     /// Readable when an operation has ended.
     settled: EventFd,
@@ -385,6 +385,8 @@ impl Manager {
 
     /// Lets a VM go, with all that it holds.
     pub fn delete(&self, turn: &Turn) {
+        // What watches the process hears of the end of this, and of memory that it leaves behind.
+        let _operation = self.operation();
         let record = turn.record();
         self.end(record, Cause::Deleted);
         let removed = {
@@ -529,7 +531,7 @@ impl AsRawFd for Manager {
     }
 }
 
-/// A machine is being made; the process does not end meanwhile.
+/// A machine is being made or a VM deleted; the process does not end meanwhile.
 struct Operation<'a>(&'a Manager);
 
 impl Drop for Operation<'_> {

@@ -1,0 +1,82 @@
+//! Memory of a process whose VMs come and go: it is given back.
+
+use std::fs;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan};
+use samepage_resources::demo::layout::Arena;
+use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
+use samepage_tests::api::Host;
+use samepage_tests::console::PATIENCE;
+use samepage_tests::harness;
+use serde_json::json;
+
+fn main() -> ExitCode {
+    harness::run(&[("a_process_gives_back_the_memory_of_vms_that_are_gone", rounds)])
+}
+
+const ROUNDS: u32 = 3;
+const VMS: u32 = 24;
+/// Memory of each guest, in bytes.
+const MEMORY: u64 = 16 << 20;
+/// Guest-physical address of a VM's first disk.
+const FIRST_DISK: u64 = 0xd000_0000;
+/// Blocks of the disk that all guests read.
+const BLOCKS: u32 = 512;
+/// What the process may hold beyond its memory before the first VM, in bytes. Where nothing is given back it is
+/// more after the first round, and grows with each further one.
+const SLACK_BYTES: u64 = 5 << 19;
+
+/// A guest that shares a part of its memory, and reads a disk through a page cache of its own.
+fn plan(vm: u32) -> Plan {
+    let client = ClientPlan { pages: 128, blocks: BLOCKS, units: 32, check: false, ..ClientPlan::default() };
+    let disk =
+        DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth: 4, client, ..DiskPlan::new(FIRST_DISK) };
+    Plan { vm, rounds: 0, every_ms: 2000, pages: Some(256), disk: Some(disk), ..Plan::default() }
+}
+
+fn rounds() {
+    let host = Host::serve(&["--sharing-cpu", "100", "--overcommit", "8"]);
+    fs::write(host.folder.path().join("disk.img"), vec![7; BLOCKS as usize * BLOCK_BYTES as usize]).unwrap();
+    let before = host.holdings().private_bytes;
+    for round in 0..ROUNDS {
+        live(&host);
+        let most = before + SLACK_BYTES;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = host.holdings().private_bytes;
+            if now <= most {
+                break;
+            }
+            assert!(Instant::now() < deadline, "after round {round}: {now} bytes, {before} before all VMs");
+            // Memory goes back a while after the last VM, and the kernel tells nobody.
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    host.end().assert_code(0);
+}
+
+/// VMs come, work, share, and go.
+fn live(host: &Host) {
+    let name = |vm: u32| format!("vm-{vm}");
+    let each = |work: &(dyn Fn(u32) + Sync)| {
+        thread::scope(|scope| (0..VMS).for_each(|vm| drop(scope.spawn(move || work(vm)))));
+    };
+    each(&|vm| {
+        let mut body = host.vm(&name(vm), &plan(vm), true);
+        body["memory"] = json!(MEMORY);
+        body["disks"] =
+            json!([{ "path": "disk.img", "readonly": true, "format": "raw", "cache": "exclusive" }]);
+        host.done("POST", "/vms", Some(&body));
+    });
+    (0..VMS).for_each(|vm| host.wait_for_console(&name(vm), "round="));
+    let wanted =
+        Arena::on_map(&plan(0), std::iter::once(0..MEMORY)).unwrap().counts().reclaimable(VMS.into());
+    host.wait_for("/sharing", "sharing some of what is alike", |sharing| {
+        let counted = &sharing["statistics"];
+        counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted / 8
+    });
+    each(&|vm| assert_eq!(host.ask("DELETE", &format!("/vms/{}", name(vm)), None).0, 204));
+}

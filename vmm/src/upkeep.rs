@@ -1,0 +1,208 @@
+//! Memory that work has left behind, given back to the host once the process is at rest.
+//!
+//! Two things stay behind when VMs have come or gone. One is memory that the allocator keeps: glibc has an arena
+//! for each thread, up to eight for each processor, and an arena gives back its end alone. The other is code that
+//! the start of a VM needs and nothing afterwards. The kernel maps 64 KiB around each address that is run, which is
+//! nearly all of the program by the time that a VM has started. So the process has few arenas, and has the free
+//! pages of all arenas and the pages of its code given back [`REST`] after the last change. Pages of code that are
+//! needed come from the kernel's page cache again.
+
+#![expect(unsafe_code, reason = "calls mallopt, malloc_trim, dl_iterate_phdr and madvise")]
+
+use std::ffi::{CStr, c_int, c_void};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::slice;
+use std::time::{Duration, Instant};
+
+use samepage::poll::is_readable_now;
+use vmm_sys_util::timerfd::TimerFd;
+
+/// How many arenas the allocator has. Threads that run VMs and disks allocate next to nothing.
+const ARENAS: c_int = 4;
+/// How long nothing is to have changed.
+const REST: Duration = Duration::from_secs(1);
+/// After how long memory is given back although changes go on.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+const PAGE_BYTES: usize = 4096;
+/// In a page's word of `/proc/PID/pagemap`: it is swapped, it belongs to a file, it is present.
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+const PRESENT: u64 = 1 << 63;
+
+/// Has the allocator make few arenas from now on. To be called before there are threads.
+pub(crate) fn keep_arenas_few() {
+    // SAFETY: the call changes a number of the allocator's, under a lock of its own. Where it refuses, there are
+    // more arenas.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+}
+
+/// Waits for the process to come to rest.
+#[derive(Debug)]
+pub(crate) struct Upkeep {
+    timer: TimerFd,
+    /// The first change since memory was given back.
+    changed: Option<Instant>,
+}
+
+impl Upkeep {
+    /// # Errors
+    /// When the process is out of files.
+    pub(crate) fn new() -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        Ok(Self { timer, changed: None })
+    }
+
+    /// Notes that a VM has come or gone.
+    ///
+    /// # Errors
+    /// When the kernel sets no timer.
+    pub(crate) fn note_change(&mut self) -> io::Result<()> {
+        let since = self.changed.get_or_insert_with(Instant::now).elapsed();
+        if since < LONGEST_WAIT {
+            self.timer.reset(REST, None).map_err(io::Error::from)?;
+        }
+        Ok(())
+    }
+
+    /// Gives memory back. To be called when the [file](Self::as_raw_fd) is readable.
+    ///
+    /// # Errors
+    /// When the timer cannot be read.
+    pub(crate) fn give_back(&mut self) -> io::Result<()> {
+        // A change may have set the timer anew meanwhile.
+        if is_readable_now(self.timer.as_raw_fd())? {
+            self.timer.wait().map_err(io::Error::from)?;
+            self.changed = None;
+            give_back();
+        }
+        Ok(())
+    }
+}
+
+impl AsRawFd for Upkeep {
+    /// Readable when memory is to be given back.
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+}
+
+fn give_back() {
+    // SAFETY: the allocator takes its own locks, and gives back pages that hold nothing that is allocated.
+    unsafe { libc::malloc_trim(0) };
+    // Where the kernel does not say what is in a segment, or keeps it, its pages stay.
+    if let Ok(map) = File::open("/proc/self/pagemap") {
+        for segment in code() {
+            if is_of_file(&map, &segment).unwrap_or(false) {
+                drop_pages(&segment);
+            }
+        }
+    }
+}
+
+/// Addresses of the program's and its libraries' segments that are never written, in whole pages.
+fn code() -> Vec<Range<usize>> {
+    let mut segments: Vec<Range<usize>> = Vec::new();
+    // SAFETY: the callback gets the vector that it expects, which outlives the call, and does not unwind.
+    unsafe { libc::dl_iterate_phdr(Some(note_object), (&raw mut segments).cast()) };
+    segments
+}
+
+/// Notes the segments of one program or library.
+unsafe extern "C" fn note_object(
+    info: *mut libc::dl_phdr_info,
+    _size: libc::size_t,
+    segments: *mut c_void,
+) -> c_int {
+    // SAFETY: the linker hands over a description that is valid for this call, and `code` its vector.
+    let (info, segments) = unsafe { (&*info, &mut *segments.cast::<Vec<Range<usize>>>()) };
+    // The program has no name, libraries have a path. The kernel's vDSO has neither, and no file.
+    let is_file = info.dlpi_name.is_null() || {
+        // SAFETY: names that are not null end with a zero byte.
+        let name = unsafe { CStr::from_ptr(info.dlpi_name) }.to_bytes();
+        name.is_empty() || name.starts_with(b"/")
+    };
+    if info.dlpi_phdr.is_null() || !is_file {
+        return 0;
+    }
+    // SAFETY: the linker keeps so many headers at this address while the object is loaded.
+    let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+    let loaded =
+        headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0);
+    segments.extend(loaded.map(|header| {
+        let start = (info.dlpi_addr + header.p_vaddr) as usize;
+        let end = start + header.p_memsz as usize;
+        start / PAGE_BYTES * PAGE_BYTES..end.next_multiple_of(PAGE_BYTES)
+    }));
+    0
+}
+
+/// Whether all pages of a segment are the file's. Others, which a debugger's breakpoints have made, would be lost.
+fn is_of_file(map: &File, segment: &Range<usize>) -> io::Result<bool> {
+    let mut words = vec![0; segment.len() / PAGE_BYTES * 8];
+    map.read_exact_at(&mut words, (segment.start / PAGE_BYTES * 8) as u64)?;
+    let mut words = words.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8 bytes")));
+    Ok(words.all(|word| word & SWAPPED == 0 && (word & PRESENT == 0 || word & OF_FILE != 0)))
+}
+
+fn drop_pages(segment: &Range<usize>) {
+    // SAFETY: the range holds pages of a file that the linker mapped and that nobody writes (`code`), unchanged
+    // (`is_of_file`). Whoever needs one of them gets it from the file again, with the same content.
+    unsafe { libc::madvise(segment.start as *mut c_void, segment.len(), libc::MADV_DONTNEED) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pages of a segment that are mapped.
+    fn mapped(segment: &Range<usize>) -> usize {
+        let map = File::open("/proc/self/pagemap").unwrap();
+        let mut words = vec![0; segment.len() / PAGE_BYTES * 8];
+        map.read_exact_at(&mut words, (segment.start / PAGE_BYTES * 8) as u64).unwrap();
+        let words = words.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap()));
+        words.filter(|word| word & PRESENT != 0).count()
+    }
+
+    #[test]
+    fn code_is_found_and_goes_on_after_its_pages_were_given_back() {
+        let here = give_back as fn() as usize;
+        let segments = code();
+        let own = segments.iter().find(|segment| segment.contains(&here)).expect("this program's code");
+        assert!(segments.iter().any(|segment| segment.contains(&(libc::madvise as *const () as usize))));
+        let map = File::open("/proc/self/pagemap").unwrap();
+        assert!(is_of_file(&map, own).unwrap());
+        assert!(!is_of_file(&map, &stack_page()).unwrap());
+        for page in own.clone().step_by(PAGE_BYTES) {
+            // SAFETY: a byte of this program's code, which is readable.
+            unsafe { std::ptr::read_volatile(page as *const u8) };
+        }
+        let before = mapped(own);
+        assert_eq!(before, own.len() / PAGE_BYTES);
+        give_back();
+        // Other tests run meanwhile, and have some of them mapped again.
+        assert!(mapped(own) < before);
+    }
+
+    fn stack_page() -> Range<usize> {
+        let word = 1_u64;
+        let page = std::hint::black_box(&raw const word) as usize / PAGE_BYTES * PAGE_BYTES;
+        page..page + PAGE_BYTES
+    }
+
+    #[test]
+    fn memory_is_given_back_after_a_rest_and_once() {
+        let mut upkeep = Upkeep::new().unwrap();
+        upkeep.give_back().unwrap();
+        upkeep.note_change().unwrap();
+        assert!(upkeep.changed.is_some());
+        samepage::poll::wait_readable([Some(upkeep.as_raw_fd())]).unwrap();
+        upkeep.give_back().unwrap();
+        assert!(upkeep.changed.is_none());
+        assert!(!is_readable_now(upkeep.as_raw_fd()).unwrap());
+    }
+}
