@@ -18,11 +18,12 @@ pub trait ChangeLog: Send {
     /// What the kernel said. Nothing that was noted is lost then: the next call names it.
     fn collect(&mut self, written: &mut PageSet) -> io::Result<()>;
 
-    /// Arms pages that [`collect`](Self::collect) named.
+    /// Arms pages that [`collect`](Self::collect) named, or that were not armed: those of `words`, which stand
+    /// for pages from `64 * first_word` on, as [`pages_of`] tells them.
     ///
     /// # Errors
     /// What the kernel said; some pages may be armed then.
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()>;
+    fn arm(&mut self, first_word: usize, words: &[u64]) -> io::Result<()>;
 
     /// Notes writes from now on, or no longer: while nobody follows the VM its guest is not to pay for
     /// it. A log begins noting, with no page armed, and is asked for nothing while it does not.
@@ -99,10 +100,11 @@ impl PageSet {
         }
     }
 
-    /// Takes all pages of another set of the same size over.
-    pub fn take_all(&mut self, other: &mut Self) {
-        self.insert_words(0, &other.words);
-        other.clear();
+    /// Takes the pages of some words of another set of the same size over.
+    pub fn take_words(&mut self, words: Range<usize>, other: &mut Self) {
+        for (word, other) in self.words[words.clone()].iter_mut().zip(&mut other.words[words]) {
+            *word |= std::mem::take(other);
+        }
     }
 
     /// Takes all pages out.
@@ -214,12 +216,18 @@ impl RareSet {
         }
     }
 
-    /// Moves all pages to another set. Returns whether there were any.
-    pub(crate) fn move_to(&mut self, other: &mut PageSet) -> bool {
-        let Some(mut set) = self.set.take() else { return false };
-        let any = !set.is_empty();
-        other.take_all(&mut set);
-        any
+    /// Takes the place of another set, which is empty. Returns whether that changes anything.
+    pub(crate) fn replace(&mut self, other: &mut PageSet) -> bool {
+        let Some(set) = self.set.take() else { return false };
+        *other = set;
+        true
+    }
+
+    /// Moves the pages of some words of 64 to another set of the same size.
+    pub(crate) fn move_words(&mut self, words: Range<usize>, other: &mut PageSet) {
+        if let Some(set) = &mut self.set {
+            other.take_words(words, set);
+        }
     }
 
     pub(crate) fn clear(&mut self) {
@@ -241,6 +249,11 @@ impl RareSet {
     pub(crate) fn bytes(&self) -> usize {
         self.set.as_ref().map_or(0, PageSet::bytes)
     }
+}
+
+/// The pages of words that stand for pages from `64 * first_word` on, in order.
+pub fn pages_of(first_word: usize, words: &[u64]) -> impl Iterator<Item = u32> + '_ {
+    words.iter().enumerate().flat_map(move |(index, &word)| ones(first_word + index, word))
 }
 
 /// The pages that the bits of one word stand for.
@@ -315,7 +328,11 @@ mod tests {
         assert!(set.runs_within(0..200).eq([5..6, 7..9]));
         assert_eq!((set.count(), set.next_from(6), set.next_from(200)), (3, Some(7), None));
         let mut all = PageSet::new(200);
-        assert!(set.move_to(&mut all) && !set.move_to(&mut all));
+        set.insert(150);
+        set.move_words(1..4, &mut all);
+        assert!(all.iter().eq([150]) && set.count() == 3);
+        all.clear();
+        assert!(set.replace(&mut all) && !set.replace(&mut all));
         assert_eq!((set.bytes(), all.count()), (0, 3));
     }
 

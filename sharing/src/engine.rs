@@ -22,12 +22,12 @@ use crate::hints::{Blocks, Hints};
 use crate::holds::{Hold, Holds, Since};
 use crate::huge::HugeRanges;
 use crate::index::{Effort, FrameIndex, PageIndex};
+use crate::intervals::{self, Ends};
 pub use crate::members::Mode;
 use crate::members::{Member, Members};
 use crate::pagemap::Pagemap;
 use crate::passes::Pass;
 use crate::ram::{PAGE_SIZE, Ram};
-use crate::rest::Changes;
 use crate::space::{LostHandler, Space};
 use crate::statistics::{EngineStatistics, VmStatistics};
 use crate::store::FrameStore;
@@ -85,6 +85,9 @@ pub struct Settings {
     /// Windows that one step of the repair takes at most.
     #[doc(hidden)]
     pub compaction_windows: u32,
+    /// The effort of one step that ends intervals: a word of 64 pages at least.
+    #[doc(hidden)]
+    pub interval_effort: u32,
 }
 
 impl Default for Settings {
@@ -105,6 +108,7 @@ impl Default for Settings {
             types: SharedTypes::default(),
             few_holes: 4096,
             compaction_windows: 32,
+            interval_effort: intervals::STEP,
         }
     }
 }
@@ -197,7 +201,9 @@ pub struct Engine {
     pub(crate) scratch: Box<Page>,
     pub(crate) runs: Vec<std::ops::Range<u32>>,
     pub(crate) digests: Vec<u32>,
-    pub(crate) changes: Changes,
+    pub(crate) ends: Ends,
+    /// The effort of a step that ends intervals, in the unit of [`rest`](crate::rest).
+    pub(crate) interval_effort: u32,
 }
 
 impl std::fmt::Debug for Engine {
@@ -265,7 +271,8 @@ impl Engine {
             scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
             digests: Vec::new(),
-            changes: Changes::default(),
+            ends: Ends::default(),
+            interval_effort: settings.interval_effort,
         })
     }
 
@@ -476,6 +483,7 @@ impl Engine {
         self.store.metadata_bytes()
             + self.blocks.bytes()
             + self.books.bytes()
+            + self.ends.bytes()
             + self.stable.bytes()
             + self.unique.bytes()
             + self.whole.bytes()

@@ -3,42 +3,36 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::changes::{ChangeLog, PageSet, RareSet};
 use crate::claims::Turn;
 use crate::engine::Engine;
-use crate::members::{Flags, Member, Mode};
+use crate::members::{Flags, Mode};
 use crate::passes::CHUNK_PAGES;
-use crate::rest::{Changes, Tracker};
-use crate::turns::Kind;
-
-/// After how many intervals pages that could not be merged for want of mappings, or because a call
-/// was refused, are tried again, and those are looked at that are unlikely to be shared.
-const RETRY_INTERVALS: u32 = 16;
-/// After how many intervals all merged pages are checked, in case the log missed one.
-const SWEEP_INTERVALS: u32 = 256;
+use crate::rest::Tracker;
 
 /// To look at this many pages in the page map takes about as long as a system call.
 const GAP_PAGES: u32 = 64;
 
-/// The intervals of all engines are counted from here, so that they end together.
-static EPOCH: OnceLock<Instant> = OnceLock::new();
-
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
 pub(crate) struct Follower {
-    tracker: Tracker,
+    pub(crate) tracker: Tracker,
     /// When the interval ends.
     due: Instant,
-    intervals: u32,
+    /// Intervals that have ended.
+    pub(crate) intervals: u32,
     /// At rest, and not looked at yet.
     ready: PageSet,
     /// Looked at, and to be tried again later.
     later: PageSet,
     /// Not merged for want of mappings, to be tried again when there is more room.
     denied: RareSet,
+    /// There is more room now.
+    eased: bool,
+    /// Pages that were denied before there was: they are ready once the interval has ended for them.
+    admitted: RareSet,
     /// At rest, to be looked at when no better ones are ready anywhere.
     second: RareSet,
 }
@@ -54,6 +48,8 @@ impl Follower {
             later: set,
             second: RareSet::new(pages),
             denied: RareSet::new(pages),
+            eased: false,
+            admitted: RareSet::new(pages),
         }
     }
 
@@ -71,9 +67,41 @@ impl Follower {
         self.ready.insert(page);
     }
 
-    /// There is room again for what was denied.
+    /// There is room again for what was denied: that has another try with the next interval.
     pub(crate) fn admit(&mut self) {
-        self.denied.move_to(&mut self.ready);
+        self.eased = true;
+    }
+
+    /// An interval is being ended.
+    pub(crate) fn begin_end(&mut self, due: Instant, written: &mut PageSet) -> io::Result<()> {
+        self.due = due;
+        self.tracker.begin_end(written)?;
+        self.intervals = self.intervals.wrapping_add(1);
+        if self.eased && self.admitted.bytes() == 0 {
+            self.eased = false;
+            std::mem::swap(&mut self.denied, &mut self.admitted);
+        }
+        Ok(())
+    }
+
+    /// The interval has ended for all pages, and the next one ends at `due`.
+    pub(crate) fn ended(&mut self, due: Instant) {
+        self.due = due;
+        self.admitted.clear();
+    }
+
+    /// The interval has ended for some words of pages: those are ready that were admitted, and if it is time for
+    /// that, those that are to be tried again.
+    pub(crate) fn try_again(&mut self, words: Range<usize>, retry: bool) {
+        self.admitted.move_words(words.clone(), &mut self.ready);
+        if retry {
+            self.ready.take_words(words, &mut self.later);
+        }
+    }
+
+    /// Words of pages are at rest.
+    pub(crate) fn rested(&mut self, first_word: usize, words: &[u64]) {
+        self.ready.insert_words(first_word, words);
     }
 
     /// A page is not to be looked at before it has been written again.
@@ -88,11 +116,12 @@ impl Follower {
         self.second.remove(page);
         self.later.remove(page);
         self.denied.remove(page);
+        self.admitted.remove(page);
     }
 
-    /// Pages at rest that are not among the best have their turn, if there are any.
+    /// Pages at rest that are not among the best have their turn, if there are any. None is ready.
     fn promote(&mut self) -> Option<()> {
-        self.second.move_to(&mut self.ready).then_some(())
+        self.second.replace(&mut self.ready).then_some(())
     }
 
     /// A page is at rest.
@@ -109,6 +138,7 @@ impl Follower {
     pub(crate) fn reset(&mut self, pages: Range<u32>) {
         self.later.clear();
         self.denied.clear();
+        self.admitted.clear();
         self.second.clear();
         self.ready.clear();
         self.ready.insert_range(pages);
@@ -121,101 +151,14 @@ impl Follower {
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {
-        self.tracker.metadata_bytes() + 2 * self.ready.bytes() + self.second.bytes() + self.denied.bytes()
+        let rare = [&self.second, &self.denied, &self.admitted].map(RareSet::bytes);
+        self.tracker.metadata_bytes() + 2 * self.ready.bytes() + rare.iter().sum::<usize>()
     }
 }
 
 impl Engine {
-    /// Ends the interval of one VM for which it is over. Returns whether there was one.
-    pub(crate) fn end_an_interval(&mut self, now: Instant) -> bool {
-        let over = |member: &Member| {
-            member.active() && member.follower.as_ref().is_some_and(|follower| follower.due <= now)
-        };
-        let Some(slot) = self.next_with_work(Kind::Changes, over) else { return false };
-        let mut changes = std::mem::take(&mut self.changes);
-        let pages = self.members.at(slot).space.pages();
-        if changes.changed.words().len() != (pages as usize).div_ceil(64) {
-            changes = Changes::new(pages);
-        }
-        let sweep = self.end_interval(slot, now, &mut changes);
-        self.end_interval_of_huge(slot);
-        if sweep {
-            self.learn_huge(slot, 0..pages);
-            self.release_private(slot, 0..pages);
-        } else {
-            spans(changes.left.runs()).into_iter().for_each(|span| self.release_private(slot, span));
-        }
-        self.changes = changes;
-        self.admit_denied();
-        self.store.reclaim(&*self.calls);
-        self.follow_limit(now);
-        true
-    }
-
-    /// Has pages looked at again for which there was no room, where there is more of it now.
-    fn admit_denied(&mut self) {
-        let budget = self.share.budget();
-        if self.pressure.eased(budget.room(), budget.ample()) {
-            self.members.iter_mut().filter_map(|member| member.follower.as_mut()).for_each(Follower::admit);
-        }
-    }
-
-    /// The end of the interval that begins now. All VMs' intervals end together, so that an idle
-    /// engine wakes up once for all of them; one that is behind skips intervals.
-    fn end_of_interval(&self, now: Instant) -> Instant {
-        let interval = self.interval.max(Duration::from_micros(100));
-        let half = interval / 2;
-        let epoch = *EPOCH.get_or_init(Instant::now);
-        let passed = (now + half).saturating_duration_since(epoch).as_nanos() / interval.as_nanos();
-        epoch + interval * (passed as u32).saturating_add(1)
-    }
-
-    /// Notes what the interval brought, in `changes.left` the merged and zero pages that were written. Returns
-    /// whether all merged pages are to be checked.
-    fn end_interval(&mut self, slot: usize, now: Instant, changes: &mut Changes) -> bool {
-        let due = self.end_of_interval(now);
-        changes.left.clear();
-        let Some(follower) = &mut self.members.at_mut(slot).follower else { return false };
-        follower.due = due;
-        match follower.tracker.next_interval(changes) {
-            Ok(armed) => self.counters.refusals += u64::from(!armed),
-            Err(_) => {
-                self.counters.refusals += 1;
-                return false;
-            }
-        }
-        for page in changes.changed.iter() {
-            self.forget_page(slot, page);
-            let member = self.members.at_mut(slot);
-            member.changed(page, changes.restless.contains(page));
-            if member.shared_or_zero(page) {
-                changes.left.insert(page);
-            }
-            if let Some(follower) = &mut member.follower {
-                follower.drop_page(page);
-            }
-            member.written(page);
-        }
-        let member = self.members.at_mut(slot);
-        if member.counts.volatile > 0 {
-            changes.rested.iter().for_each(|page| member.set_volatile(page, false));
-        }
-        if let Some(census) = member.space.census_mut() {
-            census.elapse(now);
-            changes.rested.iter().for_each(|page| member.queue(page));
-        } else if let Some(follower) = &mut member.follower {
-            follower.ready.insert_words(0, changes.rested.words());
-        }
-        let Some(follower) = &mut member.follower else { return false };
-        follower.intervals = follower.intervals.wrapping_add(1);
-        if follower.intervals.is_multiple_of(RETRY_INTERVALS) {
-            follower.ready.take_all(&mut follower.later);
-        }
-        follower.intervals.is_multiple_of(SWEEP_INTERVALS)
-    }
-
     /// Pages of a range that provably have private copies leave their frames, or are zero no longer.
-    fn release_private(&mut self, slot: usize, pages: Range<u32>) {
+    pub(crate) fn release_private(&mut self, slot: usize, pages: Range<u32>) {
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         match self.members.at(slot).space.private(pages, &self.pagemap, &mut runs) {
@@ -239,7 +182,8 @@ impl Engine {
         let found =
             next(slot, page).or_else(|| self.members.slots_after(slot).find_map(|slot| next(slot, 0)));
         let Some((slot, start, end)) = found else {
-            let followers = self.members.iter_mut().filter_map(|member| member.follower.as_mut());
+            let active = self.members.iter_mut().filter(|member| member.active());
+            let followers = active.filter_map(|member| member.follower.as_mut());
             if followers.filter_map(Follower::promote).count() > 0 {
                 return true;
             }
@@ -318,7 +262,7 @@ impl Engine {
 }
 
 /// Ranges that cover some runs, with short gaps closed.
-fn spans(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
+pub(crate) fn spans(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
     let mut spans: Vec<Range<u32>> = Vec::new();
     for run in runs {
         match spans.last_mut() {

@@ -6,8 +6,8 @@
 //!   `records` and `extents`: its books; `compact`: closes the holes in it.
 //! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps (`window`);
 //!   `backing`: what each page is mapped from.
-//! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `search`:
-//!   what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
+//! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `intervals`:
+//!   when; `search`: what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
 //!   their frames again.
 //! - `huge`: which huge pages stay whole, and which are split.
 //! - [`cache`]: disk blocks that the host keeps while no guest holds them.
@@ -44,6 +44,7 @@ pub mod hints;
 pub mod holds;
 pub(crate) mod huge;
 pub(crate) mod index;
+pub(crate) mod intervals;
 pub mod loss;
 pub(crate) mod lost;
 pub mod map;

@@ -3,9 +3,15 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
 use common::followed::{Clock, Vm, following};
 use common::{audit, engine};
 use proptest::prelude::*;
+use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 
 const PAGES: u32 = 3000;
 #[test]
@@ -116,6 +122,115 @@ fn a_write_that_the_log_missed_is_found_in_time() {
     audit(&mut engine);
 }
 
+/// Lets an interval pass, and does no more than what each step of its end is.
+fn steps_of_an_end(engine: &mut Engine, now: Instant, mut after: impl FnMut(&mut Engine)) -> u32 {
+    let mut steps = 0;
+    while engine.step(now) == Step::Worked {
+        steps += 1;
+        after(engine);
+    }
+    steps
+}
+
+#[test]
+fn a_step_ends_an_interval_for_a_bounded_number_of_pages() {
+    const PAGES: u32 = 6000;
+    /// Pages that change in one step: those of the effort of 20, and those of the word that exceeds it.
+    const MOST: u64 = 20 + 64;
+    let mut engine = engine(&Settings { interval_effort: 20 * 512, ..following() });
+    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
+    let mut clock = Clock::new();
+    for vm in &vms {
+        (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    }
+    clock.intervals(&mut engine, 3);
+    assert_eq!(engine.statistics().pages_sharing, u64::from(PAGES));
+    for (number, vm) in (1..).zip(&vms) {
+        (0..PAGES).for_each(|page| vm.write(page, number << 32 | u64::from(page)));
+    }
+    let mut breaks = 0;
+    let steps = steps_of_an_end(&mut engine, clock.later(), |engine| {
+        let before = std::mem::replace(&mut breaks, engine.statistics().breaks);
+        assert!(breaks - before <= MOST, "{} pages in one step", breaks - before);
+    });
+    assert_eq!(breaks, 2 * u64::from(PAGES), "all of them within the interval");
+    assert!(steps >= 2 * PAGES / MOST as u32, "{steps} steps");
+    audit(&mut engine);
+}
+
+#[test]
+fn a_vm_may_end_stop_and_change_while_its_interval_ends() {
+    const PAGES: u32 = 640;
+    for (turn, then) in [Mode::Off, Mode::Zero, Mode::Full].into_iter().enumerate() {
+        let mut engine = engine(&Settings { interval_effort: 1, ..following() });
+        let vms: Vec<_> = (0..3).map(|_| Vm::start(&mut engine, PAGES)).collect();
+        let mut clock = Clock::new();
+        for vm in &vms {
+            (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page)));
+        }
+        clock.intervals(&mut engine, 3);
+        (0..PAGES).for_each(|page| vms[0].write(page, 1 << 32 | u64::from(page)));
+        let now = clock.later();
+        let mut again = BTreeSet::new();
+        for step in 0..60 {
+            engine.step(now);
+            // Behind what has ended, and before it.
+            for page in [step * 10, PAGES - 1 - step * 10] {
+                vms[0].write(page, 1 << 40);
+                again.insert(page);
+            }
+            if engine.statistics().breaks > 200 {
+                break;
+            }
+        }
+        let breaks = engine.statistics().breaks;
+        assert!((1..u64::from(PAGES)).contains(&breaks), "half-way: {breaks}");
+        engine.set_mode(vms[0].slot, then);
+        engine.step(now);
+        if turn == 0 {
+            engine.remove(vms[0].slot).unwrap();
+        } else {
+            engine.set_mode(vms[0].slot, Mode::Full);
+        }
+        // Another VM, perhaps in the same slot.
+        let late = Vm::start(&mut engine, PAGES / 2);
+        (0..PAGES / 2).for_each(|page| late.write(page, 1 + u64::from(page)));
+        clock.intervals(&mut engine, 4);
+        audit(&mut engine);
+        let sharing = u64::from(PAGES + PAGES / 2) + if turn == 0 { 0 } else { again.len() as u64 - 1 };
+        assert_eq!(engine.statistics().pages_sharing, sharing, "{then:?}");
+        if turn > 0 {
+            let seed = |page| if again.contains(&page) { 1 << 40 } else { 1 << 32 | u64::from(page) };
+            (0..PAGES).for_each(|page| vms[0].guest.check(page, seed(page)));
+        }
+        (0..PAGES).for_each(|page| vms[1].guest.check(page, 1 + u64::from(page)));
+    }
+}
+
+#[test]
+fn what_a_log_refuses_in_the_middle_of_an_end_is_done_with_the_next() {
+    const PAGES: u32 = 640;
+    let refuse = Arc::new(AtomicBool::new(false));
+    let mut engine = engine(&Settings { interval_effort: 1, ..following() });
+    let vms: Vec<_> = (0..2).map(|_| Vm::unsure(&mut engine, PAGES, &refuse)).collect();
+    let mut clock = Clock::new();
+    for round in 1..4 {
+        for vm in &vms {
+            (0..PAGES).for_each(|page| vm.write(page, round << 32 | u64::from(page)));
+        }
+        let mut steps = 0;
+        steps_of_an_end(&mut engine, clock.later(), |_| {
+            steps += 1;
+            refuse.store(steps % 3 == 0, Ordering::Relaxed);
+        });
+        refuse.store(false, Ordering::Relaxed);
+        clock.intervals(&mut engine, 4);
+        assert_eq!(engine.statistics().pages_sharing, u64::from(PAGES), "round {round}");
+        audit(&mut engine);
+    }
+    assert!(engine.statistics().refusals > 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
@@ -123,7 +238,9 @@ proptest! {
         writes in prop::collection::vec((0..2_usize, 0..200_u32, 1..60_u32, 0..4_u64, 0..3_u32), 1..40),
     ) {
         const PAGES: u32 = 200;
-        let mut engine = engine(&following());
+        // All of an interval ends at once, or for a word of pages in each step.
+        let interval_effort = if writes.len() % 2 == 0 { 1 } else { Settings::default().interval_effort };
+        let mut engine = engine(&Settings { interval_effort, ..following() });
         let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
         let mut models = vec![vec![0; PAGES as usize]; 2];
         let mut clock = Clock::new();

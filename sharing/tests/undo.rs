@@ -10,7 +10,7 @@ use common::followed::{Clock, Vm, following};
 use common::{
     Fault, Guest, Numbers, audit, engine, faulty_engine, kernels_mappings, losses, no_rest, pass, take_off,
 };
-use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
 use samepage_sharing::engine::{Engine, Mode};
 
 const PAGES: u32 = 2000;
@@ -267,8 +267,8 @@ impl ChangeLog for Noting {
         Ok(())
     }
 
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
-        pages.iter().for_each(|page| {
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
+        pages_of(first, words).for_each(|page| {
             self.1.remove(page);
         });
         Ok(())

@@ -3,16 +3,35 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
 use samepage_sharing::engine::{Engine, Settings, Step};
 
 use super::{Guest, losses, no_rest};
 
 /// The engine's interval in these tests.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
+
+/// A log that arms only half of what it is to arm, and says so, while that is to be refused.
+struct Unsure(Told, Arc<AtomicBool>);
+
+impl ChangeLog for Unsure {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        self.0.collect(written)
+    }
+
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
+        if !self.1.load(Ordering::Relaxed) {
+            return self.0.arm(first, words);
+        }
+        let half: Vec<_> = words.iter().map(|word| word & 0xffff_ffff).collect();
+        self.0.arm(first, &half)?;
+        Err(io::ErrorKind::OutOfMemory.into())
+    }
+}
 
 /// A log that is told of each write.
 #[derive(Clone)]
@@ -24,9 +43,9 @@ impl ChangeLog for Told {
         Ok(())
     }
 
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
         let mut told = self.0.lock();
-        pages.iter().for_each(|page| {
+        pages_of(first, words).for_each(|page| {
             told.remove(page);
         });
         Ok(())
@@ -45,11 +64,21 @@ impl Vm {
     }
 
     pub(crate) fn start_guest(engine: &mut Engine, guest: Guest) -> Self {
+        Self::start_with(engine, guest, |told| Box::new(told))
+    }
+
+    /// One whose log does not arm all pages while that is to be refused.
+    pub(crate) fn unsure(engine: &mut Engine, pages: u32, refuse: &Arc<AtomicBool>) -> Self {
+        let refuse = Arc::clone(refuse);
+        Self::start_with(engine, Guest::new(pages), |told| Box::new(Unsure(told, refuse)))
+    }
+
+    fn start_with(engine: &mut Engine, guest: Guest, log: impl FnOnce(Told) -> Box<dyn ChangeLog>) -> Self {
         let pages = guest.ram.pages();
         let mut all = PageSet::new(pages);
         all.insert_range(0..pages);
         let told = Told(Arc::new(Mutex::new(all)));
-        let slot = engine.add(guest.ram.clone(), Some(Box::new(told.clone())), losses().1).unwrap();
+        let slot = engine.add(guest.ram.clone(), Some(log(told.clone())), losses().1).unwrap();
         Self { guest, told, slot }
     }
 
@@ -80,6 +109,12 @@ impl Clock {
     pub(crate) fn tick(&mut self, engine: &mut Engine) {
         self.0 += 2 * INTERVAL;
         engine.step(self.0);
+    }
+
+    /// Lets an interval pass, and more, and says what time it is.
+    pub(crate) fn later(&mut self) -> Instant {
+        self.0 += 2 * INTERVAL;
+        self.0
     }
 
     /// Lets intervals pass, doing all work in each and after the last.

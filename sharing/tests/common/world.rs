@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use samepage_sharing::cache::Keep;
-use samepage_sharing::changes::{ChangeLog, PageSet};
+use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::hints::Hint;
 
@@ -87,15 +87,16 @@ impl ChangeLog for Moody {
         self.told.collect(written)
     }
 
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
         if self.refused("arm") {
             // A refusal half-way leaves some armed.
-            let mut some = PageSet::new(self.pages);
-            pages.iter().filter(|page| page % 3 == 0).for_each(|page| some.insert(page));
-            self.told.arm(&some)?;
+            let mut told = self.told.0.lock();
+            for page in pages_of(first, words).filter(|page| page % 3 == 0) {
+                told.remove(page);
+            }
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        self.told.arm(pages)
+        self.told.arm(first, words)
     }
 
     fn set_noting(&mut self, noting: bool) -> io::Result<()> {

@@ -212,8 +212,8 @@ impl ChangeLog for Log {
         Ok(())
     }
 
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
-        for (noted, &word) in self.0.iter().zip(pages.words()) {
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
+        for (noted, &word) in self.0[first..].iter().zip(words) {
             noted.fetch_and(!word, Ordering::AcqRel);
         }
         Ok(())

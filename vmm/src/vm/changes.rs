@@ -95,14 +95,21 @@ impl ChangeLog for DirtyLog {
         Ok(())
     }
 
-    fn arm(&mut self, pages: &PageSet) -> io::Result<()> {
+    fn arm(&mut self, first_word: usize, words: &[u64]) -> io::Result<()> {
         for slot in self.memory.slots() {
-            let words = &pages.words()[first_word(*slot)..][..slot_words(*slot)];
+            let slot_start = self::first_word(*slot);
+            let start = first_word.max(slot_start);
+            let end = (first_word + words.len()).min(slot_start + slot_words(*slot));
+            if start >= end {
+                continue;
+            }
             let slot_pages = slot.range.bytes as usize / PAGE_SIZE;
-            for (index, chunk) in words.chunks(ARM_PAGES / 64).enumerate() {
+            let within = &words[start - first_word..end - first_word];
+            for (index, chunk) in within.chunks(ARM_PAGES / 64).enumerate() {
+                let chunk_start = start - slot_start + index * (ARM_PAGES / 64);
                 let Some(start) = chunk.iter().position(|&word| word != 0) else { continue };
                 let end = chunk.iter().rposition(|&word| word != 0).map_or(start, |last| last + 1);
-                let first = index * ARM_PAGES + start * 64;
+                let first = (chunk_start + start) * 64;
                 let argument = ClearDirtyLog {
                     slot: slot.slot,
                     pages: ((end - start) * 64).min(slot_pages - first) as u32,
