@@ -3,11 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use samepage_hole::{FrameRange, GuestHeader, Hole, HostHeader, MAX_RANGES, PUBLISHED, bytes_for, flags};
+use samepage_sharing::cache::{BlockRead, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::changes::ChangeLog;
+use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::hints::Hint;
 use samepage_sharing::holds::Hold;
@@ -21,6 +25,11 @@ use super::report::{Goal, Measurement, Section};
 const VMS: u64 = 4;
 /// Intervals that pass after each thing that happens.
 const INTERVALS: u32 = 6;
+
+/// Blocks of a disk that are read at once.
+const READ_BLOCKS: u32 = 256;
+/// Free pages are tried again after so many passes of an agent.
+const PASSES: u32 = 33;
 
 /// The longest holds of one round.
 type Longest = BTreeMap<&'static str, Hold>;
@@ -46,7 +55,8 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     }
     section.note(
         "half of each VM's memory is alike in all, an eighth is its own; then half of what is alike is written, \
-         one VM stops to share and begins again, one frees half of its memory, and one ends",
+         one VM stops to share and begins again, one frees half of its memory, one says what its pages are for \
+         and falls silent, one reads a quarter of its memory from a disk and discards those blocks, and one ends",
     );
     section.note("on a busy host the real time is what the thread waits for its processor");
     Ok(vec![section])
@@ -86,7 +96,10 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
     engine.set_mode(slots[1], Mode::Full);
     let hints = engine.hints(slots[2]).context("the VM is there")?;
     hints.give(Hint::Freed { pages: 0..pages / 2 });
+    hints.give(Hint::Holds { pages: 0..512, image: 1, block: 0 });
     work(bench, &mut engine, &mut now)?;
+    claim(bench, &mut engine, slots[3], pages, &mut now)?;
+    discard(bench, &mut engine, slots[2], &memory[2], &mut now)?;
     engine.remove(slots[0]).context("remove a VM")?;
     work(bench, &mut engine, &mut now)?;
     let holds = engine.take_holds();
@@ -94,6 +107,82 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
         engine.remove(slot).context("remove a VM")?;
     }
     Ok(holds)
+}
+
+/// A disk is read into a quarter of a VM's memory, and the same blocks are discarded.
+fn discard(
+    bench: &Bench,
+    engine: &mut Engine,
+    slot: usize,
+    memory: &Memory,
+    now: &mut Instant,
+) -> Result<()> {
+    let blocks = memory.pages() / 4;
+    let image = Image([1, 2, 3, 4]);
+    let vm = engine.vm_number(slot);
+    for first in (0..blocks).step_by(READ_BLOCKS as usize) {
+        bench.check()?;
+        let targets: Vec<_> = (first..blocks.min(first + READ_BLOCKS)).map(Some).collect();
+        let read = BlockRead { keep: Keep::Exclusive, image, first: first.into(), targets: &targets };
+        let mut copied = |_, _: &_| {};
+        for fetch in engine.begin_read(vm, &read, &mut copied).fetches {
+            memory.land(&fetch, 1 << 50 | fetch.first);
+            engine.end_fetch(fetch.token, true, &mut copied);
+        }
+    }
+    let known = engine.cache_statistics().blocks_in_guests;
+    ensure!(known >= u64::from(blocks) / 2, "{known} blocks are known to be in guests");
+    work(bench, engine, now)?;
+    let discarded = 0..u64::from(blocks);
+    engine.begin_write(image, &discarded);
+    engine.end_write(image, &discarded);
+    work(bench, engine, now)
+}
+
+/// A guest says that half of its pages are free, again and again, and then says nothing any more.
+fn claim(bench: &Bench, engine: &mut Engine, slot: usize, pages: u32, now: &mut Instant) -> Result<()> {
+    let words = (0..bytes_for(pages) / 4).map(|_| AtomicU32::new(0)).collect();
+    let agent = Arc::new(Agent { words, ranges: [FrameRange { first: 0, count: pages }], frames: pages });
+    let mut ranges = [FrameRange::default(); MAX_RANGES];
+    ranges[..1].copy_from_slice(&agent.ranges);
+    let header = HostHeader { frames: pages, ranges, ..HostHeader::default() };
+    agent.hole().set_host_header(&header);
+    let bell = Arc::new(AtomicBool::new(false));
+    engine.listen(slot, agent.clone(), Arc::clone(&bell));
+    for (page, word) in agent.hole().flags().iter().enumerate().take(pages as usize) {
+        let kind = if page % 128 < 64 { flags::BUDDY } else { flags::SLAB };
+        word.store(PUBLISHED | kind, Ordering::Relaxed);
+    }
+    for generation in 1..=PASSES {
+        let answered = agent.hole().host_header().map_or(0, |header| header.requested);
+        let header = GuestHeader { generation, answered, next_ms: 100, ..GuestHeader::default() };
+        agent.hole().set_guest_header(&header);
+        bell.store(true, Ordering::Release);
+        work(bench, engine, now)?;
+    }
+    let claimed = engine.claimed(slot)?.context("the VM is there")?;
+    ensure!(claimed.given_back > 0, "free pages are given back: {claimed:?}");
+    agent.hole().clear_guest_header();
+    bell.store(true, Ordering::Release);
+    work(bench, engine, now)
+}
+
+/// An agent without a guest.
+#[derive(Debug)]
+struct Agent {
+    words: Vec<AtomicU32>,
+    ranges: [FrameRange; 1],
+    frames: u32,
+}
+
+impl ClaimSource for Agent {
+    fn hole(&self) -> Hole<'_> {
+        Hole::new(&self.words, self.frames).expect("there is a word for each page")
+    }
+
+    fn ranges(&self) -> &[FrameRange] {
+        &self.ranges
+    }
 }
 
 /// Lets intervals pass, with all work in them.
