@@ -54,6 +54,7 @@ pub(crate) mod pace;
 pub mod pagemap;
 pub mod pairs;
 pub(crate) mod passes;
+pub(crate) mod pieces;
 pub mod ram;
 pub(crate) mod records;
 pub mod removal;

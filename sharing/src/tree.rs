@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use crate::pieces::Pieces;
 use crate::segments::tree_bytes;
 
 /// Index of a node, or [`NONE`].
@@ -25,7 +26,7 @@ struct Node {
 /// The tree.
 #[derive(Debug)]
 pub(crate) struct Tree {
-    nodes: Vec<Node>,
+    nodes: Pieces<Node>,
     /// Nodes that are free, to be used again.
     free: Vec<Link>,
     /// Where each number is.
@@ -35,7 +36,7 @@ pub(crate) struct Tree {
 
 impl Default for Tree {
     fn default() -> Self {
-        Self { nodes: Vec::new(), free: Vec::new(), places: BTreeMap::new(), root: NONE }
+        Self { nodes: Pieces::default(), free: Vec::new(), places: BTreeMap::new(), root: NONE }
     }
 }
 
@@ -103,9 +104,7 @@ impl Tree {
 
     /// Bytes that the tree takes.
     pub(crate) fn bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>()
-            + self.free.capacity() * size_of::<Link>()
-            + tree_bytes(&self.places)
+        self.nodes.bytes() + self.free.capacity() * size_of::<Link>() + tree_bytes(&self.places)
     }
 
     fn node(&self, link: Link) -> &Node {

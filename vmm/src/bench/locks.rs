@@ -130,8 +130,9 @@ fn discard(
             engine.end_fetch(fetch.token, true, &mut copied);
         }
     }
-    let known = engine.cache_statistics().blocks_in_guests;
-    ensure!(known >= u64::from(blocks) / 2, "{known} blocks are known to be in guests");
+    // Where mappings are short, blocks are copied to guests.
+    let cache = engine.cache_statistics();
+    ensure!(cache.blocks_in_guests + cache.blocks_noted >= u64::from(blocks) / 2, "{cache:?}");
     work(bench, engine, now)?;
     let discarded = 0..u64::from(blocks);
     engine.begin_write(image, &discarded);
@@ -187,6 +188,8 @@ impl ClaimSource for Agent {
 
 /// Lets intervals pass, with all work in them.
 fn work(bench: &Bench, engine: &mut Engine, now: &mut Instant) -> Result<()> {
+    // What became due meanwhile is due.
+    *now = (*now).max(Instant::now());
     for _ in 0..INTERVALS {
         loop {
             bench.check()?;

@@ -4,6 +4,8 @@
 //! remembered were evicted after it; a bucket with too many forgets its oldest sooner. Of n blocks that were
 //! never evicted, one in 2³²/n is taken for one that was: it is kept longer than it deserves.
 
+use crate::segments::{self, segment_of, split_off};
+
 /// Notes in a bucket.
 const WAYS: usize = 8;
 /// Notes in a bucket that are worth something, on average: with six of eight, one in twenty is lost to a
@@ -17,13 +19,24 @@ struct Note {
     time: u32,
 }
 
-/// Notes of evictions.
+/// Notes of some evictions.
+type Bucket = [Note; WAYS];
+
+/// Notes of evictions, in [segments](crate::segments) of buckets: no eviction has to wait for all of them.
 #[derive(Debug)]
 pub(super) struct Ghosts {
-    buckets: Vec<[Note; WAYS]>,
+    segments: Vec<Box<[Bucket]>>,
     /// Evictions until now; wraps.
     now: u32,
+    /// Notes that were moved.
+    #[cfg(test)]
+    moved: usize,
 }
+
+/// Buckets of a segment that is about to be split.
+const SEGMENT: usize = 128;
+/// Segments that one eviction splits at most.
+const SPLITS: usize = 2;
 
 /// Older than any.
 const EMPTY: Note = Note { digest: 0, time: 0 };
@@ -31,15 +44,30 @@ const START: u32 = 1 << 31;
 
 impl Ghosts {
     pub(super) fn new() -> Self {
-        Self { buckets: Vec::new(), now: START }
+        Self {
+            segments: Vec::new(),
+            now: START,
+            #[cfg(test)]
+            moved: 0,
+        }
     }
 
     /// Notes an eviction, one of the last `span` of which are to be remembered.
     pub(super) fn add(&mut self, digest: u32, span: usize) {
         let wanted = span.div_ceil(LOAD);
-        if wanted > self.buckets.len() {
+        if self.segments.is_empty() {
+            self.segments.push(Box::default());
+        }
+        for _ in 0..SPLITS {
+            if segments::crowded(wanted, self.segments.len(), SEGMENT) {
+                self.split();
+            }
+        }
+        let at = self.segment(digest);
+        let part = self.part(at, wanted);
+        if part > self.segments[at].len() {
             // Room for some growth.
-            self.resize(wanted + wanted / 16 + 1);
+            self.resize(at, part + part / 16 + 1);
         }
         self.now = self.now.wrapping_add(1);
         let note = Note { digest, time: self.now };
@@ -48,11 +76,9 @@ impl Ghosts {
 
     /// Forgets an eviction that is among the last `span`; returns whether there was one.
     pub(super) fn take(&mut self, digest: u32, span: usize) -> bool {
-        if self.buckets.is_empty() {
-            return false;
-        }
-        let (now, home) = (self.now, self.home(digest));
-        let found = self.buckets[home]
+        let now = self.now;
+        let Some(bucket) = self.bucket(digest) else { return false };
+        let found = bucket
             .iter_mut()
             .find(|note| note.digest == digest && (now.wrapping_sub(note.time) as usize) < span);
         let Some(note) = found else { return false };
@@ -63,43 +89,103 @@ impl Ghosts {
     /// Evictions that are remembered, of the last `span`. Counts them all.
     pub(super) fn count(&self, span: usize) -> usize {
         let live = |note: &&Note| (self.now.wrapping_sub(note.time) as usize) < span;
-        self.buckets.iter().flatten().filter(live).count()
+        self.segments.iter().flatten().flatten().filter(live).count()
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.buckets.capacity() * size_of::<[Note; WAYS]>()
+        let buckets: usize = self.segments.iter().map(|segment| segment.len()).sum();
+        buckets * size_of::<Bucket>() + self.segments.capacity() * size_of::<Box<[Bucket]>>()
     }
 
     /// Gives memory back that is not needed to remember the last `span`.
     pub(super) fn shrink(&mut self, span: usize) {
         let wanted = span.div_ceil(LOAD);
-        if wanted < self.buckets.len() {
-            self.resize(wanted);
+        while segments::deserted(wanted, self.segments.len(), SEGMENT) {
+            self.join();
         }
+        for at in 0..self.segments.len() {
+            let part = self.part(at, wanted);
+            if part < self.segments[at].len() {
+                self.resize(at, part);
+            }
+        }
+        if wanted == 0 {
+            self.segments.clear();
+        }
+        self.segments.shrink_to_fit();
     }
 
-    fn resize(&mut self, buckets: usize) {
-        let mut new = Vec::new();
-        new.reserve_exact(buckets);
-        new.resize(buckets, [Note { time: self.now.wrapping_sub(START), ..EMPTY }; WAYS]);
-        let old = std::mem::replace(&mut self.buckets, new);
-        if buckets > 0 {
-            old.into_iter().flatten().for_each(|note| self.put(note));
+    fn segment(&self, digest: u32) -> usize {
+        segment_of(digest.into(), self.segments.len())
+    }
+
+    /// How many of the buckets are a segment's: one that was not split yet has twice as many as others.
+    fn part(&self, at: usize, buckets: usize) -> usize {
+        let count = self.segments.len();
+        let unsplit = 1 << count.ilog2();
+        let halved = at < count - unsplit || at >= unsplit;
+        buckets.div_ceil(unsplit << usize::from(halved))
+    }
+
+    fn resize(&mut self, at: usize, buckets: usize) {
+        let old = std::mem::take(&mut self.segments[at]);
+        self.segments[at] = self.empty(buckets);
+        self.put_all(&old);
+    }
+
+    /// Buckets without notes.
+    fn empty(&self, buckets: usize) -> Box<[Bucket]> {
+        vec![[Note { time: self.now.wrapping_sub(START), ..EMPTY }; WAYS]; buckets].into()
+    }
+
+    fn split(&mut self) {
+        let last = self.segments.len();
+        let at = split_off(last);
+        let old = std::mem::take(&mut self.segments[at]);
+        let half = old.len().div_ceil(2);
+        self.segments[at] = self.empty(half);
+        let other = self.empty(half);
+        self.segments.push(other);
+        self.put_all(&old);
+    }
+
+    fn join(&mut self) {
+        let Some(last) = self.segments.pop() else { return };
+        let at = split_off(self.segments.len());
+        let other = std::mem::take(&mut self.segments[at]);
+        self.segments[at] = self.empty(last.len() + other.len());
+        self.put_all(&last);
+        self.put_all(&other);
+    }
+
+    fn put_all(&mut self, buckets: &[Bucket]) {
+        buckets.iter().flatten().for_each(|&note| self.put(note));
+        #[cfg(test)]
+        {
+            self.moved += buckets.len() * WAYS;
         }
     }
 
     /// Writes a note over the oldest in its bucket, unless it is older itself.
     fn put(&mut self, note: Note) {
-        let (now, home) = (self.now, self.home(note.digest));
+        let now = self.now;
         let age = |note: &Note| now.wrapping_sub(note.time);
-        let oldest = self.buckets[home].iter_mut().max_by_key(|note| age(note)).expect("a bucket has notes");
-        if age(&note) <= age(oldest) {
+        let oldest =
+            self.bucket(note.digest).and_then(|bucket| bucket.iter_mut().max_by_key(|note| age(note)));
+        if let Some(oldest) = oldest.filter(|oldest| age(&note) <= age(oldest)) {
             *oldest = note;
         }
     }
 
-    fn home(&self, digest: u32) -> usize {
-        ((u64::from(digest) * self.buckets.len() as u64) >> 32) as usize
+    /// Where a digest is noted.
+    fn bucket(&mut self, digest: u32) -> Option<&mut Bucket> {
+        if self.segments.is_empty() {
+            return None;
+        }
+        let at = self.segment(digest);
+        let segment = &mut self.segments[at];
+        let home = (u64::from(digest) * segment.len() as u64) >> 32;
+        segment.get_mut(home as usize)
     }
 }
 
@@ -132,5 +218,27 @@ mod tests {
         assert!(ghosts.take(digest(1999), 100));
         ghosts.shrink(0);
         assert!(!ghosts.take(digest(1998), 100) && ghosts.bytes() == 0);
+    }
+
+    #[test]
+    fn no_eviction_moves_more_than_some_notes_however_many_there_are() {
+        let digest = |key: u32| key.wrapping_mul(0x9e37_79b9).rotate_left(16).wrapping_mul(0x85eb_ca6b);
+        let mut ghosts = Ghosts::new();
+        let mut most = 0;
+        const KEYS: u32 = 300_000;
+        for key in 0..KEYS {
+            let before = ghosts.moved;
+            ghosts.add(digest(key), 1 + key as usize);
+            most = most.max(ghosts.moved - before);
+        }
+        assert!(most <= 8 * SEGMENT * WAYS, "{most} notes at once");
+        let (all, span) = (ghosts.count(KEYS as usize), KEYS as usize);
+        assert!(all > span * 9 / 10, "{all}");
+        assert!(ghosts.bytes() <= 12 * span, "{}", ghosts.bytes());
+        let remembered = (0..KEYS).filter(|&key| ghosts.take(digest(key), span)).count();
+        assert!(remembered > span * 9 / 10, "{remembered}");
+        // What comes back at once is noted in few segments at first.
+        ghosts.shrink(1000);
+        assert!(ghosts.bytes() <= 13 * 1000, "{}", ghosts.bytes());
     }
 }

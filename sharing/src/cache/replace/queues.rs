@@ -1,12 +1,13 @@
 //! Blocks in queues, from the newest to the oldest, each block in one of them.
 //!
-//! Blocks are linked by their places in one vector and found by a table of places: 17 bytes for a block with
+//! Blocks are linked by their places in one vector, which grows by the piece, and found by a table of places: 17 bytes for a block with
 //! a key of 8 bytes, and at most 9.6 in the table. Places of blocks that left are used again.
 
 use std::fmt;
 use std::hash::BuildHasher;
 
 use super::Key;
+use crate::pieces::Pieces;
 use crate::table::Table;
 
 /// No place.
@@ -37,9 +38,9 @@ const EMPTY: Ends = Ends { newest: NONE, oldest: NONE, len: 0 };
 
 /// Up to four queues.
 pub(super) struct Queues<K, S, const N: usize> {
-    entries: Vec<Entry<K>>,
+    entries: Pieces<Entry<K>>,
     /// For each entry, its queue and a count.
-    marks: Vec<u8>,
+    marks: Pieces<u8>,
     ends: [Ends; N],
     free: u32,
     table: Table,
@@ -50,7 +51,14 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     pub(super) fn new(hashes: S) -> Self {
         const { assert!(N <= QUEUE as usize + 1) };
         let table = Table::default();
-        Self { entries: Vec::new(), marks: Vec::new(), ends: [EMPTY; N], free: NONE, table, hashes }
+        Self {
+            entries: Pieces::default(),
+            marks: Pieces::default(),
+            ends: [EMPTY; N],
+            free: NONE,
+            table,
+            hashes,
+        }
     }
 
     /// The hash of a key by which it is found here.
@@ -136,14 +144,12 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry<K>>() + self.marks.capacity() + self.table.bytes()
+        self.entries.bytes() + self.marks.bytes() + self.table.bytes()
     }
 
     /// Gives unused memory back.
     pub(super) fn shrink(&mut self) {
-        let used = self.ends.iter().map(|ends| ends.len as usize).sum();
-        let (mut entries, mut marks, mut table) =
-            (Vec::with_capacity(used), Vec::with_capacity(used), Table::default());
+        let (mut entries, mut marks, mut table) = (Pieces::default(), Pieces::default(), Table::default());
         for ends in &mut self.ends {
             let mut from = ends.oldest;
             (ends.oldest, ends.newest) = (NONE, NONE);
@@ -165,12 +171,6 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     }
 
     fn add(&mut self, entry: Entry<K>) -> u32 {
-        // By a sixteenth: doubling would waste half of it at worst.
-        if self.entries.len() == self.entries.capacity() {
-            let more = self.entries.len() / 16 + 16;
-            self.entries.reserve_exact(more);
-            self.marks.reserve_exact(more);
-        }
         let place = self.entries.len() as u32;
         assert!(place < NONE, "four thousand million blocks are cached");
         self.entries.push(entry);
