@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use samepage::{ConsoleConfig, Hypervisor, ImageSource, Vm, VmConfig, VmEnd};
+use samepage_machine::{ConsoleConfig, Hypervisor, ImageSource, Vm, VmConfig, VmEnd};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use samepage_resources::demo::report::Report;

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::ram::Ram;
 use xtask::artifacts::Artifacts;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::content::Class;
 use samepage_resources::demo::plan::{Classes, Plan, Rate};
 use samepage_resources::demo::report::Report;

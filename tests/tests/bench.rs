@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use rustix::process::Signal;
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_tests::program::{Finished, Running, command};
 use serde_json::Value;
 

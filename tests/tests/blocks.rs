@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use samepage::DiskConfig;
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::DiskConfig;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::content::SECTOR_BYTES;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};

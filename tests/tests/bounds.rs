@@ -3,10 +3,10 @@
 use std::fs;
 use std::process::ExitCode;
 
-use samepage::config::check_name;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::Host;
 use samepage_tests::harness::{self, Need};
+use samepage_text::names::check_name;
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {

@@ -441,7 +441,7 @@ fn config_file() {
     assert!(end.stdout.contains("corrupt=0"), "{}", end.stdout);
     // The serial port goes to a file, and the guest finds its disk.
     fs::write(place.path("disk.img"), vec![0; 1 << 20]).unwrap();
-    let disk = DiskPlan::new(samepage::x86::layout::MMIO_START);
+    let disk = DiskPlan::new(samepage_machine::x86::layout::MMIO_START);
     let with_disk = Plan { disk: Some(disk), ..brief.clone() };
     let end = finished(
         &with_disk,

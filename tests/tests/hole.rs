@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use samepage::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd};
+use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd};
 use samepage_resources::demo::plan::{HoleMode, Plan};
 use samepage_resources::demo::report::Report;
 use samepage_sharing::by_type::Claimed;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use samepage::{HugePages, huge_pages};
+use samepage_machine::{HugePages, huge_pages};
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::engine::Settings;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use samepage::{DiskConfig, Hypervisor, VmConfig, VmEnd};
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
+use samepage_machine::{DiskConfig, Hypervisor, VmConfig, VmEnd};
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;

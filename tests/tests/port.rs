@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use samepage::{DiskConfig, MemoryHole, VmConfig, VmEnd};
+use samepage_machine::{DiskConfig, MemoryHole, VmConfig, VmEnd};
 use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
 use samepage_tests::agent::{figure, said};

@@ -7,12 +7,14 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use samepage::config::{self, parse_size};
 use samepage::statistics::StatsTarget;
+use samepage_machine::config;
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
+use samepage_text::names;
+use samepage_text::size::parse_size;
 
 use crate::bench::BenchArgs;
 use crate::client::args::ClientCommand;
@@ -384,7 +386,7 @@ fn parse_cache_size(text: &str) -> Result<CacheSize, String> {
 }
 
 fn parse_name(text: &str) -> Result<String, String> {
-    config::check_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+    names::check_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// Addresses in hexadecimal, as the kernel writes them in `/proc/PID/maps`.

@@ -4,11 +4,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use samepage::VmState;
 use samepage::api::Manager;
+use samepage_machine::VmState;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::report::tell;
+use samepage_process::tell::tell;
 
 /// How often it is told who is waited for.
 const PROGRESS: Duration = Duration::from_secs(5);

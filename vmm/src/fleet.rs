@@ -14,9 +14,9 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::config::{ConfigError, DiskConfig, VmConfig};
-use crate::hypervisor::Hypervisor;
-use crate::vm::{Vm, VmEnd, VmError};
+use samepage_machine::config::{ConfigError, DiskConfig, VmConfig};
+use samepage_machine::hypervisor::Hypervisor;
+use samepage_machine::vm::{Vm, VmEnd, VmError};
 
 /// Stack of a thread that builds VMs.
 const BUILDER_STACK_BYTES: usize = 256 << 10;
@@ -422,9 +422,9 @@ impl AsRawFd for Fleet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::ImageSource;
-    use crate::boot::test_images::pvh_elf;
-    use crate::config::ConsoleConfig;
+    use samepage_machine::boot::ImageSource;
+    use samepage_machine::boot::test_images::pvh_elf;
+    use samepage_machine::config::ConsoleConfig;
 
     fn vm(name: &str, disks: &[(&std::path::Path, bool)]) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() };

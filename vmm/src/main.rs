@@ -8,12 +8,9 @@ mod demo;
 mod ending;
 mod firecracker;
 mod generate;
-mod picture;
 mod plan;
-mod report;
 mod run;
 mod stdin;
-mod units;
 mod upkeep;
 
 use std::process::ExitCode;
@@ -21,6 +18,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use cli::{Cli, Command};
+use samepage_process::tell;
 
 fn main() -> ExitCode {
     let result = match firecracker::args::of_process() {
@@ -29,7 +27,7 @@ fn main() -> ExitCode {
         None => command(),
     };
     result.unwrap_or_else(|error| {
-        report::tell(report::causes(&error));
+        tell::tell(tell::causes(&error));
         ExitCode::from(1)
     })
 }

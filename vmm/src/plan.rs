@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use samepage::ConsoleConfig;
 use samepage::api::config_file::expand;
 use samepage::api::disk_spec::DiskSpec;
 use samepage::api::spec::{ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
+use samepage_machine::ConsoleConfig;
 
 use crate::cli::{ConsoleArg, HoleArg, HugePagesArg, RunArgs, SharingArg};
 
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use samepage::{DiskConfig, HugePages, MemoryHole, VmConfig};
+    use samepage_machine::{DiskConfig, HugePages, MemoryHole, VmConfig};
     use samepage_sharing::engine::Mode;
     use samepage_sharing::service::Participation;
 

@@ -12,23 +12,23 @@ use samepage::api::lifecycle::Action;
 use samepage::api::listener::SocketOptions;
 use samepage::api::spec::{HugePagesSpec, VmSpec};
 use samepage::api::{Common, Doors, Manager, Server, config_file};
-use samepage::counted::counted;
 use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
-use samepage::poll::{is_readable_now, wait_readable};
-use samepage::signals::{Hangup, ShutdownSignals};
 use samepage::statistics::{StatsTarget, StatsWriter};
-use samepage::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
+use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
+use samepage_process::poll::{is_readable_now, wait_readable};
+use samepage_process::signals::{Hangup, ShutdownSignals};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
+use samepage_text::counted::counted;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
 use crate::ending::Ending;
 use crate::plan;
-use crate::report::{self, tell};
 use crate::stdin::{Input, Typed};
 use crate::upkeep::{self, Upkeep};
+use samepage_process::tell::{self, tell};
 
 /// What the process ends with, by the worst of what happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -282,7 +282,7 @@ impl Process<'_> {
             (Some(target), None) => Statistics::open(target).map(|open| self.statistics = Some(open)),
         };
         if let Err(error) = opened {
-            tell(report::causes(&error));
+            tell(tell::causes(&error));
         }
         tell("log files were opened again (SIGHUP)");
     }

@@ -28,9 +28,9 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
 use crate::by_type::{self, ByType, TypeSample};
-use crate::log_file::open_again;
-use crate::poll;
-use crate::vm::Vm;
+use samepage_machine::vm::Vm;
+use samepage_process::log_file::open_again;
+use samepage_process::poll;
 
 /// Pairs of VMs that are told at most: all pairs of 32 VMs.
 pub(crate) const MOST_PAIRS: usize = 32 * 31 / 2;

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use anyhow::Context;
 use samepage::api::record::Record;
-use samepage::console::escape::{EscapeFilter, HELP, Key};
-use samepage::console::terminal::{self, RawTerminal, StdinKind};
 use samepage::fleet::Fleet;
+use samepage_process::escape::{EscapeFilter, HELP, Key};
+use samepage_process::terminal::{self, RawTerminal, StdinKind};
 use vmm_sys_util::eventfd::EventFd;
 
 #[derive(Debug, PartialEq, Eq)]

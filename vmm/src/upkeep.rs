@@ -18,7 +18,7 @@ use std::os::unix::fs::FileExt;
 use std::slice;
 use std::time::{Duration, Instant};
 
-use samepage::poll::is_readable_now;
+use samepage_process::poll::is_readable_now;
 use vmm_sys_util::timerfd::TimerFd;
 
 /// How many arenas the allocator has. Threads that run VMs and disks allocate next to nothing.
@@ -200,7 +200,7 @@ mod tests {
         upkeep.give_back().unwrap();
         upkeep.note_change().unwrap();
         assert!(upkeep.changed.is_some());
-        samepage::poll::wait_readable([Some(upkeep.as_raw_fd())]).unwrap();
+        samepage_process::poll::wait_readable([Some(upkeep.as_raw_fd())]).unwrap();
         upkeep.give_back().unwrap();
         assert!(upkeep.changed.is_none());
         assert!(!is_readable_now(upkeep.as_raw_fd()).unwrap());

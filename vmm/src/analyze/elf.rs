@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use super::file::Region;
 use super::xen;
-use crate::units::bytes;
+use samepage_text::units::bytes;
 
 /// What an ELF file begins with.
 pub(super) const MAGIC: &[u8] = b"\x7fELF";

@@ -26,11 +26,11 @@ use samepage::oracle::{Oracle, Report};
 use serde::Serialize;
 
 use crate::cli::AnalyzeArgs;
-use crate::report::tell;
 use file::{FileImage, Format};
 use maps::GuestMemory;
 use process::Process;
 use progress::Progress;
+use samepage_process::tell::tell;
 
 /// The program that holds several VMs in one process.
 const OWN_NAME: &str = "samepage";

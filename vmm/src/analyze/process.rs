@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use super::maps::{self, GuestMemory, Mapping};
 use super::progress::Progress;
-use crate::units::bytes;
+use samepage_text::units::bytes;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// How many pages are looked up, and read at most, at a time.

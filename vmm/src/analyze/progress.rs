@@ -4,7 +4,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::units::bytes;
+use samepage_text::units::bytes;
 
 /// How often a terminal's line is redrawn.
 const REDRAW: Duration = Duration::from_millis(100);

@@ -6,8 +6,8 @@ use std::fmt::Write;
 
 use samepage::oracle::{Classes, ImageReport, PAGE_SIZE, Report};
 
-use crate::picture::{Canvas, Scale};
-use crate::units::{bytes, count, pages, percent};
+use samepage_text::picture::{Canvas, Scale};
+use samepage_text::units::{bytes, count, pages, percent};
 
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 240.0;

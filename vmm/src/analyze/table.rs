@@ -5,7 +5,7 @@ use std::fmt::Write;
 use samepage::oracle::{Classes, PAGE_SIZE, Report};
 
 use super::{Analysis, Input, Origin};
-use crate::units::{bytes, count, pages, percent};
+use samepage_text::units::{bytes, count, pages, percent};
 
 /// The widest that a VM's name may be.
 const NAME: usize = 40;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::spec::{Size, optional_rate_schema};
-use crate::config::DiskConfig;
+use samepage_machine::config::DiskConfig;
 
 /// A virtual disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -2,10 +2,11 @@
 
 use super::manager::ManagerError;
 use super::problem::{Kind, Problem};
-use crate::boot::{BootError, ImageError};
-use crate::config::ConfigError;
 use crate::fleet::FleetError;
-use crate::vm::VmError;
+use samepage_machine::boot::{BootError, ImageError};
+use samepage_machine::config::ConfigError;
+use samepage_machine::vm::VmError;
+use samepage_text::names::NameError;
 
 impl From<ManagerError> for Problem {
     fn from(error: ManagerError) -> Self {
@@ -73,12 +74,12 @@ fn explain_fleet(error: &FleetError, text: String) -> Problem {
 /// Where in a VM's description a value is that cannot be, as a JSON pointer.
 pub(super) fn place(error: &ConfigError) -> Option<&'static str> {
     Some(match error {
-        ConfigError::Name(_) | ConfigError::DuplicateName(_) => "/name",
+        ConfigError::Name(NameError::Vm(_)) | ConfigError::DuplicateName(_) => "/name",
         ConfigError::Memory { .. } => "/memory",
-        ConfigError::Group(_) => "/sharing/group",
-        ConfigError::TooManyDisks(_)
+        ConfigError::Name(NameError::Group(_)) => "/sharing/group",
+        ConfigError::Name(NameError::Disk(_))
+        | ConfigError::TooManyDisks(_)
         | ConfigError::TooManyDisksForPort(_)
-        | ConfigError::DiskId(_)
         | ConfigError::DuplicateDiskId(_) => "/disks",
         ConfigError::Boot(BootError::Kernel {
             source: ImageError::CommandLineCharacter(_) | ImageError::CommandLineTooLong { .. },

@@ -25,13 +25,13 @@ use super::lifecycle::{Action, State};
 use super::record::{Cause, Record, Turn};
 use super::spec::{SharingMode, VmSpec};
 use super::trouble::{Teller, Troubles};
-use crate::config::{ConfigError, ConsoleConfig, VmConfig};
 use crate::fleet::{self, Ended, Fleet, FleetError, Uses};
 use crate::host_limits::{HostMemory, Overcommitted};
-use crate::huge_pages::HugePages;
-use crate::hypervisor::Hypervisor;
 use crate::statistics;
-use crate::vm::{Vm, VmEnd, VmState};
+use samepage_machine::config::{ConfigError, ConsoleConfig, VmConfig};
+use samepage_machine::huge_pages::HugePages;
+use samepage_machine::hypervisor::Hypervisor;
+use samepage_machine::vm::{Vm, VmEnd, VmState};
 
 /// Why something cannot be done.
 #[derive(Debug, Error)]
@@ -208,7 +208,7 @@ impl Manager {
     /// Adds to a configuration what a VM of this process has besides.
     fn complete(&self, mut config: VmConfig, record: &Record) -> VmConfig {
         config.sharing = self.common.sharing.clone();
-        if config.hugepages == HugePages::Thp && crate::huge_pages::unavailable().is_some() {
+        if config.hugepages == HugePages::Thp && samepage_machine::huge_pages::unavailable().is_some() {
             config.hugepages = HugePages::Off;
         }
         let to = Box::new(config.console);

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 
 use super::record::Record;
 use super::views::pages::{CellView, MapView};
-use crate::vm::Vm;
+use samepage_machine::vm::Vm;
 
 /// Most cells that a map has.
 pub(super) const MOST_CELLS: u32 = 16_384;

@@ -13,7 +13,7 @@ use super::backlog::Backlog;
 use super::lifecycle::State;
 use super::spec::{SharingMode, VmSpec};
 use crate::fleet::{FleetError, Uses};
-use crate::vm::{Vm, VmEnd, VmState};
+use samepage_machine::vm::{Vm, VmEnd, VmState};
 
 /// How long one waits for others' operations on the same VM.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -16,10 +16,11 @@ use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, 
 use utoipa::{PartialSchema, ToSchema};
 
 use super::disk_spec::DiskSpec;
-use crate::boot::ImageSource;
-use crate::config::{self, ConsoleConfig, MemoryHole, VmConfig};
-use crate::huge_pages::HugePages;
-use crate::x86::layout::{MAX_RAM, MIN_RAM};
+use samepage_machine::boot::ImageSource;
+use samepage_machine::config::{ConsoleConfig, MemoryHole, VmConfig};
+use samepage_machine::huge_pages::HugePages;
+use samepage_machine::x86::layout::{MAX_RAM, MIN_RAM};
+use samepage_text::size::parse_size;
 
 /// The kernel's command line where none is given.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -261,7 +262,7 @@ impl<'de> Deserialize<'de> for Size {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
-                config::parse_size(text).map(Size).map_err(E::custom)
+                parse_size(text).map(Size).map_err(E::custom)
             }
         }
 

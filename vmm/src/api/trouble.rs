@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use super::events::{EventLog, Happening};
-use crate::vm::Vm;
+use samepage_machine::vm::Vm;
 
 /// Hears of trouble, a sentence at a time. Workers of disks wait for it.
 pub type Teller = Box<dyn Fn(&str) + Send + Sync>;

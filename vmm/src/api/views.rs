@@ -24,7 +24,7 @@ use super::lifecycle::{Action, State};
 use super::record::Record;
 use super::spec::{SharingMode, VmSpec};
 use crate::statistics::{GroupSample, IoSample, Sample, VmSample};
-use crate::vm::Disk;
+use samepage_machine::vm::Disk;
 
 /// Defines what the API says of a structure of the engine's, field by field.
 macro_rules! mirror {

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use samepage::signals::ShutdownSignals;
+use samepage_process::signals::ShutdownSignals;
 
 use super::args::SharingArgs;
 use super::images::Images;
@@ -64,7 +64,7 @@ impl Bench {
             terminal: io::stderr().is_terminal(),
         };
         if let Err(reason) = &bench.ksm {
-            crate::report::tell(reason);
+            samepage_process::tell::tell(reason);
         }
         Ok(bench)
     }

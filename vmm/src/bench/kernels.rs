@@ -60,7 +60,7 @@ impl Drop for Kernels<'_> {
     fn drop(&mut self) {
         self.memory.clear();
         if let Err(error) = self.ksm.forget() {
-            crate::report::tell(format_args!("what KSM has merged stays so: {error:#}"));
+            samepage_process::tell::tell(format_args!("what KSM has merged stays so: {error:#}"));
         }
     }
 }

@@ -251,7 +251,9 @@ impl Drop for Ksm {
         }
         result = result.and(write("run", &self.run));
         if let Err(error) = result {
-            crate::report::tell(format_args!("KSM's settings in {FOLDER} could not be put back: {error}"));
+            samepage_process::tell::tell(format_args!(
+                "KSM's settings in {FOLDER} could not be put back: {error}"
+            ));
         }
     }
 }

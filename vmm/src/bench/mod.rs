@@ -101,7 +101,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<ExitCode> {
     };
     result.or_else(|error| match error.downcast_ref::<Interrupted>() {
         Some(interrupted) => {
-            crate::report::tell(interrupted);
+            samepage_process::tell::tell(interrupted);
             Ok(ExitCode::from(interrupted.status()))
         }
         None => Err(error),

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::report::Curves;
-use crate::picture::escape;
+use samepage_text::picture::escape;
 
 /// Lengths in SVG user units.
 const WIDTH: f64 = 900.0;

@@ -58,8 +58,8 @@ pub(super) struct Failure {
 impl Failure {
     /// Notes, and says, that a workload failed.
     pub(super) fn new(workload: &str, error: &anyhow::Error) -> Self {
-        let reason = crate::report::causes(error);
-        crate::report::tell(format_args!("workload {workload}: {reason}"));
+        let reason = samepage_process::tell::causes(error);
+        samepage_process::tell::tell(format_args!("workload {workload}: {reason}"));
         Self { workload: workload.to_owned(), reason }
     }
 }

@@ -1,9 +1,10 @@
 //! `--disk`: a virtual disk in one argument, of fields between commas.
 
-use samepage::config::{self, parse_size};
 use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
 use samepage_devices::virtio::block::MAX_QUEUES;
+use samepage_text::names;
+use samepage_text::size::parse_size;
 
 /// `--disk`, before `{index}` and `{name}` are replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskArg, String> {
         match field.split_once('=') {
             Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
             Some(("id", id)) => {
-                config::check_disk_id(id).map_err(|error| error.to_string())?;
+                names::check_disk_id(id).map_err(|error| error.to_string())?;
                 disk.id = Some(id.to_owned());
             }
             None if field == "readonly" => disk.read_only = true,

@@ -9,14 +9,14 @@ use hyper::Method;
 use samepage::api::problem::Kind;
 use samepage::api::views::{VmSummary, VmView};
 use samepage::api::{Client, ClientError};
-use samepage::console::escape::{EscapeFilter, Key};
-use samepage::console::terminal::{self, RawTerminal, StdinKind};
-use samepage::poll::wait_readable;
-use samepage::signals::ShutdownSignals;
+use samepage_process::escape::{EscapeFilter, Key};
+use samepage_process::poll::wait_readable;
+use samepage_process::signals::ShutdownSignals;
+use samepage_process::terminal::{self, RawTerminal, StdinKind};
 
 use super::args::ConsoleArgs;
 use super::vm_path;
-use crate::report::tell;
+use samepage_process::tell::tell;
 
 /// What is shown for Ctrl-A h.
 const HELP: &str = "\n\

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 
 use samepage::api::events::{Event, Happening};
-use samepage::counted::counted;
+use samepage_text::counted::counted;
 
 use super::args::EventsArgs;
 use super::client;

@@ -23,8 +23,8 @@ use samepage::api::{Client, config_file};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::report::{self, tell};
 use args::{ClientCommand, Connection, CreateArgs, ResizeArgs, VmsArgs};
+use samepage_process::tell::{self, tell};
 
 /// Does what a command asks for.
 pub(crate) fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
@@ -110,7 +110,7 @@ fn each_that(
             match result.unwrap_or_else(|_| Err(anyhow!("a thread of the program panicked"))) {
                 Ok(vm) => printed.extend(vm),
                 Err(error) => {
-                    tell(report::causes(&error));
+                    tell(tell::causes(&error));
                     code = ExitCode::FAILURE;
                 }
             }
@@ -124,14 +124,14 @@ fn each_that(
 
 /// The path of a VM. What is no name is none of a VM.
 fn vm_path(name: &str) -> anyhow::Result<String> {
-    samepage::config::check_name(name)?;
+    samepage_text::names::check_name(name)?;
     Ok(format!("/vms/{name}"))
 }
 
 /// Has a disk take over its image's size.
 fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
     let path = format!("{}/disks/{}/resize", vm_path(&args.vm)?, args.disk);
-    samepage::config::check_disk_id(&args.disk)?;
+    samepage_text::names::check_disk_id(&args.disk)?;
     let disk: DiskView = client(&args.connection).send(Method::POST, &path, &json!({}))?;
     if args.connection.json {
         return print_json(&disk);

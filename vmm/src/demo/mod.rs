@@ -27,12 +27,12 @@ use samepage_sharing::service::Sharing;
 
 use crate::cli::DemoArgs;
 use display::{Display, mebibytes};
-use samepage::boot::ImageSource;
-use samepage::config::{ConsoleConfig, VmConfig};
 use samepage::host_limits::HostMemory;
-use samepage::hypervisor::Hypervisor;
 use samepage::statistics::{Sample, Sampler, rss_anon};
-use samepage::vm::{Vm, VmEnd};
+use samepage_machine::boot::ImageSource;
+use samepage_machine::config::{ConsoleConfig, VmConfig};
+use samepage_machine::hypervisor::Hypervisor;
+use samepage_machine::vm::{Vm, VmEnd};
 use summary::Summary;
 
 /// Memory of each VM, in bytes, and the part of it that the guest fills, in pages.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::Progress;
 use super::display::mebibytes;
 use samepage::statistics::Sample;
-use samepage::vm::VmEnd;
+use samepage_machine::vm::VmEnd;
 
 /// The end of a demo.
 #[derive(Clone, Debug, Serialize)]

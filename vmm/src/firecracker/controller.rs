@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use samepage::api::disk_spec::DiskSpec;
 use samepage::api::spec::{HugePagesSpec, Size, VmSpec};
-use samepage::config::{check_disk_id, check_memory};
+use samepage_machine::config::check_memory;
+use samepage_text::names::check_disk_id;
 use serde_json::{Value, json};
 
 use super::VERSION;

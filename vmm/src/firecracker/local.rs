@@ -11,12 +11,12 @@ use samepage::api::lifecycle::{Action, State};
 use samepage::api::record::Record;
 use samepage::api::spec::VmSpec;
 use samepage::api::{Common, Manager, ManagerError};
-use samepage::counted::counted;
 use samepage::fleet::Ended;
-use samepage::poll::wait_readable;
-use samepage::signals::ShutdownSignals;
-use samepage::{ConsoleConfig, Hypervisor, VmEnd};
+use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
+use samepage_process::poll::wait_readable;
+use samepage_process::signals::ShutdownSignals;
 use samepage_sharing::engine::Settings;
+use samepage_text::counted::counted;
 
 use super::Exit;
 use super::args::FirecrackerArgs;

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::args::FirecrackerArgs;
 use super::model::LoggerConfig;
-use crate::report::tell;
+use samepage_process::tell::tell;
 
 /// How important a line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -30,14 +30,14 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use parking_lot::Mutex;
-use samepage::signals::ShutdownSignals;
+use samepage_process::signals::ShutdownSignals;
 
-use crate::report::{self, tell};
 use args::FirecrackerArgs;
 use controller::Controller;
 use fault::Fault;
 use log::Log;
 use machine::Machine;
+use samepage_process::tell::{self, tell};
 use server::Server;
 
 /// The version of Firecracker's API that is spoken. Clients want to see one that they know.
@@ -82,7 +82,7 @@ pub(crate) fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     let log = match Log::new(args) {
         Ok(log) => Arc::new(log),
         Err(error) => {
-            tell(report::causes(&error));
+            tell(tell::causes(&error));
             return Ok(Exit::BadConfiguration.into());
         }
     };
@@ -120,7 +120,7 @@ fn run(
     if let Some(path) = &args.config_file
         && let Err(error) = config::apply(path, &mut controller)
     {
-        tell(report::causes(&error));
+        tell(tell::causes(&error));
         return Ok(Exit::BadConfiguration);
     }
     let controller = Arc::new(Mutex::new(controller));

@@ -3,9 +3,10 @@
 use super::{Loading, Place, Planned};
 use crate::api::explain;
 use crate::api::spec::VmSpec;
-use crate::boot::BootError;
-use crate::config::ConfigError;
 use crate::fleet::{self, Part, Uses};
+use samepage_machine::boot::BootError;
+use samepage_machine::config::ConfigError;
+use samepage_text::names::NameError;
 
 impl Loading {
     /// Checks the VMs.
@@ -20,12 +21,12 @@ impl Loading {
             for error in config.faults() {
                 // What is not there has been told.
                 let told = match &error {
-                    ConfigError::Name(_) => vm.unnamed,
+                    ConfigError::Name(NameError::Vm(_)) => vm.unnamed,
                     ConfigError::Boot(BootError::Kernel { .. }) => vm.without_kernel,
                     _ => false,
                 };
                 let text = match error {
-                    ConfigError::Name(_) => error.to_string(),
+                    ConfigError::Name(NameError::Vm(_)) => error.to_string(),
                     _ => format!("VM {}: {error}", vm.spec.name),
                 };
                 if !told {
@@ -56,7 +57,7 @@ impl Loading {
 /// Where in a VM's description the cause of an error is, as a JSON pointer.
 fn place(error: &ConfigError, spec: &VmSpec) -> String {
     match error {
-        ConfigError::DiskId(id) | ConfigError::DuplicateDiskId(id) => {
+        ConfigError::Name(NameError::Disk(id)) | ConfigError::DuplicateDiskId(id) => {
             let disk = spec.disks.iter().rposition(|disk| disk.id.as_ref() == Some(id));
             disk.map_or_else(|| "/disks".to_owned(), |number| format!("/disks/{number}/id"))
         }

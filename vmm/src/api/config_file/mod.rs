@@ -405,7 +405,7 @@ impl Defaults {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::test_images::pvh_elf;
+    use samepage_machine::boot::test_images::pvh_elf;
 
     struct Folder(tempfile::TempDir);
 

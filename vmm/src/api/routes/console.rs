@@ -34,7 +34,7 @@ use crate::api::lifecycle::State as VmState;
 use crate::api::problem::{Kind, Problem};
 use crate::api::record::Record;
 use crate::api::server::{Api, Permit, is_ending};
-use crate::counted::counted;
+use samepage_text::counted::counted;
 
 const OCTETS: &str = "application/octet-stream";
 

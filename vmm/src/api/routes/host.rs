@@ -13,7 +13,7 @@ use crate::api::extract::blocking;
 use crate::api::problem::Problem;
 use crate::api::server::Api;
 use crate::host_limits::HostMemory;
-use crate::huge_pages;
+use samepage_machine::huge_pages;
 
 /// The host, as far as it matters to VMs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -156,10 +156,10 @@ mod tests {
 
     use super::*;
     use crate::api::maps::MOST_CELLS;
-    use crate::config::MAX_NAME;
     use crate::statistics::MOST_PAIRS;
-    use crate::vm::devices::MAX_DISKS;
-    use crate::x86::layout::{COMMAND_LINE_MAX, MAX_RAM, MIN_RAM};
+    use samepage_machine::vm::MAX_DISKS;
+    use samepage_machine::x86::layout::{COMMAND_LINE_MAX, MAX_RAM, MIN_RAM};
+    use samepage_text::names::MAX_NAME;
 
     #[test]
     fn the_description_is_openapi_3_1_and_names_every_resource() {

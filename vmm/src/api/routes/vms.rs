@@ -21,7 +21,7 @@ use crate::api::record::{Cause, Record, Turn};
 use crate::api::server::Api;
 use crate::api::spec::VmSpec;
 use crate::api::views::{DiskView, VmSummary, VmView};
-use crate::vm::{Disk, Vm as RunningVm};
+use samepage_machine::vm::{Disk, Vm as RunningVm};
 
 /// List VMs
 ///

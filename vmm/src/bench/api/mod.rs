@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
-use samepage::counted::counted;
+use samepage_text::counted::counted;
 use serde::Serialize;
 
 use load::Load;

@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use samepage::{DiskConfig, Hypervisor};
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::{DiskConfig, Hypervisor};
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::cache::CacheSize;

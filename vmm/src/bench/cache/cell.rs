@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
-use samepage::Hypervisor;
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan};
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::cache::CacheSize;

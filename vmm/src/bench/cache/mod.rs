@@ -16,8 +16,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use samepage::Hypervisor;
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::client::ClientPlan;
 use samepage_resources::demo::plan::Plan;
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::Result;
-use samepage::DiskConfig;
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::DiskConfig;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientLayout, ClientPlan};
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
 use samepage_resources::demo::report::Report;

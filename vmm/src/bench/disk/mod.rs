@@ -6,7 +6,7 @@ pub(super) mod image;
 use std::path::PathBuf;
 
 /// Address of the registers of a VM's first disk.
-pub(super) const FIRST_DISK: u64 = samepage::x86::layout::MMIO_START;
+pub(super) const FIRST_DISK: u64 = samepage_machine::x86::layout::MMIO_START;
 
 /// Where images go if nobody says.
 pub(super) fn default_folder() -> PathBuf {

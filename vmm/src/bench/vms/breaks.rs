@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::content::mix;
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::PAGE_SIZE;

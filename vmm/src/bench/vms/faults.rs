@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;

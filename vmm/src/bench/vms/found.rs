@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use samepage::Hypervisor;
 use samepage::oracle;
+use samepage_machine::Hypervisor;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::EngineStatistics;

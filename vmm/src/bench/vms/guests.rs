@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use samepage::host_limits::HostMemory;
 use samepage::oracle::{self, Oracle};
-use samepage::{ConsoleConfig, DiskConfig, Hypervisor, ImageSource, Vm, VmConfig};
+use samepage_machine::{ConsoleConfig, DiskConfig, Hypervisor, ImageSource, Vm, VmConfig};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_resources::demo::report::Report;

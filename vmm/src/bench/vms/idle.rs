@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::content::{Class, mix};
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::Plan;

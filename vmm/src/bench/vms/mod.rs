@@ -14,7 +14,7 @@ mod slowdown;
 mod tlb;
 
 use anyhow::Result;
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 
 pub(super) use breaks::measure as breaks;
 pub(super) use faults::measure as faults;

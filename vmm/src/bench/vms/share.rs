@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use samepage::Hypervisor;
 use samepage::oracle::{CurvePoint, Report};
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_resources::demo::report::Report;
 use samepage_sharing::PAGE_SIZE;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use samepage::Hypervisor;
+use samepage_machine::Hypervisor;
 use samepage_resources::demo::plan::Plan;
 use samepage_resources::demo::report::Report;
 use samepage_sharing::engine::Settings;

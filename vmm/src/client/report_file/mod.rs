@@ -17,8 +17,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::args::{ReportArgs, ReportCommand};
-use crate::report::tell;
 use frame::{Frame, Line};
+use samepage_process::tell::tell;
 
 /// What the page shows.
 #[derive(Debug, Default, Serialize)]

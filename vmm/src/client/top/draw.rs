@@ -12,7 +12,7 @@ use ratatui::widgets::{
     Axis, Block, Cell, Chart, Clear, Dataset, GraphType, Paragraph, Row, Table, TableState,
 };
 use samepage::api::lifecycle::State;
-use samepage::counted::counted;
+use samepage_text::counted::counted;
 
 use super::model::{Column, Model, ReadRates, Row as Vm};
 

@@ -17,9 +17,9 @@ use anyhow::{Context, bail};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use samepage::api::lifecycle::{Action, State};
 use samepage::api::{Client, ClientError};
-use samepage::console::terminal::{self, StdinKind};
-use samepage::poll::{is_readable_now, wait_readable};
-use samepage::signals::{ResizeSignal, ShutdownSignals};
+use samepage_process::poll::{is_readable_now, wait_readable};
+use samepage_process::signals::{ResizeSignal, ShutdownSignals};
+use samepage_process::terminal::{self, StdinKind};
 
 use super::args::TopArgs;
 use super::console;
@@ -96,7 +96,7 @@ impl Top {
                     Wish::Console(vm) => {
                         drop(screen);
                         if let Err(error) = console::attach(&self.client, &vm, &self.signals) {
-                            self.model.say(crate::report::causes(&error));
+                            self.model.say(samepage_process::tell::causes(&error));
                         }
                         // A signal that ended the console is still there, and ends this as well.
                         screen = Screen::enter().context("put the terminal into raw mode")?;

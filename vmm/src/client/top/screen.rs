@@ -8,7 +8,7 @@ use ratatui::crossterm::cursor::{Hide, Show};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen};
 use ratatui::{Frame, Terminal};
-use samepage::console::terminal::RawTerminal;
+use samepage_process::terminal::RawTerminal;
 
 /// The picture is on the terminal. There is one terminal for a process, and a panic hook reaches nothing
 /// but statics.

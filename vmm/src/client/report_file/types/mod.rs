@@ -21,7 +21,7 @@ use super::Thinned;
 use crate::client::args::TypesArgs;
 use crate::client::table::{Table, mebibytes};
 use crate::client::{print, print_json};
-use crate::report::tell;
+use samepage_process::tell::tell;
 
 /// How long a process is watched for a picture where the user does not say, in seconds.
 const WATCHED: u32 = 10;

@@ -10,8 +10,8 @@ use samepage::by_type::{ByType, TypeSample};
 use samepage_hole::PageType;
 
 use super::{Moment, series};
-use crate::picture::{Canvas, Scale};
-use crate::units::pages as amount;
+use samepage_text::picture::{Canvas, Scale};
+use samepage_text::units::pages as amount;
 
 const WIDTH: f64 = 960.0;
 /// The picture of all VMs: left, top, width, height.

@@ -4,7 +4,7 @@
 
 use std::fmt::{Display, Write};
 
-use samepage::oracle::PAGE_SIZE;
+use crate::units::PAGE_SIZE;
 
 /// What all pictures have. Plain rules rather than variables, which many viewers lack.
 const STYLE: &str = "\
@@ -15,62 +15,72 @@ text { font: 13px system-ui, sans-serif; fill: #1c2330; } .title { font-size: 16
 text { fill: #e4e8ef; } .ground { fill: #14181f; } .grid { stroke: #363d4a; } .axis { stroke: #e4e8ef; } }";
 
 /// Maps sizes in bytes to places.
-pub(crate) struct Scale {
+#[derive(Debug)]
+pub struct Scale {
     /// Bytes from one tick to the next: a power of two, as people count memory.
     tick: f64,
     most: f64,
     /// Where nothing is.
-    pub(crate) from: f64,
+    pub from: f64,
     /// Where the most is.
-    pub(crate) to: f64,
+    pub to: f64,
 }
 
 impl Scale {
-    pub(crate) fn linear(most: f64, from: f64, to: f64) -> Self {
+    /// From nothing to at least `most` bytes, between two places.
+    pub fn linear(most: f64, from: f64, to: f64) -> Self {
         let most = most.max(PAGE_SIZE as f64);
         // 4 to 8 ticks.
         let tick = (most / 4.0).log2().floor().exp2();
         Self { tick, most, from, to }
     }
 
-    pub(crate) fn at(&self, bytes: f64) -> f64 {
+    /// The place of an amount in bytes; more than the most is at the end.
+    #[must_use]
+    pub fn at(&self, bytes: f64) -> f64 {
         self.from + bytes.min(self.most) / self.most * (self.to - self.from)
     }
 
-    pub(crate) fn at_pages(&self, pages: u64) -> f64 {
+    /// The place of so many pages.
+    #[must_use]
+    pub fn at_pages(&self, pages: u64) -> f64 {
         self.at(pages as f64 * PAGE_SIZE as f64)
     }
 
-    pub(crate) fn ticks(&self) -> impl Iterator<Item = f64> {
+    /// Amounts in bytes to draw lines at.
+    pub fn ticks(&self) -> impl Iterator<Item = f64> {
         (0..=(self.most / self.tick) as u32).map(|index| f64::from(index) * self.tick)
     }
 }
 
 /// A picture that is being drawn.
 #[derive(Debug, Default)]
-pub(crate) struct Canvas {
+pub struct Canvas {
     elements: String,
 }
 
 impl Canvas {
-    pub(crate) fn element(&mut self, element: impl Display) {
+    /// Adds an element as it is.
+    pub fn element(&mut self, element: impl Display) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.elements, "{element}");
     }
 
-    pub(crate) fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
+    /// Adds a text.
+    pub fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
         let text = escape(text);
         self.element(format_args!("<text x=\"{x:.1}\" y=\"{y:.1}\" class=\"{class}\">{text}</text>"));
     }
 
-    pub(crate) fn line(&mut self, [x1, y1, x2, y2]: [f64; 4], class: &str) {
+    /// Adds a line between two points.
+    pub fn line(&mut self, [x1, y1, x2, y2]: [f64; 4], class: &str) {
         self.element(format_args!(
             "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" class=\"{class}\"/>"
         ));
     }
 
     /// A rectangle, with a note that viewers show at the pointer.
-    pub(crate) fn rect(&mut self, [x, y, width, height]: [f64; 4], class: &str, note: &str) {
+    pub fn rect(&mut self, [x, y, width, height]: [f64; 4], class: &str, note: &str) {
         let note = escape(note);
         self.element(format_args!(
             "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" class=\"{class}\">\
@@ -79,7 +89,7 @@ impl Canvas {
     }
 
     /// The document, `size` wide and high, with rules of its own besides those that all have.
-    pub(crate) fn finish(self, [width, height]: [f64; 2], style: &str, title: &str) -> String {
+    pub fn finish(self, [width, height]: [f64; 2], style: &str, title: &str) -> String {
         format!(
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
              <svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
@@ -92,7 +102,7 @@ impl Canvas {
 }
 
 /// Text as XML allows it; names of files and processes may hold anything.
-pub(crate) fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {

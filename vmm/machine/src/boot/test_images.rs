@@ -4,17 +4,17 @@ const CODE_AT: usize = 0x1000;
 const LOAD_ADDRESS: u64 = 0x10_0000;
 
 /// An ELF whose one segment holds `code` at its entry, 1 MiB, and 8 KiB of memory in all.
-pub(crate) fn elf64(code: &[u8]) -> Vec<u8> {
+pub fn elf64(code: &[u8]) -> Vec<u8> {
     elf(code, &[])
 }
 
 /// The same with a PVH note, for code that starts in 32-bit mode.
-pub(crate) fn pvh_elf(code: &[u8]) -> Vec<u8> {
+pub fn pvh_elf(code: &[u8]) -> Vec<u8> {
     elf_with_notes(code, &[&xen_note(18, &(LOAD_ADDRESS as u32).to_le_bytes())])
 }
 
 /// A note of Xen's. Its content is whole words, or the last note of its segment.
-pub(crate) fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
+pub fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
     for word in [4, content.len() as u32, kind] {
         note.extend(word.to_le_bytes());
@@ -25,7 +25,7 @@ pub(crate) fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
 }
 
 /// The same with a segment for each of these notes.
-pub(crate) fn elf_with_notes(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
+pub fn elf_with_notes(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
     elf(code, notes)
 }
 
@@ -68,7 +68,7 @@ fn program_header(image: &mut Vec<u8>, kind: u32, offset: usize, address: u64, f
 }
 
 /// A bzImage of one setup sector with `code` at its 64-bit entry, to be loaded at 16 MiB.
-pub(crate) fn bzimage(code: &[u8]) -> Vec<u8> {
+pub fn bzimage(code: &[u8]) -> Vec<u8> {
     let mut image = vec![0; 1024 + 0x200];
     image.extend(code);
     image.resize(image.len().next_multiple_of(16), 0x90);

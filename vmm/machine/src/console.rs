@@ -13,8 +13,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::log_file::open_again;
-use crate::poll;
+use samepage_process::log_file::open_again;
+use samepage_process::poll;
 
 /// Writes to a file, a terminal or a pipe, without a buffer.
 pub(crate) struct FileSink {

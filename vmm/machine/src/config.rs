@@ -8,20 +8,17 @@ use std::sync::Arc;
 
 use samepage_devices::disk::limit::RateLimits;
 use samepage_devices::disk::{CachePolicy, Format};
-use samepage_devices::virtio::block::MAX_ID_LEN;
 use samepage_hole::PARAMETER;
 use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::service::{Participation, Sharing};
+use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
 use crate::huge_pages::HugePages;
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
-
-/// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
-pub(crate) const MAX_NAME: usize = 64;
 
 /// A virtual disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,9 +146,9 @@ pub struct VmConfig {
 /// What cannot be about a VM's configuration.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// The name.
-    #[error("a VM cannot be named {0:?}: use 1 to {MAX_NAME} letters, digits, '.', '_' or '-'")]
-    Name(String),
+    /// The name of the VM, of its group or of a disk.
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// Two VMs with one name.
     #[error("two VMs are named {0}; names are unique in a process")]
     DuplicateName(String),
@@ -173,12 +170,6 @@ pub enum ConfigError {
         most = MAX_DISKS - 1
     )]
     TooManyDisksForPort(usize),
-    /// The name of a group of VMs.
-    #[error("a group of VMs cannot be named {0:?}: use 1 to {MAX_NAME} letters, digits, '.', '_' or '-'")]
-    Group(String),
-    /// The name of a disk.
-    #[error("a disk cannot be named {0:?}: use 1 to {MAX_ID_LEN} letters, digits, '.', '_' or '-'")]
-    DiskId(String),
     /// Two disks of a VM with one name.
     #[error("two disks are named {0}; give one of them another id=NAME")]
     DuplicateDiskId(String),
@@ -245,8 +236,9 @@ impl VmConfig {
         let memory = check_memory(self.memory_bytes);
         // Whether images fit into memory that cannot be is no question.
         let room = if memory.is_ok() { self.memory_bytes } else { MAX_RAM };
-        let values = [check_name(&self.name), memory, check_group(&self.participation.group)];
-        let mut faults: Vec<_> = values.into_iter().filter_map(Result::err).collect();
+        let name = check_name(&self.name).map_err(ConfigError::from);
+        let group = check_group(&self.participation.group).map_err(ConfigError::from);
+        let mut faults: Vec<_> = [name, memory, group].into_iter().filter_map(Result::err).collect();
         if self.disks.len() > MAX_DISKS {
             faults.push(ConfigError::TooManyDisks(self.disks.len()));
         } else if self.disks.len() == MAX_DISKS && self.memory_hole == MemoryHole::Port {
@@ -254,7 +246,7 @@ impl VmConfig {
         }
         let mut ids = HashSet::new();
         for disk in &self.disks {
-            faults.extend(check_disk_id(&disk.id).err());
+            faults.extend(check_disk_id(&disk.id).err().map(ConfigError::from));
             if !ids.insert(&disk.id) {
                 faults.push(ConfigError::DuplicateDiskId(disk.id.clone()));
             }
@@ -263,48 +255,6 @@ impl VmConfig {
         faults.extend(images.into_iter().map(ConfigError::Boot));
         faults
     }
-}
-
-/// Checks the name of a VM.
-pub fn check_name(name: &str) -> Result<(), ConfigError> {
-    if is_name(name, MAX_NAME) { Ok(()) } else { Err(ConfigError::Name(name.to_owned())) }
-}
-
-/// Checks the name of a group of VMs that share memory.
-pub fn check_group(name: &str) -> Result<(), ConfigError> {
-    if is_name(name, MAX_NAME) { Ok(()) } else { Err(ConfigError::Group(name.to_owned())) }
-}
-
-/// Checks the name of a disk.
-pub fn check_disk_id(id: &str) -> Result<(), ConfigError> {
-    if is_name(id, MAX_ID_LEN) { Ok(()) } else { Err(ConfigError::DiskId(id.to_owned())) }
-}
-
-/// An amount of memory in bytes, or with K, M, G or T, which may be followed by `i`, `B` or `iB` and always mean
-/// powers of 1,024.
-///
-/// # Errors
-/// What to write instead.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let upper = text.to_ascii_uppercase();
-    let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());
-    let (number, unit) = upper.split_at(number_end);
-    let shift = match unit {
-        "" | "B" => 0,
-        "K" | "KI" | "KB" | "KIB" => 10,
-        "M" | "MI" | "MB" | "MIB" => 20,
-        "G" | "GI" | "GB" | "GIB" => 30,
-        "T" | "TI" | "TB" | "TIB" => 40,
-        _ => return Err(format!("unknown unit {unit:?}; use K, M, G or T, as in 512M or 512MiB")),
-    };
-    let number: u64 = number.parse().map_err(|_| "write a whole number and a unit, as in 512M".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "it does not fit into 64 bits".to_owned())
-}
-
-fn is_name(text: &str, max: usize) -> bool {
-    let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    // These two mean folders wherever names become parts of paths.
-    (1..=max).contains(&text.len()) && text.chars().all(letter) && !matches!(text, "." | "..")
 }
 
 /// Checks the size of a VM's memory, in bytes.
@@ -323,8 +273,10 @@ pub fn check_memory(bytes: u64) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use samepage_devices::virtio::block::MAX_ID_LEN;
     use samepage_hole::parse_parameter;
     use samepage_sharing::engine::Settings;
+    use samepage_text::names::MAX_DISK_ID;
 
     use super::*;
     use crate::boot::test_images::pvh_elf;
@@ -356,26 +308,12 @@ mod tests {
         assert!(refused(|c| c.memory_bytes = 1 << 60).contains("8T"));
         assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("two disks"));
         assert!(refused(|c| c.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
+        assert_eq!(MAX_DISK_ID, MAX_ID_LEN);
         assert!(refused(|c| c.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most"));
         let disks = || (0..8).map(|n| disk(&n.to_string())).collect();
         let with_port = refused(|c| (c.disks, c.memory_hole) = (disks(), MemoryHole::Port));
         assert!(with_port.contains("7 at most"), "{with_port}");
         assert!(refused(|c| c.kernel = ImageSource::Path("/nonexistent".into())).contains("/nonexistent"));
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("256M"), Ok(256 << 20));
-        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
-        assert_eq!(parse_size("64k"), Ok(64 << 10));
-        for (text, shift) in [("1Ki", 10), ("1MiB", 20), ("1Mi", 20), ("1mb", 20), ("1Gi", 30), ("1TiB", 40)]
-        {
-            assert_eq!(parse_size(text), Ok(1 << shift), "{text}");
-        }
-        for wrong in ["", "M", "1.5G", "-1", "10X", "1i", "1IB", "99999999999999999999", "99999999T"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Figures for people.
 
+/// Bytes of a page.
+pub(crate) const PAGE_SIZE: usize = 4096;
+
 /// A size with a binary unit.
-pub(crate) fn bytes(bytes: u64) -> String {
+pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
         return format!("{bytes} B");
@@ -19,7 +22,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
 }
 
 /// A count with separators between thousands.
-pub(crate) fn count(count: u64) -> String {
+pub fn count(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -32,12 +35,12 @@ pub(crate) fn count(count: u64) -> String {
 }
 
 /// Memory of so many pages.
-pub(crate) fn pages(pages: u64) -> String {
-    bytes(pages.saturating_mul(samepage::oracle::PAGE_SIZE as u64))
+pub fn pages(pages: u64) -> String {
+    bytes(pages.saturating_mul(PAGE_SIZE as u64))
 }
 
 /// `part` of `whole`, in percent; 0 of nothing.
-pub(crate) fn percent(part: u64, whole: u64) -> f64 {
+pub fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 }
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// Where it cannot be opened, or something else than a file is there by now.
-pub(crate) fn open_again(path: &Path) -> io::Result<File> {
+pub fn open_again(path: &Path) -> io::Result<File> {
     // A FIFO without a reader would hold up everything that waits for this.
     let file = File::options().append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if file.metadata()?.is_file() {

@@ -5,13 +5,13 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 /// Says one line. Who has closed standard error does not hear it, and the VMs run on.
-pub(crate) fn tell(text: impl Display) {
+pub fn tell(text: impl Display) {
     let _ = writeln!(io::stderr(), "samepage: {text}");
 }
 
 /// An error and its causes, outermost first. Errors of libraries tell their causes themselves; such
 /// a cause is not told again. Files run out anywhere, so what helps against that is said here.
-pub(crate) fn causes(error: &anyhow::Error) -> String {
+pub fn causes(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {

@@ -34,7 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
 use crate::config::{ConfigError, ConsoleConfig, MemoryHole, VmConfig};
-use crate::console::sink::{CopySink, FileSink, Log, PrefixSink};
+use crate::console::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};

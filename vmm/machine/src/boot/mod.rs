@@ -9,8 +9,8 @@ pub(crate) mod image;
 pub(crate) mod load;
 mod notes;
 pub(crate) mod params;
-#[cfg(test)]
-pub(crate) mod test_images;
+#[cfg(any(test, feature = "test-images"))]
+pub mod test_images;
 
 pub use load::BootError;
 

@@ -23,7 +23,7 @@ pub fn is_readable_now(file: RawFd) -> io::Result<bool> {
 }
 
 /// Whether the file takes something, or fails, without a wait longer than this.
-pub(crate) fn is_writable_within(file: RawFd, wait: Duration) -> io::Result<bool> {
+pub fn is_writable_within(file: RawFd, wait: Duration) -> io::Result<bool> {
     is_ready(file, POLLOUT, wait)
 }
 
@@ -38,7 +38,7 @@ fn is_ready(file: RawFd, events: c_short, wait: Duration) -> io::Result<bool> {
 }
 
 /// poll(2) without a timeout; interruptions by signals are not told.
-pub(crate) fn wait(files: &mut [pollfd]) -> io::Result<()> {
+pub fn wait(files: &mut [pollfd]) -> io::Result<()> {
     loop {
         // SAFETY: the slice is valid for as many entries as it has.
         let ready = unsafe { libc::poll(files.as_mut_ptr(), files.len() as libc::nfds_t, -1) };

@@ -44,7 +44,7 @@ pub(crate) const PDPT: u64 = 0xa000;
 pub(crate) const PAGE_DIRECTORIES: u64 = 0xb000;
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// Longest command line, its terminating NUL included: Linux' COMMAND_LINE_SIZE on x86.
-pub(crate) const COMMAND_LINE_MAX: usize = 2048;
+pub const COMMAND_LINE_MAX: usize = 2048;
 
 /// First virtio-mmio device; the others follow, 4 KiB apart.
 pub const MMIO_START: u64 = 0xd000_0000;

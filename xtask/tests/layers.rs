@@ -1,0 +1,108 @@
+//! Which crate may depend on which, read from the workspace's Cargo.toml files.
+//!
+//! The table is that of `docs/design.md`. Dependencies of tests (`dev-dependencies`) may point anywhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use toml::{Table, Value};
+
+/// Each crate of the layers, and the crates of the workspace that it may use itself.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("samepage-hole", &[]),
+    ("samepage-text", &[]),
+    ("samepage-sharing", &["samepage-hole"]),
+    ("samepage-devices", &["samepage-hole"]),
+    ("samepage-process", &["samepage-sharing"]),
+    (
+        "samepage-machine",
+        &["samepage-devices", "samepage-hole", "samepage-process", "samepage-sharing", "samepage-text"],
+    ),
+];
+
+/// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
+const FORBIDDEN: &[(&str, &[&str])] = &[
+    ("samepage-text", &["libc", "rustix", "tokio", "hyper", "kvm-"]),
+    ("samepage-process", &["kvm-", "axum", "hyper", "tokio"]),
+    ("samepage-sharing", &["kvm-", "virtio-", "axum", "hyper", "tokio"]),
+    ("samepage-devices", &["kvm-", "axum", "hyper", "tokio"]),
+    ("samepage-machine", &["axum", "hyper", "tokio", "clap", "utoipa"]),
+];
+
+/// The crates of the workspace with all that each depends on, but for its tests.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |folder: &Path| -> Table {
+        let path = folder.join("Cargo.toml");
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    let members = read(&root)["workspace"]["members"].as_array().cloned().expect("a list of members");
+    let of_member = |member: &Value| {
+        let manifest = read(&root.join(member.as_str().expect("a path")));
+        let name = manifest["package"]["name"].as_str().expect("a name").to_owned();
+        let tables = ["dependencies", "build-dependencies"].map(|table| manifest.get(table));
+        let names = tables.into_iter().flatten().filter_map(Value::as_table).flat_map(Table::keys);
+        (name, names.cloned().collect())
+    };
+    members.iter().map(of_member).collect()
+}
+
+/// All that a crate reaches, each with the crate that depends on it.
+fn reached(all: &BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeMap<String, String> {
+    let mut reached = BTreeMap::new();
+    let mut ahead = vec![from.to_owned()];
+    while let Some(name) = ahead.pop() {
+        for used in all.get(&name).into_iter().flatten() {
+            if reached.insert(used.clone(), name.clone()).is_none() {
+                ahead.push(used.clone());
+            }
+        }
+    }
+    reached
+}
+
+#[test]
+fn crates_use_only_what_lies_below_them() {
+    let all = dependencies();
+    let mut wrong = Vec::new();
+    for (name, allowed) in LAYERS {
+        let used = all.get(*name).unwrap_or_else(|| panic!("there is no crate {name}"));
+        let ours = used.iter().filter(|used| all.contains_key(*used));
+        wrong.extend(
+            ours.filter(|used| !allowed.contains(&used.as_str())).map(|used| format!("{name} uses {used}")),
+        );
+    }
+    assert!(wrong.is_empty(), "against the table of docs/design.md: {}", wrong.join(", "));
+}
+
+#[test]
+fn crates_know_nothing_of_what_is_none_of_theirs() {
+    let all = dependencies();
+    let mut wrong = Vec::new();
+    for (name, forbidden) in FORBIDDEN {
+        for (used, by) in reached(&all, name) {
+            if forbidden.iter().any(|start| used.starts_with(start)) {
+                wrong.push(format!("{name} reaches {used} (by {by})"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "against the table of docs/design.md: {}", wrong.join(", "));
+}
+
+#[test]
+fn every_crate_of_the_monitor_has_its_place_in_the_table() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let all = dependencies();
+    let docs = fs::read_to_string(root.join("docs/design.md")).expect("docs/design.md");
+    for name in all.keys().filter(|name| {
+        !["samepage-agent", "samepage-resources", "samepage-tests", "xtask"].contains(&name.as_str())
+    }) {
+        assert!(docs.contains(&format!("| `{name}` |")), "{name} is missing in the table of docs/design.md");
+        assert!(
+            name == "samepage" || LAYERS.iter().any(|(layer, _)| layer == name),
+            "{name} is missing here"
+        );
+    }
+}
