@@ -10,12 +10,15 @@ use super::guest::Files;
 use super::host::Host;
 use super::monitor::{self, GUEST_MIB, Running};
 use super::report::{MemoryRow, Pair, Spread, StartupReport, TimeRow};
+use super::rounds;
 use super::smaps::{self, Memory};
 use super::{StartupArgs, quartiles};
 use crate::process;
 
 /// How many seconds a fleet of idle guests gets to come to rest.
 const SAMPLES: u32 = 60;
+/// After how many seconds samepage has given back what its start left behind.
+const SECONDS_TO_GIVE_BACK: u32 = 3;
 const PAGE_KIB: u64 = 4;
 
 /// Measures start-up times, then memory.
@@ -30,9 +33,10 @@ pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Re
     numbers.sort_unstable();
     numbers.dedup();
     let memory = numbers.into_iter().map(|vms| memory(vms, samepage, &guests.demo)).collect::<Result<_>>()?;
+    let rounds = rounds::measure(args.rounds, samepage, &guests.demo)?;
     host.look_again()?;
     let qemu = qemu.lines().next().unwrap_or_default().to_owned();
-    Ok(StartupReport::new(host, qemu, (GUEST_MIB, args.runs), times, memory))
+    Ok(StartupReport::new(host, qemu, (GUEST_MIB, args.runs), (times, memory, rounds)))
 }
 
 fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result<TimeRow> {
@@ -103,8 +107,12 @@ impl Statistics {
     }
 }
 
-/// Memory of a samepage process whose statistics, which it tells each second, have stopped changing.
+/// Memory of a samepage process whose statistics, which it tells each second, have stopped changing. A second
+/// after its last VM has come it gives memory back.
 fn memory_at_rest(process: &mut Running) -> Result<Memory> {
+    for _ in 0..SECONDS_TO_GIVE_BACK {
+        statistics(process)?;
+    }
     let mut before = statistics(process)?;
     for _ in 0..SAMPLES {
         let memory = smaps::of_samepage(process.id(), before.private_kib())?;

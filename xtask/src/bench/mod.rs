@@ -10,6 +10,7 @@ mod lookahead;
 mod measure;
 mod monitor;
 mod report;
+mod rounds;
 mod smaps;
 mod types;
 
@@ -49,6 +50,10 @@ pub struct StartupArgs {
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "1,2,16,64",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub vms: Vec<u32>,
+
+    /// Rounds of 32 VMs that come, share and go, before what the process keeps is measured
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
 
     /// Print the results as JSON, and nothing else
     #[arg(long)]

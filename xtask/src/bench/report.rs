@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::host::Host;
+use super::rounds::RoundsRow;
 use super::smaps::Memory;
 
 /// What samepage is to need at most of QEMU's time.
@@ -13,6 +14,8 @@ const TIME_GOAL: f64 = 1.0 / 3.0;
 const FIRST_VM_GOAL_KIB: f64 = 5.0 * 1024.0;
 /// The same for each further VM of the process.
 const FURTHER_VM_GOAL_KIB: f64 = 1024.0;
+/// What a process is to keep at most of VMs that are gone, with all that it needs itself, in KiB.
+const KEPT_GOAL_KIB: f64 = 10.0 * 1024.0;
 
 /// A measurement of both monitors.
 #[derive(Debug, Clone, Serialize)]
@@ -135,6 +138,8 @@ pub struct StartupReport {
     pub memory: Vec<MemoryRow>,
     /// What follows from it for a VM.
     pub vms: Vec<VmRow>,
+    /// What a process keeps of VMs that are gone.
+    pub rounds: RoundsRow,
 }
 
 impl StartupReport {
@@ -142,11 +147,10 @@ impl StartupReport {
         host: Host,
         qemu: String,
         (guest_mib, runs): (u32, u32),
-        times: Vec<TimeRow>,
-        memory: Vec<MemoryRow>,
+        (times, memory, rounds): (Vec<TimeRow>, Vec<MemoryRow>, RoundsRow),
     ) -> Self {
         let vms = VmRow::all(&memory);
-        Self { host, qemu, guest_mib, runs, times, memory, vms }
+        Self { host, qemu, guest_mib, runs, times, memory, vms, rounds }
     }
 }
 
@@ -183,7 +187,12 @@ impl fmt::Display for StartupReport {
             let verdict = verdict(*samepage, *goal_kib);
             writeln!(f, "{what:<24} {samepage:>22.0} {qemu:>22.0} {ratio:>6.3}  {goal_kib}: {verdict}")?;
         }
-        Ok(())
+
+        let RoundsRow { rounds, vms, before_kib, after_kib } = self.rounds;
+        let verdict = verdict(after_kib as f64, KEPT_GOAL_KIB);
+        writeln!(f, "\nPrivate memory of samepage's process without VMs, in KiB:\n")?;
+        writeln!(f, "before the first VM {before_kib:>12}")?;
+        writeln!(f, "after {rounds} rounds of {vms} VMs {after_kib:>6}  goal {KEPT_GOAL_KIB}: {verdict}")
     }
 }
 
@@ -234,7 +243,8 @@ mod tests {
             |median_ms| Spread { lower_quartile_ms: 1.0, median_ms, upper_quartile_ms: 2.0 * median_ms };
         let times = TimeRow::new("first instruction", Pair { samepage: spread(6.0), qemu: spread(12.0) });
         let memory = vec![row(1, 2000, 40_000), row(3, 2400, 80_000)];
-        let report = StartupReport::new(host, "QEMU 7".into(), (64, 20), vec![times], memory);
+        let rounds = RoundsRow { rounds: 50, vms: 32, before_kib: 3000, after_kib: 6000 };
+        let report = StartupReport::new(host, "QEMU 7".into(), (64, 20), (vec![times], memory, rounds));
 
         let text = report.to_string();
         assert!(text.contains("6.0 (1.0-12.0)") && text.contains("0.500  0.33: missed"), "{text}");
