@@ -309,6 +309,9 @@ impl Engine {
     /// Does the next piece of work, about a millisecond of it, or says until when there is none.
     pub fn step(&mut self, now: Instant) -> Step {
         let since = Since::now();
+        self.recount();
+        self.holds.note("recount of mappings", since);
+        let since = Since::now();
         let (kind, step) = self.next_step(now);
         self.calls.wake_latecomers();
         self.holds.note(kind.map_or("looking for work", Kind::name), since);
@@ -317,7 +320,6 @@ impl Engine {
 
     /// What kind of work there was, if it has a turn, and what the step was.
     fn next_step(&mut self, now: Instant) -> (Option<Kind>, Step) {
-        self.recount();
         if self.retire_step() {
             return (None, Step::Worked);
         }

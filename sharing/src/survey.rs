@@ -12,7 +12,7 @@ use crate::ram::HUGE_PAGES;
 use crate::statistics::VmStatistics;
 
 /// Pages of a part: some hundred microseconds of work.
-const PART_PAGES: u32 = 1 << 15;
+const PART_PAGES: u32 = 1 << 13;
 
 /// Something that is counted page by page.
 pub(crate) trait PageCount {

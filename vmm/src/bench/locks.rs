@@ -58,6 +58,10 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
          one VM stops to share and begins again, one frees half of its memory, one says what its pages are for \
          and falls silent, one reads a quarter of its memory from a disk and discards those blocks, and one ends",
     );
+    section.note(
+        "the engine is alone here and counts the process's mappings itself; where VMs run, a thread that holds no \
+         engine does",
+    );
     section.note("on a busy host the real time is what the thread waits for its processor");
     Ok(vec![section])
 }
