@@ -54,7 +54,8 @@ fn build() -> PathBuf {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         // With all of the workspace, dependencies have the features that they had for the tests.
-        .args(["build", "--quiet", "--workspace", "--bin", "samepage", "--profile", profile])
+        .args(["build", "--quiet", "--workspace", "--bin", "samepage", "--bin", "samepage-bench"])
+        .args(["--profile", profile])
         .args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")])
         .arg("--target-dir")
         .arg(target)

@@ -2,8 +2,8 @@
 
 mod disk;
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -16,11 +16,11 @@ use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
-use crate::bench::BenchArgs;
 use crate::client::args::ClientCommand;
 use crate::firecracker::args::FirecrackerArgs;
 pub(crate) use disk::DiskArg;
 use disk::parse_disk;
+use samepage_analyze::args::AnalyzeArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -74,8 +74,13 @@ pub(crate) enum Command {
     /// Say what sharing would save in memory images, or in the memory of running VMs of any monitor
     #[command(after_help = ANALYZE_EXAMPLES, override_usage = ANALYZE_USAGE)]
     Analyze(AnalyzeArgs),
-    /// Measure samepage beside what others need for the same
-    Bench(BenchArgs),
+    /// Measure samepage beside what others need for the same, where samepage-bench is installed
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// The benchmark, and its arguments; --help tells them
+        #[arg(value_name = "ARGUMENT", trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     #[command(flatten)]
     Client(ClientCommand),
     /// Check configuration files
@@ -106,54 +111,6 @@ pub(crate) enum ConfigCommand {
     },
     /// Print the JSON Schema of configuration files
     Schema,
-}
-
-/// The arguments of `samepage analyze`.
-#[derive(Debug, Args)]
-pub(crate) struct AnalyzeArgs {
-    /// Memory of a VM: a raw image, an ELF core as `virsh dump --memory-only`, QEMU's dump-guest-memory,
-    /// `xl dump-core` or gcore write it, or what LiME writes
-    #[arg(value_name = "FILE", required_unless_present = "pids")]
-    pub(crate) files: Vec<PathBuf>,
-
-    /// What the files are, where that is not to be found out: a raw image may begin with a program's header
-    #[arg(long, value_enum, value_name = "auto|raw|elf|lime", default_value_t = ImageFormatArg::Auto)]
-    pub(crate) format: ImageFormatArg,
-
-    /// A running process that holds a VM (QEMU, Firecracker, Cloud Hypervisor, samepage); its memory is
-    /// read and never changed. May be repeated
-    #[arg(long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) pids: Vec<u32>,
-
-    /// Where the process holds guest memory, as in /proc/PID/maps; may be repeated. Without it, large
-    /// read-write mappings are taken
-    #[arg(long = "range", value_name = "START-END", value_parser = parse_range, requires = "pids")]
-    pub(crate) ranges: Vec<Range<u64>>,
-
-    /// The smallest mapping of a process, or of a process's core, that is taken for guest memory
-    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
-    pub(crate) min_mapping: u64,
-
-    /// Count each mapping or --range of a process as a VM of its own (always so for samepage)
-    #[arg(long, requires = "pids")]
-    pub(crate) each_mapping: bool,
-
-    /// Print the result as JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-
-    /// Draw the result into this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub(crate) svg: Option<PathBuf>,
-}
-
-/// `--format` of `samepage analyze`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ImageFormatArg {
-    Auto,
-    Raw,
-    Elf,
-    Lime,
 }
 
 /// The arguments of `samepage demo`.
@@ -389,17 +346,6 @@ fn parse_name(text: &str) -> Result<String, String> {
     names::check_name(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
 }
 
-/// Addresses in hexadecimal, as the kernel writes them in `/proc/PID/maps`.
-fn parse_range(text: &str) -> Result<Range<u64>, String> {
-    let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
-    let range = text.split_once('-').and_then(|(start, end)| Some(address(start)?..address(end)?));
-    match range {
-        Some(range) if range.start < range.end && (range.start | range.end).is_multiple_of(4096) => Ok(range),
-        Some(_) => Err("the start must be below the end, and both multiples of 1000 (4 KiB)".to_owned()),
-        None => Err("use two addresses in hexadecimal, as in 7f0000000000-7f0040000000".to_owned()),
-    }
-}
-
 fn parse_console(text: &str) -> Result<ConsoleArg, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(ConsoleArg::Stdio),
@@ -500,15 +446,6 @@ mod tests {
             rest.trim_start().starts_with("for programs, and `console`") && !has_json("console"),
             "{rest}"
         );
-    }
-
-    #[test]
-    fn ranges_are_whole_pages() {
-        assert_eq!(parse_range("1000-3000"), Ok(0x1000..0x3000));
-        assert_eq!(parse_range("0x7f0000000000-0x7f0040000000"), Ok(0x7f00_0000_0000..0x7f00_4000_0000));
-        for wrong in ["", "1000", "1000-1000", "2000-1000", "1001-3000", "x-y", "-1000", "1000-3000-4000"] {
-            assert!(parse_range(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -2,14 +2,12 @@
 //! identical memory.
 //!
 //! - [`fleet`] runs several VMs and collects their ends.
-//! - [`oracle`] says what sharing could save in given memory, without running anything.
 //! - [`host_limits`] says how much memory may be promised to guests.
 
 pub mod api;
 pub mod by_type;
 pub mod fleet;
 pub mod host_limits;
-pub mod oracle;
 pub mod statistics;
 pub mod web;
 

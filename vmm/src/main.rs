@@ -1,6 +1,5 @@
 //! The `samepage` program: see `samepage --help`.
 
-mod analyze;
 mod bench;
 mod cli;
 mod client;
@@ -40,8 +39,8 @@ fn command() -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(args),
         Command::Serve(args) => run::serve(args),
         Command::Demo(args) => demo::main(args),
-        Command::Analyze(args) => analyze::main(args),
-        Command::Bench(args) => bench::main(args),
+        Command::Analyze(args) => samepage_analyze::main(args),
+        Command::Bench { arguments } => bench::main(arguments),
         Command::Client(command) => client::main(command),
         Command::Config { command } => generate::config(command),
         Command::Completions { shell } => generate::completions(*shell),

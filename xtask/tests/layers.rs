@@ -19,6 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "samepage-machine",
         &["samepage-devices", "samepage-hole", "samepage-process", "samepage-sharing", "samepage-text"],
     ),
+    ("samepage-analyze", &["samepage-process", "samepage-sharing", "samepage-text"]),
 ];
 
 /// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
@@ -28,6 +29,8 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-sharing", &["kvm-", "virtio-", "axum", "hyper", "tokio"]),
     ("samepage-devices", &["kvm-", "axum", "hyper", "tokio"]),
     ("samepage-machine", &["axum", "hyper", "tokio", "clap", "utoipa"]),
+    ("samepage-analyze", &["kvm-", "axum", "hyper", "tokio", "samepage-devices", "samepage-machine"]),
+    ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
 ];
 
 /// The crates of the workspace with all that each depends on, but for its tests.
@@ -101,7 +104,8 @@ fn every_crate_of_the_monitor_has_its_place_in_the_table() {
     }) {
         assert!(docs.contains(&format!("| `{name}` |")), "{name} is missing in the table of docs/design.md");
         assert!(
-            name == "samepage" || LAYERS.iter().any(|(layer, _)| layer == name),
+            ["samepage", "samepage-bench"].contains(&name.as_str())
+                || LAYERS.iter().any(|(layer, _)| layer == name),
             "{name} is missing here"
         );
     }

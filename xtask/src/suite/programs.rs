@@ -55,10 +55,13 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-/// Builds the program with the features that its dependencies have for the tests. Returns its path.
+/// Builds the program and its benchmarks with the features that its dependencies have for the tests. Returns its path.
 fn build_program() -> Result<PathBuf> {
-    let messages = process::build(&["build", "--workspace", "--bin", "samepage", "--locked"])?;
-    process::executable(&messages).context("cargo build names no program")
+    let programs = ["--bin", "samepage", "--bin", "samepage-bench"];
+    let messages = process::build(&[&["build", "--workspace", "--locked"][..], &programs].concat())?;
+    let program = process::executable(&messages).context("cargo build names no program")?;
+    // The one that was built last is no matter: they lie side by side.
+    Ok(program.with_file_name("samepage"))
 }
 
 /// The examples in documentation.

@@ -1,0 +1,91 @@
+//! A process with a control socket, and its VMs.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hyper::Method;
+use samepage::api::Client;
+use samepage_resources::DEMO_GUEST;
+use samepage_resources::demo::plan::Plan;
+use serde_json::{Value, json};
+
+/// How long the process may take to come up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Memory of each guest, in bytes.
+pub(super) const MEMORY: u64 = 16 << 20;
+
+/// The process, which ends when this is dropped, and a folder for it.
+pub(super) struct Server {
+    process: Child,
+    folder: PathBuf,
+    socket: PathBuf,
+    client: Client,
+}
+
+impl Server {
+    /// Starts it.
+    pub(super) fn start() -> Result<Self> {
+        let folder = env::temp_dir().join(format!("samepage-bench-api-{}", std::process::id()));
+        fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
+        let socket = folder.join("socket");
+        let started =
+            fs::write(folder.join("guest.elf"), DEMO_GUEST).context("write the guest").and_then(|()| {
+                let mut command = Command::new(crate::program::path()?);
+                command.args(["serve", "--socket"]).arg(&socket).stdin(Stdio::null()).stderr(Stdio::null());
+                command.spawn().context("start the server")
+            });
+        let process = started.inspect_err(|_| drop(fs::remove_dir_all(&folder)))?;
+        let client = Client::new(&socket);
+        let server = Self { process, folder, socket, client };
+        let deadline = Instant::now() + PATIENCE;
+        while server.client.get::<Value>("/version").is_err() {
+            ensure!(Instant::now() < deadline, "the server does not come up");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(server)
+    }
+
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The guest's file.
+    pub(super) fn guest(&self) -> PathBuf {
+        self.folder.join("guest.elf")
+    }
+
+    /// What creates and starts a VM.
+    pub(super) fn vm(&self, name: &str, plan: &Plan) -> Value {
+        json!({
+            "name": name, "kernel": self.guest(), "memory": MEMORY, "cmdline": plan.to_string(), "start": true,
+        })
+    }
+
+    /// Starts VMs that go on.
+    pub(super) fn create_vms(&self, count: u32) -> Result<()> {
+        for vm in 0..count {
+            let plan = Plan { vm, rounds: 0, every_ms: 1000, pages: Some(256), ..Plan::default() };
+            let vm = self.vm(&format!("vm-{vm}"), &plan);
+            self.client.send::<Value>(Method::POST, "/vms", &vm).context("create a VM")?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Whatever it does, it is over.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}

@@ -1,0 +1,107 @@
+//! Guests that use a disk through a page cache of their own.
+
+use std::path::Path;
+
+use anyhow::Result;
+use samepage_devices::disk::CachePolicy;
+use samepage_machine::DiskConfig;
+use samepage_resources::demo::client::{BLOCK_BYTES, ClientLayout, ClientPlan};
+use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
+use samepage_resources::demo::report::Report;
+
+use super::super::context::Bench;
+use super::super::vms::guests::Guest;
+use super::FIRST_DISK;
+
+/// Memory of a guest besides its client's.
+const BESIDES: u64 = 8 << 20;
+const MIB: u64 = 1 << 20;
+
+/// A plan for a guest that does nothing but use its disk: so many passes, with a pause in between that is
+/// long enough to look at figures.
+pub(crate) fn plan(client: ClientPlan, depth: u32, passes: u64, pause_ms: u64) -> Plan {
+    let disk = DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth, client, ..DiskPlan::new(FIRST_DISK) };
+    Plan {
+        alike: 0,
+        own: 0,
+        zero: 0,
+        pages: Some(0),
+        rounds: passes,
+        every_ms: pause_ms,
+        disk: Some(disk),
+        ..Plan::default()
+    }
+}
+
+/// Memory that a guest with such a plan needs, in bytes.
+pub(crate) fn memory(plan: &Plan) -> u64 {
+    let client = plan.disk.as_ref().and_then(ClientLayout::new).map_or(0, |layout| layout.bytes);
+    (client + BESIDES).next_multiple_of(MIB)
+}
+
+/// The disk of such a guest, which it may write only if its plan says so.
+pub(crate) fn disk(image: &Path, policy: CachePolicy, plan: &Plan) -> DiskConfig {
+    DiskConfig {
+        path: image.to_path_buf(),
+        id: "bench".to_owned(),
+        read_only: plan.disk.is_none_or(|disk| disk.client.writes == 0),
+        format: Some(samepage_devices::disk::Format::Raw),
+        cache: policy,
+        ..DiskConfig::default()
+    }
+}
+
+/// What a guest has done with its disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Work {
+    /// Blocks used.
+    pub(crate) blocks: u64,
+    /// Blocks that the guest's cache held.
+    pub(crate) hits: u64,
+    pub(crate) requests: u64,
+    /// Time that it took, in microseconds.
+    pub(crate) us: u64,
+    /// Time that half of the requests took at most, in microseconds.
+    pub(crate) p50: f64,
+    /// Time that 99 of 100 requests took at most, in microseconds.
+    pub(crate) p99: f64,
+}
+
+impl Work {
+    /// What a guest reports of a pass, or of all at the end.
+    pub(crate) fn of(report: &Report) -> Option<Self> {
+        let micros = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
+        match *report {
+            Report::Client { blocks, hits, requests, us, p50, p99, .. }
+            | Report::ClientTotal { blocks, hits, requests, us, p50, p99, .. } => {
+                Some(Self { blocks, hits, requests, us, p50: micros(p50), p99: micros(p99) })
+            }
+            _ => None,
+        }
+    }
+
+    /// Bytes used a second.
+    pub(crate) fn bytes_per_second(&self) -> f64 {
+        (self.blocks * BLOCK_BYTES) as f64 * 1e6 / self.us.max(1) as f64
+    }
+}
+
+/// Waits until a guest has done one more pass.
+///
+/// # Errors
+/// As [`Guest::wait_for`].
+pub(crate) fn wait_pass(bench: &Bench, guest: &Guest) -> Result<Work> {
+    guest.wait_for(bench, "the end of a pass over its disk", Work::of)
+}
+
+/// Waits until a guest is through with all its passes, and gives what it did in those that count.
+///
+/// # Errors
+/// As [`Guest::wait_for`].
+pub(crate) fn wait_end(bench: &Bench, guest: &Guest) -> Result<Work> {
+    let is_total = |report: &Report| matches!(report, Report::ClientTotal { .. });
+    let find = |report: &Report| Work::of(report).filter(|_| is_total(report));
+    let work = guest.wait_for(bench, "its last pass over its disk", find)?;
+    guest.vm.wait();
+    Ok(work)
+}

@@ -1,0 +1,167 @@
+//! `samepage bench`, a program of its own: nothing of it is in the product.
+//!
+//! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
+//! both, in one process and one run, in turns. What is printed are ratios: these hold where times
+//! do not. [`replay`]: `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]:
+//! `samepage bench block`.
+//!
+//! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
+//! back as they were, on every way out. See `docs/bench-sharing.md`.
+
+mod api;
+mod args;
+mod block;
+mod cache;
+mod changing;
+mod context;
+mod cpu;
+mod delivery;
+mod disk;
+mod duplicates;
+mod fragmented;
+mod frames;
+mod images;
+mod kernels;
+mod ksm;
+mod layout;
+mod locks;
+mod lookahead;
+mod memory;
+mod ours;
+mod plot;
+mod program;
+mod replay;
+mod report;
+mod returns;
+mod runs;
+mod series;
+mod sharers;
+mod state;
+mod table;
+mod vms;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use samepage_process::tell::{causes, tell};
+
+use args::{BenchArgs, Benchmark, SharingArgs};
+use context::{Bench, Interrupted};
+use report::{Failure, Report, Section};
+
+/// One measurement, or several that belong together.
+struct Workload {
+    /// What `--only` calls it.
+    name: &'static str,
+    /// Measures. An error says what could not be measured; a workload that this host cannot run, or
+    /// that lacks KSM, gives sections that say so.
+    measure: fn(&Bench) -> Result<Vec<Section>>,
+}
+
+/// The workload that measures over time.
+const SERIES: &str = "series";
+
+/// All workloads, in the order in which they run.
+const WORKLOADS: &[Workload] = &[
+    Workload { name: "runs", measure: runs::measure },
+    Workload { name: "returns", measure: returns::measure },
+    Workload { name: "duplicates", measure: duplicates::measure },
+    Workload { name: "fragmented", measure: fragmented::measure },
+    Workload { name: "lookahead", measure: lookahead::measure },
+    Workload { name: "changing", measure: changing::measure },
+    Workload { name: SERIES, measure: series::measure },
+    Workload { name: "sharers", measure: sharers::measure },
+    Workload { name: "state", measure: state::measure },
+    Workload { name: "delivery", measure: delivery::measure },
+    Workload { name: "locks", measure: locks::measure },
+    Workload { name: "found", measure: vms::found },
+    Workload { name: "share", measure: vms::share },
+    Workload { name: "idle", measure: vms::idle },
+    Workload { name: "breaks", measure: vms::breaks },
+    Workload { name: "faults", measure: vms::faults },
+    Workload { name: "slowdown", measure: vms::slowdown },
+    Workload { name: "tlb", measure: vms::tlb },
+];
+
+fn main() -> ExitCode {
+    // Wrong usage ends here, with status 2.
+    run(&BenchArgs::parse()).unwrap_or_else(|error| {
+        tell(causes(&error));
+        ExitCode::from(1)
+    })
+}
+
+/// Runs the command.
+fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let result = match &args.benchmark {
+        Benchmark::Sharing(args) => compare_sharing(args),
+        Benchmark::CacheSimulation(args) => {
+            replay::measure(args).and_then(|report| print(args.json, &report, replay::Report::format))
+        }
+        Benchmark::Cache(args) => {
+            cache::measure(args).and_then(|report| print(args.json, &report, cache::Report::format))
+        }
+        Benchmark::Block(args) => {
+            block::measure(args).and_then(|report| print(args.json, &report, block::Report::format))
+        }
+        Benchmark::Api(args) => {
+            api::measure(args).and_then(|report| print(args.json, &report, api::Report::format))
+        }
+    };
+    result.or_else(|error| match error.downcast_ref::<Interrupted>() {
+        Some(interrupted) => {
+            tell(interrupted);
+            Ok(ExitCode::from(interrupted.status()))
+        }
+        None => Err(error),
+    })
+}
+
+/// Prints results as JSON or for people.
+fn print<R: serde::Serialize>(as_json: bool, report: &R, format: fn(&R) -> String) -> Result<ExitCode> {
+    let text = if as_json { serde_json::to_string_pretty(report)? + "\n" } else { format(report) };
+    io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn compare_sharing(args: &SharingArgs) -> Result<ExitCode> {
+    let report = sharing(args)?;
+    print(args.json, &report, table::format)?;
+    if let Some(path) = &args.svg {
+        let drawn =
+            report.sections.iter().find_map(|section| Some((&section.title, section.curves.as_ref()?)));
+        let (title, curves) = drawn.context("there is nothing to draw")?;
+        std::fs::write(path, plot::draw(title.split(':').next().unwrap_or(title), curves))
+            .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
+    }
+    Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn sharing(args: &SharingArgs) -> Result<Report> {
+    let started = Instant::now();
+    let chosen: Vec<_> = WORKLOADS
+        .iter()
+        .filter(|workload| args.only.is_empty() || args.only.iter().any(|name| name == workload.name))
+        .collect();
+    let over_time = chosen.iter().any(|workload| workload.name == SERIES);
+    ensure!(
+        args.svg.is_none() || over_time,
+        "--svg draws what the workload {SERIES} measures: give --only {SERIES} too"
+    );
+    let mut bench = Bench::new(args)?;
+    let (mut sections, mut failures) = (Vec::new(), Vec::new());
+    for (index, workload) in chosen.iter().enumerate() {
+        bench.begin(format!("[{}/{}] {}", index + 1, chosen.len(), workload.name));
+        match (workload.measure)(&bench) {
+            Ok(measured) => sections.extend(measured.into_iter().map(|section| section.of(workload.name))),
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            // What others measure is worth having all the same.
+            Err(error) => failures.push(Failure::new(workload.name, &error)),
+        }
+        bench.end();
+    }
+    Ok(Report::new(&bench, sections, failures, started.elapsed()))
+}

@@ -1,0 +1,24 @@
+//! What kind of KVM a host has: what change tracking and small pages cost guests depends on it.
+
+use std::fs;
+use std::path::Path;
+
+/// How this host's KVM translates guests' addresses, in words.
+pub(crate) fn kind() -> String {
+    let parameter =
+        |path: &str| fs::read_to_string(path).map(|text| text.trim() == "Y" || text.trim() == "1");
+    let nested = |yes: bool| {
+        if yes { "nested paging: guests' TLB misses walk the host's tables too" } else { "shadow paging" }
+    };
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        return "KVM in software (kvm_pvm): shadow paging in pages of 4 KiB, guests' kernels interpreted"
+            .into();
+    }
+    if let Ok(yes) = parameter("/sys/module/kvm_intel/parameters/ept") {
+        return format!("KVM on Intel VT-x, {}", nested(yes));
+    }
+    if let Ok(yes) = parameter("/sys/module/kvm_amd/parameters/npt") {
+        return format!("KVM on AMD-V, {}", nested(yes));
+    }
+    "a KVM that does not say how it translates addresses".into()
+}
