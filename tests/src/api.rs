@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use samepage::api::{Client, client::Answer};
+use samepage_client::socket::{Answer, Client};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use serde_json::{Value, json};

@@ -17,8 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use samepage::api::events::{Event, Happening};
-use samepage::api::lifecycle::State;
+use samepage_api_types::events::{Event, Happening};
+use samepage_api_types::lifecycle::State;
 use samepage_resources::demo::layout::{Arena, PageCounts};
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::api::{Host, MEMORY, connect};

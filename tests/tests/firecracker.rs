@@ -26,7 +26,7 @@ use firecracker_rs_sdk::firecracker::FirecrackerOption;
 use firecracker_rs_sdk::instance::Instance;
 use firecracker_rs_sdk::models;
 use rustix::process::Signal;
-use samepage::api::Client;
+use samepage_client::socket::Client;
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, DiskPlan, Plan};
 use samepage_tests::api::Host;

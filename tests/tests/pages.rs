@@ -4,7 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use samepage::by_type::{ByType, TypeSample};
+use samepage_api_types::by_type::{ByType, TypeSample};
 use samepage_hole::PageType;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::{Host, MEMORY};

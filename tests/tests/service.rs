@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use rustix::process::Signal;
-use samepage::api::Client;
+use samepage_client::socket::Client;
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::harness::Need::{Kvm, Mounts, Systemd};

@@ -5,10 +5,8 @@
 //! - [`host_limits`] says how much memory may be promised to guests.
 
 pub mod api;
-pub mod by_type;
 pub mod fleet;
 pub mod host_limits;
 pub mod statistics;
-pub mod web;
 
 pub use fleet::Fleet;

@@ -2,7 +2,6 @@
 
 mod bench;
 mod cli;
-mod client;
 mod demo;
 mod ending;
 mod firecracker;
@@ -12,9 +11,12 @@ mod run;
 mod stdin;
 mod upkeep;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use samepage::api::config_file;
+use samepage_api_types::spec::VmSpec;
 
 use cli::{Cli, Command};
 use samepage_process::tell;
@@ -41,9 +43,14 @@ fn command() -> anyhow::Result<ExitCode> {
         Command::Demo(args) => demo::main(args),
         Command::Analyze(args) => samepage_analyze::main(args),
         Command::Bench { arguments } => bench::main(arguments),
-        Command::Client(command) => client::main(command),
+        Command::Client(command) => samepage_client::main(command, &load),
         Command::Config { command } => generate::config(command),
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { folder } => generate::manual(folder),
     }
+}
+
+/// The VMs of a configuration file, for clients.
+fn load(path: &Path) -> anyhow::Result<Vec<VmSpec>> {
+    Ok(config_file::load(path)?)
 }

@@ -1,10 +1,13 @@
 //! From the arguments of `samepage run` to its VMs.
 
+use samepage::api::translate::Translate;
 use std::path::{Path, PathBuf};
 
 use samepage::api::config_file::expand;
-use samepage::api::disk_spec::DiskSpec;
-use samepage::api::spec::{ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec};
+use samepage_api_types::disk_spec::DiskSpec;
+use samepage_api_types::spec::{
+    ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec,
+};
 use samepage_machine::ConsoleConfig;
 
 use crate::cli::{ConsoleArg, HoleArg, HugePagesArg, RunArgs, SharingArg};
@@ -22,9 +25,9 @@ fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
         path: expand(&disk.path).into(),
         readonly: disk.read_only,
         id: disk.id.clone(),
-        format: disk.format.map(Into::into),
-        cache: Some(disk.cache.into()),
-        limits: disk.limits.into(),
+        format: disk.format.map(Translate::translate),
+        cache: Some(disk.cache.translate()),
+        limits: disk.limits.translate(),
         queues: Some(disk.queues),
     });
     let console = match &args.console {
@@ -66,6 +69,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    use samepage::api::translate::ToConfig;
     use samepage_machine::{DiskConfig, HugePages, MemoryHole, VmConfig};
     use samepage_sharing::engine::Mode;
     use samepage_sharing::service::Participation;

@@ -1,5 +1,6 @@
 //! `samepage run` and `samepage serve`: VMs start, clients come and go, and every end is waited for.
 
+use samepage::api::translate::ToConfig;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
@@ -8,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use samepage::api::http::{HttpOptions, Token};
-use samepage::api::lifecycle::Action;
 use samepage::api::listener::SocketOptions;
-use samepage::api::spec::{HugePagesSpec, VmSpec};
 use samepage::api::{Common, Doors, Manager, Server, config_file};
 use samepage::fleet::{self, Ended};
 use samepage::host_limits::HostMemory;
 use samepage::statistics::{StatsTarget, StatsWriter};
+use samepage_api_types::lifecycle::Action;
+use samepage_api_types::spec::{HugePagesSpec, VmSpec};
 use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};

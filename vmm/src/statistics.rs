@@ -18,7 +18,7 @@ use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::budget::{Budget, mappings_of_process};
-use samepage_sharing::by_type::Claimed;
+use samepage_sharing::by_type::{Claimed, TypeStatistics};
 use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::cache::working_set::Curve;
 use samepage_sharing::pagemap::Pagemap;
@@ -27,7 +27,7 @@ use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
-use crate::by_type::{self, ByType, TypeSample};
+use samepage_api_types::by_type::{self, ByType, TypeSample};
 use samepage_machine::vm::Vm;
 use samepage_process::log_file::open_again;
 use samepage_process::poll;
@@ -162,7 +162,7 @@ fn nothing_is_said(claimed: &Option<ClaimedSample>) -> bool {
 impl From<&Claimed> for ClaimedSample {
     fn from(claimed: &Claimed) -> Self {
         let Claimed { publishing, passes, words, pass_cpu_us, given_back, ref types } = *claimed;
-        let types = ByType::new(types.each_ref().map(TypeSample::from));
+        let types = ByType::new(types.each_ref().map(type_sample));
         Self { publishing, passes, words, pass_cpu_us, given_back, types }
     }
 }
@@ -173,8 +173,46 @@ impl VmSample {
     pub fn types(&self) -> ByType<TypeSample> {
         match &self.claimed {
             Some(claimed) if claimed.types.iter().any(|(_, one)| one.pages > 0) => claimed.types,
-            _ => ByType { unknown: TypeSample::of_vm(&self.pages), ..ByType::default() },
+            _ => ByType { unknown: all_unknown(&self.pages), ..ByType::default() },
         }
+    }
+}
+
+/// What the engine counted of pages of one type.
+fn type_sample(counted: &TypeStatistics) -> TypeSample {
+    let TypeStatistics {
+        pages,
+        private,
+        merged,
+        sharing,
+        zero,
+        merges,
+        broken,
+        merged_seconds,
+        watched_seconds,
+    } = *counted;
+    TypeSample {
+        pages,
+        pages_private: private,
+        pages_merged: merged,
+        pages_sharing: sharing,
+        zero_pages: zero,
+        merges,
+        broken,
+        merged_seconds,
+        watched_seconds,
+    }
+}
+
+/// All pages of a VM whose guest says nothing of them.
+fn all_unknown(vm: &VmStatistics) -> TypeSample {
+    TypeSample {
+        pages: vm.pages,
+        pages_private: vm.pages_private,
+        pages_merged: vm.pages_merged,
+        pages_sharing: vm.pages_sharing,
+        zero_pages: vm.zero_pages,
+        ..TypeSample::default()
     }
 }
 

@@ -20,6 +20,19 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["samepage-devices", "samepage-hole", "samepage-process", "samepage-sharing", "samepage-text"],
     ),
     ("samepage-analyze", &["samepage-process", "samepage-sharing", "samepage-text"]),
+    ("samepage-api-types", &["samepage-hole", "samepage-text"]),
+    ("samepage-web", &[]),
+    (
+        "samepage-client",
+        &[
+            "samepage-api-types",
+            "samepage-hole",
+            "samepage-process",
+            "samepage-sharing",
+            "samepage-text",
+            "samepage-web",
+        ],
+    ),
 ];
 
 /// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
@@ -30,6 +43,9 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-devices", &["kvm-", "axum", "hyper", "tokio"]),
     ("samepage-machine", &["axum", "hyper", "tokio", "clap", "utoipa"]),
     ("samepage-analyze", &["kvm-", "axum", "hyper", "tokio", "samepage-devices", "samepage-machine"]),
+    ("samepage-api-types", &["kvm-", "axum", "hyper", "tokio", "clap", "libc", "samepage-sharing"]),
+    ("samepage-web", &["kvm-", "axum", "hyper", "tokio"]),
+    ("samepage-client", &["kvm-", "axum", "samepage-devices", "samepage-machine"]),
     ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
 ];
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
-use samepage::api::Client;
+use samepage_client::socket::Client;
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use serde_json::{Value, json};

@@ -184,7 +184,7 @@ pub(crate) fn run_with_socket() {
     let mut run = command(["run", "--config", "vms.toml", "--socket"]);
     run.arg(&socket).current_dir(folder.path());
     let running = Running::start(run);
-    let client = samepage::api::Client::new(&socket);
+    let client = samepage_client::socket::Client::new(&socket);
     let deadline = Instant::now() + PATIENCE;
     while client.get::<Value>("/vms/a").is_err() {
         assert!(Instant::now() < deadline, "no socket");

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use samepage::api::Client;
+use samepage_client::socket::Client;
 use samepage_tests::program::{self, Running};
 use serde_json::{Value, json};
 

@@ -5,128 +5,11 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
+use samepage_api_types::events::{Event, Happening};
 use tokio::sync::Notify;
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, Type};
-use utoipa::{PartialSchema, ToSchema};
-
-use super::lifecycle::State;
 
 /// Events kept for those who come late.
 const CAPACITY: usize = 1024;
-
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Event {
-    /// Its number; events are numbered from 1 on without gaps.
-    pub id: u64,
-    /// When, in seconds since 1970.
-    pub time_seconds: f64,
-    /// What.
-    #[serde(flatten)]
-    pub what: Happening,
-}
-
-impl PartialSchema for Event {
-    /// One object for each kind of event, since generators of clients cannot put an object and a choice together.
-    fn schema() -> RefOr<Schema> {
-        let number = |kind, format, description| {
-            let format = SchemaFormat::KnownFormat(format);
-            ObjectBuilder::new()
-                .schema_type(kind)
-                .format(Some(format))
-                .description(Some(description))
-                .minimum(Some(1))
-        };
-        let id = number(
-            Type::Integer,
-            KnownFormat::Int64,
-            "Its number; events are numbered from 1 on without gaps",
-        );
-        let time = number(Type::Number, KnownFormat::Double, "When, in seconds since 1970");
-        let (id, time): (RefOr<Schema>, RefOr<Schema>) = (id.into(), time.into());
-        let mut schema = Happening::schema();
-        if let RefOr::T(Schema::OneOf(kinds)) = &mut schema {
-            kinds.description = Some("Something that happened".to_owned());
-            for kind in &mut kinds.items {
-                let RefOr::T(Schema::Object(object)) = kind else { continue };
-                object.properties.insert("id".to_owned(), id.clone());
-                object.properties.insert("time_seconds".to_owned(), time.clone());
-                object.required.extend(["id".to_owned(), "time_seconds".to_owned()]);
-            }
-        }
-        schema
-    }
-}
-
-impl ToSchema for Event {
-    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        Happening::schemas(schemas);
-    }
-}
-
-/// What happened.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "event", rename_all = "lowercase")]
-pub enum Happening {
-    /// A VM came into a state.
-    State {
-        /// Its name.
-        vm: String,
-        /// The state.
-        state: State,
-        /// Why, where the VM has ended or was reset.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        reason: Option<String>,
-    },
-    /// A VM's guest crashed. The state follows.
-    Crash {
-        /// Its name.
-        vm: String,
-        /// Where and how.
-        report: String,
-    },
-    /// A VM was deleted.
-    Deleted {
-        /// Its name.
-        vm: String,
-    },
-    /// A VM's disk could not be read or written.
-    Disk {
-        /// The VM's name.
-        vm: String,
-        /// The disk's.
-        disk: String,
-        /// What went wrong.
-        message: String,
-    },
-    /// A limit was reached.
-    Limit {
-        /// Which, and what to do.
-        message: String,
-    },
-    /// The reader was too slow, or came too late: events are missing here.
-    Missed {
-        /// How many.
-        count: u64,
-    },
-}
-
-impl Happening {
-    /// The word for it, as in JSON.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Happening::State { .. } => "state",
-            Happening::Crash { .. } => "crash",
-            Happening::Deleted { .. } => "deleted",
-            Happening::Disk { .. } => "disk",
-            Happening::Limit { .. } => "limit",
-            Happening::Missed { .. } => "missed",
-        }
-    }
-}
 
 /// The latest events.
 #[derive(Debug, Default)]
@@ -216,13 +99,5 @@ mod tests {
         let last = log.now_after(log.last() - 1);
         assert_eq!((last.len(), last[0].id), (1, CAPACITY as u64 + 3));
         assert!(log.now_after(log.last()).is_empty());
-    }
-
-    #[test]
-    fn events_are_flat_objects() {
-        let what = Happening::State { vm: "web".into(), state: State::Paused, reason: None };
-        let json = serde_json::to_value(Event { id: 7, time_seconds: 1.5, what }).unwrap();
-        let expected = serde_json::json!({ "id": 7, "time_seconds": 1.5, "event": "state", "vm": "web", "state": "paused" });
-        assert_eq!(json, expected);
     }
 }

@@ -1,73 +1,74 @@
 //! From what went wrong to what clients are told.
 
 use super::manager::ManagerError;
-use super::problem::{Kind, Problem};
+use super::problem::Refusal;
 use crate::fleet::FleetError;
+use samepage_api_types::problem::Kind;
 use samepage_machine::boot::{BootError, ImageError};
 use samepage_machine::config::ConfigError;
 use samepage_machine::vm::VmError;
 use samepage_text::names::NameError;
 
-impl From<ManagerError> for Problem {
+impl From<ManagerError> for Refusal {
     fn from(error: ManagerError) -> Self {
         let text = error.to_string();
         match error {
             ManagerError::NoSuchVm(_) => {
-                Problem::new(Kind::NoSuchVm, text).help("GET /vms lists those there are")
+                Refusal::new(Kind::NoSuchVm, text).help("GET /vms lists those there are")
             }
             ManagerError::Illegal { state, .. } => {
-                let actions: Vec<_> = state.actions().map(super::lifecycle::Action::name).collect();
+                let actions: Vec<_> = state.actions().map(samepage_api_types::lifecycle::Action::name).collect();
                 let help = format!("what is {} can be asked to {}", state.name(), actions.join(", "));
-                Problem::new(Kind::IllegalTransition, text).help(help)
+                Refusal::new(Kind::IllegalTransition, text).help(help)
             }
             ManagerError::EndedMeanwhile { .. } => {
-                Problem::new(Kind::IllegalTransition, text).help("ask it to start")
+                Refusal::new(Kind::IllegalTransition, text).help("ask it to start")
             }
             ManagerError::Fleet(error) => explain_fleet(&error, text),
-            ManagerError::Spec { place, .. } => Problem::new(Kind::InvalidConfiguration, text).at(place),
-            ManagerError::Overcommitted(_) => Problem::new(Kind::Overcommitted, text),
-            ManagerError::NotSharing(..) => Problem::new(Kind::NotSharing, text)
+            ManagerError::Spec { place, .. } => Refusal::new(Kind::InvalidConfiguration, text).at(place),
+            ManagerError::Overcommitted(_) => Refusal::new(Kind::Overcommitted, text),
+            ManagerError::NotSharing(..) => Refusal::new(Kind::NotSharing, text)
                 .help("the process was told to share none (run --sharing off, serve --no-sharing), or its host cannot, which it said when it was started"),
             ManagerError::NotListening(_) => {
-                Problem::new(Kind::NotListening, text).help("use its console, or kill it")
+                Refusal::new(Kind::NotListening, text).help("use its console, or kill it")
             }
-            ManagerError::Closing => Problem::new(Kind::Unavailable, text),
+            ManagerError::Closing => Refusal::new(Kind::Unavailable, text),
         }
     }
 }
 
-fn explain_fleet(error: &FleetError, text: String) -> Problem {
+fn explain_fleet(error: &FleetError, text: String) -> Refusal {
     match error {
         FleetError::Config { source: ConfigError::DuplicateName(_), .. } => {
-            Problem::new(Kind::DuplicateName, text)
+            Refusal::new(Kind::DuplicateName, text)
                 .at("/name")
                 .help("give it another name, or delete the other")
         }
         FleetError::Config { source, .. } => {
-            Problem::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
+            Refusal::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
         }
-        FleetError::Disk { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/disks"),
-        FleetError::SharedDisk { .. } => Problem::new(Kind::InUse, text).at("/disks"),
-        FleetError::SharedConsole { .. } => Problem::new(Kind::InUse, text).at("/console/file"),
+        FleetError::Disk { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
+        FleetError::SharedDisk { .. } => Refusal::new(Kind::InUse, text).at("/disks"),
+        FleetError::SharedConsole { .. } => Refusal::new(Kind::InUse, text).at("/console/file"),
         FleetError::ConsoleFolder { .. } => {
-            Problem::new(Kind::InvalidConfiguration, text).at("/console/file")
+            Refusal::new(Kind::InvalidConfiguration, text).at("/console/file")
         }
         FleetError::Build { source, .. } => match source {
             VmError::Config(source) => {
-                Problem::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
+                Refusal::new(Kind::InvalidConfiguration, text).at(place(source).unwrap_or_default())
             }
             VmError::Boot(BootError::Kernel { .. }) => {
-                Problem::new(Kind::InvalidConfiguration, text).at("/kernel")
+                Refusal::new(Kind::InvalidConfiguration, text).at("/kernel")
             }
             VmError::Boot(BootError::Initrd { .. }) => {
-                Problem::new(Kind::InvalidConfiguration, text).at("/initrd")
+                Refusal::new(Kind::InvalidConfiguration, text).at("/initrd")
             }
-            VmError::Disk { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/disks"),
-            VmError::Console { .. } => Problem::new(Kind::InvalidConfiguration, text).at("/console/file"),
+            VmError::Disk { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
+            VmError::Console { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/console/file"),
             // The host is out of something.
-            _ => Problem::new(Kind::Unavailable, text),
+            _ => Refusal::new(Kind::Unavailable, text),
         },
-        FleetError::Watch(_) => Problem::new(Kind::Unavailable, text),
+        FleetError::Watch(_) => Refusal::new(Kind::Unavailable, text),
     }
 }
 

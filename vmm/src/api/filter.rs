@@ -3,8 +3,8 @@
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::lifecycle::State;
 use super::record::Record;
+use samepage_api_types::lifecycle::State;
 
 /// Which VMs are listed: those that fit all that is given.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]

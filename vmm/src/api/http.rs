@@ -28,8 +28,9 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use thiserror::Error;
 
-use super::problem::{Kind, Problem};
-use crate::web;
+use super::problem::Refusal;
+use samepage_api_types::problem::Kind;
+use samepage_web as web;
 
 /// Characters of a token at least, and at most.
 const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=512;
@@ -163,12 +164,12 @@ pub(super) async fn guard(State(guard): State<Arc<Guard>>, request: Request, nex
 
 impl Guard {
     /// Returns the part of the page that is asked for, if it is one.
-    fn check(&self, request: &Request) -> Result<Option<&'static web::Asset>, Problem> {
+    fn check(&self, request: &Request) -> Result<Option<&'static web::Asset>, Refusal> {
         let headers = request.headers();
         let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         if self.token.is_none() && !is_own_name(host) {
             let detail = format!("{host:?} is no name of this host's own");
-            return Err(Problem::new(Kind::Forbidden, detail)
+            return Err(Refusal::new(Kind::Forbidden, detail)
                 .help("ask for 127.0.0.1 or localhost; other names need a server with --http-token"));
         }
         let text = |name: &HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
@@ -182,7 +183,7 @@ impl Guard {
         let followed = asset.is_some_and(|asset| asset.is_page)
             && text(&HeaderName::from_static("sec-fetch-mode")) == Some("navigate");
         if foreign || (matches!(site, Some("cross-site" | "same-site")) && !followed) {
-            return Err(Problem::new(Kind::Forbidden, "this comes from a page of another origin")
+            return Err(Refusal::new(Kind::Forbidden, "this comes from a page of another origin")
                 .help("only the page of this server itself, and programs, may ask"));
         }
         let reads = matches!(*request.method(), Method::GET | Method::HEAD);
@@ -191,11 +192,11 @@ impl Guard {
         }
         match &self.token {
             Some(token) if token.is_brought(headers) => Ok(None),
-            Some(_) => Err(Problem::new(Kind::Unauthorized, "the request does not bring the token").help(
+            Some(_) => Err(Refusal::new(Kind::Unauthorized, "the request does not bring the token").help(
                 "send the header Authorization: Bearer TOKEN, with what is in the file of --http-token",
             )),
             None if reads && !is_console(request.uri().path()) => Ok(None),
-            None => Err(Problem::new(Kind::Forbidden, "without a token, VMs can be watched, and no more")
+            None => Err(Refusal::new(Kind::Forbidden, "without a token, VMs can be watched, and no more")
                 .help("start the server with --http-token, or use the Unix socket")),
         }
     }
@@ -231,7 +232,7 @@ fn asset_response(asset: &'static web::Asset) -> Response {
 
 /// Has browsers keep the answer to this origin.
 fn harden(mut response: Response) -> Response {
-    let unauthorized = response.extensions().get::<Problem>().is_some_and(|p| p.is(Kind::Unauthorized));
+    let unauthorized = response.extensions().get::<Refusal>().is_some_and(|p| p.is(Kind::Unauthorized));
     let headers = response.headers_mut();
     let mut set = |name, value| drop(headers.insert(name, HeaderValue::from_static(value)));
     set(CONTENT_SECURITY_POLICY, POLICY);
@@ -358,7 +359,7 @@ mod tests {
 
     #[test]
     fn answers_stay_with_their_origin() {
-        let refused = harden(Problem::new(Kind::Unauthorized, "x").into_response());
+        let refused = harden(Refusal::new(Kind::Unauthorized, "x").into_response());
         assert_eq!(refused.headers()[WWW_AUTHENTICATE], "Bearer");
         assert_eq!(refused.headers()[CACHE_CONTROL], "no-store");
         let page = harden(asset_response(web::asset("/").unwrap()));

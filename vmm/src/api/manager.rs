@@ -8,6 +8,7 @@
 //! Machines that have ended are collected by one thread of the process, with [`Manager::collect`];
 //! operations that end a machine wait for that.
 
+use crate::api::translate::{ToConfig, Translate};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,14 +21,15 @@ use samepage_sharing::service::Sharing;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::events::{EventLog, Happening};
-use super::lifecycle::{Action, State};
+use super::events::EventLog;
 use super::record::{Cause, Record, Turn};
-use super::spec::{SharingMode, VmSpec};
 use super::trouble::{Teller, Troubles};
 use crate::fleet::{self, Ended, Fleet, FleetError, Uses};
 use crate::host_limits::{HostMemory, Overcommitted};
 use crate::statistics;
+use samepage_api_types::events::Happening;
+use samepage_api_types::lifecycle::{Action, State};
+use samepage_api_types::spec::{SharingMode, VmSpec};
 use samepage_machine::config::{ConfigError, ConsoleConfig, VmConfig};
 use samepage_machine::huge_pages::HugePages;
 use samepage_machine::hypervisor::Hypervisor;
@@ -353,7 +355,7 @@ impl Manager {
             record.begin_boot();
         }
         let mut config = record.spec.to_config();
-        config.participation.mode = record.mode().into();
+        config.participation.mode = record.mode().translate();
         let added = self.fleet.add(vec![self.complete(config, record)]);
         let vm = match added.map(|mut vms| vms.pop()) {
             Ok(Some(vm)) => vm,
@@ -415,7 +417,7 @@ impl Manager {
         if let Some(vm) = record.vm()
             && let Some(membership) = vm.membership()
         {
-            membership.set_mode(mode.into());
+            membership.set_mode(mode.translate());
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! of the time at most, since where they take longer they are made less often. Who asks for fewer cells than a
 //! map has gets neighbours added up.
 
+use crate::api::views;
 use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,7 +15,7 @@ use samepage_sharing::pagemap::Pagemap;
 use tokio::sync::Mutex;
 
 use super::record::Record;
-use super::views::pages::{CellView, MapView};
+use samepage_api_types::views::pages::MapView;
 use samepage_machine::vm::Vm;
 
 /// Most cells that a map has.
@@ -67,7 +68,7 @@ impl Maps {
         Ok(MapView {
             time_seconds: Some(map.time),
             publishing: map.publishing,
-            cells: summed.map(|cell| CellView::new(&cell, map.publishing)).collect(),
+            cells: summed.map(|cell| views::pages::cell(&cell, map.publishing)).collect(),
         })
     }
 

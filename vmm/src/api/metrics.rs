@@ -10,13 +10,14 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use samepage_sharing::PAGE_SIZE;
 
-use super::lifecycle::State;
 use super::manager::Manager;
 use super::record::Record;
 use super::sampling::Seen;
-use super::views::{CacheView, DiskStatistics, DiskView, saved_bytes};
-use crate::by_type::TypeSample;
+use crate::api::views::{self, saved_bytes};
 use crate::statistics::{ClaimedSample, IoSample, VmSample};
+use samepage_api_types::by_type::TypeSample;
+use samepage_api_types::lifecycle::State;
+use samepage_api_types::views::DiskStatistics;
 
 /// Everything at one moment.
 #[derive(Debug)]
@@ -164,7 +165,7 @@ impl Metrics {
     }
 
     fn cache(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let cache = CacheView::new(&self.seen.sample);
+        let cache = views::cache(&self.seen.sample);
         let one = |value: u64| [([] as [(&str, &str); 0], value as f64)];
         let gauges = [
             ("cache", "Blocks of disks that the host alone holds", cache.cached_bytes),
@@ -269,7 +270,7 @@ impl Metrics {
         let disks: Vec<_> = self
             .records
             .iter()
-            .flat_map(|record| DiskView::all(record).into_iter().map(move |disk| (record.name(), disk)))
+            .flat_map(|record| views::disks(record).into_iter().map(move |disk| (record.name(), disk)))
             .filter_map(|(vm, disk)| Some((vm, disk.id, disk.statistics?)))
             .collect();
         let counters: [(&str, &str, Option<Unit>, Count<DiskStatistics>); 6] = [

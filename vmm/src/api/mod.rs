@@ -10,37 +10,30 @@
 //! `docs/api.md`.
 
 pub mod backlog;
-pub mod client;
 pub mod config_file;
-pub mod disk_spec;
 pub mod events;
 mod explain;
 mod extract;
 mod filter;
 pub mod http;
-pub mod lifecycle;
 pub mod listener;
 pub mod manager;
 mod maps;
 mod metrics;
 mod negotiate;
 pub mod patient;
-pub mod problem;
+mod problem;
 pub mod record;
 mod rendered;
 mod routes;
 mod sampling;
 pub mod schema;
 pub mod server;
-pub mod spec;
+pub mod translate;
 pub mod trouble;
-pub mod views;
+mod views;
 
-pub use client::{Client, ClientError};
 pub use extract::MAX_BODY;
 pub use manager::{Common, Manager, ManagerError};
 pub use routes::openapi;
 pub use server::{Doors, Server, ServerError};
-
-/// The protocol that the stream of a console is upgraded to: bytes of the console, both ways.
-pub const CONSOLE_PROTOCOL: &str = "samepage-console";

@@ -1,4 +1,6 @@
-//! Errors as clients see them: problem details (RFC 9457), each with what to do about it.
+//! Problems as responses: each gets its body once the whole answer is known.
+
+use std::ops::Deref;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -6,192 +8,42 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use samepage_api_types::problem::{Kind, PROBLEM_JSON, Problem};
 
-/// The media type of problem details.
-pub const PROBLEM_JSON: &str = "application/problem+json";
+/// A request that is refused, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal(Problem);
 
-/// Before each kind of problem, in `type`.
-const TYPE_PREFIX: &str = "urn:samepage:problem:";
-
-/// What kind of problem it is. The kinds are listed in `docs/api.md`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// The request is not what HTTP or JSON or the API's schema asks for.
-    BadRequest,
-    /// A value cannot be, or a file is not there.
-    InvalidConfiguration,
-    /// The request does not bring the token.
-    Unauthorized,
-    /// Who asks may not.
-    Forbidden,
-    /// There is no such VM.
-    NoSuchVm,
-    /// There is no such resource.
-    NoSuchResource,
-    /// The resource has no such method.
-    MethodNotAllowed,
-    /// There is a VM of this name.
-    DuplicateName,
-    /// The VM's state forbids the action.
-    IllegalTransition,
-    /// Something else is being done to the VM.
-    Busy,
-    /// A disk or a console's file has another user.
-    InUse,
-    /// The guest takes nothing from its keyboard.
-    NotListening,
-    /// The host cannot promise that much memory.
-    Overcommitted,
-    /// The VM does not share memory.
-    NotSharing,
-    /// The body is no JSON by its media type.
-    UnsupportedMediaType,
-    /// The body is too large.
-    TooLarge,
-    /// The body did not come in time.
-    Timeout,
-    /// The process is ending, or out of something.
-    Unavailable,
-    /// A defect of samepage's.
-    Internal,
-}
-
-impl Kind {
-    fn facts(self) -> (&'static str, StatusCode, &'static str) {
-        match self {
-            Kind::BadRequest => ("bad-request", StatusCode::BAD_REQUEST, "The request is malformed"),
-            Kind::InvalidConfiguration => (
-                "invalid-configuration",
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "There can be no VM with this configuration",
-            ),
-            Kind::Unauthorized => ("unauthorized", StatusCode::UNAUTHORIZED, "The token is missing"),
-            Kind::Forbidden => ("forbidden", StatusCode::FORBIDDEN, "This is not allowed from here"),
-            Kind::NoSuchVm => ("no-such-vm", StatusCode::NOT_FOUND, "There is no such VM"),
-            Kind::NoSuchResource => ("no-such-resource", StatusCode::NOT_FOUND, "There is no such resource"),
-            Kind::MethodNotAllowed => (
-                "method-not-allowed",
-                StatusCode::METHOD_NOT_ALLOWED,
-                "The resource does not have this method",
-            ),
-            Kind::DuplicateName => ("duplicate-name", StatusCode::CONFLICT, "There is a VM of this name"),
-            Kind::IllegalTransition => {
-                ("illegal-transition", StatusCode::CONFLICT, "The VM's state does not allow this")
-            }
-            Kind::Busy => ("busy", StatusCode::CONFLICT, "Something else is being done to the VM"),
-            Kind::InUse => ("in-use", StatusCode::CONFLICT, "A file is in use"),
-            Kind::NotListening => ("not-listening", StatusCode::CONFLICT, "The guest cannot be asked"),
-            Kind::Overcommitted => {
-                ("overcommitted", StatusCode::CONFLICT, "The host cannot promise that much memory")
-            }
-            Kind::NotSharing => ("not-sharing", StatusCode::CONFLICT, "No memory is shared"),
-            Kind::UnsupportedMediaType => (
-                "unsupported-media-type",
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "The body's media type is not supported",
-            ),
-            Kind::TooLarge => ("too-large", StatusCode::PAYLOAD_TOO_LARGE, "The body is too large"),
-            Kind::Timeout => ("timeout", StatusCode::REQUEST_TIMEOUT, "The body did not come in time"),
-            Kind::Unavailable => ("unavailable", StatusCode::SERVICE_UNAVAILABLE, "This cannot be done now"),
-            Kind::Internal => ("internal", StatusCode::INTERNAL_SERVER_ERROR, "samepage has a defect"),
-        }
-    }
-}
-
-/// A problem, as RFC 9457 has it, and what to do about it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
-    /// The kind of problem, as a URN: `urn:samepage:problem:` and a word of those in the documentation.
-    #[serde(rename = "type")]
-    #[schema(value_type = String, format = "uri")]
-    pub kind: Box<str>,
-    /// The kind of problem, for people.
-    #[schema(value_type = String)]
-    pub title: Box<str>,
-    /// The status of the response.
-    pub status: u16,
-    /// What went wrong this time.
-    #[schema(value_type = String)]
-    pub detail: Box<str>,
-    /// The path that was asked for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub instance: Option<Box<str>>,
-    /// Where in the request's body the cause is, as a JSON pointer (RFC 6901).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub pointer: Option<Box<str>>,
-    /// What to do about it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub help: Option<Box<str>>,
-}
-
-impl Problem {
+impl Refusal {
     /// A problem of this kind.
-    pub fn new(kind: Kind, detail: impl Into<Box<str>>) -> Self {
-        let (word, status, title) = kind.facts();
-        Self {
-            kind: format!("{TYPE_PREFIX}{word}").into(),
-            title: title.into(),
-            status: status.as_u16(),
-            detail: detail.into(),
-            instance: None,
-            pointer: None,
-            help: None,
-        }
+    pub(crate) fn new(kind: Kind, detail: impl Into<Box<str>>) -> Self {
+        Self(Problem::new(kind, detail))
     }
 
     /// Says what to do about it.
-    #[must_use]
-    pub fn help(mut self, help: impl Into<Box<str>>) -> Self {
-        self.help = Some(help.into());
-        self
+    pub(crate) fn help(self, help: impl Into<Box<str>>) -> Self {
+        Self(self.0.help(help))
     }
 
     /// Says where in the body the cause is.
-    #[must_use]
-    pub fn at(mut self, pointer: impl Into<Box<str>>) -> Self {
-        self.pointer = Some(pointer.into()).filter(|pointer| !pointer.is_empty());
-        self
-    }
-
-    /// Whether it is of this kind.
-    #[must_use]
-    pub fn is(&self, kind: Kind) -> bool {
-        self.kind.strip_prefix(TYPE_PREFIX) == Some(kind.facts().0)
+    pub(crate) fn at(self, pointer: impl Into<Box<str>>) -> Self {
+        Self(self.0.at(pointer))
     }
 
     fn status(&self) -> StatusCode {
-        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-    }
-
-    /// As JSON.
-    #[must_use]
-    pub fn to_json(&self) -> Vec<u8> {
-        // Strings and a number can always be written.
-        serde_json::to_vec(self).unwrap_or_default()
+        StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 }
 
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.detail)?;
-        if let Some(pointer) = &self.pointer {
-            write!(f, " (at {pointer})")?;
-        }
-        if let Some(help) = &self.help {
-            write!(f, "; {help}")?;
-        }
-        Ok(())
+impl Deref for Refusal {
+    type Target = Problem;
+
+    fn deref(&self) -> &Problem {
+        &self.0
     }
 }
 
-impl std::error::Error for Problem {}
-
-impl IntoResponse for Problem {
+impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Body::empty()).into_response();
         response.extensions_mut().insert(self);
@@ -206,18 +58,18 @@ pub(super) async fn write_problems(request: Request, next: Next) -> Response {
     let method = request.method().clone();
     let mut response = next.run(request).await;
     let status = response.status();
-    let mut problem = match response.extensions_mut().remove::<Problem>() {
+    let mut problem = match response.extensions_mut().remove::<Refusal>() {
         Some(problem) => problem,
         None if status == StatusCode::METHOD_NOT_ALLOWED => {
             let help = "GET /openapi.json says what it has, as does the header Allow";
-            Problem::new(Kind::MethodNotAllowed, format!("{path} has no {method}")).help(help)
+            Refusal::new(Kind::MethodNotAllowed, format!("{path} has no {method}")).help(help)
         }
         None if status.is_client_error() => {
-            Problem::new(Kind::BadRequest, status.canonical_reason().unwrap_or("refused").to_lowercase())
+            Refusal::new(Kind::BadRequest, status.canonical_reason().unwrap_or("refused").to_lowercase())
         }
         None => return response,
     };
-    problem.instance = Some(path.into());
+    problem.0.instance = Some(path.into());
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
     if problem.is(Kind::Unavailable) {
@@ -230,53 +82,7 @@ pub(super) async fn write_problems(request: Request, next: Next) -> Response {
 }
 
 /// A path without a resource.
-pub(super) async fn no_such_resource(request: Request) -> Problem {
-    Problem::new(Kind::NoSuchResource, format!("there is nothing at {}", request.uri().path()))
+pub(super) async fn no_such_resource(request: Request) -> Refusal {
+    Refusal::new(Kind::NoSuchResource, format!("there is nothing at {}", request.uri().path()))
         .help("GET /openapi.json lists what there is")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_problem_says_what_where_and_what_to_do() {
-        let problem = Problem::new(Kind::DuplicateName, "a VM is named web").at("/name").help("use another");
-        let json: serde_json::Value = serde_json::from_slice(&problem.to_json()).unwrap();
-        assert_eq!(json["type"], "urn:samepage:problem:duplicate-name");
-        assert_eq!((json["status"].as_u64(), json["pointer"].as_str()), (Some(409), Some("/name")));
-        assert!(json.get("instance").is_none());
-        assert_eq!(problem.to_string(), "a VM is named web (at /name); use another");
-        assert!(problem.is(Kind::DuplicateName) && !problem.is(Kind::Busy));
-    }
-
-    #[test]
-    fn the_documentation_lists_every_kind() {
-        let docs = include_str!("../../../docs/api.md");
-        for kind in [
-            Kind::BadRequest,
-            Kind::InvalidConfiguration,
-            Kind::Unauthorized,
-            Kind::Forbidden,
-            Kind::NoSuchVm,
-            Kind::NoSuchResource,
-            Kind::MethodNotAllowed,
-            Kind::DuplicateName,
-            Kind::IllegalTransition,
-            Kind::Busy,
-            Kind::InUse,
-            Kind::NotListening,
-            Kind::Overcommitted,
-            Kind::NotSharing,
-            Kind::UnsupportedMediaType,
-            Kind::TooLarge,
-            Kind::Timeout,
-            Kind::Unavailable,
-            Kind::Internal,
-        ] {
-            let (word, status, _) = kind.facts();
-            let line = format!("| `{word}` | {} |", status.as_u16());
-            assert!(docs.contains(&line), "docs/api.md lacks: {line}");
-        }
-    }
 }

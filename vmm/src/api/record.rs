@@ -10,9 +10,9 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backlog::Backlog;
-use super::lifecycle::State;
-use super::spec::{SharingMode, VmSpec};
 use crate::fleet::{FleetError, Uses};
+use samepage_api_types::lifecycle::State;
+use samepage_api_types::spec::{SharingMode, VmSpec};
 use samepage_machine::vm::{Vm, VmEnd, VmState};
 
 /// How long one waits for others' operations on the same VM.
@@ -314,14 +314,14 @@ impl Body {
 
     fn state(&self) -> State {
         let Some(vm) = &self.vm else {
-            return self.end.as_ref().map_or(State::Created, State::from);
+            return self.end.as_ref().map_or(State::Created, state_after);
         };
         match vm.state() {
             VmState::Running => State::Running,
             VmState::Held if self.started => State::Paused,
             VmState::Held => State::Created,
             // Where its vCPUs still have to be done, how it ends is not told yet.
-            VmState::Ended => vm.end().as_ref().map_or(State::Stopped, State::from),
+            VmState::Ended => vm.end().as_ref().map_or(State::Stopped, state_after),
         }
     }
 }
@@ -337,5 +337,14 @@ impl Turn {
     /// The VM.
     pub fn record(&self) -> &Arc<Record> {
         &self.record
+    }
+}
+
+/// The state of a VM that has come to this end.
+fn state_after(end: &VmEnd) -> State {
+    match end {
+        VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => State::Stopped,
+        VmEnd::Crashed(_) => State::Crashed,
+        VmEnd::Failed(_) => State::Failed,
     }
 }

@@ -28,10 +28,11 @@ use super::listener::{self, Socket, SocketError, SocketOptions};
 use super::manager::Manager;
 use super::maps::Maps;
 use super::patient::Patient;
-use super::problem::{Kind, PROBLEM_JSON, Problem};
+use super::problem::Refusal;
 use super::rendered::Rendered;
 use super::routes;
 use super::sampling::Sampling;
+use samepage_api_types::problem::{Kind, PROBLEM_JSON};
 
 /// Connections at a time; each that only listens to events or a console counts as well.
 const MAX_CONNECTIONS: usize = 256;
@@ -265,7 +266,7 @@ impl<L: Accept> Door<L> {
 
 /// What says that there are too many.
 fn refusal(most: usize) -> Vec<u8> {
-    let problem = Problem::new(Kind::Unavailable, format!("there are {most} connections already"))
+    let problem = Refusal::new(Kind::Unavailable, format!("there are {most} connections already"))
         .help("close some, or wait")
         .to_json();
     let head = format!(

@@ -4,7 +4,8 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use super::events::{EventLog, Happening};
+use super::events::EventLog;
+use samepage_api_types::events::Happening;
 use samepage_machine::vm::Vm;
 
 /// Hears of trouble, a sentence at a time. Workers of disks wait for it.

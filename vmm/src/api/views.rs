@@ -1,535 +1,127 @@
-//! What the API answers.
-//!
-//! Pages are of 4 KiB and amounts of memory in bytes. Fields whose names end in `time_seconds` are dates, in
-//! seconds since 1970; all others that end in `_seconds` are lengths of time. Fields that say what was counted are
-//! in the terms of the kernel's KSM, as in the lines of `--stats`.
+//! What the API answers, from what is known of VMs and of the process.
 
-pub mod pages;
+pub(super) mod pages;
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use samepage_api_types::views::{
+    CacheCounters, CacheSources, CacheView, ConsoleView, CurvePoint, DiskStatistics, DiskView, EngineView,
+    GroupView, IoView, PairView, SettingsView, SharingView, VmMemoryView, VmSharingView, VmSummary, VmView,
+    WorkingSetView,
+};
 use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
+use samepage_machine::vm::Disk;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::cache::statistics::CacheStatistics;
 use samepage_sharing::engine::{Order, Settings};
 use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
-use super::disk_spec::{CacheSpec, LimitsSpec};
 use super::events::unix_seconds;
-use super::lifecycle::{Action, State};
 use super::record::Record;
-use super::spec::{SharingMode, VmSpec};
+use super::translate::{ToConfig, Translate};
 use crate::statistics::{GroupSample, IoSample, Sample, VmSample};
-use samepage_machine::vm::Disk;
 
-/// Defines what the API says of a structure of the engine's, field by field.
+/// Says what the API says of a structure of the engine's, field by field.
 macro_rules! mirror {
-    ($(#[$meta:meta])* $name:ident of $source:ty { $($(#[$doc:meta])* $field:ident: $type:ty,)* }) => {
-        $(#[$meta])*
-        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-        pub struct $name { $($(#[$doc])* pub $field: $type,)* }
-
-        impl From<&$source> for $name {
-            fn from(source: &$source) -> Self {
-                Self { $($field: source.$field,)* }
+    ($view:ident of $source:ident: $($field:ident),+) => {
+        impl Translate<$view> for &$source {
+            fn translate(self) -> $view {
+                $view { $($field: self.$field),+ }
             }
         }
     };
 }
 
-mirror! {
-    /// What the engine counts.
-    EngineView of EngineStatistics {
-        /// Frames in use by two or more guest pages.
-        pages_shared: u64,
-        /// Further guest pages mapped to those frames: what is saved.
-        pages_sharing: u64,
-        /// Pages looked at and found unique.
-        pages_unshared: u64,
-        /// Pages that changed since the pass before.
-        pages_volatile: u64,
-        /// Guest pages of zeros whose memory was given back.
-        zero_pages: u64,
-        /// Complete passes over all VMs.
-        full_scans: u64,
-        /// Frames in use, with those of a single sharer.
-        frames: u64,
-        /// Pages looked at since the start.
-        pages_scanned: u64,
-        /// Pages mapped to frames since the start.
-        merges: u64,
-        /// Of those, the ones found as neighbours of a page that matched.
-        merges_lookahead: u64,
-        /// Of all merges, those whose runs a device's hint began.
-        merges_hinted: u64,
-        /// Merged pages that were written to and left their frames since the start.
-        breaks: u64,
-        /// Runs not merged for want of mappings since the start.
-        mappings_denied: u64,
-        /// Calls of the kernel that failed since the start; guests are whole.
-        refusals: u64,
-        /// Bytes that the kernel charges for the frames.
-        store_bytes: u64,
-        /// Bytes that the engine's books take.
-        metadata_bytes: u64,
-        /// Mappings that the VMs' memory is made of.
-        guest_mappings: u64,
-        /// Mappings of the process.
-        mappings: u64,
-        /// The kernel's limit on them.
-        mappings_limit: u64,
-        /// The longest time for which writers to a run of pages were made to wait, in microseconds.
-        longest_window_us: u64,
-        /// Groups for which sharing has stopped.
-        groups_stopped: u64,
-        /// CPU time of the sharing threads until now, in seconds.
-        cpu_seconds: f64,
-    }
-}
-
-mirror! {
-    /// What is counted of one VM's memory.
-    VmMemoryView of VmStatistics {
-        /// Pages of its RAM.
-        pages: u64,
-        /// Its pages on frames that it shares, counting each frame once for its share.
-        pages_shared: u64,
-        /// Pages that sharing saves by this VM: each of n sharers of a frame saves 1 - 1/n of a page.
-        pages_sharing: u64,
-        /// Its pages that are mapped to frames.
-        pages_merged: u64,
-        /// Its pages looked at and found unique.
-        pages_unshared: u64,
-        /// Its pages that changed since the pass before.
-        pages_volatile: u64,
-        /// Its pages of zeros whose memory was given back.
-        zero_pages: u64,
-        /// Its pages that take memory of their own.
-        pages_private: u64,
-        /// Huge pages that back a part of them.
-        huge_whole: u64,
-        /// Its huge pages that were split, to share parts of them.
-        huge_split: u64,
-        /// Mappings of its RAM.
-        mappings: u64,
-    }
-}
-
-/// A VM in a list.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct VmSummary {
-    /// Its name.
-    pub name: String,
-    /// What it does.
-    pub state: State,
-    /// Since when it has been in that state, in seconds since 1970.
-    pub since_time_seconds: f64,
-    /// Why it has ended, if it has.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// Its memory.
-    pub memory_bytes: u64,
-    /// The group that it shares memory with.
-    pub group: String,
-    /// What of its memory is shared: nothing where this process shares none, whatever its configuration says.
-    pub mode: SharingMode,
-    /// Why sharing has stopped for its group, if it has.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sharing_stopped: Option<String>,
-    /// What it takes of the host: its private pages, and its share of each frame. Not there before this
-    /// was looked at, and when it has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resident_bytes: Option<u64>,
-    /// What sharing saves by it, pages of zeros included.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub saved_bytes: Option<u64>,
-    /// What its pages on frames, which it shares with others or may come to, have in bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shared_bytes: Option<u64>,
-    /// Its pages that take memory of their own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub private_bytes: Option<u64>,
-    /// Its pages of zeros whose memory was given back.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub zero_bytes: Option<u64>,
-    /// So much more memory would spare it 95 % of the reads of disks that any memory could spare. Not
-    /// there before it has read through the block cache.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub wanted_bytes: Option<u64>,
-    /// CPU time of its vCPUs since it was last booted; not there when it has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_seconds: Option<f64>,
-    /// What its disks did since then.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub io: Option<IoView>,
-}
-
-mirror! {
-    /// What disks read, by where it came from, and what they wrote. What a guest finds in a page cache of
-    /// its own never gets here.
-    IoView of IoSample {
-        /// Blocks that a guest of the group held.
-        from_guests_bytes: u64,
-        /// Blocks that the host alone held.
-        from_host_bytes: u64,
-        /// All else: read from the image.
-        from_disk_bytes: u64,
-        /// What was written.
-        written_bytes: u64,
-    }
-}
-
-mirror! {
-    /// What the block cache counts, in blocks of 4 KiB.
-    CacheCounters of CacheStatistics {
-        /// Blocks that the host alone holds.
-        blocks_cached: u64,
-        /// Most that it may, in all groups together.
-        blocks_limit: u64,
-        /// Frames that hold blocks and are mapped by guests.
-        blocks_in_guests: u64,
-        /// Guest pages that blocks were copied to, as far as they are noted.
-        blocks_noted: u64,
-        /// Blocks that guests read which a guest held already, since the start.
-        served_from_guests: u64,
-        /// Blocks that guests read which the host alone held, since the start.
-        served_from_host: u64,
-        /// Blocks that were read from disks, since the start.
-        fetched: u64,
-        /// Blocks that the cache had no room for, which disks read by themselves, since the start.
-        past: u64,
-        /// Blocks that were mapped into guests, since the start.
-        delivered_mapped: u64,
-        /// Blocks that were copied into guests, since the start.
-        delivered_copied: u64,
-        /// Blocks that became cached when the last guest left their frame, since the start.
-        demoted_mapped: u64,
-        /// Blocks that became cached since a guest's page was proven to hold them still, since the start.
-        demoted_copied: u64,
-        /// Guest pages that no longer held the block that was copied to them, since the start.
-        refuted: u64,
-        /// Cached blocks that were dropped for others or for want of memory, since the start.
-        evicted: u64,
-        /// Blocks that were written to, which the host or a guest was known to hold, since the start.
-        overwritten: u64,
-        /// Bytes that the cache's books take.
-        metadata_bytes: u64,
-    }
-}
+mirror!(
+    EngineView of EngineStatistics:
+    pages_shared, pages_sharing, pages_unshared, pages_volatile, zero_pages, full_scans, frames,
+    pages_scanned, merges, merges_lookahead, merges_hinted, breaks, mappings_denied, refusals,
+    store_bytes, metadata_bytes, guest_mappings, mappings, mappings_limit, longest_window_us,
+    groups_stopped, cpu_seconds
+);
+mirror!(
+    VmMemoryView of VmStatistics:
+    pages, pages_shared, pages_sharing, pages_merged, pages_unshared, pages_volatile, zero_pages,
+    pages_private, huge_whole, huge_split, mappings
+);
+mirror!(IoView of IoSample: from_guests_bytes, from_host_bytes, from_disk_bytes, written_bytes);
+mirror!(
+    CacheCounters of CacheStatistics:
+    blocks_cached, blocks_limit, blocks_in_guests, blocks_noted, served_from_guests,
+    served_from_host, fetched, past, delivered_mapped, delivered_copied, demoted_mapped,
+    demoted_copied, refuted, evicted, overwritten, metadata_bytes
+);
 
 /// The host's cache of disk blocks.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct CacheView {
-    /// Whether there is one: it belongs to the engine that shares memory.
-    pub enabled: bool,
-    /// When this was looked at.
-    pub time_seconds: f64,
-    /// What blocks take that the host alone holds.
-    pub cached_bytes: u64,
-    /// Most that they may.
-    pub limit_bytes: u64,
-    /// Blocks in memory that guests map: theirs, and no copy of the host's beside it.
-    pub in_guests_bytes: u64,
-    /// What guests read through the cache since the start, by where it came from.
-    pub sources: CacheSources,
-    /// What the cache counts.
-    pub statistics: CacheCounters,
-}
-
-/// What guests read through the block cache, by where it came from. What a guest finds in a page cache of
-/// its own never gets here.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct CacheSources {
-    /// A guest of the group held it.
-    pub guests_bytes: u64,
-    /// The host alone held it.
-    pub host_bytes: u64,
-    /// It was read from the image, into the cache or past it.
-    pub disk_bytes: u64,
-}
-
-impl CacheView {
-    pub(super) fn new(sample: &Sample) -> Self {
-        let statistics = CacheCounters::from(&sample.cache);
-        let bytes = |blocks: u64| blocks * BLOCK_SIZE;
-        Self {
-            enabled: sample.sharing,
-            time_seconds: sample.time_seconds,
-            cached_bytes: bytes(statistics.blocks_cached),
-            limit_bytes: bytes(statistics.blocks_limit),
-            in_guests_bytes: bytes(statistics.blocks_in_guests),
-            sources: CacheSources {
-                guests_bytes: bytes(statistics.served_from_guests),
-                host_bytes: bytes(statistics.served_from_host),
-                disk_bytes: bytes(statistics.fetched + statistics.past),
-            },
-            statistics,
-        }
+pub(super) fn cache(sample: &Sample) -> CacheView {
+    let statistics: CacheCounters = (&sample.cache).translate();
+    let bytes = |blocks: u64| blocks * BLOCK_SIZE;
+    CacheView {
+        enabled: sample.sharing,
+        time_seconds: sample.time_seconds,
+        cached_bytes: bytes(statistics.blocks_cached),
+        limit_bytes: bytes(statistics.blocks_limit),
+        in_guests_bytes: bytes(statistics.blocks_in_guests),
+        sources: CacheSources {
+            guests_bytes: bytes(statistics.served_from_guests),
+            host_bytes: bytes(statistics.served_from_host),
+            disk_bytes: bytes(statistics.fetched + statistics.past),
+        },
+        statistics,
     }
 }
 
-/// What more memory would bring a VM, as its reads of disks tell; those of long ago count less.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct WorkingSetView {
-    /// The memory that it has.
-    pub memory_bytes: u64,
-    /// When this was looked at; not there when the VM has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub time_seconds: Option<f64>,
-    /// So much more memory would spare it 95 % of the reads that any memory could spare. Not there before
-    /// it has read through the block cache.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub wanted_bytes: Option<u64>,
-    /// The part of its reads that no memory spares, from 0 to 1: those of blocks that it had not read
-    /// before.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unavoidable: Option<f64>,
-    /// Its reads over more memory, by points with straight lines in between.
-    pub curve: Vec<CurvePoint>,
-}
-
-/// A point of a curve of misses.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct CurvePoint {
-    /// With so much more memory than it has,
-    pub more_bytes: u64,
-    /// this part of its reads would be left, from 1 down.
-    pub reads_left: f64,
-}
-
-impl WorkingSetView {
-    pub(super) fn new(record: &Record, sample: Option<(f64, &VmSample)>) -> Self {
-        let sample = sample.filter(|_| record.vm().is_some());
-        let known = sample.and_then(|(_, sample)| sample.working_set.as_ref());
-        let points = known.iter().flat_map(|known| &known.curve);
-        Self {
-            memory_bytes: record.spec().memory.0,
-            time_seconds: sample.map(|(time, _)| time),
-            wanted_bytes: known.map(|known| known.wanted_bytes),
-            unavoidable: known.map(|known| known.unavoidable),
-            curve: points.map(|&(more_bytes, reads_left)| CurvePoint { more_bytes, reads_left }).collect(),
-        }
+/// What more memory would bring a VM.
+pub(super) fn working_set(record: &Record, sample: Option<(f64, &VmSample)>) -> WorkingSetView {
+    let sample = sample.filter(|_| record.vm().is_some());
+    let known = sample.and_then(|(_, sample)| sample.working_set.as_ref());
+    let points = known.iter().flat_map(|known| &known.curve);
+    WorkingSetView {
+        memory_bytes: record.spec().memory.0,
+        time_seconds: sample.map(|(time, _)| time),
+        wanted_bytes: known.map(|known| known.wanted_bytes),
+        unavoidable: known.map(|known| known.unavoidable),
+        curve: points.map(|&(more_bytes, reads_left)| CurvePoint { more_bytes, reads_left }).collect(),
     }
 }
 
-/// Two VMs, and what they have in common.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct PairView {
-    /// Their names.
-    #[schema(min_items = 2, max_items = 2)]
-    pub vms: Vec<String>,
-    /// Pages of content that are in memory once for both. An estimate from some thousand frames of the
-    /// group.
-    pub pages: u64,
-    /// Its standard error; 0 where all frames were looked at.
-    pub pages_error: u64,
+/// The pairs with most in common.
+pub(super) fn most_pairs(sample: &Sample, count: usize) -> Vec<PairView> {
+    let pairs = sample.pairs.iter().take(count);
+    pairs
+        .map(|pair| {
+            let vms = pair.vms.map(|vm| sample.vms[vm].name.clone()).into();
+            PairView { vms, pages: pair.pages, pages_error: pair.error }
+        })
+        .collect()
 }
 
-impl PairView {
-    /// The pairs with most in common.
-    pub(super) fn most(sample: &Sample, count: usize) -> Vec<Self> {
-        let pairs = sample.pairs.iter().take(count);
-        pairs
-            .map(|pair| {
-                let vms = pair.vms.map(|vm| sample.vms[vm].name.clone()).into();
-                Self { vms, pages: pair.pages, pages_error: pair.error }
-            })
-            .collect()
-    }
-}
-
-/// A VM with everything about it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct VmView {
-    /// What a list says.
-    #[serde(flatten)]
-    pub summary: VmSummary,
-    /// What it can be asked to do now.
-    pub actions: Vec<Action>,
-    /// What it was made from.
-    pub config: VmSpec,
-    /// Bytes that the guest wrote to its console since it was last booted, and those of them that were
-    /// lost because nobody took them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub console: Option<ConsoleView>,
-    /// Its disks.
-    pub disks: Vec<DiskView>,
-}
-
-/// What went through a console.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct ConsoleView {
-    /// Bytes that the guest wrote.
-    pub sent_bytes: u64,
-    /// Bytes of the guest's that were lost, because nobody took them.
-    pub lost_bytes: u64,
-    /// Bytes that were typed and taken.
-    pub received_bytes: u64,
-}
-
-/// A disk of a VM's.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct DiskView {
-    /// Its name within the VM.
-    pub id: String,
-    /// Its image.
-    pub path: String,
-    /// The guest may not write.
-    pub readonly: bool,
-    /// Its size as the guest is told; not there when the VM has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size_bytes: Option<u64>,
-    /// Who keeps its blocks in host memory.
-    pub cache: CacheSpec,
-    /// What it may do a second.
-    pub limits: LimitsSpec,
-    /// What is to be known about how it is accessed, in sentences.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub notices: Vec<String>,
-    /// What it did since the VM was last booted; not there when the VM has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub statistics: Option<DiskStatistics>,
-}
-
-/// What a disk did.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct DiskStatistics {
-    /// Read requests that succeeded.
-    pub reads: u64,
-    /// Write requests that succeeded.
-    pub writes: u64,
-    /// Flush requests that succeeded.
-    pub flushes: u64,
-    /// Bytes of successful reads.
-    pub read_bytes: u64,
-    /// Bytes of successful writes.
-    pub written_bytes: u64,
-    /// Blocks that were read from what guests held.
-    pub blocks_from_guests: u64,
-    /// Blocks that were read from what the host held.
-    pub blocks_from_host: u64,
-    /// Blocks that the cache had read from the image.
-    pub blocks_fetched: u64,
-    /// Requests that were held back to keep to the disk's limits.
-    pub throttled: u64,
-    /// Requests that failed.
-    pub errors: u64,
-    /// What went wrong last.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-}
-
-/// How a VM takes part in sharing memory.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct VmSharingView {
-    /// The group that it shares with.
-    pub group: String,
-    /// What of its memory is shared: nothing where this process shares none.
-    pub mode: SharingMode,
-    /// When this was looked at.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub time_seconds: Option<f64>,
-    /// What it takes of the host: its private pages, and its share of each frame.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resident_bytes: Option<u64>,
-    /// What is counted of its memory; not there before this was looked at, and when it has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub statistics: Option<VmMemoryView>,
-}
-
-/// The engine that shares memory.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct SharingView {
-    /// Whether memory is shared in this process.
-    pub enabled: bool,
-    /// The settings that the engine was started with.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub settings: Option<SettingsView>,
-    /// When this was looked at.
-    pub time_seconds: f64,
-    /// Sum of the VMs' memory.
-    pub guest_bytes: u64,
-    /// Memory that the process takes: its private pages, and each frame once.
-    pub resident_bytes: u64,
-    /// Of that, private pages.
-    pub private_bytes: u64,
-    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
-    pub saved_bytes: u64,
-    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
-    pub overhead_bytes: u64,
-    /// What the engine counts.
-    pub statistics: EngineView,
-    /// The groups within which VMs share.
-    pub groups: Vec<GroupView>,
-    /// The ten pairs of VMs with most in common.
-    pub pairs: Vec<PairView>,
-}
-
-/// How the engine works.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct SettingsView {
-    /// Share of one core that looking for alike pages may take on average, in percent.
-    pub cpu_percent: f64,
-    /// Neighbours of a page that matched are compared before anything is searched for.
-    pub lookahead: bool,
-    /// What the indexes are ordered by: `digest` or `content`.
-    pub order: String,
-    /// Effort follows change.
-    pub follow: bool,
-}
-
-/// One group of VMs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct GroupView {
-    /// Its name.
-    pub name: String,
-    /// Sharing has stopped for it: its VMs go on, and nothing more of them is shared.
-    #[serde(default)]
-    pub stopped: bool,
-    /// Frames in use by two or more guest pages.
-    pub pages_shared: u64,
-    /// Further guest pages mapped to those frames.
-    pub pages_sharing: u64,
-    /// Guest pages of zeros whose memory was given back.
-    pub zero_pages: u64,
-    /// Pages mapped to frames since the group came up.
-    pub merges: u64,
-    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
-    pub saved_bytes: u64,
-    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
-    pub overhead_bytes: u64,
-}
-
-impl VmSummary {
-    /// A VM, with what was last counted of it.
-    pub(super) fn new(record: &Record, sample: Option<&VmSample>) -> Self {
-        let spec = record.spec();
-        let vm = record.vm();
-        let sample = sample.filter(|_| vm.is_some());
-        let bytes =
-            |pages: fn(&VmStatistics) -> u64| sample.map(|sample| pages(&sample.pages) * PAGE_SIZE as u64);
-        Self {
-            name: spec.name.clone(),
-            state: record.state(),
-            since_time_seconds: unix_seconds(record.since()),
-            reason: record.reason(),
-            memory_bytes: spec.memory.0,
-            group: spec.sharing.group.clone(),
-            mode: record.effective_mode(),
-            sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),
-            resident_bytes: sample.map(|sample| sample.resident_bytes),
-            saved_bytes: sample.map(saved_bytes),
-            shared_bytes: bytes(|pages| pages.pages_merged),
-            private_bytes: bytes(|pages| pages.pages_private),
-            zero_bytes: bytes(|pages| pages.zero_pages),
-            wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
-            cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
-            io: vm.as_ref().map(|vm| IoView::from(&IoSample::of(vm))),
-        }
+/// A VM, with what was last counted of it.
+pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
+    let spec = record.spec();
+    let vm = record.vm();
+    let sample = sample.filter(|_| vm.is_some());
+    let bytes =
+        |pages: fn(&VmStatistics) -> u64| sample.map(|sample| pages(&sample.pages) * PAGE_SIZE as u64);
+    VmSummary {
+        name: spec.name.clone(),
+        state: record.state(),
+        since_time_seconds: unix_seconds(record.since()),
+        reason: record.reason(),
+        memory_bytes: spec.memory.0,
+        group: spec.sharing.group.clone(),
+        mode: record.effective_mode(),
+        sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),
+        resident_bytes: sample.map(|sample| sample.resident_bytes),
+        saved_bytes: sample.map(saved_bytes),
+        shared_bytes: bytes(|pages| pages.pages_merged),
+        private_bytes: bytes(|pages| pages.pages_private),
+        zero_bytes: bytes(|pages| pages.zero_pages),
+        wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
+        cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
+        io: vm.as_ref().map(|vm| (&IoSample::of(vm)).translate()),
     }
 }
 
@@ -538,49 +130,80 @@ pub(super) fn saved_bytes(sample: &VmSample) -> u64 {
     (sample.pages.pages_sharing + sample.pages.zero_pages) * PAGE_SIZE as u64
 }
 
-impl VmView {
-    pub(super) fn new(record: &Record, sample: Option<&VmSample>) -> Self {
-        let mut config = record.spec().clone();
-        config.sharing.mode = record.mode();
-        // A wish of whoever made it, and no property of the VM.
-        config.start = None;
-        let vm = record.vm();
-        let console = vm.map(|vm| {
-            let stats = vm.serial_stats();
-            ConsoleView {
-                sent_bytes: stats.sent.load(Relaxed),
-                lost_bytes: stats.lost.load(Relaxed),
-                received_bytes: stats.received.load(Relaxed),
-            }
-        });
-        let summary = VmSummary::new(record, sample);
-        let actions = summary.state.actions().collect();
-        Self { summary, actions, config, console, disks: DiskView::all(record) }
+/// A VM with everything about it.
+pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
+    let mut config = record.spec().clone();
+    config.sharing.mode = record.mode();
+    // A wish of whoever made it, and no property of the VM.
+    config.start = None;
+    let vm = record.vm();
+    let console = vm.map(|vm| {
+        let stats = vm.serial_stats();
+        ConsoleView {
+            sent_bytes: stats.sent.load(Relaxed),
+            lost_bytes: stats.lost.load(Relaxed),
+            received_bytes: stats.received.load(Relaxed),
+        }
+    });
+    let summary = summary(record, sample);
+    let actions = summary.state.actions().collect();
+    VmView { summary, actions, config, console, disks: disks(record) }
+}
+
+/// The disks of a VM.
+pub(super) fn disks(record: &Record) -> Vec<DiskView> {
+    let vm = record.vm();
+    let disks = record.spec().to_config().disks.into_iter().map(|disk| {
+        let counted = vm.as_ref().and_then(|vm| vm.disks().iter().find(|counted| counted.id == disk.id));
+        let statistics = counted.map(|counted| (&*counted.stats).translate());
+        let path = disk.path.display().to_string();
+        let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits()).translate();
+        let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
+        let cache = counted.map_or(disk.cache, Disk::cache).translate();
+        let size_bytes = counted.map(|counted| counted.size.bytes());
+        let readonly = disk.read_only;
+        DiskView { id: disk.id, path, readonly, size_bytes, cache, limits, notices, statistics }
+    });
+    disks.collect()
+}
+
+/// How a VM takes part in sharing memory.
+pub(super) fn vm_sharing(record: &Record, sample: Option<(f64, &VmSample)>) -> VmSharingView {
+    let sample = sample.filter(|_| record.vm().is_some());
+    VmSharingView {
+        group: record.spec().sharing.group.clone(),
+        mode: record.effective_mode(),
+        time_seconds: sample.map(|(time, _)| time),
+        resident_bytes: sample.map(|(_, sample)| sample.resident_bytes),
+        statistics: sample.map(|(_, sample)| (&sample.pages).translate()),
     }
 }
 
-impl DiskView {
-    /// The disks of a VM.
-    pub(super) fn all(record: &Record) -> Vec<Self> {
-        let vm = record.vm();
-        let disks = record.spec().to_config().disks.into_iter().map(|disk| {
-            let counted = vm.as_ref().and_then(|vm| vm.disks().iter().find(|counted| counted.id == disk.id));
-            let statistics = counted.map(|counted| DiskStatistics::from(&*counted.stats));
-            let path = disk.path.display().to_string();
-            let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits()).into();
-            let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
-            let cache = counted.map_or(disk.cache, Disk::cache).into();
-            let size_bytes = counted.map(|counted| counted.size.bytes());
-            let readonly = disk.read_only;
-            Self { id: disk.id, path, readonly, size_bytes, cache, limits, notices, statistics }
-        });
-        disks.collect()
+/// What was seen, and CPU time of the moment.
+pub(super) fn sharing(sample: &Sample, settings: &Settings, sharing: Option<&Sharing>) -> SharingView {
+    let mut statistics: EngineView = (&sample.engine).translate();
+    if let Some(sharing) = sharing {
+        statistics.cpu_seconds = sharing.cpu_time().as_secs_f64();
+    }
+    SharingView {
+        enabled: sample.sharing,
+        settings: sample.sharing.then(|| settings.translate()),
+        time_seconds: sample.time_seconds,
+        guest_bytes: sample.guest_bytes,
+        resident_bytes: sample.resident_bytes,
+        private_bytes: sample.private_bytes,
+        saved_bytes: sample.saved_bytes,
+        overhead_bytes: sample.overhead_bytes,
+        statistics,
+        groups: sample.groups.iter().map(GroupView::from).collect(),
+        pairs: most_pairs(sample, 10),
     }
 }
 
-impl From<&BlockStats> for DiskStatistics {
-    fn from(stats: &BlockStats) -> Self {
-        Self {
+impl Translate<DiskStatistics> for &BlockStats {
+    fn translate(self) -> DiskStatistics {
+        let stats = self;
+        DiskStatistics {
             reads: stats.reads.load(Relaxed),
             writes: stats.writes.load(Relaxed),
             flushes: stats.flushes.load(Relaxed),
@@ -596,49 +219,14 @@ impl From<&BlockStats> for DiskStatistics {
     }
 }
 
-impl VmSharingView {
-    pub(super) fn new(record: &Record, sample: Option<(f64, &VmSample)>) -> Self {
-        let sample = sample.filter(|_| record.vm().is_some());
-        Self {
-            group: record.spec().sharing.group.clone(),
-            mode: record.effective_mode(),
-            time_seconds: sample.map(|(time, _)| time),
-            resident_bytes: sample.map(|(_, sample)| sample.resident_bytes),
-            statistics: sample.map(|(_, sample)| VmMemoryView::from(&sample.pages)),
-        }
-    }
-}
-
-impl SharingView {
-    /// What was seen, and CPU time of the moment.
-    pub(super) fn new(sample: &Sample, settings: &Settings, sharing: Option<&Sharing>) -> Self {
-        let mut statistics = EngineView::from(&sample.engine);
-        if let Some(sharing) = sharing {
-            statistics.cpu_seconds = sharing.cpu_time().as_secs_f64();
-        }
-        Self {
-            enabled: sample.sharing,
-            settings: sample.sharing.then(|| SettingsView::from(settings)),
-            time_seconds: sample.time_seconds,
-            guest_bytes: sample.guest_bytes,
-            resident_bytes: sample.resident_bytes,
-            private_bytes: sample.private_bytes,
-            saved_bytes: sample.saved_bytes,
-            overhead_bytes: sample.overhead_bytes,
-            statistics,
-            groups: sample.groups.iter().map(GroupView::from).collect(),
-            pairs: PairView::most(sample, 10),
-        }
-    }
-}
-
-impl From<&Settings> for SettingsView {
-    fn from(settings: &Settings) -> Self {
+impl Translate<SettingsView> for &Settings {
+    fn translate(self) -> SettingsView {
+        let settings = self;
         let order = match settings.order {
             Order::Digest => "digest",
             Order::Content => "content",
         };
-        Self {
+        SettingsView {
             cpu_percent: settings.cpu_percent,
             lookahead: settings.lookahead,
             order: order.to_owned(),

@@ -1,7 +1,7 @@
 //! From Firecracker's token buckets to what a disk may do a second.
 
-use samepage::api::disk_spec::LimitsSpec;
-use samepage::api::spec::Size;
+use samepage_api_types::disk_spec::LimitsSpec;
+use samepage_api_types::spec::Size;
 
 use super::model::{RateLimiter, TokenBucket};
 

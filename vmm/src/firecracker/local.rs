@@ -1,17 +1,18 @@
 //! The VM in this process.
 
+use samepage::api::translate::Translate;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
-use samepage::api::disk_spec::LimitsSpec;
-use samepage::api::lifecycle::{Action, State};
 use samepage::api::record::Record;
-use samepage::api::spec::VmSpec;
 use samepage::api::{Common, Manager, ManagerError};
 use samepage::fleet::Ended;
+use samepage_api_types::disk_spec::LimitsSpec;
+use samepage_api_types::lifecycle::{Action, State};
+use samepage_api_types::spec::VmSpec;
 use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
@@ -112,7 +113,7 @@ impl Machine for Local {
     fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
         let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
         let disk = vm.disks().iter().find(|other| other.id == disk);
-        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits.into());
+        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits.translate());
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use samepage::api::disk_spec::LimitsSpec;
-use samepage::api::spec::VmSpec;
+use samepage_api_types::disk_spec::LimitsSpec;
+use samepage_api_types::spec::VmSpec;
 
 use super::fault::Fault;
 

@@ -2,8 +2,9 @@
 
 use super::{Loading, Place, Planned};
 use crate::api::explain;
-use crate::api::spec::VmSpec;
+use crate::api::translate::ToConfig;
 use crate::fleet::{self, Part, Uses};
+use samepage_api_types::spec::VmSpec;
 use samepage_machine::boot::BootError;
 use samepage_machine::config::ConfigError;
 use samepage_text::names::NameError;

@@ -16,13 +16,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::disk_spec::DiskSpec;
-use super::spec::{
+use check::EntryPlaces;
+use read::{Entry, Read};
+use samepage_api_types::disk_spec::DiskSpec;
+use samepage_api_types::spec::{
     ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec,
     optional_memory_schema,
 };
-use check::EntryPlaces;
-use read::{Entry, Read};
 use source::Source;
 
 /// How deep files may include each other.

@@ -6,7 +6,7 @@ use serde_path_to_error::{Path, Segment};
 
 use super::source::escape;
 use super::{ConfigFile, VmEntry};
-use crate::api::disk_spec::DiskSpec;
+use samepage_api_types::disk_spec::DiskSpec;
 
 /// Mistakes of one file that are told at most.
 const MOST: usize = 200;

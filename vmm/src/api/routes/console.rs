@@ -27,13 +27,14 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vms::remove;
-use crate::api::CONSOLE_PROTOCOL as PROTOCOL;
 use crate::api::backlog::Piece;
 use crate::api::extract::{Parameters, Vm, read_body};
-use crate::api::lifecycle::State as VmState;
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
 use crate::api::record::Record;
 use crate::api::server::{Api, Permit, is_ending};
+use samepage_api_types::CONSOLE_PROTOCOL as PROTOCOL;
+use samepage_api_types::lifecycle::State as VmState;
+use samepage_api_types::problem::Kind;
 use samepage_text::counted::counted;
 
 const OCTETS: &str = "application/octet-stream";
@@ -107,7 +108,7 @@ pub(super) async fn stream(
     Parameters(Along { tail, lifeline, until_end }): Parameters<Along>,
     Extension(permit): Extension<Permit>,
     mut request: Request,
-) -> Result<Response, Problem> {
+) -> Result<Response, Refusal> {
     let tail = record.backlog.tail(tail.unwrap_or(usize::MAX));
     // To begin with nothing is lost: what was before is not asked for.
     let from = tail.next - tail.bytes.len() as u64;
@@ -122,7 +123,7 @@ pub(super) async fn stream(
         if lifeline {
             let detail = "a connection that is not upgraded is no lifeline";
             let help = format!("send Connection: upgrade and Upgrade: {PROTOCOL}");
-            return Err(Problem::new(Kind::BadRequest, detail).help(help));
+            return Err(Refusal::new(Kind::BadRequest, detail).help(help));
         }
         let pieces = stream::unfold(reader, |mut reader| async {
             let bytes = reader.next().await?;
@@ -131,11 +132,11 @@ pub(super) async fn stream(
         return Ok(([(CONTENT_TYPE, OCTETS)], Body::from_stream(pieces)).into_response());
     }
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
-        return Err(Problem::new(Kind::BadRequest, "this connection cannot be upgraded"));
+        return Err(Refusal::new(Kind::BadRequest, "this connection cannot be upgraded"));
     };
     let room = reader.record.room().and_then(watch_room);
     let room = room.map_err(|error| {
-        Problem::new(Kind::Unavailable, format!("open the console: {error}"))
+        Refusal::new(Kind::Unavailable, format!("open the console: {error}"))
             .help("raise the limit of open files (ulimit -n)")
     })?;
     tokio::spawn(async move {
@@ -317,7 +318,7 @@ pub(crate) struct Typed {
     params(("vm" = String, Path, description = "The VM's name")),
     request_body(content_type = OCTETS, content = Octets), responses((status = 200, body = Typed))
 )]
-pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed>, Problem> {
+pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed>, Refusal> {
     let bytes = read_body(request.into_body()).await?;
     let count = bytes.len();
     match type_to(&record, bytes.into()).await {
@@ -325,7 +326,7 @@ pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed
         None => {
             let state: VmState = record.state();
             let detail = format!("VM {} is {}, and nobody reads its console", record.name(), state.name());
-            Err(Problem::new(Kind::IllegalTransition, detail).help("start it first"))
+            Err(Refusal::new(Kind::IllegalTransition, detail).help("start it first"))
         }
     }
 }

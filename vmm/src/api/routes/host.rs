@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::sharing::unseen;
 use crate::api::extract::blocking;
-use crate::api::problem::Problem;
+use crate::api::problem::Refusal;
 use crate::api::server::Api;
 use crate::host_limits::HostMemory;
 use samepage_machine::huge_pages;
@@ -71,7 +71,7 @@ pub(crate) struct FeaturesView {
 
 /// Show the host
 #[utoipa::path(get, path = "/host", operation_id = "get_host", tag = "process", responses((status = 200, body = HostView)))]
-pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Problem> {
+pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let engine = &seen.sample.engine;
     let (mappings, mappings_limit, sharing) = (engine.mappings, engine.mappings_limit, seen.sample.sharing);

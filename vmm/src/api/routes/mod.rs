@@ -23,10 +23,11 @@ use utoipa::openapi::{PathItem, Ref, RefOr};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::events::Event;
 use super::http::{self, Guard};
-use super::problem::{self, PROBLEM_JSON, Problem};
+use super::problem;
 use super::server::Api;
+use samepage_api_types::events::Event;
+use samepage_api_types::problem::{PROBLEM_JSON, Problem};
 
 /// What all paths have in common.
 #[derive(OpenApi)]

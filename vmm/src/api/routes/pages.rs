@@ -1,5 +1,6 @@
 //! `/pages`: what VMs' pages are used for, what of that is shared, and memory as a picture.
 
+use crate::api::views;
 use std::sync::Arc;
 
 use axum::Json;
@@ -11,18 +12,19 @@ use utoipa::IntoParams;
 use super::sharing::unseen;
 use crate::api::extract::{Parameters, Vm, json, to_json};
 use crate::api::maps::MOST_CELLS;
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
 use crate::api::server::Api;
-use crate::api::views::pages::{MapView, PagesView, VmPagesView};
+use samepage_api_types::problem::Kind;
+use samepage_api_types::views::pages::{MapView, PagesView, VmPagesView};
 
 /// Show what all VMs' pages are used for
 ///
 /// As agents in the guests say, and what of each use is shared, how long it stays so, and what that saves.
 /// Pages of guests without an agent are of type `unknown`.
 #[utoipa::path(get, path = "/pages", operation_id = "get_pages", tag = "sharing", responses((status = 200, body = PagesView)))]
-pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Problem> {
+pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    Ok(Json(PagesView::new(&seen.sample)))
+    Ok(Json(views::pages::of_all(&seen.sample)))
 }
 
 /// Show what a VM's pages are used for
@@ -33,10 +35,10 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<Pages
     params(("vm" = String, Path, description = "Its name")),
     responses((status = 200, body = VmPagesView))
 )]
-pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<Json<VmPagesView>, Problem> {
+pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<Json<VmPagesView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
-    Ok(Json(VmPagesView::new(&record, sample)))
+    Ok(Json(views::pages::of_vm(&record, sample)))
 }
 
 /// How fine a map is to be.
@@ -67,9 +69,9 @@ pub(super) async fn map(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
     Parameters(Fineness { cells }): Parameters<Fineness>,
-) -> Result<Response, Problem> {
+) -> Result<Response, Refusal> {
     if !(1..=MOST_CELLS).contains(&cells) {
-        let problem = Problem::new(Kind::BadRequest, format!("there is no map of {cells} cells"));
+        let problem = Refusal::new(Kind::BadRequest, format!("there is no map of {cells} cells"));
         return Err(problem.help(format!("ask for 1 to {MOST_CELLS} cells")));
     }
     let map = api.maps.map(&record, cells).await.map_err(unseen)?;

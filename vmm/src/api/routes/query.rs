@@ -11,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::path::{Operation, ParameterIn, PathItem};
 
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
+use samepage_api_types::problem::Kind;
 
 /// The parameters that each operation knows, as the description of the API has them.
 pub(super) struct Known(HashMap<(String, Method), Vec<String>>);
@@ -63,7 +64,7 @@ pub(super) async fn check(State(known): State<Arc<Known>>, request: Request, nex
     }
 }
 
-fn unknown(known: &Known, request: &Request) -> Option<Problem> {
+fn unknown(known: &Known, request: &Request) -> Option<Refusal> {
     let path = request.extensions().get::<MatchedPath>()?.as_str();
     let known = known.of_operation(path, request.method());
     // What cannot be read at all is told by who reads it.
@@ -77,5 +78,5 @@ fn unknown(known: &Known, request: &Request) -> Option<Problem> {
             format!("leave it out, or use those that are known: {} and {last}", rest.join(", "))
         }
     };
-    Some(Problem::new(Kind::BadRequest, detail).help(help))
+    Some(Refusal::new(Kind::BadRequest, detail).help(help))
 }

@@ -1,5 +1,6 @@
 //! `/sharing`, `/cache`: what VMs share, and what the host holds of their disks.
 
+use crate::api::views;
 use std::sync::Arc;
 
 use axum::Json;
@@ -10,11 +11,12 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::vms::turn;
 use crate::api::extract::{self, Parameters, Vm, blocking, json, to_json};
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
 use crate::api::server::Api;
-use crate::api::spec::SharingMode;
-use crate::api::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
 use crate::statistics::MOST_PAIRS;
+use samepage_api_types::problem::Kind;
+use samepage_api_types::spec::SharingMode;
+use samepage_api_types::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
 
 /// Show what a VM shares
 #[utoipa::path(
@@ -25,10 +27,10 @@ use crate::statistics::MOST_PAIRS;
 pub(super) async fn of_vm(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
-) -> Result<Json<VmSharingView>, Problem> {
+) -> Result<Json<VmSharingView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
-    Ok(Json(VmSharingView::new(&record, sample)))
+    Ok(Json(views::vm_sharing(&record, sample)))
 }
 
 /// What is to change about a VM's sharing.
@@ -50,11 +52,11 @@ pub(super) async fn change_vm(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
     extract::Json(SharingChange { mode }): extract::Json<SharingChange>,
-) -> Result<Json<VmSharingView>, Problem> {
+) -> Result<Json<VmSharingView>, Refusal> {
     let turn = turn(&api, &record).await?;
     let manager = api.manager.clone();
     blocking(move || manager.set_mode(&turn, mode)).await?;
-    Ok(Json(VmSharingView::new(&record, None)))
+    Ok(Json(views::vm_sharing(&record, None)))
 }
 
 /// Show what is shared
@@ -62,10 +64,10 @@ pub(super) async fn change_vm(
 /// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
 /// a second ago or less, or some seconds ago where nobody had asked.
 #[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
-pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Problem> {
+pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let (settings, sharing) = (api.manager.settings(), api.manager.sharing().map(Arc::as_ref));
-    let write = || to_json(&SharingView::new(&seen.sample, settings, sharing));
+    let write = || to_json(&views::sharing(&seen.sample, settings, sharing));
     Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
 }
 
@@ -95,22 +97,22 @@ fn default_pairs() -> u32 {
 pub(super) async fn pairs(
     State(api): State<Arc<Api>>,
     Parameters(Most { limit }): Parameters<Most>,
-) -> Result<Json<Vec<PairView>>, Problem> {
+) -> Result<Json<Vec<PairView>>, Refusal> {
     if limit as usize > MOST_PAIRS {
-        let problem = Problem::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
+        let problem = Refusal::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
         return Err(problem.help(format!("ask for {MOST_PAIRS} at most")));
     }
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    Ok(Json(PairView::most(&seen.sample, limit as usize)))
+    Ok(Json(views::most_pairs(&seen.sample, limit as usize)))
 }
 
 /// Show the block cache
 ///
 /// What the host holds of disks' blocks, and where guests got those that they read.
 #[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
-pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Problem> {
+pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    Ok(Json(CacheView::new(&seen.sample)))
+    Ok(Json(views::cache(&seen.sample)))
 }
 
 /// Show what more memory would bring a VM
@@ -124,13 +126,13 @@ pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>
 pub(super) async fn working_set(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
-) -> Result<Json<WorkingSetView>, Problem> {
+) -> Result<Json<WorkingSetView>, Refusal> {
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
-    Ok(Json(WorkingSetView::new(&record, sample)))
+    Ok(Json(views::working_set(&record, sample)))
 }
 
 /// Memory cannot be looked at.
-pub(super) fn unseen(error: String) -> Problem {
-    Problem::new(Kind::Unavailable, error)
+pub(super) fn unseen(error: String) -> Refusal {
+    Refusal::new(Kind::Unavailable, error)
 }

@@ -1,5 +1,7 @@
 //! `/vms`: made, listed, asked for actions, deleted.
 
+use crate::api::translate::Translate;
+use crate::api::views;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,16 +13,17 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::disk_spec::{CacheSpec, LimitsSpec};
 use crate::api::extract::{self, Parameters, Vm, VmAndDisk, blocking, json, to_json};
 use crate::api::filter::VmFilter;
-use crate::api::lifecycle::Action;
 use crate::api::manager::{Manager, ManagerError};
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
 use crate::api::record::{Cause, Record, Turn};
 use crate::api::server::Api;
-use crate::api::spec::VmSpec;
-use crate::api::views::{DiskView, VmSummary, VmView};
+use samepage_api_types::disk_spec::{CacheSpec, LimitsSpec};
+use samepage_api_types::lifecycle::Action;
+use samepage_api_types::problem::Kind;
+use samepage_api_types::spec::VmSpec;
+use samepage_api_types::views::{DiskView, VmSummary, VmView};
 use samepage_machine::vm::{Disk, Vm as RunningVm};
 
 /// List VMs
@@ -32,14 +35,14 @@ use samepage_machine::vm::{Disk, Vm as RunningVm};
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Parameters(filter): Parameters<VmFilter>,
-) -> Result<Response, Problem> {
+) -> Result<Response, Refusal> {
     let revision = api.manager.revision();
     let seen = api.sampling.of(&api.manager.list(), &api.manager).await;
     let write = || {
         let sample = |record: &Record| seen.as_ref()?.vm(record.name());
         let vms = api.manager.list();
         let meant = vms.iter().filter(|record| filter.fits(record));
-        to_json(&meant.map(|record| VmSummary::new(record, sample(record))).collect::<Vec<_>>())
+        to_json(&meant.map(|record| views::summary(record, sample(record))).collect::<Vec<_>>())
     };
     // What is asked for by many is all of them.
     let vms = if filter.is_all() { api.answers.vms.get(seen.as_ref(), revision, write)? } else { write()? };
@@ -56,7 +59,7 @@ pub(super) async fn list(
 pub(super) async fn create(
     State(api): State<Arc<Api>>,
     extract::Json(spec): extract::Json<VmSpec>,
-) -> Result<impl IntoResponse, Problem> {
+) -> Result<impl IntoResponse, Refusal> {
     let manager = api.manager.clone();
     let record = blocking(move || {
         let start = spec.start.unwrap_or(false);
@@ -74,7 +77,7 @@ pub(super) async fn create(
 
 fn view(api: &Api, record: &Record) -> VmView {
     let seen = api.sampling.latest(&api.manager);
-    VmView::new(record, seen.as_ref().and_then(|seen| seen.vm(record.name())))
+    views::vm(record, seen.as_ref().and_then(|seen| seen.vm(record.name())))
 }
 
 /// Show a VM
@@ -84,7 +87,7 @@ fn view(api: &Api, record: &Record) -> VmView {
 )]
 pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
     let seen = api.sampling.of(std::slice::from_ref(&record), &api.manager).await;
-    Json(VmView::new(&record, seen.as_ref().and_then(|seen| seen.vm(record.name()))))
+    Json(views::vm(&record, seen.as_ref().and_then(|seen| seen.vm(record.name()))))
 }
 
 /// Delete a VM
@@ -94,13 +97,13 @@ pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<Vm
     delete, path = "/vms/{vm}", operation_id = "delete_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
     responses((status = 204, description = "It is gone"))
 )]
-pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Problem> {
+pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Refusal> {
     remove(&api, &record).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Ends a VM, and lets it go.
-pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Problem> {
+pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusal> {
     // Whoever waits for the VM in a turn of theirs need not wait any longer.
     if let Some(vm) = record.vm() {
         record.note_cause(Cause::Deleted);
@@ -144,7 +147,7 @@ pub(super) async fn act(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
     extract::Json(request): extract::Json<ActionRequest>,
-) -> Result<Json<VmSummary>, Problem> {
+) -> Result<Json<VmSummary>, Refusal> {
     let ActionRequest { action, timeout_seconds } = request;
     check_timeout(action, timeout_seconds)?;
     if action == Action::Kill {
@@ -168,21 +171,21 @@ pub(super) async fn act(
         }
         _ => blocking(move || manager.act(&turn, action).map(drop)).await?,
     }
-    Ok(Json(VmSummary::new(&record, None)))
+    Ok(Json(views::summary(&record, None)))
 }
 
-fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Problem> {
+fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Refusal> {
     let reason = match seconds {
         None => return Ok(()),
         Some(_) if action != Action::Stop => format!("{} has no timeout", action.name()),
         Some(0..=LONGEST_STOP_TIMEOUT) => return Ok(()),
         Some(seconds) => format!("{seconds} seconds: {LONGEST_STOP_TIMEOUT} is the longest timeout"),
     };
-    Err(Problem::new(Kind::BadRequest, reason).at("/timeout_seconds"))
+    Err(Refusal::new(Kind::BadRequest, reason).at("/timeout_seconds"))
 }
 
 /// Asks a guest to end, and kills it where it does not in time. Goes on even if the client is gone.
-async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Problem> {
+async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Refusal> {
     let work = async move {
         let asked = manager.clone();
         let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
@@ -195,7 +198,7 @@ async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Pro
         };
         blocking(end).await
     };
-    tokio::spawn(work).await.unwrap_or_else(|_| Err(Problem::new(Kind::Internal, "the operation panicked")))
+    tokio::spawn(work).await.unwrap_or_else(|_| Err(Refusal::new(Kind::Internal, "the operation panicked")))
 }
 
 /// Ask a VM to do something
@@ -209,14 +212,14 @@ pub(super) async fn put_action(
     api: State<Arc<Api>>,
     vm: Vm,
     body: extract::Json<ActionRequest>,
-) -> Result<Json<VmSummary>, Problem> {
+) -> Result<Json<VmSummary>, Refusal> {
     act(api, vm, body).await
 }
 
 /// The right to do something to a VM that still is.
-pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Problem> {
+pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusal> {
     let busy = || {
-        Problem::new(Kind::Busy, format!("something else is being done to VM {}", record.name()))
+        Refusal::new(Kind::Busy, format!("something else is being done to VM {}", record.name()))
             .help("try again")
     };
     let turn = record.turn().await.ok_or_else(busy)?;
@@ -233,7 +236,7 @@ pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Proble
     responses((status = 200, body = Vec<DiskView>))
 )]
 pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
-    Json(DiskView::all(&record))
+    Json(views::disks(&record))
 }
 
 /// Show a disk
@@ -242,7 +245,7 @@ pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
     params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
     responses((status = 200, body = DiskView))
 )]
-pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Problem> {
+pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
     find_disk(&record, &id).map(Json)
 }
 
@@ -268,26 +271,26 @@ pub(crate) struct DiskChange {
 pub(super) async fn change_disk(
     VmAndDisk(record, id): VmAndDisk,
     extract::Json(DiskChange { limits, cache }): extract::Json<DiskChange>,
-) -> Result<Json<DiskView>, Problem> {
+) -> Result<Json<DiskView>, Refusal> {
     if limits.is_none() && cache.is_none() {
-        let problem = Problem::new(Kind::BadRequest, "there is nothing to change in the body");
+        let problem = Refusal::new(Kind::BadRequest, "there is nothing to change in the body");
         return Err(problem.help("give limits, cache or both"));
     }
     if let Some((place, reason)) = limits.iter().flat_map(LimitsSpec::faults).next() {
-        return Err(Problem::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
+        return Err(Refusal::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
     }
     let vm = running(&record, &id)?;
     let disk = open_disk(&record, &vm, &id)?;
     if let Some(cache) = cache {
         // What can be refused comes first: all of the change is made or nothing.
-        disk.set_cache(cache.into()).map_err(|error| {
-            Problem::new(Kind::IllegalTransition, error.to_string())
+        disk.set_cache(cache.translate()).map_err(|error| {
+            Refusal::new(Kind::IllegalTransition, error.to_string())
                 .at("/cache")
                 .help("create the VM with this cache policy")
         })?;
     }
     if let Some(limits) = limits {
-        disk.limiter.set(limits.into());
+        disk.limiter.set(limits.translate());
     }
     find_disk(&record, &id).map(Json)
 }
@@ -301,35 +304,35 @@ pub(super) async fn change_disk(
     params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
     responses((status = 200, body = DiskView))
 )]
-pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Problem> {
+pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
     // A file system may take its time.
     let resize = move || {
         let vm = running(&record, &id)?;
         let refreshed = open_disk(&record, &vm, &id)?.size.refresh();
-        refreshed.map_err(|error| Problem::new(Kind::IllegalTransition, error.to_string()))?;
+        refreshed.map_err(|error| Refusal::new(Kind::IllegalTransition, error.to_string()))?;
         find_disk(&record, &id).map(Json)
     };
     blocking(move || Ok(resize())).await?
 }
 
 /// The VM, if it has a disk of that name and is there to use it.
-fn running(record: &Record, id: &str) -> Result<Arc<RunningVm>, Problem> {
+fn running(record: &Record, id: &str) -> Result<Arc<RunningVm>, Refusal> {
     find_disk(record, id)?;
     record.vm().ok_or_else(|| no_disks(record))
 }
 
-fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Disk, Problem> {
+fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Disk, Refusal> {
     vm.disks().iter().find(|disk| disk.id == id).ok_or_else(|| no_disks(record))
 }
 
-fn no_disks(record: &Record) -> Problem {
+fn no_disks(record: &Record) -> Refusal {
     let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
-    Problem::new(Kind::IllegalTransition, detail).help("start it first")
+    Refusal::new(Kind::IllegalTransition, detail).help("start it first")
 }
 
-fn find_disk(record: &Record, id: &str) -> Result<DiskView, Problem> {
-    DiskView::all(record).into_iter().find(|disk| disk.id == id).ok_or_else(|| {
-        Problem::new(Kind::NoSuchResource, format!("VM {} has no disk {id}", record.name()))
+fn find_disk(record: &Record, id: &str) -> Result<DiskView, Refusal> {
+    views::disks(record).into_iter().find(|disk| disk.id == id).ok_or_else(|| {
+        Refusal::new(Kind::NoSuchResource, format!("VM {} has no disk {id}", record.name()))
             .help(format!("GET /vms/{}/disks lists those it has", record.name()))
     })
 }

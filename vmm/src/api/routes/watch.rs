@@ -16,12 +16,13 @@ use tokio::sync::watch;
 use utoipa::IntoParams;
 
 use super::sharing::unseen;
-use crate::api::events::Event;
 use crate::api::extract::Parameters;
 use crate::api::metrics;
 use crate::api::negotiate::TextFormat;
-use crate::api::problem::{Kind, Problem};
+use crate::api::problem::Refusal;
 use crate::api::server::{Api, is_ending};
+use samepage_api_types::events::Event;
+use samepage_api_types::problem::Kind;
 
 /// How often who listens to events hears at least something.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -48,11 +49,11 @@ pub(super) async fn events(
     State(api): State<Arc<Api>>,
     Parameters(Since { since }): Parameters<Since>,
     headers: HeaderMap,
-) -> Result<Response, Problem> {
+) -> Result<Response, Refusal> {
     let last = match headers.get("last-event-id") {
         None => None,
         Some(id) => Some(id.to_str().ok().and_then(|id| id.parse().ok()).ok_or_else(|| {
-            Problem::new(Kind::BadRequest, "the header Last-Event-ID is no number of an event")
+            Refusal::new(Kind::BadRequest, "the header Last-Event-ID is no number of an event")
         })?),
     };
     let newest = api.manager.events.last();
@@ -109,12 +110,12 @@ impl Reader {
         content((String = "application/openmetrics-text"), (String = "text/plain"))
     ))
 )]
-pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Problem> {
+pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Refusal> {
     let revision = api.manager.revision();
     let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
     let text = api.answers.metrics.get(Some(&seen), revision, || {
         let text = metrics::text(&api.manager, seen.clone()).map(Bytes::from);
-        text.map_err(|error| Problem::new(Kind::Internal, format!("write metrics: {error}")))
+        text.map_err(|error| Refusal::new(Kind::Internal, format!("write metrics: {error}")))
     })?;
     let format = TextFormat::preferred(&headers);
     let headers = [(CONTENT_TYPE, format.media_type()), (VARY, "accept")];

@@ -1,0 +1,154 @@
+//! What a VM can be asked for in which state: one table.
+//!
+//! A VM's state is never stored by the API: it is read off the VM itself, which may end at any moment.
+//! The table therefore says what may be *asked*; that it came about is checked afterwards.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What a VM does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Made, and never started. Its memory is reserved and its images are loaded.
+    Created,
+    /// Its guest runs.
+    Running,
+    /// Its guest is held, and can go on where it was.
+    Paused,
+    /// It has ended: its guest reset the machine or powered off, or it was killed. It holds no memory.
+    Stopped,
+    /// Its guest did what no machine can go on from. It holds no memory.
+    Crashed,
+    /// The host could not keep it going. It holds no memory.
+    Failed,
+}
+
+/// What a VM is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Let a VM run that never did, or boot one anew that has ended.
+    Start,
+    /// Hold the guest. Once this is answered its vCPUs do nothing.
+    Pause,
+    /// Let a paused guest go on.
+    Resume,
+    /// Take the machine apart, and boot it anew with the same configuration.
+    Reset,
+    /// Ask the guest to end, by Ctrl-Alt-Del on its keyboard. What comes of that is up to the guest.
+    Shutdown,
+    /// The same, and wait; what has not ended in time is killed. A paused guest goes on for that.
+    Stop,
+    /// End it. The guest is not asked.
+    Kill,
+}
+
+/// Every state and where each action leads from it: start, pause, resume, reset, shutdown, stop, kill.
+const TABLE: [(State, [Option<State>; 7]); 6] = {
+    use State::{Crashed, Created, Failed, Paused, Running, Stopped};
+    [
+        (Created, [Some(Running), None, None, None, None, None, Some(Stopped)]),
+        (Running, [None, Some(Paused), None, Some(Running), Some(Running), Some(Stopped), Some(Stopped)]),
+        (Paused, [None, None, Some(Running), Some(Running), None, Some(Stopped), Some(Stopped)]),
+        (Stopped, [Some(Running), None, None, None, None, None, None]),
+        (Crashed, [Some(Running), None, None, None, None, None, None]),
+        (Failed, [Some(Running), None, None, None, None, None, None]),
+    ]
+};
+
+impl State {
+    /// Every state.
+    pub const ALL: [State; 6] =
+        [State::Created, State::Running, State::Paused, State::Stopped, State::Crashed, State::Failed];
+
+    /// The state in a word, as in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Created => "created",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Stopped => "stopped",
+            State::Crashed => "crashed",
+            State::Failed => "failed",
+        }
+    }
+
+    /// Where an action leads from here; `None` where it may not be asked for.
+    #[must_use]
+    pub fn after(self, action: Action) -> Option<State> {
+        TABLE.iter().find(|(state, _)| *state == self).and_then(|(_, next)| next[action as usize])
+    }
+
+    /// The actions that may be asked for.
+    pub fn actions(self) -> impl Iterator<Item = Action> {
+        Action::ALL.into_iter().filter(move |action| self.after(*action).is_some())
+    }
+}
+
+impl Action {
+    /// Every action, in the order of the table's columns.
+    pub const ALL: [Action; 7] = [
+        Action::Start,
+        Action::Pause,
+        Action::Resume,
+        Action::Reset,
+        Action::Shutdown,
+        Action::Stop,
+        Action::Kill,
+    ];
+
+    /// The action in a word, as in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Action::Start => "start",
+            Action::Pause => "pause",
+            Action::Resume => "resume",
+            Action::Reset => "reset",
+            Action::Shutdown => "shutdown",
+            Action::Stop => "stop",
+            Action::Kill => "kill",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_state_has_its_line_and_every_action_its_column() {
+        for (line, state) in TABLE.iter().zip(State::ALL) {
+            assert_eq!(line.0, state);
+        }
+        for (column, action) in Action::ALL.into_iter().enumerate() {
+            assert_eq!(action as usize, column);
+        }
+    }
+
+    #[test]
+    fn every_state_can_be_left_and_running_vms_can_be_killed() {
+        for state in State::ALL {
+            assert!(state.actions().count() > 0, "{state:?}");
+        }
+        assert_eq!(State::Running.after(Action::Start), None);
+        assert_eq!(State::Paused.after(Action::Resume), Some(State::Running));
+        assert_eq!(State::Stopped.after(Action::Kill), None);
+        // Who is held cannot end by itself; for a stop it goes on.
+        assert_eq!(State::Paused.after(Action::Shutdown), None);
+        assert_eq!(State::Paused.after(Action::Stop), Some(State::Stopped));
+    }
+
+    /// The table in the documentation says what the code does.
+    #[test]
+    fn the_documentation_has_the_same_table() {
+        let docs = include_str!("../../../docs/api.md");
+        for state in State::ALL {
+            let cells = Action::ALL.map(|action| state.after(action).map_or("-", State::name));
+            let line = format!("| {} | {} |", state.name(), cells.join(" | "));
+            assert!(docs.contains(&line), "docs/api.md lacks the line: {line}");
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! What a VM is to be like, as clients and configuration files say it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::json;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
+use utoipa::{PartialSchema, ToSchema};
+
+use crate::disk_spec::DiskSpec;
+use samepage_text::size::parse_size;
+
+/// The group of VMs whose descriptions name none.
+pub const DEFAULT_GROUP: &str = "default";
+/// Bounds of a VM's memory in bytes, which is a multiple of [`PAGE_SIZE`].
+pub const MIN_RAM: u64 = 2 << 20;
+/// The upper one.
+pub const MAX_RAM: u64 = (1 << 43) - (4 << 30);
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+/// The kernel's command line where none is given.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+fn default_command_line() -> String {
+    DEFAULT_COMMAND_LINE.to_owned()
+}
+
+/// What one VM is made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name, unique in the process: letters, digits, `.`, `_` and `-`.
+    #[schema(
+        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$",
+        min_length = 1,
+        max_length = 64,
+        example = "web-0"
+    )]
+    pub name: String,
+    /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin
+    /// where the process was started.
+    #[schema(value_type = String, min_length = 1, example = "/srv/vmlinux")]
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line. What names the disks and the memory hole is added to it, and both have to fit
+    /// into what the kernel takes.
+    #[serde(default = "default_command_line")]
+    #[schema(default = json!(DEFAULT_COMMAND_LINE), pattern = "^[\\t -~]*$", max_length = 2047)]
+    pub cmdline: String,
+    /// Its memory.
+    #[serde(default)]
+    #[schema(schema_with = memory_schema)]
+    pub memory: Size,
+    /// What the host backs its memory with.
+    #[serde(default)]
+    pub hugepages: HugePagesSpec,
+    /// Its disks, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8)]
+    pub disks: Vec<DiskSpec>,
+    /// Where its console goes besides the backlog that is kept for clients.
+    #[serde(default)]
+    pub console: ConsoleSpec,
+    /// How it takes part in sharing memory.
+    #[serde(default)]
+    pub sharing: SharingSpec,
+    /// The guest's memory hole, in which an agent of its may say what pages are for. A VM of a process that
+    /// shares no memory has none.
+    #[serde(default)]
+    pub memory_hole: HoleSpec,
+    /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
+    /// started and a VM that a client creates is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<bool>,
+}
+
+/// Where a console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSpec {
+    /// A file that takes a copy of it, which is created or emptied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub file: Option<PathBuf>,
+}
+
+/// How a VM takes part in sharing memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SharingSpec {
+    /// What of its memory is shared.
+    #[serde(default)]
+    pub mode: SharingMode,
+    /// The group of VMs that it shares with.
+    #[serde(default = "default_group")]
+    #[schema(
+        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 64,
+        default = json!(DEFAULT_GROUP)
+    )]
+    pub group: String,
+}
+
+fn default_group() -> String {
+    DEFAULT_GROUP.to_owned()
+}
+
+impl Default for SharingSpec {
+    fn default() -> Self {
+        Self { mode: SharingMode::default(), group: default_group() }
+    }
+}
+
+/// What of a VM's memory is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SharingMode {
+    /// Everything that is alike.
+    #[default]
+    Full,
+    /// Pages of zeros are given back; nothing is shared with others.
+    Zero,
+    /// Nothing.
+    Off,
+}
+
+/// What the host backs a VM's memory with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePagesSpec {
+    /// Pages of 4 KiB.
+    #[default]
+    Off,
+    /// Pages of 2 MiB where memory is hot.
+    Thp,
+}
+
+/// How a guest may say what its pages are for: `true` or `on` in memory that it maps, `port` over a port of a
+/// virtio console, `false` or `off` not at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HoleSpec {
+    /// Not at all.
+    Off,
+    /// In memory that it maps.
+    #[default]
+    On,
+    /// Over a port.
+    Port,
+}
+
+impl Serialize for HoleSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_bool(false),
+            Self::On => serializer.serialize_bool(true),
+            Self::Port => serializer.serialize_str("port"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for HoleSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct HoleVisitor;
+
+        impl Visitor<'_> for HoleVisitor {
+            type Value = HoleSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false, or one of \"on\", \"off\" and \"port\"")
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<HoleSpec, E> {
+                Ok(if on { HoleSpec::On } else { HoleSpec::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<HoleSpec, E> {
+                match text {
+                    "on" => Ok(HoleSpec::On),
+                    "off" => Ok(HoleSpec::Off),
+                    "port" => Ok(HoleSpec::Port),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(HoleVisitor)
+    }
+}
+
+impl PartialSchema for HoleSpec {
+    fn schema() -> RefOr<Schema> {
+        let switch = ObjectBuilder::new().schema_type(Type::Boolean).description(Some("on or off"));
+        let word = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["on", "off", "port"]));
+        let description = "How a guest may say what its pages are for: in memory that it maps, or over a port of \
+                           a virtio console, where its kernel permits no such mapping";
+        let either = OneOfBuilder::new().item(switch).item(word);
+        Schema::OneOf(either.description(Some(description)).build()).into()
+    }
+}
+
+impl ToSchema for HoleSpec {
+    fn name() -> Cow<'static, str> {
+        "HoleSpec".into()
+    }
+}
+
+/// An amount of memory: a number of bytes, or text with a unit, as in `512M`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Size(pub u64);
+
+impl Default for Size {
+    fn default() -> Self {
+        Self(256 << 20)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+
+        impl Visitor<'_> for SizeVisitor {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes, or text with a unit as in \"512M\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                Ok(Size(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<Size, E> {
+                let size = u64::try_from(bytes).map(Size);
+                size.map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                parse_size(text).map(Size).map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+impl PartialSchema for Size {
+    fn schema() -> RefOr<Schema> {
+        bounded_size(0, None, None).description(Some("An amount of memory")).into()
+    }
+}
+
+/// The size of a VM's memory.
+fn memory_schema() -> OneOfBuilder {
+    let memory = bounded_size(MIN_RAM, Some(MAX_RAM), Some(PAGE_SIZE as u64));
+    memory.default(Some(json!(Size::default()))).description(Some("Its memory"))
+}
+
+/// The same where it may be left to others to say.
+pub fn optional_memory_schema() -> OneOfBuilder {
+    memory_schema().item(ObjectBuilder::new().schema_type(Type::Null))
+}
+
+/// What may be read and written a second, where there is a limit.
+pub fn optional_rate_schema() -> OneOfBuilder {
+    let rate = bounded_size(1, None, None).item(ObjectBuilder::new().schema_type(Type::Null));
+    rate.description(Some("Bytes read and written; as many as there are where not given"))
+}
+
+/// A number of bytes within bounds, or text with a unit.
+fn bounded_size(min: u64, max: Option<u64>, multiple_of: Option<u64>) -> OneOfBuilder {
+    let bytes = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+        .minimum(Some(min as usize))
+        .maximum(max.map(|max| max as usize))
+        .multiple_of(multiple_of.map(|bytes| bytes as usize))
+        .description(Some("Bytes"));
+    let text = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[0-9]+([KkMmGgTt][Ii]?[Bb]?|[Bb])?$"))
+        .description(Some("A number and a unit, as in 512M"));
+    OneOfBuilder::new().item(bytes).item(text)
+}
+
+impl ToSchema for Size {
+    fn name() -> Cow<'static, str> {
+        "Size".into()
+    }
+}
+
+impl VmSpec {
+    /// A VM with this kernel, and everything else as it is by default.
+    pub fn new(name: impl Into<String>, kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: default_command_line(),
+            memory: Size::default(),
+            hugepages: HugePagesSpec::default(),
+            disks: Vec::new(),
+            console: ConsoleSpec::default(),
+            sharing: SharingSpec::default(),
+            memory_hole: HoleSpec::default(),
+            start: None,
+        }
+    }
+
+    /// What a configuration cannot have: where it is wrong, as a JSON pointer, and how.
+    #[must_use]
+    pub fn faults(&self) -> Vec<(String, String)> {
+        let disks = self.disks.iter().enumerate();
+        let faults = disks.flat_map(|(number, disk)| {
+            let at = move |(field, reason)| (format!("/disks/{number}/{field}"), reason);
+            disk.faults().into_iter().map(at)
+        });
+        faults.collect()
+    }
+
+    /// Checks that there are no [`VmSpec::faults`].
+    ///
+    /// # Errors
+    /// The first of them.
+    pub fn check(&self) -> Result<(), (String, String)> {
+        self.faults().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// Makes relative paths begin where this process was started.
+    ///
+    /// # Errors
+    /// When that place is not there any more.
+    pub fn make_absolute(&mut self) -> io::Result<()> {
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);
+        for path in images.chain(disks) {
+            *path = std::path::absolute(&path)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<VmSpec, String> {
+        serde_json::from_str(json).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sizes_are_numbers_or_text() {
+        let memory = |value: &str| parse(&format!(r#"{{"name":"a","kernel":"k","memory":{value}}}"#));
+        assert_eq!(memory("4096").unwrap().memory, Size(4096));
+        assert_eq!(memory("\"1G\"").unwrap().memory, Size(1 << 30));
+        for wrong in ["-1", "1.5", "\"1X\"", "null", "[]", "true", "99999999999999999999999"] {
+            assert!(memory(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn unknown_and_double_fields_are_refused() {
+        assert!(parse(r#"{"name":"a","kernel":"k","cpus":2}"#).unwrap_err().contains("unknown field"));
+        assert!(parse(r#"{"name":"a","name":"b","kernel":"k"}"#).unwrap_err().contains("duplicate"));
+        let disk = r#"{"name":"a","kernel":"k","disks":[{"path":"d","rw":true}]}"#;
+        assert!(parse(disk).unwrap_err().contains("unknown field `rw`"));
+    }
+}

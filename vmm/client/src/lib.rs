@@ -1,0 +1,190 @@
+//! The commands for people that talk to a control socket.
+//!
+//! Each asks for what it needs, prints it as a table, or as JSON for programs, and says what went wrong
+//! on standard error.
+
+pub mod args;
+mod console;
+mod events;
+mod report_file;
+mod show;
+pub mod socket;
+mod table;
+mod top;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::{Context, anyhow, bail};
+use hyper::Method;
+use samepage_api_types::lifecycle::Action;
+use samepage_api_types::spec::VmSpec;
+use samepage_api_types::views::{DiskView, VmSummary};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use args::{ClientCommand, Connection, CreateArgs, ResizeArgs, VmsArgs};
+use samepage_process::tell::{self, tell};
+use socket::Client;
+
+/// Reads the VMs of a configuration file. Whoever makes VMs knows how they are checked.
+pub type Load<'a> = &'a dyn Fn(&Path) -> anyhow::Result<Vec<VmSpec>>;
+
+/// Does what a command asks for.
+///
+/// # Errors
+/// What could not be done, and why.
+pub fn main(command: &ClientCommand, load: Load<'_>) -> anyhow::Result<ExitCode> {
+    match command {
+        ClientCommand::Ps(args) => show::list(args)?,
+        ClientCommand::Show(args) => show::vm(args)?,
+        ClientCommand::Create(args) => return create(args, load),
+        ClientCommand::Start(args) => return act(args, Action::Start),
+        ClientCommand::Pause(args) => return act(args, Action::Pause),
+        ClientCommand::Resume(args) => return act(args, Action::Resume),
+        ClientCommand::Reset(args) => return act(args, Action::Reset),
+        ClientCommand::Stop(args) => {
+            let body = json!({ "action": "stop", "timeout_seconds": args.timeout });
+            return ask(&args.vms, Action::Stop, &body);
+        }
+        ClientCommand::Kill(args) => return act(args, Action::Kill),
+        ClientCommand::Rm(args) => {
+            return each(args, |client, path| Ok(client.delete(path).map(|()| None)?));
+        }
+        ClientCommand::Resize(args) => resize(args)?,
+        ClientCommand::Stats(args) => show::stats(args)?,
+        ClientCommand::Sharing(args) => show::sharing(args)?,
+        ClientCommand::Events(args) => events::follow(args)?,
+        ClientCommand::Console(args) => console::main(args)?,
+        ClientCommand::Cache(args) => show::cache(args)?,
+        ClientCommand::Top(args) => top::main(args)?,
+        ClientCommand::Report(args) => report_file::main(args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn client(connection: &Connection) -> Client {
+    Client::new(&connection.socket)
+}
+
+fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {
+    ask(args, action, &json!({ "action": action.name() }))
+}
+
+/// Asks each VM that is named for an action; where all are, those whose state allows it.
+fn ask(args: &VmsArgs, action: Action, body: &Value) -> anyhow::Result<ExitCode> {
+    let can = |vm: &VmSummary| vm.state.after(action).is_some();
+    each_that(args, can, |client, path| {
+        let vm: VmSummary = client.send(Method::POST, &format!("{path}/actions"), body)?;
+        Ok(Some(vm))
+    })
+}
+
+/// VMs that something is done to at a time.
+const AT_ONCE: usize = 128;
+
+/// Does something to each VM that is named, several at a time. One that cannot be done keeps the others from
+/// nothing.
+fn each(
+    args: &VmsArgs,
+    work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
+) -> anyhow::Result<ExitCode> {
+    each_that(args, |_| true, work)
+}
+
+/// The same, but where all are meant for those alone that `can`.
+fn each_that(
+    args: &VmsArgs,
+    can: impl Fn(&VmSummary) -> bool,
+    work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
+) -> anyhow::Result<ExitCode> {
+    let client = client(&args.connection);
+    let mut names = args.vms.clone();
+    if args.all {
+        let vms: Vec<VmSummary> = client.get("/vms")?;
+        names = vms.into_iter().filter(can).map(|vm| vm.name).collect();
+    }
+    let mut printed = Vec::new();
+    let mut code = ExitCode::SUCCESS;
+    let paths = names.iter().map(|name| vm_path(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    for paths in paths.chunks(AT_ONCE) {
+        let done: Vec<_> = thread::scope(|scope| {
+            let (client, work) = (&client, &work);
+            let threads: Vec<_> = paths.iter().map(|path| scope.spawn(move || work(client, path))).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for result in done {
+            match result.unwrap_or_else(|_| Err(anyhow!("a thread of the program panicked"))) {
+                Ok(vm) => printed.extend(vm),
+                Err(error) => {
+                    tell(tell::causes(&error));
+                    code = ExitCode::FAILURE;
+                }
+            }
+        }
+    }
+    if args.connection.json {
+        print_json(&printed)?;
+    }
+    Ok(code)
+}
+
+/// The path of a VM. What is no name is none of a VM.
+fn vm_path(name: &str) -> anyhow::Result<String> {
+    samepage_text::names::check_name(name)?;
+    Ok(format!("/vms/{name}"))
+}
+
+/// Has a disk take over its image's size.
+fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
+    let path = format!("{}/disks/{}/resize", vm_path(&args.vm)?, args.disk);
+    samepage_text::names::check_disk_id(&args.disk)?;
+    let disk: DiskView = client(&args.connection).send(Method::POST, &path, &json!({}))?;
+    if args.connection.json {
+        return print_json(&disk);
+    }
+    tell(format_args!("disk {} has {} bytes now", disk.id, disk.size_bytes.unwrap_or_default()));
+    Ok(())
+}
+
+/// Creates the VMs of a configuration file, each by itself.
+fn create(args: &CreateArgs, load: Load<'_>) -> anyhow::Result<ExitCode> {
+    let client = client(&args.connection);
+    let mut created: Vec<Value> = Vec::new();
+    for mut spec in load(&args.config)? {
+        // The server was started somewhere else.
+        spec.make_absolute()?;
+        let start = spec.start.unwrap_or(true) && !args.hold;
+        let mut body = serde_json::to_value(&spec).context("write the VM as JSON")?;
+        body["start"] = start.into();
+        match client.send(Method::POST, "/vms", &body) {
+            Ok(vm) => created.push(vm),
+            Err(error) => {
+                if args.connection.json {
+                    print_json(&created)?;
+                }
+                bail!(error);
+            }
+        }
+    }
+    if args.connection.json {
+        print_json(&created)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints for programs.
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value).context("write JSON")?;
+    print(&(text + "\n"))
+}
+
+/// Prints. Who reads no more has what they want.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("write to standard output"),
+    }
+}

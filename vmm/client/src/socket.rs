@@ -1,0 +1,231 @@
+//! A small client of the control socket, which waits for its answers.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1;
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::net::UnixStream;
+
+use samepage_api_types::CONSOLE_PROTOCOL;
+use samepage_api_types::problem::Problem;
+
+/// Why there is no good answer.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody answers at the socket.
+    #[error("connect to {path}: {source}; is `samepage serve --socket {path}` running?")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("talk to the control socket: {0}")]
+    Connection(#[from] hyper::Error),
+    /// The server refused.
+    #[error(transparent)]
+    Problem(Box<Problem>),
+    /// The answer is not what this client knows.
+    #[error("the control socket's answer of status {status} is not understood: {reason}")]
+    Answer {
+        /// Its status.
+        status: u16,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The request cannot be made.
+    #[error("ask the control socket: {0}")]
+    Request(String),
+    /// The process is out of something.
+    #[error("ask the control socket: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// An answer as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// Its media type.
+    pub media_type: String,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+/// A client; each request has a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the socket at this path.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What is at a path.
+    ///
+    /// # Errors
+    /// Where there is no such answer.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        understand(&self.raw(Method::GET, path, Vec::new())?)
+    }
+
+    /// Sends JSON, and returns the answer.
+    ///
+    /// # Errors
+    /// Where there is no such answer.
+    pub fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| ClientError::Request(error.to_string()))?;
+        understand(&self.raw(method, path, body)?)
+    }
+
+    /// Deletes what is at a path.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn delete(&self, path: &str) -> Result<(), ClientError> {
+        let answer = self.raw(Method::DELETE, path, Vec::new())?;
+        if answer.status < 300 { Ok(()) } else { Err(refusal(&answer)) }
+    }
+
+    /// Sends bytes and returns the answer, whatever its status.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn raw(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Answer, ClientError> {
+        self.run(async {
+            let request = self.request(method, path)?.header(CONTENT_TYPE, "application/json");
+            collect(self.exchange(request, body).await?).await
+        })
+    }
+
+    /// Hands the parts of an answer on as they come, until it ends or `take` has enough.
+    ///
+    /// # Errors
+    /// Where the server refuses, or the connection breaks.
+    pub fn stream(
+        &self,
+        path: &str,
+        mut take: impl FnMut(&[u8]) -> ControlFlow<()>,
+    ) -> Result<(), ClientError> {
+        self.run(async {
+            let mut response = self.exchange(self.request(Method::GET, path)?, Vec::new()).await?;
+            if !response.status().is_success() {
+                return Err(refusal(&collect(response).await?));
+            }
+            while let Some(frame) = response.frame().await {
+                if let Ok(bytes) = frame?.into_data()
+                    && take(&bytes).is_break()
+                {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Attaches to a VM's console until the VM ends. Returns a connection of its bytes, both ways, and the first
+    /// of them.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn attach(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
+        self.upgrade(&format!("/vms/{vm}/console/stream?until_end=true"))
+    }
+
+    /// The same for a VM that is to end with the connection, and whose end is that of the connection.
+    ///
+    /// # Errors
+    /// Where the server refuses.
+    pub fn attach_for_life(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
+        self.upgrade(&format!("/vms/{vm}/console/stream?lifeline=true"))
+    }
+
+    fn upgrade(&self, path: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
+        self.run(async {
+            let request = self.request(Method::GET, path)?;
+            let request = request.header(CONNECTION, "upgrade").header(UPGRADE, CONSOLE_PROTOCOL);
+            let response = self.exchange(request, Vec::new()).await?;
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                return Err(refusal(&collect(response).await?));
+            }
+            let upgraded = hyper::upgrade::on(response).await?;
+            let parts = upgraded
+                .downcast::<TokioIo<UnixStream>>()
+                .map_err(|_| ClientError::Request("the connection is not what it was made as".to_owned()))?;
+            let stream = parts.io.into_inner().into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok((stream, parts.read_buf.into()))
+        })
+    }
+
+    fn request(&self, method: Method, path: &str) -> Result<hyper::http::request::Builder, ClientError> {
+        Ok(Request::builder().method(method).uri(path).header(HOST, "samepage"))
+    }
+
+    async fn exchange(
+        &self,
+        request: hyper::http::request::Builder,
+        body: Vec<u8>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let request = request.body(Full::new(Bytes::from(body)));
+        let request = request.map_err(|error| ClientError::Request(error.to_string()))?;
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        // What goes wrong on the connection is told to who waits for the answer.
+        tokio::spawn(connection.with_upgrades());
+        Ok(sender.send_request(request).await?)
+    }
+
+    fn run<T>(&self, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+    }
+}
+
+async fn collect(response: Response<Incoming>) -> Result<Answer, ClientError> {
+    let status = response.status().as_u16();
+    let media_type = response.headers().get(CONTENT_TYPE).and_then(|media| media.to_str().ok());
+    let media_type = media_type.unwrap_or_default().to_owned();
+    let body = response.into_body().collect().await?.to_bytes().into();
+    Ok(Answer { status, media_type, body })
+}
+
+fn understand<T: DeserializeOwned>(answer: &Answer) -> Result<T, ClientError> {
+    if answer.status >= 300 {
+        return Err(refusal(answer));
+    }
+    serde_json::from_slice(&answer.body)
+        .map_err(|error| ClientError::Answer { status: answer.status, reason: error.to_string() })
+}
+
+fn refusal(answer: &Answer) -> ClientError {
+    match serde_json::from_slice(&answer.body) {
+        Ok(problem) => ClientError::Problem(Box::new(problem)),
+        Err(error) => ClientError::Answer { status: answer.status, reason: error.to_string() },
+    }
+}
