@@ -36,7 +36,7 @@ impl Holdings {
             files: fs::read_dir("/proc/self/fd").expect("list files").count(),
             threads,
             mappings: samepage_sharing::budget::mappings_of_process().expect("count mappings"),
-            private_bytes: samepage::statistics::rss_anon().expect("measure memory"),
+            private_bytes: samepage_host::statistics::rss_anon().expect("measure memory"),
         }
     }
 

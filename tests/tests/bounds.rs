@@ -151,7 +151,7 @@ fn refused() {
 
 fn names() {
     let openapi: Value =
-        serde_json::from_str(&samepage::api::openapi().to_json().expect("JSON")).expect("JSON");
+        serde_json::from_str(&samepage_api::openapi().to_json().expect("JSON")).expect("JSON");
     let allowed = &openapi["components"]["schemas"]["VmSpec"]["properties"]["name"];
     for (name, is_one) in [
         ("web-0", true),

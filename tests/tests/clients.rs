@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 /// A folder with the description of the API.
 fn described() -> TempDir {
     let folder = tempfile::tempdir().expect("make a folder");
-    let description = samepage::api::openapi().to_json().expect("the description is JSON");
+    let description = samepage_api::openapi().to_json().expect("the description is JSON");
     fs::write(folder.path().join("openapi.json"), description).expect("write the description");
     folder
 }

@@ -314,7 +314,7 @@ const FREED: u64 = 20 << 20;
 
 /// What this process takes of the host's memory.
 fn taken(sharing: &Sharing) -> u64 {
-    samepage::statistics::rss_anon().expect("the process's memory") + sharing.statistics().store_bytes
+    samepage_host::statistics::rss_anon().expect("the process's memory") + sharing.statistics().store_bytes
 }
 
 fn linux_frees() {

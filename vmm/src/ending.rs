@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use samepage::api::Manager;
+use samepage_host::manager::Manager;
 use samepage_machine::VmState;
 use vmm_sys_util::timerfd::TimerFd;
 

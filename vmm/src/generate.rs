@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::CommandFactory;
-use samepage::api::{config_file, schema};
+use samepage_host::{config_file, schema};
 use samepage_text::counted::counted;
 
 use crate::cli::{Cli, ConfigCommand};

@@ -8,15 +8,14 @@ mod firecracker;
 mod generate;
 mod plan;
 mod run;
-mod stdin;
 mod upkeep;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use samepage::api::config_file;
 use samepage_api_types::spec::VmSpec;
+use samepage_host::config_file;
 
 use cli::{Cli, Command};
 use samepage_process::tell;

@@ -1,13 +1,13 @@
 //! From the arguments of `samepage run` to its VMs.
 
-use samepage::api::translate::Translate;
+use samepage_host::translate::Translate;
 use std::path::{Path, PathBuf};
 
-use samepage::api::config_file::expand;
 use samepage_api_types::disk_spec::DiskSpec;
 use samepage_api_types::spec::{
     ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec,
 };
+use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
 
 use crate::cli::{ConsoleArg, HoleArg, HugePagesArg, RunArgs, SharingArg};
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use samepage::api::translate::ToConfig;
+    use samepage_host::translate::ToConfig;
     use samepage_machine::{DiskConfig, HugePages, MemoryHole, VmConfig};
     use samepage_sharing::engine::Mode;
     use samepage_sharing::service::Participation;

@@ -1,6 +1,7 @@
 //! `samepage run` and `samepage serve`: VMs start, clients come and go, and every end is waited for.
 
-use samepage::api::translate::ToConfig;
+use samepage_host::engine::start_sharing;
+use samepage_host::translate::ToConfig;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
@@ -8,14 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use samepage::api::http::{HttpOptions, Token};
-use samepage::api::listener::SocketOptions;
-use samepage::api::{Common, Doors, Manager, Server, config_file};
-use samepage::fleet::{self, Ended};
-use samepage::host_limits::HostMemory;
-use samepage::statistics::{StatsTarget, StatsWriter};
+use samepage_api::http::{HttpOptions, Token};
+use samepage_api::listener::SocketOptions;
+use samepage_api::{server::Doors, server::Server};
 use samepage_api_types::lifecycle::Action;
 use samepage_api_types::spec::{HugePagesSpec, VmSpec};
+use samepage_host::fleet::{self, Ended};
+use samepage_host::host_limits::HostMemory;
+use samepage_host::statistics::{StatsTarget, StatsWriter};
+use samepage_host::{config_file, manager::Common, manager::Manager};
 use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};
@@ -27,8 +29,8 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
 use crate::ending::Ending;
 use crate::plan;
-use crate::stdin::{Input, Typed};
 use crate::upkeep::{self, Upkeep};
+use samepage_host::stdin::{Input, Typed};
 use samepage_process::tell::{self, tell};
 
 /// What the process ends with, by the worst of what happened.
@@ -119,7 +121,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let hypervisor = Hypervisor::open()?;
     let hangup = Hangup::new();
     let signals = ShutdownSignals::catch_with_hangup().context("catch the signals that end the process")?;
-    samepage::host_limits::raise_open_files();
+    samepage_host::host_limits::raise_open_files();
     let statistics = process.stats.as_ref().map(Statistics::open).transpose()?;
 
     let settings = settings(process);
@@ -359,19 +361,6 @@ fn settings(args: &ProcessArgs) -> Settings {
         block_cache: args.block_cache,
         types,
         ..Settings::default()
-    }
-}
-
-/// Starts the engine that shares memory, or says why this host cannot, and with which option that is not said.
-pub(crate) fn start_sharing(settings: &Settings, silently: Option<&str>) -> Option<Arc<Sharing>> {
-    match Sharing::start(settings.clone()) {
-        Ok(sharing) => Some(Arc::new(sharing)),
-        Err(error) => {
-            let option = silently
-                .map_or_else(String::new, |option| format!(" ({option} says so without this message)"));
-            tell(format_args!("the VMs run without sharing memory{option}: {error}"));
-            None
-        }
     }
 }
 

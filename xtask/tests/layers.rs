@@ -33,6 +33,29 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-web",
         ],
     ),
+    (
+        "samepage-host",
+        &[
+            "samepage-api-types",
+            "samepage-devices",
+            "samepage-machine",
+            "samepage-process",
+            "samepage-sharing",
+            "samepage-text",
+        ],
+    ),
+    (
+        "samepage-api",
+        &[
+            "samepage-api-types",
+            "samepage-devices",
+            "samepage-host",
+            "samepage-machine",
+            "samepage-sharing",
+            "samepage-text",
+            "samepage-web",
+        ],
+    ),
 ];
 
 /// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
@@ -46,6 +69,8 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-api-types", &["kvm-", "axum", "hyper", "tokio", "clap", "libc", "samepage-sharing"]),
     ("samepage-web", &["kvm-", "axum", "hyper", "tokio"]),
     ("samepage-client", &["kvm-", "axum", "samepage-devices", "samepage-machine"]),
+    ("samepage-host", &["axum", "hyper", "http", "clap"]),
+    ("samepage-api", &["clap", "ratatui"]),
     ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
 ];
 

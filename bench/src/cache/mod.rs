@@ -99,7 +99,7 @@ pub(super) struct CacheArgs {
 pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
     let started = Instant::now();
     let hypervisor = Hypervisor::open()?;
-    samepage::host_limits::raise_open_files();
+    samepage_host::host_limits::raise_open_files();
     let mut run = Run {
         bench: Bench::without_ksm(args.quick, 1)?,
         hypervisor,

@@ -8,8 +8,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use samepage::host_limits::HostMemory;
 use samepage_analyze::oracle::{self, Oracle};
+use samepage_host::host_limits::HostMemory;
 use samepage_machine::{ConsoleConfig, DiskConfig, Hypervisor, ImageSource, Vm, VmConfig};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, Plan};

@@ -35,7 +35,7 @@ fn on_vms(
 ) -> Result<Vec<Section>> {
     match Hypervisor::open() {
         Ok(hypervisor) => {
-            samepage::host_limits::raise_open_files();
+            samepage_host::host_limits::raise_open_files();
             measure(bench, &hypervisor)
         }
         Err(error) => {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use samepage_sharing::PAGE_SIZE;
 
 use super::Progress;
-use samepage::statistics::{Sample, VmSample};
+use samepage_host::statistics::{Sample, VmSample};
 
 /// Cells of a VM's bar, so that a line fits into 80 columns.
 const BAR: usize = 22;

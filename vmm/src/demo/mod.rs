@@ -27,8 +27,8 @@ use samepage_sharing::service::Sharing;
 
 use crate::cli::DemoArgs;
 use display::{Display, mebibytes};
-use samepage::host_limits::HostMemory;
-use samepage::statistics::{Sample, Sampler, rss_anon};
+use samepage_host::host_limits::HostMemory;
+use samepage_host::statistics::{Sample, Sampler, rss_anon};
 use samepage_machine::boot::ImageSource;
 use samepage_machine::config::{ConsoleConfig, VmConfig};
 use samepage_machine::hypervisor::Hypervisor;
@@ -69,7 +69,7 @@ pub(crate) fn main(args: &DemoArgs) -> Result<ExitCode> {
 
 fn run(options: &DemoArgs) -> Result<Summary> {
     let hypervisor = Hypervisor::open()?;
-    samepage::host_limits::raise_open_files();
+    samepage_host::host_limits::raise_open_files();
     check_host(options.vms.into())?;
     let settings = Settings { cpu_percent: options.cpu, ..Settings::default() };
     let sharing = Arc::new(Sharing::start(settings).context("memory cannot be shared on this host")?);

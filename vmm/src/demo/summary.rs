@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::Progress;
 use super::display::mebibytes;
-use samepage::statistics::Sample;
+use samepage_host::statistics::Sample;
 use samepage_machine::vm::VmEnd;
 
 /// The end of a demo.
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn what_is_saved_beyond_what_was_known_is_no_contradiction() {
-        let sample = samepage::statistics::Sampler::new().unwrap().sample(None, []).unwrap();
+        let sample = samepage_host::statistics::Sampler::new().unwrap().sample(None, []).unwrap();
         let mut summary = Summary::new(&[], &[], &sample, 386 << 20, 192 << 20, (Duration::ZERO, 0.0));
         (summary.guest_bytes, summary.saved_bytes) = (512 << 20, 193 << 20);
         let text = summary.to_string();

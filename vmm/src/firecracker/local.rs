@@ -1,18 +1,18 @@
 //! The VM in this process.
 
-use samepage::api::translate::Translate;
+use samepage_host::translate::Translate;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
-use samepage::api::record::Record;
-use samepage::api::{Common, Manager, ManagerError};
-use samepage::fleet::Ended;
 use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::{Action, State};
 use samepage_api_types::spec::VmSpec;
+use samepage_host::fleet::Ended;
+use samepage_host::record::Record;
+use samepage_host::{manager::Common, manager::Manager, manager::ManagerError};
 use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
@@ -25,8 +25,8 @@ use super::fault::Fault;
 use super::log::Log;
 use super::machine::{Activity, DriveCounts, Machine};
 use super::server::Server;
-use crate::run::start_sharing;
-use crate::stdin::{Input, Typed};
+use samepage_host::engine::start_sharing;
+use samepage_host::stdin::{Input, Typed};
 
 /// The VM, once there is one, and what it needs.
 pub(super) struct Local {
@@ -43,7 +43,7 @@ pub(super) struct Watch {
 /// Gets ready for a VM in this process.
 pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Arc<Local>, Watch)> {
     let hypervisor = Hypervisor::open()?;
-    samepage::host_limits::raise_open_files();
+    samepage_host::host_limits::raise_open_files();
     let settings = Settings::default();
     let sharing = start_sharing(&settings, None);
     if let Some(sharing) = &sharing {

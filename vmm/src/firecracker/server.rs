@@ -18,9 +18,9 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use samepage::api::ServerError;
-use samepage::api::listener::{self, Socket, SocketOptions};
-use samepage::api::patient::Patient;
+use samepage_api::listener::{self, Socket, SocketOptions};
+use samepage_api::patient::Patient;
+use samepage_api::server::ServerError;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 

@@ -176,7 +176,7 @@ impl From<VmSample> for VmFrame {
 
 #[cfg(test)]
 mod tests {
-    use samepage::statistics::Sampler;
+    use samepage_host::statistics::Sampler;
 
     use super::*;
 

@@ -1,0 +1,83 @@
+//! Which VMs of a list are meant.
+
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use samepage_api_types::lifecycle::State;
+use samepage_host::record::Record;
+
+/// Which VMs are listed: those that fit all that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct VmFilter {
+    /// Those in this state.
+    #[param(inline)]
+    state: Option<State>,
+    /// Those that share memory in this group; a `*` stands for any letters.
+    group: Option<String>,
+    /// Those of this name; a `*` stands for any letters, as in `web-*`.
+    name: Option<String>,
+}
+
+impl VmFilter {
+    /// Whether nothing is left out.
+    pub(super) fn is_all(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether a VM is meant.
+    pub(super) fn fits(&self, record: &Record) -> bool {
+        let fits = |pattern: &Option<String>, text: &str| {
+            pattern.as_deref().is_none_or(|pattern| fits_pattern(pattern, text))
+        };
+        self.state.is_none_or(|state| record.state() == state)
+            && fits(&self.group, &record.spec().sharing.group)
+            && fits(&self.name, record.name())
+    }
+}
+
+/// Whether a text is what a pattern says, in which each `*` stands for any letters. Takes time in proportion to
+/// the text.
+fn fits_pattern(pattern: &str, text: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else { return pattern == text };
+    let Some(mut text) = text.strip_prefix(start) else { return false };
+    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    // Each part is best found as early as it can be.
+    for part in middle.split('*') {
+        let Some(at) = text.find(part) else { return false };
+        text = &text[at + part.len()..];
+    }
+    text.ends_with(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_stand_for_any_letters() {
+        for (pattern, text) in [
+            ("web", "web"),
+            ("*", ""),
+            ("web-*", "web-12"),
+            ("*-1", "web-1"),
+            ("*eb*", "web-1"),
+            ("w*b*1", "web-b-1"),
+            ("**a**", "banana"),
+            ("a*a", "aa"),
+        ] {
+            assert!(fits_pattern(pattern, text), "{pattern} {text}");
+        }
+        for (pattern, text) in [
+            ("web", "web-1"),
+            ("", "a"),
+            ("a*a", "a"),
+            ("*x", "xy"),
+            ("a*b*a", "aba-b"),
+            ("*a*a*a*a*", "aaa"),
+        ] {
+            assert!(!fits_pattern(pattern, text), "{pattern} {text}");
+        }
+    }
+}

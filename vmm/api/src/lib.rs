@@ -1,0 +1,26 @@
+//! The control socket: VMs of this process made, watched and steered over HTTP.
+//!
+//! [`server`] listens to the socket, and with [`http`] to a port for browsers. `routes` has the resources, `views`
+//! what they answer and `problem` what they answer when something is wrong.
+//!
+//! The description that clients get is generated from the types of `samepage-api-types`: [`openapi`]. For people it
+//! is in `docs/api.md`.
+
+mod explain;
+mod extract;
+mod filter;
+pub mod http;
+pub mod listener;
+mod maps;
+mod metrics;
+mod negotiate;
+pub mod patient;
+mod problem;
+mod rendered;
+mod routes;
+mod sampling;
+pub mod server;
+mod views;
+
+pub use extract::MAX_BODY;
+pub use routes::openapi;

@@ -1,0 +1,167 @@
+//! Maps of VMs' memory for many clients from few looks at it.
+//!
+//! A map takes time in proportion to the VM's memory. It is therefore made when somebody asks, one at a time,
+//! by another thread, and given to all who ask for the next second; those of all VMs together take a twentieth
+//! of the time at most, since where they take longer they are made less often. Who asks for fewer cells than a
+//! map has gets neighbours added up.
+
+use crate::views;
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use samepage_sharing::map::MapCell;
+use samepage_sharing::pagemap::Pagemap;
+use tokio::sync::Mutex;
+
+use samepage_api_types::views::pages::MapView;
+use samepage_host::record::Record;
+use samepage_machine::vm::Vm;
+
+/// Most cells that a map has.
+pub(super) const MOST_CELLS: u32 = 16_384;
+/// Cells that a map is made with at least, for those who ask next.
+const LEAST_CELLS: u32 = 1024;
+/// For how long a map counts as what is.
+const FRESH: Duration = Duration::from_secs(1);
+/// The part of the time that looks may take, as a divisor.
+const SHARE: u32 = 20;
+/// Maps that are kept.
+const MOST_MAPS: usize = 16;
+
+/// The maps that were made last.
+#[derive(Debug)]
+pub(super) struct Maps {
+    pagemap: Arc<Pagemap>,
+    /// The one made last comes last.
+    made: Mutex<Vec<Made>>,
+}
+
+#[derive(Debug)]
+struct Made {
+    of: Weak<Record>,
+    wanted: u32,
+    map: Arc<Map>,
+    at: Instant,
+    took: Duration,
+}
+
+#[derive(Debug)]
+struct Map {
+    /// Seconds since 1970.
+    time: f64,
+    publishing: bool,
+    cells: Vec<MapCell>,
+}
+
+impl Maps {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { pagemap: Arc::new(Pagemap::open()?), made: Mutex::default() })
+    }
+
+    /// A VM's memory in so many cells at most; none of a VM that has ended.
+    pub(super) async fn map(&self, record: &Arc<Record>, cells: u32) -> Result<MapView, String> {
+        let map = self.latest(record, cells).await?;
+        let Some(map) = map else { return Ok(MapView::default()) };
+        let together = map.cells.len().div_ceil(cells.max(1) as usize).max(1);
+        let summed = map.cells.chunks(together).map(sum);
+        Ok(MapView {
+            time_seconds: Some(map.time),
+            publishing: map.publishing,
+            cells: summed.map(|cell| views::pages::cell(&cell, map.publishing)).collect(),
+        })
+    }
+
+    async fn latest(&self, record: &Arc<Record>, cells: u32) -> Result<Option<Arc<Map>>, String> {
+        // Whoever asks meanwhile waits, and gets what was made.
+        let mut made = self.made.lock().await;
+        made.retain(|made| made.of.upgrade().is_some_and(|record| record.vm().is_some()));
+        let of_this = |made: &Made| made.of.as_ptr() == Arc::as_ptr(record);
+        let pace = made.iter().map(|made| made.took).sum::<Duration>() * SHARE;
+        if let Some(made) = made.iter().find(|made| of_this(made))
+            && made.wanted >= cells
+            && made.at.elapsed() < FRESH.max(pace)
+        {
+            return Ok(Some(Arc::clone(&made.map)));
+        }
+        let wanted = cells.clamp(LEAST_CELLS, MOST_CELLS);
+        let (look_at, pagemap) = (Arc::clone(record), Arc::clone(&self.pagemap));
+        let work = move || {
+            let started = Instant::now();
+            let map = look_at.inspect(|vm| look(vm, &pagemap, wanted)).transpose();
+            (map, started.elapsed())
+        };
+        let looked = tokio::task::spawn_blocking(work).await;
+        let (map, took) = looked.map_err(|_| "look at the VM's memory: the operation panicked".to_owned())?;
+        let map = map.map_err(|error| format!("look at the memory of VM {}: {error}", record.name()))?;
+        let Some(map) = map.map(Arc::new) else { return Ok(None) };
+        made.retain(|made| !of_this(made));
+        if made.len() >= MOST_MAPS {
+            made.remove(0);
+        }
+        let of = Arc::downgrade(record);
+        made.push(Made { of, wanted, map: Arc::clone(&map), at: Instant::now(), took });
+        Ok(Some(map))
+    }
+}
+
+/// Neighbours as one cell.
+fn sum(cells: &[MapCell]) -> MapCell {
+    let mut all = MapCell { first_page: cells[0].first_page, ..MapCell::default() };
+    for cell in cells {
+        all.pages += cell.pages;
+        all.states.iter_mut().zip(cell.states).for_each(|(sum, pages)| *sum += pages);
+        all.types.iter_mut().zip(cell.types).for_each(|(sum, pages)| *sum += pages);
+    }
+    all
+}
+
+fn look(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Map> {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+    let Some(membership) = vm.membership() else {
+        return Ok(Map { time, publishing: false, cells: own_pages(vm, pagemap, cells)? });
+    };
+    let publishing = membership.claimed()?.publishing;
+    Ok(Map { time, publishing, cells: membership.map(cells)? })
+}
+
+/// The cells of a VM whose memory no engine shares: what was touched is its own.
+fn own_pages(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Vec<MapCell>> {
+    let ram = vm.ram();
+    let pages = ram.pages();
+    let size = pages.div_ceil(cells).max(1);
+    let mut runs = Vec::new();
+    pagemap.private(ram.range(0, pages), &mut runs)?;
+    let mut map: Vec<_> = (0..pages)
+        .step_by(size as usize)
+        .map(|first| {
+            let pages = size.min(pages - first);
+            let mut cell = MapCell { first_page: first.into(), pages, ..MapCell::default() };
+            (cell.states[3], cell.types[0]) = (pages, pages);
+            cell
+        })
+        .collect();
+    for page in runs.into_iter().flatten() {
+        let states = &mut map[(page / size) as usize].states;
+        states[1] += 1;
+        states[3] -= 1;
+    }
+    Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_added_up() {
+        let cell = |first_page, pages| MapCell {
+            first_page,
+            pages,
+            states: [pages, 0, 0, 0],
+            types: [0, 0, pages, 0, 0, 0, 0, 0, 0],
+        };
+        let all = sum(&[cell(8, 4), cell(12, 4), cell(16, 1)]);
+        assert_eq!(all, cell(8, 9));
+    }
+}

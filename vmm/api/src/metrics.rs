@@ -1,0 +1,310 @@
+//! Metrics in the text format of OpenMetrics, and in Prometheus' own.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+use samepage_sharing::PAGE_SIZE;
+
+use crate::sampling::Seen;
+use crate::views::{self, saved_bytes};
+use samepage_api_types::by_type::TypeSample;
+use samepage_api_types::lifecycle::State;
+use samepage_api_types::views::DiskStatistics;
+use samepage_host::manager::Manager;
+use samepage_host::record::Record;
+use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
+
+/// Everything at one moment.
+#[derive(Debug)]
+struct Metrics {
+    records: Vec<Arc<Record>>,
+    seen: Arc<Seen>,
+}
+
+/// All metrics as text.
+pub(super) fn text(manager: &Manager, seen: Arc<Seen>) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix("samepage");
+    registry.register_collector(Box::new(Metrics { records: manager.list(), seen }));
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+/// The same as Prometheus' own text format has it. It differs in the names of counters, which their types and
+/// help have as well, and knows no units and no end.
+///
+/// Source: Prometheus' documentation, "Exposition formats"; the specification of OpenMetrics.
+pub(super) fn for_prometheus(openmetrics: &str) -> String {
+    let mut text = String::with_capacity(openmetrics.len() + openmetrics.len() / 8);
+    let mut help = "";
+    for line in openmetrics.lines() {
+        let Some(comment) = line.strip_prefix("# ") else {
+            text.extend([line, "\n"]);
+            continue;
+        };
+        let mut words = comment.splitn(3, ' ');
+        match (words.next(), words.next(), words.next()) {
+            // The type comes next, and tells what the family is called.
+            (Some("HELP"), Some(_), Some(what)) => help = what,
+            (Some("TYPE"), Some(name), Some(kind)) => {
+                let total = if kind == "counter" { "_total" } else { "" };
+                let lines = ["# HELP ", name, total, " ", help, "\n# TYPE ", name, total, " ", kind, "\n"];
+                text.extend(lines);
+                help = "";
+            }
+            _ => {}
+        }
+    }
+    text
+}
+
+/// Reads a figure off what was counted.
+type Count<T> = fn(&T) -> u64;
+
+type Labels<'a> = [(&'static str, &'a str)];
+
+/// Writes families of metrics.
+struct Writer<'a>(DescriptorEncoder<'a>);
+
+impl Writer<'_> {
+    fn gauge<'l, L: AsRef<Labels<'l>>>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        values.into_iter().try_for_each(|(labels, value)| match labels.as_ref() {
+            [] => family.encode_gauge(&value),
+            labels => family.encode_family(&labels)?.encode_gauge(&value),
+        })
+    }
+
+    fn counter<'l, L: AsRef<Labels<'l>>>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+        values.into_iter().try_for_each(|(labels, value)| match labels.as_ref() {
+            [] => family.encode_counter::<NoLabels, f64, f64>(&value, None),
+            labels => family.encode_family(&labels)?.encode_counter::<NoLabels, f64, f64>(&value, None),
+        })
+    }
+}
+
+type NoLabels = [(&'static str, &'static str); 0];
+
+impl Collector for Metrics {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut writer = Writer(encoder);
+        self.process(&mut writer)?;
+        self.cache(&mut writer)?;
+        self.vms(&mut writer)?;
+        self.types(&mut writer)?;
+        self.disks(&mut writer)
+    }
+}
+
+impl Metrics {
+    fn process(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let sample = &self.seen.sample;
+        let engine = &sample.engine;
+        let one = |value: f64| [([] as [(&str, &str); 0], value)];
+        let states = State::ALL.map(|state| {
+            let count = self.records.iter().filter(|record| record.state() == state).count();
+            ([("state", state.name())], count as f64)
+        });
+        writer.gauge("vms", "VMs by state", None, states)?;
+        let bytes = || Some(Unit::Bytes);
+        let gauges = [
+            ("guest_memory", "Sum of the VMs' memory", sample.guest_bytes as f64),
+            ("resident", "Memory that the process takes, each frame once", sample.resident_bytes as f64),
+            ("private", "Private pages of the process", sample.private_bytes as f64),
+            ("saved", "What sharing saves, less what it takes itself", sample.saved_bytes as f64),
+            ("overhead", "What sharing takes itself", sample.overhead_bytes as f64),
+            ("frames_stored", "Memory charged for frames", engine.store_bytes as f64),
+            ("engine_books", "What the engine's books take", engine.metadata_bytes as f64),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, bytes(), one(value))?;
+        }
+        let gauges = [
+            ("pages_shared", "Frames in use by two or more guest pages", engine.pages_shared),
+            ("pages_sharing", "Further guest pages mapped to those frames", engine.pages_sharing),
+            ("pages_unshared", "Pages looked at and found unique", engine.pages_unshared),
+            ("pages_volatile", "Pages that changed since the pass before", engine.pages_volatile),
+            ("zero_pages", "Guest pages of zeros whose memory was given back", engine.zero_pages),
+            ("groups_stopped", "Groups for which sharing has stopped", engine.groups_stopped),
+            ("mappings", "Mappings of the process", engine.mappings),
+            ("mappings_limit", "The kernel's limit on mappings", engine.mappings_limit),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, None, one(value as f64))?;
+        }
+        let counters = [
+            ("pages_scanned", "Pages looked at", engine.pages_scanned),
+            ("merges", "Pages mapped to frames", engine.merges),
+            ("breaks", "Merged pages that were written to and left their frames", engine.breaks),
+            ("mappings_denied", "Runs not merged for want of mappings", engine.mappings_denied),
+            ("refusals", "Calls of the kernel that failed", engine.refusals),
+        ];
+        for (name, help, value) in counters {
+            writer.counter(name, help, None, one(value as f64))?;
+        }
+        let help = "CPU time of the sharing threads";
+        writer.counter("sharing_cpu", help, Some(Unit::Seconds), one(engine.cpu_seconds))
+    }
+
+    fn cache(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let cache = views::cache(&self.seen.sample);
+        let one = |value: u64| [([] as [(&str, &str); 0], value as f64)];
+        let gauges = [
+            ("cache", "Blocks of disks that the host alone holds", cache.cached_bytes),
+            ("cache_limit", "Most that those may take", cache.limit_bytes),
+            ("cache_in_guests", "Blocks of disks in frames that guests map", cache.in_guests_bytes),
+        ];
+        for (name, help, value) in gauges {
+            writer.gauge(name, help, Some(Unit::Bytes), one(value))?;
+        }
+        let sources = [
+            ("guests", cache.sources.guests_bytes),
+            ("host", cache.sources.host_bytes),
+            ("disk", cache.sources.disk_bytes),
+        ];
+        let values = sources.map(|(source, bytes)| ([("source", source)], bytes as f64));
+        let help = "What guests read through the block cache, by where it came from";
+        writer.counter("cache_read", help, Some(Unit::Bytes), values)?;
+        let help = "Cached blocks that were dropped for others or for want of memory";
+        writer.counter("cache_evictions", help, None, one(cache.statistics.evicted))
+    }
+
+    fn vms(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let page = PAGE_SIZE as u64;
+        let memory: [(&str, &str, Count<VmSample>); 3] = [
+            ("vm_resident", "What a VM takes: private pages and its share of frames", |vm| vm.resident_bytes),
+            ("vm_saved", "What sharing saves by a VM, pages of zeros included", saved_bytes),
+            ("vm_private", "A VM's private pages", |vm| vm.pages.pages_private * PAGE_SIZE as u64),
+        ];
+        let all = self.records.iter().map(|record| ([("vm", record.name())], record.spec().memory.0 as f64));
+        writer.gauge("vm_memory", "A VM's memory", Some(Unit::Bytes), all)?;
+        for (name, help, value) in memory {
+            let vms = self.seen.sample.vms.iter();
+            let values = vms.map(|vm| ([("vm", vm.name.as_str())], value(vm) as f64));
+            writer.gauge(name, help, Some(Unit::Bytes), values)?;
+        }
+        let merged = self.seen.sample.vms.iter();
+        let merged = merged.map(|vm| ([("vm", vm.name.as_str())], (vm.pages.pages_merged * page) as f64));
+        writer.gauge("vm_merged", "A VM's pages that are mapped to frames", Some(Unit::Bytes), merged)?;
+        let consoles: Vec<_> =
+            self.records.iter().filter_map(|record| Some((record, record.vm()?))).collect();
+        let sent = consoles.iter().map(|(record, vm)| {
+            let sent = vm.serial_stats().sent.load(std::sync::atomic::Ordering::Relaxed);
+            ([("vm", record.name())], sent as f64)
+        });
+        writer.counter("vm_console", "What a guest wrote to its console", Some(Unit::Bytes), sent)?;
+        let cpu = consoles.iter().map(|(record, vm)| ([("vm", record.name())], vm.cpu_time().as_secs_f64()));
+        writer.counter("vm_cpu", "CPU time of a VM's vCPUs", Some(Unit::Seconds), cpu)?;
+        let wanted = self.seen.sample.vms.iter().filter_map(|vm| {
+            Some(([("vm", vm.name.as_str())], vm.working_set.as_ref()?.wanted_bytes as f64))
+        });
+        let help = "So much more memory would spare a VM 95 % of the reads that any could";
+        writer.gauge("vm_wanted", help, Some(Unit::Bytes), wanted)?;
+        let read = consoles.iter().flat_map(|(record, vm)| {
+            let io = IoSample::of(vm);
+            let sources = [
+                ("guests", io.from_guests_bytes),
+                ("host", io.from_host_bytes),
+                ("disk", io.from_disk_bytes),
+            ];
+            sources.map(|(source, bytes)| ([("vm", record.name()), ("source", source)], bytes as f64))
+        });
+        let help = "What a VM's disks read, by where it came from";
+        writer.counter("vm_disk_read", help, Some(Unit::Bytes), read)
+    }
+
+    /// Of VMs in whose guests an agent says what pages are used for.
+    fn types(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let vms: Vec<(&str, &ClaimedSample)> = self
+            .seen
+            .sample
+            .vms
+            .iter()
+            .filter_map(|vm| Some((vm.name.as_str(), vm.claimed.as_ref()?)))
+            .filter(|(_, claimed)| claimed.publishing)
+            .collect();
+        let by_type = |value: fn(&TypeSample) -> f64| {
+            vms.iter().flat_map(move |(vm, claimed)| {
+                let types = claimed.types.iter();
+                types.map(move |(one, counted)| ([("vm", *vm), ("type", one.name())], value(counted)))
+            })
+        };
+        let help = "A VM's pages by what its guest uses them for, as an agent in it says";
+        writer.gauge("vm_type_pages", help, None, by_type(|one| one.pages as f64))?;
+        let help = "Of a type's pages, the ones that are mapped to frames";
+        writer.gauge("vm_type_merged_pages", help, None, by_type(|one| one.pages_merged as f64))?;
+        let help = "Pages that sharing saves by a type, those that were given back included";
+        writer.gauge("vm_type_saved_pages", help, None, by_type(|one| one.saved() as f64))?;
+        let help = "Pages of a type that were mapped to frames";
+        writer.counter("vm_type_merges", help, None, by_type(|one| one.merges as f64))?;
+        let help = "Merged pages of a type that were written to";
+        writer.counter("vm_type_breaks", help, None, by_type(|one| one.broken as f64))?;
+        let help = "For how long pages of a type were on frames, all pages together";
+        writer.counter("vm_type_merged", help, Some(Unit::Seconds), by_type(|one| one.merged_seconds))?;
+        let given_back = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.given_back as f64));
+        let help = "Free pages of a VM that were given back to the host";
+        writer.counter("vm_given_back_pages", help, None, given_back)?;
+        let passes = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.passes as f64));
+        writer.counter("vm_agent_passes", "Passes of the agent in a VM that were taken in", None, passes)
+    }
+
+    fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let disks: Vec<_> = self
+            .records
+            .iter()
+            .flat_map(|record| views::disks(record).into_iter().map(move |disk| (record.name(), disk)))
+            .filter_map(|(vm, disk)| Some((vm, disk.id, disk.statistics?)))
+            .collect();
+        let counters: [(&str, &str, Option<Unit>, Count<DiskStatistics>); 6] = [
+            ("disk_reads", "Read requests that succeeded", None, |disk| disk.reads),
+            ("disk_writes", "Write requests that succeeded", None, |disk| disk.writes),
+            ("disk_flushes", "Flush requests that succeeded", None, |disk| disk.flushes),
+            ("disk_errors", "Requests that failed", None, |disk| disk.errors),
+            ("disk_read", "Bytes of successful reads", Some(Unit::Bytes), |disk| disk.read_bytes),
+            ("disk_written", "Bytes of successful writes", Some(Unit::Bytes), |disk| disk.written_bytes),
+        ];
+        for (name, help, unit, value) in counters {
+            let values = disks
+                .iter()
+                .map(|(vm, disk, stats)| ([("vm", *vm), ("disk", disk.as_str())], value(stats) as f64));
+            writer.counter(name, help, unit, values)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prometheus_own_format_names_counters_as_their_samples() {
+        let openmetrics = "# HELP samepage_vms VMs by state.\n# TYPE samepage_vms gauge\n\
+            samepage_vms{state=\"running\"} 2.0\n\
+            # HELP samepage_sharing_cpu_seconds CPU time.\n# TYPE samepage_sharing_cpu_seconds counter\n\
+            # UNIT samepage_sharing_cpu_seconds seconds\nsamepage_sharing_cpu_seconds_total 0.5\n# EOF\n";
+        let expected = "# HELP samepage_vms VMs by state.\n# TYPE samepage_vms gauge\n\
+            samepage_vms{state=\"running\"} 2.0\n\
+            # HELP samepage_sharing_cpu_seconds_total CPU time.\n\
+            # TYPE samepage_sharing_cpu_seconds_total counter\nsamepage_sharing_cpu_seconds_total 0.5\n";
+        assert_eq!(for_prometheus(openmetrics), expected);
+    }
+}

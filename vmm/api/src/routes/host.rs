@@ -1,0 +1,149 @@
+//! `/host` and `/version`: where the process runs, and what it is.
+
+use std::fs;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::sharing::unseen;
+use crate::extract::blocking;
+use crate::problem::Refusal;
+use crate::server::Api;
+use samepage_host::host_limits::HostMemory;
+use samepage_machine::huge_pages;
+
+/// The host, as far as it matters to VMs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HostView {
+    /// Its kernel.
+    pub kernel: String,
+    /// Its processors that this process may use.
+    pub processors: usize,
+    /// Its memory.
+    pub memory: HostMemoryView,
+    /// What this process may have.
+    pub limits: LimitsView,
+    /// What it can do for VMs.
+    pub features: FeaturesView,
+}
+
+/// The host's memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HostMemoryView {
+    /// All of it.
+    pub total_bytes: u64,
+    /// What new guests may use before something has to give, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_bytes: Option<u64>,
+    /// What sets that limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limited_by: Option<String>,
+    /// Share of the last 10 seconds in which some task waited for memory, in percent, where the kernel
+    /// tells (/proc/pressure/memory).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure_percent: Option<f64>,
+}
+
+/// What a process may have.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct LimitsView {
+    /// Mappings of this process.
+    pub mappings: u64,
+    /// The limit on them (vm.max_map_count).
+    pub mappings_limit: u64,
+    /// Files that this process has open.
+    pub open_files: u64,
+    /// The limit on them (ulimit -n).
+    pub open_files_limit: u64,
+}
+
+/// What the host can do for VMs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct FeaturesView {
+    /// Memory is shared.
+    pub sharing: bool,
+    /// Memory can be backed with huge pages.
+    pub huge_pages: bool,
+}
+
+/// Show the host
+#[utoipa::path(get, path = "/host", operation_id = "get_host", tag = "process", responses((status = 200, body = HostView)))]
+pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Refusal> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let engine = &seen.sample.engine;
+    let (mappings, mappings_limit, sharing) = (engine.mappings, engine.mappings_limit, seen.sample.sharing);
+    let view = blocking(move || {
+        let memory = HostMemory::measure();
+        Ok(HostView {
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            memory: HostMemoryView {
+                total_bytes: number_after(&read("/proc/meminfo"), "MemTotal:").unwrap_or(0) * 1024,
+                available_bytes: memory.as_ref().map(|memory| memory.available),
+                limited_by: memory.map(|memory| memory.limited_by.to_string()),
+                pressure_percent: pressure(&read("/proc/pressure/memory")),
+            },
+            limits: LimitsView {
+                mappings,
+                mappings_limit,
+                open_files: fs::read_dir("/proc/self/fd").map_or(0, |files| files.count() as u64),
+                open_files_limit: number_after(&read("/proc/self/limits"), "Max open files").unwrap_or(0),
+            },
+            features: FeaturesView { sharing, huge_pages: huge_pages::unavailable().is_none() },
+        })
+    });
+    Ok(Json(view.await?))
+}
+
+/// A file of the kernel's; nothing where there is none.
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// The first number on the line that begins so.
+fn number_after(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+}
+
+fn pressure(text: &str) -> Option<f64> {
+    let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+    some.split_whitespace().find_map(|field| field.strip_prefix("avg10="))?.parse().ok()
+}
+
+/// What this program is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VersionView {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// The process's number.
+    pub pid: u32,
+}
+
+/// Show the version
+#[utoipa::path(get, path = "/version", operation_id = "get_version", tag = "process", responses((status = 200, body = VersionView)))]
+pub(super) async fn version() -> Json<VersionView> {
+    let (name, version) = ("samepage".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+    Json(VersionView { name, version, pid: std::process::id() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_files_are_read() {
+        let limits =
+            "Limit Soft Limit\nMax open files            1024                 4096                 files\n";
+        assert_eq!(number_after(limits, "Max open files"), Some(1024));
+        assert_eq!(number_after("MemTotal:  10 kB\n", "MemTotal:"), Some(10));
+        assert_eq!(number_after("", "MemTotal:"), None);
+        let text = "some avg10=1.25 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00\n";
+        assert_eq!(pressure(text), Some(1.25));
+        assert_eq!(pressure(""), None);
+    }
+}

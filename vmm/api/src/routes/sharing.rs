@@ -1,0 +1,138 @@
+//! `/sharing`, `/cache`: what VMs share, and what the host holds of their disks.
+
+use crate::views;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::vms::turn;
+use crate::extract::{self, Parameters, Vm, blocking, json, to_json};
+use crate::problem::Refusal;
+use crate::server::Api;
+use samepage_api_types::problem::Kind;
+use samepage_api_types::spec::SharingMode;
+use samepage_api_types::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
+use samepage_host::statistics::MOST_PAIRS;
+
+/// Show what a VM shares
+#[utoipa::path(
+    get, path = "/vms/{vm}/sharing", operation_id = "get_vm_sharing", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = VmSharingView))
+)]
+pub(super) async fn of_vm(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+) -> Result<Json<VmSharingView>, Refusal> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
+    Ok(Json(views::vm_sharing(&record, sample)))
+}
+
+/// What is to change about a VM's sharing.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SharingChange {
+    /// What of its memory is shared from now on. What is not any more gets memory of its own step by
+    /// step.
+    pub mode: SharingMode,
+}
+
+/// Change what a VM shares
+#[utoipa::path(
+    patch, path = "/vms/{vm}/sharing", operation_id = "change_vm_sharing", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    request_body = SharingChange, responses((status = 200, body = VmSharingView))
+)]
+pub(super) async fn change_vm(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+    extract::Json(SharingChange { mode }): extract::Json<SharingChange>,
+) -> Result<Json<VmSharingView>, Refusal> {
+    let turn = turn(&api, &record).await?;
+    let manager = api.manager.clone();
+    blocking(move || manager.set_mode(&turn, mode)).await?;
+    Ok(Json(views::vm_sharing(&record, None)))
+}
+
+/// Show what is shared
+///
+/// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
+/// a second ago or less, or some seconds ago where nobody had asked.
+#[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
+pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let (settings, sharing) = (api.manager.settings(), api.manager.sharing().map(Arc::as_ref));
+    let write = || to_json(&views::sharing(&seen.sample, settings, sharing));
+    Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
+}
+
+/// How many.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Most {
+    /// So many pairs at most; 496 are known, all of 32 VMs.
+    #[serde(default = "default_pairs")]
+    #[param(minimum = 0, maximum = 496, default = 100)]
+    limit: u32,
+}
+
+fn default_pairs() -> u32 {
+    100
+}
+
+/// Show who shares with whom
+///
+/// The pairs of VMs with most in common, those with most first. Estimated from a sample of the frames, as
+/// often as memory is looked at.
+#[utoipa::path(
+    get, path = "/sharing/pairs", operation_id = "list_pairs", tag = "sharing", params(Most),
+    responses((status = 200, body = Vec<PairView>))
+)]
+pub(super) async fn pairs(
+    State(api): State<Arc<Api>>,
+    Parameters(Most { limit }): Parameters<Most>,
+) -> Result<Json<Vec<PairView>>, Refusal> {
+    if limit as usize > MOST_PAIRS {
+        let problem = Refusal::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
+        return Err(problem.help(format!("ask for {MOST_PAIRS} at most")));
+    }
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    Ok(Json(views::most_pairs(&seen.sample, limit as usize)))
+}
+
+/// Show the block cache
+///
+/// What the host holds of disks' blocks, and where guests got those that they read.
+#[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
+pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Refusal> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    Ok(Json(views::cache(&seen.sample)))
+}
+
+/// Show what more memory would bring a VM
+///
+/// An estimate from the blocks that it reads and gives up.
+#[utoipa::path(
+    get, path = "/vms/{vm}/working-set", operation_id = "get_working_set", tag = "sharing",
+    params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = WorkingSetView))
+)]
+pub(super) async fn working_set(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+) -> Result<Json<WorkingSetView>, Refusal> {
+    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
+    Ok(Json(views::working_set(&record, sample)))
+}
+
+/// Memory cannot be looked at.
+pub(super) fn unseen(error: String) -> Refusal {
+    Refusal::new(Kind::Unavailable, error)
+}

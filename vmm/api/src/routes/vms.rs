@@ -1,0 +1,338 @@
+//! `/vms`: made, listed, asked for actions, deleted.
+
+use crate::views;
+use samepage_host::translate::Translate;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::LOCATION;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::extract::{self, Parameters, Vm, VmAndDisk, blocking, json, to_json};
+use crate::filter::VmFilter;
+use crate::problem::Refusal;
+use crate::server::Api;
+use samepage_api_types::disk_spec::{CacheSpec, LimitsSpec};
+use samepage_api_types::lifecycle::Action;
+use samepage_api_types::problem::Kind;
+use samepage_api_types::spec::VmSpec;
+use samepage_api_types::views::{DiskView, VmSummary, VmView};
+use samepage_host::manager::{Manager, ManagerError};
+use samepage_host::record::{Cause, Record, Turn};
+use samepage_machine::vm::{Disk, Vm as RunningVm};
+
+/// List VMs
+///
+/// By name, those that have ended as well: all of them, or those that are asked for.
+#[utoipa::path(
+    get, path = "/vms", operation_id = "list_vms", tag = "vms", params(VmFilter), responses((status = 200, body = Vec<VmSummary>))
+)]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Parameters(filter): Parameters<VmFilter>,
+) -> Result<Response, Refusal> {
+    let revision = api.manager.revision();
+    let seen = api.sampling.of(&api.manager.list(), &api.manager).await;
+    let write = || {
+        let sample = |record: &Record| seen.as_ref()?.vm(record.name());
+        let vms = api.manager.list();
+        let meant = vms.iter().filter(|record| filter.fits(record));
+        to_json(&meant.map(|record| views::summary(record, sample(record))).collect::<Vec<_>>())
+    };
+    // What is asked for by many is all of them.
+    let vms = if filter.is_all() { api.answers.vms.get(seen.as_ref(), revision, write)? } else { write()? };
+    Ok(json(vms))
+}
+
+/// Create a VM
+///
+/// All of it or nothing: where this fails, nothing is left of the VM.
+#[utoipa::path(
+    post, path = "/vms", operation_id = "create_vm", tag = "vms", request_body = VmSpec,
+    responses((status = 201, body = VmView, headers(("Location" = String, description = "Its path"))))
+)]
+pub(super) async fn create(
+    State(api): State<Arc<Api>>,
+    extract::Json(spec): extract::Json<VmSpec>,
+) -> Result<impl IntoResponse, Refusal> {
+    let manager = api.manager.clone();
+    let record = blocking(move || {
+        let start = spec.start.unwrap_or(false);
+        let record = manager.create(vec![spec], Vec::new())?.remove(0);
+        // Nobody else can have had a turn that matters: what was asked for is done or undone by them.
+        if start && let Some(turn) = record.try_turn() {
+            manager.act(&turn, Action::Start)?;
+        }
+        Ok(record)
+    })
+    .await?;
+    let location = format!("/vms/{}", record.name());
+    Ok((StatusCode::CREATED, [(LOCATION, location)], Json(view(&api, &record))))
+}
+
+fn view(api: &Api, record: &Record) -> VmView {
+    let seen = api.sampling.latest(&api.manager);
+    views::vm(record, seen.as_ref().and_then(|seen| seen.vm(record.name())))
+}
+
+/// Show a VM
+#[utoipa::path(
+    get, path = "/vms/{vm}", operation_id = "get_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = VmView))
+)]
+pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
+    let seen = api.sampling.of(std::slice::from_ref(&record), &api.manager).await;
+    Json(views::vm(&record, seen.as_ref().and_then(|seen| seen.vm(record.name()))))
+}
+
+/// Delete a VM
+///
+/// It is ended first where it runs; its guest is not asked. All that it held is free afterwards.
+#[utoipa::path(
+    delete, path = "/vms/{vm}", operation_id = "delete_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 204, description = "It is gone"))
+)]
+pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Refusal> {
+    remove(&api, &record).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Ends a VM, and lets it go.
+pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusal> {
+    // Whoever waits for the VM in a turn of theirs need not wait any longer.
+    if let Some(vm) = record.vm() {
+        record.note_cause(Cause::Deleted);
+        vm.handle().request_stop();
+    }
+    let turn = turn(api, record).await?;
+    let manager = api.manager.clone();
+    let delete = move || {
+        manager.delete(&turn);
+        Ok(())
+    };
+    blocking(delete).await
+}
+
+/// What a VM is asked to do.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ActionRequest {
+    /// The action.
+    pub action: Action,
+    /// How long a guest that is asked to stop may take before it is killed; 30 where not given. For other
+    /// actions there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 86_400)]
+    pub timeout_seconds: Option<u32>,
+}
+
+/// How long a guest that is asked to stop may take, where the request does not say.
+const STOP_TIMEOUT: u32 = 30;
+/// And how long it may take at most.
+pub(super) const LONGEST_STOP_TIMEOUT: u32 = 86_400;
+
+/// Ask a VM to do something
+///
+/// The answer comes once it is done. What a VM can be asked for depends on its state.
+#[utoipa::path(
+    post, path = "/vms/{vm}/actions", operation_id = "act_on_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    request_body = ActionRequest, responses((status = 200, body = VmSummary))
+)]
+pub(super) async fn act(
+    State(api): State<Arc<Api>>,
+    Vm(record): Vm,
+    extract::Json(request): extract::Json<ActionRequest>,
+) -> Result<Json<VmSummary>, Refusal> {
+    let ActionRequest { action, timeout_seconds } = request;
+    check_timeout(action, timeout_seconds)?;
+    if action == Action::Kill {
+        api.manager.check(&record, action)?;
+        // Whoever waits for the VM in a turn of theirs need not wait any longer.
+        if let Some(vm) = record.vm() {
+            record.note_cause(Cause::Killed);
+            vm.handle().request_stop();
+        }
+    }
+    let turn = turn(&api, &record).await?;
+    let manager = api.manager.clone();
+    match action {
+        Action::Stop => stop(manager, turn, timeout_seconds.unwrap_or(STOP_TIMEOUT)).await?,
+        Action::Kill => {
+            let end = move || {
+                manager.end(turn.record(), Cause::Killed);
+                Ok(())
+            };
+            blocking(end).await?;
+        }
+        _ => blocking(move || manager.act(&turn, action).map(drop)).await?,
+    }
+    Ok(Json(views::summary(&record, None)))
+}
+
+fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Refusal> {
+    let reason = match seconds {
+        None => return Ok(()),
+        Some(_) if action != Action::Stop => format!("{} has no timeout", action.name()),
+        Some(0..=LONGEST_STOP_TIMEOUT) => return Ok(()),
+        Some(seconds) => format!("{seconds} seconds: {LONGEST_STOP_TIMEOUT} is the longest timeout"),
+    };
+    Err(Refusal::new(Kind::BadRequest, reason).at("/timeout_seconds"))
+}
+
+/// Asks a guest to end, and kills it where it does not in time. Goes on even if the client is gone.
+async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Refusal> {
+    let work = async move {
+        let asked = manager.clone();
+        let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
+        let record = turn.record().clone();
+        // However this ends, what is left is ended.
+        let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
+        let end = move || {
+            manager.end(turn.record(), Cause::NotInTime(seconds));
+            Ok(())
+        };
+        blocking(end).await
+    };
+    tokio::spawn(work).await.unwrap_or_else(|_| Err(Refusal::new(Kind::Internal, "the operation panicked")))
+}
+
+/// Ask a VM to do something
+///
+/// The same as with POST.
+#[utoipa::path(
+    put, path = "/vms/{vm}/actions", operation_id = "put_vm_action", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    request_body = ActionRequest, responses((status = 200, body = VmSummary))
+)]
+pub(super) async fn put_action(
+    api: State<Arc<Api>>,
+    vm: Vm,
+    body: extract::Json<ActionRequest>,
+) -> Result<Json<VmSummary>, Refusal> {
+    act(api, vm, body).await
+}
+
+/// The right to do something to a VM that still is.
+pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusal> {
+    let busy = || {
+        Refusal::new(Kind::Busy, format!("something else is being done to VM {}", record.name()))
+            .help("try again")
+    };
+    let turn = record.turn().await.ok_or_else(busy)?;
+    // It may have been deleted meanwhile, and another may have its name.
+    match api.manager.find(record.name()) {
+        Ok(present) if Arc::ptr_eq(&present, record) => Ok(turn),
+        _ => Err(ManagerError::NoSuchVm(record.name().to_owned()).into()),
+    }
+}
+
+/// List a VM's disks
+#[utoipa::path(
+    get, path = "/vms/{vm}/disks", operation_id = "list_disks", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    responses((status = 200, body = Vec<DiskView>))
+)]
+pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
+    Json(views::disks(&record))
+}
+
+/// Show a disk
+#[utoipa::path(
+    get, path = "/vms/{vm}/disks/{disk}", operation_id = "get_disk", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    responses((status = 200, body = DiskView))
+)]
+pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
+    find_disk(&record, &id).map(Json)
+}
+
+/// What is to change about a disk.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DiskChange {
+    /// What it may do a second from now on, until the VM is booted anew. What is left out has no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) limits: Option<LimitsSpec>,
+    /// Who keeps the blocks in host memory that are read from now on, until the VM is booted anew. Disks that
+    /// were opened with `exclusive`, `scrub` or `inclusive` can change between these and `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cache: Option<CacheSpec>,
+}
+
+/// Change a disk's limits or cache
+#[utoipa::path(
+    patch, path = "/vms/{vm}/disks/{disk}", operation_id = "change_disk", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    request_body = DiskChange, responses((status = 200, body = DiskView))
+)]
+pub(super) async fn change_disk(
+    VmAndDisk(record, id): VmAndDisk,
+    extract::Json(DiskChange { limits, cache }): extract::Json<DiskChange>,
+) -> Result<Json<DiskView>, Refusal> {
+    if limits.is_none() && cache.is_none() {
+        let problem = Refusal::new(Kind::BadRequest, "there is nothing to change in the body");
+        return Err(problem.help("give limits, cache or both"));
+    }
+    if let Some((place, reason)) = limits.iter().flat_map(LimitsSpec::faults).next() {
+        return Err(Refusal::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
+    }
+    let vm = running(&record, &id)?;
+    let disk = open_disk(&record, &vm, &id)?;
+    if let Some(cache) = cache {
+        // What can be refused comes first: all of the change is made or nothing.
+        disk.set_cache(cache.translate()).map_err(|error| {
+            Refusal::new(Kind::IllegalTransition, error.to_string())
+                .at("/cache")
+                .help("create the VM with this cache policy")
+        })?;
+    }
+    if let Some(limits) = limits {
+        disk.limiter.set(limits.translate());
+    }
+    find_disk(&record, &id).map(Json)
+}
+
+/// Take over a disk's new size
+///
+/// After its image has grown or shrunk, or a block device has. The guest is told of the size; requests beyond
+/// the end fail from then on. Images in qcow2 format keep their size while a VM has them.
+#[utoipa::path(
+    post, path = "/vms/{vm}/disks/{disk}/resize", tag = "vms",
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    responses((status = 200, body = DiskView))
+)]
+pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
+    // A file system may take its time.
+    let resize = move || {
+        let vm = running(&record, &id)?;
+        let refreshed = open_disk(&record, &vm, &id)?.size.refresh();
+        refreshed.map_err(|error| Refusal::new(Kind::IllegalTransition, error.to_string()))?;
+        find_disk(&record, &id).map(Json)
+    };
+    blocking(move || Ok(resize())).await?
+}
+
+/// The VM, if it has a disk of that name and is there to use it.
+fn running(record: &Record, id: &str) -> Result<Arc<RunningVm>, Refusal> {
+    find_disk(record, id)?;
+    record.vm().ok_or_else(|| no_disks(record))
+}
+
+fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Disk, Refusal> {
+    vm.disks().iter().find(|disk| disk.id == id).ok_or_else(|| no_disks(record))
+}
+
+fn no_disks(record: &Record) -> Refusal {
+    let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
+    Refusal::new(Kind::IllegalTransition, detail).help("start it first")
+}
+
+fn find_disk(record: &Record, id: &str) -> Result<DiskView, Refusal> {
+    views::disks(record).into_iter().find(|disk| disk.id == id).ok_or_else(|| {
+        Refusal::new(Kind::NoSuchResource, format!("VM {} has no disk {id}", record.name()))
+            .help(format!("GET /vms/{}/disks lists those it has", record.name()))
+    })
+}

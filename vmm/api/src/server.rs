@@ -1,0 +1,327 @@
+//! The server: HTTP/1.1 over a Unix socket, and over a port where browsers are wanted, on one thread, with few more for what takes time.
+//!
+//! Clients are few and local, and yet nothing that they do or leave undone may harm VMs: connections are
+//! bounded in number, requests in size and time, and what is written has to be taken.
+
+use std::future::{self, Future};
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::os::unix::net::UnixListener as StdListener;
+use std::pin::pin;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::Runtime;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::http::{Guard, HttpError, HttpOptions};
+use crate::listener::{self, Socket, SocketError, SocketOptions};
+use crate::maps::Maps;
+use crate::patient::Patient;
+use crate::problem::Refusal;
+use crate::rendered::Rendered;
+use crate::routes;
+use crate::sampling::Sampling;
+use samepage_api_types::problem::{Kind, PROBLEM_JSON};
+use samepage_host::manager::Manager;
+
+/// Connections at a time; each that only listens to events or a console counts as well.
+const MAX_CONNECTIONS: usize = 256;
+/// Those that come by the port.
+const MAX_HTTP_CONNECTIONS: usize = 64;
+/// How long a request's head may take, and a connection without requests may stay.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// What is buffered of a connection, in bytes; a request's head has to fit.
+const BUFFER_BYTES: usize = 64 << 10;
+/// Threads for what takes time: to build VMs, to wait for their ends, to look at their memory.
+const WORKERS: usize = 8;
+/// How long an idle one of those stays.
+const WORKER_REST: Duration = Duration::from_secs(1);
+/// How long connections may take to end when the server does.
+const GRACE: Duration = Duration::from_secs(2);
+/// How long to wait when the process is out of files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no server.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// Its socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Its port.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// What else it needs.
+    #[error("start the server of the control socket: {0}")]
+    Start(#[from] io::Error),
+}
+
+/// Where a server can be reached.
+#[derive(Clone, Debug, Default)]
+pub struct Doors {
+    /// The control socket.
+    pub socket: Option<SocketOptions>,
+    /// A port for browsers.
+    pub http: Option<HttpOptions>,
+}
+
+/// What requests are answered from.
+#[derive(Debug)]
+pub(super) struct Api {
+    pub(super) manager: Arc<Manager>,
+    pub(super) sampling: Arc<Sampling>,
+    pub(super) maps: Maps,
+    pub(super) answers: Answers,
+    /// Becomes true when the server is to end.
+    pub(super) ending: watch::Receiver<bool>,
+}
+
+/// What was answered last about all VMs.
+#[derive(Debug, Default)]
+pub(super) struct Answers {
+    pub(super) vms: Rendered,
+    pub(super) sharing: Rendered,
+    pub(super) metrics: Rendered,
+}
+
+/// A connection counts as long as somebody holds this.
+pub(super) type Permit = Arc<OwnedSemaphorePermit>;
+
+/// A server at work. It ends when dropped, and its socket is gone then.
+#[derive(Debug)]
+pub struct Server {
+    end: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+    address: Option<SocketAddr>,
+    _socket: Option<Socket>,
+}
+
+impl Server {
+    /// Opens the doors and answers requests about the manager's VMs. Threads of the server have the calling
+    /// thread's signal mask.
+    ///
+    /// # Errors
+    /// Where a door cannot be had, or the process is out of something.
+    pub fn start(doors: &Doors, manager: Arc<Manager>) -> Result<Self, ServerError> {
+        let (end, ending) = watch::channel(false);
+        let sampling = Arc::new(Sampling::new()?);
+        let maps = Maps::new()?;
+        let api = Arc::new(Api { manager, sampling, maps, answers: Answers::default(), ending });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(WORKERS)
+            .thread_keep_alive(WORKER_REST)
+            .thread_name("api-work")
+            .build()?;
+        let tcp = doors.http.as_ref().map(HttpOptions::listen).transpose()?;
+        let address = tcp.as_ref().map(StdTcpListener::local_addr).transpose()?;
+        let guard = doors.http.as_ref().map(|http| Guard { token: http.token.clone() });
+        let (unix, socket) = doors.socket.as_ref().map(listener::open).transpose()?.unzip();
+        let thread =
+            thread::Builder::new().name("api".into()).spawn(move || serve(runtime, unix, tcp, guard, api))?;
+        Ok(Self { end, thread: Some(thread), address, _socket: socket })
+    }
+
+    /// The port's address.
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            // A panic has been told by itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(
+    runtime: Runtime,
+    unix: Option<StdListener>,
+    tcp: Option<StdTcpListener>,
+    guard: Option<Guard>,
+    api: Arc<Api>,
+) {
+    runtime.block_on(async {
+        let mut ending = api.ending.clone();
+        let (router, guarded) = routes::routers(api, guard);
+        let unix = Door::new(router, MAX_CONNECTIONS, &ending, unix.map(UnixListener::from_std));
+        // Those who come by the port take nobody's place at the socket.
+        let tcp = guarded.map(|router| {
+            Door::new(router, MAX_HTTP_CONNECTIONS, &ending, tcp.map(TcpListener::from_std))
+        });
+        tokio::select! {
+            () = is_ending(&mut ending) => {}
+            () = unix.accept() => {}
+            () = async { if let Some(tcp) = &tcp { tcp.accept().await } else { future::pending().await } } => {}
+        }
+        // All permits are back once all connections have ended.
+        let all = async {
+            unix.empty().await;
+            if let Some(tcp) = &tcp {
+                tcp.empty().await;
+            }
+        };
+        let _ = tokio::time::timeout(GRACE, all).await;
+    });
+    runtime.shutdown_timeout(GRACE);
+}
+
+/// What connections are accepted from.
+trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>>;
+
+    /// Writes what the stream takes without a wait.
+    fn write(stream: &Self::Stream, bytes: &[u8]);
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> io::Result<UnixStream> {
+        UnixListener::accept(self).await.map(|(stream, _)| stream)
+    }
+
+    fn write(stream: &UnixStream, bytes: &[u8]) {
+        // A new connection has room for this; who does not hear it finds the connection closed.
+        let _ = stream.try_write(bytes);
+    }
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<TcpStream> {
+        let (stream, _) = TcpListener::accept(self).await?;
+        // Answers are short, and written as a whole; without this they are only later.
+        let _ = stream.set_nodelay(true);
+        Ok(stream)
+    }
+
+    fn write(stream: &TcpStream, bytes: &[u8]) {
+        // As above.
+        let _ = stream.try_write(bytes);
+    }
+}
+
+/// A way in, for so many connections at a time.
+struct Door<L> {
+    listener: Option<L>,
+    router: Router,
+    most: usize,
+    connections: Arc<Semaphore>,
+    ending: watch::Receiver<bool>,
+}
+
+impl<L: Accept> Door<L> {
+    fn new(
+        router: Router,
+        most: usize,
+        ending: &watch::Receiver<bool>,
+        listener: Option<io::Result<L>>,
+    ) -> Self {
+        let connections = Arc::new(Semaphore::new(most));
+        // A listener fails only outside of a runtime.
+        Self { listener: listener.and_then(Result::ok), router, most, connections, ending: ending.clone() }
+    }
+
+    /// Waits until all connections have ended.
+    async fn empty(&self) {
+        // Permits are never taken away.
+        let _ = self.connections.acquire_many(self.most as u32).await;
+    }
+
+    /// Accepts for good.
+    async fn accept(&self) {
+        let Some(listener) = &self.listener else { return future::pending().await };
+        loop {
+            match listener.accept().await {
+                Ok(stream) => match Arc::clone(&self.connections).try_acquire_owned() {
+                    Ok(permit) => {
+                        let (router, ending) = (self.router.clone(), self.ending.clone());
+                        tokio::spawn(connection(stream, router, Arc::new(permit), ending));
+                    }
+                    Err(_) => L::write(&stream, &refusal(self.most)),
+                },
+                // Out of files, most likely: no event tells when there are some again.
+                Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+            }
+        }
+    }
+}
+
+/// What says that there are too many.
+fn refusal(most: usize) -> Vec<u8> {
+    let problem = Refusal::new(Kind::Unavailable, format!("there are {most} connections already"))
+        .help("close some, or wait")
+        .to_json();
+    let head = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: {PROBLEM_JSON}\r\nContent-Length: {}\r\n\
+         Retry-After: 1\r\nConnection: close\r\n\r\n",
+        problem.len()
+    );
+    [head.as_bytes(), &problem].concat()
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    permit: Permit,
+    mut ending: watch::Receiver<bool>,
+) {
+    let mark = permit.clone();
+    let service = tower_service(router, mark);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(BUFFER_BYTES)
+        .serve_connection(TokioIo::new(Patient::new(stream)), service)
+        .with_upgrades();
+    let mut connection = pin!(connection);
+    // What goes wrong on a connection ends it, and concerns nobody else.
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        () = is_ending(&mut ending) => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+    }
+    drop(permit);
+}
+
+/// Waits until the server is to end.
+pub(super) async fn is_ending(ending: &mut watch::Receiver<bool>) {
+    // Where nobody can say so any more it is over as well.
+    let _ = ending.wait_for(|ending| *ending).await;
+}
+
+/// The routes, for requests that carry their connection's permit.
+fn tower_service(
+    router: Router,
+    permit: Permit,
+) -> TowerToHyperService<
+    impl tower_service::Service<
+        hyper::Request<Incoming>,
+        Response = axum::response::Response,
+        Error = std::convert::Infallible,
+        Future: Send + 'static,
+    > + Clone
+    + Send
+    + 'static,
+> {
+    TowerToHyperService::new(router.layer(axum::Extension(permit)))
+}

@@ -1,0 +1,608 @@
+//! What a process and its VMs use and share, as one JSON object a second (`--stats`).
+//!
+//! Pages are of 4 KiB and the terms are KSM's. Memory is counted as the kernel charges it:
+//! private pages by `RssAnon`, frames by the blocks of their memory file. The kernel's RSS is of
+//! no use here, since it counts a frame at every address that shows it.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use samepage_devices::disk::cache::BLOCK_SIZE;
+use samepage_devices::virtio::block::BlockStats;
+use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::budget::{Budget, mappings_of_process};
+use samepage_sharing::by_type::{Claimed, TypeStatistics};
+use samepage_sharing::cache::statistics::CacheStatistics;
+use samepage_sharing::cache::working_set::Curve;
+use samepage_sharing::pagemap::Pagemap;
+use samepage_sharing::pairs::{self, FrameSample};
+use samepage_sharing::service::{Membership, Participation, Sharing};
+use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
+use serde::Serialize;
+
+use samepage_api_types::by_type::{self, ByType, TypeSample};
+use samepage_machine::vm::Vm;
+use samepage_process::log_file::open_again;
+use samepage_process::poll;
+
+/// Pairs of VMs that are told at most: all pairs of 32 VMs.
+pub const MOST_PAIRS: usize = 32 * 31 / 2;
+
+/// The process at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    /// Seconds since 1970.
+    pub time_seconds: f64,
+    /// Whether the engine runs.
+    pub sharing: bool,
+    /// Sum of the VMs' memory, in bytes.
+    pub guest_bytes: u64,
+    /// Memory that the process really takes, in bytes: its private pages, and each frame once.
+    pub resident_bytes: u64,
+    /// Of that, private pages: guests' own ones, and the program's.
+    pub private_bytes: u64,
+    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
+    /// The engine's counts.
+    #[serde(flatten)]
+    pub engine: EngineStatistics,
+    /// The host's cache of disk blocks.
+    pub cache: CacheStatistics,
+    /// The groups within which VMs share, by name.
+    pub groups: Vec<GroupSample>,
+    /// The VMs, in the order in which they were started.
+    pub vms: Vec<VmSample>,
+    /// The pairs of VMs with most in common.
+    pub pairs: Vec<PairSample>,
+}
+
+/// Two VMs, and what they have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PairSample {
+    /// Their places in the list of VMs.
+    pub vms: [usize; 2],
+    /// Pages of content that are in memory once for both: an estimate.
+    pub pages: u64,
+    /// Its standard error.
+    pub error: u64,
+}
+
+/// One group of VMs at one moment, in the terms of [`EngineStatistics`].
+#[derive(Clone, Debug, Serialize)]
+pub struct GroupSample {
+    /// Its name.
+    pub name: String,
+    /// Sharing has stopped for it.
+    pub stopped: bool,
+    /// Frames in use by two or more guest pages.
+    pub pages_shared: u64,
+    /// Further guest pages mapped to those frames.
+    pub pages_sharing: u64,
+    /// Guest pages of zeros whose memory was given back.
+    pub zero_pages: u64,
+    /// Pages mapped to frames since the group came up.
+    pub merges: u64,
+    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    pub saved_bytes: u64,
+    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    pub overhead_bytes: u64,
+}
+
+impl GroupSample {
+    fn new(name: String, engine: &EngineStatistics) -> Self {
+        let EngineStatistics { pages_shared, pages_sharing, zero_pages, merges, .. } = *engine;
+        let (saved_bytes, overhead_bytes) = (engine.saved_bytes(), engine.overhead_bytes());
+        let stopped = engine.groups_stopped > 0;
+        Self { name, stopped, pages_shared, pages_sharing, zero_pages, merges, saved_bytes, overhead_bytes }
+    }
+}
+
+/// One VM at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct VmSample {
+    /// Its name.
+    pub name: String,
+    /// What it does: `running`, `paused` or `ended`.
+    pub state: &'static str,
+    /// Its group and what of its memory is shared, where the engine runs.
+    #[serde(flatten)]
+    pub participation: Option<Participation>,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// What it takes by itself, in bytes: private pages, and its share of each frame.
+    pub resident_bytes: u64,
+    /// Counts of its pages.
+    #[serde(flatten)]
+    pub pages: VmStatistics,
+    /// What more memory would bring it, once it has read blocks through the cache.
+    pub working_set: Option<WorkingSetSample>,
+    /// CPU time of its vCPUs, in seconds.
+    pub cpu_seconds: f64,
+    /// What its disks read and wrote.
+    pub io: IoSample,
+    /// What its pages are used for, where the engine runs. Written where an agent in the guest says it.
+    #[serde(skip_serializing_if = "nothing_is_said")]
+    pub claimed: Option<ClaimedSample>,
+    /// The frames of a sample that it refers to.
+    #[serde(skip)]
+    frames: Option<FrameSample>,
+}
+
+/// What a guest says that its pages are used for, and what that comes to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ClaimedSample {
+    /// Whether an agent in the guest says it. Where none does, all pages are of type unknown.
+    pub publishing: bool,
+    /// Passes of the agent that were taken in, since the start.
+    pub passes: u64,
+    /// Words that had changed in them.
+    pub words: u64,
+    /// The guest's CPU time for its last pass, in microseconds, as it says.
+    pub pass_cpu_us: u32,
+    /// Free pages that were given back to the host, since the start.
+    pub given_back: u64,
+    /// Its pages by type; types of which there is nothing are left out.
+    #[serde(with = "by_type::present")]
+    pub types: ByType<TypeSample>,
+}
+
+fn nothing_is_said(claimed: &Option<ClaimedSample>) -> bool {
+    claimed.as_ref().is_none_or(|claimed| !claimed.publishing)
+}
+
+impl From<&Claimed> for ClaimedSample {
+    fn from(claimed: &Claimed) -> Self {
+        let Claimed { publishing, passes, words, pass_cpu_us, given_back, ref types } = *claimed;
+        let types = ByType::new(types.each_ref().map(type_sample));
+        Self { publishing, passes, words, pass_cpu_us, given_back, types }
+    }
+}
+
+impl VmSample {
+    /// Its pages by type: all unknown where the guest says nothing of them.
+    #[must_use]
+    pub fn types(&self) -> ByType<TypeSample> {
+        match &self.claimed {
+            Some(claimed) if claimed.types.iter().any(|(_, one)| one.pages > 0) => claimed.types,
+            _ => ByType { unknown: all_unknown(&self.pages), ..ByType::default() },
+        }
+    }
+}
+
+/// What the engine counted of pages of one type.
+fn type_sample(counted: &TypeStatistics) -> TypeSample {
+    let TypeStatistics {
+        pages,
+        private,
+        merged,
+        sharing,
+        zero,
+        merges,
+        broken,
+        merged_seconds,
+        watched_seconds,
+    } = *counted;
+    TypeSample {
+        pages,
+        pages_private: private,
+        pages_merged: merged,
+        pages_sharing: sharing,
+        zero_pages: zero,
+        merges,
+        broken,
+        merged_seconds,
+        watched_seconds,
+    }
+}
+
+/// All pages of a VM whose guest says nothing of them.
+fn all_unknown(vm: &VmStatistics) -> TypeSample {
+    TypeSample {
+        pages: vm.pages,
+        pages_private: vm.pages_private,
+        pages_merged: vm.pages_merged,
+        pages_sharing: vm.pages_sharing,
+        zero_pages: vm.zero_pages,
+        ..TypeSample::default()
+    }
+}
+
+/// What a VM's disks read, by where it came from, and what they wrote, in bytes since its start.
+///
+/// What a guest finds in a page cache of its own never gets here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct IoSample {
+    /// Blocks that a guest of the group held.
+    pub from_guests_bytes: u64,
+    /// Blocks that the host alone held.
+    pub from_host_bytes: u64,
+    /// All else: read from the image.
+    pub from_disk_bytes: u64,
+    /// What was written.
+    pub written_bytes: u64,
+}
+
+impl IoSample {
+    /// Adds another disk's, or another VM's.
+    pub fn add(&mut self, other: Self) {
+        self.from_guests_bytes += other.from_guests_bytes;
+        self.from_host_bytes += other.from_host_bytes;
+        self.from_disk_bytes += other.from_disk_bytes;
+        self.written_bytes += other.written_bytes;
+    }
+
+    /// What a VM's disks did since it was booted.
+    #[must_use]
+    pub fn of(vm: &Vm) -> Self {
+        let mut all = Self::default();
+        vm.disks().iter().for_each(|disk| all.add(Self::from(&*disk.stats)));
+        all
+    }
+}
+
+impl From<&BlockStats> for IoSample {
+    fn from(stats: &BlockStats) -> Self {
+        // A block is delivered before the request it belongs to counts as read.
+        let read = stats.read_bytes.load(Relaxed);
+        let bytes = |blocks: &AtomicU64| blocks.load(Relaxed) * BLOCK_SIZE;
+        let from_guests_bytes = bytes(&stats.blocks_from_guests);
+        let from_host_bytes = bytes(&stats.blocks_from_host);
+        Self {
+            from_guests_bytes,
+            from_host_bytes,
+            from_disk_bytes: read.saturating_sub(from_guests_bytes + from_host_bytes),
+            written_bytes: stats.written_bytes.load(Relaxed),
+        }
+    }
+}
+
+/// What more memory would bring a VM: its reads of disks as they were lately, of which older ones count
+/// less.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WorkingSetSample {
+    /// So much more memory would spare it 95 % of the reads that any memory could spare, in bytes.
+    pub wanted_bytes: u64,
+    /// The part of its reads that no memory spares: those of blocks that it had not read before.
+    pub unavoidable: f64,
+    /// The part of its reads that is left with so much more memory: bytes, and a part from 1 down. Straight
+    /// in between.
+    pub curve: Vec<(u64, f64)>,
+}
+
+impl From<Curve> for WorkingSetSample {
+    fn from(curve: Curve) -> Self {
+        let bytes = |blocks: u64| blocks * PAGE_SIZE as u64;
+        Self {
+            wanted_bytes: bytes(curve.working_set()),
+            unavoidable: curve.floor(),
+            curve: curve.points().iter().map(|&(blocks, ratio)| (bytes(blocks), ratio)).collect(),
+        }
+    }
+}
+
+/// Takes samples.
+#[derive(Debug)]
+pub struct Sampler {
+    pagemap: Pagemap,
+}
+
+impl Sampler {
+    /// A sampler of this process.
+    ///
+    /// # Errors
+    /// Where `/proc` hides the page map.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { pagemap: Pagemap::open()? })
+    }
+
+    /// The process now.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn sample<'a>(
+        &self,
+        sharing: Option<&Sharing>,
+        vms: impl IntoIterator<Item = &'a Vm>,
+    ) -> io::Result<Sample> {
+        let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
+        self.process(sharing, vms)
+    }
+
+    /// The process now, with samples of its VMs.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn process(&self, sharing: Option<&Sharing>, vms: Vec<VmSample>) -> io::Result<Sample> {
+        let groups = sharing.map_or_else(Vec::new, Sharing::groups);
+        let groups = groups.into_iter().map(|(name, engine)| GroupSample::new(name, &engine)).collect();
+        let engine = match sharing {
+            Some(sharing) => sharing.statistics(),
+            // The figures that do not depend on the engine.
+            None => EngineStatistics {
+                mappings: mappings_of_process()?,
+                mappings_limit: Budget::new(None).limit(),
+                ..EngineStatistics::default()
+            },
+        };
+        let private_bytes = rss_anon()?;
+        let pairs = pairs(&vms);
+        Ok(Sample {
+            time_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
+            sharing: sharing.is_some(),
+            guest_bytes: vms.iter().map(|vm| vm.memory_bytes).sum(),
+            resident_bytes: private_bytes + engine.store_bytes,
+            private_bytes,
+            saved_bytes: sharing.map_or(0, |_| engine.saved_bytes()),
+            overhead_bytes: sharing.map_or(0, |_| engine.overhead_bytes()),
+            engine,
+            cache: sharing.map(Sharing::cache).unwrap_or_default(),
+            groups,
+            vms,
+            pairs,
+        })
+    }
+
+    /// One VM now. Takes time in proportion to its memory.
+    ///
+    /// # Errors
+    /// Where `/proc` cannot be read.
+    pub fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
+        let ram = vm.ram();
+        let pages = match vm.membership() {
+            Some(membership) => membership.statistics()?,
+            None => {
+                let mut runs = Vec::new();
+                self.pagemap.private(ram.range(0, ram.pages()), &mut runs)?;
+                VmStatistics {
+                    pages: ram.pages().into(),
+                    pages_private: runs.iter().map(|run| u64::from(run.end - run.start)).sum(),
+                    mappings: 1,
+                    ..VmStatistics::default()
+                }
+            }
+        };
+        let claimed = vm.membership().map(Membership::claimed).transpose()?;
+        let resident = pages.pages_private + pages.pages_merged - pages.pages_sharing;
+        Ok(VmSample {
+            name: vm.name().to_owned(),
+            state: vm.state().name(),
+            participation: vm.membership().map(Membership::participation),
+            memory_bytes: ram.bytes() as u64,
+            resident_bytes: resident * PAGE_SIZE as u64,
+            pages,
+            working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
+            cpu_seconds: vm.cpu_time().as_secs_f64(),
+            io: IoSample::of(vm),
+            claimed: claimed.as_ref().map(ClaimedSample::from),
+            frames: vm.membership().map(Membership::frames),
+        })
+    }
+}
+
+/// The pairs of VMs with most in common. VMs of different groups have nothing.
+fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
+    let mut groups: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for (at, vm) in vms.iter().enumerate() {
+        if let Some(Participation { group, .. }) = &vm.participation {
+            groups.entry(group).or_default().push(at);
+        }
+    }
+    let mut all = Vec::new();
+    for members in groups.into_values() {
+        let (places, frames): (Vec<_>, Vec<_>) =
+            members.into_iter().filter_map(|at| Some((at, vms[at].frames.as_ref()?))).unzip();
+        all.extend(pairs::pairs(&frames, MOST_PAIRS).into_iter().map(|pair| PairSample {
+            vms: pair.vms.map(|vm| places[vm]),
+            pages: pair.pages,
+            error: pair.error,
+        }));
+    }
+    all.sort_by_key(|pair| (Reverse(pair.pages), pair.vms));
+    all.truncate(MOST_PAIRS);
+    all
+}
+
+/// Private anonymous memory of this process, in bytes.
+///
+/// # Errors
+/// Where `/proc/self/status` cannot be read or lacks the figure.
+pub fn rss_anon() -> io::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map(|kibibytes| kibibytes * 1024)
+        .ok_or_else(|| io::Error::other("/proc/self/status has no RssAnon: Linux 4.5 or newer is needed"))
+}
+
+/// Where samples go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StatsTarget {
+    /// Standard output.
+    Stdout,
+    /// A file, appended to.
+    File(PathBuf),
+}
+
+impl std::fmt::Display for StatsTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Stdout => f.write_str("standard output"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl std::str::FromStr for StatsTarget {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(if text == "-" { Self::Stdout } else { Self::File(text.into()) })
+    }
+}
+
+/// Writes samples, a line each.
+///
+/// A reader who is slow gets fewer lines, and holds nothing else up: no sample is taken while part of
+/// the line before still has to be written.
+#[derive(Debug)]
+pub struct StatsWriter {
+    sampler: Sampler,
+    file: File,
+    /// How much is written at once: all to a file, and to others what they take without waiting.
+    piece: usize,
+    line: Vec<u8>,
+    /// Bytes of the line that are written.
+    written: usize,
+}
+
+/// How long a reader may take for a piece of the last line.
+const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
+
+impl StatsWriter {
+    /// Opens the target.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened for appending, or statistics cannot be read.
+    pub fn open(target: &StatsTarget) -> io::Result<Self> {
+        let file = match target {
+            StatsTarget::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
+            StatsTarget::File(path) => OpenOptions::new().append(true).create(true).open(path)?,
+        };
+        Self::to_file(file)
+    }
+
+    fn to_file(file: File) -> io::Result<Self> {
+        let piece = if file.metadata()?.is_file() { usize::MAX } else { libc::PIPE_BUF };
+        Ok(Self { sampler: Sampler::new()?, file, piece, line: Vec::new(), written: 0 })
+    }
+
+    /// Opens the target again where it is a file, so that one that was renamed can be moved away. A line
+    /// that is not whole in the file before is written anew.
+    ///
+    /// # Errors
+    /// Where it cannot be opened. What is written then goes on to the file before.
+    pub fn reopen(&mut self, target: &StatsTarget) -> io::Result<()> {
+        // What was no file when it was opened has no name that a log gets.
+        if let StatsTarget::File(path) = target
+            && self.file.metadata()?.is_file()
+        {
+            self.file = open_again(path)?;
+            if self.written < self.line.len() {
+                self.written = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a sample, or what is left of the one before.
+    ///
+    /// # Errors
+    /// Where it cannot be taken or written.
+    pub fn write<'a>(
+        &mut self,
+        sharing: Option<&Sharing>,
+        vms: impl IntoIterator<Item = &'a Vm>,
+    ) -> io::Result<()> {
+        self.pass_on(Duration::ZERO)?;
+        if self.written < self.line.len() {
+            return Ok(());
+        }
+        self.line.clear();
+        self.written = 0;
+        serde_json::to_writer(&mut self.line, &self.sampler.sample(sharing, vms)?)?;
+        self.line.push(b'\n');
+        self.pass_on(Duration::ZERO)
+    }
+
+    /// Writes what is left of the last sample, unless nobody takes it.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn finish(mut self) -> io::Result<()> {
+        self.pass_on(LAST_LINE_PATIENCE)
+    }
+
+    fn pass_on(&mut self, wait: Duration) -> io::Result<()> {
+        while self.written < self.line.len() && poll::is_writable_within(self.file.as_raw_fd(), wait)? {
+            let rest = &self.line[self.written..];
+            match self.file.write(&rest[..rest.len().min(self.piece)]) {
+                Ok(count) => self.written += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_memory_is_counted() {
+        let before = rss_anon().unwrap();
+        // Other tests take and free some meanwhile.
+        let memory = vec![1_u8; 64 << 20];
+        let after = rss_anon().unwrap();
+        assert!(after >= before + (32 << 20), "{before} to {after} with {} bytes more", memory.len());
+    }
+
+    #[test]
+    fn a_reader_who_is_slow_gets_fewer_lines_and_each_of_them_whole() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut statistics = StatsWriter::to_file(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
+        // More than a pipe holds, and nothing waits.
+        for _ in 0..1000 {
+            statistics.write(None, []).unwrap();
+        }
+        let reader = std::thread::spawn(|| io::read_to_string(reader).unwrap());
+        statistics.finish().unwrap();
+        let text = reader.join().unwrap();
+        assert!(text.ends_with('\n') && (10..1000).contains(&text.lines().count()), "{text}");
+        for line in text.lines() {
+            serde_json::from_str::<serde_json::Value>(line).unwrap();
+        }
+    }
+
+    #[test]
+    fn lines_go_on_in_a_new_file_after_a_rename() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, renamed) = (folder.path().join("stats"), folder.path().join("stats.1"));
+        let target = StatsTarget::File(path.clone());
+        let mut statistics = StatsWriter::open(&target).unwrap();
+        statistics.write(None, []).unwrap();
+        std::fs::rename(&path, &renamed).unwrap();
+        statistics.write(None, []).unwrap();
+        statistics.reopen(&target).unwrap();
+        statistics.write(None, []).unwrap();
+        // Cut short, as logrotate does with copytruncate.
+        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        statistics.write(None, []).unwrap();
+        for (path, lines) in [(&renamed, 2), (&path, 1)] {
+            let text = std::fs::read_to_string(path).unwrap();
+            assert_eq!(text.lines().count(), lines, "{text}");
+            assert!(text.starts_with('{') && text.ends_with("}\n"), "{text}");
+        }
+        std::fs::remove_dir_all(folder.path()).unwrap();
+        assert!(statistics.reopen(&target).is_err());
+        statistics.write(None, []).unwrap();
+    }
+
+    #[test]
+    fn a_dash_is_standard_output() {
+        assert_eq!("-".parse(), Ok(StatsTarget::Stdout));
+        assert_eq!("s.jsonl".parse(), Ok(StatsTarget::File("s.jsonl".into())));
+    }
+}
