@@ -16,11 +16,11 @@ use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
-use crate::firecracker::args::FirecrackerArgs;
 pub(crate) use disk::DiskArg;
 use disk::parse_disk;
 use samepage_analyze::args::AnalyzeArgs;
 use samepage_client::args::ClientCommand;
+use samepage_firecracker::args::FirecrackerArgs;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -4,7 +4,6 @@ mod bench;
 mod cli;
 mod demo;
 mod ending;
-mod firecracker;
 mod generate;
 mod plan;
 mod run;
@@ -21,8 +20,8 @@ use cli::{Cli, Command};
 use samepage_process::tell;
 
 fn main() -> ExitCode {
-    let result = match firecracker::args::of_process() {
-        Some(Ok(args)) => firecracker::main(&args),
+    let result = match samepage_firecracker::args::of_process() {
+        Some(Ok(args)) => samepage_firecracker::main(&args),
         Some(Err(code)) => return code,
         None => command(),
     };
@@ -36,7 +35,7 @@ fn command() -> anyhow::Result<ExitCode> {
     // Wrong usage ends here, with status 2.
     let cli = Cli::parse();
     match &cli.command {
-        Command::Firecracker(args) => firecracker::main(args),
+        Command::Firecracker(args) => samepage_firecracker::main(args),
         Command::Run(args) => run::run(args),
         Command::Serve(args) => run::serve(args),
         Command::Demo(args) => demo::main(args),

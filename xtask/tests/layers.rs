@@ -56,6 +56,19 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-web",
         ],
     ),
+    (
+        "samepage-firecracker",
+        &[
+            "samepage-api",
+            "samepage-api-types",
+            "samepage-client",
+            "samepage-host",
+            "samepage-machine",
+            "samepage-process",
+            "samepage-sharing",
+            "samepage-text",
+        ],
+    ),
 ];
 
 /// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
@@ -71,6 +84,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-client", &["kvm-", "axum", "samepage-devices", "samepage-machine"]),
     ("samepage-host", &["axum", "hyper", "http", "clap"]),
     ("samepage-api", &["clap", "ratatui"]),
+    ("samepage-firecracker", &["samepage-analyze", "clap_complete"]),
     ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
 ];
 

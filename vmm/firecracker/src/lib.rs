@@ -10,7 +10,7 @@
 //! setting asks for nothing that could be missed (a log's format, a seccomp filter), it is accepted. The table
 //! is in `docs/firecracker.md`.
 
-pub(crate) mod args;
+pub mod args;
 mod config;
 mod controller;
 mod fault;
@@ -66,7 +66,7 @@ impl From<Exit> for ExitCode {
 type Shared = Arc<Mutex<Controller>>;
 
 /// Runs a VM until it has ended, or the process is told to end.
-pub(crate) fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
+pub fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     if args.version {
         args::print_version();
         return Ok(Exit::Ok.into());

@@ -16,7 +16,7 @@ pub(super) const WRONG_ARGUMENTS: u8 = 153;
 /// One VM behind the API of Firecracker. Installed under the name `firecracker`, as a link, the program is
 /// this command.
 #[derive(Debug, Args)]
-pub(crate) struct FirecrackerArgs {
+pub struct FirecrackerArgs {
     /// Where the socket of the API is
     #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
     pub(crate) api_sock: PathBuf,
@@ -101,7 +101,7 @@ impl FirecrackerArgs {
 /// What is accepted and makes no difference.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Accepted, without an effect")]
-pub(crate) struct AcceptedArgs {
+pub struct AcceptedArgs {
     /// There is no seccomp filter
     #[arg(long, conflicts_with = "seccomp_filter")]
     no_seccomp: bool,
@@ -153,7 +153,7 @@ struct Cli {
 
 /// The arguments, where the program was called by Firecracker's name; `Err` where they are wrong, or help is
 /// all that is asked for, with what to end with.
-pub(crate) fn of_process() -> Option<Result<FirecrackerArgs, ExitCode>> {
+pub fn of_process() -> Option<Result<FirecrackerArgs, ExitCode>> {
     let program = std::env::args_os().next()?;
     (Path::new(&program).file_name() == Some(OsStr::new(NAME))).then(|| {
         Cli::try_parse().map(|cli| cli.args).map_err(|error| {
