@@ -17,6 +17,7 @@ use kvm_ioctls::VmFd;
 use samepage_devices::virtio::console::PortHole;
 use samepage_hole::{FrameRange, Hole, HostHeader, MAX_RANGES};
 use samepage_sharing::claims::ClaimSource;
+use samepage_sharing::loss::{self, Loss, Watch};
 use samepage_sharing::service::Bell;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -30,6 +31,8 @@ pub(super) struct HoleMemory {
     frames: Vec<FrameRange>,
     /// Written when the host has something new to say, where the guest does not see it by itself.
     news: Option<EventFd>,
+    /// None once the memory goes. Zeros in the place of what was lost say nothing of any page.
+    watch: Option<Watch>,
 }
 
 // SAFETY: the struct is an address and a length; what lies there is reached as atomic words alone.
@@ -52,12 +55,22 @@ impl HoleMemory {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let memory = Self { base, range, frames: frame_ranges(ram_bytes), news: None };
+        let mut memory = Self { base, range, frames: frame_ranges(ram_bytes), news: None, watch: None };
         // SAFETY: the range is this value's own. Of a huge page the guest would fill one word, and the host
         // hold all; a kernel without huge pages has none to refuse.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
+        // SAFETY: the range was just mapped for this value alone, which ends the watch before it unmaps it.
+        memory.watch = Some(unsafe { loss::watch(base.as_ptr().addr(), bytes) }?);
         memory.describe();
         Ok(memory)
+    }
+
+    /// Has `tell` called, once, from another thread, when the host cannot supply a part of it.
+    ///
+    /// # Errors
+    /// Where that thread cannot be had.
+    pub(super) fn on_loss(&self, tell: impl FnOnce(Loss) + Send + 'static) -> io::Result<()> {
+        self.watch.as_ref().map_or(Ok(()), |watch| watch.on_loss(tell))
     }
 
     /// A hole for a guest that reaches it by a port alone. `news` is written when there is something new in
@@ -145,6 +158,7 @@ impl PortHole for HeardHole {
 
 impl Drop for HoleMemory {
     fn drop(&mut self) {
+        self.watch = None;
         // SAFETY: the mapping is this value's own, and what borrowed it is gone.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.range.bytes as usize) };
     }
@@ -152,6 +166,12 @@ impl Drop for HoleMemory {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use samepage_sharing::loss::Cause;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -170,6 +190,19 @@ mod tests {
         assert_eq!((header.ranges[2], header.requested, header.interval_ms), (FrameRange::default(), 0, 0));
         assert_eq!(hole.flags().len(), 6 << 18);
         assert!(hole.guest_header().is_err());
+    }
+
+    #[test]
+    fn a_hole_that_the_host_cannot_supply_says_nothing_and_is_told_of() {
+        let memory = reserve(GIB);
+        let (sender, told) = mpsc::channel();
+        memory.on_loss(move |loss| sender.send(loss).unwrap_or_default()).unwrap();
+        memory.hole().flags()[77_777].store(1, Ordering::Relaxed);
+        // SAFETY: the mapping is of this length; the watch answers for whoever touches it.
+        unsafe { libc::munmap(memory.base.as_ptr().cast(), memory.range.bytes as usize) };
+        assert_eq!(memory.hole().flags()[77_777].load(Ordering::Relaxed), 0);
+        assert!(memory.hole().guest_header().is_err());
+        assert_eq!(told.recv_timeout(Duration::from_secs(120)).unwrap().cause, Cause::Unmapped);
     }
 
     /// Pages of the hole that have memory.

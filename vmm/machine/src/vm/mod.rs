@@ -258,6 +258,11 @@ impl Vm {
         let vm = handle.clone();
         let tell = move |loss| vm.fail(format!("its memory was lost: {loss}"));
         memory.ram().on_loss(tell).map_err(VmError::Thread)?;
+        if let Some(hole) = &hole {
+            let vm = handle.clone();
+            let tell = move |loss| vm.fail(format!("its memory hole was lost: {loss}"));
+            hole.on_loss(tell).map_err(VmError::Thread)?;
+        }
         let membership = match config.sharing {
             Some(sharing) => {
                 let vm = handle.clone();
