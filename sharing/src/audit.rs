@@ -223,10 +223,38 @@ impl Engine {
         self.store.drop_spare(&*self.calls);
         let (charged, live) = (self.store.charged_bytes().unwrap_or(0), u64::from(self.store.live()));
         if self.store.dead() == 0 && charged > live * PAGE_SIZE as u64 {
-            report.problem(|| format!("the store is charged {charged} bytes for {live} frames"));
+            let leaked = self.ownerless_with_memory();
+            report.problem(|| {
+                format!("the store is charged {charged} bytes for {live} frames; without owners: {leaked:?}")
+            });
         }
     }
 }
+
+impl Engine {
+    /// The first frames that hold memory and have no owner, as the kernel says where there is data.
+    fn ownerless_with_memory(&self) -> Vec<Frame> {
+        let seek = |from: u64, whence| {
+            // SAFETY: moves the position of the store's file, which nobody uses.
+            let at = unsafe { libc::lseek(self.store.file().as_raw_fd(), from as i64, whence) };
+            u64::try_from(at).ok()
+        };
+        let (mut found, mut at) = (Vec::new(), 0);
+        while found.len() < LISTED_FRAMES
+            && let Some(data) = seek(at, libc::SEEK_DATA)
+            && let Some(hole) = seek(data, libc::SEEK_HOLE)
+        {
+            let frames = (data / PAGE_SIZE as u64) as Frame..hole.div_ceil(PAGE_SIZE as u64) as Frame;
+            found
+                .extend(frames.filter(|&frame| !self.store.is_live(frame)).take(LISTED_FRAMES - found.len()));
+            at = hole;
+        }
+        found
+    }
+}
+
+/// Frames that are listed of those that hold memory and have no owner.
+const LISTED_FRAMES: usize = 8;
 
 /// The private and store mappings of this process, by address.
 fn mappings(store: i32) -> io::Result<Vec<Mapping>> {
