@@ -1,10 +1,10 @@
 //! `samepage firecracker`: one VM behind the API of Firecracker, for the clients that speak it.
 //!
-//! - [`args`] is Firecracker's command line, [`model`] what its requests and answers consist of.
-//! - [`controller`] keeps what a client has configured, [`requests`] leads each request there.
-//! - [`machine`] is what a VM is asked for: [`local`] runs it in this process, [`hosted`] in a process of
+//! - `args` is Firecracker's command line, `model` what its requests and answers consist of.
+//! - `controller` keeps what a client has configured, `requests` leads each request there.
+//! - `machine` is what a VM is asked for: `local` runs it in this process, `hosted` in a process of
 //!   `samepage serve`, where it shares memory with others, with this process in its place.
-//! - [`server`] speaks HTTP.
+//! - `server` speaks HTTP.
 //!
 //! What Firecracker can and samepage cannot is refused with a fault that says so, never ignored; where a
 //! setting asks for nothing that could be missed (a log's format, a seccomp filter), it is accepted. The table
