@@ -28,7 +28,7 @@ use crate::turns::Kind;
 const ENOUGH: u32 = 64;
 /// Free pages in a row that are worth two mappings for a while.
 const SHORTEST_RUN: u32 = 4;
-/// Pages that one step puts on frames, or gives back.
+/// Pages that one step puts on frames, or gives back, at most; it ends earlier once it has taken its time.
 const STEP_PAGES: u32 = 1024;
 /// Pages that are asked for at once, whatever became of others: 4 MiB.
 const MUCH: u32 = 1024;
@@ -110,9 +110,8 @@ impl Engine {
         let pages = member.space.pages();
         let end = pages.min(from.saturating_add(STEP_PAGES));
         let runs: Vec<_> = claims.offered.runs_within(from..end).collect();
-        for run in runs {
-            self.lend(slot, run);
-        }
+        let stopped = runs.into_iter().find_map(|run| self.lend(slot, run));
+        let end = stopped.unwrap_or(end);
         let member = self.members.at_mut(slot);
         let Some(claims) = &mut member.claims else { return Work::None };
         claims.offered.remove_range(from..end);
@@ -131,15 +130,15 @@ impl Engine {
         Work::Asked
     }
 
-    /// Puts free pages on frames.
-    fn lend(&mut self, slot: usize, pages: Range<u32>) {
+    /// Puts free pages on frames. Returns where it is to go on, once the step has taken its time.
+    fn lend(&mut self, slot: usize, pages: Range<u32>) -> Option<u32> {
         let member = self.members.at_mut(slot);
         for page in pages.clone().filter(|&page| member.space.attached(page)).collect::<Vec<_>>() {
             if let Some(census) = member.space.census_mut() {
                 census.lend(page);
             }
         }
-        for run in self.private_runs(slot, pages) {
+        for run in self.private_runs(slot, pages.clone()) {
             let mut page = run.start;
             while page < run.end && !self.members.at(slot).space.lost() {
                 let member = self.members.at(slot);
@@ -160,8 +159,12 @@ impl Engine {
                     self.lend_run(slot, page, count);
                     count
                 };
+                if self.spent() {
+                    return Some(page);
+                }
             }
         }
+        self.spent().then_some(pages.end)
     }
 
     /// Runs of pages that have memory of their own, with the books brought up to date.
@@ -232,7 +235,7 @@ impl Engine {
                 _ => free.push(page..page + 1),
             }
         }
-        free.into_iter().for_each(|run| self.take(slot, run));
+        let end = free.into_iter().find_map(|run| self.take(slot, run)).unwrap_or(end);
         let member = self.members.at_mut(slot);
         if let Some(next) = member.space.backing().census().and_then(|census| census.lent().next_from(end)) {
             return Work::Taking(next);
@@ -248,8 +251,9 @@ impl Engine {
         Work::None
     }
 
-    /// Gives pages back, but for those that have been written.
-    fn take(&mut self, slot: usize, pages: Range<u32>) {
+    /// Gives pages back, but for those that have been written. Returns where it is to go on, once the step has
+    /// taken its time.
+    fn take(&mut self, slot: usize, pages: Range<u32>) -> Option<u32> {
         let mut page = pages.start;
         let (mut left, mut dead) = (Vec::new(), Vec::new());
         while page < pages.end && !self.members.at(slot).space.lost() {
@@ -284,6 +288,10 @@ impl Engine {
                 break;
             }
             page += given + 1;
+            if self.spent() {
+                return Some(page.min(pages.end));
+            }
         }
+        self.spent().then_some(pages.end)
     }
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::engine::Engine;
 
 /// Pages that one step goes over: about a millisecond of work.
-pub(crate) const CHUNK_PAGES: u32 = 2048;
+pub(crate) const CHUNK_PAGES: u32 = 1024;
 
 /// Where the pass stands.
 #[derive(Debug)]
