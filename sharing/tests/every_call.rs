@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use common::Fault;
 use common::followed::following;
-use common::world::{Plan, Weather, World};
+use common::world::World;
+use common::world::weather::{Plan, Weather};
 use parking_lot::Mutex;
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::Settings;

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::Numbers;
 use common::followed::following;
-use common::world::{Weather, World, faults};
+use common::world::World;
+use common::world::weather::{Weather, faults};
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::engine::{Order, Settings};
 

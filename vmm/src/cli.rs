@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use samepage_host::statistics::StatsTarget;
+use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
 use samepage_sharing::cache::CacheSize;
 use samepage_sharing::claims::SharedTypes;

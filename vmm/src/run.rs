@@ -16,7 +16,7 @@ use samepage_api_types::lifecycle::Action;
 use samepage_api_types::spec::{HugePagesSpec, VmSpec};
 use samepage_host::fleet::{self, Ended};
 use samepage_host::host_limits::HostMemory;
-use samepage_host::statistics::{StatsTarget, StatsWriter};
+use samepage_host::stats_writer::{StatsTarget, StatsWriter};
 use samepage_host::{config_file, manager::Common, manager::Manager};
 use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};

@@ -4,24 +4,26 @@
 #![expect(unsafe_code, reason = "plays guests, disks and the kernel: reads and writes their memory")]
 
 mod disks;
+mod tour;
+pub(crate) mod weather;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use samepage_sharing::cache::Keep;
-use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
+use samepage_sharing::changes::PageSet;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::hints::Hint;
 
 use disks::{Disk, Reading};
+use weather::{Moody, Plan, Weather};
 
 use super::agent::{ANON, Agent, FREE};
 use super::followed::{Told, Vm};
 use super::pipes::Spliced;
-use super::{Fault, Guest, Numbers, WORDS, faulty_engine, losses, word};
+use super::{Guest, Numbers, WORDS, faulty_engine, losses, word};
 
 /// What a page of a guest is known to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,81 +63,6 @@ struct Pinned {
     page: u32,
     seed: u64,
     spliced: Spliced,
-}
-
-/// Which calls fail, by their names.
-pub(crate) type Plan = Arc<Mutex<dyn FnMut(&'static str) -> Fault + Send>>;
-
-/// A log some of whose calls fail.
-struct Moody {
-    told: Told,
-    pages: u32,
-    plan: Plan,
-}
-
-impl Moody {
-    fn refused(&self, call: &'static str) -> bool {
-        (self.plan.lock())(call) != Fault::None
-    }
-}
-
-impl ChangeLog for Moody {
-    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
-        if self.refused("collect") {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        self.told.collect(written)
-    }
-
-    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
-        if self.refused("arm") {
-            // A refusal half-way leaves some armed.
-            let mut told = self.told.0.lock();
-            for page in pages_of(first, words).filter(|page| page % 3 == 0) {
-                told.remove(page);
-            }
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        self.told.arm(first, words)
-    }
-
-    fn set_noting(&mut self, noting: bool) -> io::Result<()> {
-        if self.refused("note") {
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        if noting {
-            // No page is armed.
-            self.told.0.lock().insert_range(0..self.pages);
-        }
-        Ok(())
-    }
-}
-
-/// How often calls are refused.
-#[derive(Debug, Default)]
-pub(crate) struct Weather {
-    /// Calls out of a thousand that are refused, or fail after they unmapped.
-    pub(crate) refused: AtomicU32,
-    /// Calls out of a thousand that are refused where that loses memory.
-    pub(crate) fatal: AtomicU32,
-    /// Calls that failed so far.
-    pub(crate) ever: AtomicU32,
-}
-
-/// Refuses calls as the weather is.
-pub(crate) fn faults(weather: &Arc<Weather>, seed: u64) -> Plan {
-    let weather = Arc::clone(weather);
-    let mut luck = Numbers(seed | 1);
-    Arc::new(Mutex::new(move |call| {
-        let fatal = ["map again", "restore again", "unprotect"].contains(&call);
-        let of_thousand = if fatal { &weather.fatal } else { &weather.refused };
-        if luck.below(1000) >= u64::from(of_thousand.load(Ordering::Relaxed)) {
-            return Fault::None;
-        }
-        weather.ever.fetch_add(1, Ordering::Relaxed);
-        let tears = ["map", "restore"].contains(&call) && luck.below(2) == 0;
-        if tears { Fault::Tear } else { Fault::Refuse }
-    }))
 }
 
 /// An engine whose calls fail by a plan.
@@ -588,68 +515,6 @@ impl World {
             62 => self.bury(),
             _ => self.check_all(1 + WORDS / 16),
         }
-    }
-
-    /// Merging, zeros, disks, free memory, modes, compaction, and VMs that come and go, once each.
-    pub(crate) fn every_kind_of_work(&mut self) {
-        while self.players.len() < 3 {
-            // Where the first call is refused the VM is tried again.
-            self.add_vm(true, true);
-        }
-        self.become_alike();
-        for index in 0..self.players.len() {
-            let zeros = 10 + 5 * index as u32;
-            self.write_all(index, 0..zeros, |_| 0);
-        }
-        self.intervals(3);
-        self.check_all(1);
-        for disk in 0..4 {
-            for index in 0..self.players.len() {
-                let first = 8 * disk as u32;
-                let page = 20 + first + index as u32;
-                if !self.players[index].lost() {
-                    self.read(index, disk, first.into(), (page..page + 6).map(Some).collect());
-                }
-            }
-        }
-        self.intervals(1);
-        self.finish_all();
-        self.check_all(1);
-        // Guests leave most, and what is left moves together.
-        for index in 0..self.players.len() {
-            self.write_all(index, 0..self.size, |page| if page % 9 == 0 { 1 } else { 0 });
-            let base = (index as u64 + 1) << 40;
-            self.write_all(index, 0..self.size, |page| {
-                if page % 9 == 0 { Self::alike(page) } else { base + u64::from(page) }
-            });
-        }
-        self.steps(60, Duration::from_millis(120));
-        self.check_all(1);
-        // Free memory goes back.
-        for player in self.players.iter_mut().filter(|player| !player.lost()) {
-            for page in 0..player.free.len() - 4 {
-                player.free[page] = true;
-                player.pages[page].or_zero = true;
-            }
-        }
-        for _ in 0..3 {
-            (0..self.players.len()).for_each(|index| self.agent_pass_of(index));
-            self.intervals(2);
-        }
-        self.check_all(1);
-        // Shared again, and no longer.
-        self.become_alike();
-        self.intervals(3);
-        for mode in [Mode::Off, Mode::Full, Mode::Zero] {
-            for index in (0..self.players.len()).take(2) {
-                self.engine.set_mode(self.players[index].vm.slot, mode);
-            }
-            self.intervals(2);
-            self.check_all(1);
-        }
-        self.remove_vm(0);
-        self.intervals(1);
-        self.check_all(1);
     }
 
     fn write_all(&mut self, index: usize, pages: std::ops::Range<u32>, content: impl Fn(u32) -> u64) {

@@ -18,6 +18,7 @@ pub mod manager;
 pub mod record;
 pub mod schema;
 pub mod statistics;
+pub mod stats_writer;
 pub mod stdin;
 pub mod translate;
 pub mod trouble;

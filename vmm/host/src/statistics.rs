@@ -6,13 +6,11 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::fs;
+use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
@@ -29,8 +27,6 @@ use serde::Serialize;
 
 use samepage_api_types::by_type::{self, ByType, TypeSample};
 use samepage_machine::vm::Vm;
-use samepage_process::log_file::open_again;
-use samepage_process::poll;
 
 /// Pairs of VMs that are told at most: all pairs of 32 VMs.
 pub const MOST_PAIRS: usize = 32 * 31 / 2;
@@ -424,128 +420,6 @@ pub fn rss_anon() -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("/proc/self/status has no RssAnon: Linux 4.5 or newer is needed"))
 }
 
-/// Where samples go.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StatsTarget {
-    /// Standard output.
-    Stdout,
-    /// A file, appended to.
-    File(PathBuf),
-}
-
-impl std::fmt::Display for StatsTarget {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Stdout => f.write_str("standard output"),
-            Self::File(path) => path.display().fmt(f),
-        }
-    }
-}
-
-impl std::str::FromStr for StatsTarget {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(if text == "-" { Self::Stdout } else { Self::File(text.into()) })
-    }
-}
-
-/// Writes samples, a line each.
-///
-/// A reader who is slow gets fewer lines, and holds nothing else up: no sample is taken while part of
-/// the line before still has to be written.
-#[derive(Debug)]
-pub struct StatsWriter {
-    sampler: Sampler,
-    file: File,
-    /// How much is written at once: all to a file, and to others what they take without waiting.
-    piece: usize,
-    line: Vec<u8>,
-    /// Bytes of the line that are written.
-    written: usize,
-}
-
-/// How long a reader may take for a piece of the last line.
-const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
-
-impl StatsWriter {
-    /// Opens the target.
-    ///
-    /// # Errors
-    /// Where the file cannot be opened for appending, or statistics cannot be read.
-    pub fn open(target: &StatsTarget) -> io::Result<Self> {
-        let file = match target {
-            StatsTarget::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            StatsTarget::File(path) => OpenOptions::new().append(true).create(true).open(path)?,
-        };
-        Self::to_file(file)
-    }
-
-    fn to_file(file: File) -> io::Result<Self> {
-        let piece = if file.metadata()?.is_file() { usize::MAX } else { libc::PIPE_BUF };
-        Ok(Self { sampler: Sampler::new()?, file, piece, line: Vec::new(), written: 0 })
-    }
-
-    /// Opens the target again where it is a file, so that one that was renamed can be moved away. A line
-    /// that is not whole in the file before is written anew.
-    ///
-    /// # Errors
-    /// Where it cannot be opened. What is written then goes on to the file before.
-    pub fn reopen(&mut self, target: &StatsTarget) -> io::Result<()> {
-        // What was no file when it was opened has no name that a log gets.
-        if let StatsTarget::File(path) = target
-            && self.file.metadata()?.is_file()
-        {
-            self.file = open_again(path)?;
-            if self.written < self.line.len() {
-                self.written = 0;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes a sample, or what is left of the one before.
-    ///
-    /// # Errors
-    /// Where it cannot be taken or written.
-    pub fn write<'a>(
-        &mut self,
-        sharing: Option<&Sharing>,
-        vms: impl IntoIterator<Item = &'a Vm>,
-    ) -> io::Result<()> {
-        self.pass_on(Duration::ZERO)?;
-        if self.written < self.line.len() {
-            return Ok(());
-        }
-        self.line.clear();
-        self.written = 0;
-        serde_json::to_writer(&mut self.line, &self.sampler.sample(sharing, vms)?)?;
-        self.line.push(b'\n');
-        self.pass_on(Duration::ZERO)
-    }
-
-    /// Writes what is left of the last sample, unless nobody takes it.
-    ///
-    /// # Errors
-    /// Where it cannot be written.
-    pub fn finish(mut self) -> io::Result<()> {
-        self.pass_on(LAST_LINE_PATIENCE)
-    }
-
-    fn pass_on(&mut self, wait: Duration) -> io::Result<()> {
-        while self.written < self.line.len() && poll::is_writable_within(self.file.as_raw_fd(), wait)? {
-            let rest = &self.line[self.written..];
-            match self.file.write(&rest[..rest.len().min(self.piece)]) {
-                Ok(count) => self.written += count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -557,52 +431,5 @@ mod tests {
         let memory = vec![1_u8; 64 << 20];
         let after = rss_anon().unwrap();
         assert!(after >= before + (32 << 20), "{before} to {after} with {} bytes more", memory.len());
-    }
-
-    #[test]
-    fn a_reader_who_is_slow_gets_fewer_lines_and_each_of_them_whole() {
-        let (reader, writer) = io::pipe().unwrap();
-        let mut statistics = StatsWriter::to_file(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
-        // More than a pipe holds, and nothing waits.
-        for _ in 0..1000 {
-            statistics.write(None, []).unwrap();
-        }
-        let reader = std::thread::spawn(|| io::read_to_string(reader).unwrap());
-        statistics.finish().unwrap();
-        let text = reader.join().unwrap();
-        assert!(text.ends_with('\n') && (10..1000).contains(&text.lines().count()), "{text}");
-        for line in text.lines() {
-            serde_json::from_str::<serde_json::Value>(line).unwrap();
-        }
-    }
-
-    #[test]
-    fn lines_go_on_in_a_new_file_after_a_rename() {
-        let folder = tempfile::tempdir().unwrap();
-        let (path, renamed) = (folder.path().join("stats"), folder.path().join("stats.1"));
-        let target = StatsTarget::File(path.clone());
-        let mut statistics = StatsWriter::open(&target).unwrap();
-        statistics.write(None, []).unwrap();
-        std::fs::rename(&path, &renamed).unwrap();
-        statistics.write(None, []).unwrap();
-        statistics.reopen(&target).unwrap();
-        statistics.write(None, []).unwrap();
-        // Cut short, as logrotate does with copytruncate.
-        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
-        statistics.write(None, []).unwrap();
-        for (path, lines) in [(&renamed, 2), (&path, 1)] {
-            let text = std::fs::read_to_string(path).unwrap();
-            assert_eq!(text.lines().count(), lines, "{text}");
-            assert!(text.starts_with('{') && text.ends_with("}\n"), "{text}");
-        }
-        std::fs::remove_dir_all(folder.path()).unwrap();
-        assert!(statistics.reopen(&target).is_err());
-        statistics.write(None, []).unwrap();
-    }
-
-    #[test]
-    fn a_dash_is_standard_output() {
-        assert_eq!("-".parse(), Ok(StatsTarget::Stdout));
-        assert_eq!("s.jsonl".parse(), Ok(StatsTarget::File("s.jsonl".into())));
     }
 }
