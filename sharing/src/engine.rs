@@ -192,6 +192,10 @@ pub struct Engine {
     pub(crate) holds: Holds,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
+    /// Looks at pages so far.
+    pub(crate) looks: u32,
+    /// Merges, and the like, that there were when the time was last thought of.
+    pub(crate) events_seen: u64,
     /// Whether it can still be trusted.
     pub(crate) stop: Arc<Stop>,
     /// Losses of memory in this process up to which VMs have been looked through.
@@ -265,6 +269,8 @@ impl Engine {
             step_ends: Instant::now(),
             holds: Holds::default(),
             urgent: Arc::default(),
+            looks: 0,
+            events_seen: 0,
             stop: Arc::default(),
             losses_seen: 0,
             membership_changed: true,

@@ -229,7 +229,7 @@ impl Engine {
             while let Some(next) = self.next_ready(slot, page..run.end) {
                 let looked = self.look_at(slot, next, run.end).max(1);
                 page = next + looked;
-                if self.time_to_end(page, looked) {
+                if self.time_to_end(looked) {
                     chunk.end = page.min(chunk.end);
                     break 'runs;
                 }

@@ -32,17 +32,20 @@ impl Engine {
         while page < run.end && !self.members.at(slot).space.lost() {
             let looked = self.look_at(slot, page, run.end).max(1);
             page += looked;
-            if self.time_to_end(page, looked) {
+            if self.time_to_end(looked) {
                 return page.min(run.end);
             }
         }
         run.end
     }
 
-    /// Whether the step is to end after a look that dealt with so many pages up to this one. The time is not
-    /// asked for after each page.
-    pub(crate) fn time_to_end(&self, page: u32, looked: u32) -> bool {
-        (looked > 1 || page.is_multiple_of(16)) && self.spent()
+    /// Whether the step is to end after a look that dealt with so many pages. A merge takes as long as many looks
+    /// at pages that match nothing, after only some of which the time is asked for.
+    pub(crate) fn time_to_end(&mut self, looked: u32) -> bool {
+        self.looks = self.looks.wrapping_add(1);
+        let events = self.counters.events();
+        let merged = std::mem::replace(&mut self.events_seen, events) != events;
+        (looked > 1 || merged || self.looks.is_multiple_of(16)) && self.spent()
     }
 
     /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how

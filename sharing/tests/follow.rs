@@ -27,7 +27,8 @@ fn pages_are_merged_an_interval_after_they_came_to_rest() {
     let statistics = engine.statistics();
     assert_eq!((statistics.pages_sharing, statistics.zero_pages), (1000, 200));
     assert_eq!(statistics.merges, 2000);
-    assert!(statistics.merges_lookahead >= 1990, "{statistics:?}");
+    // The first page of a window is searched for.
+    assert!(statistics.merges_lookahead >= 1980, "{statistics:?}");
     audit(&mut engine);
 
     // Nothing changes, nothing is looked at.
