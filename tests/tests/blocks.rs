@@ -257,13 +257,21 @@ fn through() {
             ..ClientPlan::default()
         };
         let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, plan);
-        // The sample shows hits in the second pass, and everything is there in the fourth.
-        guest.console.wait_for_round(4);
-        let before = sources(&guest);
-        guest.console.wait_for_round(6);
-        let after = sources(&guest);
-        let [_, from_host, fetched] = [0, 1, 2].map(|source| after[source] - before[source]);
-        println!("{from_host} from the host, {fetched} fetched");
+        // The sample shows hits in the second pass, and everything is there in the fourth. On a busy host the
+        // engine may be late to take in what was read.
+        let mut round = 4;
+        let (from_host, fetched) = loop {
+            guest.console.wait_for_round(round);
+            let before = sources(&guest);
+            guest.console.wait_for_round(round + 2);
+            let after = sources(&guest);
+            let [_, from_host, fetched] = [0, 1, 2].map(|source| after[source] - before[source]);
+            println!("{from_host} from the host, {fetched} fetched");
+            if from_host > 4 * fetched || round > 40 {
+                break (from_host, fetched);
+            }
+            round += 2;
+        };
         assert!(from_host > 4 * fetched, "{from_host} from the host, {fetched} fetched");
         audit(&sharing);
         finish(vec![guest]);

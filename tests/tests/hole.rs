@@ -383,8 +383,9 @@ fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
         back(&after),
         after.passes - before.passes
     );
-    // The pass under way, the one that tells what is free, and the one that answers the host.
-    assert!(after.passes - before.passes <= 3, "{after:?} after {before:?}, {took:?} of {interval:?}");
+    // The pass under way, the one that tells what is free, and the one that answers the host. On a busy host the
+    // engine may ask too late for the next one, so that it takes two more at most for each of them.
+    assert!(after.passes - before.passes <= 7, "{after:?} after {before:?}, {took:?} of {interval:?}");
     most
 }
 
