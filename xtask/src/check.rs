@@ -5,7 +5,7 @@
 use crate::artifacts::Artifacts;
 use crate::cache::Cache;
 use crate::suite::{self, Choice, Results};
-use crate::{node, process, promtool, python, setup};
+use crate::{deny, node, process, promtool, python, setup};
 use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
 
 /// Runs all checks and returns whether all passed. Where the tests that boot guests are left out, no guests are
-/// built; where some tests are chosen, format and lint are not checked.
+/// built; where some tests are chosen, the source is not checked.
 pub fn run(choice: &Choice) -> bool {
     let quick = choice.quick;
     let mut report = Report::default();
@@ -59,6 +59,28 @@ fn check_source(report: &mut Report) {
         let lint = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
         component("clippy", "clippy", &lint)
     });
+    report.step("docs", document);
+    dependencies(report);
+}
+
+/// Builds the documentation of all items. A link that leads nowhere fails.
+fn document() -> Result<()> {
+    // The reader is a developer, who has the private items at hand: links to those are wanted.
+    let flags = "-D warnings -A rustdoc::private_intra_doc_links";
+    let document = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];
+    process::run(process::cargo().args(document).env("RUSTDOCFLAGS", flags))
+}
+
+/// Checks the crates that are used, as far as the tool and its database of advisories can be had.
+fn dependencies(report: &mut Report) {
+    if !deny::is_installed() {
+        return report.left_out("licences", deny::HOW_TO_INSTALL);
+    }
+    report.step("licences", deny::check_licences);
+    match deny::fetch_advisories() {
+        Ok(()) => report.step("advisories", deny::check_advisories),
+        Err(error) => report.left_out("advisories", &format!("{error:#}")),
+    }
 }
 
 /// Whether this process can create virtual machines.
@@ -74,10 +96,18 @@ fn component(subcommand: &str, name: &str, arguments: &[&str]) -> Result<()> {
     process::run(process::cargo().args(arguments))
 }
 
+/// How a step ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Passed,
+    Failed,
+    LeftOut,
+}
+
 /// What became of each step.
 #[derive(Default)]
 struct Report {
-    steps: Vec<(&'static str, bool, Duration)>,
+    steps: Vec<(&'static str, Verdict, Duration)>,
 }
 
 impl Report {
@@ -90,20 +120,32 @@ impl Report {
             Ok(()) => println!("== {name}: ok in {:.1} s", elapsed.as_secs_f64()),
             Err(error) => println!("== {name}: FAILED after {:.1} s: {error:#}", elapsed.as_secs_f64()),
         }
-        self.steps.push((name, result.is_ok(), elapsed));
+        let verdict = if result.is_ok() { Verdict::Passed } else { Verdict::Failed };
+        self.steps.push((name, verdict, elapsed));
+    }
+
+    /// Notes a step that cannot be done on this host. The other steps decide whether all is well.
+    fn left_out(&mut self, name: &'static str, why: &str) {
+        println!("\n== {name}: left out: {why}");
+        self.steps.push((name, Verdict::LeftOut, Duration::ZERO));
     }
 
     /// Prints the outcome of each step and of all tests; returns whether all is well.
     fn summarise(&self, tests: &Results) -> bool {
         println!("\n== summary");
-        for (name, ok, elapsed) in &self.steps {
-            println!("{name:<10} {:<6} {:>7.1} s", if *ok { "ok" } else { "FAILED" }, elapsed.as_secs_f64());
+        for (name, verdict, elapsed) in &self.steps {
+            let word = match verdict {
+                Verdict::Passed => "ok",
+                Verdict::Failed => "FAILED",
+                Verdict::LeftOut => "left out",
+            };
+            println!("{name:<10} {word:<8} {:>7.1} s", elapsed.as_secs_f64());
         }
         for test in &tests.failures {
             println!("failed: {test}");
         }
         println!("{} passed, {} failed, {} skipped", tests.passed, tests.failed, tests.skipped);
-        tests.failed == 0 && self.steps.iter().all(|(_, ok, _)| *ok)
+        tests.failed == 0 && self.steps.iter().all(|(_, verdict, _)| *verdict != Verdict::Failed)
     }
 }
 
@@ -119,5 +161,12 @@ mod tests {
         assert!(!report.summarise(&Results { failed: 1, ..Results::default() }));
         report.step("bad", || bail!("on purpose"));
         assert!(!report.summarise(&Results::default()));
+    }
+
+    #[test]
+    fn a_step_that_is_left_out_fails_nothing() {
+        let mut report = Report::default();
+        report.left_out("advisories", "no network");
+        assert!(report.summarise(&Results::default()));
     }
 }

@@ -9,6 +9,7 @@ pub mod artifacts;
 pub mod bench;
 pub mod cache;
 pub mod check;
+pub mod deny;
 pub mod disk;
 pub mod initramfs;
 pub mod kernel;

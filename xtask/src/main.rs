@@ -45,9 +45,9 @@ enum Task {
     /// Measure what is promised of samepage, beside what others need for the same
     #[command(subcommand)]
     Bench(Benchmark),
-    /// Run every check: packages, guests, format, lint, tests
+    /// Run every check: packages, guests, format, lint, docs, licences, advisories, tests
     Test {
-        /// Run the tests whose name holds this, and neither format nor lint
+        /// Run only the tests whose name contains this text, and no other check
         filter: Option<String>,
         /// Leave out the tests that boot guests, and what they need
         #[arg(long)]
