@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use samepage_sharing::PAGE_SIZE;
-use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
+use samepage_sharing::blocks::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::engine::{Engine, Settings};
 use samepage_sharing::store::FrameStore;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use samepage_hole::{FrameRange, GuestHeader, Hole, HostHeader, MAX_RANGES, PUBLISHED, bytes_for, flags};
-use samepage_sharing::cache::{BlockRead, Image, Keep};
+use samepage_sharing::blocks::{BlockRead, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::claims::ClaimSource;

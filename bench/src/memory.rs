@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use samepage_resources::demo::content::mix;
-use samepage_sharing::cache::FetchRun;
+use samepage_sharing::blocks::FetchRun;
 use samepage_sharing::changes::{ChangeLog, PageSet};
 use samepage_sharing::{PAGE_SIZE, Ram};
 use twox_hash::XxHash3_64;

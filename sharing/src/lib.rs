@@ -1,79 +1,38 @@
 //! The sharing engine of samepage: finds identical pages of running VMs and lets them share one
 //! frame of memory. It knows pages and frames, and nothing of KVM, virtio or HTTP.
 //!
-//! - [`ram`]: guest RAM, private anonymous memory of 4 KiB pages, or of huge ones as well.
-//! - [`store`]: the frames, pages of a sealed memory file, each of which lives as long as it has an owner;
-//!   `records` and `extents`: its books; `compact`: closes the holes in it.
-//! - [`space`]: one VM's RAM under management; the window that protects, compares and remaps (`window`);
-//!   `backing`: what each page is mapped from.
-//! - [`engine`]: what is done next; `hinted`, `follow` and `passes`: which pages to look at; `intervals`:
-//!   when; `search`: what to merge them with; `index`, `table` and `tree`: where content is looked up; `undo`: taking pages off
-//!   their frames again.
-//! - `huge`: which huge pages stay whole, and which are split.
-//! - [`cache`]: disk blocks that the host keeps while no guest holds them.
-//! - [`hints`]: what devices know about pages.
-//! - [`changes`], [`rest`]: which pages were written, and which have come to rest.
-//! - [`claims`]: what guests say that their pages are for; [`by_type`]: what sharing comes to by that;
-//!   `give_back`: free memory goes back to the host; [`map`]: a picture of a VM's memory.
-//! - [`loss`]: memory that the host cannot supply ends one VM, never the process; `lost`: such VMs leave the
-//!   indexes.
-//! - [`trust`]: an engine that panicked, or whose frames the host lost, does nothing more.
-//! - [`service`]: engines at work; `group`: an engine for each group of VMs; `worker` and `pace`:
-//!   their threads, under a ceiling of CPU time.
-//! - [`pairs`]: which VMs have how much in common.
-//! - [`audit`]: recounts everything from the kernel's page maps and compares it with the books.
-//! - [`calls`], [`uffd`], [`wakes`], [`pagemap`], [`content`], [`budget`]: the kernel's side of it.
+//! Each folder uses only folders above it in this list; a test reads the imports (`tests/layers.rs`).
+//!
+//! - `collections`: sets of pages, and tables that grow and shrink in small steps.
+//! - `memory`: what happens where guest RAM is mapped. [`ram`]: private anonymous memory of 4 KiB pages, or of
+//!   huge ones as well. [`store`]: the frames, pages of a sealed memory file, each of which lives as long as it
+//!   has an owner. [`space`]: one VM's RAM under management, and the window that protects, compares and remaps.
+//!   [`calls`], [`uffd`], [`wakes`], [`pagemap`], [`content`]: the kernel's side of it. [`loss`]: memory that the
+//!   host cannot supply ends one VM, never the process.
+//! - [`changes`]: which pages were written, and which are at rest.
+//! - `index`: where content is looked up, by digest or by content.
+//! - `policy`: what is worth it. [`budget`] and `pressure`: mappings; `huge`: which huge pages are split;
+//!   [`hints`]: what devices know about pages; [`claims`]: what guests say that their pages are for;
+//!   `give_back`: free memory of guests; `compaction`: holes in the store.
+//! - [`blocks`]: disk blocks that the host keeps while no guest holds them.
+//! - [`engine`]: all VMs of a group and their frames; what is done next, and the tasks that do it.
+//! - `inspect`: what users are told. [`statistics`], [`by_type`], [`map`], [`pairs`]; [`audit`]: recounts
+//!   everything from the kernel's page maps.
+//! - [`service`]: engines at work, one for each group of VMs, and their threads under a ceiling of CPU time.
 
-pub mod audit;
-pub(crate) mod backing;
-pub mod budget;
-pub mod by_type;
-pub mod cache;
-pub mod calls;
+pub mod blocks;
 pub mod changes;
-pub mod claims;
-pub(crate) mod compact;
-pub mod content;
+pub(crate) mod collections;
 pub mod engine;
-pub(crate) mod extents;
-pub(crate) mod follow;
-pub(crate) mod give_back;
-pub(crate) mod group;
-pub(crate) mod hinted;
-pub mod hints;
-pub mod holds;
-pub(crate) mod huge;
 pub(crate) mod index;
-pub(crate) mod intervals;
-pub mod loss;
-pub(crate) mod lost;
-pub mod map;
-pub(crate) mod members;
-pub(crate) mod modes;
-pub(crate) mod pace;
-pub mod pagemap;
-pub mod pairs;
-pub(crate) mod passes;
-pub(crate) mod pieces;
-pub mod ram;
-pub(crate) mod records;
-pub mod removal;
-pub mod rest;
-pub(crate) mod search;
-pub(crate) mod segments;
+pub(crate) mod inspect;
+pub(crate) mod memory;
+pub(crate) mod numbers;
+pub(crate) mod policy;
 pub mod service;
-pub mod space;
-pub mod statistics;
-pub mod store;
-pub(crate) mod survey;
-pub(crate) mod table;
-pub(crate) mod tree;
-pub mod trust;
-pub(crate) mod turns;
-pub mod uffd;
-pub(crate) mod undo;
-pub mod wakes;
-pub(crate) mod window;
-pub(crate) mod worker;
 
-pub use ram::{PAGE_SIZE, Ram};
+pub use engine::{holds, removal, trust};
+pub use inspect::{audit, by_type, map, pairs, statistics};
+pub use memory::ram::{PAGE_SIZE, Ram};
+pub use memory::{calls, content, loss, pagemap, ram, space, store, uffd, wakes};
+pub use policy::{budget, claims, hints};

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::disks::Disk;
 use common::followed::{Clock, Vm, following};
 use common::{Fault, Numbers, audit, engine, faulty_engine, losses};
-use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
+use samepage_sharing::blocks::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
 use samepage_sharing::service::{Fetched, Membership, Participation, Sharing};
 

@@ -14,7 +14,7 @@ use common::followed::following;
 use common::world::World;
 use common::world::weather::{Plan, Weather};
 use parking_lot::Mutex;
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 
 const PAGES: u32 = 72;

@@ -8,7 +8,7 @@ use common::disks::{Disk, Reading};
 use common::followed::{Vm, following};
 use common::pipes::Spliced;
 use common::{audit, engine};
-use samepage_sharing::cache::{CacheSize, Keep};
+use samepage_sharing::blocks::{CacheSize, Keep};
 use samepage_sharing::engine::{Engine, Settings};
 
 const PAGES: u32 = 2000;
@@ -172,7 +172,7 @@ fn a_frame_that_a_disk_is_filling_is_matched_with_no_page() {
     disk.read(&mut engine, &vms[0], 0, 0, 2);
     let targets: Vec<_> = (2..64).map(Some).collect();
     let number = engine.vm_number(vms[0].slot);
-    let read = samepage_sharing::cache::BlockRead {
+    let read = samepage_sharing::blocks::BlockRead {
         keep: disk.keep,
         image: disk.image,
         first: 2,

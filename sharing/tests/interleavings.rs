@@ -17,7 +17,7 @@ use common::Numbers;
 use common::followed::following;
 use common::world::World;
 use common::world::weather::{Weather, faults};
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::{Order, Settings};
 
 /// What is told of the last things that happened before a failure.

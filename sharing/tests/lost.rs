@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::followed::{Clock, Vm, following};
 use common::{Fault, Guest, audit, damage, engine, faulty_engine, losses, no_rest, pass};
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::{Order, Settings, Step};
 use samepage_sharing::loss::{Cause, Loss};
 

@@ -5,7 +5,7 @@ mod common;
 use common::disks::Disk;
 use common::followed::{Clock, Vm, following};
 use common::{Numbers, audit, engine};
-use samepage_sharing::cache::{CacheSize, Keep};
+use samepage_sharing::blocks::{CacheSize, Keep};
 use samepage_sharing::engine::Settings;
 
 const PAGES: u32 = 512;

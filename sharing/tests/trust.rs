@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::{Fault, Faulty, Guest, losses};
 use parking_lot::Mutex;
-use samepage_sharing::cache::{BlockRead, CacheSize, Image, Keep};
+use samepage_sharing::blocks::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::content::Page;
 use samepage_sharing::engine::{Mode, Settings};

@@ -8,7 +8,7 @@ use common::agent::{ANON, Agent, FILE};
 use common::disks::Disk;
 use common::followed::{Clock, Vm, following};
 use common::{Guest, audit, engine, losses};
-use samepage_sharing::cache::{CacheSize, Keep};
+use samepage_sharing::blocks::{CacheSize, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
 use samepage_sharing::hints::Hint;
 

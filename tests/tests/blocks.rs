@@ -15,7 +15,7 @@ use samepage_resources::demo::content::SECTOR_BYTES;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
 use samepage_resources::demo::report::Report;
 use samepage_resources::image::write_pattern;
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_tests::guests::{Guest, hypervisor, sharing};

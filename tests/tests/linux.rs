@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
 use samepage_machine::{DiskConfig, Hypervisor, VmConfig, VmEnd};
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_tests::console::PATIENCE;

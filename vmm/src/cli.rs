@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;

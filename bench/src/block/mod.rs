@@ -14,7 +14,7 @@ use samepage_devices::disk::CachePolicy;
 use samepage_machine::{DiskConfig, Hypervisor};
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::plan::Plan;
-use samepage_sharing::cache::CacheSize;
+use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use serde::Serialize;

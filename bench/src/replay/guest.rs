@@ -1,7 +1,7 @@
 //! The guest's cache, by LRU: which reads pass it, and what it gives up for them. It does not depend on the
 //! host's.
 
-use samepage_sharing::cache::replace::{History, Lru, Replacement};
+use samepage_sharing::blocks::replace::{History, Lru, Replacement};
 
 use super::host::FixedHashes;
 

@@ -2,7 +2,7 @@
 
 use std::hash::{BuildHasherDefault, Hasher};
 
-use samepage_sharing::cache::replace::{History, Policy};
+use samepage_sharing::blocks::replace::{History, Policy};
 
 use super::guest::Misses;
 use super::workload::mix;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use samepage_sharing::cache::replace::Policy;
+use samepage_sharing::blocks::replace::Policy;
 use serde::Serialize;
 
 use super::super::table::align;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use samepage_sharing::cache::{BlockRead, FetchRun, Image, Keep, ReadPlan};
+use samepage_sharing::blocks::{BlockRead, FetchRun, Image, Keep, ReadPlan};
 use samepage_sharing::engine::Engine;
 use samepage_sharing::{PAGE_SIZE, content::Page};
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use samepage_sharing::cache::Keep;
+use samepage_sharing::blocks::Keep;
 use samepage_sharing::changes::PageSet;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::hints::Hint;

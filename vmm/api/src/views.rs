@@ -13,7 +13,7 @@ use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_devices::virtio::block::BlockStats;
 use samepage_machine::vm::Disk;
 use samepage_sharing::PAGE_SIZE;
-use samepage_sharing::cache::statistics::CacheStatistics;
+use samepage_sharing::blocks::statistics::CacheStatistics;
 use samepage_sharing::engine::{Order, Settings};
 use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};

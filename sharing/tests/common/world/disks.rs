@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 
 use samepage_sharing::PAGE_SIZE;
-use samepage_sharing::cache::{BlockRead, Image, Keep};
+use samepage_sharing::blocks::{BlockRead, Image, Keep};
 use samepage_sharing::content::Page;
 
 use super::super::{WORDS, word};

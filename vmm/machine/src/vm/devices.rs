@@ -17,7 +17,7 @@ use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use samepage_sharing::cache::admission::Readers;
+use samepage_sharing::blocks::admission::Readers;
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;

@@ -1,0 +1,215 @@
+//! Which guest page a block was copied to, and what the host's own bytes looked like. The page is the
+//! guest's: it may hold anything by now, and counts as the block only where its content has the digest.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::ops::Range;
+
+use super::names::BlockKey;
+use super::replace::History;
+use crate::collections::segments::tree_bytes;
+use crate::memory::content::Page;
+use crate::numbers::Place;
+
+/// A digest that nobody who lacks the key can find a second content for: keyed BLAKE3, cut to 128 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Proof([u8; 16]);
+
+/// Makes proofs under a random key of its own.
+pub(crate) struct Prover {
+    key: [u8; blake3::KEY_LEN],
+}
+
+impl Prover {
+    pub(crate) fn new() -> io::Result<Self> {
+        let mut key = [0; blake3::KEY_LEN];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut key)?;
+        Ok(Self { key })
+    }
+
+    pub(crate) fn proof(&self, page: &Page) -> Proof {
+        let hash = blake3::keyed_hash(&self.key, page);
+        let mut proof = [0; 16];
+        proof.copy_from_slice(&hash.as_bytes()[..16]);
+        Proof(proof)
+    }
+}
+
+impl std::fmt::Debug for Prover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prover").finish_non_exhaustive()
+    }
+}
+
+/// Pages beyond these that one block was copied to are not noted.
+const MOST_PAGES: usize = 64;
+
+/// What was copied to a page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Note {
+    pub(crate) key: BlockKey,
+    pub(crate) proof: Proof,
+    pub(crate) history: History,
+}
+
+/// The notes of all VMs, by place, in order: trees grow in small steps, and find the blocks of a range.
+#[derive(Debug, Default)]
+pub(crate) struct Notes {
+    /// Each with the next page that the same block was copied to.
+    pages: BTreeMap<Place, (Note, Option<Place>)>,
+    /// The last page that each block was copied to.
+    holders: BTreeMap<BlockKey, Place>,
+}
+
+impl Notes {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// Notes that a block was copied to a page. Where it was copied to too many pages this one is not
+    /// noted.
+    pub(crate) fn insert(&mut self, place: Place, note: Note) {
+        self.remove(place);
+        let head = self.holders.get(&note.key).copied();
+        if self.chain(head).count() < MOST_PAGES {
+            self.pages.insert(place, (note, head));
+            self.holders.insert(note.key, place);
+        }
+    }
+
+    /// What was copied to a page.
+    pub(crate) fn get(&self, place: Place) -> Option<&Note> {
+        self.pages.get(&place).map(|(note, _)| note)
+    }
+
+    /// The page that a block was last copied to.
+    pub(crate) fn holder(&self, key: BlockKey) -> Option<(Place, Note)> {
+        let place = *self.holders.get(&key)?;
+        self.get(place).map(|&note| (place, note))
+    }
+
+    /// The page is about to hold something else, or does.
+    pub(crate) fn remove(&mut self, place: Place) -> Option<Note> {
+        let (note, next) = self.pages.remove(&place)?;
+        let head = self.holders.get(&note.key).copied();
+        if head == Some(place) {
+            match next {
+                Some(next) => self.holders.insert(note.key, next),
+                None => self.holders.remove(&note.key),
+            };
+            return Some(note);
+        }
+        let before =
+            self.chain(head).find(|before| self.pages.get(before).is_some_and(|b| b.1 == Some(place)));
+        if let Some((_, link)) = before.and_then(|before| self.pages.get_mut(&before)) {
+            *link = next;
+        }
+        Some(note)
+    }
+
+    fn chain(&self, head: Option<Place>) -> impl Iterator<Item = Place> + '_ {
+        std::iter::successors(head, |place| self.pages.get(place).and_then(|&(_, next)| next))
+    }
+
+    /// The first block of an image that was copied to a page, among these.
+    pub(crate) fn first_within(&self, image: u32, blocks: Range<u32>) -> Option<BlockKey> {
+        let key = |block: u32| BlockKey { image, block };
+        let range = (!blocks.is_empty()).then(|| self.holders.range(key(blocks.start)..key(blocks.end)))?;
+        range.map(|(&key, _)| key).next()
+    }
+
+    /// A block is not what it was: no page is known for it.
+    pub(crate) fn forget_block(&mut self, key: BlockKey) {
+        let head = self.holders.remove(&key);
+        let places: Vec<_> = self.chain(head).collect();
+        places.into_iter().for_each(|place| {
+            self.pages.remove(&place);
+        });
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        tree_bytes(&self.pages) + tree_bytes(&self.holders)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(block: u32) -> BlockKey {
+        BlockKey { image: 3, block }
+    }
+
+    fn note(block: u32) -> Note {
+        Note { key: key(block), proof: Proof([block as u8; 16]), history: History::NONE }
+    }
+
+    #[test]
+    fn proofs_differ_by_content_and_by_key() {
+        let (one, other) = (Prover::new().unwrap(), Prover::new().unwrap());
+        let (zeros, mut page) = ([0; 4096], [0; 4096]);
+        page[4095] = 1;
+        assert_eq!(one.proof(&zeros), one.proof(&[0; 4096]));
+        assert_ne!(one.proof(&zeros), one.proof(&page));
+        assert_ne!(one.proof(&zeros), other.proof(&zeros));
+    }
+
+    #[test]
+    fn a_block_that_is_copied_all_over_is_noted_for_some_pages_only() {
+        let mut notes = Notes::default();
+        (0..1000).for_each(|place| notes.insert(place, note(5)));
+        assert_eq!(notes.len(), MOST_PAGES);
+        assert_eq!(notes.first_within(3, 0..9), Some(key(5)));
+        assert_eq!((notes.first_within(3, 6..9), notes.first_within(4, 0..9)), (None, None));
+        notes.forget_block(key(5));
+        assert!(notes.is_empty() && notes.holders.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_note_outlives_its_block(changes in prop::collection::vec((0..5_u8, 0..20_u32, 0..6_u32), 0..200)) {
+            let mut notes = Notes::default();
+            let mut model: BTreeMap<Place, u32> = BTreeMap::new();
+            for (change, place, block) in changes {
+                match change {
+                    0 | 1 => {
+                        notes.insert(place, note(block));
+                        model.insert(place, block);
+                    }
+                    2 => {
+                        let removed = notes.remove(place).map(|note| note.key.block);
+                        prop_assert_eq!(removed, model.remove(&place));
+                    }
+                    3 => {
+                        let end = block + place % 3;
+                        while let Some(key) = notes.first_within(3, block..end) {
+                            notes.forget_block(key);
+                        }
+                        model.retain(|_, other| !(block..end).contains(other));
+                    }
+                    _ => {
+                        for place in place..place + block {
+                            notes.remove(place);
+                        }
+                        model.retain(|other, _| !(place..place + block).contains(other));
+                    }
+                }
+                for place in 0..20 {
+                    prop_assert_eq!(notes.get(place).map(|note| note.key.block), model.get(&place).copied());
+                }
+                for block in 0..6 {
+                    let holder = notes.holder(key(block)).map(|(place, _)| place);
+                    let known = model.values().any(|&other| other == block);
+                    prop_assert_eq!(holder.is_some(), known);
+                    prop_assert!(holder.is_none_or(|place| model[&place] == block));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! What is known of a VM whose changes are followed: which pages are to be scanned, and when.
+
+use std::io;
+use std::ops::Range;
+use std::time::Instant;
+
+use crate::changes::ChangeLog;
+use crate::changes::rest::Tracker;
+use crate::collections::sets::{PageSet, RareSet};
+
+/// To look at this many pages in the page map takes about as long as a system call.
+const GAP_PAGES: u32 = 64;
+
+/// What is known of a VM whose changes are followed.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    pub(crate) tracker: Tracker,
+    /// When the interval ends.
+    due: Instant,
+    /// Intervals that have ended.
+    pub(crate) intervals: u32,
+    /// At rest, and not looked at yet.
+    pub(crate) ready: PageSet,
+    /// Looked at, and to be tried again later.
+    pub(crate) later: PageSet,
+    /// Not merged for want of mappings, to be tried again when there is more room.
+    pub(crate) denied: RareSet,
+    /// There is more room now.
+    eased: bool,
+    /// Pages that were denied before there was: they are ready once the interval has ended for them.
+    admitted: RareSet,
+    /// At rest, to be looked at when no better ones are ready anywhere.
+    second: RareSet,
+}
+
+impl Follower {
+    pub(crate) fn new(log: Box<dyn ChangeLog>, pages: u32) -> Self {
+        let set = PageSet::new(pages);
+        Self {
+            tracker: Tracker::new(log, pages),
+            due: Instant::now(),
+            intervals: 0,
+            ready: set.clone(),
+            later: set,
+            second: RareSet::new(pages),
+            denied: RareSet::new(pages),
+            eased: false,
+            admitted: RareSet::new(pages),
+        }
+    }
+
+    pub(crate) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// A page is not merged for want of mappings.
+    pub(crate) fn deny(&mut self, page: u32) {
+        self.denied.insert(page);
+    }
+
+    /// A page is to be looked at once more.
+    pub(crate) fn look_again(&mut self, page: u32) {
+        self.ready.insert(page);
+    }
+
+    /// There is room again for what was denied: that has another try with the next interval.
+    pub(crate) fn admit(&mut self) {
+        self.eased = true;
+    }
+
+    /// An interval is being ended.
+    pub(crate) fn begin_end(&mut self, due: Instant, written: &mut PageSet) -> io::Result<()> {
+        self.due = due;
+        self.tracker.begin_end(written)?;
+        self.intervals = self.intervals.wrapping_add(1);
+        if self.eased && self.admitted.bytes() == 0 {
+            self.eased = false;
+            std::mem::swap(&mut self.denied, &mut self.admitted);
+        }
+        Ok(())
+    }
+
+    /// The interval has ended for all pages, and the next one ends at `due`.
+    pub(crate) fn ended(&mut self, due: Instant) {
+        self.due = due;
+        self.admitted.clear();
+    }
+
+    /// The interval has ended for some words of pages: those are ready that were admitted, and if it is time for
+    /// that, those that are to be tried again.
+    pub(crate) fn try_again(&mut self, words: Range<usize>, retry: bool) {
+        self.admitted.move_words(words.clone(), &mut self.ready);
+        if retry {
+            self.ready.take_words(words, &mut self.later);
+        }
+    }
+
+    /// Words of pages are at rest.
+    pub(crate) fn rested(&mut self, first_word: usize, words: &[u64]) {
+        self.ready.insert_words(first_word, words);
+    }
+
+    /// A page is not to be looked at before it has been written again.
+    pub(crate) fn skip(&mut self, page: u32) {
+        self.tracker.skip(page);
+        self.drop_page(page);
+    }
+
+    /// A page is not to be looked at for now.
+    pub(crate) fn drop_page(&mut self, page: u32) {
+        self.ready.remove(page);
+        self.second.remove(page);
+        self.later.remove(page);
+        self.denied.remove(page);
+        self.admitted.remove(page);
+    }
+
+    /// Pages at rest that are not among the best have their turn, if there are any. None is ready.
+    pub(crate) fn promote(&mut self) -> Option<()> {
+        self.second.replace(&mut self.ready).then_some(())
+    }
+
+    /// A page is at rest.
+    pub(crate) fn queue(&mut self, page: u32, turn: Turn) {
+        match turn {
+            Turn::First => self.ready.insert(page),
+            Turn::Second => self.second.insert(page),
+            Turn::Last => self.later.insert(page),
+            Turn::Never => {}
+        }
+    }
+
+    /// All pages are to be looked at, or none until they are written.
+    pub(crate) fn reset(&mut self, pages: Range<u32>) {
+        self.later.clear();
+        self.denied.clear();
+        self.admitted.clear();
+        self.second.clear();
+        self.ready.clear();
+        self.ready.insert_range(pages);
+    }
+
+    /// Changes are followed from now on, all pages being new, or no longer.
+    pub(crate) fn set_following(&mut self, following: bool, pages: u32) -> io::Result<()> {
+        self.reset(if following { 0..pages } else { 0..0 });
+        self.tracker.set_following(following)
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        let rare = [&self.second, &self.denied, &self.admitted].map(RareSet::bytes);
+        self.tracker.metadata_bytes() + 2 * self.ready.bytes() + rare.iter().sum::<usize>()
+    }
+}
+
+/// Ranges that cover some runs, with short gaps closed.
+pub(crate) fn spans(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
+    let mut spans: Vec<Range<u32>> = Vec::new();
+    for run in runs {
+        match spans.last_mut() {
+            Some(last) if run.start - last.end < GAP_PAGES => last.end = run.end,
+            _ => spans.push(run),
+        }
+    }
+    spans
+}
+
+/// When a page at rest is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Before others: its like is likely.
+    First,
+    /// When there are no better ones.
+    Second,
+    /// When it has been at rest for longer.
+    Last,
+    /// Not before the guest says something else of it.
+    Never,
+}

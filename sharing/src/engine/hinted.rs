@@ -1,0 +1,139 @@
+//! Pages that devices gave hints about, before all others: a page that was filled from a disk block is
+//! compared with the page that last held this block.
+
+#![expect(unsafe_code, reason = "compares guest pages by address")]
+
+use std::ops::Range;
+
+use crate::engine::Engine;
+use crate::engine::members::{Member, Mode};
+use crate::engine::turns::Kind;
+use crate::memory::content;
+use crate::policy::hints::Hint;
+
+/// Hints that one step takes up.
+const STEP_HINTS: usize = 16;
+/// Pages said to hold blocks that one step compares.
+const STEP_PAGES: u32 = 512;
+/// Of these, the ones between two looks at the time.
+const PART_PAGES: u32 = 64;
+/// Pages said to be free count as so much less work.
+const FREED: u32 = 16;
+
+impl Engine {
+    /// Takes the next hints up, of each VM in turn. Returns whether there were any.
+    pub(crate) fn take_hints(&mut self) -> bool {
+        let (mut hints, mut pages) = (0, 0);
+        while hints < STEP_HINTS && pages < STEP_PAGES && (hints == 0 || !self.spent()) {
+            let Some(slot) = self.next_with_work(Kind::Hints, |member| member.hints.waiting() > 0) else {
+                break;
+            };
+            let Some(hint) = self.members.at(slot).hints.take() else { break };
+            hints += 1;
+            pages += self.take_hint(slot, hint, PART_PAGES);
+        }
+        if hints > 0 {
+            self.store.reclaim(&*self.calls);
+        }
+        hints > 0
+    }
+
+    /// Takes up what a hint says of so many pages at most. Returns how many they were.
+    fn take_hint(&mut self, slot: usize, hint: Hint, most: u32) -> u32 {
+        let pages = hint.pages();
+        let member = self.members.at(slot);
+        // Page numbers come from a device, which has them from a guest.
+        let there = pages.start < pages.end && pages.end <= member.space.pages();
+        if member.space.lost() || member.mode != Mode::Full || !there {
+            self.counters.hints += 1;
+            return 0;
+        }
+        let most = if matches!(hint, Hint::Freed { .. }) { most * FREED } else { most };
+        let (first, rest) = hint.split(most);
+        self.counters.hints += u64::from(rest.is_none());
+        if let Some(rest) = rest {
+            member.hints.put_back(rest);
+        }
+        let pages = first.pages();
+        let count = pages.end - pages.start;
+        match first {
+            Hint::Holds { pages, image, block } => {
+                self.try_blocks(slot, pages, image, block);
+                count
+            }
+            Hint::Freed { pages } => {
+                for page in pages {
+                    self.forget_page(slot, page);
+                    if let Some(follower) = &mut self.members.at_mut(slot).follower {
+                        follower.skip(page);
+                    }
+                }
+                count.div_ceil(FREED)
+            }
+        }
+    }
+
+    fn try_blocks(&mut self, slot: usize, pages: Range<u32>, image: u32, block: u64) {
+        if !self.own(slot, pages.clone()) {
+            return;
+        }
+        let total = self.members.iter().map(|member| u64::from(member.space.pages())).sum();
+        self.blocks.fit(total);
+        let mut next = pages.start;
+        for page in pages.clone() {
+            let place = self.members.at(slot).place(page);
+            let Some(before) =
+                self.blocks.replace(image, block.wrapping_add(u64::from(page - pages.start)), place)
+            else {
+                continue;
+            };
+            if page >= next && self.members.at(slot).mergeable(page) {
+                next = page + self.merge_with(slot, page, pages.end, before);
+            }
+        }
+    }
+
+    /// Brings the books of pages up to date. Returns whether that was possible.
+    fn own(&mut self, slot: usize, pages: Range<u32>) -> bool {
+        self.learn_huge(slot, pages.clone());
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        let known = self.members.at(slot).space.private(pages, &self.pagemap, &mut runs);
+        for run in &runs {
+            self.release(slot, run.clone());
+            run.clone().for_each(|page| self.members.at_mut(slot).became_private(page));
+        }
+        self.runs = runs;
+        self.counters.refusals += u64::from(known.is_err());
+        known.is_ok()
+    }
+
+    /// Merges a page with the one at `place`, if they are alike, and their neighbours. Returns how
+    /// many pages from it on are dealt with.
+    fn merge_with(&mut self, slot: usize, page: u32, end: u32, place: u32) -> u32 {
+        let (twin_slot, twin) = self.members.locate(place);
+        let shares = |other: &&Member| other.mode == Mode::Full && !other.space.lost();
+        let Some(other) = self.members.get(twin_slot).filter(shares) else { return 1 };
+        self.counters.effort.comparisons += 1;
+        // SAFETY: members' RAM is mapped.
+        let alike = unsafe {
+            let page = self.members.at(slot).space.page(page);
+            content::equal(page, other.space.page(twin)) && !content::zero(page)
+        };
+        if !alike {
+            return 1;
+        }
+        let before = self.counters.merges;
+        let frame = other.space.refers(twin).filter(|_| other.space.attached(twin));
+        let done = match frame {
+            Some(frame) => self.merge_into(slot, page, end, frame),
+            None if !self.own(twin_slot, twin..twin + 1) => 1,
+            None if self.members.at(twin_slot).mergeable(twin) => {
+                self.publish(slot, page, end, (twin_slot, twin))
+            }
+            None => 1,
+        };
+        self.counters.merges_hinted += (self.counters.merges - before).min(1);
+        done.max(1)
+    }
+}

@@ -1,0 +1,481 @@
+//! The engine: all VMs of a group, their frames, and the order of the work.
+//!
+//! Pages of VMs with a change log are looked at when they have come to rest (`follow`); VMs without
+//! one are gone over in full passes (`passes`). What a page is merged with is found in `search`.
+
+pub(crate) mod cache;
+pub(crate) mod claims;
+pub(crate) mod compact;
+pub(crate) mod give_back;
+pub(crate) mod hinted;
+pub mod holds;
+pub(crate) mod huge;
+pub(crate) mod intervals;
+pub(crate) mod lost;
+pub(crate) mod members;
+pub(crate) mod modes;
+pub(crate) mod passes;
+pub(crate) mod reads;
+pub mod removal;
+pub(crate) mod rested;
+pub(crate) mod search;
+pub mod trust;
+pub(crate) mod turns;
+pub(crate) mod undo;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::blocks::CacheSize;
+use crate::blocks::books::Books;
+use crate::blocks::limit::CacheLimit;
+use crate::changes::ChangeLog;
+use crate::engine::holds::{Hold, Holds, Since};
+use crate::engine::intervals::Ends;
+pub use crate::engine::members::Mode;
+use crate::engine::members::{Member, Members};
+use crate::engine::passes::Pass;
+use crate::engine::trust::Stop;
+use crate::engine::turns::{Kind, Turns};
+pub use crate::index::Order;
+use crate::index::{Effort, FrameIndex, PageIndex};
+use crate::memory::calls::MemoryCalls;
+use crate::memory::content::{Digester, Page};
+use crate::memory::pagemap::Pagemap;
+use crate::memory::ram::{PAGE_SIZE, Ram};
+use crate::memory::space::{LostHandler, Space};
+use crate::memory::store::FrameStore;
+use crate::policy::budget::{Budget, Share};
+use crate::policy::claims::SharedTypes;
+use crate::policy::compaction::Compaction;
+use crate::policy::hints::{Blocks, Hints};
+use crate::policy::huge::HugeRanges;
+use crate::policy::pressure::Pressure;
+
+/// How the engine works.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Share of one core that the sharing threads may use together, in percent.
+    pub cpu_percent: f64,
+    /// Compare the neighbours of a page that matched with the neighbours of what it matched, before
+    /// any search. Without it every page is searched for, as KSM does.
+    pub lookahead: bool,
+    /// The order of the indexes.
+    pub order: Order,
+    /// Let effort follow change, for VMs with a change log. Without it they are gone over in full
+    /// passes as well, as KSM does.
+    pub follow: bool,
+    /// How long a page must not have been written to count as at rest, in milliseconds.
+    pub rest_ms: u64,
+    /// Without a change log: look for a page among unshared ones only when it has not changed since
+    /// the last pass.
+    pub settle: bool,
+    /// Pause between full passes while they find something, in milliseconds.
+    pub shortest_pause_ms: u64,
+    /// Pause between full passes when nothing changes any more, in milliseconds.
+    pub longest_pause_ms: u64,
+    /// Limit on mappings, where it is to be lower than the kernel's.
+    pub mappings_limit: Option<u64>,
+    /// Frames that the store can hold; twice the host's memory where not given.
+    pub frames: Option<u32>,
+    /// Runs of disk blocks shorter than this are copied to guests, not mapped, unless that takes no
+    /// mapping: see `samepage bench sharing --only delivery`.
+    pub shortest_mapping: u32,
+    /// How much memory disk blocks may take that no guest holds.
+    pub block_cache: CacheSize,
+    /// Which pages are shared, by what guests say that they are for.
+    pub types: SharedTypes,
+    /// Free places for frames that are always tolerated; the store is repaired when more than these and
+    /// half of all places are free.
+    pub few_holes: u32,
+    /// Windows that one step of the repair takes at most.
+    #[doc(hidden)]
+    pub compaction_windows: u32,
+    /// The effort of one step that ends intervals: a word of 64 pages at least.
+    #[doc(hidden)]
+    pub interval_effort: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cpu_percent: 10.0,
+            lookahead: true,
+            order: Order::default(),
+            follow: true,
+            rest_ms: 250,
+            settle: true,
+            shortest_pause_ms: 20,
+            longest_pause_ms: 5000,
+            mappings_limit: None,
+            frames: None,
+            shortest_mapping: 2,
+            block_cache: CacheSize::default(),
+            types: SharedTypes::default(),
+            few_holes: 4096,
+            compaction_windows: 32,
+            interval_effort: intervals::STEP,
+        }
+    }
+}
+
+/// The time that a step takes, as far as it can end early.
+const STEP: Duration = Duration::from_millis(1);
+
+/// What a step was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Some work was done, and there may be more.
+    Worked,
+    /// There is nothing to do before this moment.
+    RestUntil(Instant),
+}
+
+/// Counters since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) full_scans: u64,
+    pub(crate) scanned: u64,
+    pub(crate) merges: u64,
+    pub(crate) merges_lookahead: u64,
+    pub(crate) merges_stable: u64,
+    pub(crate) merges_unstable: u64,
+    pub(crate) merges_hinted: u64,
+    pub(crate) effort: Effort,
+    pub(crate) digests: u64,
+    pub(crate) hints: u64,
+    pub(crate) undone: u64,
+    pub(crate) compactions: u64,
+    pub(crate) breaks: u64,
+    pub(crate) denied: u64,
+    pub(crate) refusals: u64,
+    pub(crate) changes: u64,
+    pub(crate) zeroed: u64,
+    pub(crate) split: u64,
+}
+
+impl Counters {
+    pub(crate) fn events(&self) -> u64 {
+        self.merges + self.changes + self.zeroed
+    }
+}
+
+/// The engine: all VMs that share, their frames, and where the pass stands.
+pub struct Engine {
+    pub(crate) calls: Arc<dyn MemoryCalls>,
+    pub(crate) pagemap: Pagemap,
+    pub(crate) store: FrameStore,
+    pub(crate) members: Members,
+    pub(crate) share: Share,
+    /// Nobody else keeps the budget and the limit true.
+    pub(crate) alone: bool,
+    pub(crate) digester: Digester,
+    pub(crate) settle: bool,
+    follow: bool,
+    pub(crate) lookahead: bool,
+    pub(crate) interval: Duration,
+    pub(crate) shortest_mapping: u32,
+    pauses_ms: (u64, u64),
+    pub(crate) stable: FrameIndex,
+    /// Pages that are not shared, but for those of huge pages.
+    pub(crate) unique: PageIndex,
+    /// Pages of huge pages.
+    pub(crate) whole: PageIndex,
+    /// A VM wants huge pages, or one did.
+    pub(crate) any_huge: bool,
+    pub(crate) blocks: Blocks,
+    pub(crate) books: Books,
+    pub(crate) pressure: Pressure,
+    pub(crate) compaction: Compaction,
+    pub(crate) counters: Counters,
+    pub(crate) pass: Pass,
+    /// The slot and page where looking at pages at rest goes on.
+    pub(crate) rested_cursor: (usize, u32),
+    pub(crate) looked_at_rested: bool,
+    pub(crate) turns: Turns,
+    /// When the step that is under way is to end.
+    pub(crate) step_ends: Instant,
+    pub(crate) holds: Holds,
+    /// How many wait for the engine that guests wait for: steps end early then.
+    pub(crate) urgent: Arc<AtomicU32>,
+    /// Looks at pages so far.
+    pub(crate) looks: u32,
+    /// Merges, and the like, that there were when the time was last thought of.
+    pub(crate) events_seen: u64,
+    /// Whether it can still be trusted.
+    pub(crate) stop: Arc<Stop>,
+    /// Losses of memory in this process up to which VMs have been looked through.
+    pub(crate) losses_seen: u64,
+    pub(crate) membership_changed: bool,
+    // Reused from step to step.
+    pub(crate) scratch: Box<Page>,
+    pub(crate) runs: Vec<std::ops::Range<u32>>,
+    pub(crate) digests: Vec<u32>,
+    pub(crate) ends: Ends,
+    /// The effort of a step that ends intervals, in the unit of [`rest`](crate::changes::rest).
+    pub(crate) interval_effort: u32,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("members", &self.members).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// An engine without VMs, the only one of its process.
+    ///
+    /// # Errors
+    /// Where the page map or random numbers cannot be read.
+    pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
+        let limit = Arc::new(CacheLimit::new(settings.block_cache));
+        let budget = Arc::new(Budget::new(settings.mappings_limit));
+        Ok(Self { alone: true, ..Self::with_budget(settings, store, calls, budget, limit)? })
+    }
+
+    /// An engine without VMs that has its part of a budget of mappings, and of the limit on cached blocks. The
+    /// caller keeps both true.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub(crate) fn with_budget(
+        settings: &Settings,
+        store: FrameStore,
+        calls: Box<dyn MemoryCalls>,
+        budget: Arc<Budget>,
+        limit: Arc<CacheLimit>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            calls: calls.into(),
+            pagemap: Pagemap::open()?,
+            store,
+            members: Members::new(settings.types),
+            share: Share::new(budget),
+            alone: false,
+            digester: Digester::new()?,
+            settle: settings.settle,
+            follow: settings.follow,
+            lookahead: settings.lookahead,
+            interval: Duration::from_millis(settings.rest_ms),
+            shortest_mapping: settings.shortest_mapping,
+            pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
+            stable: FrameIndex::new(settings.order),
+            unique: PageIndex::new(settings.order),
+            whole: PageIndex::new(settings.order),
+            any_huge: false,
+            blocks: Blocks::default(),
+            books: Books::new(limit)?,
+            pressure: Pressure::default(),
+            compaction: Compaction::new(settings.few_holes, settings.compaction_windows),
+            counters: Counters::default(),
+            pass: Pass::new(),
+            rested_cursor: (0, 0),
+            looked_at_rested: false,
+            turns: Turns::default(),
+            step_ends: Instant::now(),
+            holds: Holds::default(),
+            urgent: Arc::default(),
+            looks: 0,
+            events_seen: 0,
+            stop: Arc::default(),
+            losses_seen: 0,
+            membership_changed: true,
+            scratch: Box::new([0; PAGE_SIZE]),
+            runs: Vec::new(),
+            digests: Vec::new(),
+            ends: Ends::default(),
+            interval_effort: settings.interval_effort,
+        })
+    }
+
+    /// Takes a VM's RAM in. `log` notes the writes to it, none of its pages being armed yet; without
+    /// one the VM is gone over in full passes. `on_lost` is called when a part of it could not be
+    /// kept.
+    ///
+    /// # Errors
+    /// Where the RAM cannot be registered with userfaultfd, or there are too many pages in all.
+    pub fn add(
+        &mut self,
+        ram: Arc<Ram>,
+        log: Option<Box<dyn ChangeLog>>,
+        on_lost: LostHandler,
+    ) -> io::Result<usize> {
+        let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
+        let space = Space::new(ram, &*self.calls)?;
+        self.membership_changed = true;
+        self.books.join();
+        self.any_huge |= huge.is_some();
+        let log = log.filter(|_| self.follow);
+        if log.is_none() {
+            self.pass.due = Instant::now();
+        }
+        self.members.add(space, log, huge, Mode::Full, on_lost)
+    }
+
+    /// Where hints about a VM's pages go; `None` for a slot without a VM.
+    #[must_use]
+    pub fn hints(&self, slot: usize) -> Option<Arc<Hints>> {
+        self.members.get(slot).map(|member| Arc::clone(&member.hints))
+    }
+
+    /// Does the next piece of work, about a millisecond of it, or says until when there is none.
+    pub fn step(&mut self, now: Instant) -> Step {
+        let since = Since::now();
+        self.recount();
+        self.holds.note("recount of mappings", since);
+        let since = Since::now();
+        let (kind, step) = self.next_step(now);
+        self.calls.wake_latecomers();
+        self.holds.note(kind.map_or("looking for work", Kind::name), since);
+        step
+    }
+
+    /// What kind of work there was, if it has a turn, and what the step was.
+    fn next_step(&mut self, now: Instant) -> (Option<Kind>, Step) {
+        if self.retire_step() {
+            return (None, Step::Worked);
+        }
+        if self.store.any_left() {
+            self.settle_cache();
+        }
+        for kind in self.turns.order() {
+            let started = Instant::now();
+            if self.work(kind, now) {
+                self.turns.served(kind, started.elapsed());
+                return (Some(kind), Step::Worked);
+            }
+        }
+        let passes = self.passes();
+        let active = self.members.iter().filter(|member| member.active());
+        let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
+        let whole = self.members.iter().filter(|member| !member.space.lost());
+        let unshare = whole.filter_map(|member| member.unshare).map(|unshare| unshare.due);
+        let pass = passes.then_some(self.pass.due);
+        let claims = self.claims_due();
+        // Where intervals end, the cache has its turn with them.
+        let cache = self.members.iter().all(|member| !member.active() || member.follower.is_none());
+        let cache = cache.then(|| self.cache_due()).flatten();
+        let rest = Step::RestUntil(
+            intervals
+                .chain(cache)
+                .chain(unshare)
+                .chain(pass)
+                .chain(claims)
+                .min()
+                .unwrap_or(now + Duration::from_secs(3600)),
+        );
+        (None, rest)
+    }
+
+    /// Does a piece of work of a kind, about a millisecond of it. Returns whether there was any.
+    fn work(&mut self, kind: Kind, now: Instant) -> bool {
+        self.begin_step();
+        match kind {
+            Kind::Hints => self.take_hints(),
+            Kind::Claims => self.take_claims(now),
+            Kind::Changes => self.end_an_interval(now),
+            Kind::GiveBack => self.give_back_step(),
+            Kind::Rested => self.look_at_rested(),
+            Kind::Evictions => self.shrink_cache(),
+            Kind::Limit => self.rest_cache(now) || self.follow_limit(now),
+            Kind::Splits => self.split_step(),
+            Kind::Unshare => self.unshare(now),
+            Kind::Undo => self.undo_for_better(),
+            Kind::Compaction => self.compact_step(now) || self.reclaim_step(),
+            Kind::Passes => self.go_on_with_pass(now),
+        }
+    }
+
+    /// The next VM in turn, after the one that this kind of work was last done for, that has such work.
+    pub(crate) fn next_with_work(&mut self, kind: Kind, work: impl Fn(&Member) -> bool) -> Option<usize> {
+        let slot =
+            self.members.slots_after(self.turns.slot(kind)).find(|&slot| work(self.members.at(slot)))?;
+        self.turns.set_slot(kind, slot);
+        Some(slot)
+    }
+
+    /// Gives memory of frames back that died faster than that. Returns whether there was any.
+    fn reclaim_step(&mut self) -> bool {
+        self.store.dead() > 0 && self.store.reclaim(&*self.calls) > 0
+    }
+
+    /// Whether there are VMs to be gone over in full passes.
+    fn passes(&self) -> bool {
+        self.members.iter().any(|member| member.follower.is_none() && member.active())
+    }
+
+    fn go_on_with_pass(&mut self, now: Instant) -> bool {
+        if self.pass.due > now || !self.passes() {
+            return false;
+        }
+        if let Some(events) = self.pass_step() {
+            let (shortest, longest) = self.pauses_ms;
+            let pause = if events > 0 { shortest } else { 2 * self.pass.pause_ms };
+            self.pass.pause_ms = pause.clamp(shortest, longest);
+            self.pass.due = now + Duration::from_millis(self.pass.pause_ms);
+        }
+        true
+    }
+
+    /// Keeps the count of the process's mappings true.
+    pub(crate) fn recount(&mut self) {
+        let force = std::mem::take(&mut self.membership_changed);
+        self.publish_mappings();
+        let budget = self.share.budget();
+        if force {
+            budget.ask_for_recount();
+        }
+        if self.alone {
+            // A count that failed leaves the last one in force.
+            let _ = budget.recount();
+        }
+    }
+
+    /// Lets the budget know how many mappings the VMs have.
+    pub(crate) fn publish_mappings(&mut self) {
+        self.share.set(self.members.mappings(), self.members.count() as u64);
+    }
+
+    /// Whether there may be something to do: an engine without VMs may still cache blocks.
+    pub(crate) fn busy(&self) -> bool {
+        self.members.count() > 0 || self.store.dead() > 0 || self.cache_due().is_some()
+    }
+
+    /// The digest of a page under this engine's key.
+    pub(crate) fn digest_of(&self, page: &Page) -> u32 {
+        self.digester.digest(page)
+    }
+
+    pub(crate) fn shortest_run(&self) -> u32 {
+        self.share.budget().shortest_run().max(self.pressure.floor())
+    }
+
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        self.store.metadata_bytes()
+            + self.blocks.bytes()
+            + self.books.bytes()
+            + self.ends.bytes()
+            + self.stable.bytes()
+            + self.unique.bytes()
+            + self.whole.bytes()
+            + self.members.iter().map(Member::metadata_bytes).sum::<usize>()
+    }
+
+    /// For how long this engine was kept from others at a time since the last call, by what it did.
+    pub fn take_holds(&self) -> BTreeMap<&'static str, Hold> {
+        self.holds.take()
+    }
+
+    /// Whether a step has taken its time, or a guest waits for the engine: it is to end.
+    pub(crate) fn spent(&self) -> bool {
+        self.urgent.load(Ordering::Relaxed) > 0 || Instant::now() >= self.step_ends
+    }
+
+    /// A step begins.
+    pub(crate) fn begin_step(&mut self) {
+        self.step_ends = Instant::now() + STEP;
+    }
+}

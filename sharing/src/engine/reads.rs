@@ -1,0 +1,485 @@
+//! Reads of disk blocks: what the group's guests or the host hold is delivered at once, what nobody holds
+//! is fetched into frames first.
+//!
+//! A block is delivered by mapping its frame over the guest's page, where that is worth its mappings, or
+//! by copy. In exclusive use a block that was copied leaves the host; what is left is a note of the page
+//! and the content, by which the block is found again when somebody reads it, or when the guest is about
+//! to put something else there. The page has to prove that it still holds the block: a copy of it is
+//! taken, and the digest of that copy decides.
+
+#![expect(unsafe_code, reason = "reads frames and guest pages by address")]
+
+use std::ops::Range;
+
+use crate::blocks::admission::{SAMPLED, Sampler};
+use crate::blocks::books::Fetching;
+use crate::blocks::names::{BlockKey, Keep};
+use crate::blocks::notes::Note;
+use crate::blocks::read::{BlockRead, CopyOut, FetchRun, ReadPlan, VmNumber};
+use crate::blocks::replace::History;
+use crate::engine::Engine;
+use crate::engine::members::Mode;
+use crate::memory::calls::Source;
+use crate::memory::content::{self, Page};
+use crate::memory::space::{SpaceError, WINDOW_PAGES};
+use crate::memory::store::{Frame, Hold};
+use crate::numbers::Place;
+use crate::policy::pressure::value;
+
+/// Blocks that are fetched as one.
+const LONGEST_FETCH: u32 = 512;
+
+/// A block that is about to be delivered.
+#[derive(Clone, Copy, Debug)]
+struct Delivery {
+    /// Its place among the targets.
+    index: usize,
+    key: BlockKey,
+    frame: Frame,
+    target: Option<u32>,
+    history: History,
+}
+
+impl Engine {
+    /// What reads for the VM in a slot are begun with.
+    #[must_use]
+    pub fn vm_number(&self, slot: usize) -> VmNumber {
+        VmNumber { slot, id: self.members.get(slot).map_or(0, |member| member.id) }
+    }
+
+    /// Delivers what the group has of a read, and says what becomes of the rest.
+    pub fn begin_read(&mut self, vm: VmNumber, read: &BlockRead<'_>, copy: &mut CopyOut<'_>) -> ReadPlan {
+        let VmNumber { slot, id } = vm;
+        let mut plan = ReadPlan::default();
+        let blocks = read.first..read.first.saturating_add(read.targets.len() as u64);
+        let member = self.members.get(slot).filter(|member| member.id == id && !member.space.lost());
+        let pages = member.map_or(0, |member| member.space.pages());
+        let there = read.targets.iter().flatten().all(|&page| page < pages);
+        if member.is_none() || !there || blocks.end >= u64::from(u32::MAX) {
+            self.books.counters.past += read.targets.len() as u64;
+            plan.past.push(blocks);
+            return plan;
+        }
+        let image = self.books.image(read.image);
+        let key = |index: usize| BlockKey { image, block: read.first as u32 + index as u32 };
+        if read.keep == Keep::Exclusive {
+            self.demote_replaced(slot, read.targets, key(0));
+        }
+
+        let mut missing: Option<Range<usize>> = None;
+        let mut held: Vec<Delivery> = Vec::new();
+        for (index, &target) in read.targets.iter().enumerate() {
+            self.members.at_mut(slot).missed(key(index), &self.books.sampler);
+            let found = if self.books.being_written(key(index)) { None } else { self.find_block(key(index)) };
+            match found {
+                Some(Found::Frame(frame)) => {
+                    let idle = self.store.sharers(frame) == 0;
+                    plan.from_host += u64::from(idle);
+                    plan.from_guests += u64::from(!idle);
+                    let history = self.wanted_again(frame, read.keep);
+                    held.push(Delivery { index, key: key(index), frame, target, history });
+                    continue;
+                }
+                Some(Found::Copied(note)) => {
+                    plan.from_guests += 1;
+                    copy(index, &self.scratch);
+                    self.copied(slot, target, Some(note));
+                    continue;
+                }
+                None => {}
+            }
+            match &mut missing {
+                Some(run) if run.end == index && run.len() < LONGEST_FETCH as usize => run.end += 1,
+                _ => {
+                    let run = missing.replace(index..index + 1);
+                    self.fetch(vm, read, run, &mut plan);
+                }
+            }
+        }
+        self.fetch(vm, read, missing, &mut plan);
+        self.deliver(slot, read.keep, &held, copy);
+        self.books.counters.served_from_guests += plan.from_guests;
+        self.books.counters.served_from_host += plan.from_host;
+        self.settle_cache();
+        plan
+    }
+
+    /// The same for what is in the sample of a disk of which nothing else goes through the cache; `passed` blocks
+    /// have gone past since the last time.
+    pub fn begin_sampled_read(
+        &mut self,
+        vm: VmNumber,
+        read: &BlockRead<'_>,
+        passed: u64,
+        copy: &mut CopyOut<'_>,
+    ) -> ReadPlan {
+        if self.members.get(vm.slot).is_some_and(|member| member.id == vm.id) {
+            let working_set = self.members.at_mut(vm.slot).working_set_by(&self.books.sampler);
+            working_set.follow_below(SAMPLED);
+            working_set.passed(passed);
+        }
+        self.books.sampling = true;
+        let mut plan = self.begin_read(vm, read, copy);
+        self.books.sampling = false;
+        let pages = self.members.get(vm.slot).map_or(0, |member| member.space.pages());
+        plan.room = self.books.limit.share().saturating_add(pages.into());
+        plan
+    }
+
+    /// All reads of a disk go through the cache from now on, and not a sample only.
+    pub fn end_sampling(&mut self, vm: VmNumber) {
+        if let Some(member) = self.members.get(vm.slot).filter(|member| member.id == vm.id)
+            && member.working_set.is_some()
+        {
+            self.members.at_mut(vm.slot).working_set_by(&self.books.sampler).follow_below(u64::MAX);
+        }
+    }
+
+    /// What chooses the samples.
+    #[must_use]
+    pub fn sampler(&self) -> Sampler {
+        self.books.sampler.clone()
+    }
+
+    /// The run was read in full, or not. What was read is delivered. Returns whether the VM was there to
+    /// have it.
+    pub fn end_fetch(&mut self, token: u64, read: bool, copy: &mut CopyOut<'_>) -> bool {
+        let Some(fetch) = self.books.fetches.remove(&token) else { return false };
+        let (slot, hold) = (fetch.vm.slot, fetch.hold);
+        let there = self.members.get(slot).is_some_and(|m| m.id == fetch.vm.id && !m.space.lost());
+        if !read || !there {
+            self.release_hold(hold);
+            self.store.recycle(&*self.calls);
+            return false;
+        }
+        self.store.fill(&hold);
+        self.books.counters.fetched += u64::from(hold.count());
+        self.books.filled = true;
+        let mut deliveries = Vec::with_capacity(fetch.targets.len());
+        for (index, &target) in fetch.targets.iter().enumerate() {
+            let key = BlockKey { block: fetch.key.block + index as u32, ..fetch.key };
+            let history = fetch.histories[index];
+            let stale = fetch.stale[index] || self.books.being_written(key);
+            let frame = self.enter(hold.first() + index as u32, key, fetch.keep, history, stale);
+            deliveries.push(Delivery { index, key, frame, target, history });
+        }
+        self.books.sampling = fetch.sampled;
+        self.deliver(slot, fetch.keep, &deliveries, copy);
+        self.books.sampling = false;
+        // What nobody has taken over dies: another frame has its content, or it was written meanwhile.
+        self.release_hold(hold);
+        self.settle_cache();
+        true
+    }
+
+    /// Enters a frame that was just filled, and is held, into the books, unless there is another of that block
+    /// or content. Returns the one to be delivered, which holds the block or is the one that was filled.
+    fn enter(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History, stale: bool) -> Frame {
+        if !stale && let Some(other) = self.books.names.frame(key) {
+            // Somebody else read it meanwhile.
+            return other;
+        }
+        // SAFETY: the frame is live, and its content no longer changes.
+        let page = unsafe { &*self.store.content(frame).cast::<Page>() };
+        let digest = self.digester.digest(page);
+        self.counters.digests += 1;
+        self.store.set_digest(frame, digest);
+        if keep == Keep::Inclusive {
+            if !stale {
+                self.name(frame, key, keep, history);
+            }
+            return frame;
+        }
+        self.scratch.copy_from_slice(page);
+        if !stale
+            && let Some(like) = self.frame_like_scratch(digest)
+            && self.name(like, key, keep, history)
+        {
+            return like;
+        }
+        self.stable.insert(frame, &mut self.store);
+        if !stale {
+            self.name(frame, key, keep, history);
+        }
+        frame
+    }
+
+    /// Fetches a run that nobody holds.
+    fn fetch(&mut self, vm: VmNumber, read: &BlockRead<'_>, run: Option<Range<usize>>, plan: &mut ReadPlan) {
+        let Some(run) = run else { return };
+        let image = self.books.image(read.image);
+        let first = read.first + run.start as u64;
+        let key = BlockKey { image, block: first as u32 };
+        let targets = read.targets[run.clone()].to_vec();
+        let count = targets.len() as u32;
+        // Neighbours in the guest on neighbours in the store make one mapping.
+        let space = &self.members.at(vm.slot).space;
+        let before = targets[0].and_then(|page| page.checked_sub(1)).filter(|&page| space.attached(page));
+        let preferred = before.and_then(|page| space.refers(page)).map(|frame| frame + 1);
+        let spare = if preferred.is_none() { self.store.allocate_spare(count) } else { None };
+        let Some(hold) = spare.or_else(|| self.store.allocate(count, preferred)) else {
+            self.counters.refusals += 1;
+            self.books.counters.past += u64::from(count);
+            plan.past.push(first..first + u64::from(count));
+            return;
+        };
+        let keys = (key.block..key.block + count).map(|block| BlockKey { image, block });
+        let histories = keys.clone().map(|key| self.books.order.miss(key)).collect();
+        let stale = keys.map(|key| self.books.being_written(key)).collect();
+        let landing = self.store.landing(&hold);
+        let (keep, sampled) = (read.keep, self.books.sampling);
+        let fetching = Fetching { vm, keep, sampled, key, hold, targets, histories, stale };
+        let token = self.books.add_fetch(fetching);
+        plan.fetches.push(FetchRun { token, first, blocks: count, landing });
+    }
+
+    /// Where a block is, if the group holds it. A copy of one that a guest's page holds alone is in the
+    /// scratch page then.
+    fn find_block(&mut self, key: BlockKey) -> Option<Found> {
+        if let Some(frame) = self.books.names.frame(key) {
+            return Some(Found::Frame(frame));
+        }
+        let (place, note) = self.books.notes.holder(key)?;
+        let (slot, page) = self.members.locate(place);
+        let member = self.members.at(slot);
+        if member.mode != Mode::Full || member.space.lost() {
+            return None;
+        }
+        if let Some(frame) = member.space.refers(page).filter(|_| member.space.attached(page))
+            && self.proof_of(frame) == note.proof
+            && self.name(frame, key, Keep::Exclusive, note.history)
+        {
+            return Some(Found::Frame(frame));
+        }
+        let member = self.members.at(slot);
+        // SAFETY: a member's RAM is mapped.
+        unsafe { content::copy(member.space.page(page), &mut self.scratch) };
+        if self.books.prover.proof(&self.scratch) == note.proof {
+            return Some(Found::Copied(note));
+        }
+        self.refute(place);
+        None
+    }
+
+    /// A page does not hold what was copied to it.
+    fn refute(&mut self, place: Place) {
+        self.books.counters.refuted += 1;
+        self.give_up(place);
+    }
+
+    fn give_up(&mut self, place: Place) {
+        let (slot, _) = self.members.locate(place);
+        if let Some(note) = self.books.notes.remove(place) {
+            self.members.at_mut(slot).gave_up(note.key);
+        }
+    }
+
+    /// Guest pages are about to hold other blocks: what they hold provably now becomes cached.
+    fn demote_replaced(&mut self, slot: usize, targets: &[Option<u32>], first: BlockKey) {
+        for (index, &target) in (0..).zip(targets) {
+            let Some(page) = target else { continue };
+            let place = self.members.at(slot).place(page);
+            let Some(&note) = self.books.notes.get(place) else { continue };
+            let same = note.key == BlockKey { block: first.block + index, ..first };
+            let held = self.books.names.frame(note.key).is_some() || self.books.being_written(note.key);
+            if same || held || self.books.limit.share() == 0 {
+                continue;
+            }
+            let source = self.members.at(slot).space.page(page);
+            // A guest that clears its pages first is told by the first bytes.
+            // SAFETY: a member's RAM is mapped.
+            if unsafe { content::zero(source) } {
+                self.refute(place);
+                continue;
+            }
+            let Some(hold) = self.copy_to_frame(source) else { return };
+            if self.proof_of(hold.first()) != note.proof {
+                self.release_hold(hold);
+                self.refute(place);
+                continue;
+            }
+            self.give_up(place);
+            let frame = self.enter(hold.first(), note.key, Keep::Exclusive, note.history, false);
+            self.release_hold(hold);
+            if self.store.sharers(frame) == 0 && self.store.kept(frame) {
+                self.books.order.insert(note.key, note.history);
+                self.books.counters.demoted_copied += 1;
+            }
+        }
+    }
+
+    /// A frame with a copy of a guest's page, which may have changed meanwhile. `None` where there is no memory
+    /// for it.
+    fn copy_to_frame(&mut self, source: *const u8) -> Option<Hold> {
+        let hold = if let Some(hold) = self.store.allocate_spare(1) {
+            // SAFETY: a member's RAM is mapped; the frame is new, and nobody maps it.
+            unsafe { content::copy_bytes(source, self.store.landing(&hold).as_ptr()) };
+            hold
+        } else {
+            let hold = self.store.allocate(1, None)?;
+            if self.store.write(&hold, source).is_err() {
+                self.release_hold(hold);
+                return None;
+            }
+            hold
+        };
+        self.store.fill(&hold);
+        Some(hold)
+    }
+
+    /// A block that the host holds is read. Returns its history.
+    fn wanted_again(&mut self, frame: Frame, keep: Keep) -> History {
+        let Some(named) = self.books.names.of_mut(frame) else { return History::NONE };
+        if keep == Keep::Exclusive && named.keep == Keep::Exclusive {
+            named.history = self.books.order.take(named.key).unwrap_or(named.history);
+        } else {
+            self.books.order.hit(named.key);
+        }
+        named.history
+    }
+
+    /// Maps frames over pages in runs where that is worth it, and copies the others.
+    fn deliver(&mut self, slot: usize, keep: Keep, deliveries: &[Delivery], copy: &mut CopyOut<'_>) {
+        let joined = |one: &Delivery, next: &Delivery| {
+            let pages = one.target.zip(next.target).is_some_and(|(one, next)| next == one + 1);
+            pages && next.frame == one.frame + 1
+        };
+        for run in deliveries.chunk_by(joined) {
+            for part in run.chunks(WINDOW_PAGES as usize) {
+                let first = part[0].target.filter(|_| keep == Keep::Exclusive);
+                let mapped = first.map_or(0, |page| self.map_run(slot, page, part));
+                for delivery in &part[mapped as usize..] {
+                    self.deliver_copy(slot, keep, delivery, copy);
+                }
+            }
+        }
+        // One frame may have been delivered several times, and is found by its first owner alone after that.
+        for delivery in deliveries {
+            self.dismiss(keep, delivery);
+        }
+    }
+
+    fn deliver_copy(&mut self, slot: usize, keep: Keep, delivery: &Delivery, copy: &mut CopyOut<'_>) {
+        let Delivery { index, key, frame, target, history } = *delivery;
+        self.books.counters.delivered_copied += 1;
+        // SAFETY: the frame is live, and its content no longer changes.
+        copy(index, unsafe { &*self.store.content(frame).cast::<Page>() });
+        let holds = self.books.names.frame(key) == Some(frame);
+        let note = (keep == Keep::Exclusive && holds && target.is_some()).then(|| Note {
+            key,
+            proof: self.proof_of(frame),
+            history,
+        });
+        self.copied(slot, target, note);
+    }
+
+    /// The host has written to a page: what the books say of it is no longer so.
+    fn copied(&mut self, slot: usize, target: Option<u32>, note: Option<Note>) {
+        let Some(page) = target else { return };
+        if !self.members.at(slot).space.attached(page) {
+            self.forget_page(slot, page);
+            self.members.at_mut(slot).not_zero(page);
+        }
+        let member = self.members.at_mut(slot);
+        let place = member.place(page);
+        let before = self.books.notes.remove(place).map(|note| note.key);
+        if let Some(before) = before.filter(|&before| note.is_none_or(|note| note.key != before)) {
+            member.gave_up(before);
+        }
+        if let Some(note) = note {
+            self.books.notes.insert(place, note);
+        }
+    }
+
+    /// A block has been delivered: the host keeps it, or leaves it to the guest.
+    fn dismiss(&mut self, keep: Keep, delivery: &Delivery) {
+        // Of a frame without a name only who filled it is left, or guests.
+        let Some(&named) = self.books.names.of(delivery.frame) else { return };
+        if self.store.sharers(delivery.frame) > 0 {
+            return;
+        }
+        if keep == Keep::Exclusive && named.keep == Keep::Exclusive && delivery.target.is_some() {
+            self.unname(delivery.frame);
+        } else if !self.books.order.contains(named.key) {
+            self.books.order.insert(named.key, named.history);
+        }
+    }
+
+    /// Maps a run of frames over pages from `first` on. Returns how many.
+    fn map_run(&mut self, slot: usize, first: u32, run: &[Delivery]) -> u32 {
+        let (frame, count) = (run[0].frame, run.len() as u32);
+        if !self.worth_mapping(slot, first, frame, run) {
+            return 0;
+        }
+        for page in first..first + count {
+            if !self.members.at(slot).space.attached(page) {
+                self.forget_page(slot, page);
+            }
+        }
+        let held = |page: u32| {
+            let space = &self.members.at(slot).space;
+            let frame = space.refers(page).filter(|_| space.attached(page))?;
+            self.books.names.of(frame).map(|named| named.key)
+        };
+        let held: Vec<_> = (first..first + count).map(held).collect();
+        let mut dead = Vec::new();
+        let Self { members, store, calls, .. } = self;
+        let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &**calls, &mut dead);
+        dead.into_iter().for_each(|frame| self.stable.remove(frame, &mut self.store));
+        let mapped = match outcome {
+            Ok(mapped) => mapped,
+            Err(error) => {
+                self.counters.refusals += 1;
+                if matches!(error, SpaceError::Lost { .. }) {
+                    self.members.at(slot).tell_lost(&error);
+                }
+                return 0;
+            }
+        };
+        for ((page, delivery), held) in (first..first + mapped).zip(run).zip(held) {
+            let member = self.members.at_mut(slot);
+            member.not_zero(page);
+            member.became_merged(page);
+            let place = member.place(page);
+            let noted = self.books.notes.remove(place).map(|note| note.key);
+            if let Some(key) = held.or(noted).filter(|&key| key != delivery.key) {
+                member.gave_up(key);
+            }
+        }
+        self.books.counters.delivered_mapped += u64::from(mapped);
+        self.publish_mappings();
+        mapped
+    }
+
+    fn worth_mapping(&self, slot: usize, first: u32, frame: Frame, run: &[Delivery]) -> bool {
+        let member = self.members.at(slot);
+        let count = run.len() as u32;
+        let whole = || (first..first + count).any(|page| member.whole(page));
+        let copied = |delivery: &Delivery| {
+            self.books.names.of(delivery.frame).is_some_and(|named| named.keep != Keep::Exclusive)
+        };
+        if member.mode != Mode::Full || member.space.lost() || whole() || run.iter().any(copied) {
+            return false;
+        }
+        let added = member.space.mappings_added(first, count, Source::Frames(frame));
+        if added <= 0 {
+            return true;
+        }
+        let budget = self.share.budget();
+        let shortest = budget.shortest_run();
+        let least = if shortest == 1 { 0 } else { shortest };
+        // What goes past the cache leaves a mapping where all see it, and a note where nobody looks.
+        let least_run = if self.books.sampling { 1 } else { self.shortest_mapping };
+        count >= least_run
+            && value(count, added) >= least.max(self.pressure.floor())
+            && added + 2 <= budget.room()
+    }
+}
+
+/// A block that the group holds.
+enum Found {
+    /// In a frame.
+    Frame(Frame),
+    /// In a guest's page alone, a copy of which is in the scratch page.
+    Copied(Note),
+}

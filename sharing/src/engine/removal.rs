@@ -1,0 +1,208 @@
+//! The end of a VM, in pieces, so that neither the engine nor the process waits for all of its memory to go.
+//!
+//! To unmap memory takes 80 ms and more for each GiB, under a lock of the process that page faults and new
+//! mappings need too. So the memory goes a piece at a time, while the engine works for others: it is locked
+//! only to take the pages of the next piece out of its books, and to give up the frames of the last one.
+//! Frames are given up after nothing is mapped to them any more. What is left of the books is dropped unlocked.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::engine::Engine;
+use crate::engine::holds::Since;
+use crate::engine::members::Member;
+use crate::engine::trust::Stopped;
+use crate::memory::calls::{MemoryCalls, Over, Source};
+use crate::memory::ram::Ram;
+
+/// Pages that go at once: 4 MiB, in less than a millisecond.
+const PIECE_PAGES: u32 = 1024;
+
+/// A VM that leaves: it no longer runs, and the engine does nothing more for it.
+pub struct Removal {
+    slot: usize,
+    ram: Arc<Ram>,
+    calls: Arc<dyn MemoryCalls>,
+    /// The pages that go next.
+    piece: Range<u32>,
+    /// Some of them are mapped to frames.
+    mapped: bool,
+    /// Parts that failed calls tore out: they are not this RAM's any more.
+    holes: Vec<Range<u32>>,
+    /// What is left of the books at the end.
+    books: Option<Member>,
+}
+
+impl std::fmt::Debug for Removal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Removal")
+            .field("slot", &self.slot)
+            .field("piece", &self.piece)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Removal {
+    /// Makes the next piece untouched anonymous memory. Comes before each [`Engine::go_on_removing`], and needs
+    /// no engine.
+    ///
+    /// # Errors
+    /// What the kernel said; the call can be repeated.
+    pub fn empty(&mut self) -> io::Result<()> {
+        let mut start = self.piece.start;
+        while start < self.piece.end {
+            let hole = self.holes.iter().find(|hole| hole.contains(&start));
+            if let Some(hole) = hole {
+                start = hole.end;
+                continue;
+            }
+            let next = self.holes.iter().filter(|hole| hole.start > start && !hole.is_empty());
+            let end = next.map(|hole| hole.start).min().unwrap_or(u32::MAX).min(self.piece.end);
+            self.empty_part(start..end)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn empty_part(&mut self, part: Range<u32>) -> io::Result<()> {
+        let ram = Arc::clone(&self.ram);
+        let pages = ram.range(part.start, part.end - part.start);
+        // Threads that map or fault go on meanwhile, which they do not while a mapping is replaced.
+        let discarded = self.calls.discard(pages).is_ok();
+        if (self.mapped || !discarded)
+            && let Err(error) = self.calls.map(pages, Source::Zeros, Over::Pages)
+        {
+            match self.calls.map(pages, Source::Zeros, Over::Hole) {
+                Ok(()) => {}
+                // They are there, as they were.
+                Err(there) if there.raw_os_error() == Some(libc::EEXIST) => return Err(error),
+                // They are not mapped to frames, but may be somebody else's by now.
+                Err(_) => {
+                    if !ram.fill_hole(part.start, part.end - part.start) {
+                        ram.tear();
+                        self.holes.push(part);
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        // A device that still writes is not to wait for a window that nobody opens any more.
+        self.calls.wake(pages)
+    }
+}
+
+impl Engine {
+    /// Begins to let a VM's RAM go, which no longer runs; `None` where it has gone. To be followed by
+    /// [`Removal::empty`] and [`go_on_removing`](Self::go_on_removing) in turns. A removal that was
+    /// [put off](Self::put_off) can be begun again.
+    pub fn begin_removal(&mut self, slot: usize) -> Option<Removal> {
+        if self.forget_distrusted(slot) {
+            return None;
+        }
+        let member = self.members.get_mut(slot)?;
+        member.space.leave();
+        member.follower = None;
+        member.claims = None;
+        member.unshare = None;
+        let mut removal = Removal {
+            slot,
+            ram: Arc::clone(member.space.ram()),
+            calls: Arc::clone(&self.calls),
+            piece: 0..0,
+            mapped: false,
+            holes: member.space.holes().to_vec(),
+            books: None,
+        };
+        self.next_piece(&mut removal);
+        Some(removal)
+    }
+
+    /// Gives up the frames of the piece that was emptied, and names the next. Returns whether there is one: the
+    /// VM is gone otherwise.
+    pub fn go_on_removing(&mut self, removal: &mut Removal) -> bool {
+        if self.forget_distrusted(removal.slot) {
+            return false;
+        }
+        let since = Since::now();
+        let more = self.give_up_piece(removal);
+        self.holds.note("end of a VM", since);
+        more
+    }
+
+    fn give_up_piece(&mut self, removal: &mut Removal) -> bool {
+        let Self { members, store, stable, .. } = self;
+        let Some(member) = members.get_mut(removal.slot) else { return false };
+        for page in removal.piece.clone() {
+            if member.space.attached(page)
+                && let Some(frame) = member.space.detach(page, store)
+            {
+                stable.remove(frame, store);
+            }
+        }
+        member.space.emptied(removal.piece.clone());
+        self.store.reclaim(&*self.calls);
+        if removal.piece.end < removal.ram.pages() {
+            self.next_piece(removal);
+            return true;
+        }
+        removal.books = self.members.remove(removal.slot);
+        self.blocks.clear();
+        self.membership_changed = true;
+        self.settle_cache();
+        false
+    }
+
+    /// After a panic the books do not tell any more which frames can go: the VM is gone at once. Returns whether
+    /// that is so.
+    fn forget_distrusted(&mut self, slot: usize) -> bool {
+        let panicked = self.stop.get() == Some(Stopped::Panicked);
+        if panicked {
+            self.members.forget(slot);
+        }
+        panicked
+    }
+
+    /// The kernel refuses to go on: the removal is to be begun again.
+    pub fn put_off(&mut self, removal: Removal) {
+        if let Some(member) = self.members.get_mut(removal.slot) {
+            member.space.set_holes(removal.holes);
+        }
+    }
+
+    /// Takes the pages behind a piece out of all that leads to them.
+    fn next_piece(&mut self, removal: &mut Removal) {
+        let start = removal.piece.end;
+        removal.piece = start..removal.ram.pages().min(start.saturating_add(PIECE_PAGES));
+        for page in removal.piece.clone() {
+            self.forget_page(removal.slot, page);
+        }
+        let member = self.members.at(removal.slot);
+        if !self.books.notes.is_empty() {
+            removal.piece.clone().for_each(|page| {
+                self.books.notes.remove(member.place(page));
+            });
+        }
+        let mapped = member.space.backing().on_frames().next_from(start);
+        removal.mapped = mapped.is_some_and(|page| removal.piece.contains(&page));
+    }
+
+    /// Lets a VM's RAM go, which no longer runs, while the engine does nothing else: its pages become zeros and
+    /// its frames are given up.
+    ///
+    /// # Errors
+    /// What the kernel said. The engine does nothing more for the VM, and the call can be repeated.
+    pub fn remove(&mut self, slot: usize) -> io::Result<()> {
+        let Some(mut removal) = self.begin_removal(slot) else { return Ok(()) };
+        loop {
+            if let Err(error) = removal.empty() {
+                self.put_off(removal);
+                return Err(error);
+            }
+            if !self.go_on_removing(&mut removal) {
+                self.store.reclaim_all(&*self.calls);
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Scanning of pages that are at rest, and pages that leave their frames when they were written.
+
+use std::ops::Range;
+
+use crate::changes::follower::{Follower, spans};
+use crate::engine::Engine;
+use crate::engine::members::{Flags, Mode};
+use crate::engine::passes::CHUNK_PAGES;
+
+impl Engine {
+    /// Pages of a range that provably have private copies leave their frames, or are zero no longer.
+    pub(crate) fn release_private(&mut self, slot: usize, pages: Range<u32>) {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        match self.members.at(slot).space.private(pages, &self.pagemap, &mut runs) {
+            Ok(()) => runs.iter().for_each(|run| self.release(slot, run.clone())),
+            // The next sweep finds them.
+            Err(_) => self.counters.refusals += 1,
+        }
+        self.runs = runs;
+    }
+
+    /// Looks at the next pages at rest. Returns whether there were any.
+    pub(crate) fn look_at_rested(&mut self) -> bool {
+        let next = |slot: usize, from: u32| {
+            let member = self.members.get(slot).filter(|member| member.active())?;
+            let pages = member.space.pages();
+            let follower = member.follower.as_ref()?;
+            let start = (from < pages).then(|| follower.ready.next_from(from)).flatten()?;
+            Some((slot, start, pages.min(start.saturating_add(CHUNK_PAGES))))
+        };
+        let (slot, page) = self.rested_cursor;
+        let found =
+            next(slot, page).or_else(|| self.members.slots_after(slot).find_map(|slot| next(slot, 0)));
+        let Some((slot, start, end)) = found else {
+            let active = self.members.iter_mut().filter(|member| member.active());
+            let followers = active.filter_map(|member| member.follower.as_mut());
+            if followers.filter_map(Follower::promote).count() > 0 {
+                return true;
+            }
+            self.counters.full_scans += u64::from(std::mem::take(&mut self.looked_at_rested));
+            return false;
+        };
+        self.looked_at_rested = true;
+        let end = self.look_at_ready(slot, start..end);
+        self.rested_cursor = (slot, end);
+        self.store.reclaim(&*self.calls);
+        true
+    }
+
+    fn next_ready(&self, slot: usize, pages: Range<u32>) -> Option<u32> {
+        let member = self.members.at(slot);
+        let follower = member.follower.as_ref().filter(|_| !pages.is_empty() && !member.space.lost())?;
+        follower.ready.next_from(pages.start).filter(|&page| page < pages.end)
+    }
+
+    /// Looks at the pages of a chunk that are ready. Returns up to which: somebody may have waited.
+    fn look_at_ready(&mut self, slot: usize, mut chunk: Range<u32>) -> u32 {
+        self.learn_huge(slot, chunk.clone());
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.clear();
+        let member = self.members.at(slot);
+        let Some(follower) = &member.follower else { return chunk.end };
+        let mut unknown = Vec::new();
+        for span in spans(follower.ready.runs_within(chunk.clone())) {
+            if member.space.private(span.clone(), &self.pagemap, &mut runs).is_err() {
+                self.counters.refusals += 1;
+                unknown.push(span);
+            }
+        }
+        for run in &runs {
+            self.release(slot, run.clone());
+            let member = self.members.at_mut(slot);
+            let Some(follower) = &member.follower else { continue };
+            let ready: Vec<_> = run.clone().filter(|&page| follower.ready.contains(page)).collect();
+            ready.into_iter().for_each(|page| member.became_private(page));
+        }
+        'runs: for run in &runs {
+            let mut page = run.start;
+            while let Some(next) = self.next_ready(slot, page..run.end) {
+                let looked = self.look_at(slot, next, run.end).max(1);
+                page = next + looked;
+                if self.time_to_end(looked) {
+                    chunk.end = page.min(chunk.end);
+                    break 'runs;
+                }
+            }
+        }
+        let member = self.members.at_mut(slot);
+        let full = member.mode == Mode::Full;
+        // What a guest says may change while nothing is written.
+        let unlikely =
+            runs.iter().cloned().flatten().filter(|&page| !member.wanted(page)).collect::<Vec<_>>();
+        let passed_over = |page: u32| unlikely.binary_search(&page).is_ok();
+        let Some(follower) = &mut member.follower else { return chunk.end };
+        for page in runs.iter().cloned().flatten().filter(|&page| page < chunk.end) {
+            let flags = member.flags[page as usize];
+            let settled = flags.contains(Flags::UNIQUE) || flags.contains(Flags::ALIKE);
+            let open = flags.contains(Flags::PRIVATE) && !settled;
+            if open && full && !passed_over(page) && !follower.denied.contains(page) {
+                follower.later.insert(page);
+            }
+        }
+        for page in unknown.into_iter().flatten().filter(|&page| page < chunk.end) {
+            if follower.ready.contains(page) {
+                follower.later.insert(page);
+            }
+        }
+        follower.ready.remove_range(chunk.clone());
+        self.runs = runs;
+        chunk.end
+    }
+}

@@ -1,0 +1,231 @@
+//! Where content is looked up: frames (the *stable* index), and pages of all VMs that were looked at
+//! and are not shared (the *unstable* index). An entry says only what to compare with.
+//!
+//! Two orders behind one interface. Under the keyed digest both indexes are hash tables, and a search
+//! takes a probe or two whatever the number of entries. By content they are search trees, as KSM's are:
+//! every step compares two pages.
+
+#![expect(unsafe_code, reason = "compares pages by address")]
+
+pub(crate) mod table;
+mod tree;
+
+use std::cmp;
+
+use crate::memory::content::{self, Page};
+use crate::memory::store::{Frame, FrameStore};
+use crate::numbers::Place;
+use table::Table;
+use tree::Tree;
+
+/// In what order the indexes keep what they look up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// By the keyed digest of the content, then by content.
+    #[default]
+    Digest,
+    /// By content, as KSM's trees are: to compare with.
+    Content,
+}
+
+/// What is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) page: &'a Page,
+    pub(crate) digest: u32,
+}
+
+/// What searches cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Effort {
+    /// Entries that were visited; a look-up in a hash table is one at least.
+    pub(crate) steps: u64,
+    /// Pages that were compared.
+    pub(crate) comparisons: u64,
+}
+
+/// Frames and pages: what an entry stands for.
+pub(crate) trait Contents {
+    /// Where the entry's content can be read.
+    fn at(&self, entry: u32) -> *const u8;
+    /// The digest under which it was entered.
+    fn digest(&self, entry: u32) -> u32;
+    /// Whether what is read there is its content: not once its memory was lost.
+    fn readable(&self, entry: u32) -> bool;
+    /// Whether it is to be shared: a VM whose mode has changed leaves the indexes page by page.
+    fn shares(&self, entry: u32) -> bool;
+}
+
+impl Contents for FrameStore {
+    fn at(&self, entry: Frame) -> *const u8 {
+        self.content(entry)
+    }
+
+    fn digest(&self, entry: Frame) -> u32 {
+        FrameStore::digest(self, entry)
+    }
+
+    fn readable(&self, _: Frame) -> bool {
+        !self.lost()
+    }
+
+    fn shares(&self, _: Frame) -> bool {
+        true
+    }
+}
+
+/// Entries with equal digests beyond these are left out. A guest can fill its memory with one content, or change
+/// its pages before the engine hears of it; without a bound each of these entries would be in the way of all others.
+const MOST_EQUAL: usize = 4;
+
+/// Entries in one of the orders.
+#[derive(Debug)]
+enum Index {
+    Digest(Table),
+    Content(Tree),
+}
+
+impl Index {
+    fn new(order: Order) -> Self {
+        match order {
+            Order::Digest => Self::Digest(Table::default()),
+            Order::Content => Self::Content(Tree::default()),
+        }
+    }
+
+    /// Returns whether the entry is there now.
+    fn insert(&mut self, entry: u32, contents: &impl Contents) -> bool {
+        match self {
+            Self::Digest(table) => table.insert_few(contents.digest(entry), entry, MOST_EQUAL),
+            Self::Content(tree) => {
+                let page = contents.at(entry);
+                tree.insert(entry, |other| {
+                    if !contents.readable(other) {
+                        return cmp::Ordering::Less;
+                    }
+                    // SAFETY: entries stand for pages that are mapped.
+                    unsafe { content::order(page, contents.at(other)) }
+                });
+                true
+            }
+        }
+    }
+
+    fn remove(&mut self, entry: u32, digest: u32) {
+        match self {
+            Self::Digest(table) => table.remove(digest, entry),
+            Self::Content(tree) => tree.remove(entry),
+        }
+    }
+
+    fn find(
+        &self,
+        wanted: Wanted<'_>,
+        besides: Option<u32>,
+        contents: &impl Contents,
+        effort: &mut Effort,
+    ) -> Option<u32> {
+        match self {
+            Self::Digest(table) => {
+                effort.steps += 1;
+                table.find(wanted.digest, |entry| {
+                    besides != Some(entry) && contents.readable(entry) && contents.shares(entry) && {
+                        effort.comparisons += 1;
+                        // SAFETY: entries stand for pages that are mapped.
+                        unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
+                    }
+                })
+            }
+            Self::Content(tree) => tree.find(|entry| {
+                effort.steps += 1;
+                if !contents.readable(entry) {
+                    return cmp::Ordering::Less;
+                }
+                effort.comparisons += 1;
+                // SAFETY: entries stand for pages that are mapped.
+                match unsafe { content::order(wanted.page.as_ptr(), contents.at(entry)) } {
+                    cmp::Ordering::Equal if besides == Some(entry) || !contents.shares(entry) => {
+                        cmp::Ordering::Less
+                    }
+                    order => order,
+                }
+            }),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Digest(table) => table.bytes(),
+            Self::Content(tree) => tree.bytes(),
+        }
+    }
+}
+
+/// The stable index.
+#[derive(Debug)]
+pub(crate) struct FrameIndex(Index);
+
+impl FrameIndex {
+    pub(crate) fn new(order: Order) -> Self {
+        Self(Index::new(order))
+    }
+
+    /// Enters a live frame, whose digest the store knows, unless there are enough of its content.
+    pub(crate) fn insert(&mut self, frame: Frame, store: &mut FrameStore) {
+        if !store.set_indexed(frame, true) && !self.0.insert(frame, store) {
+            store.set_indexed(frame, false);
+        }
+    }
+
+    /// Takes a frame out, if it is there.
+    pub(crate) fn remove(&mut self, frame: Frame, store: &mut FrameStore) {
+        if store.set_indexed(frame, false) {
+            self.0.remove(frame, store.digest(frame));
+        }
+    }
+
+    /// A frame of this content, as far as is known without protection.
+    pub(crate) fn find(&self, wanted: Wanted<'_>, store: &FrameStore, effort: &mut Effort) -> Option<Frame> {
+        self.0.find(wanted, None, store, effort)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+/// The unstable index. A page is taken out when it is known to have changed.
+#[derive(Debug)]
+pub(crate) struct PageIndex(Index);
+
+impl PageIndex {
+    pub(crate) fn new(order: Order) -> Self {
+        Self(Index::new(order))
+    }
+
+    /// Enters a page under the digest that is noted of it, unless there are enough of its content. Returns whether
+    /// it was entered.
+    pub(crate) fn insert(&mut self, place: Place, pages: &impl Contents) -> bool {
+        self.0.insert(place, pages)
+    }
+
+    /// Takes a page out that was entered under this digest.
+    pub(crate) fn remove(&mut self, place: Place, digest: u32) {
+        self.0.remove(place, digest);
+    }
+
+    /// Another page of this content, as far as is known without protection.
+    pub(crate) fn find(
+        &self,
+        wanted: Wanted<'_>,
+        itself: Place,
+        pages: &impl Contents,
+        effort: &mut Effort,
+    ) -> Option<Place> {
+        self.0.find(wanted, Some(itself), pages, effort)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
