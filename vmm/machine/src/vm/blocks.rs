@@ -70,7 +70,7 @@ impl DiskBlocks {
     fn begin(&self, read: &BlockRead<'_>, keep: Keep, sampled: bool) -> ReadPlan {
         let targets: Vec<_> = read.targets.iter().map(|&address| self.page(address)).collect();
         let image = image(read.image);
-        let wanted = cache::BlockRead { keep, image, first: read.first, targets: &targets };
+        let wanted = blocks::BlockRead { keep, image, first: read.first, targets: &targets };
         let mut failed = Vec::new();
         let copy = |index: usize, content: &Page| {
             if self.copy(read.targets[index], content).is_err() {
@@ -78,7 +78,7 @@ impl DiskBlocks {
             }
         };
         let blocks = targets.len() as u64;
-        let hits = |plan: &cache::ReadPlan| plan.from_guests + plan.from_host;
+        let hits = |plan: &blocks::ReadPlan| plan.from_guests + plan.from_host;
         let plan = if sampled {
             let passed = self.admission.take_passed();
             let plan = self.client.begin_sampled_read(&wanted, passed, copy);
