@@ -1,6 +1,8 @@
 //! Runs tests one after the other, since many of them measure the process, and says which were left
 //! out and why where the host lacks what they need.
 
+#![expect(unsafe_code, reason = "has signals act as by default")]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, ExitCode};
 use std::sync::LazyLock;
@@ -73,6 +75,7 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     // Mappings, memory and descriptors of the process are what many tests count.
     arguments.test_threads = Some(1);
     warm_up();
+    heed_signals();
     let missing = Hypervisor::open().err().map(|error| error.to_string());
     let skip = missing.is_some() && std::env::var_os(WITHOUT_KVM).is_some_and(|value| value == "1");
     let trials = tests
@@ -115,6 +118,15 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Has programs that tests start hear signals. A shell that starts the tests in the background, or `nohup`, has some
+/// ignored, and programs inherit that.
+fn heed_signals() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: the default action is no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// Whether a process may have mounts and devices of its own.

@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use xtask::suite::PROGRAM;
 
 /// How long the program may take for anything.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A command line of the program.
 pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
@@ -260,7 +260,7 @@ impl Running {
     /// When it does not end.
     #[must_use]
     pub fn wait_for_long(self) -> Finished {
-        self.wait_within(60 * PATIENCE)
+        self.wait_within(12 * PATIENCE)
     }
 
     fn wait_within(mut self, patience: Duration) -> Finished {
