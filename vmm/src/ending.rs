@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use samepage_host::manager::Manager;
+use samepage_host::registry::Registry;
 use samepage_machine::VmState;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -26,11 +26,11 @@ impl Ending {
     ///
     /// # Errors
     /// Where there is no timer to be had; then nobody was asked.
-    pub(crate) fn begin(manager: &Manager, timeout: Duration) -> io::Result<Self> {
+    pub(crate) fn begin(registry: &Registry, timeout: Duration) -> io::Result<Self> {
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
         let until = Instant::now() + timeout;
         timer.reset(PROGRESS.min(timeout).max(Duration::from_millis(1)), None).map_err(io::Error::from)?;
-        let asked = manager.ask_to_end();
+        let asked = registry.ask_to_end();
         if !asked.is_empty() {
             tell(format_args!(
                 "asked {} to end; waiting for up to {} s; another signal ends at once",
@@ -45,9 +45,9 @@ impl Ending {
     ///
     /// # Errors
     /// Where the timer fails.
-    pub(crate) fn go_on(&mut self, manager: &Manager) -> io::Result<()> {
+    pub(crate) fn go_on(&mut self, registry: &Registry) -> io::Result<()> {
         self.timer.wait().map_err(io::Error::from)?;
-        let vms = manager.fleet().vms();
+        let vms = registry.machines();
         let waited: Vec<_> =
             vms.iter().filter(|vm| vm.state() != VmState::Ended).map(|vm| vm.name().to_owned()).collect();
         let rest = self.until.saturating_duration_since(Instant::now());
@@ -55,7 +55,7 @@ impl Ending {
             if !waited.is_empty() {
                 tell(format_args!("not ended in time, and cut off: {}", Names(&waited)));
             }
-            manager.close();
+            registry.close();
             return Ok(());
         }
         if !waited.is_empty() {

@@ -14,10 +14,11 @@ use samepage_api::listener::SocketOptions;
 use samepage_api::{server::Doors, server::Server};
 use samepage_api_types::lifecycle::Action;
 use samepage_api_types::spec::{HugePagesSpec, VmSpec};
-use samepage_host::fleet::{self, Ended};
+use samepage_host::conflicts;
+use samepage_host::ends::Ended;
 use samepage_host::host_limits::HostMemory;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
-use samepage_host::{config_file, manager::Common, manager::Manager};
+use samepage_host::{config_file, registry::Common, registry::Registry};
 use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};
@@ -113,7 +114,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     }
     check_huge_pages(&mut specs);
     let configs: Vec<_> = specs.iter().map(VmSpec::to_config).collect();
-    fleet::check(&configs).map_err(|error| match error.hint_of_templates() {
+    conflicts::check(&configs).map_err(|error| match error.hint_of_templates() {
         Some(hint) => anyhow!("{error}{hint}"),
         None => error.into(),
     })?;
@@ -127,19 +128,19 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let settings = settings(process);
     let sharing = if plan.share { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
     let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit };
-    let manager = Arc::new(Manager::new(hypervisor, common).context("watch the VMs")?);
+    let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {
-        let manager = Arc::downgrade(&manager);
+        let registry = Arc::downgrade(&registry);
         sharing.on_notice(move |notice| {
             tell(format_args!("{notice}"));
-            if let Some(manager) = manager.upgrade() {
-                manager.tell_limit(notice.to_string());
+            if let Some(registry) = registry.upgrade() {
+                registry.tell_limit(notice.to_string());
             }
         });
     }
-    manager.on_trouble(Box::new(|trouble| tell(trouble)));
+    registry.on_trouble(Box::new(|trouble| tell(trouble)));
     let starts: Vec<_> = specs.iter().map(|spec| !plan.serve || spec.start.unwrap_or(true)).collect();
-    let records = manager.create(specs, consoles)?;
+    let records = registry.create(specs, consoles)?;
     tell_notices(records.iter().filter_map(|record| record.vm()));
     let input = match records.as_slice() {
         [record] if plan.terminal => Input::open(record)?,
@@ -148,7 +149,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let http = http_options(process)?;
     let doors = Doors { socket: plan.socket.clone(), http };
     let open = doors.socket.is_some() || doors.http.is_some();
-    let server = open.then(|| Server::start(&doors, manager.clone())).transpose()?;
+    let server = open.then(|| Server::start(&doors, registry.clone())).transpose()?;
     if let Some(address) = server.as_ref().and_then(Server::http_address) {
         tell(format_args!("the web page is http://{address}/"));
     }
@@ -157,7 +158,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     }
     for (record, _) in records.iter().zip(starts).filter(|(_, start)| *start) {
         if let Some(turn) = record.try_turn() {
-            manager.act(&turn, Action::Start)?;
+            registry.act(&turn, Action::Start)?;
         }
     }
     drop(records);
@@ -166,7 +167,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let mut upkeep = Upkeep::new().context("open a timer")?;
     upkeep.note_change().context("set a timer")?;
     let mut process = Process {
-        manager,
+        registry,
         signals,
         hangup,
         stats,
@@ -189,7 +190,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
 
 /// The process at work.
 struct Process<'a> {
-    manager: Arc<Manager>,
+    registry: Arc<Registry>,
     signals: ShutdownSignals,
     hangup: Hangup,
     /// Where statistics go.
@@ -209,19 +210,19 @@ impl Process<'_> {
     fn watch(&mut self, serve: bool) -> anyhow::Result<Outcome> {
         let mut outcome = Outcome::default();
         let mut stay = serve;
-        while stay || !self.manager.is_idle() {
+        while stay || !self.registry.is_idle() {
             let [signal, end, settled, due, typed, room, waited, rested] = {
                 let [typed, room] = self.input.as_ref().map_or([None, None], Input::files);
                 let due = self.statistics.as_ref().map(|statistics| statistics.timer.as_raw_fd());
-                let (fleet, settled) = (self.manager.fleet().as_raw_fd(), self.manager.as_raw_fd());
+                let (ends, settled) = (self.registry.ends(), self.registry.settled());
                 let signals = Some(self.signals.as_raw_fd());
                 let waited = self.ending.as_ref().map(Ending::as_raw_fd);
                 let rested = Some(self.upkeep.as_raw_fd());
-                wait_readable([signals, Some(fleet), Some(settled), due, typed, room, waited, rested])
+                wait_readable([signals, Some(ends), Some(settled), due, typed, room, waited, rested])
                     .context("wait for the VMs")?
             };
             if settled {
-                self.manager.clear_settled();
+                self.registry.clear_settled();
             }
             if settled || end {
                 self.upkeep.note_change().context("set a timer")?;
@@ -238,12 +239,12 @@ impl Process<'_> {
                 None => {}
             }
             if waited && let Some(ending) = &mut self.ending {
-                ending.go_on(&self.manager).context("wait for guests that were asked to end")?;
+                ending.go_on(&self.registry).context("wait for guests that were asked to end")?;
             }
             // The VMs that have ended are still there for a last line.
             if (due || end)
                 && let Some(open) = &mut self.statistics
-                && let Err(error) = open.write(&self.manager)
+                && let Err(error) = open.write(&self.registry)
             {
                 tell(format_args!("no more statistics: {error}"));
                 self.statistics = None;
@@ -253,9 +254,9 @@ impl Process<'_> {
             }
             if (typed || room)
                 && let Some(open) = &mut self.input
-                && open.pump(self.manager.fleet(), typed) == Typed::Quit
+                && open.pump(typed) == Typed::Quit
             {
-                self.manager.close();
+                self.registry.close();
             }
         }
         Ok(outcome)
@@ -264,16 +265,16 @@ impl Process<'_> {
     /// Ends the process as a signal says: guests are asked first, but by SIGQUIT or the second signal.
     fn end_by(&mut self, signal: i32) {
         let at_once = signal == libc::SIGQUIT || self.stop_timeout.is_zero() || self.ending.is_some();
-        if !at_once && let Ok(ending) = Ending::begin(&self.manager, self.stop_timeout) {
+        if !at_once && let Ok(ending) = Ending::begin(&self.registry, self.stop_timeout) {
             self.ending = Some(ending);
             return;
         }
-        self.manager.close();
+        self.registry.close();
     }
 
     /// Opens the files anew that consoles and statistics are written to.
     fn reopen_logs(&mut self) {
-        for vm in self.manager.fleet().vms() {
+        for vm in self.registry.machines() {
             if let Err(error) = vm.reopen_console() {
                 tell(format_args!("VM {}: {error}; its console goes on to the file before", vm.name()));
             }
@@ -293,10 +294,10 @@ impl Process<'_> {
     fn take_ended(&mut self) -> anyhow::Result<Outcome> {
         let mut outcome = Outcome::default();
         if self.audit {
-            outcome = audit(self.manager.sharing().map(Arc::as_ref));
+            outcome = audit(self.registry.sharing().map(Arc::as_ref));
         }
-        let ended = self.manager.collect().context("wait for the VMs")?;
-        if self.manager.is_idle() {
+        let ended = self.registry.collect().context("wait for the VMs")?;
+        if self.registry.is_idle() {
             // The terminal is the user's again before anything is told.
             self.input = None;
         }
@@ -381,7 +382,7 @@ fn audit(sharing: Option<&Sharing>) -> Outcome {
 }
 
 fn report(vm: &Ended) {
-    if vm.reset {
+    if vm.is_reset {
         tell(format_args!("VM {}: it was reset", vm.name));
     } else {
         tell(format_args!("VM {}: {}", vm.name, vm.end));
@@ -415,12 +416,11 @@ impl Statistics {
         opened.with_context(|| format!("open {target} again; statistics go on to the file before"))
     }
 
-    fn write(&mut self, manager: &Manager) -> io::Result<()> {
+    fn write(&mut self, registry: &Registry) -> io::Result<()> {
         // Nothing waits here: the timer is asked only so that it is readable no more.
         if is_readable_now(self.timer.as_raw_fd())? {
             self.timer.wait()?;
         }
-        let vms = manager.fleet().vms();
-        self.writer.write(manager.sharing().map(Arc::as_ref), vms.iter().map(Arc::as_ref))
+        self.writer.write(|sampler| registry.sample(sampler, &registry.by_start()))
     }
 }

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use crate::problem::Refusal;
 use crate::server::Api;
 use samepage_api_types::problem::Kind;
-use samepage_host::manager::ManagerError;
+use samepage_host::error::HostError;
 use samepage_host::record::Record;
 
 /// Longest body of a request, in bytes.
@@ -119,7 +119,7 @@ impl FromRequestParts<Arc<Api>> for Vm {
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Refusal> {
         let name: String = names(parts).await?;
-        Ok(Self(api.manager.find(&name)?))
+        Ok(Self(api.registry.find(&name)?))
     }
 }
 
@@ -131,7 +131,7 @@ impl FromRequestParts<Arc<Api>> for VmAndDisk {
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Refusal> {
         let (name, disk): (String, String) = names(parts).await?;
-        Ok(Self(api.manager.find(&name)?, disk))
+        Ok(Self(api.registry.find(&name)?, disk))
     }
 }
 
@@ -148,7 +148,7 @@ pub(super) fn json(bytes: Bytes) -> Response {
 
 /// Does what takes time, on a thread of its own, and to its end even if the client is gone.
 pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ManagerError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
 ) -> Result<T, Refusal> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(Refusal::from),

@@ -15,7 +15,6 @@ use crate::views::{self, saved_bytes};
 use samepage_api_types::by_type::TypeSample;
 use samepage_api_types::lifecycle::State;
 use samepage_api_types::views::DiskStatistics;
-use samepage_host::manager::Manager;
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
 
@@ -27,9 +26,9 @@ struct Metrics {
 }
 
 /// All metrics as text.
-pub(super) fn text(manager: &Manager, seen: Arc<Seen>) -> Result<String, fmt::Error> {
+pub(super) fn text(vms: Vec<Arc<Record>>, seen: Arc<Seen>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("samepage");
-    registry.register_collector(Box::new(Metrics { records: manager.list(), seen }));
+    registry.register_collector(Box::new(Metrics { records: vms, seen }));
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use samepage_host::manager::Manager;
 use samepage_host::record::Record;
+use samepage_host::registry::Registry;
 use samepage_host::statistics::{Sample, Sampler, VmSample};
 
 /// For how long what was seen counts as what is.
@@ -83,20 +83,20 @@ impl Sampling {
     }
 
     /// What was seen last, without any wait; and has it looked again where that is not fresh.
-    pub(super) fn latest(self: &Arc<Self>, manager: &Arc<Manager>) -> Option<Arc<Seen>> {
+    pub(super) fn latest(self: &Arc<Self>, registry: &Arc<Registry>) -> Option<Arc<Seen>> {
         let mut state = self.state.lock();
         let fresh = state.seen.as_ref().is_some_and(|seen| seen.is_fresh());
         if !fresh {
-            self.begin(&mut state, manager);
+            self.begin(&mut state, registry);
         }
         state.seen.clone()
     }
 
     /// Has somebody look, unless somebody does.
-    fn begin(self: &Arc<Self>, state: &mut Latest, manager: &Arc<Manager>) {
+    fn begin(self: &Arc<Self>, state: &mut Latest, registry: &Arc<Registry>) {
         if !std::mem::replace(&mut state.looking, true) {
-            let (sampling, manager) = (Arc::clone(self), Arc::clone(manager));
-            tokio::task::spawn_blocking(move || sampling.look(&manager));
+            let (sampling, registry) = (Arc::clone(self), Arc::clone(registry));
+            tokio::task::spawn_blocking(move || sampling.look(&registry));
         }
     }
 
@@ -105,19 +105,19 @@ impl Sampling {
     pub(super) async fn of(
         self: &Arc<Self>,
         records: &[Arc<Record>],
-        manager: &Arc<Manager>,
+        registry: &Arc<Registry>,
     ) -> Option<Arc<Seen>> {
         let looked_at = async {
             loop {
                 let seen_again = self.seen.notified();
                 tokio::pin!(seen_again);
                 seen_again.as_mut().enable();
-                let rest = match self.latest(manager) {
+                let rest = match self.latest(registry) {
                     Some(seen) if seen.tells_of(records) && !seen.is_stale() => return,
                     seen => seen.map_or(Duration::ZERO, |seen| seen.rest()),
                 };
                 tokio::time::sleep(rest).await;
-                self.begin(&mut self.state.lock(), manager);
+                self.begin(&mut self.state.lock(), registry);
                 seen_again.await;
                 if self.state.lock().error.is_some() {
                     return;
@@ -130,12 +130,12 @@ impl Sampling {
     }
 
     /// What was seen a short while ago.
-    pub(super) async fn current(self: &Arc<Self>, manager: &Arc<Manager>) -> Result<Arc<Seen>, String> {
+    pub(super) async fn current(self: &Arc<Self>, registry: &Arc<Registry>) -> Result<Arc<Seen>, String> {
         loop {
             let seen_again = self.seen.notified();
             tokio::pin!(seen_again);
             seen_again.as_mut().enable();
-            match self.latest(manager) {
+            match self.latest(registry) {
                 Some(seen) if !seen.is_stale() => return Ok(seen),
                 _ => seen_again.await,
             }
@@ -145,7 +145,7 @@ impl Sampling {
         }
     }
 
-    fn look(&self, manager: &Manager) {
+    fn look(&self, registry: &Registry) {
         /// Somebody waits, whatever becomes of the look.
         struct Done<'a>(&'a Sampling);
         impl Drop for Done<'_> {
@@ -156,11 +156,7 @@ impl Sampling {
         }
         let _done = Done(self);
         let started = Instant::now();
-        let records = manager.list();
-        let vms = records.iter().filter_map(|record| record.inspect(|vm| self.sampler.vm(vm)));
-        let sample = vms
-            .collect::<io::Result<Vec<_>>>()
-            .and_then(|vms| self.sampler.process(manager.sharing().map(Arc::as_ref), vms));
+        let sample = registry.sample(&self.sampler, &registry.list());
         let mut state = self.state.lock();
         match sample {
             Ok(sample) => {

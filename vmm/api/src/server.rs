@@ -32,7 +32,7 @@ use crate::rendered::Rendered;
 use crate::routes;
 use crate::sampling::Sampling;
 use samepage_api_types::problem::{Kind, PROBLEM_JSON};
-use samepage_host::manager::Manager;
+use samepage_host::registry::Registry;
 
 /// Connections at a time; each that only listens to events or a console counts as well.
 const MAX_CONNECTIONS: usize = 256;
@@ -77,7 +77,7 @@ pub struct Doors {
 /// What requests are answered from.
 #[derive(Debug)]
 pub(super) struct Api {
-    pub(super) manager: Arc<Manager>,
+    pub(super) registry: Arc<Registry>,
     pub(super) sampling: Arc<Sampling>,
     pub(super) maps: Maps,
     pub(super) answers: Answers,
@@ -106,16 +106,16 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the doors and answers requests about the manager's VMs. Threads of the server have the calling
+    /// Opens the doors and answers requests about the registry's VMs. Threads of the server have the calling
     /// thread's signal mask.
     ///
     /// # Errors
     /// Where a door cannot be had, or the process is out of something.
-    pub fn start(doors: &Doors, manager: Arc<Manager>) -> Result<Self, ServerError> {
+    pub fn start(doors: &Doors, registry: Arc<Registry>) -> Result<Self, ServerError> {
         let (end, ending) = watch::channel(false);
         let sampling = Arc::new(Sampling::new()?);
         let maps = Maps::new()?;
-        let api = Arc::new(Api { manager, sampling, maps, answers: Answers::default(), ending });
+        let api = Arc::new(Api { registry, sampling, maps, answers: Answers::default(), ending });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(WORKERS)

@@ -10,9 +10,10 @@ use anyhow::Context;
 use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::{Action, State};
 use samepage_api_types::spec::VmSpec;
-use samepage_host::fleet::Ended;
+use samepage_host::ends::Ended;
+use samepage_host::error::HostError;
 use samepage_host::record::Record;
-use samepage_host::{manager::Common, manager::Manager, manager::ManagerError};
+use samepage_host::registry::{Common, Registry};
 use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
@@ -31,12 +32,12 @@ use samepage_host::stdin::{Input, Typed};
 /// The VM, once there is one, and what it needs.
 pub(super) struct Local {
     name: String,
-    manager: Arc<Manager>,
+    registry: Arc<Registry>,
 }
 
 /// Waits for the VM's end.
 pub(super) struct Watch {
-    manager: Arc<Manager>,
+    registry: Arc<Registry>,
     log: Arc<Log>,
 }
 
@@ -52,26 +53,26 @@ pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Ar
     }
     // How much the VMs of a host may be promised together is known to whoever starts the processes.
     let common = Common { sharing, settings, overcommit: f64::INFINITY };
-    let manager = Arc::new(Manager::new(hypervisor, common).context("watch the VM")?);
-    Ok((Arc::new(Local { name: args.id.clone(), manager: manager.clone() }), Watch { manager, log }))
+    let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VM")?);
+    Ok((Arc::new(Local { name: args.id.clone(), registry: registry.clone() }), Watch { registry, log }))
 }
 
-impl From<ManagerError> for Fault {
-    fn from(error: ManagerError) -> Self {
+impl From<HostError> for Fault {
+    fn from(error: HostError) -> Self {
         Fault::new(format!("{error}."))
     }
 }
 
 impl Local {
     fn record(&self) -> Result<Arc<Record>, Fault> {
-        self.manager.find(&self.name).map_err(|_| Fault::not_started())
+        self.registry.find(&self.name).map_err(|_| Fault::not_started())
     }
 
     fn act(&self, action: Action) -> Result<(), Fault> {
         let record = self.record()?;
         let busy = || Fault::new("Something else is being done to the VM.");
         let turn = record.try_turn().ok_or_else(busy)?;
-        Ok(self.manager.act(&turn, action).map(drop)?)
+        Ok(self.registry.act(&turn, action).map(drop)?)
     }
 }
 
@@ -79,12 +80,12 @@ impl Machine for Local {
     fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
         let stdio = console.is_none().then_some(ConsoleConfig::Stdio);
         spec.console.file = console;
-        let record = self.manager.create(vec![spec], vec![stdio])?.remove(0);
+        let record = self.registry.create(vec![spec], vec![stdio])?.remove(0);
         let started = self.act(Action::Start);
         if started.is_err()
             && let Some(turn) = record.try_turn()
         {
-            self.manager.delete(&turn);
+            self.registry.delete(&turn);
         }
         started
     }
@@ -150,41 +151,41 @@ impl Watch {
         signals: &ShutdownSignals,
         server: Option<Server>,
     ) -> anyhow::Result<Exit> {
-        let manager = &self.manager;
+        let registry = &self.registry;
         let (mut input, mut looked, mut closing) = (None::<Input>, false, false);
         loop {
             let [typed, room] = input.as_ref().map_or([None, None], Input::files);
-            let fleet = manager.fleet().as_raw_fd();
-            let files = [Some(signals.as_raw_fd()), Some(fleet), Some(manager.as_raw_fd()), typed, room];
+            let (ends, settled) = (registry.ends(), registry.settled());
+            let files = [Some(signals.as_raw_fd()), Some(ends), Some(settled), typed, room];
             let [signal, end, settled, typed, room] = wait_readable(files).context("wait for the VM")?;
             if settled {
-                manager.clear_settled();
+                registry.clear_settled();
             }
             if settled
                 && !looked
-                && let Some(record) = manager.list().first()
+                && let Some(record) = registry.list().first()
             {
                 looked = true;
                 input = Input::open(record)?;
             }
             if signal && signals.take().is_some() {
                 closing = true;
-                manager.close();
+                registry.close();
             }
-            if end && let Some(vm) = manager.collect().context("wait for the VM")?.first() {
+            if end && let Some(vm) = registry.collect().context("wait for the VM")?.first() {
                 // The terminal is the user's again before anything is told, and clients get their answers.
                 drop((input, server));
                 return Ok(self.tell_end(vm));
             }
-            if closing && manager.is_idle() {
+            if closing && registry.is_idle() {
                 return Ok(Exit::Ok);
             }
             if (typed || room)
                 && let Some(open) = &mut input
-                && open.pump(manager.fleet(), typed) == Typed::Quit
+                && open.pump(typed) == Typed::Quit
             {
                 closing = true;
-                manager.close();
+                registry.close();
             }
         }
     }

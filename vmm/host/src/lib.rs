@@ -1,21 +1,26 @@
 //! All VMs of a process: made, asked for actions, counted, and listed also when they have ended.
 //!
-//! - [`manager`] makes VMs and does what they are asked for; [`record`] outlives each VM's machine.
-//! - [`fleet`] has the machines that there are, and collects their ends.
+//! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
+//!   outlives its machines. What a VM is asked to do is in `actions`.
+//! - [`conflicts`] finds files that VMs cannot have in common, [`error`] says why something cannot be done.
 //! - [`translate`] makes configurations of what clients say, [`config_file`] reads it from files.
 //! - [`events`] tells what happens, [`statistics`] what VMs use and share.
 //! - [`host_limits`] says how much memory may be promised to guests.
 //!
 //! Nothing here knows HTTP: `samepage-api` brings it to clients.
 
+mod actions;
 pub mod backlog;
+mod build;
 pub mod config_file;
+pub mod conflicts;
+pub mod ends;
 pub mod engine;
+pub mod error;
 pub mod events;
-pub mod fleet;
 pub mod host_limits;
-pub mod manager;
 pub mod record;
+pub mod registry;
 pub mod schema;
 pub mod statistics;
 pub mod stats_writer;

@@ -10,7 +10,8 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backlog::Backlog;
-use crate::fleet::{FleetError, Uses};
+use crate::conflicts::Uses;
+use crate::ends::MachineNumber;
 use samepage_api_types::lifecycle::State;
 use samepage_api_types::spec::{SharingMode, VmSpec};
 use samepage_machine::vm::{Vm, VmEnd, VmState};
@@ -44,6 +45,13 @@ impl fmt::Display for Cause {
     }
 }
 
+/// A VM's machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) number: MachineNumber,
+}
+
 /// One VM. It is there from before its first machine is built until it is deleted.
 #[derive(Debug)]
 pub struct Record {
@@ -66,7 +74,7 @@ pub struct Record {
 
 #[derive(Debug)]
 struct Body {
-    vm: Option<Arc<Vm>>,
+    machine: Option<Machine>,
     /// Its machine has run.
     started: bool,
     /// Its machine is being made: it takes files and memory.
@@ -94,7 +102,7 @@ impl Record {
             turn: Arc::default(),
             inspected: Mutex::default(),
             body: Mutex::new(Body {
-                vm: None,
+                machine: None,
                 started: false,
                 booting: true,
                 listed: false,
@@ -121,7 +129,16 @@ impl Record {
 
     /// Its machine, while it has one.
     pub fn vm(&self) -> Option<Arc<Vm>> {
-        self.body.lock().vm.clone()
+        self.machine().map(|machine| machine.vm)
+    }
+
+    pub(crate) fn machine(&self) -> Option<Machine> {
+        self.body.lock().machine.clone()
+    }
+
+    /// Whether it has a machine of this number.
+    pub(crate) fn has_machine(&self, number: MachineNumber) -> bool {
+        self.body.lock().machine.as_ref().is_some_and(|machine| machine.number == number)
     }
 
     /// Looks at its machine, if it has one.
@@ -180,6 +197,10 @@ impl Record {
         self.body.lock().listed
     }
 
+    pub(crate) fn list(&self) {
+        self.body.lock().listed = true;
+    }
+
     pub(crate) fn delist(&self) {
         self.body.lock().listed = false;
     }
@@ -187,7 +208,7 @@ impl Record {
     /// Whether it has a machine or is about to: then it uses files and memory.
     pub(crate) fn is_taking(&self) -> bool {
         let body = self.body.lock();
-        body.vm.is_some() || body.booting
+        body.machine.is_some() || body.booting
     }
 
     /// A machine is about to be made anew.
@@ -200,26 +221,30 @@ impl Record {
     }
 
     /// The machine could not be made anew.
-    pub(crate) fn abandon_boot(&self, error: &FleetError) {
+    pub(crate) fn abandon_boot(&self, error: String) {
         let mut body = self.body.lock();
         body.booting = false;
-        body.end = Some(VmEnd::Failed(error.to_string()));
+        body.end = Some(VmEnd::Failed(error));
         body.since = SystemTime::now();
     }
 
     /// Gives it its machine, which does not run yet.
-    pub(crate) fn install(&self, vm: Arc<Vm>, first: bool) {
+    pub(crate) fn install(&self, machine: Machine) {
         if let Ok(room) = self.room.try_clone() {
-            vm.set_serial_room_event(room);
+            machine.vm.set_serial_room_event(room);
         }
         let mut body = self.body.lock();
         body.booting = false;
-        body.listed |= first;
         body.since = SystemTime::now();
-        // It may have been stopped and collected before it got here.
-        if body.end.is_none() {
-            body.vm = Some(vm);
-        }
+        body.machine = Some(machine);
+    }
+
+    /// Takes its machine away, which never ran.
+    pub(crate) fn uninstall(&self) -> Option<Machine> {
+        let machine = self.body.lock().machine.take();
+        self.collected.notify_all();
+        self.gone.notify_waiters();
+        machine
     }
 
     pub(crate) fn note_change(&self) {
@@ -238,13 +263,13 @@ impl Record {
         let mut body = self.body.lock();
         body.end = Some(end.clone());
         body.since = SystemTime::now();
-        let vm = body.vm.take();
-        body.collecting = vm.is_some();
+        let machine = body.machine.take();
+        body.collecting = machine.is_some();
         drop(body);
         // Memory and threads are given back before anybody is told.
         {
             let _not_inspected = self.inspected.lock();
-            drop(vm);
+            drop(machine);
         }
         changed();
         self.body.lock().collecting = false;
@@ -261,7 +286,7 @@ impl Record {
             gone.as_mut().enable();
             {
                 let body = self.body.lock();
-                if body.vm.is_none() && !body.collecting {
+                if body.machine.is_none() && !body.collecting {
                     return;
                 }
             }
@@ -284,7 +309,7 @@ impl Record {
     /// Waits until it has no machine.
     pub fn wait_collected(&self) {
         let mut body = self.body.lock();
-        self.collected.wait_while(&mut body, |body| body.vm.is_some() || body.collecting);
+        self.collected.wait_while(&mut body, |body| body.machine.is_some() || body.collecting);
     }
 
     /// Written when the console takes more; another handle to the same event.
@@ -310,11 +335,11 @@ impl Record {
 
 impl Body {
     fn end(&self) -> Option<VmEnd> {
-        self.end.clone().or_else(|| self.vm.as_ref()?.end())
+        self.end.clone().or_else(|| self.machine.as_ref()?.vm.end())
     }
 
     fn state(&self) -> State {
-        let Some(vm) = &self.vm else {
+        let Some(Machine { vm, .. }) = &self.machine else {
             return self.end.as_ref().map_or(State::Created, state_after);
         };
         match vm.state() {

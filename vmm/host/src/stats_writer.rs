@@ -6,12 +6,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use samepage_machine::Vm;
 use samepage_process::log_file::open_again;
 use samepage_process::poll;
-use samepage_sharing::service::Sharing;
 
-use crate::statistics::Sampler;
+use crate::statistics::{Sample, Sampler};
 
 /// Where samples go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,18 +95,14 @@ impl StatsWriter {
     ///
     /// # Errors
     /// Where it cannot be taken or written.
-    pub fn write<'a>(
-        &mut self,
-        sharing: Option<&Sharing>,
-        vms: impl IntoIterator<Item = &'a Vm>,
-    ) -> io::Result<()> {
+    pub fn write(&mut self, sample: impl FnOnce(&Sampler) -> io::Result<Sample>) -> io::Result<()> {
         self.pass_on(Duration::ZERO)?;
         if self.written < self.line.len() {
             return Ok(());
         }
         self.line.clear();
         self.written = 0;
-        serde_json::to_writer(&mut self.line, &self.sampler.sample(sharing, vms)?)?;
+        serde_json::to_writer(&mut self.line, &sample(&self.sampler)?)?;
         self.line.push(b'\n');
         self.pass_on(Duration::ZERO)
     }
@@ -139,13 +133,17 @@ impl StatsWriter {
 mod tests {
     use super::*;
 
+    fn empty(sampler: &Sampler) -> io::Result<Sample> {
+        sampler.sample(None, [])
+    }
+
     #[test]
     fn a_reader_who_is_slow_gets_fewer_lines_and_each_of_them_whole() {
         let (reader, writer) = io::pipe().unwrap();
         let mut statistics = StatsWriter::to_file(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
         // More than a pipe holds, and nothing waits.
         for _ in 0..1000 {
-            statistics.write(None, []).unwrap();
+            statistics.write(empty).unwrap();
         }
         let reader = std::thread::spawn(|| io::read_to_string(reader).unwrap());
         statistics.finish().unwrap();
@@ -162,14 +160,14 @@ mod tests {
         let (path, renamed) = (folder.path().join("stats"), folder.path().join("stats.1"));
         let target = StatsTarget::File(path.clone());
         let mut statistics = StatsWriter::open(&target).unwrap();
-        statistics.write(None, []).unwrap();
+        statistics.write(empty).unwrap();
         std::fs::rename(&path, &renamed).unwrap();
-        statistics.write(None, []).unwrap();
+        statistics.write(empty).unwrap();
         statistics.reopen(&target).unwrap();
-        statistics.write(None, []).unwrap();
+        statistics.write(empty).unwrap();
         // Cut short, as logrotate does with copytruncate.
         File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
-        statistics.write(None, []).unwrap();
+        statistics.write(empty).unwrap();
         for (path, lines) in [(&renamed, 2), (&path, 1)] {
             let text = std::fs::read_to_string(path).unwrap();
             assert_eq!(text.lines().count(), lines, "{text}");
@@ -177,7 +175,7 @@ mod tests {
         }
         std::fs::remove_dir_all(folder.path()).unwrap();
         assert!(statistics.reopen(&target).is_err());
-        statistics.write(None, []).unwrap();
+        statistics.write(empty).unwrap();
     }
 
     #[test]

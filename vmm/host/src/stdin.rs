@@ -2,8 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 
-use crate::fleet::Fleet;
 use crate::record::Record;
 use anyhow::Context;
 use samepage_process::escape::{EscapeFilter, HELP, Key};
@@ -21,7 +21,7 @@ pub enum Typed {
 
 /// Standard input on its way to the one VM that has the console.
 pub struct Input {
-    vm: String,
+    record: Arc<Record>,
     /// Present where standard input is a terminal: then keys have to be told from commands.
     raw: Option<RawTerminal>,
     filter: EscapeFilter,
@@ -33,7 +33,7 @@ pub struct Input {
 
 impl Input {
     /// Standard input for this VM; `None` where it is not ours to read.
-    pub fn open(record: &Record) -> anyhow::Result<Option<Self>> {
+    pub fn open(record: &Arc<Record>) -> anyhow::Result<Option<Self>> {
         let raw = match terminal::stdin_kind() {
             StdinKind::Terminal => Some(RawTerminal::enter().context("put the terminal into raw mode")?),
             StdinKind::BackgroundTerminal => return Ok(None),
@@ -41,7 +41,7 @@ impl Input {
         };
         let room = record.room().context("open an event")?;
         let filter = EscapeFilter::default();
-        Ok(Some(Self { vm: record.name().to_owned(), raw, filter, waiting: Vec::new(), room, at_end: false }))
+        Ok(Some(Self { record: Arc::clone(record), raw, filter, waiting: Vec::new(), room, at_end: false }))
     }
 
     /// What to wait for: something typed, or room at the guest.
@@ -56,7 +56,7 @@ impl Input {
     }
 
     /// Passes on what was typed, or what waits.
-    pub fn pump(&mut self, fleet: &Fleet, typed: bool) -> Typed {
+    pub fn pump(&mut self, typed: bool) -> Typed {
         if typed {
             let mut buffer = [0; 256];
             match io::stdin()
@@ -77,7 +77,7 @@ impl Input {
             // A room event that was written meanwhile has done its work.
             let _ = self.room.read();
         }
-        if let Some(vm) = fleet.get(&self.vm) {
+        if let Some(vm) = self.record.vm() {
             let taken = vm.serial_input(&self.waiting);
             self.waiting.drain(..taken);
         }

@@ -72,7 +72,7 @@ pub(crate) struct FeaturesView {
 /// Show the host
 #[utoipa::path(get, path = "/host", operation_id = "get_host", tag = "process", responses((status = 200, body = HostView)))]
 pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let engine = &seen.sample.engine;
     let (mappings, mappings_limit, sharing) = (engine.mappings, engine.mappings_limit, seen.sample.sharing);
     let view = blocking(move || {

@@ -23,7 +23,7 @@ use samepage_api_types::views::pages::{MapView, PagesView, VmPagesView};
 /// Pages of guests without an agent are of type `unknown`.
 #[utoipa::path(get, path = "/pages", operation_id = "get_pages", tag = "sharing", responses((status = 200, body = PagesView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     Ok(Json(views::pages::of_all(&seen.sample)))
 }
 
@@ -36,7 +36,7 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<Pages
     responses((status = 200, body = VmPagesView))
 )]
 pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<Json<VmPagesView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::pages::of_vm(&record, sample)))
 }

@@ -28,7 +28,7 @@ pub(super) async fn of_vm(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
 ) -> Result<Json<VmSharingView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::vm_sharing(&record, sample)))
 }
@@ -54,8 +54,8 @@ pub(super) async fn change_vm(
     extract::Json(SharingChange { mode }): extract::Json<SharingChange>,
 ) -> Result<Json<VmSharingView>, Refusal> {
     let turn = turn(&api, &record).await?;
-    let manager = api.manager.clone();
-    blocking(move || manager.set_mode(&turn, mode)).await?;
+    let registry = api.registry.clone();
+    blocking(move || registry.set_mode(&turn, mode)).await?;
     Ok(Json(views::vm_sharing(&record, None)))
 }
 
@@ -65,8 +65,8 @@ pub(super) async fn change_vm(
 /// a second ago or less, or some seconds ago where nobody had asked.
 #[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
-    let (settings, sharing) = (api.manager.settings(), api.manager.sharing().map(Arc::as_ref));
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let (settings, sharing) = (api.registry.settings(), api.registry.sharing().map(Arc::as_ref));
     let write = || to_json(&views::sharing(&seen.sample, settings, sharing));
     Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
 }
@@ -102,7 +102,7 @@ pub(super) async fn pairs(
         let problem = Refusal::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
         return Err(problem.help(format!("ask for {MOST_PAIRS} at most")));
     }
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     Ok(Json(views::most_pairs(&seen.sample, limit as usize)))
 }
 
@@ -111,7 +111,7 @@ pub(super) async fn pairs(
 /// What the host holds of disks' blocks, and where guests got those that they read.
 #[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
 pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     Ok(Json(views::cache(&seen.sample)))
 }
 
@@ -127,7 +127,7 @@ pub(super) async fn working_set(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
 ) -> Result<Json<WorkingSetView>, Refusal> {
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::working_set(&record, sample)))
 }

@@ -22,8 +22,9 @@ use samepage_api_types::lifecycle::Action;
 use samepage_api_types::problem::Kind;
 use samepage_api_types::spec::VmSpec;
 use samepage_api_types::views::{DiskView, VmSummary, VmView};
-use samepage_host::manager::{Manager, ManagerError};
+use samepage_host::error::HostError;
 use samepage_host::record::{Cause, Record, Turn};
+use samepage_host::registry::Registry;
 use samepage_machine::vm::{Disk, Vm as RunningVm};
 
 /// List VMs
@@ -36,11 +37,11 @@ pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Parameters(filter): Parameters<VmFilter>,
 ) -> Result<Response, Refusal> {
-    let revision = api.manager.revision();
-    let seen = api.sampling.of(&api.manager.list(), &api.manager).await;
+    let revision = api.registry.revision();
+    let seen = api.sampling.of(&api.registry.list(), &api.registry).await;
     let write = || {
         let sample = |record: &Record| seen.as_ref()?.vm(record.name());
-        let vms = api.manager.list();
+        let vms = api.registry.list();
         let meant = vms.iter().filter(|record| filter.fits(record));
         to_json(&meant.map(|record| views::summary(record, sample(record))).collect::<Vec<_>>())
     };
@@ -60,13 +61,13 @@ pub(super) async fn create(
     State(api): State<Arc<Api>>,
     extract::Json(spec): extract::Json<VmSpec>,
 ) -> Result<impl IntoResponse, Refusal> {
-    let manager = api.manager.clone();
+    let registry = api.registry.clone();
     let record = blocking(move || {
         let start = spec.start.unwrap_or(false);
-        let record = manager.create(vec![spec], Vec::new())?.remove(0);
+        let record = registry.create(vec![spec], Vec::new())?.remove(0);
         // Nobody else can have had a turn that matters: what was asked for is done or undone by them.
         if start && let Some(turn) = record.try_turn() {
-            manager.act(&turn, Action::Start)?;
+            registry.act(&turn, Action::Start)?;
         }
         Ok(record)
     })
@@ -76,7 +77,7 @@ pub(super) async fn create(
 }
 
 fn view(api: &Api, record: &Record) -> VmView {
-    let seen = api.sampling.latest(&api.manager);
+    let seen = api.sampling.latest(&api.registry);
     views::vm(record, seen.as_ref().and_then(|seen| seen.vm(record.name())))
 }
 
@@ -86,7 +87,7 @@ fn view(api: &Api, record: &Record) -> VmView {
     responses((status = 200, body = VmView))
 )]
 pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
-    let seen = api.sampling.of(std::slice::from_ref(&record), &api.manager).await;
+    let seen = api.sampling.of(std::slice::from_ref(&record), &api.registry).await;
     Json(views::vm(&record, seen.as_ref().and_then(|seen| seen.vm(record.name()))))
 }
 
@@ -110,9 +111,9 @@ pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusa
         vm.handle().request_stop();
     }
     let turn = turn(api, record).await?;
-    let manager = api.manager.clone();
+    let registry = api.registry.clone();
     let delete = move || {
-        manager.delete(&turn);
+        registry.delete(&turn);
         Ok(())
     };
     blocking(delete).await
@@ -151,7 +152,7 @@ pub(super) async fn act(
     let ActionRequest { action, timeout_seconds } = request;
     check_timeout(action, timeout_seconds)?;
     if action == Action::Kill {
-        api.manager.check(&record, action)?;
+        api.registry.check(&record, action)?;
         // Whoever waits for the VM in a turn of theirs need not wait any longer.
         if let Some(vm) = record.vm() {
             record.note_cause(Cause::Killed);
@@ -159,17 +160,17 @@ pub(super) async fn act(
         }
     }
     let turn = turn(&api, &record).await?;
-    let manager = api.manager.clone();
+    let registry = api.registry.clone();
     match action {
-        Action::Stop => stop(manager, turn, timeout_seconds.unwrap_or(STOP_TIMEOUT)).await?,
+        Action::Stop => stop(registry, turn, timeout_seconds.unwrap_or(STOP_TIMEOUT)).await?,
         Action::Kill => {
             let end = move || {
-                manager.end(turn.record(), Cause::Killed);
+                registry.end(turn.record(), Cause::Killed);
                 Ok(())
             };
             blocking(end).await?;
         }
-        _ => blocking(move || manager.act(&turn, action).map(drop)).await?,
+        _ => blocking(move || registry.act(&turn, action).map(drop)).await?,
     }
     Ok(Json(views::summary(&record, None)))
 }
@@ -185,15 +186,15 @@ fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Refusal> {
 }
 
 /// Asks a guest to end, and kills it where it does not in time. Goes on even if the client is gone.
-async fn stop(manager: Arc<Manager>, turn: Turn, seconds: u32) -> Result<(), Refusal> {
+async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), Refusal> {
     let work = async move {
-        let asked = manager.clone();
+        let asked = registry.clone();
         let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
         let record = turn.record().clone();
         // However this ends, what is left is ended.
         let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
         let end = move || {
-            manager.end(turn.record(), Cause::NotInTime(seconds));
+            registry.end(turn.record(), Cause::NotInTime(seconds));
             Ok(())
         };
         blocking(end).await
@@ -224,9 +225,9 @@ pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusa
     };
     let turn = record.turn().await.ok_or_else(busy)?;
     // It may have been deleted meanwhile, and another may have its name.
-    match api.manager.find(record.name()) {
+    match api.registry.find(record.name()) {
         Ok(present) if Arc::ptr_eq(&present, record) => Ok(turn),
-        _ => Err(ManagerError::NoSuchVm(record.name().to_owned()).into()),
+        _ => Err(HostError::NoSuchVm(record.name().to_owned()).into()),
     }
 }
 

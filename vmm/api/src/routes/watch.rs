@@ -56,7 +56,7 @@ pub(super) async fn events(
             Refusal::new(Kind::BadRequest, "the header Last-Event-ID is no number of an event")
         })?),
     };
-    let newest = api.manager.events.last();
+    let newest = api.registry.events.last();
     let after = last.or(since).unwrap_or(newest).min(newest);
     let reader = Reader { ending: api.ending.clone(), api, after, ready: VecDeque::new(), begun: false };
     let events = stream::unfold(reader, |mut reader| async {
@@ -87,7 +87,7 @@ impl Reader {
             tokio::select! {
                 // What there is comes before the end.
                 biased;
-                new = self.api.manager.events.after(self.after) => self.ready.extend(new),
+                new = self.api.registry.events.after(self.after) => self.ready.extend(new),
                 () = tokio::time::sleep(KEEP_ALIVE) => return Some(": nothing new\n\n".to_owned()),
                 () = is_ending(&mut self.ending) => return None,
             }
@@ -111,10 +111,10 @@ impl Reader {
     ))
 )]
 pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Refusal> {
-    let revision = api.manager.revision();
-    let seen = api.sampling.current(&api.manager).await.map_err(unseen)?;
+    let revision = api.registry.revision();
+    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let text = api.answers.metrics.get(Some(&seen), revision, || {
-        let text = metrics::text(&api.manager, seen.clone()).map(Bytes::from);
+        let text = metrics::text(api.registry.list(), seen.clone()).map(Bytes::from);
         text.map_err(|error| Refusal::new(Kind::Internal, format!("write metrics: {error}")))
     })?;
     let format = TextFormat::preferred(&headers);

@@ -1,7 +1,7 @@
 //! What is wrong with the VMs of a file, each by itself and all together.
 
 use super::{Loading, Place, Planned};
-use crate::fleet::{self, Part, Uses};
+use crate::conflicts::{self, Part, Uses};
 use crate::translate;
 use crate::translate::ToConfig;
 use samepage_api_types::spec::VmSpec;
@@ -36,7 +36,7 @@ impl Loading {
             }
             uses.push(Uses::of(&config));
         }
-        for conflict in fleet::conflicts(&uses) {
+        for conflict in conflicts::conflicts(&uses) {
             let pointer = match conflict.part {
                 Part::Name => "/name".to_owned(),
                 Part::Disk(number) => format!("/disks/{number}/path"),

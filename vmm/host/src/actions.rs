@@ -1,0 +1,161 @@
+//! What a VM is asked to do: start, pause, resume, reset, stop, delete, share otherwise.
+
+use std::sync::Arc;
+
+use samepage_api_types::events::Happening;
+use samepage_api_types::lifecycle::{Action, State};
+use samepage_api_types::spec::SharingMode;
+use samepage_machine::vm::{Vm, VmState};
+
+use crate::error::HostError;
+use crate::record::{Cause, Record, Turn};
+use crate::registry::Registry;
+use crate::translate::{ToConfig, Translate};
+
+impl Registry {
+    /// Does what a VM is asked to do, and returns its state afterwards. Who asks for a stop waits himself
+    /// for the guest, and has it killed after that.
+    ///
+    /// # Errors
+    /// Where its state forbids that, or where a machine cannot be made anew. Then the VM has ended.
+    pub fn act(&self, turn: &Turn, action: Action) -> Result<State, HostError> {
+        let record = turn.record();
+        let state = self.check(record, action)?;
+        match action {
+            Action::Start if state == State::Created => self.run(record, action)?,
+            Action::Start => {
+                record.wait_collected();
+                self.boot(record, action)?;
+            }
+            Action::Resume => self.run(record, action)?,
+            Action::Pause => {
+                let vm = self.machine(record, action)?;
+                vm.pause();
+                if vm.state() == VmState::Ended {
+                    let name = record.name().to_owned();
+                    return Err(HostError::EndedMeanwhile { vm: name, action, end: vm.wait() });
+                }
+                record.note_change();
+                self.tell_state(record);
+            }
+            Action::Reset => {
+                let _operation = self.operation();
+                self.end(record, Cause::Reset);
+                self.boot(record, action)?;
+            }
+            Action::Shutdown => {
+                if !self.machine(record, action)?.press_ctrl_alt_del() {
+                    return Err(HostError::NotListening(record.name().to_owned()));
+                }
+            }
+            Action::Stop => {
+                if state == State::Paused {
+                    self.run(record, action)?;
+                }
+                // Who does not listen is given the time as well: it may end for other reasons.
+                self.machine(record, action)?.press_ctrl_alt_del();
+            }
+            Action::Kill => self.end(record, Cause::Killed),
+        }
+        Ok(record.state())
+    }
+
+    /// Checks that a VM's state, which is returned, allows an action.
+    ///
+    /// # Errors
+    /// Where it does not.
+    pub fn check(&self, record: &Record, action: Action) -> Result<State, HostError> {
+        let state = record.state();
+        match state.after(action) {
+            Some(_) => Ok(state),
+            None => Err(HostError::Illegal { vm: record.name().to_owned(), state, action }),
+        }
+    }
+
+    fn machine(&self, record: &Record, action: Action) -> Result<Arc<Vm>, HostError> {
+        let illegal = || HostError::Illegal { vm: record.name().to_owned(), state: record.state(), action };
+        record.vm().ok_or_else(illegal)
+    }
+
+    fn run(&self, record: &Record, action: Action) -> Result<(), HostError> {
+        let vm = self.machine(record, action)?;
+        record.note_started();
+        vm.start();
+        let reason = (action == Action::Reset).then(|| Cause::Reset.to_string());
+        self.tell_state_because(record, reason.or_else(|| record.reason()));
+        Ok(())
+    }
+
+    /// Makes a machine anew, and lets it run.
+    fn boot(&self, record: &Arc<Record>, action: Action) -> Result<(), HostError> {
+        let _operation = self.operation();
+        {
+            let _one_after_another = self.reserving.lock();
+            if self.is_closing() {
+                return Err(HostError::Closing);
+            }
+            self.check_together(std::slice::from_ref(record))?;
+            record.begin_boot();
+        }
+        let mut config = record.spec.to_config();
+        config.participation.mode = record.mode().translate();
+        if let Err(error) = self.build(vec![self.complete(config, record)], std::slice::from_ref(record)) {
+            record.abandon_boot(error.to_string());
+            self.tell_state(record);
+            return Err(error);
+        }
+        if self.is_closing()
+            && let Some(vm) = record.vm()
+        {
+            vm.handle().request_stop();
+        }
+        self.run(record, action)
+    }
+
+    /// Ends a VM's machine, if it has one, and waits until nothing is left of it.
+    pub fn end(&self, record: &Record, cause: Cause) {
+        if let Some(vm) = record.vm() {
+            record.note_cause(cause);
+            vm.handle().request_stop();
+            vm.wait();
+        }
+        record.wait_collected();
+    }
+
+    /// Lets a VM go, with all that it holds.
+    pub fn delete(&self, turn: &Turn) {
+        // What watches the process hears of the end of this, and of memory that it leaves behind.
+        let _operation = self.operation();
+        let record = turn.record();
+        self.end(record, Cause::Deleted);
+        let removed = {
+            let mut known = self.records.lock();
+            let same = known.get(record.name()).is_some_and(|present| Arc::ptr_eq(present, record));
+            if same { known.remove(record.name()) } else { None }
+        };
+        if removed.is_some() {
+            record.delist();
+            record.backlog.close();
+            self.events.tell(Happening::Deleted { vm: record.name().to_owned() });
+        }
+    }
+
+    /// Changes what of a VM's memory is shared, now and in machines to come.
+    ///
+    /// # Errors
+    /// Where no memory is shared in this process.
+    pub fn set_mode(&self, turn: &Turn, mode: SharingMode) -> Result<(), HostError> {
+        let record = turn.record();
+        if self.common.sharing.is_none() {
+            return Err(HostError::NotSharing(record.name().to_owned(), "this process shares none"));
+        }
+        record.set_mode(mode);
+        self.note_change();
+        if let Some(vm) = record.vm()
+            && let Some(membership) = vm.membership()
+        {
+            membership.set_mode(mode.translate());
+        }
+        Ok(())
+    }
+}

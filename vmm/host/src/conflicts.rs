@@ -1,0 +1,216 @@
+//! What VMs cannot have in common: names, disks that are written, files of consoles.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::HostError;
+use samepage_machine::config::{ConfigError, DiskConfig, VmConfig};
+
+/// Checks what can be checked of VMs that are to run together, before any is started: each
+/// configuration, that names are unique, that no disk is written by one while another uses it, and that
+/// each console has a file of its own.
+pub fn check(configs: &[VmConfig]) -> Result<(), HostError> {
+    for config in configs {
+        config.check().map_err(|source| HostError::Config { vm: config.name.clone(), source })?;
+    }
+    check_together(&configs.iter().map(Uses::of).collect::<Vec<_>>())
+}
+
+/// The files that a VM uses, which others may not use as well.
+#[derive(Debug, Clone)]
+pub struct Uses {
+    name: String,
+    disks: Vec<DiskConfig>,
+    console: Option<PathBuf>,
+}
+
+impl Uses {
+    /// What a VM of this configuration uses.
+    pub fn of(config: &VmConfig) -> Self {
+        let console = config.console.file().map(Path::to_owned);
+        Self { name: config.name.clone(), disks: config.disks.clone(), console }
+    }
+}
+
+/// Checks that names are unique, that the files of disks and the folders of consoles are there, that no disk is
+/// written by one VM while another uses it, and that each console has a file of its own.
+///
+/// # Errors
+/// The first of [`conflicts`].
+pub fn check_together(vms: &[Uses]) -> Result<(), HostError> {
+    conflicts(vms).into_iter().next().map_or(Ok(()), |conflict| Err(conflict.error))
+}
+
+/// Something that keeps a VM from running together with others.
+#[derive(Debug)]
+pub struct Conflict {
+    /// The VM's place in the list.
+    pub vm: usize,
+    /// What of it.
+    pub part: Part,
+    /// What is wrong.
+    pub error: HostError,
+}
+
+/// A part of a VM's configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Its name.
+    Name,
+    /// The disk of this number.
+    Disk(usize),
+    /// Its console's file.
+    Console,
+}
+
+/// Everything that keeps VMs from running together: names that are not unique, files of disks that are not
+/// there, disks that are written by one VM while another uses them, consoles that have no folder or no file of
+/// their own.
+pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
+    let mut names = HashSet::new();
+    let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
+    let mut consoles: HashMap<&Path, &str> = HashMap::new();
+    let mut found = Vec::new();
+    for (number, uses) in vms.iter().enumerate() {
+        let vm = || uses.name.clone();
+        let mut tell = |part, error| found.push(Conflict { vm: number, part, error });
+        if !names.insert(uses.name.as_str()) {
+            let source = ConfigError::DuplicateName(vm());
+            tell(Part::Name, HostError::Config { vm: vm(), source });
+        }
+        for (place, disk) in uses.disks.iter().enumerate() {
+            let path = disk.path.clone();
+            let file = match image(&disk.path) {
+                Ok(file) => file,
+                Err(source) => {
+                    tell(Part::Disk(place), HostError::Disk { vm: vm(), path, source });
+                    continue;
+                }
+            };
+            if let Some((first, read_only)) = disks.insert(file, (&uses.name, disk.read_only))
+                && !(read_only && disk.read_only)
+            {
+                let first = first.to_owned();
+                tell(Part::Disk(place), HostError::SharedDisk { path, first, second: vm() });
+            }
+        }
+        let Some(path) = uses.console.as_deref() else { continue };
+        let file = path.metadata();
+        if file.is_err()
+            && let Err(source) = folder(path)
+        {
+            tell(Part::Console, HostError::ConsoleFolder { vm: vm(), path: path.to_owned(), source });
+        }
+        // A pipe or a terminal may well be everybody's.
+        if file.map_or(true, |file| file.is_file())
+            && let Some(first) = consoles.insert(path, &uses.name)
+        {
+            let (path, first) = (path.to_owned(), first.to_owned());
+            tell(Part::Console, HostError::SharedConsole { path, first, second: vm() });
+        }
+    }
+    found
+}
+
+/// The device and inode of a disk's file.
+fn image(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::metadata(path)?;
+    if metadata.is_dir() {
+        return Err(io::Error::other("it is a directory; give a regular file or a block device"));
+    }
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Checks that the folder of a file is there.
+fn folder(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if parent.metadata()?.is_dir() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOTDIR)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use samepage_machine::boot::ImageSource;
+    use samepage_machine::boot::test_images::pvh_elf;
+    use samepage_machine::config::ConsoleConfig;
+
+    fn vm(name: &str, disks: &[(&std::path::Path, bool)]) -> VmConfig {
+        let kernel = ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() };
+        let mut config = VmConfig::new(name, kernel);
+        config.disks = (0..)
+            .zip(disks)
+            .map(|(n, (path, read_only))| DiskConfig {
+                path: path.to_path_buf(),
+                read_only: *read_only,
+                id: format!("disk{n}"),
+                ..DiskConfig::default()
+            })
+            .collect();
+        config
+    }
+
+    #[test]
+    fn names_are_unique() {
+        check(&[vm("a", &[]), vm("b", &[])]).unwrap();
+        let text = check(&[vm("a", &[]), vm("a", &[])]).unwrap_err().to_string();
+        assert!(text.contains("two VMs are named a"), "{text}");
+    }
+
+    #[test]
+    fn a_console_has_a_file_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let in_folder = |path: &str| folder.path().join(path);
+        let with = |name, path: PathBuf| VmConfig { console: ConsoleConfig::File(path), ..vm(name, &[]) };
+        check(&[with("a", in_folder("a")), with("b", in_folder("b"))]).unwrap();
+        check(&[with("a", "/dev/null".into()), with("b", "/dev/null".into())]).unwrap();
+        let text = check(&[with("a", in_folder("x")), with("b", in_folder("x"))]).unwrap_err().to_string();
+        assert!(text.contains("used by VM a and by VM b"), "{text}");
+    }
+
+    #[test]
+    fn a_disk_has_one_writer_or_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(file.path(), &link).unwrap();
+        check(&[vm("a", &[(file.path(), true)]), vm("b", &[(&link, true)])]).unwrap();
+        for (first, second) in [(true, false), (false, true), (false, false)] {
+            let configs = [vm("a", &[(file.path(), first)]), vm("b", &[(&link, second)])];
+            let text = check(&configs).unwrap_err().to_string();
+            assert!(text.contains("used by VM a and by VM b"), "{text}");
+        }
+        let twice = vm("a", &[(file.path(), false), (&link, false)]);
+        assert!(matches!(check(&[twice]), Err(HostError::SharedDisk { .. })));
+        let missing = check(&[vm("a", &[(&folder.path().join("none"), true)])]).unwrap_err();
+        assert!(matches!(missing, HostError::Disk { .. }));
+    }
+
+    #[test]
+    fn all_conflicts_are_found_each_with_its_vm_and_part() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (file, none) = (file.path(), folder.path().join("none"));
+        let console = ConsoleConfig::File(none.join("log"));
+        let vms = [
+            vm("a", &[(file, false), (&none, true)]),
+            VmConfig { console, ..vm("a", &[(folder.path(), true)]) },
+            vm("b", &[(&none, true), (file, true)]),
+        ];
+        let uses: Vec<_> = vms.iter().map(Uses::of).collect();
+        let found: Vec<_> = conflicts(&uses).iter().map(|conflict| (conflict.vm, conflict.part)).collect();
+        let wanted = [
+            (0, Part::Disk(1)),
+            (1, Part::Name),
+            (1, Part::Disk(0)),
+            (1, Part::Console),
+            (2, Part::Disk(0)),
+            (2, Part::Disk(1)),
+        ];
+        assert_eq!(found, wanted);
+        let twice = [Uses::of(&vm("a", &[(file, false), (file, false)]))];
+        let text = check_together(&twice).unwrap_err().to_string();
+        assert!(text.contains("used twice by VM a") && !text.contains("{index}"), "{text}");
+    }
+}
