@@ -10,12 +10,18 @@
 //! The sample is spatial, as in SHARDS (see [`working_set`](super::working_set)): all reads of a block that is
 //! in it are seen, so reuse shows in it at any distance, and the estimate of the working set is made from it.
 //!
+//! Its size is fixed rather than its rate, as in SHARDS too. A read that meets the sample takes several times as
+//! long as one that goes past, so the sample gets thinner while it shows nothing: once [`FRESH`] stretches of it
+//! were read, and had no hits, half of it goes. Of a loop some stretches are left, whatever its length, since a
+//! stretch counts once. A set of blocks that is small beside all that is read may miss a thin sample altogether, so
+//! the sample is thick again after a while, and as soon as it has a hit.
+//!
 //! A cache that holds the sample alone has more room for it than it would have for its share of everything. So a
 //! hit is no evidence where more was read since the block was read last than guest and cache hold together. A
 //! trial may still find less than the sample has promised: after each that failed, twice the evidence is asked for.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
@@ -24,8 +30,15 @@ use parking_lot::Mutex;
 const STRETCH: u64 = 8;
 /// One of so many stretches that follow each other is in the sample.
 const RATE: u64 = 256;
-/// The estimator's hashes of blocks that are in the sample are below this, and all others are not.
+/// The estimator's hashes of blocks that are in the thickest sample are below this, and all others are not.
 pub(crate) const SAMPLED: u64 = u64::MAX / RATE + 1;
+
+/// Different stretches without a hit after which half of the sample goes.
+const FRESH: u32 = 8;
+/// How often it is halved at most. One request of 32 blocks in 2,048 meets a sample as thin as this.
+const THINNEST: u32 = 5;
+/// A thin sample is thick again after so many times the blocks that lie between two of its stretches.
+const WAIT: u64 = 16;
 
 /// Blocks that a hit is worth: with fewer hits than one in so many reads credit runs out.
 const WORTH: i64 = 32;
@@ -48,11 +61,16 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Whether a block is in the sample.
+    /// Whether a block is in the thickest sample.
     #[must_use]
     pub fn takes(&self, block: u64) -> bool {
         let stretch = block / STRETCH;
         self.keys.hash_one(stretch / RATE) % RATE == stretch % RATE
+    }
+
+    /// Whether a block is in the sample of those whose hashes are below a limit.
+    fn takes_below(&self, block: u64, limit: u64) -> bool {
+        self.takes(block) && self.stretch(block) < limit
     }
 
     /// The hash of a block's stretch.
@@ -104,12 +122,27 @@ pub enum Readers {
     Many,
 }
 
+/// What the engine is told of the sample of a disk with each read of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Which of the VM's disks it is.
+    pub disk: usize,
+    /// Blocks that went past the cache since the last time.
+    pub passed: u64,
+    /// The estimator's hashes of blocks in the sample are below this.
+    pub limit: u64,
+}
+
 /// What is let in of one disk.
 #[derive(Debug)]
 pub struct Admission {
     sampler: Sampler,
+    /// Which of the VM's disks it is.
+    disk: usize,
     credit: i64,
     sampling: AtomicBool,
+    /// How often the sample was halved. Changes under the lock of the state.
+    halvings: AtomicU32,
     /// Blocks that went past since that was last told.
     passed: AtomicU64,
     state: Mutex<State>,
@@ -126,19 +159,30 @@ struct State {
     /// Blocks read, and how many those were when a block of the sample was read last.
     read: u64,
     seen: HashMap<u64, u64>,
+    /// Blocks read when the sample became thinner or thicker, and stretches of it read since then.
+    changed: u64,
+    fresh: u32,
 }
 
 impl Admission {
-    /// All is let in until the credit is used up.
+    /// All is let in of a VM's disk, known by its number, until the credit is used up.
     #[must_use]
-    pub fn new(sampler: Sampler, readers: Readers) -> Self {
+    pub fn new(sampler: Sampler, readers: Readers, disk: usize) -> Self {
         let credit = match readers {
             Readers::One => OWN_CREDIT,
             Readers::Many => COMMON_CREDIT,
         };
-        let state = State { balance: credit, hits: 0, failures: 0, read: 0, seen: HashMap::new() };
-        let (sampling, passed) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { sampler, credit, sampling, passed, state: Mutex::new(state) }
+        let (seen, changed, fresh) = (HashMap::new(), 0, 0);
+        let state = State { balance: credit, hits: 0, failures: 0, read: 0, seen, changed, fresh };
+        Self {
+            sampler,
+            disk,
+            credit,
+            sampling: AtomicBool::new(false),
+            halvings: AtomicU32::new(0),
+            passed: AtomicU64::new(0),
+            state: Mutex::new(state),
+        }
     }
 
     /// Whether only a sample is let in.
@@ -156,7 +200,8 @@ impl Admission {
         }
         let last = first.saturating_add(blocks.max(1) - 1);
         let mut stretches = first / STRETCH..=last / STRETCH;
-        let any = stretches.any(|stretch| self.sampler.takes(stretch * STRETCH));
+        let limit = self.limit();
+        let any = stretches.any(|stretch| self.sampler.takes_below(stretch * STRETCH, limit));
         if !any {
             self.pass(blocks);
         }
@@ -166,24 +211,52 @@ impl Admission {
     /// Whether a block is to be asked of the cache.
     #[must_use]
     pub fn takes(&self, block: u64) -> bool {
-        !self.samples() || self.sampler.takes(block)
+        !self.samples() || self.sampler.takes_below(block, self.limit())
+    }
+
+    /// Hashes of blocks that are in the sample are below this.
+    fn limit(&self) -> u64 {
+        SAMPLED >> self.halvings.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that may be read before a thin sample is thick again.
+    fn wait(&self) -> u64 {
+        WAIT * STRETCH * (RATE << self.halvings.load(Ordering::Relaxed))
     }
 
     /// So many blocks go past the cache.
     pub fn pass(&self, blocks: u64) {
-        self.passed.fetch_add(blocks, Ordering::Relaxed);
+        let before = self.passed.fetch_add(blocks, Ordering::Relaxed);
+        // Nothing may ever be read again that is in the sample.
+        if before > self.wait() && self.halvings.load(Ordering::Relaxed) > 0 {
+            let mut state = self.state.lock();
+            self.halve(&mut state, 0);
+        }
     }
 
-    /// Blocks that went past since this was last asked.
-    pub fn take_passed(&self) -> u64 {
-        self.passed.swap(0, Ordering::Relaxed)
+    /// What the engine is told with a read of the sample. It starts to count anew what goes past.
+    pub fn sample(&self) -> Sample {
+        Sample { disk: self.disk, passed: self.passed.swap(0, Ordering::Relaxed), limit: self.limit() }
+    }
+
+    /// Which of the VM's disks this is about.
+    #[must_use]
+    pub fn disk(&self) -> usize {
+        self.disk
+    }
+
+    /// Halves the thickest sample so many times.
+    fn halve(&self, state: &mut State, times: u32) {
+        self.halvings.store(times, Ordering::Relaxed);
+        (state.fresh, state.changed) = (0, state.read);
     }
 
     /// What a read came to while all is let in: `hits` of `blocks` blocks from `first` on were held.
     pub fn note(&self, first: u64, blocks: u64, hits: u64) {
         let mut state = self.state.lock();
         state.read += blocks;
-        for block in (first..first + blocks).filter(|&block| self.sampler.takes(block)) {
+        let limit = self.limit();
+        for block in (first..first + blocks).filter(|&block| self.sampler.takes_below(block, limit)) {
             state.see(block);
         }
         let balance = state.balance_after(hits, blocks - hits);
@@ -199,12 +272,12 @@ impl Admission {
         }
     }
 
-    /// What a read of the sample came to: `hits` of `blocks` blocks from `first` on. `passed` blocks went past
-    /// since the one before; guest and cache hold `room` blocks together. Returns whether all is let in from now
-    /// on.
-    pub fn note_sampled(&self, first: u64, blocks: u64, hits: u64, passed: u64, room: u64) -> bool {
+    /// What a read of the sample came to: `hits` of `blocks` blocks from `first` on. Guest and cache hold `room`
+    /// blocks together. Returns whether all is let in from now on.
+    pub fn note_sampled(&self, first: u64, blocks: u64, hits: u64, sample: Sample, room: u64) -> bool {
         let mut state = self.state.lock();
-        state.read += passed + blocks;
+        state.read += sample.passed + blocks;
+        state.fresh += state.fresh_stretches(first, blocks);
         // What this disk has not read was read by another.
         let is_near = |&block: &u64| state.see(block).is_none_or(|distance| distance <= room);
         let near = (first..first + blocks).filter(is_near).count() as u64;
@@ -215,6 +288,19 @@ impl Admission {
         if proven {
             (state.balance, state.hits) = (self.credit, 0);
             self.sampling.store(false, Ordering::Relaxed);
+        }
+        let halvings = self.halvings.load(Ordering::Relaxed);
+        if state.balance > 0 {
+            // More of the disk may bring more.
+            if halvings > 0 {
+                self.halve(&mut state, 0);
+            }
+            return proven;
+        }
+        if state.fresh >= FRESH && halvings < THINNEST {
+            self.halve(&mut state, halvings + 1);
+        } else if halvings > 0 && state.read - state.changed > self.wait() {
+            self.halve(&mut state, 0);
         }
         proven
     }
@@ -230,6 +316,16 @@ impl State {
         Some(self.read - then)
     }
 
+    /// How many of the stretches in which so many blocks from `first` on lie were not read since the sample
+    /// changed.
+    fn fresh_stretches(&self, first: u64, blocks: u64) -> u32 {
+        let last = first.saturating_add(blocks.max(1) - 1);
+        let was_read = |block| self.seen.get(&block).is_some_and(|&then| then > self.changed);
+        let is_fresh = |stretch: &u64| !(stretch * STRETCH..=stretch * STRETCH + (STRETCH - 1)).any(was_read);
+        let fresh = (first / STRETCH..=last / STRETCH).filter(is_fresh).count();
+        u32::try_from(fresh).unwrap_or(u32::MAX)
+    }
+
     fn balance_after(&self, hits: u64, misses: u64) -> i64 {
         let gain = i64::try_from(hits).unwrap_or(i64::MAX).saturating_mul(WORTH);
         self.balance.saturating_add(gain).saturating_sub_unsigned(misses)
@@ -238,20 +334,28 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+    use std::ops::Range;
+
     use super::*;
 
     const ROOM: u64 = 50_000;
 
-    fn read(admission: &Admission, blocks: std::ops::Range<u64>, hits: bool) -> u64 {
+    /// Reads blocks, of which those that are let in are all held, or none. Returns how many are let in.
+    fn read(admission: &Admission, blocks: Range<u64>, hits: bool) -> u64 {
+        read_from(admission, blocks, |_| hits)
+    }
+
+    fn read_from(admission: &Admission, blocks: Range<u64>, mut holds: impl FnMut(u64) -> bool) -> u64 {
         let mut admitted = 0;
         for block in blocks {
             if admission.admits(block, 1) && admission.takes(block) {
                 admitted += 1;
+                let hits = holds(block).into();
                 if admission.samples() {
-                    let passed = admission.take_passed();
-                    admission.note_sampled(block, 1, hits.into(), passed, ROOM);
+                    admission.note_sampled(block, 1, hits, admission.sample(), ROOM);
                 } else {
-                    admission.note(block, 1, hits.into());
+                    admission.note(block, 1, hits);
                 }
             }
         }
@@ -261,24 +365,93 @@ mod tests {
     #[test]
     fn where_nothing_hits_a_sample_is_left() {
         for (readers, credit) in [(Readers::One, OWN_CREDIT), (Readers::Many, COMMON_CREDIT)] {
-            let admission = Admission::new(Sampler::default(), readers);
+            let admission = Admission::new(Sampler::default(), readers, 0);
             let credit = credit.unsigned_abs();
             assert_eq!(read(&admission, 0..credit, false), credit);
             let admitted = read(&admission, credit..1 << 20, false);
-            assert!((1 << 20 >> 9..1 << 20 >> 7).contains(&admitted), "{admitted}");
+            assert!((1 << 20 >> 13..1 << 20 >> 9).contains(&admitted), "{admitted}");
             assert!(admission.samples());
-            let left = admission.take_passed();
+            let left = admission.sample().passed;
             assert_eq!(admission.state.lock().read + left, 1 << 20);
         }
     }
 
     #[test]
+    fn of_a_long_scan_little_is_let_in() {
+        let admission = Admission::new(Sampler::default(), Readers::One, 0);
+        let credit = OWN_CREDIT.unsigned_abs();
+        let admitted = read(&admission, 0..1 << 22, false) - credit;
+        // One block in 256 would be 16,384.
+        assert!((1 << 8..1 << 12).contains(&admitted), "{admitted}");
+    }
+
+    /// An admission with as thin a sample as there is.
+    fn thin() -> Admission {
+        let admission = Admission::new(Sampler::default(), Readers::One, 0);
+        let mut block = 0;
+        while admission.halvings.load(Ordering::Relaxed) < THINNEST {
+            read(&admission, block..block + STRETCH, false);
+            block += STRETCH;
+        }
+        admission
+    }
+
+    #[test]
+    fn blocks_that_the_thin_sample_lacks_are_found_when_they_are_read_again() {
+        let admission = thin();
+        // Four stretches of the thickest sample, next to none of the thinnest.
+        let hot = 1 << 30..(1 << 30) + 4 * STRETCH * RATE;
+        let most = 2 * WAIT * STRETCH * (RATE << THINNEST);
+        let mut blocks = 0;
+        while admission.samples() {
+            read(&admission, hot.clone(), true);
+            blocks += hot.end - hot.start;
+            assert!(blocks < most, "{blocks} blocks of a small set were read, and it is not let in");
+        }
+    }
+
+    #[test]
+    fn blocks_that_the_thin_sample_lacks_are_found_beside_a_scan() {
+        let admission = thin();
+        let hot = 1 << 30..(1 << 30) + 4 * STRETCH * RATE;
+        let most = 4 * WAIT * STRETCH * (RATE << THINNEST);
+        let mut scanned = 1 << 31;
+        while admission.samples() {
+            for stretch in hot.clone().step_by(STRETCH as usize) {
+                read(&admission, stretch..stretch + STRETCH, true);
+                read(&admission, scanned..scanned + STRETCH, false);
+                scanned += STRETCH;
+            }
+            assert!(scanned - (1 << 31) < most, "{} blocks were scanned", scanned - (1 << 31));
+        }
+    }
+
+    #[test]
+    fn loops_keep_some_stretches_in_the_sample() {
+        for length in [40_000, 200_000, 600_000] {
+            let admission = Admission::new(Sampler::default(), Readers::One, 0);
+            // The sample alone always has room.
+            let mut cached = HashSet::new();
+            for _ in 0..100 {
+                if read_from(&admission, 0..length, |block| !cached.insert(block)) == length {
+                    break;
+                }
+            }
+            // What guest and cache do not hold together gets nothing from more.
+            assert_eq!(admission.samples(), length > ROOM, "{length}");
+        }
+    }
+
+    #[test]
     fn hits_let_all_in_again_and_keep_it_in() {
-        let admission = Admission::new(Sampler::default(), Readers::One);
+        let admission = Admission::new(Sampler::default(), Readers::One, 0);
         read(&admission, 0..40_000, false);
         assert!(admission.samples());
-        let admitted = read(&admission, 0..40_000, true);
-        assert!(!admission.samples() && admitted > 30_000, "{admitted}");
+        // The sample is thin, and may have nothing to show for most of the first pass.
+        for _ in 0..20 {
+            read(&admission, 0..40_000, true);
+        }
+        assert!(!admission.samples());
         // One hit in twenty reads is enough.
         for round in 0..20_000_u64 {
             let all = read(&admission, round * 20..round * 20 + 19, false);
@@ -288,13 +461,13 @@ mod tests {
 
     #[test]
     fn promises_that_are_not_kept_are_asked_for_twice() {
-        let admission = Admission::new(Sampler::default(), Readers::One);
+        let admission = Admission::new(Sampler::default(), Readers::One, 0);
         read(&admission, 0..OWN_CREDIT.unsigned_abs() + 1, false);
         let mut asked = Vec::new();
         for _ in 0..15 {
             let mut hits = 0;
             while admission.samples() {
-                admission.note_sampled(hits, 1, 1, 0, ROOM);
+                admission.note_sampled(hits, 1, 1, admission.sample(), ROOM);
                 hits += 1;
             }
             asked.push(hits);
@@ -307,16 +480,18 @@ mod tests {
 
     #[test]
     fn what_the_whole_cache_would_not_have_kept_is_no_evidence() {
-        let admission = Admission::new(Sampler::default(), Readers::One);
+        let admission = Admission::new(Sampler::default(), Readers::One, 0);
         read(&admission, 0..2 * OWN_CREDIT.unsigned_abs(), false);
         // A loop that is longer than guest and cache, all of whose sample the cache still has.
-        read(&admission, 100_000..200_000, false);
+        let mut cached = HashSet::new();
         for _ in 0..10 {
-            read(&admission, 100_000..200_000, true);
+            read_from(&admission, 100_000..200_000, |block| !cached.insert(block));
         }
         assert!(admission.samples());
-        read(&admission, 100_000..140_000, false);
-        read(&admission, 100_000..140_000, true);
+        // None of this part may be in the sample until that is thick again.
+        for _ in 0..40 {
+            read(&admission, 100_000..140_000, true);
+        }
         assert!(!admission.samples());
     }
 
@@ -328,6 +503,9 @@ mod tests {
         for block in 0..100_000 {
             let hash = sampler.hash_one(Key(3, block));
             assert_eq!(hash < SAMPLED, sampler.takes(block.into()));
+            for limit in (0..=THINNEST).map(|halvings| SAMPLED >> halvings) {
+                assert_eq!(hash < limit, sampler.takes_below(block.into(), limit));
+            }
         }
         assert_ne!(sampler.hash_one(Key(1, 5)), sampler.hash_one(Key(2, 5)));
     }

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use crate::blocks::admission::{SAMPLED, Sampler};
+use crate::blocks::admission::{Sample, Sampler};
 use crate::blocks::books::Fetching;
 use crate::blocks::names::{BlockKey, Keep};
 use crate::blocks::notes::Note;
@@ -104,19 +104,18 @@ impl Engine {
         plan
     }
 
-    /// The same for what is in the sample of a disk of which nothing else goes through the cache; `passed` blocks
-    /// have gone past since the last time.
+    /// The same for what is in the sample of a disk of which nothing else goes through the cache.
     pub fn begin_sampled_read(
         &mut self,
         vm: VmNumber,
         read: &BlockRead<'_>,
-        passed: u64,
+        sample: Sample,
         copy: &mut CopyOut<'_>,
     ) -> ReadPlan {
         if self.members.get(vm.slot).is_some_and(|member| member.id == vm.id) {
             let working_set = self.members.at_mut(vm.slot).working_set_by(&self.books.sampler);
-            working_set.follow_below(SAMPLED);
-            working_set.passed(passed);
+            working_set.follow_below(sample.disk, sample.limit);
+            working_set.passed(sample.passed);
         }
         self.books.sampling = true;
         let mut plan = self.begin_read(vm, read, copy);
@@ -126,12 +125,12 @@ impl Engine {
         plan
     }
 
-    /// All reads of a disk go through the cache from now on, and not a sample only.
-    pub fn end_sampling(&mut self, vm: VmNumber) {
+    /// All reads of one of the VM's disks go through the cache from now on, and not a sample only.
+    pub fn end_sampling(&mut self, vm: VmNumber, disk: usize) {
         if let Some(member) = self.members.get(vm.slot).filter(|member| member.id == vm.id)
             && member.working_set.is_some()
         {
-            self.members.at_mut(vm.slot).working_set_by(&self.books.sampler).follow_below(u64::MAX);
+            self.members.at_mut(vm.slot).working_set_by(&self.books.sampler).follow_below(disk, u64::MAX);
         }
     }
 

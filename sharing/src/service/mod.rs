@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::blocks::admission::Sampler;
+use crate::blocks::admission::{Sample, Sampler};
 use crate::blocks::statistics::CacheStatistics;
 use crate::blocks::working_set::Curve;
 use crate::blocks::{BlockRead, CacheSize, CopyOut, Image, ReadPlan, VmNumber};
@@ -401,15 +401,14 @@ impl BlockClient {
         self.begin(read, &mut copy, |engine, copy| engine.begin_read(self.vm, read, copy))
     }
 
-    /// The same for what is in the sample of a disk of which nothing else goes through the cache; `passed` blocks
-    /// have gone past since the last time.
+    /// The same for what is in the sample of a disk of which nothing else goes through the cache.
     pub fn begin_sampled_read(
         &self,
         read: &BlockRead<'_>,
-        passed: u64,
+        sample: Sample,
         mut copy: impl FnMut(usize, &Page),
     ) -> ReadPlan {
-        self.begin(read, &mut copy, |engine, copy| engine.begin_sampled_read(self.vm, read, passed, copy))
+        self.begin(read, &mut copy, |engine, copy| engine.begin_sampled_read(self.vm, read, sample, copy))
     }
 
     fn begin(
@@ -435,9 +434,9 @@ impl BlockClient {
         })
     }
 
-    /// All reads of a disk go through the cache from now on, and not a sample only.
-    pub fn end_sampling(&self) {
-        self.urgently(|engine| engine.end_sampling(self.vm));
+    /// All reads of one of the VM's disks go through the cache from now on, and not a sample only.
+    pub fn end_sampling(&self, disk: usize) {
+        self.urgently(|engine| engine.end_sampling(self.vm, disk));
     }
 
     /// What chooses the samples of the group's disks.

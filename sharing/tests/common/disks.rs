@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use samepage_sharing::blocks::admission::{Admission, Readers};
 use samepage_sharing::blocks::{BlockRead, FetchRun, Image, Keep, ReadPlan};
 use samepage_sharing::engine::Engine;
 use samepage_sharing::{PAGE_SIZE, content::Page};
@@ -83,7 +84,10 @@ impl Disk {
         let read = BlockRead { keep: self.keep, image: self.image, first, targets: &targets };
         let mut copy = |index: usize, page: &Page| copy_out(vm, targets[index], page);
         let plan = match self.sampled {
-            true => engine.begin_sampled_read(number, &read, 0, &mut copy),
+            true => {
+                let admission = Admission::new(engine.sampler(), Readers::One, 0);
+                engine.begin_sampled_read(number, &read, admission.sample(), &mut copy)
+            }
             false => engine.begin_read(number, &read, &mut copy),
         };
         let mut bytes = Vec::new();

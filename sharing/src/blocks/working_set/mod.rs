@@ -67,6 +67,8 @@ pub struct WorkingSet<S = RandomState> {
     histogram: Histogram,
     /// Misses until now; wraps.
     now: u32,
+    /// Below which hashes of blocks of each disk are told of.
+    limits: Vec<u64>,
     hashes: S,
 }
 
@@ -84,7 +86,7 @@ impl<S: BuildHasher> WorkingSet<S> {
         let window = settings.window.clamp(1, 1 << 29);
         let settings = Settings { window, ..settings };
         let stack = Stack::new(SAMPLES, window * MEMORY);
-        Self { settings, stack, histogram: Histogram::new(window), now: 0, hashes }
+        Self { settings, stack, histogram: Histogram::new(window), now: 0, limits: Vec::new(), hashes }
     }
 
     /// The VM reads a block that it does not hold.
@@ -119,10 +121,15 @@ impl<S: BuildHasher> WorkingSet<S> {
         self.histogram.pass(reads);
     }
 
-    /// Blocks whose hashes are not below this are not told of from now on. A limit that was lower comes up to
-    /// this one.
-    pub fn follow_below(&mut self, limit: u64) {
-        self.stack.limit(limit);
+    /// Blocks of one of the VM's disks whose hashes are not below this are not told of from now on. Where limits
+    /// differ only blocks below the lowest are followed, of all disks: the part that is followed is the same of
+    /// each.
+    pub fn follow_below(&mut self, disk: usize, limit: u64) {
+        if self.limits.len() <= disk {
+            self.limits.resize(disk + 1, u64::MAX);
+        }
+        self.limits[disk] = limit;
+        self.stack.limit(self.limits.iter().copied().min().unwrap_or(u64::MAX));
     }
 
     /// An odd number.
@@ -151,6 +158,9 @@ impl<S: BuildHasher> WorkingSet<S> {
     /// Bytes that the estimator takes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        size_of::<Self>() + self.stack.bytes() + self.histogram.bytes()
+        size_of::<Self>()
+            + self.stack.bytes()
+            + self.histogram.bytes()
+            + self.limits.capacity() * size_of::<u64>()
     }
 }

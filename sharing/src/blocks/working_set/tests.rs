@@ -211,7 +211,7 @@ fn a_sample_of_the_disk_tells_of_all_of_it() {
     let sampler = Sampler::default();
     let settings = Settings { sight: Sight::Evictions, window: LONG };
     let mut estimator = WorkingSet::with_hashes(settings, sampler.clone());
-    estimator.follow_below(SAMPLED);
+    estimator.follow_below(0, SAMPLED);
     let mut passed = 0;
     for turn in 0..5 * blocks {
         if sampler.takes((turn % blocks).into()) {
@@ -231,8 +231,50 @@ fn a_sample_of_the_disk_tells_of_all_of_it() {
     assert!((curve.miss_ratio(300_000) - 0.2).abs() < 0.05, "{}", curve.miss_ratio(300_000));
     assert!((estimator.misses() / f64::from(5 * blocks) - 1.0).abs() < 0.02, "{}", estimator.misses());
     // When all is told again it is followed at once, and counts in time.
-    estimator.follow_below(u64::MAX);
+    estimator.follow_below(0, u64::MAX);
     assert!(estimator.sampling_rate() < 0.01);
+}
+
+#[test]
+fn disks_with_samples_of_different_sizes_are_followed_alike() {
+    use crate::blocks::admission::{SAMPLED, Sampler};
+    // Two loops of which each block is given up half a loop before it is read again, the second on a disk with
+    // a sample of half the size.
+    let (blocks, held) = (400_000_u32, 200_000_u32);
+    let sampler = Sampler::default();
+    let settings = Settings { sight: Sight::Evictions, window: LONG };
+    let mut estimator = WorkingSet::with_hashes(settings, sampler.clone());
+    let key = |disk: usize, block: u32| (disk as u32, block);
+    let limits = [SAMPLED, SAMPLED >> 1];
+    let is_told = |disk: usize, block: u32| {
+        sampler.takes(block.into()) && sampler.hash_one(key(disk, block)) < limits[disk]
+    };
+    let mut passed = [0, 0];
+    for turn in 0..4 * blocks {
+        for disk in 0..2 {
+            let block = turn % blocks;
+            if is_told(disk, block) {
+                estimator.follow_below(disk, limits[disk]);
+                estimator.passed(std::mem::take(&mut passed[disk]));
+                estimator.missed(key(disk, block));
+            } else {
+                passed[disk] += 1;
+            }
+            if turn >= held && is_told(disk, (turn - held) % blocks) {
+                estimator.evicted(key(disk, (turn - held) % blocks));
+            }
+        }
+    }
+    let rate = 1.0 / f64::from(256 << 1);
+    assert!((estimator.sampling_rate() / rate - 1.0).abs() < 0.01, "{}", estimator.sampling_rate());
+    let expected = f64::from(2 * 4 * blocks);
+    assert!((estimator.misses() / expected - 1.0).abs() < 0.02, "{}", estimator.misses());
+    // What was given up since is half of either loop. The sample has a hundred stretches of each.
+    let wanted = estimator.curve().working_set();
+    assert!((250_000..550_000).contains(&wanted), "{wanted}");
+    // Once the thin one is all let in, the other's limit holds.
+    estimator.follow_below(1, u64::MAX);
+    assert!(estimator.sampling_rate() < 1.0 / 255.0);
 }
 
 #[test]

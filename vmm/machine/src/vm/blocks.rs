@@ -34,14 +34,16 @@ pub(super) struct DiskBlocks {
 }
 
 impl DiskBlocks {
+    /// The way of a VM's disk with this number among its disks.
     pub(super) fn new(
         client: BlockClient,
         policy: CachePolicy,
         readers: Readers,
+        disk: usize,
         memory: GuestMemory,
         slots: Vec<MemorySlot>,
     ) -> Self {
-        let admission = Admission::new(client.sampler(), readers);
+        let admission = Admission::new(client.sampler(), readers, disk);
         Self { client, policy: Mutex::new(policy), admission, memory, slots, targets: Mutex::default() }
     }
 
@@ -80,10 +82,10 @@ impl DiskBlocks {
         let blocks = targets.len() as u64;
         let hits = |plan: &blocks::ReadPlan| plan.from_guests + plan.from_host;
         let plan = if sampled {
-            let passed = self.admission.take_passed();
-            let plan = self.client.begin_sampled_read(&wanted, passed, copy);
-            if self.admission.note_sampled(read.first, blocks, hits(&plan), passed, plan.room) {
-                self.client.end_sampling();
+            let sample = self.admission.sample();
+            let plan = self.client.begin_sampled_read(&wanted, sample, copy);
+            if self.admission.note_sampled(read.first, blocks, hits(&plan), sample, plan.room) {
+                self.client.end_sampling(self.admission.disk());
             }
             plan
         } else {

@@ -179,7 +179,8 @@ impl Devices {
             let alone = !disk.read_only && disk.format != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
             let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
-                Arc::new(DiskBlocks::new(blocks.clone(), policy, readers, memory.clone(), slots.to_vec()))
+                let (blocks, number, memory) = (blocks.clone(), attached.len(), memory.clone());
+                Arc::new(DiskBlocks::new(blocks, policy, readers, number, memory, slots.to_vec()))
             });
             let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
