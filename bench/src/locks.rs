@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use samepage_hole::{FrameRange, GuestHeader, Hole, HostHeader, MAX_RANGES, PUBLISHED, bytes_for, flags};
+use samepage_sharing::Slot;
 use samepage_sharing::blocks::{BlockRead, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::changes::ChangeLog;
@@ -114,13 +115,7 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
 }
 
 /// A disk is read into a quarter of a VM's memory, and the same blocks are discarded.
-fn discard(
-    bench: &Bench,
-    engine: &mut Engine,
-    slot: usize,
-    memory: &Memory,
-    now: &mut Instant,
-) -> Result<()> {
+fn discard(bench: &Bench, engine: &mut Engine, slot: Slot, memory: &Memory, now: &mut Instant) -> Result<()> {
     let blocks = memory.pages() / 4;
     let image = Image([1, 2, 3, 4]);
     let vm = engine.vm_number(slot);
@@ -145,7 +140,7 @@ fn discard(
 }
 
 /// A guest says that half of its pages are free, again and again, and then says nothing any more.
-fn claim(bench: &Bench, engine: &mut Engine, slot: usize, pages: u32, now: &mut Instant) -> Result<()> {
+fn claim(bench: &Bench, engine: &mut Engine, slot: Slot, pages: u32, now: &mut Instant) -> Result<()> {
     let words = (0..bytes_for(pages) / 4).map(|_| AtomicU32::new(0)).collect();
     let agent = Arc::new(Agent { words, ranges: [FrameRange { first: 0, count: pages }], frames: pages });
     let mut ranges = [FrameRange::default(); MAX_RANGES];

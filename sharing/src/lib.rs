@@ -35,4 +35,5 @@ pub use engine::{holds, removal, trust};
 pub use inspect::{audit, by_type, map, pairs, statistics};
 pub use memory::ram::{PAGE_SIZE, Ram};
 pub use memory::{calls, content, loss, pagemap, ram, space, store, uffd, wakes};
+pub use numbers::{Digest, Slot};
 pub use policy::{budget, claims, hints};

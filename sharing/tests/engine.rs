@@ -4,9 +4,10 @@ mod common;
 
 use common::followed::{Clock, Vm, following};
 use common::{Guest, audit, engine, losses, no_rest, pass};
+use samepage_sharing::Slot;
 use samepage_sharing::engine::{Engine, Settings};
 
-fn add(engine: &mut Engine, guest: &Guest) -> usize {
+fn add(engine: &mut Engine, guest: &Guest) -> Slot {
     engine.add(guest.ram.clone(), None, losses().1).unwrap()
 }
 

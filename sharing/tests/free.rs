@@ -244,7 +244,8 @@ fn types_that_are_not_to_be_shared_are_not() {
         let vms = [started(&mut engine, &mut clock), started(&mut engine, &mut clock)];
         let mut vms = vms.map(|(vm, mut agent)| {
             (0..2000).for_each(|page| vm.write(page, 60_000 + u64::from(page)));
-            (2000..PAGES).for_each(|page| vm.write(page, 100_000 + u64::from(page) * 2 + vm.slot as u64));
+            (2000..PAGES)
+                .for_each(|page| vm.write(page, 100_000 + u64::from(page) * 2 + vm.slot.index() as u64));
             agent.say(0..500, FILE);
             agent.pass();
             (vm, agent)

@@ -24,7 +24,7 @@ fn start(engine: &mut Engine, pages: u32) -> Vm {
 
 /// A content of its own for each page of each VM.
 fn own(vm: &Vm, page: u32) -> u64 {
-    (vm.slot as u64 + 1) << 32 | u64::from(page)
+    (vm.slot.index() as u64 + 1) << 32 | u64::from(page)
 }
 
 fn alike(page: u32) -> u64 {

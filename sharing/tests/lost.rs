@@ -69,10 +69,11 @@ fn pages_that_the_host_cannot_supply_end_their_vm_alone() {
     ] {
         let mut engine = engine(&Settings { order, ..no_rest(false) });
         let guests = [Guest::new(PAGES), Guest::new(PAGES), Guest::new(PAGES)];
+        let mut slots = Vec::new();
         for (number, guest) in (0..).zip(&guests) {
             (0..PAGES / 2).for_each(|page| guest.write(page, 1 + u64::from(page)));
             (PAGES / 2..PAGES).for_each(|page| guest.write(page, 1000 * (number + 1) + u64::from(page)));
-            engine.add(guest.ram.clone(), None, losses().1).unwrap();
+            slots.push(engine.add(guest.ram.clone(), None, losses().1).unwrap());
         }
         let told: Vec<_> = guests.iter().map(told).collect();
         pass(&mut engine);
@@ -101,7 +102,7 @@ fn pages_that_the_host_cannot_supply_end_their_vm_alone() {
         }
         assert!(engine.statistics().pages_sharing >= u64::from(PAGES), "{:?}", engine.statistics());
         audit(&mut engine);
-        (0..3).for_each(|slot| engine.remove(slot).unwrap());
+        slots.into_iter().for_each(|slot| engine.remove(slot).unwrap());
         assert_eq!((engine.statistics().frames, engine.statistics().store_bytes), (0, 0));
     }
 }

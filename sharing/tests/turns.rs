@@ -8,6 +8,7 @@ use common::agent::{ANON, Agent, FILE};
 use common::disks::Disk;
 use common::followed::{Clock, Vm, following};
 use common::{Guest, audit, engine, losses};
+use samepage_sharing::Slot;
 use samepage_sharing::blocks::{CacheSize, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
 use samepage_sharing::hints::Hint;
@@ -26,7 +27,7 @@ struct World {
     /// Alike when they have come to rest.
     rested: [Vm; 2],
     /// Without logs, and alike.
-    passes: [(Guest, usize); 2],
+    passes: [(Guest, Slot); 2],
     /// Not to share any more.
     unshared: Vm,
     /// Its guest says something new.
@@ -90,7 +91,7 @@ impl World {
         hints.give(Hint::Holds { pages: 500..501, image: 77, block: 1 });
     }
 
-    fn merged(&self, slot: usize) -> u64 {
+    fn merged(&self, slot: Slot) -> u64 {
         self.engine.vm_statistics(slot).unwrap().unwrap().pages_merged
     }
 

@@ -10,6 +10,7 @@ use common::followed::{Clock, Vm, following};
 use common::{
     Fault, Guest, Numbers, audit, engine, faulty_engine, kernels_mappings, losses, no_rest, pass, take_off,
 };
+use samepage_sharing::Slot;
 use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
 use samepage_sharing::engine::{Engine, Mode};
 
@@ -24,7 +25,7 @@ fn fill(guest: &Guest, content: impl Fn(u32) -> u64) {
     (0..guest.ram.pages()).for_each(|page| guest.write(page, content(page)));
 }
 
-fn add(engine: &mut Engine, guest: &Guest) -> usize {
+fn add(engine: &mut Engine, guest: &Guest) -> Slot {
     engine.add(guest.ram.clone(), None, losses().1).unwrap()
 }
 

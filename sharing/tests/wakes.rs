@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::counted::Counted;
 use common::{Guest, losses, no_rest};
+use samepage_sharing::Slot;
 use samepage_sharing::engine::{Engine, Mode};
 use samepage_sharing::space::Space;
 use samepage_sharing::store::FrameStore;
@@ -94,7 +95,7 @@ fn a_writer_that_was_missed_as_its_page_came_to_a_frame_goes_on() {
 }
 
 /// The engine does nothing for such a VM any more.
-fn missed_and_then(what: impl FnOnce(&mut Engine, usize)) {
+fn missed_and_then(what: impl FnOnce(&mut Engine, Slot)) {
     let (guest, store, calls, writer) = missed(8);
     (0..2).for_each(|page| guest.write(page, 5));
     let mut engine = Engine::new(&no_rest(false), store, Box::new(calls)).unwrap();

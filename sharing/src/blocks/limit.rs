@@ -151,10 +151,11 @@ mod tests {
     use crate::memory::calls::Linux;
     use crate::memory::ram::Ram;
     use crate::memory::store::FrameStore;
+    use crate::numbers::Slot;
     use crate::policy::budget::Budget;
 
     /// An engine with a VM that nobody follows, and whose cache holds this many blocks.
-    fn caching(limit: CacheLimit, blocks: u32) -> (Engine, usize) {
+    fn caching(limit: CacheLimit, blocks: u32) -> (Engine, Slot) {
         let store = FrameStore::create(4096).unwrap();
         let calls = Linux::open(Arc::clone(store.file())).unwrap();
         let settings = Settings { longest_pause_ms: 3_600_000, ..Settings::default() };

@@ -186,18 +186,22 @@ mod tests {
         Named { key: key(block), keep: Keep::Exclusive, history: History::NONE }
     }
 
+    fn at(number: u32) -> Frame {
+        Frame::new(number)
+    }
+
     #[test]
     fn a_frame_has_so_many_names_at_most() {
         let mut names = Names::default();
-        assert!((0..MOST_NAMES as u32).all(|block| names.add(9, named(block))));
-        assert!(!names.add(9, named(99)));
+        assert!((0..MOST_NAMES as u32).all(|block| names.add(at(9), named(block))));
+        assert!(!names.add(at(9), named(99)));
         assert_eq!(names.frame(key(99)), None);
-        names.move_frame(9, 4);
-        assert!((0..MOST_NAMES as u32).all(|block| names.frame(key(block)) == Some(4)));
+        names.move_frame(at(9), at(4));
+        assert!((0..MOST_NAMES as u32).all(|block| names.frame(key(block)) == Some(at(4))));
         assert_eq!(names.first_within(1, 3..7), Some(key(3)));
         assert_eq!(names.first_within(1, MOST_NAMES as u32..u32::MAX), None);
         assert_eq!((names.first_within(1, 3..3), names.first_within(2, 0..u32::MAX)), (None, None));
-        assert!(names.remove_frame(4).is_some());
+        assert!(names.remove_frame(at(4)).is_some());
         assert_eq!((names.frames(), names.blocks.len()), (0, 0));
     }
 
@@ -207,6 +211,7 @@ mod tests {
             let mut names = Names::default();
             let mut model: BTreeMap<u32, Frame> = BTreeMap::new();
             for (change, block, frame) in changes {
+                let frame = at(frame);
                 match change {
                     0 | 1 if !model.contains_key(&block) => {
                         prop_assert!(names.add(frame, named(block)));
@@ -231,7 +236,7 @@ mod tests {
                 for block in 0..12 {
                     prop_assert_eq!(names.frame(key(block)), model.get(&block).copied());
                 }
-                for frame in 0..5 {
+                for frame in at(0).run(5) {
                     let head = names.of(frame).map(|named| names.frame(named.key));
                     prop_assert_eq!(head, model.values().any(|&other| other == frame).then_some(Some(frame)));
                 }

@@ -9,7 +9,7 @@ use super::names::BlockKey;
 use super::replace::History;
 use crate::collections::segments::tree_bytes;
 use crate::memory::content::Page;
-use crate::numbers::Place;
+use crate::numbers::GlobalPage;
 
 /// A digest that nobody who lacks the key can find a second content for: keyed BLAKE3, cut to 128 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,9 +56,9 @@ pub(crate) struct Note {
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
     /// Each with the next page that the same block was copied to.
-    pages: BTreeMap<Place, (Note, Option<Place>)>,
+    pages: BTreeMap<GlobalPage, (Note, Option<GlobalPage>)>,
     /// The last page that each block was copied to.
-    holders: BTreeMap<BlockKey, Place>,
+    holders: BTreeMap<BlockKey, GlobalPage>,
 }
 
 impl Notes {
@@ -68,7 +68,7 @@ impl Notes {
 
     /// Notes that a block was copied to a page. Where it was copied to too many pages this one is not
     /// noted.
-    pub(crate) fn insert(&mut self, place: Place, note: Note) {
+    pub(crate) fn insert(&mut self, place: GlobalPage, note: Note) {
         self.remove(place);
         let head = self.holders.get(&note.key).copied();
         if self.chain(head).count() < MOST_PAGES {
@@ -78,18 +78,18 @@ impl Notes {
     }
 
     /// What was copied to a page.
-    pub(crate) fn get(&self, place: Place) -> Option<&Note> {
+    pub(crate) fn get(&self, place: GlobalPage) -> Option<&Note> {
         self.pages.get(&place).map(|(note, _)| note)
     }
 
     /// The page that a block was last copied to.
-    pub(crate) fn holder(&self, key: BlockKey) -> Option<(Place, Note)> {
+    pub(crate) fn holder(&self, key: BlockKey) -> Option<(GlobalPage, Note)> {
         let place = *self.holders.get(&key)?;
         self.get(place).map(|&note| (place, note))
     }
 
     /// The page is about to hold something else, or does.
-    pub(crate) fn remove(&mut self, place: Place) -> Option<Note> {
+    pub(crate) fn remove(&mut self, place: GlobalPage) -> Option<Note> {
         let (note, next) = self.pages.remove(&place)?;
         let head = self.holders.get(&note.key).copied();
         if head == Some(place) {
@@ -107,7 +107,7 @@ impl Notes {
         Some(note)
     }
 
-    fn chain(&self, head: Option<Place>) -> impl Iterator<Item = Place> + '_ {
+    fn chain(&self, head: Option<GlobalPage>) -> impl Iterator<Item = GlobalPage> + '_ {
         std::iter::successors(head, |place| self.pages.get(place).and_then(|&(_, next)| next))
     }
 
@@ -141,6 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::numbers::Number;
 
     fn key(block: u32) -> BlockKey {
         BlockKey { image: 3, block }
@@ -160,10 +161,14 @@ mod tests {
         assert_ne!(one.proof(&zeros), other.proof(&zeros));
     }
 
+    fn at(number: u32) -> GlobalPage {
+        GlobalPage::new(number)
+    }
+
     #[test]
     fn a_block_that_is_copied_all_over_is_noted_for_some_pages_only() {
         let mut notes = Notes::default();
-        (0..1000).for_each(|place| notes.insert(place, note(5)));
+        (0..1000).for_each(|place| notes.insert(at(place), note(5)));
         assert_eq!(notes.len(), MOST_PAGES);
         assert_eq!(notes.first_within(3, 0..9), Some(key(5)));
         assert_eq!((notes.first_within(3, 6..9), notes.first_within(4, 0..9)), (None, None));
@@ -175,16 +180,16 @@ mod tests {
         #[test]
         fn no_note_outlives_its_block(changes in prop::collection::vec((0..5_u8, 0..20_u32, 0..6_u32), 0..200)) {
             let mut notes = Notes::default();
-            let mut model: BTreeMap<Place, u32> = BTreeMap::new();
+            let mut model: BTreeMap<GlobalPage, u32> = BTreeMap::new();
             for (change, place, block) in changes {
                 match change {
                     0 | 1 => {
-                        notes.insert(place, note(block));
-                        model.insert(place, block);
+                        notes.insert(at(place), note(block));
+                        model.insert(at(place), block);
                     }
                     2 => {
-                        let removed = notes.remove(place).map(|note| note.key.block);
-                        prop_assert_eq!(removed, model.remove(&place));
+                        let removed = notes.remove(at(place)).map(|note| note.key.block);
+                        prop_assert_eq!(removed, model.remove(&at(place)));
                     }
                     3 => {
                         let end = block + place % 3;
@@ -195,13 +200,13 @@ mod tests {
                     }
                     _ => {
                         for place in place..place + block {
-                            notes.remove(place);
+                            notes.remove(at(place));
                         }
-                        model.retain(|other, _| !(place..place + block).contains(other));
+                        model.retain(|other, _| !(at(place)..at(place + block)).contains(other));
                     }
                 }
                 for place in 0..20 {
-                    prop_assert_eq!(notes.get(place).map(|note| note.key.block), model.get(&place).copied());
+                    prop_assert_eq!(notes.get(at(place)).map(|note| note.key.block), model.get(&at(place)).copied());
                 }
                 for block in 0..6 {
                     let holder = notes.holder(key(block)).map(|(place, _)| place);

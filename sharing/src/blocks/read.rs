@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use super::books::Image;
 use super::names::Keep;
 use crate::memory::content::Page;
+use crate::numbers::Slot;
 
 /// A run of blocks that a VM reads.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +28,7 @@ pub type CopyOut<'a> = dyn FnMut(usize, &Page) + 'a;
 /// A VM among all that an engine ever had: another in its slot has another number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmNumber {
-    pub(crate) slot: usize,
+    pub(crate) slot: Slot,
     pub(crate) id: u64,
 }
 

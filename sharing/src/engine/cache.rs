@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::engine::holds::Since;
 use crate::memory::content::Page;
 use crate::memory::store::Frame;
+use crate::numbers::Slot;
 
 /// How long memory is kept for reads from disks while none comes.
 const SPARE_FOR: Duration = Duration::from_secs(1);
@@ -51,7 +52,7 @@ impl Engine {
     }
 
     /// Pages that were copied from the disk have become frames: these hold the blocks, where they prove to.
-    pub(crate) fn name_published(&mut self, first: Frame, count: u32, runs: [(usize, u32); 2]) {
+    pub(crate) fn name_published(&mut self, first: Frame, count: u32, runs: [(Slot, u32); 2]) {
         if self.books.notes.is_empty() {
             return;
         }
@@ -265,7 +266,7 @@ impl Engine {
 
     /// What more memory would bring a VM; `None` where it has read nothing through the cache.
     #[must_use]
-    pub fn working_set(&self, slot: usize) -> Option<Curve> {
+    pub fn working_set(&self, slot: Slot) -> Option<Curve> {
         self.members.get(slot)?.working_set.as_ref().map(|working_set| working_set.curve())
     }
 

@@ -12,6 +12,7 @@ use crate::engine::holds::thread_cpu;
 use crate::engine::members::Member;
 use crate::engine::turns::Kind;
 use crate::memory::page_types::Claim;
+use crate::numbers::Slot;
 use crate::policy::claims::{
     ClaimSource, Claims, Heard, Reading, SharedTypes, Sweep, patience, ram_of_block,
 };
@@ -116,7 +117,7 @@ impl Member {
 
 impl Engine {
     /// Has a VM's guest listened to. The bell is to be set when it says that a pass is over.
-    pub fn listen(&mut self, slot: usize, source: Arc<dyn ClaimSource>, bell: Arc<AtomicBool>) {
+    pub fn listen(&mut self, slot: Slot, source: Arc<dyn ClaimSource>, bell: Arc<AtomicBool>) {
         let Some(member) = self.members.get_mut(slot) else { return };
         let pages = member.space.pages();
         let ram: u64 = source.ranges().iter().map(|range| u64::from(range.count)).sum();
@@ -149,7 +150,7 @@ impl Engine {
         self.members.iter().filter_map(|member| member.claims.as_ref()?.due()).min()
     }
 
-    fn begin_reading(&mut self, slot: usize, now: Instant) {
+    fn begin_reading(&mut self, slot: Slot, now: Instant) {
         let member = self.members.at_mut(slot);
         let Some(claims) = &mut member.claims else { return };
         claims.rung.store(false, Ordering::Release);
@@ -174,7 +175,7 @@ impl Engine {
     }
 
     /// Reads the words of the next blocks that changed.
-    fn read_blocks(&mut self, slot: usize, now: Instant) {
+    fn read_blocks(&mut self, slot: Slot, now: Instant) {
         // Time in which this thread had no processor is not the guest's.
         let started = thread_cpu();
         let member = self.members.at_mut(slot);
@@ -235,7 +236,7 @@ impl Engine {
     }
 
     /// Goes over the next pages.
-    fn go_on_sweeping(&mut self, slot: usize, sweep: Sweep, from: u32) {
+    fn go_on_sweeping(&mut self, slot: Slot, sweep: Sweep, from: u32) {
         let member = self.members.at_mut(slot);
         let pages = member.space.pages();
         let end = pages.min(from.saturating_add(STEP_PAGES));
@@ -258,7 +259,7 @@ impl Engine {
     }
 
     /// A guest says nothing any more: what it said holds no longer, page by page.
-    fn forget_claims(&mut self, slot: usize) {
+    fn forget_claims(&mut self, slot: Slot) {
         let member = self.members.at_mut(slot);
         let Some(claims) = &mut member.claims else { return };
         if claims.heard.take().is_none() {

@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::memory::calls::Source;
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
 use crate::memory::store::Frame;
+use crate::numbers::Slot;
 use crate::policy::compaction::{Move, Work};
 
 /// Frames moved in one go.
@@ -60,7 +61,11 @@ impl Engine {
                 self.compaction.due = now + RETRY;
                 self.compaction.places_before = self.store.places();
                 self.compaction.moved = 0;
-                Work::Copying { last: self.store.live() + self.store.live() / 8, slot: 0, page: 0 }
+                Work::Copying {
+                    last: Frame::new(self.store.live() + self.store.live() / 8),
+                    slot: Slot::default(),
+                    page: 0,
+                }
             }
             Work::Copying { last, slot, page } => self.copy_frames(last, slot, page, &clock),
             Work::MovingIdle { last, next } => self.move_idle(last, next, &clock),
@@ -79,7 +84,7 @@ impl Engine {
     }
 
     /// Copies frames to free places, in the order in which guests use them.
-    fn copy_frames(&mut self, last: Frame, slot: usize, mut page: u32, clock: &Clock) -> Work {
+    fn copy_frames(&mut self, last: Frame, slot: Slot, mut page: u32, clock: &Clock) -> Work {
         let enough = self.compaction.moves.len() >= BATCH_FRAMES;
         let Some(next) = self.members.next_from(slot).filter(|_| !enough) else {
             return Work::MovingIdle { last, next: last };
@@ -106,11 +111,11 @@ impl Engine {
                 break;
             }
         }
-        Work::Copying { last, slot: next + 1, page: 0 }
+        Work::Copying { last, slot: next.next(), page: 0 }
     }
 
     /// The next pages on consecutive frames that are to be moved, between two pages: the first, and how many.
-    fn next_run(&self, slot: usize, from: u32, end: u32, last: Frame) -> Option<(u32, u32)> {
+    fn next_run(&self, slot: Slot, from: u32, end: u32, last: Frame) -> Option<(u32, u32)> {
         let backing = self.members.at(slot).space.backing();
         let frame = |page: u32| backing.refers(page).filter(|_| backing.attached(page));
         let moves = |frame: Frame| frame >= last && !self.compaction.moves.contains_key(&frame);
@@ -124,7 +129,7 @@ impl Engine {
 
     /// Copies the frames of a run to free places before `last`. Returns how many; `None` where there are no
     /// places left, or no memory.
-    fn copy_run(&mut self, slot: usize, page: u32, count: u32, last: Frame) -> Option<u32> {
+    fn copy_run(&mut self, slot: Slot, page: u32, count: u32, last: Frame) -> Option<u32> {
         let old = self.members.at(slot).space.refers(page)?;
         let hold = self.store.allocate_before(last, count)?;
         let count = hold.count();
@@ -134,7 +139,7 @@ impl Engine {
             return None;
         }
         self.store.fill(&hold);
-        for (old, new) in (old..).zip(hold.each()) {
+        for (old, new) in old.run(count).zip(hold.each()) {
             let Some(old) = self.store.hold(old) else {
                 self.release_hold(new);
                 continue;
@@ -163,9 +168,9 @@ impl Engine {
 
     /// Moves frames that no page is on, and nobody fills, to free places before `last`, as far as there are any.
     fn move_idle(&mut self, last: Frame, next: Frame, clock: &Clock) -> Work {
-        let end = self.store.places();
+        let left = self.store.places().saturating_sub(next.number());
         let mut looked = 0;
-        for old in next..end {
+        for old in next.run(left) {
             looked += 1;
             if looked % GLANCE == 0 && clock.over() {
                 return Work::MovingIdle { last, next: old };
@@ -185,11 +190,11 @@ impl Engine {
             self.replace_in_books(old, new.first());
             self.release_hold(new);
         }
-        Work::Changing { slot: 0, page: 0 }
+        Work::Changing { slot: Slot::default(), page: 0 }
     }
 
     /// Maps the copies over pages on frames under way.
-    fn change_pages(&mut self, slot: usize, mut page: u32, clock: &Clock) -> Work {
+    fn change_pages(&mut self, slot: Slot, mut page: u32, clock: &Clock) -> Work {
         let Some(next) = self.members.next_from(slot).filter(|_| !self.compaction.moves.is_empty()) else {
             return Work::Ending;
         };
@@ -212,12 +217,12 @@ impl Engine {
             page = first + self.change_run(next, first, new, count);
         }
         self.publish_mappings();
-        Work::Changing { slot: next + 1, page: 0 }
+        Work::Changing { slot: next.next(), page: 0 }
     }
 
     /// The next pages between two whose frames are under way to consecutive places: the first, its new frame,
     /// and how many.
-    fn next_to_change(&self, slot: usize, from: u32, end: u32) -> Option<(u32, Frame, u32)> {
+    fn next_to_change(&self, slot: Slot, from: u32, end: u32) -> Option<(u32, Frame, u32)> {
         let backing = self.members.at(slot).space.backing();
         let target = |page: u32| {
             let old = backing.refers(page).filter(|_| backing.attached(page))?;
@@ -232,7 +237,7 @@ impl Engine {
     }
 
     /// Returns how many pages are dealt with: at least one.
-    fn change_run(&mut self, slot: usize, first: u32, new: Frame, count: u32) -> u32 {
+    fn change_run(&mut self, slot: Slot, first: u32, new: Frame, count: u32) -> u32 {
         let Self { members, store, calls, stable, counters, share, .. } = self;
         let member = members.at_mut(slot);
         let added = member.space.mappings_added(first, count, Source::Frames(new));

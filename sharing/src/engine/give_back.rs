@@ -23,6 +23,7 @@ use crate::engine::turns::Kind;
 use crate::memory::calls::Source;
 use crate::memory::content;
 use crate::memory::space::WINDOW_PAGES;
+use crate::numbers::Slot;
 use crate::policy::give_back::Work;
 
 /// Pages that are worth asking for.
@@ -42,7 +43,7 @@ const ROOM: i64 = 64;
 
 impl Engine {
     /// A pass was read that answers this request.
-    pub(crate) fn pass_was_read(&mut self, slot: usize, answered: u32) {
+    pub(crate) fn pass_was_read(&mut self, slot: Slot, answered: u32) {
         let member = self.members.at_mut(slot);
         let keeps = member.mode != Mode::Full;
         let Some(claims) = &mut member.claims else { return };
@@ -83,7 +84,7 @@ impl Engine {
     }
 
     /// Puts the next free pages on frames.
-    fn lend_next(&mut self, slot: usize, from: u32) -> Work {
+    fn lend_next(&mut self, slot: Slot, from: u32) -> Work {
         let member = self.members.at(slot);
         let Some(claims) = &member.claims else { return Work::None };
         let pages = member.space.pages();
@@ -110,7 +111,7 @@ impl Engine {
     }
 
     /// Puts free pages on frames. Returns where it is to go on, once the step has taken its time.
-    fn lend(&mut self, slot: usize, pages: Range<u32>) -> Option<u32> {
+    fn lend(&mut self, slot: Slot, pages: Range<u32>) -> Option<u32> {
         let member = self.members.at_mut(slot);
         for page in pages.clone().filter(|&page| member.space.attached(page)).collect::<Vec<_>>() {
             if let Some(census) = member.space.census_mut() {
@@ -147,7 +148,7 @@ impl Engine {
     }
 
     /// Runs of pages that have memory of their own, with the books brought up to date.
-    fn private_runs(&mut self, slot: usize, pages: Range<u32>) -> Vec<Range<u32>> {
+    fn private_runs(&mut self, slot: Slot, pages: Range<u32>) -> Vec<Range<u32>> {
         self.learn_huge(slot, pages.clone());
         let mut runs = Vec::new();
         if self.members.at(slot).space.private(pages, &self.pagemap, &mut runs).is_err() {
@@ -163,7 +164,7 @@ impl Engine {
     }
 
     /// Puts a run of free pages on frames of their own.
-    fn lend_run(&mut self, slot: usize, first: u32, count: u32) {
+    fn lend_run(&mut self, slot: Slot, first: u32, count: u32) {
         if count < SHORTEST_RUN {
             return;
         }
@@ -203,7 +204,7 @@ impl Engine {
     }
 
     /// Gives the next pages back of those that were put on frames.
-    fn take_next(&mut self, slot: usize, from: u32) -> Work {
+    fn take_next(&mut self, slot: Slot, from: u32) -> Work {
         let member = self.members.at(slot);
         let Some(census) = member.space.backing().census() else { return Work::None };
         let end = member.space.pages().min(from.saturating_add(STEP_PAGES));
@@ -232,7 +233,7 @@ impl Engine {
 
     /// Gives pages back, but for those that have been written. Returns where it is to go on, once the step has
     /// taken its time.
-    fn take(&mut self, slot: usize, pages: Range<u32>) -> Option<u32> {
+    fn take(&mut self, slot: Slot, pages: Range<u32>) -> Option<u32> {
         let mut page = pages.start;
         let (mut left, mut dead) = (Vec::new(), Vec::new());
         while page < pages.end && !self.members.at(slot).space.lost() {

@@ -9,6 +9,7 @@ use crate::engine::Engine;
 use crate::engine::members::{Member, Mode};
 use crate::engine::turns::Kind;
 use crate::memory::content;
+use crate::numbers::{GlobalPage, Slot};
 use crate::policy::hints::Hint;
 
 /// Hints that one step takes up.
@@ -39,7 +40,7 @@ impl Engine {
     }
 
     /// Takes up what a hint says of so many pages at most. Returns how many they were.
-    fn take_hint(&mut self, slot: usize, hint: Hint, most: u32) -> u32 {
+    fn take_hint(&mut self, slot: Slot, hint: Hint, most: u32) -> u32 {
         let pages = hint.pages();
         let member = self.members.at(slot);
         // Page numbers come from a device, which has them from a guest.
@@ -73,7 +74,7 @@ impl Engine {
         }
     }
 
-    fn try_blocks(&mut self, slot: usize, pages: Range<u32>, image: u32, block: u64) {
+    fn try_blocks(&mut self, slot: Slot, pages: Range<u32>, image: u32, block: u64) {
         if !self.own(slot, pages.clone()) {
             return;
         }
@@ -94,7 +95,7 @@ impl Engine {
     }
 
     /// Brings the books of pages up to date. Returns whether that was possible.
-    fn own(&mut self, slot: usize, pages: Range<u32>) -> bool {
+    fn own(&mut self, slot: Slot, pages: Range<u32>) -> bool {
         self.learn_huge(slot, pages.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
@@ -110,7 +111,7 @@ impl Engine {
 
     /// Merges a page with the one at `place`, if they are alike, and their neighbours. Returns how
     /// many pages from it on are dealt with.
-    fn merge_with(&mut self, slot: usize, page: u32, end: u32, place: u32) -> u32 {
+    fn merge_with(&mut self, slot: Slot, page: u32, end: u32, place: GlobalPage) -> u32 {
         let (twin_slot, twin) = self.members.locate(place);
         let shares = |other: &&Member| other.mode == Mode::Full && !other.space.lost();
         let Some(other) = self.members.get(twin_slot).filter(shares) else { return 1 };

@@ -6,6 +6,7 @@ use crate::engine::Engine;
 use crate::engine::members::{Flags, Mode};
 use crate::engine::turns::Kind;
 use crate::memory::ram::HUGE_PAGES;
+use crate::numbers::{Digest, Slot};
 use crate::policy::huge::{HugeRanges, RETRY};
 
 /// Huge pages split in one step: about a millisecond of work.
@@ -13,7 +14,7 @@ const STEP_SPLITS: usize = 4;
 
 impl Engine {
     /// Looks at a page of a huge page, which is in the scratch page: whether it could be shared.
-    pub(crate) fn take_census(&mut self, slot: usize, page: u32) {
+    pub(crate) fn take_census(&mut self, slot: Slot, page: u32) {
         let digest = self.digester.digest(&self.scratch);
         self.counters.digests += 1;
         let member = self.members.at_mut(slot);
@@ -33,7 +34,7 @@ impl Engine {
         }
         // With a log, a page that is looked at is at rest.
         member.set_volatile(page, changed && member.follower.is_none());
-        member.space.set_note(page, digest);
+        member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
         if self.scratch.iter().all(|&byte| byte == 0) {
             member.set_alike(page);
@@ -58,7 +59,7 @@ impl Engine {
     }
 
     /// Whether a page of a huge page is like the one in the scratch page. It is noted as alike.
-    pub(crate) fn whole_twin(&mut self, slot: usize, page: u32, digest: u32) -> bool {
+    pub(crate) fn whole_twin(&mut self, slot: Slot, page: u32, digest: Digest) -> bool {
         let wanted = crate::index::Wanted { page: &self.scratch, digest };
         let itself = self.members.at(slot).place(page);
         let found = self
@@ -73,14 +74,14 @@ impl Engine {
     }
 
     /// Enters a page of a huge page into their index. Of equal pages some represent all.
-    fn enter_whole(&mut self, slot: usize, page: u32) {
+    fn enter_whole(&mut self, slot: Slot, page: u32) {
         if self.whole.insert(self.members.at(slot).place(page), &self.members) {
             self.members.at_mut(slot).set_unique(page);
         }
     }
 
     /// Asks the kernel which huge pages back some pages and those around them.
-    pub(crate) fn learn_huge(&mut self, slot: usize, pages: Range<u32>) {
+    pub(crate) fn learn_huge(&mut self, slot: Slot, pages: Range<u32>) {
         let member = self.members.at(slot);
         let Some(huge) = member.huge.as_ref().filter(|_| self.pagemap.tells_huge()) else { return };
         let pages = huge.around(pages);
@@ -105,7 +106,7 @@ impl Engine {
     }
 
     /// The range from page `first` on has become whole, or is whole no longer.
-    fn set_whole(&mut self, slot: usize, first: u32, whole: bool) {
+    fn set_whole(&mut self, slot: Slot, first: u32, whole: bool) {
         let range = first..first + HUGE_PAGES;
         // The index that a page is in follows from whether its range is whole.
         let known: Vec<_> = range
@@ -140,7 +141,7 @@ impl Engine {
     }
 
     /// An interval of a VM, or a full pass over it, has ended.
-    pub(crate) fn end_interval_of_huge(&mut self, slot: usize) {
+    pub(crate) fn end_interval_of_huge(&mut self, slot: Slot) {
         if let Some(huge) = &mut self.members.at_mut(slot).huge {
             huge.grow_older();
         }
@@ -168,7 +169,7 @@ impl Engine {
         splits > 0
     }
 
-    fn split(&mut self, slot: usize, first: u32) {
+    fn split(&mut self, slot: Slot, first: u32) {
         let Self { members, calls, pagemap, counters, .. } = self;
         let member = members.at_mut(slot);
         let Some(huge) = &mut member.huge else { return };

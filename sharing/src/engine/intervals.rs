@@ -17,6 +17,7 @@ use crate::collections::sets::PageSet;
 use crate::engine::Engine;
 use crate::engine::members::Member;
 use crate::engine::turns::Kind;
+use crate::numbers::Slot;
 
 /// After how many intervals pages that could not be merged for want of mappings, or because a call
 /// was refused, are tried again, and those are looked at that are unlikely to be shared.
@@ -36,7 +37,7 @@ static EPOCH: OnceLock<Instant> = OnceLock::new();
 /// An interval that is being ended.
 #[derive(Clone, Copy, Debug)]
 struct Ending {
-    slot: usize,
+    slot: Slot,
     /// The number of the VM in the slot.
     id: u64,
     /// Pages that wait for another try have one.
@@ -132,7 +133,7 @@ impl Engine {
     }
 
     /// Whether there are pages for which the VM's interval has not ended yet.
-    fn tracks_end(&self, slot: usize) -> bool {
+    fn tracks_end(&self, slot: Slot) -> bool {
         let follower = self.members.get(slot).and_then(|member| member.follower.as_ref());
         follower.is_some_and(|follower| follower.tracker.ending())
     }
@@ -179,7 +180,7 @@ impl Engine {
 
     /// Checks the next pages, whatever the log said of them. Returns from which page on there are more, and the
     /// effort that it took.
-    fn sweep(&mut self, slot: usize, from: u32) -> (Option<u32>, u32) {
+    fn sweep(&mut self, slot: Slot, from: u32) -> (Option<u32>, u32) {
         let pages = self.members.at(slot).space.pages();
         let part: Range<u32> = from..pages.min(from.saturating_add(SWEEP_PAGES));
         let next = (part.end < pages).then_some(part.end);
@@ -190,7 +191,7 @@ impl Engine {
     }
 
     /// The interval of a VM has ended for all of its pages.
-    fn interval_ended(&mut self, slot: usize, now: Instant) {
+    fn interval_ended(&mut self, slot: Slot, now: Instant) {
         // Where that took long the next one is as long as any.
         let due = self.end_of_interval(now);
         if let Some(follower) = &mut self.members.at_mut(slot).follower {

@@ -4,6 +4,7 @@
 
 use crate::engine::Engine;
 use crate::memory::loss;
+use crate::numbers::Slot;
 
 /// Pages that one step takes out.
 const STEP_PAGES: u32 = 8192;
@@ -16,7 +17,7 @@ impl Engine {
         if losses == self.losses_seen {
             return false;
         }
-        let lost = |&slot: &usize| {
+        let lost = |&slot: &Slot| {
             let member = self.members.at(slot);
             member.space.lost() && member.retired < member.space.pages()
         };

@@ -16,7 +16,7 @@ use crate::changes::follower::Follower;
 use crate::engine::modes::Unshare;
 use crate::index::Contents;
 use crate::memory::space::{LostHandler, Space, SpaceError};
-use crate::numbers::Place;
+use crate::numbers::{Digest, GlobalPage, Slot};
 use crate::policy::claims::{Claims, SharedTypes};
 use crate::policy::hints::Hints;
 use crate::policy::huge::HugeRanges;
@@ -98,21 +98,21 @@ pub(crate) struct Member {
     pub(crate) retired: u32,
     /// Its number among all that the engine ever had: another VM in its slot has another.
     pub(crate) id: u64,
-    base: Place,
+    base: GlobalPage,
     on_lost: LostHandler,
 }
 
 impl Member {
-    pub(crate) fn place(&self, page: u32) -> Place {
-        self.base + page
+    pub(crate) fn place(&self, page: u32) -> GlobalPage {
+        self.base.offset(page)
     }
 
     /// The digest of the last look at a page that is not attached, where there was one since it was.
-    pub(crate) fn digest(&self, page: u32) -> u32 {
-        self.space.backing().note(page)
+    pub(crate) fn digest(&self, page: u32) -> Digest {
+        Digest::new(self.space.backing().note(page))
     }
 
-    pub(crate) fn known_digest(&self, page: u32) -> Option<u32> {
+    pub(crate) fn known_digest(&self, page: u32) -> Option<Digest> {
         self.flags[page as usize].contains(Flags::DIGESTED).then(|| self.digest(page))
     }
 
@@ -275,7 +275,7 @@ impl fmt::Debug for Member {
 pub(crate) struct Members {
     slots: Vec<Option<Member>>,
     /// First place of each member to its slot.
-    places: BTreeMap<Place, usize>,
+    places: BTreeMap<GlobalPage, Slot>,
     /// Members that there ever were.
     ids: u64,
     /// Which pages are shared.
@@ -295,18 +295,19 @@ impl Members {
         huge: Option<HugeRanges>,
         mode: Mode,
         on_lost: LostHandler,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Slot> {
         let pages = space.pages();
         let base = self.free_places(pages).ok_or_else(|| {
             io::Error::other("all VMs together have more than 16 TiB of memory: too much for one engine")
         })?;
-        let slot = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+        let free = self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1
         });
+        let slot = Slot::new(free);
         self.places.insert(base, slot);
         self.ids += 1;
-        self.slots[slot] = Some(Member {
+        self.slots[free] = Some(Member {
             flags: vec![Flags::default(); pages as usize],
             counts: Counts::default(),
             follower: log.map(|log| Follower::new(log, pages)),
@@ -327,10 +328,10 @@ impl Members {
     }
 
     /// The first gap of `pages` places.
-    fn free_places(&self, pages: u32) -> Option<Place> {
-        let mut start: Place = 0;
+    fn free_places(&self, pages: u32) -> Option<GlobalPage> {
+        let mut start = GlobalPage::default();
         for (&base, &slot) in &self.places {
-            if base - start >= pages {
+            if base.behind(start) >= pages {
                 break;
             }
             start = base.checked_add(self.at(slot).space.pages())?;
@@ -339,16 +340,16 @@ impl Members {
     }
 
     /// Lets a member's memory go, whatever the books say of it.
-    pub(crate) fn forget(&mut self, slot: usize) {
-        if let Some(member) = self.slots.get_mut(slot).and_then(Option::take) {
+    pub(crate) fn forget(&mut self, slot: Slot) {
+        if let Some(member) = self.slots.get_mut(slot.index()).and_then(Option::take) {
             self.places.retain(|_, other| *other != slot);
             drop(member);
         }
     }
 
     /// Takes a member out, to be dropped by the caller: that takes time in proportion to its memory.
-    pub(crate) fn remove(&mut self, slot: usize) -> Option<Member> {
-        let removed = self.slots[slot].take();
+    pub(crate) fn remove(&mut self, slot: Slot) -> Option<Member> {
+        let removed = self.slots[slot.index()].take();
         if let Some(member) = &removed {
             self.places.remove(&member.base);
         }
@@ -359,46 +360,50 @@ impl Members {
     }
 
     /// The slots with members, in order.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = usize> + '_ {
-        self.slots.iter().enumerate().filter(|(_, member)| member.is_some()).map(|(slot, _)| slot)
+    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(_, member)| member.is_some())
+            .map(|(index, _)| Slot::new(index))
     }
 
     /// The slots with members, those behind a slot first and this one last.
-    pub(crate) fn slots_after(&self, slot: usize) -> impl Iterator<Item = usize> + '_ {
+    pub(crate) fn slots_after(&self, slot: Slot) -> impl Iterator<Item = Slot> + '_ {
         self.slots()
             .filter(move |&other| other > slot)
             .chain(self.slots().filter(move |&other| other <= slot))
     }
 
     /// The first slot with a member, from `slot` on.
-    pub(crate) fn next_from(&self, slot: usize) -> Option<usize> {
-        (slot..self.slots.len()).find(|&slot| self.slots[slot].is_some())
+    pub(crate) fn next_from(&self, slot: Slot) -> Option<Slot> {
+        (slot.index()..self.slots.len()).find(|&index| self.slots[index].is_some()).map(Slot::new)
     }
 
-    pub(crate) fn get(&self, slot: usize) -> Option<&Member> {
-        self.slots.get(slot)?.as_ref()
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Member> {
+        self.slots.get(slot.index())?.as_ref()
     }
 
-    pub(crate) fn get_mut(&mut self, slot: usize) -> Option<&mut Member> {
-        self.slots.get_mut(slot)?.as_mut()
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut Member> {
+        self.slots.get_mut(slot.index())?.as_mut()
     }
 
     /// The member of a slot that is known to have one.
-    pub(crate) fn at(&self, slot: usize) -> &Member {
+    pub(crate) fn at(&self, slot: Slot) -> &Member {
         self.get(slot).expect("a slot in use")
     }
 
-    pub(crate) fn at_mut(&mut self, slot: usize) -> &mut Member {
+    pub(crate) fn at_mut(&mut self, slot: Slot) -> &mut Member {
         self.get_mut(slot).expect("a slot in use")
     }
 
     /// The slot and page of a place.
-    pub(crate) fn locate(&self, place: Place) -> (usize, u32) {
+    pub(crate) fn locate(&self, place: GlobalPage) -> (Slot, u32) {
         let (&base, &slot) = self.places.range(..=place).next_back().expect("a place in use");
-        (slot, place - base)
+        (slot, place.behind(base))
     }
 
-    pub(crate) fn digest(&self, place: Place) -> u32 {
+    pub(crate) fn digest(&self, place: GlobalPage) -> Digest {
         let (slot, page) = self.locate(place);
         self.at(slot).digest(page)
     }
@@ -422,21 +427,23 @@ impl Members {
 }
 
 impl Contents for Members {
-    fn at(&self, entry: Place) -> *const u8 {
+    type Entry = GlobalPage;
+
+    fn at(&self, entry: GlobalPage) -> *const u8 {
         let (slot, page) = self.locate(entry);
         Members::at(self, slot).space.page(page)
     }
 
-    fn digest(&self, entry: Place) -> u32 {
+    fn digest(&self, entry: GlobalPage) -> Digest {
         Members::digest(self, entry)
     }
 
-    fn readable(&self, entry: Place) -> bool {
+    fn readable(&self, entry: GlobalPage) -> bool {
         let (slot, _) = self.locate(entry);
         !Members::at(self, slot).space.lost()
     }
 
-    fn shares(&self, entry: Place) -> bool {
+    fn shares(&self, entry: GlobalPage) -> bool {
         let (slot, _) = self.locate(entry);
         Members::at(self, slot).mode == Mode::Full
     }

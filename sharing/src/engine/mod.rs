@@ -48,6 +48,7 @@ use crate::memory::pagemap::Pagemap;
 use crate::memory::ram::{PAGE_SIZE, Ram};
 use crate::memory::space::{LostHandler, Space};
 use crate::memory::store::FrameStore;
+use crate::numbers::{Digest, Slot};
 use crate::policy::budget::{Budget, Share};
 use crate::policy::claims::SharedTypes;
 use crate::policy::compaction::Compaction;
@@ -193,7 +194,7 @@ pub struct Engine {
     pub(crate) counters: Counters,
     pub(crate) pass: Pass,
     /// The slot and page where looking at pages at rest goes on.
-    pub(crate) rested_cursor: (usize, u32),
+    pub(crate) rested_cursor: (Slot, u32),
     pub(crate) looked_at_rested: bool,
     pub(crate) turns: Turns,
     /// When the step that is under way is to end.
@@ -213,7 +214,7 @@ pub struct Engine {
     // Reused from step to step.
     pub(crate) scratch: Box<Page>,
     pub(crate) runs: Vec<std::ops::Range<u32>>,
-    pub(crate) digests: Vec<u32>,
+    pub(crate) digests: Vec<Digest>,
     pub(crate) ends: Ends,
     /// The effort of a step that ends intervals, in the unit of [`rest`](crate::changes::rest).
     pub(crate) interval_effort: u32,
@@ -272,7 +273,7 @@ impl Engine {
             compaction: Compaction::new(settings.few_holes, settings.compaction_windows),
             counters: Counters::default(),
             pass: Pass::new(),
-            rested_cursor: (0, 0),
+            rested_cursor: (Slot::default(), 0),
             looked_at_rested: false,
             turns: Turns::default(),
             step_ends: Instant::now(),
@@ -302,7 +303,7 @@ impl Engine {
         ram: Arc<Ram>,
         log: Option<Box<dyn ChangeLog>>,
         on_lost: LostHandler,
-    ) -> io::Result<usize> {
+    ) -> io::Result<Slot> {
         let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
         let space = Space::new(ram, &*self.calls)?;
         self.membership_changed = true;
@@ -317,7 +318,7 @@ impl Engine {
 
     /// Where hints about a VM's pages go; `None` for a slot without a VM.
     #[must_use]
-    pub fn hints(&self, slot: usize) -> Option<Arc<Hints>> {
+    pub fn hints(&self, slot: Slot) -> Option<Arc<Hints>> {
         self.members.get(slot).map(|member| Arc::clone(&member.hints))
     }
 
@@ -390,7 +391,7 @@ impl Engine {
     }
 
     /// The next VM in turn, after the one that this kind of work was last done for, that has such work.
-    pub(crate) fn next_with_work(&mut self, kind: Kind, work: impl Fn(&Member) -> bool) -> Option<usize> {
+    pub(crate) fn next_with_work(&mut self, kind: Kind, work: impl Fn(&Member) -> bool) -> Option<Slot> {
         let slot =
             self.members.slots_after(self.turns.slot(kind)).find(|&slot| work(self.members.at(slot)))?;
         self.turns.set_slot(kind, slot);
@@ -445,7 +446,7 @@ impl Engine {
     }
 
     /// The digest of a page under this engine's key.
-    pub(crate) fn digest_of(&self, page: &Page) -> u32 {
+    pub(crate) fn digest_of(&self, page: &Page) -> Digest {
         self.digester.digest(page)
     }
 

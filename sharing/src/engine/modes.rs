@@ -12,6 +12,7 @@ use crate::engine::holds::Since;
 use crate::engine::members::{Member, Mode};
 use crate::engine::turns::Kind;
 use crate::engine::undo::BATCH_PAGES;
+use crate::numbers::Slot;
 
 /// Pages that one step takes out of indexes at most: some hundred microseconds.
 const STEP_PAGES: u32 = 2048;
@@ -32,13 +33,13 @@ pub(crate) struct Unshare {
 impl Engine {
     /// Says what of a VM's memory is shared from now on. When this returns nothing more of the VM is merged that
     /// is not to be. Pages that are shared, and are not to be any more, are taken off their frames step by step.
-    pub fn set_mode(&mut self, slot: usize, mode: Mode) {
+    pub fn set_mode(&mut self, slot: Slot, mode: Mode) {
         let since = Since::now();
         self.change_mode(slot, mode);
         self.holds.note("change of mode", since);
     }
 
-    fn change_mode(&mut self, slot: usize, mode: Mode) {
+    fn change_mode(&mut self, slot: Slot, mode: Mode) {
         let changes = |member: &&mut Member| member.mode != mode && !member.space.lost();
         let Some(member) = self.members.get_mut(slot).filter(changes) else { return };
         let (before, pages) = (member.mode, member.space.pages());
@@ -65,7 +66,7 @@ impl Engine {
 
     /// What of a VM's memory is shared; `None` for a slot without a VM.
     #[must_use]
-    pub fn mode(&self, slot: usize) -> Option<Mode> {
+    pub fn mode(&self, slot: Slot) -> Option<Mode> {
         self.members.get(slot).map(|member| member.mode)
     }
 
@@ -102,7 +103,7 @@ impl Engine {
     }
 
     /// What was known of a page for the sake of sharing does not count in the mode that the VM has now.
-    fn forget_mode_of(&mut self, slot: usize, page: u32) {
+    fn forget_mode_of(&mut self, slot: Slot, page: u32) {
         self.forget_page(slot, page);
         let member = self.members.at_mut(slot);
         // A page of zeros still counts.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::engine::Engine;
+use crate::numbers::Slot;
 
 /// Pages that one step goes over: about a millisecond of work.
 pub(crate) const CHUNK_PAGES: u32 = 1024;
@@ -13,7 +14,7 @@ pub(crate) const CHUNK_PAGES: u32 = 1024;
 #[derive(Debug)]
 pub(crate) struct Pass {
     /// The slot and page where the next step starts.
-    cursor: (usize, u32),
+    cursor: (Slot, u32),
     events_before: u64,
     /// When the next pass may begin.
     pub(crate) due: Instant,
@@ -23,7 +24,7 @@ pub(crate) struct Pass {
 
 impl Pass {
     pub(crate) fn new() -> Self {
-        Self { cursor: (0, 0), events_before: 0, due: Instant::now(), pause_ms: 0 }
+        Self { cursor: (Slot::default(), 0), events_before: 0, due: Instant::now(), pause_ms: 0 }
     }
 }
 
@@ -42,18 +43,18 @@ impl Engine {
         let pages = member.space.pages();
         let end = pages.min(start.saturating_add(CHUNK_PAGES));
         if member.follower.is_some() || !member.active() || start >= end {
-            self.pass.cursor = (next + 1, 0);
+            self.pass.cursor = (next.next(), 0);
             return None;
         }
         let end = self.go_over(next, start..end);
-        self.pass.cursor = if end == pages { (next + 1, 0) } else { (next, end) };
+        self.pass.cursor = if end == pages { (next.next(), 0) } else { (next, end) };
         self.store.reclaim(&*self.calls);
         self.calls.wake_latecomers();
         None
     }
 
     fn end_pass(&mut self) -> u64 {
-        self.pass.cursor = (0, 0);
+        self.pass.cursor = (Slot::default(), 0);
         self.counters.full_scans += 1;
         let events = self.counters.events() - self.pass.events_before;
         self.pass.events_before = self.counters.events();
@@ -66,7 +67,7 @@ impl Engine {
     }
 
     /// Returns up to which page there was time.
-    fn go_over(&mut self, slot: usize, chunk: Range<u32>) -> u32 {
+    fn go_over(&mut self, slot: Slot, chunk: Range<u32>) -> u32 {
         let mut done = chunk.end;
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
@@ -93,7 +94,7 @@ impl Engine {
     }
 
     /// Private pages have left their frames, and are zero pages no longer.
-    pub(crate) fn release(&mut self, slot: usize, run: Range<u32>) {
+    pub(crate) fn release(&mut self, slot: Slot, run: Range<u32>) {
         let Self { members, store, stable, counters, books, .. } = self;
         let member = members.at_mut(slot);
         for page in run {

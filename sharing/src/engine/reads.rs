@@ -23,7 +23,7 @@ use crate::memory::calls::Source;
 use crate::memory::content::{self, Page};
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
 use crate::memory::store::{Frame, Hold};
-use crate::numbers::Place;
+use crate::numbers::{GlobalPage, Slot};
 use crate::policy::pressure::value;
 
 /// Blocks that are fetched as one.
@@ -43,7 +43,7 @@ struct Delivery {
 impl Engine {
     /// What reads for the VM in a slot are begun with.
     #[must_use]
-    pub fn vm_number(&self, slot: usize) -> VmNumber {
+    pub fn vm_number(&self, slot: Slot) -> VmNumber {
         VmNumber { slot, id: self.members.get(slot).map_or(0, |member| member.id) }
     }
 
@@ -261,12 +261,12 @@ impl Engine {
     }
 
     /// A page does not hold what was copied to it.
-    fn refute(&mut self, place: Place) {
+    fn refute(&mut self, place: GlobalPage) {
         self.books.counters.refuted += 1;
         self.give_up(place);
     }
 
-    fn give_up(&mut self, place: Place) {
+    fn give_up(&mut self, place: GlobalPage) {
         let (slot, _) = self.members.locate(place);
         if let Some(note) = self.books.notes.remove(place) {
             self.members.at_mut(slot).gave_up(note.key);
@@ -274,7 +274,7 @@ impl Engine {
     }
 
     /// Guest pages are about to hold other blocks: what they hold provably now becomes cached.
-    fn demote_replaced(&mut self, slot: usize, targets: &[Option<u32>], first: BlockKey) {
+    fn demote_replaced(&mut self, slot: Slot, targets: &[Option<u32>], first: BlockKey) {
         for (index, &target) in (0..).zip(targets) {
             let Some(page) = target else { continue };
             let place = self.members.at(slot).place(page);
@@ -338,7 +338,7 @@ impl Engine {
     }
 
     /// Maps frames over pages in runs where that is worth it, and copies the others.
-    fn deliver(&mut self, slot: usize, keep: Keep, deliveries: &[Delivery], copy: &mut CopyOut<'_>) {
+    fn deliver(&mut self, slot: Slot, keep: Keep, deliveries: &[Delivery], copy: &mut CopyOut<'_>) {
         let joined = |one: &Delivery, next: &Delivery| {
             let pages = one.target.zip(next.target).is_some_and(|(one, next)| next == one + 1);
             pages && next.frame == one.frame + 1
@@ -358,7 +358,7 @@ impl Engine {
         }
     }
 
-    fn deliver_copy(&mut self, slot: usize, keep: Keep, delivery: &Delivery, copy: &mut CopyOut<'_>) {
+    fn deliver_copy(&mut self, slot: Slot, keep: Keep, delivery: &Delivery, copy: &mut CopyOut<'_>) {
         let Delivery { index, key, frame, target, history } = *delivery;
         self.books.counters.delivered_copied += 1;
         // SAFETY: the frame is live, and its content no longer changes.
@@ -373,7 +373,7 @@ impl Engine {
     }
 
     /// The host has written to a page: what the books say of it is no longer so.
-    fn copied(&mut self, slot: usize, target: Option<u32>, note: Option<Note>) {
+    fn copied(&mut self, slot: Slot, target: Option<u32>, note: Option<Note>) {
         let Some(page) = target else { return };
         if !self.members.at(slot).space.attached(page) {
             self.forget_page(slot, page);
@@ -405,7 +405,7 @@ impl Engine {
     }
 
     /// Maps a run of frames over pages from `first` on. Returns how many.
-    fn map_run(&mut self, slot: usize, first: u32, run: &[Delivery]) -> u32 {
+    fn map_run(&mut self, slot: Slot, first: u32, run: &[Delivery]) -> u32 {
         let (frame, count) = (run[0].frame, run.len() as u32);
         if !self.worth_mapping(slot, first, frame, run) {
             return 0;
@@ -450,7 +450,7 @@ impl Engine {
         mapped
     }
 
-    fn worth_mapping(&self, slot: usize, first: u32, frame: Frame, run: &[Delivery]) -> bool {
+    fn worth_mapping(&self, slot: Slot, first: u32, frame: Frame, run: &[Delivery]) -> bool {
         let member = self.members.at(slot);
         let count = run.len() as u32;
         let whole = || (first..first + count).any(|page| member.whole(page));

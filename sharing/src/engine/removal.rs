@@ -15,13 +15,14 @@ use crate::engine::members::Member;
 use crate::engine::trust::Stopped;
 use crate::memory::calls::{MemoryCalls, Over, Source};
 use crate::memory::ram::Ram;
+use crate::numbers::Slot;
 
 /// Pages that go at once: 4 MiB, in less than a millisecond.
 const PIECE_PAGES: u32 = 1024;
 
 /// A VM that leaves: it no longer runs, and the engine does nothing more for it.
 pub struct Removal {
-    slot: usize,
+    slot: Slot,
     ram: Arc<Ram>,
     calls: Arc<dyn MemoryCalls>,
     /// The pages that go next.
@@ -96,7 +97,7 @@ impl Engine {
     /// Begins to let a VM's RAM go, which no longer runs; `None` where it has gone. To be followed by
     /// [`Removal::empty`] and [`go_on_removing`](Self::go_on_removing) in turns. A removal that was
     /// [put off](Self::put_off) can be begun again.
-    pub fn begin_removal(&mut self, slot: usize) -> Option<Removal> {
+    pub fn begin_removal(&mut self, slot: Slot) -> Option<Removal> {
         if self.forget_distrusted(slot) {
             return None;
         }
@@ -155,7 +156,7 @@ impl Engine {
 
     /// After a panic the books do not tell any more which frames can go: the VM is gone at once. Returns whether
     /// that is so.
-    fn forget_distrusted(&mut self, slot: usize) -> bool {
+    fn forget_distrusted(&mut self, slot: Slot) -> bool {
         let panicked = self.stop.get() == Some(Stopped::Panicked);
         if panicked {
             self.members.forget(slot);
@@ -192,7 +193,7 @@ impl Engine {
     ///
     /// # Errors
     /// What the kernel said. The engine does nothing more for the VM, and the call can be repeated.
-    pub fn remove(&mut self, slot: usize) -> io::Result<()> {
+    pub fn remove(&mut self, slot: Slot) -> io::Result<()> {
         let Some(mut removal) = self.begin_removal(slot) else { return Ok(()) };
         loop {
             if let Err(error) = removal.empty() {

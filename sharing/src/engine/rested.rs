@@ -6,10 +6,11 @@ use crate::changes::follower::{Follower, spans};
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Mode};
 use crate::engine::passes::CHUNK_PAGES;
+use crate::numbers::Slot;
 
 impl Engine {
     /// Pages of a range that provably have private copies leave their frames, or are zero no longer.
-    pub(crate) fn release_private(&mut self, slot: usize, pages: Range<u32>) {
+    pub(crate) fn release_private(&mut self, slot: Slot, pages: Range<u32>) {
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
         match self.members.at(slot).space.private(pages, &self.pagemap, &mut runs) {
@@ -22,7 +23,7 @@ impl Engine {
 
     /// Looks at the next pages at rest. Returns whether there were any.
     pub(crate) fn look_at_rested(&mut self) -> bool {
-        let next = |slot: usize, from: u32| {
+        let next = |slot: Slot, from: u32| {
             let member = self.members.get(slot).filter(|member| member.active())?;
             let pages = member.space.pages();
             let follower = member.follower.as_ref()?;
@@ -48,14 +49,14 @@ impl Engine {
         true
     }
 
-    fn next_ready(&self, slot: usize, pages: Range<u32>) -> Option<u32> {
+    fn next_ready(&self, slot: Slot, pages: Range<u32>) -> Option<u32> {
         let member = self.members.at(slot);
         let follower = member.follower.as_ref().filter(|_| !pages.is_empty() && !member.space.lost())?;
         follower.ready.next_from(pages.start).filter(|&page| page < pages.end)
     }
 
     /// Looks at the pages of a chunk that are ready. Returns up to which: somebody may have waited.
-    fn look_at_ready(&mut self, slot: usize, mut chunk: Range<u32>) -> u32 {
+    fn look_at_ready(&mut self, slot: Slot, mut chunk: Range<u32>) -> u32 {
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();

@@ -18,6 +18,7 @@ use crate::memory::calls::Source;
 use crate::memory::content::{self, Page};
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
 use crate::memory::store::{Frame, Hold};
+use crate::numbers::{Digest, Slot};
 use crate::policy::pressure::value;
 
 /// Neighbours that are compared as a whole before it is taken for granted that a run goes on.
@@ -27,7 +28,7 @@ const MISSES: u32 = 8;
 
 impl Engine {
     /// Looks at the private pages of a run that are to be looked at. Returns up to which there was time.
-    pub(crate) fn look_at_run(&mut self, slot: usize, run: Range<u32>) -> u32 {
+    pub(crate) fn look_at_run(&mut self, slot: Slot, run: Range<u32>) -> u32 {
         let mut page = run.start;
         while page < run.end && !self.members.at(slot).space.lost() {
             let looked = self.look_at(slot, page, run.end).max(1);
@@ -50,7 +51,7 @@ impl Engine {
 
     /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how
     /// many pages from it on are dealt with.
-    pub(crate) fn look_at(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+    pub(crate) fn look_at(&mut self, slot: Slot, page: u32, end: u32) -> u32 {
         let member = self.members.at(slot);
         if !member.flags[page as usize].contains(Flags::PRIVATE) {
             return 1;
@@ -91,7 +92,7 @@ impl Engine {
         self.counters.changes += u64::from(changed);
         let member = self.members.at_mut(slot);
         member.set_volatile(page, changed);
-        member.space.set_note(page, digest);
+        member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
         if member.follower.is_none() && self.settle && !same {
             // New to us is as good as changed: it is looked at again.
@@ -108,19 +109,19 @@ impl Engine {
 
     /// Enters a page that was looked at into the index of unique pages. Where that has enough pages that had
     /// its content, it is looked at again in its time.
-    pub(crate) fn enter_unique(&mut self, slot: usize, page: u32) {
+    pub(crate) fn enter_unique(&mut self, slot: Slot, page: u32) {
         if self.unique.insert(self.members.at(slot).place(page), &self.members) {
             self.members.at_mut(slot).set_unique(page);
         }
     }
 
-    pub(crate) fn frame_like_scratch(&mut self, digest: u32) -> Option<Frame> {
+    pub(crate) fn frame_like_scratch(&mut self, digest: Digest) -> Option<Frame> {
         let Self { stable, store, scratch, counters, .. } = self;
         stable.find(Wanted { page: scratch, digest }, store, &mut counters.effort)
     }
 
     /// Another page like the one in the scratch page, that belongs to no huge page.
-    pub(crate) fn page_like_scratch(&mut self, slot: usize, page: u32, digest: u32) -> Option<(usize, u32)> {
+    pub(crate) fn page_like_scratch(&mut self, slot: Slot, page: u32, digest: Digest) -> Option<(Slot, u32)> {
         let Self { unique, members, scratch, counters, .. } = self;
         let itself = members.at(slot).place(page);
         let wanted = Wanted { page: scratch, digest };
@@ -128,7 +129,7 @@ impl Engine {
     }
 
     /// Gives pages of zeros back, from `page` up to `end` as far as they go.
-    pub(crate) fn give_back(&mut self, slot: usize, page: u32, end: u32) -> u32 {
+    pub(crate) fn give_back(&mut self, slot: Slot, page: u32, end: u32) -> u32 {
         let member = self.members.at(slot);
         let space = &member.space;
         let anonymous = space.refers(page).is_none();
@@ -161,7 +162,7 @@ impl Engine {
     }
 
     /// Maps a frame over a page, and its neighbours over the page's neighbours.
-    pub(crate) fn merge_into(&mut self, slot: usize, page: u32, end: u32, frame: Frame) -> u32 {
+    pub(crate) fn merge_into(&mut self, slot: Slot, page: u32, end: u32, frame: Frame) -> u32 {
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
@@ -178,7 +179,7 @@ impl Engine {
                     frame.checked_add(ahead).is_some_and(|frame| alike(ahead, page + ahead, frame))
                 })
                 .count() as u32;
-        let backward = (1..=page.min(frame).min(longest - forward))
+        let backward = (1..=page.min(frame.number()).min(longest - forward))
             .take_while(|&behind| alike(behind, page - behind, frame - behind))
             .count() as u32;
         let (first, frame, count) = (page - backward, frame - backward, forward + backward);
@@ -192,7 +193,7 @@ impl Engine {
     }
 
     /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
-    pub(crate) fn publish(&mut self, slot: usize, page: u32, end: u32, twin: (usize, u32)) -> u32 {
+    pub(crate) fn publish(&mut self, slot: Slot, page: u32, end: u32, twin: (Slot, u32)) -> u32 {
         let (twin_slot, twin_page) = twin;
         let longest = self.longest_run();
         let Self { members, counters, .. } = self;
@@ -271,7 +272,7 @@ impl Engine {
     }
 
     /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.
-    fn merge_run(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
+    fn merge_run(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
         let merged = self.map_frames(slot, first, frame, count);
         self.counters.merges += u64::from(merged);
         let space = &mut self.members.at_mut(slot).space;
@@ -286,7 +287,7 @@ impl Engine {
     }
 
     /// Maps frames over a run, leaving out pages that differ under protection. Returns how many are mapped.
-    pub(crate) fn map_frames(&mut self, slot: usize, first: u32, frame: Frame, count: u32) -> u32 {
+    pub(crate) fn map_frames(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
         // Digests are kept with pages as long as these are on no frame.
         let mut digests = std::mem::take(&mut self.digests);
         digests.clear();
@@ -317,7 +318,7 @@ impl Engine {
     }
 
     /// Counts a refusal, tells the VM of a loss.
-    pub(crate) fn settle_outcome(&mut self, slot: usize, outcome: Result<u32, SpaceError>) -> u32 {
+    pub(crate) fn settle_outcome(&mut self, slot: Slot, outcome: Result<u32, SpaceError>) -> u32 {
         match outcome {
             Ok(pages) => pages,
             Err(error) => {
@@ -331,7 +332,7 @@ impl Engine {
     }
 
     /// Whether a run is worth its mappings, and `more` of them, and the process can bear them.
-    fn affordable(&mut self, slot: usize, first: u32, count: u32, source: Source, more: i64) -> bool {
+    fn affordable(&mut self, slot: Slot, first: u32, count: u32, source: Source, more: i64) -> bool {
         let added = more + self.members.at(slot).space.mappings_added(first, count, source);
         if added <= 0 {
             return true;
@@ -354,7 +355,7 @@ impl Engine {
     }
 
     /// Takes a page that is on no frame out of the index of unique pages.
-    pub(crate) fn forget_page(&mut self, slot: usize, page: u32) {
+    pub(crate) fn forget_page(&mut self, slot: Slot, page: u32) {
         let member = self.members.at(slot);
         if member.flags[page as usize].contains(Flags::UNIQUE) {
             self.forget(slot, page, member.digest(page));
@@ -362,7 +363,7 @@ impl Engine {
     }
 
     /// Takes a page out of the index of unique pages if it was entered there, under this digest.
-    fn forget(&mut self, slot: usize, page: u32, digest: u32) {
+    fn forget(&mut self, slot: Slot, page: u32, digest: Digest) {
         let member = self.members.at_mut(slot);
         if member.clear_unique(page) {
             let index = if member.whole(page) { &mut self.whole } else { &mut self.unique };

@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use crate::numbers::Slot;
+
 /// Kinds of work, in the order in which kinds that had the same are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -86,7 +88,7 @@ pub(crate) struct Turns {
     /// Up to when each kind has had its share.
     until: [u64; KINDS],
     /// The slot that each kind last worked for.
-    slots: [usize; KINDS],
+    slots: [Slot; KINDS],
 }
 
 impl Turns {
@@ -109,11 +111,11 @@ impl Turns {
     }
 
     /// The slot that a kind last worked for: others come first.
-    pub(crate) fn slot(&self, kind: Kind) -> usize {
+    pub(crate) fn slot(&self, kind: Kind) -> Slot {
         self.slots[kind as usize]
     }
 
-    pub(crate) fn set_slot(&mut self, kind: Kind, slot: usize) {
+    pub(crate) fn set_slot(&mut self, kind: Kind, slot: Slot) {
         self.slots[kind as usize] = slot;
     }
 }

@@ -14,6 +14,7 @@ use crate::engine::members::Mode;
 use crate::memory::backing::joined;
 use crate::memory::calls::Source;
 use crate::memory::space::{Space, SpaceError};
+use crate::numbers::Slot;
 use crate::policy::pressure::{CLASSES, Work, class, value};
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
@@ -63,11 +64,11 @@ impl Engine {
         self.pressure.futile = Some((mappings, wanted));
         // What is undone is worth half of what is wanted at most, or it would not be worth the work.
         let below = (wanted / 2).max(1);
-        self.pressure.work = Work::Counting { slot: 0, page: 0, below, classes: [0; CLASSES] };
+        self.pressure.work = Work::Counting { slot: Slot::default(), page: 0, below, classes: [0; CLASSES] };
         true
     }
 
-    fn count_classes(&self, slot: usize, page: u32, below: u32, mut classes: [i64; CLASSES]) -> Work {
+    fn count_classes(&self, slot: Slot, page: u32, below: u32, mut classes: [i64; CLASSES]) -> Work {
         let Some(next) = self.members.next_from(slot) else { return self.end_counting(below, &classes) };
         let page = if next == slot { page } else { 0 };
         let space = &self.members.at(next).space;
@@ -89,7 +90,7 @@ impl Engine {
                 }
             }
         }
-        Work::Counting { slot: next + 1, page: 0, below, classes }
+        Work::Counting { slot: next.next(), page: 0, below, classes }
     }
 
     fn end_counting(&self, limit: u32, classes: &[i64; CLASSES]) -> Work {
@@ -107,10 +108,10 @@ impl Engine {
                 below = end.min(limit);
             }
         }
-        if below == 0 { Work::None } else { Work::Undoing { slot: 0, page: 0, below } }
+        if below == 0 { Work::None } else { Work::Undoing { slot: Slot::default(), page: 0, below } }
     }
 
-    fn undo_below(&mut self, slot: usize, page: u32, below: u32) -> Work {
+    fn undo_below(&mut self, slot: Slot, page: u32, below: u32) -> Work {
         self.pressure.floor = self.pressure.floor.max(below);
         self.pressure.futile = None;
         let budget = self.share.budget();
@@ -121,7 +122,7 @@ impl Engine {
         while undone < STEP_BATCHES && valued < STEP_VALUED {
             let space = &self.members.at(next).space;
             let Some(cluster) = Clusters::new(space, page).next().filter(|_| !space.lost()) else {
-                return Work::Undoing { slot: next + 1, page: 0, below };
+                return Work::Undoing { slot: next.next(), page: 0, below };
             };
             page = cluster.end;
             valued += cluster.end - cluster.start;
@@ -145,7 +146,7 @@ impl Engine {
     }
 
     /// Takes a run off its frames. Returns in how many batches.
-    pub(crate) fn take_off(&mut self, slot: usize, run: Range<u32>) -> u32 {
+    pub(crate) fn take_off(&mut self, slot: Slot, run: Range<u32>) -> u32 {
         let mut batches = 0;
         let mut dead = Vec::new();
         for first in run.clone().step_by(BATCH_PAGES as usize) {

@@ -14,7 +14,7 @@ use std::cmp;
 
 use crate::memory::content::{self, Page};
 use crate::memory::store::{Frame, FrameStore};
-use crate::numbers::Place;
+use crate::numbers::{Digest, GlobalPage, Number};
 use table::Table;
 use tree::Tree;
 
@@ -32,7 +32,7 @@ pub enum Order {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
     pub(crate) page: &'a Page,
-    pub(crate) digest: u32,
+    pub(crate) digest: Digest,
 }
 
 /// What searches cost.
@@ -46,22 +46,27 @@ pub(crate) struct Effort {
 
 /// Frames and pages: what an entry stands for.
 pub(crate) trait Contents {
+    /// What entries are numbers of.
+    type Entry: Number;
+
     /// Where the entry's content can be read.
-    fn at(&self, entry: u32) -> *const u8;
+    fn at(&self, entry: Self::Entry) -> *const u8;
     /// The digest under which it was entered.
-    fn digest(&self, entry: u32) -> u32;
+    fn digest(&self, entry: Self::Entry) -> Digest;
     /// Whether what is read there is its content: not once its memory was lost.
-    fn readable(&self, entry: u32) -> bool;
+    fn readable(&self, entry: Self::Entry) -> bool;
     /// Whether it is to be shared: a VM whose mode has changed leaves the indexes page by page.
-    fn shares(&self, entry: u32) -> bool;
+    fn shares(&self, entry: Self::Entry) -> bool;
 }
 
 impl Contents for FrameStore {
+    type Entry = Frame;
+
     fn at(&self, entry: Frame) -> *const u8 {
         self.content(entry)
     }
 
-    fn digest(&self, entry: Frame) -> u32 {
+    fn digest(&self, entry: Frame) -> Digest {
         FrameStore::digest(self, entry)
     }
 
@@ -94,12 +99,15 @@ impl Index {
     }
 
     /// Returns whether the entry is there now.
-    fn insert(&mut self, entry: u32, contents: &impl Contents) -> bool {
+    fn insert<C: Contents>(&mut self, entry: C::Entry, contents: &C) -> bool {
         match self {
-            Self::Digest(table) => table.insert_few(contents.digest(entry), entry, MOST_EQUAL),
+            Self::Digest(table) => {
+                table.insert_few(contents.digest(entry).number(), entry.number(), MOST_EQUAL)
+            }
             Self::Content(tree) => {
                 let page = contents.at(entry);
-                tree.insert(entry, |other| {
+                tree.insert(entry.number(), |other| {
+                    let other = C::Entry::new(other);
                     if !contents.readable(other) {
                         return cmp::Ordering::Less;
                     }
@@ -111,24 +119,25 @@ impl Index {
         }
     }
 
-    fn remove(&mut self, entry: u32, digest: u32) {
+    fn remove(&mut self, entry: impl Number, digest: Digest) {
         match self {
-            Self::Digest(table) => table.remove(digest, entry),
-            Self::Content(tree) => tree.remove(entry),
+            Self::Digest(table) => table.remove(digest.number(), entry.number()),
+            Self::Content(tree) => tree.remove(entry.number()),
         }
     }
 
-    fn find(
+    fn find<C: Contents>(
         &self,
         wanted: Wanted<'_>,
-        besides: Option<u32>,
-        contents: &impl Contents,
+        besides: Option<C::Entry>,
+        contents: &C,
         effort: &mut Effort,
-    ) -> Option<u32> {
-        match self {
+    ) -> Option<C::Entry> {
+        let found = match self {
             Self::Digest(table) => {
                 effort.steps += 1;
-                table.find(wanted.digest, |entry| {
+                table.find(wanted.digest.number(), |entry| {
+                    let entry = C::Entry::new(entry);
                     besides != Some(entry) && contents.readable(entry) && contents.shares(entry) && {
                         effort.comparisons += 1;
                         // SAFETY: entries stand for pages that are mapped.
@@ -137,6 +146,7 @@ impl Index {
                 })
             }
             Self::Content(tree) => tree.find(|entry| {
+                let entry = C::Entry::new(entry);
                 effort.steps += 1;
                 if !contents.readable(entry) {
                     return cmp::Ordering::Less;
@@ -150,7 +160,8 @@ impl Index {
                     order => order,
                 }
             }),
-        }
+        };
+        found.map(C::Entry::new)
     }
 
     fn bytes(&self) -> usize {
@@ -205,12 +216,12 @@ impl PageIndex {
 
     /// Enters a page under the digest that is noted of it, unless there are enough of its content. Returns whether
     /// it was entered.
-    pub(crate) fn insert(&mut self, place: Place, pages: &impl Contents) -> bool {
+    pub(crate) fn insert(&mut self, place: GlobalPage, pages: &impl Contents<Entry = GlobalPage>) -> bool {
         self.0.insert(place, pages)
     }
 
     /// Takes a page out that was entered under this digest.
-    pub(crate) fn remove(&mut self, place: Place, digest: u32) {
+    pub(crate) fn remove(&mut self, place: GlobalPage, digest: Digest) {
         self.0.remove(place, digest);
     }
 
@@ -218,10 +229,10 @@ impl PageIndex {
     pub(crate) fn find(
         &self,
         wanted: Wanted<'_>,
-        itself: Place,
-        pages: &impl Contents,
+        itself: GlobalPage,
+        pages: &impl Contents<Entry = GlobalPage>,
         effort: &mut Effort,
-    ) -> Option<Place> {
+    ) -> Option<GlobalPage> {
         self.0.find(wanted, Some(itself), pages, effort)
     }
 

@@ -128,8 +128,7 @@ impl Engine {
                     continue;
                 };
                 mapped += u64::from(mapping.start.max(base) == address);
-                let shown =
-                    mapping.frame.map(|frame| frame + ((address - mapping.start) / PAGE_SIZE) as Frame);
+                let shown = mapping.frame.map(|frame| frame + ((address - mapping.start) / PAGE_SIZE) as u32);
                 if shown != space.refers(page) {
                     report.problem(|| {
                         format!("page {page} maps frame {shown:?}, the books say {:?}", space.refers(page))
@@ -244,7 +243,9 @@ impl Engine {
             && let Some(data) = seek(at, libc::SEEK_DATA)
             && let Some(hole) = seek(data, libc::SEEK_HOLE)
         {
-            let frames = (data / PAGE_SIZE as u64) as Frame..hole.div_ceil(PAGE_SIZE as u64) as Frame;
+            let first = (data / PAGE_SIZE as u64) as u32;
+            let frames =
+                Frame::new(first).run((hole.div_ceil(PAGE_SIZE as u64) as u32).saturating_sub(first));
             found
                 .extend(frames.filter(|&frame| !self.store.is_live(frame)).take(LISTED_FRAMES - found.len()));
             at = hole;
@@ -284,7 +285,7 @@ fn parse(line: &str, store_name: &str, store_inode: u64) -> Option<Mapping> {
     Some(Mapping {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
-        frame: stores.then_some((offset / PAGE_SIZE as u64) as Frame),
+        frame: stores.then_some(Frame::new((offset / PAGE_SIZE as u64) as u32)),
         private: permissions.ends_with('p'),
     })
 }
@@ -297,7 +298,10 @@ mod tests {
     fn reads_lines_of_the_map() {
         let store = "7f00-9f00 rw-p 00003000 00:01 77   /memfd:samepage-frames (deleted)";
         let parsed = parse(store, "/memfd:samepage-frames", 77).unwrap();
-        assert_eq!((parsed.start, parsed.end, parsed.frame, parsed.private), (0x7f00, 0x9f00, Some(3), true));
+        assert_eq!(
+            (parsed.start, parsed.end, parsed.frame, parsed.private),
+            (0x7f00, 0x9f00, Some(Frame::new(3)), true)
+        );
         let other = parse("1000-2000 rw-p 00000000 00:00 0 ", "/memfd:samepage-frames", 77).unwrap();
         assert_eq!((other.frame, other.private), (None, true));
     }

@@ -8,6 +8,7 @@ use crate::engine::Engine;
 use crate::engine::members::{Flags, Member};
 use crate::inspect::survey::{PageCount, Survey};
 pub use crate::memory::page_types::{Claimed, TYPES, TypeStatistics};
+use crate::numbers::Slot;
 
 impl Engine {
     /// What a VM's guest says of its pages. Takes time in proportion to its memory where it says anything;
@@ -15,7 +16,7 @@ impl Engine {
     ///
     /// # Errors
     /// Where the page map cannot be read.
-    pub fn claimed(&self, slot: usize) -> io::Result<Option<Claimed>> {
+    pub fn claimed(&self, slot: Slot) -> io::Result<Option<Claimed>> {
         Survey::new(slot, ClaimCount::default()).all(self)
     }
 }

@@ -9,6 +9,7 @@ use crate::engine::Engine;
 use crate::engine::members::{Flags, Member};
 use crate::inspect::survey::{PageCount, Survey};
 use crate::memory::page_types::TYPES;
+use crate::numbers::Slot;
 
 /// A run of pages of a VM, summed up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -29,7 +30,7 @@ impl Engine {
     ///
     /// # Errors
     /// Where the page map cannot be read.
-    pub fn map(&self, slot: usize, cells: u32) -> io::Result<Option<Vec<MapCell>>> {
+    pub fn map(&self, slot: Slot, cells: u32) -> io::Result<Option<Vec<MapCell>>> {
         Survey::new(slot, Picture::new(cells)).all(self)
     }
 }

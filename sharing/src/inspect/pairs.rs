@@ -7,6 +7,7 @@
 
 use crate::engine::Engine;
 use crate::memory::store::Frame;
+use crate::numbers::Slot;
 
 /// Frames of a sample at most, as long as their number is a power of two.
 const SAMPLE: u32 = 4096;
@@ -58,7 +59,7 @@ impl FrameSample {
 /// Whether a frame is in the sample of one in `1 << shift`. What is in a sample is in all larger ones.
 /// Multiples of the golden ratio spread neighbours evenly.
 fn is_sampled(frame: Frame, shift: u32) -> bool {
-    frame.wrapping_mul(0x9e37_79b1).checked_shr(32 - shift).unwrap_or(0) == 0
+    frame.number().wrapping_mul(0x9e37_79b1).checked_shr(32 - shift).unwrap_or(0) == 0
 }
 
 /// The pairs of VMs of one group that have anything in common, the ones with most first, and no more than
@@ -113,7 +114,7 @@ fn error(counted: u32, shift: u32) -> u64 {
 impl Engine {
     /// Goes on with a sample of the frames that a VM refers to, from a page on. Returns the page where it
     /// goes on; none at the end, or where the slot is empty.
-    pub(crate) fn sample_frames(&self, slot: usize, from: u32, sample: &mut FrameSample) -> Option<u32> {
+    pub(crate) fn sample_frames(&self, slot: Slot, from: u32, sample: &mut FrameSample) -> Option<u32> {
         let member = self.members.get(slot)?;
         if from == 0 {
             *sample = FrameSample::of(self.store.live());
@@ -129,9 +130,9 @@ impl Engine {
 mod tests {
     use super::*;
 
-    fn sample(live: u32, frames: impl Iterator<Item = Frame>) -> FrameSample {
+    fn sample(live: u32, frames: impl Iterator<Item = u32>) -> FrameSample {
         let mut sample = FrameSample::of(live);
-        sample.add(frames);
+        sample.add(frames.map(Frame::new));
         sample
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::engine::Engine;
 use crate::inspect::survey::{Survey, VmCount};
 use crate::memory::ram::PAGE_SIZE;
+use crate::numbers::Slot;
 
 /// The engine as a whole. Pages are of 4 KiB.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -237,7 +238,7 @@ impl Engine {
     ///
     /// # Errors
     /// Where the page map cannot be read.
-    pub fn vm_statistics(&self, slot: usize) -> io::Result<Option<VmStatistics>> {
+    pub fn vm_statistics(&self, slot: Slot) -> io::Result<Option<VmStatistics>> {
         Survey::new(slot, VmCount::default()).all(self)
     }
 }

@@ -9,6 +9,7 @@ use crate::engine::holds::Since;
 use crate::engine::members::Member;
 use crate::inspect::statistics::VmStatistics;
 use crate::memory::ram::HUGE_PAGES;
+use crate::numbers::Slot;
 use crate::policy::huge::HugeRanges;
 
 /// Pages of a part: some hundred microseconds of work.
@@ -39,13 +40,13 @@ pub(crate) trait PageCount {
 
 /// A count under way.
 pub(crate) struct Survey<C> {
-    slot: usize,
+    slot: Slot,
     next: u32,
     count: C,
 }
 
 impl<C: PageCount> Survey<C> {
-    pub(crate) fn new(slot: usize, count: C) -> Self {
+    pub(crate) fn new(slot: Slot, count: C) -> Self {
         Self { slot, next: 0, count }
     }
 

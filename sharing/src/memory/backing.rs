@@ -69,7 +69,7 @@ impl Backing {
     /// The frame that the page's mapping refers to, whether or not the page has left it.
     pub(crate) fn refers(&self, page: u32) -> Option<Frame> {
         if self.attached.contains(page) {
-            Some(self.words[page as usize])
+            Some(Frame::new(self.words[page as usize]))
         } else if self.on_frames.contains(page) {
             self.left.get(&page).copied()
         } else {
@@ -88,7 +88,7 @@ impl Backing {
 
     /// The frames of the pages of a range that are attached.
     pub(crate) fn frames(&self, pages: Range<u32>) -> impl Iterator<Item = Frame> + '_ {
-        self.attached.runs_within(pages).flatten().map(|page| self.words[page as usize])
+        self.attached.runs_within(pages).flatten().map(|page| Frame::new(self.words[page as usize]))
     }
 
     /// The runs of attached pages of a range.
@@ -122,7 +122,7 @@ impl Backing {
         if let Some(census) = &mut self.census {
             census.remapped(first..first + count);
         }
-        for (page, frame) in (first..first + count).zip(frame..) {
+        for (page, frame) in (first..first + count).zip(frame.run(count)) {
             if !self.attached.contains(page) {
                 self.left.remove(&page);
                 self.attached.insert(page);
@@ -131,7 +131,7 @@ impl Backing {
                     census.attached(page);
                 }
             }
-            self.words[page as usize] = frame;
+            self.words[page as usize] = frame.number();
         }
         self.on_frames.insert_range(first..first + count);
         self.mappings = self.mappings + self.boundaries(first, count) - before;
@@ -144,7 +144,7 @@ impl Backing {
         if let Some(census) = &mut self.census {
             census.left(page);
         }
-        let frame = self.words[page as usize];
+        let frame = Frame::new(self.words[page as usize]);
         self.left.insert(page, frame);
         frame
     }
@@ -230,6 +230,7 @@ mod tests {
             let mut attached = [false; PAGES as usize];
             let mut notes = [0; PAGES as usize];
             for (change, first, count, frame) in changes {
+                let (number, frame) = (frame, Frame::new(frame));
                 let count = count.min(PAGES - first);
                 let pages = first..first + count;
                 let free = pages.clone().all(|page| !attached[page as usize]);
@@ -239,7 +240,7 @@ mod tests {
                         let before = i64::from(backing.mappings());
                         backing.attach(first, frame, count);
                         prop_assert_eq!(i64::from(backing.mappings()), before + added);
-                        for (page, frame) in pages.zip(frame..) {
+                        for (page, frame) in pages.zip(frame.run(count)) {
                             model[page as usize] = Some(frame);
                             attached[page as usize] = true;
                         }
@@ -254,8 +255,8 @@ mod tests {
                     _ => {
                         for page in pages.filter(|&page| std::mem::take(&mut attached[page as usize])) {
                             prop_assert_eq!(Some(backing.leave(page)), model[page as usize]);
-                            backing.set_note(page, frame + page);
-                            notes[page as usize] = frame + page;
+                            backing.set_note(page, number + page);
+                            notes[page as usize] = number + page;
                         }
                     }
                 }

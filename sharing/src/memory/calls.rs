@@ -194,7 +194,9 @@ impl MemoryCalls for Linux {
 
     fn map(&self, pages: RamRange<'_>, source: Source, over: Over) -> io::Result<()> {
         let (flags, fd, offset) = match source {
-            Source::Frames(frame) => (0, self.store.as_raw_fd(), i64::from(frame) * PAGE_SIZE as i64),
+            Source::Frames(frame) => {
+                (0, self.store.as_raw_fd(), i64::from(frame.number()) * PAGE_SIZE as i64)
+            }
             Source::Zeros => (libc::MAP_ANONYMOUS, -1, 0),
         };
         let fixed = match over {
@@ -300,7 +302,7 @@ impl MemoryCalls for Linux {
             libc::fallocate(
                 self.store.as_raw_fd(),
                 libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                i64::from(frame) * PAGE_SIZE as i64,
+                i64::from(frame.number()) * PAGE_SIZE as i64,
                 i64::from(count) * PAGE_SIZE as i64,
             )
         } != 0;

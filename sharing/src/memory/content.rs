@@ -12,6 +12,7 @@ use std::io::{self, Read};
 use twox_hash::xxhash3_64;
 
 use crate::memory::ram::PAGE_SIZE;
+use crate::numbers::Digest;
 
 /// The bytes of one page, owned by the host.
 pub type Page = [u8; PAGE_SIZE];
@@ -41,10 +42,10 @@ impl Digester {
 
     /// The digest of a page.
     #[must_use]
-    pub fn digest(&self, page: &Page) -> u32 {
+    pub fn digest(&self, page: &Page) -> Digest {
         let digest = xxhash3_64::Hasher::oneshot_with_secret(&self.key, page)
             .expect("the key is longer than the 136 bytes XXH3 asks for");
-        (digest >> 32) as u32 ^ digest as u32
+        Digest::new((digest >> 32) as u32 ^ digest as u32)
     }
 }
 

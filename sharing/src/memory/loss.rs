@@ -519,7 +519,8 @@ mod tests {
             unreachable!("the fault was taken for one of guest memory");
         }
         use std::os::unix::process::ExitStatusExt;
-        let name = "loss::tests::other_faults_end_the_process_as_before";
+        let this = concat!(module_path!(), "::other_faults_end_the_process_as_before");
+        let (_, name) = this.split_once("::").unwrap();
         let program = std::env::current_exe().unwrap();
         let status = std::process::Command::new(program)
             .args(["--exact", name])

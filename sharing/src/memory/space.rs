@@ -226,7 +226,7 @@ impl Space {
             // SAFETY: guest RAM is mapped, and so is the store; the page is protected.
             unsafe { content::equal(page, store.content(frame + index)) && !store.lost() }
         })?;
-        (frame..frame + merged.pages).for_each(|frame| store.attach(frame));
+        frame.run(merged.pages).for_each(|frame| store.attach(frame));
         merged.end()
     }
 
@@ -283,7 +283,7 @@ impl Space {
         let attached = |page: u32| self.refers(page).filter(|_| self.attached(page));
         let before: Vec<_> = (first..first + count).map(attached).collect();
         let delivered = self.replace(first, count, Source::Frames(frame), calls, |_, _| true)?;
-        for (frame, before) in (frame..frame + delivered.pages).zip(before) {
+        for (frame, before) in frame.run(delivered.pages).zip(before) {
             store.attach(frame);
             dead.extend(before.filter(|&before| store.detach(before)));
         }

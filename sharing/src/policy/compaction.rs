@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::memory::store::{Frame, FrameStore, Hold};
+use crate::numbers::Slot;
 
 /// A frame that is under way.
 #[derive(Debug)]
@@ -19,11 +20,11 @@ pub(crate) enum Work {
     None,
     /// Frames from `last` on are copied to places before, in the order of the pages on them, from this slot
     /// and page on.
-    Copying { last: Frame, slot: usize, page: u32 },
+    Copying { last: Frame, slot: Slot, page: u32 },
     /// Frames from `last` on that no page is on are moved, from this frame on.
     MovingIdle { last: Frame, next: Frame },
     /// Pages change over to the copies, from this slot and page on.
-    Changing { slot: usize, page: u32 },
+    Changing { slot: Slot, page: u32 },
     /// What was held is given up.
     Ending,
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::numbers::Place;
+use crate::numbers::GlobalPage;
 
 /// Hints that wait for the engine; further ones are dropped.
 const QUEUED: usize = 1024;
@@ -124,7 +124,7 @@ type Piece = Box<[Option<Entry>; PIECE]>;
 struct Entry {
     block: u64,
     image: u32,
-    place: Place,
+    place: GlobalPage,
 }
 
 impl Blocks {
@@ -139,7 +139,7 @@ impl Blocks {
     }
 
     /// Remembers the page that holds a block. Returns the page that held it before, as far as known.
-    pub(crate) fn replace(&mut self, image: u32, block: u64, place: Place) -> Option<Place> {
+    pub(crate) fn replace(&mut self, image: u32, block: u64, place: GlobalPage) -> Option<GlobalPage> {
         let key = (block ^ u64::from(image) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let index = ((u128::from(key) * (self.pieces.len() * PIECE) as u128) >> 64) as usize;
         let piece = self.pieces.get_mut(index / PIECE)?;
@@ -162,23 +162,28 @@ impl Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numbers::Number;
+
+    fn at(number: u32) -> GlobalPage {
+        GlobalPage::new(number)
+    }
 
     #[test]
     fn a_block_is_remembered_where_it_was_last() {
         let mut blocks = Blocks::default();
-        assert_eq!(blocks.replace(1, 7, 3), None, "there is no room");
+        assert_eq!(blocks.replace(1, 7, at(3)), None, "there is no room");
         blocks.fit(16 * 512);
         assert_eq!(blocks.made, 0, "nothing is made in advance");
-        assert_eq!(blocks.replace(1, 7, 3), None);
-        assert_eq!(blocks.replace(1, 7, 90), Some(3));
-        assert_eq!(blocks.replace(1, 7, 90), None, "the same page");
-        assert_eq!(blocks.replace(2, 7, 5), None, "another image");
+        assert_eq!(blocks.replace(1, 7, at(3)), None);
+        assert_eq!(blocks.replace(1, 7, at(90)), Some(at(3)));
+        assert_eq!(blocks.replace(1, 7, at(90)), None, "the same page");
+        assert_eq!(blocks.replace(2, 7, at(5)), None, "another image");
         for block in 0..10_000 {
-            blocks.replace(1, block, block as u32);
+            blocks.replace(1, block, at(block as u32));
         }
         assert_eq!((blocks.pieces.len(), blocks.made), (2, 2));
         blocks.clear();
-        assert_eq!((blocks.replace(1, 7, 3), blocks.bytes()), (None, 0));
+        assert_eq!((blocks.replace(1, 7, at(3)), blocks.bytes()), (None, 0));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! The *value* of a run is the pages that it saves for the mappings that it needs. Runs that guests
 //! have written to since have lost theirs and go first.
 
+use crate::numbers::Slot;
+
 /// How many classes of value there are; the first is that of runs without any.
 pub(crate) const CLASSES: usize = 16;
 
@@ -35,9 +37,9 @@ pub(crate) enum Work {
     None,
     /// Adds up the mappings that runs of each class of value need, from this slot and page on.
     /// Of runs worth less than `below` only.
-    Counting { slot: usize, page: u32, below: u32, classes: [i64; CLASSES] },
+    Counting { slot: Slot, page: u32, below: u32, classes: [i64; CLASSES] },
     /// Undoes runs below a value, from this slot and page on.
-    Undoing { slot: usize, page: u32, below: u32 },
+    Undoing { slot: Slot, page: u32, below: u32 },
 }
 
 /// The class of a value: 0 for none, then by powers of two.

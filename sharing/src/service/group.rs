@@ -18,6 +18,7 @@ use crate::memory::calls::{Linux, MemoryCalls};
 use crate::memory::store::FrameStore;
 use crate::memory::uffd::UffdError;
 use crate::memory::wakes::Watch;
+use crate::numbers::Slot;
 use crate::policy::budget::Budget;
 use crate::service::{DEFAULT_GROUP, StartError};
 
@@ -202,7 +203,7 @@ impl Group {
     ///
     /// # Errors
     /// As [`Engine::remove`].
-    pub(crate) fn remove(&self, slot: usize) -> io::Result<()> {
+    pub(crate) fn remove(&self, slot: Slot) -> io::Result<()> {
         let begin = || self.engine.ask(|engine| engine.begin_removal(slot));
         // Where the books fail at that, the VM is forgotten by another try, which does without them.
         let Some(mut removal) = begin().or_else(begin).flatten() else { return Ok(()) };

@@ -35,6 +35,7 @@ use crate::memory::ram::{PAGE_SIZE, Ram};
 use crate::memory::space::LostHandler;
 use crate::memory::store::FrameStore;
 use crate::memory::uffd::UffdError;
+use crate::numbers::Slot;
 use crate::policy::claims::ClaimSource;
 use crate::policy::hints::{Hint, Hints};
 use crate::service::group::{Group, Groups};
@@ -42,7 +43,7 @@ use crate::service::worker::Crew;
 pub use crate::service::worker::Notice;
 
 /// The slot of a VM that joined a group for which sharing had stopped.
-const NO_SLOT: usize = usize::MAX;
+const NO_SLOT: Slot = Slot::NONE;
 
 /// The group of VMs for which none is named.
 pub const DEFAULT_GROUP: &str = "default";
@@ -266,7 +267,7 @@ impl Drop for Sharing {
 pub struct Membership {
     crew: Arc<Crew>,
     group: Arc<Group>,
-    slot: usize,
+    slot: Slot,
     hints: Arc<Hints>,
 }
 

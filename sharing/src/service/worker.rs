@@ -16,6 +16,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::engine::Step;
 use crate::engine::holds::thread_cpu;
 use crate::engine::trust::Stopped;
+use crate::numbers::Slot;
 use crate::service::group::{Group, Groups};
 use crate::service::pace::Pace;
 
@@ -48,7 +49,7 @@ struct Control {
     /// Something happened since the first thread last looked.
     fresh: bool,
     /// Slots whose RAM the kernel would not let go yet.
-    leaving: Vec<(Arc<Group>, usize)>,
+    leaving: Vec<(Arc<Group>, Slot)>,
 }
 
 /// After how long it is tried again to let memory go that the kernel would not.
@@ -143,7 +144,7 @@ impl Crew {
     }
 
     /// A VM's memory is to be let go; the kernel has refused so far.
-    pub(crate) fn leave_later(&self, group: Arc<Group>, slot: usize) {
+    pub(crate) fn leave_later(&self, group: Arc<Group>, slot: Slot) {
         self.control.lock().leaving.push((group, slot));
         self.refresh();
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use samepage_hole::{
     BLOCK_PAGES, FrameRange, GuestHeader, Hole, HostHeader, MAX_RANGES, PUBLISHED, bytes_for, flags,
 };
+use samepage_sharing::Slot;
 use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::engine::Engine;
 
@@ -44,7 +45,7 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    pub(crate) fn start(engine: &mut Engine, slot: usize, pages: u32) -> Self {
+    pub(crate) fn start(engine: &mut Engine, slot: Slot, pages: u32) -> Self {
         let half = pages / 2;
         let (low, high) =
             (FrameRange { first: 0, count: half }, FrameRange { first: half + GAP, count: pages - half });

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use samepage_sharing::Slot;
 use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
 use samepage_sharing::engine::{Engine, Settings, Step};
 
@@ -55,7 +56,7 @@ impl ChangeLog for Told {
 pub(crate) struct Vm {
     pub(crate) guest: Guest,
     pub(crate) told: Told,
-    pub(crate) slot: usize,
+    pub(crate) slot: Slot,
 }
 
 impl Vm {

@@ -26,14 +26,10 @@ use std::sync::Arc;
 
 use crate::memory::loss::{self, Watch};
 use crate::memory::ram::PAGE_SIZE;
+use crate::numbers::Digest;
+pub use crate::numbers::Frame;
 use extents::Extents;
 use records::{Records, State};
-
-/// Number of a frame in its store; its offset in the memory file is that many pages.
-pub type Frame = u32;
-
-/// No frame: the page is anonymous memory.
-pub const NO_FRAME: Frame = Frame::MAX;
 
 /// Ownership of consecutive frames: they stay until it is [given up](FrameStore::release). A frame is in one
 /// hold at most, and a hold cannot be copied.
@@ -59,13 +55,13 @@ impl Hold {
 
     /// All of them.
     #[must_use]
-    pub fn frames(&self) -> std::ops::Range<Frame> {
-        self.first..self.first + self.count
+    pub fn frames(&self) -> impl DoubleEndedIterator<Item = Frame> + ExactSizeIterator + Clone + use<> {
+        self.first.run(self.count)
     }
 
     /// The frames one by one.
     pub(crate) fn each(self) -> impl Iterator<Item = Self> {
-        self.frames().map(|first| Self { first, count: 1 })
+        self.first.run(self.count).map(|first| Self { first, count: 1 })
     }
 }
 
@@ -88,7 +84,7 @@ pub struct FrameStore {
     /// Of those, the ones that no guest has mapped.
     unseen: Extents,
     /// Where giving back goes on.
-    reclaimed: Frame,
+    reclaimed: u32,
     /// Kept frames that their last sharers left, until they are asked for.
     left: BTreeSet<Frame>,
     live: u32,
@@ -171,7 +167,8 @@ impl FrameStore {
     pub fn allocate(&mut self, count: u32, preferred: Option<Frame>) -> Option<Hold> {
         let first = preferred
             .filter(|&frame| self.take_at(frame, count))
-            .or_else(|| self.free.room_for(count).filter(|&frame| self.free.take(frame, count)))
+            .map(Frame::number)
+            .or_else(|| self.free.room_for(count).filter(|&first| self.free.take(first, count)))
             .or_else(|| self.take_fresh(count))?;
         Some(self.begin(first, count))
     }
@@ -187,6 +184,7 @@ impl FrameStore {
     /// all of them where there is such an extent, of the longest otherwise, as far as is easily found. `None`
     /// where all frames before `end` are in use.
     pub fn allocate_before(&mut self, end: Frame, count: u32) -> Option<Hold> {
+        let end = end.number();
         let fits = self.free.within(end, count).map(|first| (first, count));
         let (first, count) = fits
             .or_else(|| self.free.longest_within(end).map(|(first, longest)| (first, longest.min(count))))?;
@@ -194,14 +192,15 @@ impl FrameStore {
     }
 
     /// Frames are in use from now on.
-    fn begin(&mut self, first: Frame, count: u32) -> Hold {
-        for frame in first..first + count {
+    fn begin(&mut self, first: u32, count: u32) -> Hold {
+        let first = Frame::new(first);
+        for frame in first.run(count) {
             let state = self.records.state_mut(frame);
             debug_assert!(!state.has(State::LIVE), "frame {frame} is in use");
             *state = State::default();
             state.set(State::LIVE);
             state.set(State::HELD);
-            self.records.set_digest(frame, 0);
+            self.records.set_digest(frame, Digest::default());
         }
         self.live += count;
         self.held += count;
@@ -209,13 +208,13 @@ impl FrameStore {
     }
 
     fn take_at(&mut self, frame: Frame, count: u32) -> bool {
-        if frame == self.records.len() {
+        if frame.number() == self.records.len() {
             return self.take_fresh(count).is_some();
         }
-        self.free.take(frame, count)
+        self.free.take(frame.number(), count)
     }
 
-    fn take_fresh(&mut self, count: u32) -> Option<Frame> {
+    fn take_fresh(&mut self, count: u32) -> Option<u32> {
         let first = self.records.len();
         let end = first.checked_add(count).filter(|&end| end <= self.capacity)?;
         self.records.grow(end);
@@ -239,7 +238,7 @@ impl FrameStore {
                     self.io.as_raw_fd(),
                     source.wrapping_add(done).cast(),
                     bytes - done,
-                    i64::from(hold.first) * PAGE_SIZE as i64 + done as i64,
+                    i64::from(hold.first.number()) * PAGE_SIZE as i64 + done as i64,
                 )
             };
             match written {
@@ -261,12 +260,12 @@ impl FrameStore {
     pub fn landing(&self, hold: &Hold) -> NonNull<u8> {
         self.assert_unfilled(hold);
         // SAFETY: frames are within the mapping.
-        unsafe { self.landing.add(hold.first as usize * PAGE_SIZE) }
+        unsafe { self.landing.add(hold.first.number() as usize * PAGE_SIZE) }
     }
 
     fn assert_unfilled(&self, hold: &Hold) {
         let filled = |frame| self.records.state(frame).has(State::FILLED);
-        assert!(!hold.frames().any(filled), "frames {:?} are filled already", hold.frames());
+        assert!(!hold.frames().any(filled), "{hold:?} is filled already");
     }
 
     /// The content of frames is there, and no longer changes: from now on they can be mapped.
@@ -303,7 +302,7 @@ impl FrameStore {
     #[must_use]
     pub fn content(&self, frame: Frame) -> *const u8 {
         debug_assert!(self.is_filled(frame), "frame {frame} is not filled");
-        self.view.as_ptr().wrapping_add(frame as usize * PAGE_SIZE)
+        self.view.as_ptr().wrapping_add(frame.number() as usize * PAGE_SIZE)
     }
 
     /// Whether the host could not supply a frame. What was read from frames may be zeros then, which are
@@ -326,13 +325,13 @@ impl FrameStore {
     }
 
     /// Notes the digest of a frame's content.
-    pub fn set_digest(&mut self, frame: Frame, digest: u32) {
+    pub fn set_digest(&mut self, frame: Frame, digest: Digest) {
         self.records.set_digest(frame, digest);
     }
 
     /// The digest of a frame's content.
     #[must_use]
-    pub fn digest(&self, frame: Frame) -> u32 {
+    pub fn digest(&self, frame: Frame) -> Digest {
         self.records.digest(frame)
     }
 
@@ -478,7 +477,7 @@ impl FrameStore {
         let state = self.records.state_mut(frame);
         state.clear(State::LIVE);
         state.clear(State::FILLED);
-        if state.clear(State::MAPPED) { &mut self.dead } else { &mut self.unseen }.add(frame, 1);
+        if state.clear(State::MAPPED) { &mut self.dead } else { &mut self.unseen }.add(frame.number(), 1);
         self.live -= 1;
         true
     }
@@ -544,7 +543,7 @@ impl FrameStore {
 
     /// The numbers of all frames in use.
     pub fn live_frames(&self) -> impl Iterator<Item = Frame> + '_ {
-        (0..self.records.len()).filter(|&frame| self.is_live(frame))
+        Frame::default().run(self.records.len()).filter(|&frame| self.is_live(frame))
     }
 
     /// Reads a frame through the file.
@@ -552,7 +551,7 @@ impl FrameStore {
     /// # Errors
     /// What the kernel said.
     pub fn read(&self, frame: Frame, into: &mut [u8; PAGE_SIZE]) -> io::Result<()> {
-        self.io.read_exact_at(into, u64::from(frame) * PAGE_SIZE as u64)
+        self.io.read_exact_at(into, u64::from(frame.number()) * PAGE_SIZE as u64)
     }
 }
 

@@ -31,9 +31,9 @@ impl FrameStore {
             self.reclaimed = first + count;
             frames += count;
             // Who still looks one up would find another's content.
-            let free = (first..first + count).all(|frame| !self.indexed(frame));
+            let free = Frame::new(first).run(count).all(|frame| !self.indexed(frame));
             debug_assert!(free, "a dead frame is in the index");
-            if free && calls.punch(first, count).is_ok() {
+            if free && calls.punch(Frame::new(first), count).is_ok() {
                 done += count;
                 self.set_free(first, count);
             } else {
@@ -61,7 +61,7 @@ impl FrameStore {
             && let Some((first, count)) = self.unseen.take_next(0, SPARE_FRAMES - self.spare.frames())
         {
             // Who still looks one up would find another's content.
-            let free = (first..first + count).all(|frame| !self.indexed(frame));
+            let free = Frame::new(first).run(count).all(|frame| !self.indexed(frame));
             if free { &mut self.spare } else { &mut self.dead }.add(first, count);
         }
         self.reclaim(calls);
@@ -81,7 +81,7 @@ impl FrameStore {
         self.spare.frames()
     }
 
-    fn set_free(&mut self, first: Frame, count: u32) {
+    fn set_free(&mut self, first: u32, count: u32) {
         let (first, count) = self.free.add(first, count);
         if first + count == self.records.len() {
             self.free.take(first, count);

@@ -1,6 +1,7 @@
 //! The books of all frames: a table that grows and shrinks by the piece, so that no step has to copy it.
 
 use crate::memory::store::Frame;
+use crate::numbers::Digest;
 
 /// Frames of one piece.
 const PIECE: usize = 1024;
@@ -48,7 +49,7 @@ struct Piece {
     /// Guest pages that refer to each.
     sharers: Box<[u32]>,
     /// Keyed digests of their contents.
-    digests: Box<[u32]>,
+    digests: Box<[Digest]>,
 }
 
 impl Piece {
@@ -56,7 +57,7 @@ impl Piece {
         Self {
             states: vec![State::default(); PIECE].into(),
             sharers: vec![0; PIECE].into(),
-            digests: vec![0; PIECE].into(),
+            digests: vec![Digest::default(); PIECE].into(),
         }
     }
 }
@@ -69,7 +70,7 @@ pub(crate) struct Records {
 }
 
 fn place(frame: Frame) -> (usize, usize) {
-    (frame as usize / PIECE, frame as usize % PIECE)
+    (frame.number() as usize / PIECE, frame.number() as usize % PIECE)
 }
 
 impl Records {
@@ -125,12 +126,12 @@ impl Records {
         &mut self.pieces[piece].sharers[index]
     }
 
-    pub(crate) fn digest(&self, frame: Frame) -> u32 {
+    pub(crate) fn digest(&self, frame: Frame) -> Digest {
         let (piece, index) = place(frame);
         self.pieces[piece].digests[index]
     }
 
-    pub(crate) fn set_digest(&mut self, frame: Frame, digest: u32) {
+    pub(crate) fn set_digest(&mut self, frame: Frame, digest: Digest) {
         let (piece, index) = place(frame);
         self.pieces[piece].digests[index] = digest;
     }
@@ -149,16 +150,20 @@ mod tests {
     fn the_table_gives_memory_back_and_starts_anew() {
         let mut records = Records::default();
         records.grow(3 * PIECE as u32 + 5);
-        records.set_digest(3000, 7);
-        records.state_mut(3000).set(State::LIVE);
-        *records.sharers_mut(3000) = 3;
-        assert!(records.state(3000).has(State::LIVE) && !records.state(3000).has(State::HELD));
-        assert_eq!((records.digest(3000), records.sharers(3000), records.sharers(1 << 30)), (7, 3, 0));
+        let frame = Frame::new(3000);
+        records.set_digest(frame, Digest::new(7));
+        records.state_mut(frame).set(State::LIVE);
+        *records.sharers_mut(frame) = 3;
+        assert!(records.state(frame).has(State::LIVE) && !records.state(frame).has(State::HELD));
+        assert_eq!(
+            (records.digest(frame), records.sharers(frame), records.sharers(Frame::new(1 << 30))),
+            (Digest::new(7), 3, 0)
+        );
         let before = records.bytes();
         records.shrink(10);
         while records.trim() {}
         assert!(records.bytes() < before / 3);
         records.grow(3001);
-        assert_eq!((records.state(3000), records.digest(3000)), (State::default(), 0));
+        assert_eq!((records.state(frame), records.digest(frame)), (State::default(), Digest::default()));
     }
 }

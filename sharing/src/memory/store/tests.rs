@@ -23,8 +23,12 @@ fn mapped(store: &mut FrameStore, count: u32, preferred: Option<Frame>) -> Frame
 }
 
 /// The pages on frames leave them.
-fn leave(store: &mut FrameStore, frames: impl IntoIterator<Item = Frame>) {
-    frames.into_iter().for_each(|frame| assert!(store.detach(frame), "frame {frame} lives on"));
+fn leave(store: &mut FrameStore, frames: impl IntoIterator<Item = u32>) {
+    frames.into_iter().for_each(|frame| assert!(store.detach(at(frame)), "frame {frame} lives on"));
+}
+
+fn at(number: u32) -> Frame {
+    Frame::new(number)
 }
 
 #[test]
@@ -40,7 +44,7 @@ fn frames_count_their_sharers_and_give_memory_back() {
         store.attach(frame + 2);
     }
     assert_eq!((store.live(), store.shared(), store.sharing(), store.held()), (8, 1, 2, 8));
-    let others: Vec<_> = (frame..frame + 8).filter(|&other| other != frame + 2).collect();
+    let others: Vec<_> = frame.run(8).filter(|&other| other != frame + 2).collect();
     assert_eq!(store.release(hold), others, "what nobody has come to dies");
     assert!(!store.detach(frame + 2) && !store.detach(frame + 2));
     assert_eq!((store.shared(), store.sharing(), store.held()), (0, 0, 0));
@@ -80,7 +84,7 @@ fn kept_frames_stay_without_sharers_until_they_are_let_go() {
 fn frames_that_were_left_are_not_told_of_when_they_are_wanted_again_or_let_go() {
     let (mut store, _) = store();
     let first = mapped(&mut store, 4, None);
-    (first..first + 4).for_each(|frame| {
+    first.run(4).for_each(|frame| {
         store.keep(frame);
         assert!(!store.detach(frame));
     });
@@ -104,7 +108,7 @@ fn a_frame_that_somebody_holds_outlives_its_pages_and_its_block() {
     assert_eq!(store.release(hold), [first]);
     assert!(store.hold(first).is_none(), "it is dead");
     store.reclaim(&calls);
-    assert!(store.hold(first).is_none() && store.hold(4000).is_none());
+    assert!(store.hold(first).is_none() && store.hold(at(4000)).is_none());
     let unfilled = store.allocate(1, None).unwrap();
     assert_eq!(unfilled.first(), first);
     assert!(store.hold(first).is_none() && !store.is_filled(first), "it is being filled");
@@ -132,15 +136,15 @@ fn a_frame_is_filled_once() {
 fn extents_are_reused_preferred_and_joined() {
     let (mut store, calls) = store();
     let first = mapped(&mut store, 100, None);
-    assert_eq!(mapped(&mut store, 10, Some(first + 100)), 100);
+    assert_eq!(mapped(&mut store, 10, Some(first + 100)), at(100));
     leave(&mut store, 20..40);
     store.reclaim(&calls);
-    assert_eq!(mapped(&mut store, 5, Some(30)), 30);
-    assert_eq!(mapped(&mut store, 8, None), 20);
-    assert_eq!(mapped(&mut store, 8, None), 110, "no extent of 8 is left");
+    assert_eq!(mapped(&mut store, 5, Some(at(30))), at(30));
+    assert_eq!(mapped(&mut store, 8, None), at(20));
+    assert_eq!(mapped(&mut store, 8, None), at(110), "no extent of 8 is left");
     leave(&mut store, (30..35).chain(20..28));
     store.reclaim(&calls);
-    assert_eq!(mapped(&mut store, 20, None), 20, "neighbours became one extent again");
+    assert_eq!(mapped(&mut store, 20, None), at(20), "neighbours became one extent again");
 }
 
 #[test]
@@ -149,13 +153,13 @@ fn places_before_a_frame_are_found_in_the_longest_runs_that_there_are() {
     mapped(&mut store, 1000, None);
     leave(&mut store, (100..130).chain(300..500));
     store.reclaim(&calls);
-    let hold = store.allocate_before(400, 60).unwrap();
-    assert_eq!((hold.first(), hold.count()), (300, 60));
-    let hold = store.allocate_before(370, 60).unwrap();
-    assert_eq!((hold.first(), hold.count()), (100, 30));
-    let hold = store.allocate_before(370, 60).unwrap();
-    assert_eq!((hold.first(), hold.count()), (360, 10));
-    assert!(store.allocate_before(370, 1).is_none());
+    let hold = store.allocate_before(at(400), 60).unwrap();
+    assert_eq!((hold.first(), hold.count()), (at(300), 60));
+    let hold = store.allocate_before(at(370), 60).unwrap();
+    assert_eq!((hold.first(), hold.count()), (at(100), 30));
+    let hold = store.allocate_before(at(370), 60).unwrap();
+    assert_eq!((hold.first(), hold.count()), (at(360), 10));
+    assert!(store.allocate_before(at(370), 1).is_none());
 }
 
 #[test]
@@ -167,10 +171,10 @@ fn what_no_guest_has_mapped_keeps_its_memory_until_it_is_filled_again_or_dropped
     store.fill(&hold);
     assert!(store.allocate_spare(1).is_none());
     // Frames 200 and 1800 have been a guest's.
-    [200, 1800].into_iter().for_each(|frame| store.attach(frame));
+    [200, 1800].into_iter().for_each(|frame| store.attach(at(frame)));
     for hold in hold.each() {
         let frame = hold.first();
-        if (100..164).contains(&frame) || (300..302).contains(&frame) {
+        if (100..164).contains(&frame.number()) || (300..302).contains(&frame.number()) {
             assert_eq!(store.release(hold), [frame]);
         } else {
             store.keep(frame);
@@ -181,14 +185,14 @@ fn what_no_guest_has_mapped_keeps_its_memory_until_it_is_filled_again_or_dropped
     assert_eq!((store.spare(), store.charged_bytes().unwrap()), (66, 2000 * PAGE_SIZE as u64));
     assert!(store.allocate_spare(65).is_none());
     let spare = store.allocate_spare(64).unwrap();
-    assert_eq!(spare.first(), 100);
-    assert!(store.is_live(163) && !store.is_live(300));
-    let fresh = store.allocate(2, Some(300)).unwrap();
-    assert_eq!(fresh.first(), 2000, "they are not free");
+    assert_eq!(spare.first(), at(100));
+    assert!(store.is_live(at(163)) && !store.is_live(at(300)));
+    let fresh = store.allocate(2, Some(at(300))).unwrap();
+    assert_eq!(fresh.first(), at(2000), "they are not free");
 
-    assert_eq!((store.detach(200), store.let_go(200), store.detach(1800)), (false, true, false));
+    assert_eq!((store.detach(at(200)), store.let_go(at(200)), store.detach(at(1800))), (false, true, false));
     let others = (164..1800).filter(|&frame| frame != 200 && !(300..302).contains(&frame));
-    others.for_each(|frame| assert!(store.let_go(frame)));
+    others.for_each(|frame| assert!(store.let_go(at(frame))));
     store.recycle(&calls);
     assert_eq!(store.spare(), SPARE_FRAMES, "no more than that");
     assert!(
@@ -217,7 +221,7 @@ fn memory_is_given_back_in_bounded_pieces() {
 fn a_full_store_says_so() {
     let (mut store, _) = store();
     assert!(store.allocate(4097, None).is_none());
-    assert_eq!(mapped(&mut store, 4096, None), 0);
+    assert_eq!(mapped(&mut store, 4096, None), at(0));
     assert!(store.allocate(1, None).is_none());
 }
 
@@ -228,14 +232,14 @@ fn places_in_a_store_of_single_holes_are_found_at_once() {
     let calls = Linux::open(store.file().clone()).unwrap();
     let hold = store.allocate(FRAMES, None).unwrap();
     store.fill(&hold);
-    for hold in hold.each().filter(|hold| hold.first() % 2 == 0) {
+    for hold in hold.each().filter(|hold| hold.first().number() % 2 == 0) {
         assert_eq!(store.release(hold).len(), 1);
     }
     store.reclaim_all(&calls);
     let started = std::time::Instant::now();
     for count in 0..1000 {
-        let hold = store.allocate_before(FRAMES, 2).unwrap();
-        assert_eq!((hold.first(), hold.count()), (2 * count, 1), "the first of the longest");
+        let hold = store.allocate_before(at(FRAMES), 2).unwrap();
+        assert_eq!((hold.first(), hold.count()), (at(2 * count), 1), "the first of the longest");
     }
     // To go over all holes each time took ten seconds and more.
     println!("{:?} for each", started.elapsed() / 1000);
