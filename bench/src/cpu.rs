@@ -10,6 +10,12 @@ pub(super) fn of_this_thread() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
+/// CPU time of this process so far.
+pub(super) fn of_this_process() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
 /// CPU time that a piece of work took on this thread.
 pub(super) fn of<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     let before = of_this_thread();

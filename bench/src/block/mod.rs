@@ -6,7 +6,7 @@ mod qemu;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -20,12 +20,13 @@ use samepage_sharing::service::Sharing;
 use serde::Serialize;
 
 use super::context::Bench;
+use super::cpu;
 use super::disk::client::{self, Work};
 use super::disk::default_folder;
 use super::disk::image::Image;
 use super::report::{Goal, Measurement, Section, kernel};
 use super::table;
-use super::vms::guests::Guest;
+use super::vms::guests::{self, Guest};
 use super::vms::kvm;
 use qemu::Qemu;
 
@@ -35,6 +36,10 @@ const LARGE: u32 = 32;
 const DEEP: u32 = 32;
 /// The host's cache as a part of the disk: it fills up and evicts.
 const CACHE_DIVISOR: u64 = 8;
+/// Blocks that a disk which several VMs may read lets in before any of them hits.
+const CREDIT: u32 = (64 << 20) / BLOCK_BYTES as u32;
+/// A pause after a pass, long enough to look at counters.
+const PAUSE_MS: u64 = 200;
 /// Rounds where the user does not say how many.
 const ROUNDS: u32 = 5;
 
@@ -160,6 +165,8 @@ enum Side {
     Samepage(CachePolicy),
     /// With a policy, beside the sharing engine, as a VM is.
     Shared(CachePolicy),
+    /// The same with a disk that several VMs may read.
+    ReadOnly(CachePolicy),
     Qemu,
 }
 
@@ -170,6 +177,24 @@ const SIDES: [Side; 5] = [
     Side::Samepage(CachePolicy::Buffered),
     Side::Qemu,
 ];
+
+/// The sides of a first pass over a disk that several VMs may read.
+const FIRST: [Side; 2] = [Side::ReadOnly(CachePolicy::None), Side::ReadOnly(CachePolicy::Exclusive)];
+
+/// What a guest did, and what it cost.
+#[derive(Clone, Copy, Debug)]
+struct Done {
+    work: Work,
+    /// CPU time beside the vCPU's, where it is known.
+    cpu: Option<Duration>,
+}
+
+impl Done {
+    /// A time for each request, in microseconds.
+    fn each(&self, micros: f64) -> f64 {
+        micros / self.work.requests.max(1) as f64
+    }
+}
 
 struct Run {
     bench: Bench,
@@ -219,6 +244,7 @@ pub(super) fn measure(args: &BlockArgs) -> Result<Report> {
 impl Run {
     fn sections(&self) -> Result<Vec<Section>> {
         let mut exclusive = Section::new("Cost of a cache that never hits", "exclusive", "none");
+        let mut first = Section::new("First 64 MiB of a disk that several VMs may read", "exclusive", "none");
         let mut buffered =
             Section::new("Through the kernel's page cache, emptied before", "buffered", "none");
         let mut beside = Section::new("Past all caches, beside QEMU", "samepage, none", "QEMU");
@@ -227,69 +253,88 @@ impl Run {
             beside.note(reason.clone());
         }
         for load in Load::all().filter(|load| load.name().contains(&self.only)) {
-            let work = self.work(load)?;
-            let of = |side: Side| &work[SIDES.iter().position(|&other| other == side).unwrap_or(0)][..];
-            let [none, shared, ours, cached, qemu] = SIDES.map(of);
-            let goal = Some(Goal::RatioAtMost(1.05));
-            add(&mut exclusive, load, ours, shared, goal);
-            add(&mut buffered, load, cached, none, None);
-            add(&mut beside, load, none, qemu, None);
+            let [none, shared, ours, cached, qemu] = self.work(load, SIDES, self.blocks)?;
+            add(&mut exclusive, load, &ours, &shared, Some(Goal::RatioAtMost(1.05)));
+            add(&mut buffered, load, &cached, &none, None);
+            add(&mut beside, load, &none, &qemu, None);
+            if !load.writes {
+                let [none, ours] = self.work(load, FIRST, self.blocks.min(CREDIT))?;
+                add(&mut first, load, &ours, &none, None);
+            }
         }
-        exclusive.note("the sharing engine runs beside both");
-        for section in [&mut exclusive, &mut buffered, &mut beside] {
+        first.note("all of it goes through the cache, so that a second VM finds it there");
+        let mut sections = [exclusive, first, buffered, beside];
+        for section in &mut sections[..2] {
+            section.note("the sharing engine runs beside both");
+        }
+        for section in &mut sections {
             section.note("time: of the guest's, for each request, with as many in flight as said; p50, p99: of a request");
+            section.note("CPU: for each request, all threads of the process but the vCPU's");
         }
-        Ok(vec![exclusive, buffered, beside])
+        Ok(sections.into())
     }
 
-    /// What each side does, in each round. Who goes first alternates.
-    fn work(&self, load: Load) -> Result<[Vec<Work>; SIDES.len()]> {
-        let mut work = SIDES.map(|_| Vec::new());
+    /// What each side does with so many blocks, in each round. Who goes first alternates.
+    fn work<const N: usize>(&self, load: Load, sides: [Side; N], blocks: u32) -> Result<[Vec<Done>; N]> {
+        let mut done = sides.map(|_| Vec::new());
         for round in 0..self.bench.rounds {
             self.bench.say(format_args!("{}, round {} of {}", load.name(), round + 1, self.bench.rounds));
-            for turn in 0..SIDES.len() {
-                let index = (turn + round as usize) % SIDES.len();
+            for turn in 0..N {
+                let index = (turn + round as usize) % N;
                 let image = &self.images[usize::from(load.writes)];
                 image.forget()?;
-                let plan = load.plan(self.blocks, self.bench.quick);
-                work[index].extend(match SIDES[index] {
-                    Side::Samepage(policy) => Some(self.samepage(policy, false, image.path(), &plan)?),
-                    Side::Shared(policy) => Some(self.samepage(policy, true, image.path(), &plan)?),
-                    Side::Qemu => match &self.qemu {
-                        Ok(qemu) => Some(qemu.work(&self.bench, image.path(), &plan)?),
-                        Err(_) => None,
-                    },
+                let plan = load.plan(blocks, self.bench.quick);
+                done[index].extend(match (sides[index], &self.qemu) {
+                    (Side::Qemu, Ok(qemu)) => {
+                        Some(Done { work: qemu.work(&self.bench, image.path(), &plan)?, cpu: None })
+                    }
+                    (Side::Qemu, Err(_)) => None,
+                    (side, _) => Some(self.samepage(side, image.path(), &plan)?),
                 });
             }
         }
-        Ok(work)
+        Ok(done)
     }
 
-    fn samepage(&self, policy: CachePolicy, shares: bool, image: &Path, plan: &Plan) -> Result<Work> {
+    fn samepage(&self, side: Side, image: &Path, plan: &Plan) -> Result<Done> {
+        let (policy, shares, read_only) = match side {
+            Side::Samepage(policy) => (policy, false, false),
+            // As disks are where nobody says otherwise: they can be written, so no other VM can read them.
+            Side::Shared(policy) => (policy, true, false),
+            Side::ReadOnly(policy) => (policy, true, true),
+            Side::Qemu => bail!("QEMU's guests are not samepage's"),
+        };
         let sharing = if shares {
             let size = CacheSize::Bytes(u64::from(self.blocks) * BLOCK_BYTES / CACHE_DIVISOR);
             Some(Arc::new(Sharing::start(Settings { block_cache: size, ..Settings::default() })?))
         } else {
             None
         };
-        // As disks are where nobody says otherwise: they can be written, so no other VM can read them.
-        let disks = vec![DiskConfig { read_only: false, ..client::disk(image, policy, plan) }];
+        let disks = vec![DiskConfig { read_only, ..client::disk(image, policy, plan) }];
         let memory = client::memory(plan);
-        let guest = Guest::start_with_disks(&self.hypervisor, plan, memory, sharing.as_ref(), disks)?;
-        client::wait_end(&self.bench, &guest)
+        // The guest waits after its pass, so that its vCPU's thread is still there to be asked.
+        let plan = Plan { rounds: 0, every_ms: PAUSE_MS, ..plan.clone() };
+        let guests = [Guest::start_with_disks(&self.hypervisor, &plan, memory, sharing.as_ref(), disks)?];
+        // The vCPU has not done anything to speak of, and its thread may not have its name yet.
+        let before = cpu::of_this_process();
+        let work = client::wait_pass(&self.bench, &guests[0])?;
+        let cpu = guests::cpu_beside(&guests)?.saturating_sub(before);
+        guests[0].vm.stop();
+        Ok(Done { work, cpu: Some(cpu) })
     }
 }
 
-fn add(section: &mut Section, load: Load, ours: &[Work], others: &[Work], goal: Option<Goal>) {
-    let mut figure = |what: &str, figure: fn(&Work) -> f64, goal: Option<Goal>| {
-        let [ours, others] = [ours, others].map(|work| work.iter().map(figure).collect::<Vec<_>>());
+fn add(section: &mut Section, load: Load, ours: &[Done], others: &[Done], goal: Option<Goal>) {
+    let mut figure = |what: &str, figure: fn(&Done) -> Option<f64>, goal: Option<Goal>| {
+        let [ours, others] = [ours, others].map(|done| done.iter().filter_map(figure).collect::<Vec<_>>());
         let measurement = Measurement::new(format!("{}, {what}", load.name()), "µs", &ours, &others);
         section.push(match goal {
             Some(goal) => measurement.goal(goal),
             None => measurement,
         });
     };
-    figure("time", |work| work.us as f64 / work.requests.max(1) as f64, goal);
-    figure("p50", |work| work.p50, None);
-    figure("p99", |work| work.p99, None);
+    figure("time", |done| Some(done.each(done.work.us as f64)), goal);
+    figure("p50", |done| Some(done.work.p50), None);
+    figure("p99", |done| Some(done.work.p99), None);
+    figure("CPU", |done| done.cpu.map(|cpu| done.each(cpu.as_secs_f64() * 1e6)), None);
 }

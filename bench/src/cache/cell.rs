@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustix::time::{ClockId, clock_gettime};
 use samepage_devices::disk::CachePolicy;
 use samepage_machine::Hypervisor;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan};
@@ -19,7 +18,7 @@ use serde::Serialize;
 use super::super::context::Bench;
 use super::super::disk::client::{self, Work};
 use super::super::disk::image::Image;
-use super::super::vms::guests::Guest;
+use super::super::vms::guests::{self, Guest};
 use super::copies::{self, Copies};
 use super::page_cache::Limited;
 use super::workload::Workload;
@@ -101,15 +100,12 @@ impl Counters {
         let sum = |counter: fn(&samepage_devices::virtio::block::BlockStats) -> &AtomicU64| -> u64 {
             disks().map(|disk| counter(&disk.stats).load(Ordering::Relaxed)).sum()
         };
-        let vcpus = guests.iter().map(Guest::cpu).sum::<Result<Duration>>()?;
-        let all = clock_gettime(ClockId::ProcessCPUTime);
-        let all = Duration::new(all.tv_sec.unsigned_abs(), u32::try_from(all.tv_nsec).unwrap_or(0));
         Ok(Self {
             read: sum(|stats| &stats.read_bytes) / BLOCK_BYTES,
             from_guests: sum(|stats| &stats.blocks_from_guests),
             from_host: sum(|stats| &stats.blocks_from_host),
             storage: read_from_storage()? / BLOCK_BYTES,
-            cpu: all.saturating_sub(vcpus),
+            cpu: guests::cpu_beside(guests)?,
         })
     }
 }

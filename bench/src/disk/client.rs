@@ -93,15 +93,3 @@ impl Work {
 pub(crate) fn wait_pass(bench: &Bench, guest: &Guest) -> Result<Work> {
     guest.wait_for(bench, "the end of a pass over its disk", Work::of)
 }
-
-/// Waits until a guest is through with all its passes, and gives what it did in those that count.
-///
-/// # Errors
-/// As [`Guest::wait_for`].
-pub(crate) fn wait_end(bench: &Bench, guest: &Guest) -> Result<Work> {
-    let is_total = |report: &Report| matches!(report, Report::ClientTotal { .. });
-    let find = |report: &Report| Work::of(report).filter(|_| is_total(report));
-    let work = guest.wait_for(bench, "its last pass over its disk", find)?;
-    guest.vm.wait();
-    Ok(work)
-}

@@ -21,6 +21,7 @@ use samepage_sharing::statistics::EngineStatistics;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::context::Bench;
+use crate::cpu;
 
 /// Memory of a VM, unless said otherwise.
 pub(crate) const MEMORY: u64 = 128 << 20;
@@ -41,6 +42,15 @@ pub(crate) fn resting() -> Plan {
 /// A plan for a guest that fills its memory and then halts for good.
 pub(crate) fn halting() -> Plan {
     Plan { crash: Some(Crash::Sleep), every_ms: 0, ..resting() }
+}
+
+/// CPU time of this process so far, beside that of the guests' vCPUs.
+///
+/// # Errors
+/// As [`Guest::cpu`].
+pub(crate) fn cpu_beside(guests: &[Guest]) -> Result<Duration> {
+    let vcpus = guests.iter().map(Guest::cpu).sum::<Result<Duration>>()?;
+    Ok(cpu::of_this_process().saturating_sub(vcpus))
 }
 
 /// A VM with the demo guest, running.

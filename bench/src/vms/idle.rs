@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rustix::time::{ClockId, clock_gettime};
 use samepage_machine::Hypervisor;
 use samepage_resources::demo::content::{Class, mix};
 use samepage_resources::demo::layout::Arena;
@@ -17,6 +16,7 @@ use samepage_sharing::service::Sharing;
 use super::guests::{Guest, MEMORY, halting, until_still};
 use super::kernels::Kernels;
 use crate::context::Bench;
+use crate::cpu;
 use crate::ksm::Mode;
 use crate::report::{Goal, Measurement, Section};
 
@@ -137,9 +137,10 @@ fn engine(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Outcome
     ensure!(merged.pages_shared + merged.pages_sharing >= alike, "not everything is merged: {merged:?}");
 
     let started = Instant::now();
-    let (cpu, process) = (merged.cpu_seconds, of_process());
+    let (cpu, process) = (merged.cpu_seconds, cpu::of_this_process());
     bench.rest(host.stretch)?;
-    let (cpu, process) = (sharing.statistics().cpu_seconds - cpu, of_process().saturating_sub(process));
+    let (cpu, process) =
+        (sharing.statistics().cpu_seconds - cpu, cpu::of_this_process().saturating_sub(process));
     let percent = 100.0 / started.elapsed().as_secs_f64();
     let mut outcome =
         Outcome { cpu: cpu * percent, process: process.as_secs_f64() * percent, ..Outcome::default() };
@@ -195,10 +196,4 @@ fn kernels(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Vec<Op
         outcomes.push(Some(outcome));
     }
     Ok(outcomes)
-}
-
-/// CPU time of the process so far.
-fn of_process() -> Duration {
-    let time = clock_gettime(ClockId::ProcessCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
