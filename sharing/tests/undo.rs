@@ -112,7 +112,7 @@ fn a_change_of_mode_goes_over_no_memory_and_holds_from_then_on() {
         pass(&mut engine);
         assert_eq!(engine.statistics().merges, 0);
         let mut before = unshared(&engine);
-        while engine.take_off_step(std::time::Instant::now()) {
+        while engine.unmerge_step(std::time::Instant::now()) {
             let now = unshared(&engine);
             assert!(before - now <= 2048, "{} pages in one step", before - now);
             before = now;
@@ -125,7 +125,7 @@ fn a_change_of_mode_goes_over_no_memory_and_holds_from_then_on() {
     }
     // A change that is taken back half-way.
     engine.set_mode(slots[0], Mode::Off);
-    engine.take_off_step(std::time::Instant::now());
+    engine.unmerge_step(std::time::Instant::now());
     engine.set_mode(slots[0], Mode::Full);
     fill(&guests[1], |page| 1 << 32 | u64::from(page));
     pass(&mut engine);

@@ -1,6 +1,6 @@
 //! Which reads of a disk go through the cache, and which go past it since nothing ever hits.
 //!
-//! To have a block in the cache costs: a frame of its own to read it into, the books, and a page fault of the
+//! To have a block in the cache costs: a frame of its own to read it into, metadata, and a page fault of the
 //! guest's where it is mapped. Where no block is read again that buys nothing. So each disk begins with
 //! *credit*: blocks that go through the cache without a hit use it up, hits bring it back. When it is used up,
 //! only a *sample* of the disk goes on to be cached, one stretch of [`STRETCH`] blocks in [`RATE`], chosen by a

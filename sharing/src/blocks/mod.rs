@@ -1,7 +1,7 @@
 //! The host's cache of disk blocks: what is kept of blocks that no guest holds.
 //!
-//! - `names`: which frame holds which block; `notes`: which guest page a block was copied to.
-//! - `books`: how frames come to hold blocks and are given up; `reads`: how guests get them.
+//! - `block_index`: which frame holds which block; `copies`: which guest page a block was copied to.
+//! - `state`: what is cached, read and written at the moment; `read`: a read, and what it comes to.
 //! - `limit`: how much memory cached blocks may take; `available`: how much there is; [`statistics`].
 //! - [`admission`]: which reads go through the cache at all.
 //! - [`replace`]: which cached block goes first.
@@ -9,16 +9,16 @@
 
 pub mod admission;
 pub(crate) mod available;
-pub(crate) mod books;
+pub(crate) mod block_index;
+pub(crate) mod copies;
 pub(crate) mod limit;
-pub(crate) mod names;
-pub(crate) mod notes;
 pub(crate) mod read;
 pub mod replace;
+pub(crate) mod state;
 pub mod statistics;
 pub mod working_set;
 
-pub use books::Image;
+pub use block_index::Keep;
 pub use limit::CacheSize;
-pub use names::Keep;
 pub use read::{BlockRead, CopyOut, FetchRun, ReadPlan, VmNumber};
+pub use state::Image;

@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use super::books::Image;
-use super::names::Keep;
+use super::block_index::Keep;
+use super::state::Image;
 use crate::memory::content::Page;
 use crate::numbers::Slot;
 

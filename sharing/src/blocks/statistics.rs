@@ -35,7 +35,7 @@ pub struct CacheStatistics {
     pub evicted: u64,
     /// Blocks that were written to, which the host or a guest was known to hold, since the start.
     pub overwritten: u64,
-    /// Bytes that the cache's books take.
+    /// Bytes that the cache's metadata takes.
     pub metadata_bytes: u64,
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct Follower {
     due: Instant,
     /// Intervals that have ended.
     pub(crate) intervals: u32,
-    /// At rest, and not looked at yet.
+    /// Idle, and not scanned yet.
     pub(crate) ready: PageSet,
     /// Looked at, and to be tried again later.
     pub(crate) later: PageSet,
@@ -29,7 +29,7 @@ pub(crate) struct Follower {
     eased: bool,
     /// Pages that were denied before there was: they are ready once the interval has ended for them.
     admitted: RareSet,
-    /// At rest, to be looked at when no better ones are ready anywhere.
+    /// Idle, to be scanned when no better ones are ready anywhere.
     second: RareSet,
 }
 
@@ -58,7 +58,7 @@ impl Follower {
         self.denied.insert(page);
     }
 
-    /// A page is to be looked at once more.
+    /// A page is to be scanned once more.
     pub(crate) fn look_again(&mut self, page: u32) {
         self.ready.insert(page);
     }
@@ -95,18 +95,18 @@ impl Follower {
         }
     }
 
-    /// Words of pages are at rest.
+    /// Words of pages are idle.
     pub(crate) fn rested(&mut self, first_word: usize, words: &[u64]) {
         self.ready.insert_words(first_word, words);
     }
 
-    /// A page is not to be looked at before it has been written again.
+    /// A page is not to be scanned before it has been written again.
     pub(crate) fn skip(&mut self, page: u32) {
         self.tracker.skip(page);
         self.drop_page(page);
     }
 
-    /// A page is not to be looked at for now.
+    /// A page is not to be scanned for now.
     pub(crate) fn drop_page(&mut self, page: u32) {
         self.ready.remove(page);
         self.second.remove(page);
@@ -115,12 +115,12 @@ impl Follower {
         self.admitted.remove(page);
     }
 
-    /// Pages at rest that are not among the best have their turn, if there are any. None is ready.
+    /// Idle pages that are not among the best have their turn, if there are any. None is ready.
     pub(crate) fn promote(&mut self) -> Option<()> {
         self.second.replace(&mut self.ready).then_some(())
     }
 
-    /// A page is at rest.
+    /// A page is idle.
     pub(crate) fn queue(&mut self, page: u32, turn: Turn) {
         match turn {
             Turn::First => self.ready.insert(page),
@@ -130,7 +130,7 @@ impl Follower {
         }
     }
 
-    /// All pages are to be looked at, or none until they are written.
+    /// All pages are to be scanned, or none until they are written.
     pub(crate) fn reset(&mut self, pages: Range<u32>) {
         self.later.clear();
         self.denied.clear();
@@ -164,14 +164,14 @@ pub(crate) fn spans(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
     spans
 }
 
-/// When a page at rest is looked at.
+/// When an idle page is scanned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
     /// Before others: its like is likely.
     First,
     /// When there are no better ones.
     Second,
-    /// When it has been at rest for longer.
+    /// When it has been idle for longer.
     Last,
     /// Not before the guest says something else of it.
     Never,

@@ -19,21 +19,21 @@ pub trait ChangeLog: Send {
     /// not armed. They are not armed from then on.
     ///
     /// # Errors
-    /// What the kernel said. Nothing that was noted is lost then: the next call names it.
+    /// Fails if the kernel refuses. Nothing that was noted is lost then: the next call names it.
     fn collect(&mut self, written: &mut PageSet) -> io::Result<()>;
 
     /// Arms pages that [`collect`](Self::collect) named, or that were not armed: those of `words`, which stand
     /// for pages from `64 * first_word` on, as [`pages_of`] tells them.
     ///
     /// # Errors
-    /// What the kernel said; some pages may be armed then.
+    /// Fails if the kernel refuses; some pages may be armed then.
     fn arm(&mut self, first_word: usize, words: &[u64]) -> io::Result<()>;
 
     /// Notes writes from now on, or no longer: while nobody follows the VM its guest is not to pay for
     /// it. A log begins noting, with no page armed, and is asked for nothing while it does not.
     ///
     /// # Errors
-    /// What the kernel said; it is as it was.
+    /// Fails if the kernel refuses; nothing has changed then.
     fn set_noting(&mut self, noting: bool) -> io::Result<()> {
         let _ = noting;
         Ok(())

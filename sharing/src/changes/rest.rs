@@ -1,8 +1,8 @@
-//! When pages have come to rest: they are examined once after an interval without a write, and
-//! pages that keep changing are looked at less and less often.
+//! When pages have become idle: they are examined once after an interval without a write, and
+//! pages that keep changing are scanned less and less often.
 //!
 //! At the end of each interval the change log is collected. A page that was armed during the
-//! interval and was not written is *at rest*. A page that was written is armed again for the next
+//! interval and was not written is *idle*. A page that was written is armed again for the next
 //! interval, or, if that has been in vain several times, is left alone for 2, 4, up to 128
 //! intervals: meanwhile its writes cost the guest nothing.
 
@@ -35,7 +35,7 @@ pub struct Tracker {
     pages: u32,
     /// Pages whose next write will be noted.
     armed: PageSet,
-    /// Armed at the end of the last interval: at rest if they are not written in this one.
+    /// Armed at the end of the last interval: idle if they are not written in this one.
     waiting: PageSet,
     /// Pages of which a failed call may have armed some.
     again: Option<PageSet>,
@@ -111,7 +111,7 @@ impl Part {
         word.is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
-    /// Pages that have come to rest.
+    /// Pages that have become idle.
     pub fn rested(&self) -> impl Iterator<Item = u32> + '_ {
         self.pages(&self.rested)
     }
@@ -233,7 +233,7 @@ impl Tracker {
         let mut arm = again;
         for page in ones(index, written & !again) {
             let every = (1_u32 << self.slowness.get(page).saturating_sub(1)) - 1;
-            // Pages of the same slowness take turns, but neighbours come to rest together.
+            // Pages of the same slowness take turns, but neighbours become idle together.
             if self.interval.wrapping_add(page / TURN_PAGES) & every == 0 {
                 arm |= 1 << (page % 64);
             }
@@ -255,7 +255,7 @@ impl Tracker {
         }
     }
 
-    /// A page that is armed is not waited for: nobody cares when it comes to rest.
+    /// A page that is armed is not waited for: nobody cares when it becomes idle.
     pub fn skip(&mut self, page: u32) {
         self.waiting.remove(page);
     }
@@ -396,7 +396,7 @@ mod tests {
             log.write(30);
             assert!(tracker.next_interval(&mut changes).unwrap());
             assert!(changes.changed.contains(30));
-            // All of them come to rest, now or later.
+            // All of them become idle, now or later.
             let mut rested: Vec<_> = changes.rested.iter().collect();
             for _ in 0..4 {
                 tracker.next_interval(&mut changes).unwrap();

@@ -5,11 +5,11 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::blocks::books::{Image, narrow};
+use crate::blocks::block_index::{BlockKey, HeldBlock, Keep};
+use crate::blocks::copies::Proof;
 use crate::blocks::limit::{CacheSize, FRESH};
-use crate::blocks::names::{BlockKey, Keep, Named};
-use crate::blocks::notes::Proof;
 use crate::blocks::replace::History;
+use crate::blocks::state::{Image, narrow};
 use crate::blocks::statistics::CacheStatistics;
 use crate::blocks::working_set::Curve;
 use crate::engine::Engine;
@@ -38,13 +38,13 @@ impl Engine {
     /// The proof of a frame's content.
     pub(crate) fn proof_of(&self, frame: Frame) -> Proof {
         // SAFETY: the frame is live, and its content no longer changes.
-        self.books.prover.proof(unsafe { &*self.store.content(frame).cast::<Page>() })
+        self.cache.prover.proof(unsafe { &*self.store.content(frame).cast::<Page>() })
     }
 
     /// A frame holds a block, which no frame is known to hold. Returns whether that was noted.
-    pub(crate) fn name(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History) -> bool {
-        let first = self.books.names.of(frame).is_none();
-        let named = self.books.names.add(frame, Named { key, keep, history });
+    pub(crate) fn index_block(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History) -> bool {
+        let first = self.cache.index.of(frame).is_none();
+        let named = self.cache.index.add(frame, HeldBlock { key, keep, history });
         if named && first {
             self.store.keep(frame);
         }
@@ -52,37 +52,38 @@ impl Engine {
     }
 
     /// Pages that were copied from the disk have become frames: these hold the blocks, where they prove to.
-    pub(crate) fn name_published(&mut self, first: Frame, count: u32, runs: [(Slot, u32); 2]) {
-        if self.books.notes.is_empty() {
+    pub(crate) fn index_copies(&mut self, first: Frame, count: u32, runs: [(Slot, u32); 2]) {
+        if self.cache.copies.is_empty() {
             return;
         }
         for index in 0..count {
             let frame = first + index;
             for (slot, page) in runs.map(|(slot, page)| (slot, page + index)) {
-                let place = self.members.at(slot).place(page);
-                let Some(&note) = self.books.notes.get(place) else { continue };
+                let global = self.members.at(slot).global_page(page);
+                let Some(&record) = self.cache.copies.get(global) else { continue };
                 if !self.store.is_filled(frame) || !self.members.at(slot).space.attached(page) {
                     continue;
                 }
                 // From now on the frame tells which block the page holds.
-                self.books.notes.remove(place);
-                let known = self.books.names.frame(note.key).is_some() || self.books.being_written(note.key);
+                self.cache.copies.remove(global);
+                let known =
+                    self.cache.index.frame(record.key).is_some() || self.cache.being_written(record.key);
                 if known {
                     continue;
                 }
-                if self.proof_of(frame) == note.proof {
-                    self.name(frame, note.key, Keep::Exclusive, note.history);
+                if self.proof_of(frame) == record.proof {
+                    self.index_block(frame, record.key, Keep::Exclusive, record.history);
                 } else {
-                    self.books.counters.refuted += 1;
+                    self.cache.counters.refuted += 1;
                 }
             }
         }
     }
 
     /// A frame holds no block any more. Where no guest refers to it, it is given up.
-    pub(crate) fn unname(&mut self, frame: Frame) {
-        if let Some(named) = self.books.names.remove_frame(frame) {
-            self.books.order.remove(named.key);
+    pub(crate) fn drop_block(&mut self, frame: Frame) {
+        if let Some(named) = self.cache.index.remove_frame(frame) {
+            self.cache.order.remove(named.key);
             self.let_go(frame);
         }
     }
@@ -95,13 +96,13 @@ impl Engine {
 
     /// A block is not what it was: no frame holds it.
     fn forget_block(&mut self, key: BlockKey) {
-        let Some(removed) = self.books.names.remove(key) else { return };
-        self.books.counters.overwritten += 1;
-        let ordered = self.books.order.remove(key);
+        let Some(removed) = self.cache.index.remove(key) else { return };
+        self.cache.counters.overwritten += 1;
+        let ordered = self.cache.order.remove(key);
         match removed.next {
             None => self.let_go(removed.frame),
             Some(next) if ordered => {
-                self.books.order.insert(next, removed.was.history);
+                self.cache.order.insert(next, removed.was.history);
             }
             Some(_) => {}
         }
@@ -118,14 +119,14 @@ impl Engine {
     #[doc(hidden)]
     pub fn announce_write(&mut self, image: Image, blocks: &Range<u64>) -> Forgetting {
         let since = Since::now();
-        let image = self.books.image(image);
+        let image = self.cache.image(image);
         let blocks = narrow(blocks);
-        for fetch in self.books.fetches.values_mut().filter(|fetch| fetch.key.image == image) {
+        for fetch in self.cache.fetches.values_mut().filter(|fetch| fetch.key.image == image) {
             for (block, stale) in (fetch.key.block..).zip(&mut fetch.stale) {
                 *stale |= blocks.contains(&block);
             }
         }
-        self.books.writing.push((image, blocks.clone()));
+        self.cache.writing.push((image, blocks.clone()));
         self.holds.note("beginning of a write", since);
         Forgetting { image, blocks }
     }
@@ -137,49 +138,49 @@ impl Engine {
         let mut more = true;
         for _ in 0..STEP_FORGOTTEN {
             let Forgetting { image, blocks } = rest.clone();
-            let named = self.books.names.first_within(image, blocks.clone());
-            let noted = self.books.notes.first_within(image, blocks);
+            let named = self.cache.index.first_within(image, blocks.clone());
+            let noted = self.cache.copies.first_within(image, blocks);
             let Some(key) = named.into_iter().chain(noted).min() else {
                 more = false;
                 break;
             };
             self.forget_block(key);
-            self.books.notes.forget_block(key);
+            self.cache.copies.forget_block(key);
             rest.blocks.start = key.block + 1;
         }
-        self.settle_cache();
+        self.update_cache();
         self.holds.note("blocks that are written", since);
         more
     }
 
     /// The change is over.
     pub fn end_write(&mut self, image: Image, blocks: &Range<u64>) {
-        let Some(image) = self.books.known_image(image) else { return };
+        let Some(image) = self.cache.known_image(image) else { return };
         let blocks = narrow(blocks);
-        let found = self.books.writing.iter().position(|entry| *entry == (image, blocks.clone()));
+        let found = self.cache.writing.iter().position(|entry| *entry == (image, blocks.clone()));
         if let Some(index) = found {
-            self.books.writing.swap_remove(index);
+            self.cache.writing.swap_remove(index);
         }
     }
 
     /// Frames that their last guests left become cached blocks, others are dropped as the limit asks for.
-    pub fn settle_cache(&mut self) {
+    pub fn update_cache(&mut self) {
         if self.store.any_left() {
             for frame in self.store.take_left() {
-                let Some(&named) = self.books.names.of(frame) else { continue };
+                let Some(&named) = self.cache.index.of(frame) else { continue };
                 if named.keep == Keep::Exclusive {
-                    self.books.counters.demoted_mapped += 1;
-                    self.books.order.insert(named.key, named.history);
+                    self.cache.counters.demoted_mapped += 1;
+                    self.cache.order.insert(named.key, named.history);
                 } else {
-                    self.unname(frame);
+                    self.drop_block(frame);
                 }
             }
         }
-        self.publish_idle();
+        self.report_idle();
         if self.exceeded() {
             self.evict();
         }
-        if self.books.filled {
+        if self.cache.filled {
             self.store.recycle(&*self.calls);
         } else {
             self.store.reclaim(&*self.calls);
@@ -189,10 +190,10 @@ impl Engine {
     /// Gives back the memory that was kept for reads from disks, where none came for a while. Returns whether
     /// there was any.
     pub(crate) fn rest_cache(&mut self, now: Instant) -> bool {
-        if std::mem::take(&mut self.books.filled) {
-            self.books.asked = now;
+        if std::mem::take(&mut self.cache.filled) {
+            self.cache.asked = now;
         }
-        let rested = now.saturating_duration_since(self.books.asked) >= SPARE_FOR && self.store.spare() > 0;
+        let rested = now.saturating_duration_since(self.cache.asked) >= SPARE_FOR && self.store.spare() > 0;
         if rested {
             self.store.drop_spare(&*self.calls);
         }
@@ -201,20 +202,20 @@ impl Engine {
 
     /// Whether the group caches more than its share.
     fn exceeded(&self) -> bool {
-        u64::from(self.store.idle()) > self.books.limit.share()
+        u64::from(self.store.idle()) > self.cache.limit.share()
     }
 
-    fn publish_idle(&mut self) {
+    fn report_idle(&mut self) {
         let idle = self.store.idle().into();
-        self.books.limit.use_instead(self.books.published, idle);
-        self.books.published = idle;
+        self.cache.limit.use_instead(self.cache.published, idle);
+        self.cache.published = idle;
     }
 
     /// Goes on with dropping blocks, where there are too many. Returns whether there were any to drop.
     pub(crate) fn shrink_cache(&mut self) -> bool {
-        let any = self.exceeded() && !self.books.order.is_empty();
+        let any = self.exceeded() && !self.cache.order.is_empty();
         if any {
-            self.settle_cache();
+            self.update_cache();
         }
         any
     }
@@ -224,20 +225,20 @@ impl Engine {
             if !self.exceeded() {
                 return;
             }
-            let Some(key) = self.books.order.evict() else { return };
-            let Some(frame) = self.books.names.frame(key) else { continue };
+            let Some(key) = self.cache.order.evict() else { return };
+            let Some(frame) = self.cache.index.frame(key) else { continue };
             // Frames that guests came back to are in no order.
             if self.store.sharers(frame) == 0 {
-                self.books.counters.evicted += 1;
-                self.unname(frame);
-                self.publish_idle();
+                self.cache.counters.evicted += 1;
+                self.drop_block(frame);
+                self.report_idle();
             }
         }
     }
 
     /// Changes how much memory cached blocks may take. Those beyond are dropped step by step.
     pub fn set_cache_size(&self, size: CacheSize) {
-        self.books.limit.set_size(size);
+        self.cache.limit.set_size(size);
     }
 
     /// Follows what is free, where cached blocks could be given up for it and nobody has just done so. Returns
@@ -245,22 +246,22 @@ impl Engine {
     pub(crate) fn follow_limit(&mut self, now: Instant) -> bool {
         let due = self.limit_due().is_some_and(|due| due <= now);
         if due {
-            self.books.followed = now;
+            self.cache.followed = now;
             if self.alone {
-                self.books.limit.refresh(now);
+                self.cache.limit.refresh(now);
             }
-            self.settle_cache();
+            self.update_cache();
         }
         due
     }
 
     fn limit_due(&self) -> Option<Instant> {
-        (self.store.idle() > 0).then(|| self.books.followed + FRESH)
+        (self.store.idle() > 0).then(|| self.cache.followed + FRESH)
     }
 
     /// When the cache has something to give back, or looks whether it has.
     pub(crate) fn cache_due(&self) -> Option<Instant> {
-        let spare = (self.store.spare() > 0).then(|| self.books.asked + SPARE_FOR);
+        let spare = (self.store.spare() > 0).then(|| self.cache.asked + SPARE_FOR);
         spare.into_iter().chain(self.limit_due()).min()
     }
 
@@ -275,11 +276,11 @@ impl Engine {
     pub fn cache_statistics(&self) -> CacheStatistics {
         CacheStatistics {
             blocks_cached: self.store.idle().into(),
-            blocks_limit: self.books.limit.frames(),
-            blocks_in_guests: self.books.names.frames() as u64 - u64::from(self.store.idle()),
-            blocks_noted: self.books.notes.len() as u64,
-            metadata_bytes: self.books.bytes() as u64,
-            ..self.books.counters.clone()
+            blocks_limit: self.cache.limit.frames(),
+            blocks_in_guests: self.cache.index.frames() as u64 - u64::from(self.store.idle()),
+            blocks_noted: self.cache.copies.len() as u64,
+            metadata_bytes: self.cache.bytes() as u64,
+            ..self.cache.counters.clone()
         }
     }
 }

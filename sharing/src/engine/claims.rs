@@ -84,7 +84,7 @@ impl Member {
         }
     }
 
-    /// A page has come to rest: it is looked at when its turn comes.
+    /// A page has become idle: it is scanned when its turn comes.
     pub(crate) fn queue(&mut self, page: u32) {
         let turn = self.turn_of(page);
         if let Some(follower) = &mut self.follower {

@@ -122,13 +122,13 @@ impl Engine {
             let mut page = run.start;
             while page < run.end && !self.members.at(slot).space.lost() {
                 let member = self.members.at(slot);
-                let whole = member.whole(page);
-                let alike = |&next: &u32| member.whole(next) == whole;
+                let is_huge = member.is_huge(page);
+                let alike = |&next: &u32| member.is_huge(next) == is_huge;
                 let end = run.end.min(page + WINDOW_PAGES);
                 let count = (page..end).take_while(alike).count() as u32;
                 // SAFETY: a member's RAM is mapped.
                 let zero = unsafe { content::zero(member.space.page(page)) };
-                page += if whole {
+                page += if is_huge {
                     // A huge page that is free in good part is split when it is cold.
                     let member = self.members.at_mut(slot);
                     (page..page + count).for_each(|page| member.set_alike(page));
@@ -147,7 +147,7 @@ impl Engine {
         self.spent().then_some(pages.end)
     }
 
-    /// Runs of pages that have memory of their own, with the books brought up to date.
+    /// Runs of pages that have memory of their own, with the metadata brought up to date.
     fn private_runs(&mut self, slot: Slot, pages: Range<u32>) -> Vec<Range<u32>> {
         self.learn_huge(slot, pages.clone());
         let mut runs = Vec::new();
@@ -179,7 +179,7 @@ impl Engine {
         let space = &self.members.at(slot).space;
         let added = space.mappings_added(first, count, Source::Frames(frame));
         let source = space.page(first);
-        self.publish_mappings();
+        self.report_mappings();
         let budget = self.share.budget();
         let room = added <= 0 || budget.room() >= added + ROOM && budget.shortest_run() <= count;
         let mut lent = room;
@@ -248,12 +248,12 @@ impl Engine {
             let outcome =
                 member.space.discard_unwritten(page, count, pagemap, store, &**calls, &mut left, &mut dead);
             let failed = outcome.is_err();
-            let given = self.settle_outcome(slot, outcome);
+            let given = self.note_outcome(slot, outcome);
             let member = self.members.at_mut(slot);
             (page..page + given).for_each(|page| member.not_zero(page));
             member.became_zero(page..page + given);
             for frame in left.drain(..) {
-                if let Some(named) = self.books.names.of(frame) {
+                if let Some(named) = self.cache.index.of(frame) {
                     member.gave_up(named.key);
                 }
             }

@@ -32,7 +32,7 @@ impl Engine {
         if changed {
             member.changed_in_range(page);
         }
-        // With a log, a page that is looked at is at rest.
+        // With a log, a page that is scanned is idle.
         member.set_volatile(page, changed && member.follower.is_none());
         member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
@@ -51,31 +51,31 @@ impl Engine {
         let shared = self.frame_like_scratch(digest).is_some();
         if shared
             || self.page_like_scratch(slot, page, digest).is_some()
-            || self.whole_twin(slot, page, digest)
+            || self.huge_twin(slot, page, digest)
         {
             self.members.at_mut(slot).set_alike(page);
         }
-        self.enter_whole(slot, page);
+        self.enter_huge(slot, page);
     }
 
-    /// Whether a page of a huge page is like the one in the scratch page. It is noted as alike.
-    pub(crate) fn whole_twin(&mut self, slot: Slot, page: u32, digest: Digest) -> bool {
+    /// Whether a page of a huge page is like the one in the scratch page. It is noted as identical.
+    pub(crate) fn huge_twin(&mut self, slot: Slot, page: u32, digest: Digest) -> bool {
         let wanted = crate::index::Wanted { page: &self.scratch, digest };
-        let itself = self.members.at(slot).place(page);
+        let itself = self.members.at(slot).global_page(page);
         let found = self
             .any_huge
-            .then(|| self.whole.find(wanted, itself, &self.members, &mut self.counters.effort))
+            .then(|| self.huge_pages.find(wanted, itself, &self.members, &mut self.counters.effort))
             .flatten();
-        if let Some(place) = found {
-            let (other, twin) = self.members.locate(place);
+        if let Some(global) = found {
+            let (other, twin) = self.members.locate(global);
             self.members.at_mut(other).set_alike(twin);
         }
         found.is_some()
     }
 
     /// Enters a page of a huge page into their index. Of equal pages some represent all.
-    fn enter_whole(&mut self, slot: Slot, page: u32) {
-        if self.whole.insert(self.members.at(slot).place(page), &self.members) {
+    fn enter_huge(&mut self, slot: Slot, page: u32) {
+        if self.huge_pages.insert(self.members.at(slot).global_page(page), &self.members) {
             self.members.at_mut(slot).set_unique(page);
         }
     }
@@ -98,15 +98,15 @@ impl Engine {
         let mut runs = runs.into_iter().peekable();
         for first in pages.step_by(HUGE_PAGES as usize) {
             while runs.next_if(|run| run.end <= first).is_some() {}
-            let whole = runs.peek().is_some_and(|run| run.contains(&first));
-            if whole != self.members.at(slot).whole(first) {
-                self.set_whole(slot, first, whole);
+            let is_huge = runs.peek().is_some_and(|run| run.contains(&first));
+            if is_huge != self.members.at(slot).is_huge(first) {
+                self.set_huge(slot, first, is_huge);
             }
         }
     }
 
     /// The range from page `first` on has become whole, or is whole no longer.
-    fn set_whole(&mut self, slot: Slot, first: u32, whole: bool) {
+    fn set_huge(&mut self, slot: Slot, first: u32, is_huge: bool) {
         let range = first..first + HUGE_PAGES;
         // The index that a page is in follows from whether its range is whole.
         let known: Vec<_> = range
@@ -116,10 +116,10 @@ impl Engine {
         known.iter().for_each(|&page| self.forget_page(slot, page));
         let member = self.members.at_mut(slot);
         if let Some(range) = member.huge.as_mut().and_then(|huge| huge.of(first)) {
-            range.whole = whole;
+            range.is_huge = is_huge;
             range.quiet = 0;
         }
-        if whole {
+        if is_huge {
             // Whether they have their like is to be counted.
             if let Some(follower) = &mut member.follower {
                 known.into_iter().for_each(|page| follower.look_again(page));
@@ -188,6 +188,6 @@ impl Engine {
         }
         huge.splits += 1;
         counters.split += 1;
-        self.set_whole(slot, first, false);
+        self.set_huge(slot, first, false);
     }
 }

@@ -1,7 +1,7 @@
 //! Ends of intervals, for VMs whose changes are followed.
 //!
 //! The log of a VM is read once, and then what it says is gone through in parts: the pages of a part are armed
-//! again, those that changed leave their frames, those that have come to rest become ready. A step does a bounded
+//! again, those that changed leave their frames, those that have become idle become ready. A step does a bounded
 //! amount of that, and other work has its turn before the next ([`turns`](crate::engine::turns)). Each page has its
 //! interval by itself, from the moment at which it is armed: nothing depends on all of them ending at once. What
 //! is written between the reading of the log and the end of the interval for its page is noted for the next
@@ -20,7 +20,7 @@ use crate::engine::turns::Kind;
 use crate::numbers::Slot;
 
 /// After how many intervals pages that could not be merged for want of mappings, or because a call
-/// was refused, are tried again, and those are looked at that are unlikely to be shared.
+/// was refused, are tried again, and those are scanned that are unlikely to be shared.
 const RETRY_INTERVALS: u32 = 16;
 /// After how many intervals all merged pages are checked, in case the log missed one.
 const SWEEP_INTERVALS: u32 = 256;
@@ -202,7 +202,7 @@ impl Engine {
         self.follow_limit(now);
     }
 
-    /// Has pages looked at again for which there was no room, where there is more of it now.
+    /// Has pages scanned again for which there was no room, where there is more of it now.
     fn admit_denied(&mut self) {
         let budget = self.share.budget();
         if self.pressure.eased(budget.room(), budget.ample()) {

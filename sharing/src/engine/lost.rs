@@ -1,4 +1,4 @@
-//! VMs that have lost a part of their memory: they are about to end, and nothing of them is looked at or
+//! VMs that have lost a part of their memory: they are about to end, and nothing of them is scanned or
 //! counted on any more. Every reader of a member's memory checks that by itself; here their pages are taken
 //! out of the indexes and lists, a bounded part in each step.
 
@@ -35,7 +35,7 @@ impl Engine {
         }
         for page in from..end {
             self.forget_page(slot, page);
-            self.books.notes.remove(self.members.at(slot).place(page));
+            self.cache.copies.remove(self.members.at(slot).global_page(page));
         }
         self.members.at_mut(slot).retired = end;
         true

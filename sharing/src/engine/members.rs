@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::blocks::admission::Sampler;
-use crate::blocks::names::BlockKey;
+use crate::blocks::block_index::BlockKey;
 use crate::blocks::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
 use crate::changes::follower::Follower;
@@ -29,7 +29,7 @@ pub enum Mode {
     Off,
     /// Pages of zeros are given back; nothing is shared with others.
     Zero,
-    /// Everything that is alike.
+    /// Everything that is identical.
     #[default]
     Full,
 }
@@ -103,7 +103,7 @@ pub(crate) struct Member {
 }
 
 impl Member {
-    pub(crate) fn place(&self, page: u32) -> GlobalPage {
+    pub(crate) fn global_page(&self, page: u32) -> GlobalPage {
         self.base.offset(page)
     }
 
@@ -137,13 +137,13 @@ impl Member {
     }
 
     /// Whether the page belongs to a huge page that is to stay whole.
-    pub(crate) fn whole(&self, page: u32) -> bool {
-        self.huge.as_ref().is_some_and(|huge| huge.whole(page))
+    pub(crate) fn is_huge(&self, page: u32) -> bool {
+        self.huge.as_ref().is_some_and(|huge| huge.is_huge(page))
     }
 
     /// Whether the page has memory of its own and may be mapped to a frame.
     pub(crate) fn mergeable(&self, page: u32) -> bool {
-        self.flags[page as usize].contains(Flags::PRIVATE) && !self.whole(page) && self.admits(page)
+        self.flags[page as usize].contains(Flags::PRIVATE) && !self.is_huge(page) && self.admits(page)
     }
 
     /// A page of a huge page could be shared.
@@ -339,7 +339,7 @@ impl Members {
         start.checked_add(pages).map(|_| start)
     }
 
-    /// Lets a member's memory go, whatever the books say of it.
+    /// Lets a member's memory go, whatever the metadata says of it.
     pub(crate) fn forget(&mut self, slot: Slot) {
         if let Some(member) = self.slots.get_mut(slot.index()).and_then(Option::take) {
             self.places.retain(|_, other| *other != slot);
@@ -397,14 +397,14 @@ impl Members {
         self.get_mut(slot).expect("a slot in use")
     }
 
-    /// The slot and page of a place.
-    pub(crate) fn locate(&self, place: GlobalPage) -> (Slot, u32) {
-        let (&base, &slot) = self.places.range(..=place).next_back().expect("a place in use");
-        (slot, place.behind(base))
+    /// The slot and page of a global.
+    pub(crate) fn locate(&self, global: GlobalPage) -> (Slot, u32) {
+        let (&base, &slot) = self.places.range(..=global).next_back().expect("a place in use");
+        (slot, global.behind(base))
     }
 
-    pub(crate) fn digest(&self, place: GlobalPage) -> Digest {
-        let (slot, page) = self.locate(place);
+    pub(crate) fn digest(&self, global: GlobalPage) -> Digest {
+        let (slot, page) = self.locate(global);
         self.at(slot).digest(page)
     }
 

@@ -1,27 +1,28 @@
 //! The engine: all VMs of a group, their frames, and the order of the work.
 //!
-//! Pages of VMs with a change log are looked at when they have come to rest (`follow`); VMs without
-//! one are gone over in full passes (`passes`). What a page is merged with is found in `search`.
+//! Each kind of work is a task with a file of its own. `turns` shares the time among them. Pages of VMs with a
+//! change log are scanned when they are idle (`scan`); VMs without one are scanned in full passes (`passes`). `merge`
+//! finds what a page is merged with.
 
 pub(crate) mod cache;
 pub(crate) mod claims;
-pub(crate) mod compact;
+pub(crate) mod compaction;
 pub(crate) mod give_back;
-pub(crate) mod hinted;
+pub(crate) mod hints;
 pub mod holds;
 pub(crate) mod huge;
 pub(crate) mod intervals;
 pub(crate) mod lost;
 pub(crate) mod members;
+pub(crate) mod merge;
 pub(crate) mod modes;
 pub(crate) mod passes;
 pub(crate) mod reads;
 pub mod removal;
-pub(crate) mod rested;
-pub(crate) mod search;
+pub(crate) mod scan;
 pub mod trust;
 pub(crate) mod turns;
-pub(crate) mod undo;
+pub(crate) mod unmerge;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -30,8 +31,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::blocks::CacheSize;
-use crate::blocks::books::Books;
 use crate::blocks::limit::CacheLimit;
+use crate::blocks::state::CacheState;
 use crate::changes::ChangeLog;
 use crate::engine::holds::{Hold, Holds, Since};
 use crate::engine::intervals::Ends;
@@ -69,7 +70,7 @@ pub struct Settings {
     /// Let effort follow change, for VMs with a change log. Without it they are gone over in full
     /// passes as well, as KSM does.
     pub follow: bool,
-    /// How long a page must not have been written to count as at rest, in milliseconds.
+    /// How long a page must not have been written to count as idle, in milliseconds.
     pub rest_ms: u64,
     /// Without a change log: look for a page among unshared ones only when it has not changed since
     /// the last pass.
@@ -148,7 +149,7 @@ pub(crate) struct Counters {
     pub(crate) effort: Effort,
     pub(crate) digests: u64,
     pub(crate) hints: u64,
-    pub(crate) undone: u64,
+    pub(crate) unmerged: u64,
     pub(crate) compactions: u64,
     pub(crate) breaks: u64,
     pub(crate) denied: u64,
@@ -184,18 +185,18 @@ pub struct Engine {
     /// Pages that are not shared, but for those of huge pages.
     pub(crate) unique: PageIndex,
     /// Pages of huge pages.
-    pub(crate) whole: PageIndex,
+    pub(crate) huge_pages: PageIndex,
     /// A VM wants huge pages, or one did.
     pub(crate) any_huge: bool,
     pub(crate) blocks: Blocks,
-    pub(crate) books: Books,
+    pub(crate) cache: CacheState,
     pub(crate) pressure: Pressure,
     pub(crate) compaction: Compaction,
     pub(crate) counters: Counters,
     pub(crate) pass: Pass,
-    /// The slot and page where looking at pages at rest goes on.
+    /// The slot and page where the scan of idle pages goes on.
     pub(crate) rested_cursor: (Slot, u32),
-    pub(crate) looked_at_rested: bool,
+    pub(crate) has_scanned_rested: bool,
     pub(crate) turns: Turns,
     /// When the step that is under way is to end.
     pub(crate) step_ends: Instant,
@@ -230,7 +231,7 @@ impl Engine {
     /// An engine without VMs, the only one of its process.
     ///
     /// # Errors
-    /// Where the page map or random numbers cannot be read.
+    /// Fails if the page map or random numbers cannot be read.
     pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
         let limit = Arc::new(CacheLimit::new(settings.block_cache));
         let budget = Arc::new(Budget::new(settings.mappings_limit));
@@ -265,16 +266,16 @@ impl Engine {
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
             stable: FrameIndex::new(settings.order),
             unique: PageIndex::new(settings.order),
-            whole: PageIndex::new(settings.order),
+            huge_pages: PageIndex::new(settings.order),
             any_huge: false,
             blocks: Blocks::default(),
-            books: Books::new(limit)?,
+            cache: CacheState::new(limit)?,
             pressure: Pressure::default(),
             compaction: Compaction::new(settings.few_holes, settings.compaction_windows),
             counters: Counters::default(),
             pass: Pass::new(),
             rested_cursor: (Slot::default(), 0),
-            looked_at_rested: false,
+            has_scanned_rested: false,
             turns: Turns::default(),
             step_ends: Instant::now(),
             holds: Holds::default(),
@@ -297,7 +298,7 @@ impl Engine {
     /// kept.
     ///
     /// # Errors
-    /// Where the RAM cannot be registered with userfaultfd, or there are too many pages in all.
+    /// Fails if the RAM cannot be registered with userfaultfd, or there are too many pages in all.
     pub fn add(
         &mut self,
         ram: Arc<Ram>,
@@ -307,7 +308,7 @@ impl Engine {
         let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
         let space = Space::new(ram, &*self.calls)?;
         self.membership_changed = true;
-        self.books.join();
+        self.cache.join();
         self.any_huge |= huge.is_some();
         let log = log.filter(|_| self.follow);
         if log.is_none() {
@@ -340,7 +341,7 @@ impl Engine {
             return (None, Step::Worked);
         }
         if self.store.any_left() {
-            self.settle_cache();
+            self.update_cache();
         }
         for kind in self.turns.order() {
             let started = Instant::now();
@@ -352,8 +353,8 @@ impl Engine {
         let passes = self.passes();
         let active = self.members.iter().filter(|member| member.active());
         let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
-        let whole = self.members.iter().filter(|member| !member.space.lost());
-        let unshare = whole.filter_map(|member| member.unshare).map(|unshare| unshare.due);
+        let kept = self.members.iter().filter(|member| !member.space.lost());
+        let unshare = kept.filter_map(|member| member.unshare).map(|unshare| unshare.due);
         let pass = passes.then_some(self.pass.due);
         let claims = self.claims_due();
         // Where intervals end, the cache has its turn with them.
@@ -379,12 +380,12 @@ impl Engine {
             Kind::Claims => self.take_claims(now),
             Kind::Changes => self.end_an_interval(now),
             Kind::GiveBack => self.give_back_step(),
-            Kind::Rested => self.look_at_rested(),
+            Kind::Rested => self.scan_rested(),
             Kind::Evictions => self.shrink_cache(),
             Kind::Limit => self.rest_cache(now) || self.follow_limit(now),
             Kind::Splits => self.split_step(),
             Kind::Unshare => self.unshare(now),
-            Kind::Undo => self.undo_for_better(),
+            Kind::Undo => self.unmerge_for_better_runs(),
             Kind::Compaction => self.compact_step(now) || self.reclaim_step(),
             Kind::Passes => self.go_on_with_pass(now),
         }
@@ -424,7 +425,7 @@ impl Engine {
     /// Keeps the count of the process's mappings true.
     pub(crate) fn recount(&mut self) {
         let force = std::mem::take(&mut self.membership_changed);
-        self.publish_mappings();
+        self.report_mappings();
         let budget = self.share.budget();
         if force {
             budget.ask_for_recount();
@@ -436,7 +437,7 @@ impl Engine {
     }
 
     /// Lets the budget know how many mappings the VMs have.
-    pub(crate) fn publish_mappings(&mut self) {
+    pub(crate) fn report_mappings(&mut self) {
         self.share.set(self.members.mappings(), self.members.count() as u64);
     }
 
@@ -457,11 +458,11 @@ impl Engine {
     pub(crate) fn metadata_bytes(&self) -> usize {
         self.store.metadata_bytes()
             + self.blocks.bytes()
-            + self.books.bytes()
+            + self.cache.bytes()
             + self.ends.bytes()
             + self.stable.bytes()
             + self.unique.bytes()
-            + self.whole.bytes()
+            + self.huge_pages.bytes()
             + self.members.iter().map(Member::metadata_bytes).sum::<usize>()
     }
 

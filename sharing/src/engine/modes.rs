@@ -1,7 +1,7 @@
 //! Modes: what of a VM's memory is shared, which can change while it runs.
 //!
 //! Whoever changes a mode waits for none of the VM's memory. From then on nothing more of the VM is merged with
-//! others, in either direction: the engine looks at none of its pages for that, and a page of it that is found in
+//! others, in either direction: the engine scans none of its pages for that, and a page of it that is found in
 //! an index is passed over. A VM that is not to share any more is gone over step by step: its pages leave the
 //! indexes, and then their frames.
 
@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::engine::holds::Since;
 use crate::engine::members::{Member, Mode};
 use crate::engine::turns::Kind;
-use crate::engine::undo::BATCH_PAGES;
+use crate::engine::unmerge::BATCH_PAGES;
 use crate::numbers::Slot;
 
 /// Pages that one step takes out of indexes at most: some hundred microseconds.
@@ -88,7 +88,7 @@ impl Engine {
             self.forget_mode_of(slot, page);
         }
         if let Some(part) = part {
-            self.take_off(slot, part);
+            self.unmerge(slot, part);
         }
         let member = self.members.at_mut(slot);
         let forgotten = forgotten.max(end);

@@ -1,4 +1,4 @@
-//! Full passes, for VMs whose changes nobody notes: every private page is looked at in every pass,
+//! Full passes, for VMs whose changes nobody notes: every private page is scanned in every pass,
 //! and counts as settled when its digest is that of the pass before.
 
 use std::ops::Range;
@@ -80,7 +80,7 @@ impl Engine {
                     run.clone().for_each(|page| member.became_private(page));
                 }
                 for run in &runs {
-                    let end = self.look_at_run(slot, run.clone());
+                    let end = self.scan_run(slot, run.clone());
                     if end < run.end {
                         done = end;
                         break;
@@ -95,7 +95,7 @@ impl Engine {
 
     /// Private pages have left their frames, and are zero pages no longer.
     pub(crate) fn release(&mut self, slot: Slot, run: Range<u32>) {
-        let Self { members, store, stable, counters, books, .. } = self;
+        let Self { members, store, stable, counters, cache, .. } = self;
         let member = members.at_mut(slot);
         for page in run {
             member.not_zero(page);
@@ -103,7 +103,7 @@ impl Engine {
                 // Pages that were put on frames to see whether they are written were never merged.
                 let lent = member.space.census_mut().is_some_and(|census| census.broken(page));
                 counters.breaks += u64::from(!lent);
-                if let Some(named) = member.space.refers(page).and_then(|frame| books.names.of(frame)) {
+                if let Some(named) = member.space.refers(page).and_then(|frame| cache.index.of(frame)) {
                     member.gave_up(named.key);
                 }
                 if let Some(frame) = member.space.detach(page, store) {

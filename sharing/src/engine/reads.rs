@@ -12,11 +12,11 @@
 use std::ops::Range;
 
 use crate::blocks::admission::{Sample, Sampler};
-use crate::blocks::books::Fetching;
-use crate::blocks::names::{BlockKey, Keep};
-use crate::blocks::notes::Note;
+use crate::blocks::block_index::{BlockKey, Keep};
+use crate::blocks::copies::CopyRecord;
 use crate::blocks::read::{BlockRead, CopyOut, FetchRun, ReadPlan, VmNumber};
 use crate::blocks::replace::History;
+use crate::blocks::state::Fetching;
 use crate::engine::Engine;
 use crate::engine::members::Mode;
 use crate::memory::calls::Source;
@@ -56,11 +56,11 @@ impl Engine {
         let pages = member.map_or(0, |member| member.space.pages());
         let there = read.targets.iter().flatten().all(|&page| page < pages);
         if member.is_none() || !there || blocks.end >= u64::from(u32::MAX) {
-            self.books.counters.past += read.targets.len() as u64;
+            self.cache.counters.past += read.targets.len() as u64;
             plan.past.push(blocks);
             return plan;
         }
-        let image = self.books.image(read.image);
+        let image = self.cache.image(read.image);
         let key = |index: usize| BlockKey { image, block: read.first as u32 + index as u32 };
         if read.keep == Keep::Exclusive {
             self.demote_replaced(slot, read.targets, key(0));
@@ -69,8 +69,8 @@ impl Engine {
         let mut missing: Option<Range<usize>> = None;
         let mut held: Vec<Delivery> = Vec::new();
         for (index, &target) in read.targets.iter().enumerate() {
-            self.members.at_mut(slot).missed(key(index), &self.books.sampler);
-            let found = if self.books.being_written(key(index)) { None } else { self.find_block(key(index)) };
+            self.members.at_mut(slot).missed(key(index), &self.cache.sampler);
+            let found = if self.cache.being_written(key(index)) { None } else { self.find_block(key(index)) };
             match found {
                 Some(Found::Frame(frame)) => {
                     let idle = self.store.sharers(frame) == 0;
@@ -80,10 +80,10 @@ impl Engine {
                     held.push(Delivery { index, key: key(index), frame, target, history });
                     continue;
                 }
-                Some(Found::Copied(note)) => {
+                Some(Found::Copied(record)) => {
                     plan.from_guests += 1;
                     copy(index, &self.scratch);
-                    self.copied(slot, target, Some(note));
+                    self.copied(slot, target, Some(record));
                     continue;
                 }
                 None => {}
@@ -98,9 +98,9 @@ impl Engine {
         }
         self.fetch(vm, read, missing, &mut plan);
         self.deliver(slot, read.keep, &held, copy);
-        self.books.counters.served_from_guests += plan.from_guests;
-        self.books.counters.served_from_host += plan.from_host;
-        self.settle_cache();
+        self.cache.counters.served_from_guests += plan.from_guests;
+        self.cache.counters.served_from_host += plan.from_host;
+        self.update_cache();
         plan
     }
 
@@ -113,15 +113,15 @@ impl Engine {
         copy: &mut CopyOut<'_>,
     ) -> ReadPlan {
         if self.members.get(vm.slot).is_some_and(|member| member.id == vm.id) {
-            let working_set = self.members.at_mut(vm.slot).working_set_by(&self.books.sampler);
+            let working_set = self.members.at_mut(vm.slot).working_set_by(&self.cache.sampler);
             working_set.follow_below(sample.disk, sample.limit);
             working_set.passed(sample.passed);
         }
-        self.books.sampling = true;
+        self.cache.sampling = true;
         let mut plan = self.begin_read(vm, read, copy);
-        self.books.sampling = false;
+        self.cache.sampling = false;
         let pages = self.members.get(vm.slot).map_or(0, |member| member.space.pages());
-        plan.room = self.books.limit.share().saturating_add(pages.into());
+        plan.room = self.cache.limit.share().saturating_add(pages.into());
         plan
     }
 
@@ -130,20 +130,20 @@ impl Engine {
         if let Some(member) = self.members.get(vm.slot).filter(|member| member.id == vm.id)
             && member.working_set.is_some()
         {
-            self.members.at_mut(vm.slot).working_set_by(&self.books.sampler).follow_below(disk, u64::MAX);
+            self.members.at_mut(vm.slot).working_set_by(&self.cache.sampler).follow_below(disk, u64::MAX);
         }
     }
 
     /// What chooses the samples.
     #[must_use]
     pub fn sampler(&self) -> Sampler {
-        self.books.sampler.clone()
+        self.cache.sampler.clone()
     }
 
     /// The run was read in full, or not. What was read is delivered. Returns whether the VM was there to
     /// have it.
     pub fn end_fetch(&mut self, token: u64, read: bool, copy: &mut CopyOut<'_>) -> bool {
-        let Some(fetch) = self.books.fetches.remove(&token) else { return false };
+        let Some(fetch) = self.cache.fetches.remove(&token) else { return false };
         let (slot, hold) = (fetch.vm.slot, fetch.hold);
         let there = self.members.get(slot).is_some_and(|m| m.id == fetch.vm.id && !m.space.lost());
         if !read || !there {
@@ -152,29 +152,29 @@ impl Engine {
             return false;
         }
         self.store.fill(&hold);
-        self.books.counters.fetched += u64::from(hold.count());
-        self.books.filled = true;
+        self.cache.counters.fetched += u64::from(hold.count());
+        self.cache.filled = true;
         let mut deliveries = Vec::with_capacity(fetch.targets.len());
         for (index, &target) in fetch.targets.iter().enumerate() {
             let key = BlockKey { block: fetch.key.block + index as u32, ..fetch.key };
             let history = fetch.histories[index];
-            let stale = fetch.stale[index] || self.books.being_written(key);
+            let stale = fetch.stale[index] || self.cache.being_written(key);
             let frame = self.enter(hold.first() + index as u32, key, fetch.keep, history, stale);
             deliveries.push(Delivery { index, key, frame, target, history });
         }
-        self.books.sampling = fetch.sampled;
+        self.cache.sampling = fetch.sampled;
         self.deliver(slot, fetch.keep, &deliveries, copy);
-        self.books.sampling = false;
+        self.cache.sampling = false;
         // What nobody has taken over dies: another frame has its content, or it was written meanwhile.
         self.release_hold(hold);
-        self.settle_cache();
+        self.update_cache();
         true
     }
 
-    /// Enters a frame that was just filled, and is held, into the books, unless there is another of that block
+    /// Enters a frame that was just filled, and is held, into the cache, unless there is another of that block
     /// or content. Returns the one to be delivered, which holds the block or is the one that was filled.
     fn enter(&mut self, frame: Frame, key: BlockKey, keep: Keep, history: History, stale: bool) -> Frame {
-        if !stale && let Some(other) = self.books.names.frame(key) {
+        if !stale && let Some(other) = self.cache.index.frame(key) {
             // Somebody else read it meanwhile.
             return other;
         }
@@ -185,20 +185,20 @@ impl Engine {
         self.store.set_digest(frame, digest);
         if keep == Keep::Inclusive {
             if !stale {
-                self.name(frame, key, keep, history);
+                self.index_block(frame, key, keep, history);
             }
             return frame;
         }
         self.scratch.copy_from_slice(page);
         if !stale
             && let Some(like) = self.frame_like_scratch(digest)
-            && self.name(like, key, keep, history)
+            && self.index_block(like, key, keep, history)
         {
             return like;
         }
         self.stable.insert(frame, &mut self.store);
         if !stale {
-            self.name(frame, key, keep, history);
+            self.index_block(frame, key, keep, history);
         }
         frame
     }
@@ -206,7 +206,7 @@ impl Engine {
     /// Fetches a run that nobody holds.
     fn fetch(&mut self, vm: VmNumber, read: &BlockRead<'_>, run: Option<Range<usize>>, plan: &mut ReadPlan) {
         let Some(run) = run else { return };
-        let image = self.books.image(read.image);
+        let image = self.cache.image(read.image);
         let first = read.first + run.start as u64;
         let key = BlockKey { image, block: first as u32 };
         let targets = read.targets[run.clone()].to_vec();
@@ -218,58 +218,58 @@ impl Engine {
         let spare = if preferred.is_none() { self.store.allocate_spare(count) } else { None };
         let Some(hold) = spare.or_else(|| self.store.allocate(count, preferred)) else {
             self.counters.refusals += 1;
-            self.books.counters.past += u64::from(count);
+            self.cache.counters.past += u64::from(count);
             plan.past.push(first..first + u64::from(count));
             return;
         };
         let keys = (key.block..key.block + count).map(|block| BlockKey { image, block });
-        let histories = keys.clone().map(|key| self.books.order.miss(key)).collect();
-        let stale = keys.map(|key| self.books.being_written(key)).collect();
+        let histories = keys.clone().map(|key| self.cache.order.miss(key)).collect();
+        let stale = keys.map(|key| self.cache.being_written(key)).collect();
         let landing = self.store.landing(&hold);
-        let (keep, sampled) = (read.keep, self.books.sampling);
+        let (keep, sampled) = (read.keep, self.cache.sampling);
         let fetching = Fetching { vm, keep, sampled, key, hold, targets, histories, stale };
-        let token = self.books.add_fetch(fetching);
+        let token = self.cache.add_fetch(fetching);
         plan.fetches.push(FetchRun { token, first, blocks: count, landing });
     }
 
     /// Where a block is, if the group holds it. A copy of one that a guest's page holds alone is in the
     /// scratch page then.
     fn find_block(&mut self, key: BlockKey) -> Option<Found> {
-        if let Some(frame) = self.books.names.frame(key) {
+        if let Some(frame) = self.cache.index.frame(key) {
             return Some(Found::Frame(frame));
         }
-        let (place, note) = self.books.notes.holder(key)?;
-        let (slot, page) = self.members.locate(place);
+        let (global, record) = self.cache.copies.holder(key)?;
+        let (slot, page) = self.members.locate(global);
         let member = self.members.at(slot);
         if member.mode != Mode::Full || member.space.lost() {
             return None;
         }
         if let Some(frame) = member.space.refers(page).filter(|_| member.space.attached(page))
-            && self.proof_of(frame) == note.proof
-            && self.name(frame, key, Keep::Exclusive, note.history)
+            && self.proof_of(frame) == record.proof
+            && self.index_block(frame, key, Keep::Exclusive, record.history)
         {
             return Some(Found::Frame(frame));
         }
         let member = self.members.at(slot);
         // SAFETY: a member's RAM is mapped.
         unsafe { content::copy(member.space.page(page), &mut self.scratch) };
-        if self.books.prover.proof(&self.scratch) == note.proof {
-            return Some(Found::Copied(note));
+        if self.cache.prover.proof(&self.scratch) == record.proof {
+            return Some(Found::Copied(record));
         }
-        self.refute(place);
+        self.refute(global);
         None
     }
 
     /// A page does not hold what was copied to it.
-    fn refute(&mut self, place: GlobalPage) {
-        self.books.counters.refuted += 1;
-        self.give_up(place);
+    fn refute(&mut self, global: GlobalPage) {
+        self.cache.counters.refuted += 1;
+        self.give_up(global);
     }
 
-    fn give_up(&mut self, place: GlobalPage) {
-        let (slot, _) = self.members.locate(place);
-        if let Some(note) = self.books.notes.remove(place) {
-            self.members.at_mut(slot).gave_up(note.key);
+    fn give_up(&mut self, global: GlobalPage) {
+        let (slot, _) = self.members.locate(global);
+        if let Some(record) = self.cache.copies.remove(global) {
+            self.members.at_mut(slot).gave_up(record.key);
         }
     }
 
@@ -277,32 +277,32 @@ impl Engine {
     fn demote_replaced(&mut self, slot: Slot, targets: &[Option<u32>], first: BlockKey) {
         for (index, &target) in (0..).zip(targets) {
             let Some(page) = target else { continue };
-            let place = self.members.at(slot).place(page);
-            let Some(&note) = self.books.notes.get(place) else { continue };
-            let same = note.key == BlockKey { block: first.block + index, ..first };
-            let held = self.books.names.frame(note.key).is_some() || self.books.being_written(note.key);
-            if same || held || self.books.limit.share() == 0 {
+            let global = self.members.at(slot).global_page(page);
+            let Some(&record) = self.cache.copies.get(global) else { continue };
+            let same = record.key == BlockKey { block: first.block + index, ..first };
+            let held = self.cache.index.frame(record.key).is_some() || self.cache.being_written(record.key);
+            if same || held || self.cache.limit.share() == 0 {
                 continue;
             }
             let source = self.members.at(slot).space.page(page);
             // A guest that clears its pages first is told by the first bytes.
             // SAFETY: a member's RAM is mapped.
             if unsafe { content::zero(source) } {
-                self.refute(place);
+                self.refute(global);
                 continue;
             }
             let Some(hold) = self.copy_to_frame(source) else { return };
-            if self.proof_of(hold.first()) != note.proof {
+            if self.proof_of(hold.first()) != record.proof {
                 self.release_hold(hold);
-                self.refute(place);
+                self.refute(global);
                 continue;
             }
-            self.give_up(place);
-            let frame = self.enter(hold.first(), note.key, Keep::Exclusive, note.history, false);
+            self.give_up(global);
+            let frame = self.enter(hold.first(), record.key, Keep::Exclusive, record.history, false);
             self.release_hold(hold);
             if self.store.sharers(frame) == 0 && self.store.kept(frame) {
-                self.books.order.insert(note.key, note.history);
-                self.books.counters.demoted_copied += 1;
+                self.cache.order.insert(record.key, record.history);
+                self.cache.counters.demoted_copied += 1;
             }
         }
     }
@@ -328,11 +328,11 @@ impl Engine {
 
     /// A block that the host holds is read. Returns its history.
     fn wanted_again(&mut self, frame: Frame, keep: Keep) -> History {
-        let Some(named) = self.books.names.of_mut(frame) else { return History::NONE };
+        let Some(named) = self.cache.index.of_mut(frame) else { return History::NONE };
         if keep == Keep::Exclusive && named.keep == Keep::Exclusive {
-            named.history = self.books.order.take(named.key).unwrap_or(named.history);
+            named.history = self.cache.order.take(named.key).unwrap_or(named.history);
         } else {
-            self.books.order.hit(named.key);
+            self.cache.order.hit(named.key);
         }
         named.history
     }
@@ -360,47 +360,47 @@ impl Engine {
 
     fn deliver_copy(&mut self, slot: Slot, keep: Keep, delivery: &Delivery, copy: &mut CopyOut<'_>) {
         let Delivery { index, key, frame, target, history } = *delivery;
-        self.books.counters.delivered_copied += 1;
+        self.cache.counters.delivered_copied += 1;
         // SAFETY: the frame is live, and its content no longer changes.
         copy(index, unsafe { &*self.store.content(frame).cast::<Page>() });
-        let holds = self.books.names.frame(key) == Some(frame);
-        let note = (keep == Keep::Exclusive && holds && target.is_some()).then(|| Note {
+        let holds = self.cache.index.frame(key) == Some(frame);
+        let record = (keep == Keep::Exclusive && holds && target.is_some()).then(|| CopyRecord {
             key,
             proof: self.proof_of(frame),
             history,
         });
-        self.copied(slot, target, note);
+        self.copied(slot, target, record);
     }
 
-    /// The host has written to a page: what the books say of it is no longer so.
-    fn copied(&mut self, slot: Slot, target: Option<u32>, note: Option<Note>) {
+    /// The host has written to a page: what the metadata says of it is no longer so.
+    fn copied(&mut self, slot: Slot, target: Option<u32>, record: Option<CopyRecord>) {
         let Some(page) = target else { return };
         if !self.members.at(slot).space.attached(page) {
             self.forget_page(slot, page);
             self.members.at_mut(slot).not_zero(page);
         }
         let member = self.members.at_mut(slot);
-        let place = member.place(page);
-        let before = self.books.notes.remove(place).map(|note| note.key);
-        if let Some(before) = before.filter(|&before| note.is_none_or(|note| note.key != before)) {
+        let global = member.global_page(page);
+        let before = self.cache.copies.remove(global).map(|record| record.key);
+        if let Some(before) = before.filter(|&before| record.is_none_or(|record| record.key != before)) {
             member.gave_up(before);
         }
-        if let Some(note) = note {
-            self.books.notes.insert(place, note);
+        if let Some(record) = record {
+            self.cache.copies.insert(global, record);
         }
     }
 
     /// A block has been delivered: the host keeps it, or leaves it to the guest.
     fn dismiss(&mut self, keep: Keep, delivery: &Delivery) {
         // Of a frame without a name only who filled it is left, or guests.
-        let Some(&named) = self.books.names.of(delivery.frame) else { return };
+        let Some(&named) = self.cache.index.of(delivery.frame) else { return };
         if self.store.sharers(delivery.frame) > 0 {
             return;
         }
         if keep == Keep::Exclusive && named.keep == Keep::Exclusive && delivery.target.is_some() {
-            self.unname(delivery.frame);
-        } else if !self.books.order.contains(named.key) {
-            self.books.order.insert(named.key, named.history);
+            self.drop_block(delivery.frame);
+        } else if !self.cache.order.contains(named.key) {
+            self.cache.order.insert(named.key, named.history);
         }
     }
 
@@ -418,7 +418,7 @@ impl Engine {
         let held = |page: u32| {
             let space = &self.members.at(slot).space;
             let frame = space.refers(page).filter(|_| space.attached(page))?;
-            self.books.names.of(frame).map(|named| named.key)
+            self.cache.index.of(frame).map(|named| named.key)
         };
         let held: Vec<_> = (first..first + count).map(held).collect();
         let mut dead = Vec::new();
@@ -439,25 +439,25 @@ impl Engine {
             let member = self.members.at_mut(slot);
             member.not_zero(page);
             member.became_merged(page);
-            let place = member.place(page);
-            let noted = self.books.notes.remove(place).map(|note| note.key);
+            let global = member.global_page(page);
+            let noted = self.cache.copies.remove(global).map(|record| record.key);
             if let Some(key) = held.or(noted).filter(|&key| key != delivery.key) {
                 member.gave_up(key);
             }
         }
-        self.books.counters.delivered_mapped += u64::from(mapped);
-        self.publish_mappings();
+        self.cache.counters.delivered_mapped += u64::from(mapped);
+        self.report_mappings();
         mapped
     }
 
     fn worth_mapping(&self, slot: Slot, first: u32, frame: Frame, run: &[Delivery]) -> bool {
         let member = self.members.at(slot);
         let count = run.len() as u32;
-        let whole = || (first..first + count).any(|page| member.whole(page));
+        let any_huge = || (first..first + count).any(|page| member.is_huge(page));
         let copied = |delivery: &Delivery| {
-            self.books.names.of(delivery.frame).is_some_and(|named| named.keep != Keep::Exclusive)
+            self.cache.index.of(delivery.frame).is_some_and(|named| named.keep != Keep::Exclusive)
         };
-        if member.mode != Mode::Full || member.space.lost() || whole() || run.iter().any(copied) {
+        if member.mode != Mode::Full || member.space.lost() || any_huge() || run.iter().any(copied) {
             return false;
         }
         let added = member.space.mappings_added(first, count, Source::Frames(frame));
@@ -468,7 +468,7 @@ impl Engine {
         let shortest = budget.shortest_run();
         let least = if shortest == 1 { 0 } else { shortest };
         // What goes past the cache leaves a mapping where all see it, and a note where nobody looks.
-        let least_run = if self.books.sampling { 1 } else { self.shortest_mapping };
+        let least_run = if self.cache.sampling { 1 } else { self.shortest_mapping };
         count >= least_run
             && value(count, added) >= least.max(self.pressure.floor())
             && added + 2 <= budget.room()
@@ -480,5 +480,5 @@ enum Found {
     /// In a frame.
     Frame(Frame),
     /// In a guest's page alone, a copy of which is in the scratch page.
-    Copied(Note),
+    Copied(CopyRecord),
 }

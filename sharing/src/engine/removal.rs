@@ -2,8 +2,8 @@
 //!
 //! To unmap memory takes 80 ms and more for each GiB, under a lock of the process that page faults and new
 //! mappings need too. So the memory goes a piece at a time, while the engine works for others: it is locked
-//! only to take the pages of the next piece out of its books, and to give up the frames of the last one.
-//! Frames are given up after nothing is mapped to them any more. What is left of the books is dropped unlocked.
+//! only to take the pages of the next piece out of its metadata, and to give up the frames of the last one.
+//! Frames are given up after nothing is mapped to them any more. What is left of the metadata is dropped unlocked.
 
 use std::io;
 use std::ops::Range;
@@ -31,7 +31,7 @@ pub struct Removal {
     mapped: bool,
     /// Parts that failed calls tore out: they are not this RAM's any more.
     holes: Vec<Range<u32>>,
-    /// What is left of the books at the end.
+    /// What is left of the metadata at the end.
     books: Option<Member>,
 }
 
@@ -150,11 +150,11 @@ impl Engine {
         removal.books = self.members.remove(removal.slot);
         self.blocks.clear();
         self.membership_changed = true;
-        self.settle_cache();
+        self.update_cache();
         false
     }
 
-    /// After a panic the books do not tell any more which frames can go: the VM is gone at once. Returns whether
+    /// After a panic the metadata no longer tells which frames can go: the VM is gone at once. Returns whether
     /// that is so.
     fn forget_distrusted(&mut self, slot: Slot) -> bool {
         let panicked = self.stop.get() == Some(Stopped::Panicked);
@@ -179,9 +179,9 @@ impl Engine {
             self.forget_page(removal.slot, page);
         }
         let member = self.members.at(removal.slot);
-        if !self.books.notes.is_empty() {
+        if !self.cache.copies.is_empty() {
             removal.piece.clone().for_each(|page| {
-                self.books.notes.remove(member.place(page));
+                self.cache.copies.remove(member.global_page(page));
             });
         }
         let mapped = member.space.backing().on_frames().next_from(start);
@@ -192,7 +192,7 @@ impl Engine {
     /// its frames are given up.
     ///
     /// # Errors
-    /// What the kernel said. The engine does nothing more for the VM, and the call can be repeated.
+    /// Fails if the kernel refuses. The engine does nothing more for the VM, and the call can be repeated.
     pub fn remove(&mut self, slot: Slot) -> io::Result<()> {
         let Some(mut removal) = self.begin_removal(slot) else { return Ok(()) };
         loop {

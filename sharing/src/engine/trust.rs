@@ -1,9 +1,9 @@
 //! Whether an engine can be trusted, and the lock that sees to it.
 //!
-//! A panic under the lock leaves the engine's books half changed, and a frame that the host cannot supply
+//! A panic under the lock leaves the engine's metadata half changed, and a frame that the host cannot supply
 //! makes what is read from frames worthless. Sharing *stops* for the group then: nothing more is merged or
 //! served from its cache, and its VMs go on. What they share stays mapped. After a panic no frame is given up
-//! before the last VM of the group is gone, since only the books know who maps it.
+//! before the last VM of the group is gone, since only the metadata tells who maps it.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -19,7 +19,7 @@ use crate::engine::Engine;
 /// Why sharing has stopped for a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stopped {
-    /// The engine panicked: its books are not to be trusted.
+    /// The engine panicked: its metadata is not to be trusted.
     Panicked = 1,
     /// The host could not supply a frame.
     FrameLost = 2,

@@ -20,7 +20,7 @@ pub(crate) enum Kind {
     Changes,
     /// Free pages of guests go back.
     GiveBack,
-    /// Pages at rest are looked at.
+    /// Idle pages are scanned.
     Rested,
     /// Cached blocks beyond the limit are dropped.
     Evictions,
@@ -80,7 +80,7 @@ const KINDS: usize = 12;
 /// processor took longer through no fault of its kind.
 const CHARGED: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(2));
 
-/// The books of all kinds, in microseconds of charged time.
+/// What all kinds were charged, in microseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
     /// The start of the last step that was served.

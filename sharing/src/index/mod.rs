@@ -1,4 +1,4 @@
-//! Where content is looked up: frames (the *stable* index), and pages of all VMs that were looked at
+//! Where content is looked up: frames (the *stable* index), and pages of all VMs that were scanned
 //! and are not shared (the *unstable* index). An entry says only what to compare with.
 //!
 //! Two orders behind one interface. Under the keyed digest both indexes are hash tables, and a search
@@ -216,13 +216,13 @@ impl PageIndex {
 
     /// Enters a page under the digest that is noted of it, unless there are enough of its content. Returns whether
     /// it was entered.
-    pub(crate) fn insert(&mut self, place: GlobalPage, pages: &impl Contents<Entry = GlobalPage>) -> bool {
-        self.0.insert(place, pages)
+    pub(crate) fn insert(&mut self, global: GlobalPage, pages: &impl Contents<Entry = GlobalPage>) -> bool {
+        self.0.insert(global, pages)
     }
 
     /// Takes a page out that was entered under this digest.
-    pub(crate) fn remove(&mut self, place: GlobalPage, digest: Digest) {
-        self.0.remove(place, digest);
+    pub(crate) fn remove(&mut self, global: GlobalPage, digest: Digest) {
+        self.0.remove(global, digest);
     }
 
     /// Another page of this content, as far as is known without protection.

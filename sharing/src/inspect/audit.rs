@@ -1,5 +1,5 @@
 //! The auditor: recounts from the kernel's side who maps which frame, and compares it with the
-//! books. What it looks for first is a frame that a page still shows and the books have given up:
+//! metadata. What it looks for first is a frame that a page still shows and the metadata has given up:
 //! it would show one VM another VM's memory.
 
 #![expect(unsafe_code, reason = "reads frames by address and the memory file's holes")]
@@ -34,14 +34,14 @@ pub struct AuditReport {
     pub showing: u64,
     /// Pages whose physical page was compared with the frame's; 0 where the process may not know.
     pub physically_checked: u64,
-    /// Contradictions between kernel and books.
+    /// Contradictions between the kernel and the metadata.
     pub problems: u64,
     /// The first of them, in words.
     pub descriptions: Vec<String>,
 }
 
 impl AuditReport {
-    /// Whether the books are right.
+    /// Whether the metadata is right.
     #[must_use]
     pub fn passed(&self) -> bool {
         self.problems == 0
@@ -80,7 +80,7 @@ impl Engine {
     /// Recounts everything. See [`AuditReport`].
     ///
     /// # Errors
-    /// Where the page maps cannot be read.
+    /// Fails if the page maps cannot be read.
     pub fn audit(&mut self) -> io::Result<AuditReport> {
         let mut report = AuditReport::default();
         let mappings = mappings(self.store.file().as_raw_fd())?;
@@ -192,7 +192,7 @@ impl Engine {
             if !self.store.is_filled(frame) {
                 continue;
             }
-            if self.store.kept(frame) != self.books.names.of(frame).is_some() {
+            if self.store.kept(frame) != self.cache.index.of(frame).is_some() {
                 report.problem(|| format!("frame {frame} is kept without a block, or the other way round"));
             }
             self.store.read(frame, &mut page)?;
@@ -205,7 +205,7 @@ impl Engine {
                 report.problem(|| format!("frame {frame} reads differently through file and mapping"));
             }
         }
-        let held = self.books.being_filled() + self.compaction.held();
+        let held = self.cache.being_filled() + self.compaction.held();
         if held != self.store.held() {
             let booked = self.store.held();
             report.problem(|| format!("{booked} frames are held, {held} of them by somebody"));

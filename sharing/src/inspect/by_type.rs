@@ -15,7 +15,7 @@ impl Engine {
     /// `None` for a slot without a VM.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn claimed(&self, slot: Slot) -> io::Result<Option<Claimed>> {
         Survey::new(slot, ClaimCount::default()).all(self)
     }

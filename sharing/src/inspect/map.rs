@@ -29,7 +29,7 @@ impl Engine {
     /// a VM.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn map(&self, slot: Slot, cells: u32) -> io::Result<Option<Vec<MapCell>>> {
         Survey::new(slot, Picture::new(cells)).all(self)
     }
@@ -70,7 +70,7 @@ impl PageCount for Picture {
                 self.cells.push(MapCell { first_page: page.into(), pages, ..MapCell::default() });
             }
             let Some(cell) = self.cells.last_mut() else { continue };
-            // A page that has just left its frame is still on the books.
+            // A page that has just left its frame is still in the metadata.
             let own = private.next_if_eq(&page).is_some();
             let zero = member.flags[page as usize].contains(Flags::ZERO);
             let state = match (own, space.attached(page), zero) {

@@ -3,7 +3,7 @@
 //! No book says who shares a frame, since that would cost memory for each of them. A few thousand frames,
 //! the same for all VMs of a group, are looked for among those that each VM refers to; which of them two
 //! VMs both refer to tells what they have in common. The work is one look at each page's entry in the
-//! books, in pieces between which the engine goes on, and some bits for each pair.
+//! metadata, in pieces between which the engine goes on, and some bits for each pair.
 
 use crate::engine::Engine;
 use crate::memory::store::Frame;
@@ -11,7 +11,7 @@ use crate::numbers::Slot;
 
 /// Frames of a sample at most, as long as their number is a power of two.
 const SAMPLE: u32 = 4096;
-/// Pages that are looked at while the engine waits.
+/// Pages that are scanned while the engine waits.
 const PIECE: u32 = 1 << 16;
 /// VMs that are compared with each other at most: those that hold most.
 const MOST_VMS: usize = 1024;
@@ -32,7 +32,7 @@ pub struct Pair {
     pub vms: [usize; 2],
     /// Frames that both refer to: pages of content that are in memory once for both.
     pub pages: u64,
-    /// The standard error of that number; 0 where all frames were looked at.
+    /// The standard error of that number; 0 where all frames were scanned.
     pub error: u64,
 }
 
@@ -66,7 +66,7 @@ fn is_sampled(frame: Frame, shift: u32) -> bool {
 /// `most`.
 #[must_use]
 pub fn pairs(vms: &[&FrameSample], most: usize) -> Vec<Pair> {
-    // The number of frames may have changed while the VMs were looked at.
+    // The number of frames may have changed while the VMs were scanned.
     let shift = vms.iter().map(|vm| vm.shift).max().unwrap_or(0);
     let mut frames: Vec<Frame> = vms.iter().flat_map(|vm| vm.within(shift)).collect();
     frames.sort_unstable();

@@ -17,7 +17,7 @@ pub struct EngineStatistics {
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames: what is saved.
     pub pages_sharing: u64,
-    /// Pages looked at and found unique.
+    /// Pages scanned and found unique.
     pub pages_unshared: u64,
     /// Pages that changed since the pass before.
     pub pages_volatile: u64,
@@ -31,7 +31,7 @@ pub struct EngineStatistics {
     pub frame_places: u64,
     /// Times that frames were moved to close holes, since the start.
     pub compactions: u64,
-    /// Pages looked at since the start.
+    /// Pages scanned since the start.
     pub pages_scanned: u64,
     /// Pages mapped to frames since the start.
     pub merges: u64,
@@ -65,7 +65,7 @@ pub struct EngineStatistics {
     pub refusals: u64,
     /// Bytes that the kernel charges for the frame store.
     pub store_bytes: u64,
-    /// Bytes that the engine's books take.
+    /// Bytes that the engine's metadata takes.
     pub metadata_bytes: u64,
     /// Bytes of page tables through which the engine itself reads the frames.
     pub page_table_bytes: u64,
@@ -95,7 +95,7 @@ impl EngineStatistics {
         gross.saturating_sub(self.overhead_bytes())
     }
 
-    /// Bytes that sharing takes itself, for its books, for the kernel's mappings and for the page tables of the
+    /// Bytes that sharing takes itself, for its metadata, for the kernel's mappings and for the page tables of the
     /// frame store's view.
     #[must_use]
     pub fn overhead_bytes(&self) -> u64 {
@@ -173,7 +173,7 @@ pub struct VmStatistics {
     pub pages_sharing: u64,
     /// Its pages that are mapped to frames.
     pub pages_merged: u64,
-    /// Its pages looked at and found unique.
+    /// Its pages scanned and found unique.
     pub pages_unshared: u64,
     /// Its pages that changed since the pass before.
     pub pages_volatile: u64,
@@ -216,7 +216,7 @@ impl Engine {
             digests: self.counters.digests,
             breaks: self.counters.breaks,
             mappings_denied: self.counters.denied,
-            pages_undone: self.counters.undone,
+            pages_undone: self.counters.unmerged,
             huge_split: self.counters.split,
             hints: self.counters.hints,
             hints_dropped: self.members.iter().map(|member| member.hints.dropped()).sum(),
@@ -237,7 +237,7 @@ impl Engine {
     /// One VM's statistics; `None` for a slot without a VM.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn vm_statistics(&self, slot: Slot) -> io::Result<Option<VmStatistics>> {
         Survey::new(slot, VmCount::default()).all(self)
     }

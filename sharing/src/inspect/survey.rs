@@ -25,7 +25,7 @@ pub(crate) trait PageCount {
     /// Counts some pages; `runs` are those of them with memory of their own.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     fn count(
         &mut self,
         engine: &Engine,
@@ -53,7 +53,7 @@ impl<C: PageCount> Survey<C> {
     /// Counts the next part. Returns whether there is more.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub(crate) fn go_on(&mut self, engine: &Engine) -> io::Result<bool> {
         let since = Since::now();
         let Some(member) = engine.members.get(self.slot) else { return Ok(false) };

@@ -5,7 +5,7 @@
 //! has *left*, because the guest wrote to it and has a private copy there.
 //!
 //! With a page that is not attached a number can be kept, its note, in the place where the number of the
-//! frame is otherwise: the books of a page are what limits how much memory can be managed.
+//! frame is otherwise: the metadata of a page is what limits how much memory can be managed.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,7 @@ use crate::memory::calls::Source;
 use crate::memory::page_types::Census;
 use crate::memory::store::Frame;
 
-/// The books of one VM's mappings.
+/// The metadata of one VM's mappings.
 #[derive(Debug)]
 pub(crate) struct Backing {
     /// The frame of a page that is attached, the note of any other.
@@ -190,7 +190,7 @@ impl Backing {
         boundaries
     }
 
-    /// Bytes that the books take.
+    /// Bytes that the metadata takes.
     pub(crate) fn bytes(&self) -> usize {
         self.words.capacity() * size_of::<u32>()
             + self.on_frames.bytes()

@@ -41,7 +41,7 @@ pub trait MemoryCalls: Send + Sync {
     /// Registers pages with userfaultfd, so that they can be protected.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     fn register(&self, pages: RamRange<'_>) -> io::Result<()>;
 
     /// Blocks writes to the pages. Returns how many of the first pages are known to be protected:
@@ -54,13 +54,13 @@ pub trait MemoryCalls: Send + Sync {
     /// Lifts the protection and wakes blocked writers.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     fn unprotect(&self, pages: RamRange<'_>) -> io::Result<()>;
 
     /// Wakes writers that were blocked.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     fn wake(&self, pages: RamRange<'_>) -> io::Result<()>;
 
     /// Wakes all writers that wait, if pages were protected since the last call. To be called while no pages are
@@ -111,7 +111,7 @@ pub trait MemoryCalls: Send + Sync {
     /// free alone. Where no huge page backs them nothing happens.
     ///
     /// # Errors
-    /// What the kernel said. It may also leave the huge page as it is without saying so.
+    /// Fails if the kernel refuses. It may also leave the huge page as it is without saying so.
     fn split(&self, pages: RamRange<'_>) -> io::Result<()>;
 
     /// Gives the memory of `count` frames back.

@@ -33,7 +33,7 @@ impl Digester {
     /// A digester with a fresh random key.
     ///
     /// # Errors
-    /// Where the kernel's random numbers cannot be read.
+    /// Fails if the kernel's random numbers cannot be read.
     pub fn new() -> io::Result<Self> {
         let mut key = [0; KEY_BYTES];
         File::open("/dev/urandom")?.read_exact(&mut key)?;

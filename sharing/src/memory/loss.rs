@@ -44,7 +44,7 @@ const STACK_BYTES: usize = 64 << 10;
 pub struct Loss {
     /// Where it was, in bytes from the start of the range.
     pub offset: usize,
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     pub cause: Cause,
 }
 
@@ -165,7 +165,7 @@ static OTHERS: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 /// may do what handlers may.
 ///
 /// # Errors
-/// Where the signals' handlers cannot be had.
+/// Fails if the signals' handlers cannot be had.
 pub fn on_other_faults(handler: Handler) -> io::Result<()> {
     OTHERS.store(handler as *mut c_void, Ordering::SeqCst);
     install()
@@ -208,7 +208,7 @@ impl fmt::Debug for Entry {
 /// to what is in it but by volatile or atomic accesses: pages of zeros may take the place of lost ones.
 ///
 /// # Errors
-/// Where the signals' handlers or the event that wakes the teller cannot be had.
+/// Fails if the signals' handlers or the event that wakes the teller cannot be had.
 pub unsafe fn watch(start: usize, bytes: usize) -> io::Result<Watch> {
     install()?;
     let state = Arc::new(State {
@@ -253,7 +253,7 @@ impl Watch {
     /// Has `tell` called, from a thread of its own, once a part of the range is lost; at once where one is.
     ///
     /// # Errors
-    /// Where there is no such thread to be had.
+    /// Fails if there is no such thread to be had.
     pub fn on_loss(&self, tell: impl FnOnce(Loss) + Send + 'static) -> io::Result<()> {
         start_telling()?;
         TELLERS.lock().push(Teller { state: Arc::clone(&self.state), tell: Box::new(tell) });

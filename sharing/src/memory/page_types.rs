@@ -87,7 +87,7 @@ impl Claim {
     }
 }
 
-/// The books of one type.
+/// The counts of one type.
 #[derive(Clone, Copy, Debug, Default)]
 struct Count {
     pages: u32,

@@ -26,7 +26,7 @@ const CATEGORY_HUGE: u64 = 1 << 6;
 
 /// How many runs one scan returns at most.
 const REGIONS: usize = 256;
-/// How much memory one scan looks at: it holds a lock of the process for some 5 ns a page.
+/// How much memory one call scans: it holds a lock of the process for some 5 ns a page.
 const SCAN_BYTES: u64 = 128 << 20;
 /// How many pages the older way reads at a time.
 const ENTRIES: usize = 512;

@@ -253,7 +253,7 @@ impl Ram {
     /// Has `tell` called, once, from another thread, when the host cannot supply a part of it.
     ///
     /// # Errors
-    /// Where that thread cannot be had.
+    /// Fails if that thread cannot be had.
     pub fn on_loss(&self, tell: impl FnOnce(Loss) + Send + 'static) -> io::Result<()> {
         self.watch.on_loss(tell)
     }

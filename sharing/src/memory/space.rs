@@ -37,7 +37,7 @@ pub enum SpaceError {
         first: u32,
         /// Pages of the run.
         count: u32,
-        /// What the kernel said.
+        /// Fails if the kernel refuses.
         #[source]
         error: io::Error,
     },
@@ -51,7 +51,7 @@ pub enum SpaceError {
         first: u32,
         /// Pages of the run.
         count: u32,
-        /// What the kernel said.
+        /// Fails if the kernel refuses.
         #[source]
         error: io::Error,
     },
@@ -65,7 +65,7 @@ struct Replaced {
 }
 
 impl Replaced {
-    /// To be called once the books tell of the pages.
+    /// To be called once the metadata tells of the pages.
     fn end(self) -> Result<u32, SpaceError> {
         self.lost.map_or(Ok(self.pages), Err)
     }
@@ -91,7 +91,7 @@ impl Space {
     /// Takes RAM under management: all of it anonymous, as [`Ram::reserve`] made it.
     ///
     /// # Errors
-    /// Where the kernel refuses to register it with userfaultfd.
+    /// Fails if the kernel refuses to register it with userfaultfd.
     pub fn new(ram: Arc<Ram>, calls: &dyn MemoryCalls) -> io::Result<Self> {
         let pages = ram.pages();
         calls.register(ram.range(0, pages))?;
@@ -173,7 +173,7 @@ impl Space {
         self.leaving || !self.holes.is_empty() || self.ram.lost()
     }
 
-    /// Bytes that the books take.
+    /// Bytes that the metadata takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
         self.backing.bytes()
@@ -182,7 +182,7 @@ impl Space {
     /// Appends to `runs` the runs of `pages` that are private and worth looking at.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     pub fn private(
         &self,
         pages: Range<u32>,

@@ -69,7 +69,7 @@ impl Watch {
     /// Wakes the writers of a userfaultfd from now on, for as long as it is open.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     pub(crate) fn watch(&self, uffd: &Arc<Userfaultfd>) -> io::Result<()> {
         let fd = uffd.as_raw_fd();
         let mut watched = self.shared.watched.lock();

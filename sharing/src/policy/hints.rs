@@ -1,4 +1,4 @@
-//! What devices know about pages before anyone has looked at them: what they were filled with, and
+//! What devices know about pages before anyone has scanned them: what they were filled with, and
 //! that they are free. A hint says what to try first; contents are compared before anything is shared.
 
 use std::collections::VecDeque;
@@ -124,7 +124,7 @@ type Piece = Box<[Option<Entry>; PIECE]>;
 struct Entry {
     block: u64,
     image: u32,
-    place: GlobalPage,
+    global: GlobalPage,
 }
 
 impl Blocks {
@@ -139,14 +139,14 @@ impl Blocks {
     }
 
     /// Remembers the page that holds a block. Returns the page that held it before, as far as known.
-    pub(crate) fn replace(&mut self, image: u32, block: u64, place: GlobalPage) -> Option<GlobalPage> {
+    pub(crate) fn replace(&mut self, image: u32, block: u64, global: GlobalPage) -> Option<GlobalPage> {
         let key = (block ^ u64::from(image) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let index = ((u128::from(key) * (self.pieces.len() * PIECE) as u128) >> 64) as usize;
         let piece = self.pieces.get_mut(index / PIECE)?;
         self.made += usize::from(piece.is_none());
         let entry = &mut piece.get_or_insert_with(|| Box::new([None; PIECE]))[index % PIECE];
-        let before = entry.replace(Entry { block, image, place })?;
-        (before.image == image && before.block == block && before.place != place).then_some(before.place)
+        let before = entry.replace(Entry { block, image, global })?;
+        (before.image == image && before.block == block && before.global != global).then_some(before.global)
     }
 
     /// Forgets everything.

@@ -5,10 +5,10 @@
 //! runs short. So nothing in a huge page is merged. Its pages are only counted: how many hold zeros, or
 //! have their like in a frame or elsewhere in a VM. A huge page is *cold* when no write to it was noted for
 //! [`COLD`] intervals (or full passes). One that is cold, and of which a quarter or more could be shared, is
-//! split by the kernel into pages of 4 KiB, which are then looked at like any others. Hot ones and those with
+//! split by the kernel into pages of 4 KiB, which are then scanned like any others. Hot ones and those with
 //! few duplicates stay whole.
 //!
-//! What is a huge page is asked of the kernel's page map whenever pages are about to be looked at, and again
+//! What is a huge page is asked of the kernel's page map whenever pages are about to be scanned, and again
 //! with every sweep: the kernel may have had no huge page to give, or have split one by itself, and there
 //! pages are merged at once. It may also make one of small pages later (khugepaged), but under userfaultfd
 //! only of 512 populated pages of one anonymous mapping of which none is protected: never over frames, never
@@ -45,7 +45,7 @@ pub(crate) struct HugeRange {
     /// Intervals since the last change.
     pub(crate) quiet: u8,
     /// A huge page backs it.
-    pub(crate) whole: bool,
+    pub(crate) is_huge: bool,
     /// Intervals for which it is not split, since that was tried a moment ago.
     pub(crate) pause: u8,
 }
@@ -61,8 +61,8 @@ pub(crate) struct HugeRanges {
 
 impl HugeRanges {
     /// RAM of this many pages, which are taken for whole from the start or only once they are known to be.
-    pub(crate) fn new(pages: u32, whole: bool) -> Self {
-        let range = HugeRange { alike: 0, quiet: 0, whole, pause: 0 };
+    pub(crate) fn new(pages: u32, is_huge: bool) -> Self {
+        let range = HugeRange { alike: 0, quiet: 0, is_huge, pause: 0 };
         let ranges = vec![range; (pages / HUGE_PAGES) as usize];
         Self { next: ranges.len(), ranges, splits: 0 }
     }
@@ -72,8 +72,8 @@ impl HugeRanges {
     }
 
     /// Whether the page belongs to a huge page.
-    pub(crate) fn whole(&self, page: u32) -> bool {
-        self.ranges.get((page / HUGE_PAGES) as usize).is_some_and(|range| range.whole)
+    pub(crate) fn is_huge(&self, page: u32) -> bool {
+        self.ranges.get((page / HUGE_PAGES) as usize).is_some_and(|range| range.is_huge)
     }
 
     pub(crate) fn changed(&mut self, page: u32) {
@@ -113,7 +113,7 @@ impl HugeRanges {
     /// The first page of the next range to be split, as far as is known here.
     pub(crate) fn next_cold(&mut self) -> Option<u32> {
         let cold = |range: &HugeRange| {
-            range.whole && range.pause == 0 && range.quiet >= COLD && range.alike >= ENOUGH
+            range.is_huge && range.pause == 0 && range.quiet >= COLD && range.alike >= ENOUGH
         };
         let found = self.ranges[self.next..].iter().position(cold).map(|after| self.next + after);
         self.next = found.map_or(self.ranges.len(), |index| index + 1);
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn pages_behind_the_last_full_range_belong_to_none() {
         let mut huge = HugeRanges::new(2 * HUGE_PAGES + 100, true);
-        assert!(huge.whole(1023) && !huge.whole(1024));
+        assert!(huge.is_huge(1023) && !huge.is_huge(1024));
         huge.add_alike(1100);
         huge.changed(1100);
         assert_eq!((huge.around(0..1), huge.around(500..1100)), (0..512, 0..1024));

@@ -143,7 +143,7 @@ impl Groups {
         if entry.vms == 0 && (group.name != DEFAULT_GROUP || stopped) {
             gone.add_counters(&group.statistics());
             // A thread may hold on to the group for a moment.
-            group.engine.ask(|engine| engine.books.leave());
+            group.engine.ask(|engine| engine.cache.leave());
             groups.remove(&group.name);
         }
     }
@@ -205,7 +205,7 @@ impl Group {
     /// As [`Engine::remove`].
     pub(crate) fn remove(&self, slot: Slot) -> io::Result<()> {
         let begin = || self.engine.ask(|engine| engine.begin_removal(slot));
-        // Where the books fail at that, the VM is forgotten by another try, which does without them.
+        // Where the metadata fails at that, the VM is forgotten by another try, which does without them.
         let Some(mut removal) = begin().or_else(begin).flatten() else { return Ok(()) };
         loop {
             if let Err(error) = removal.empty() {

@@ -1,5 +1,5 @@
 //! The sharing engine of a process at work: VMs join and leave, threads of its own look for what is
-//! alike, under a ceiling of CPU time, and sleep while there is nothing to do.
+//! identical, under a ceiling of CPU time, and sleep while there is nothing to do.
 
 #![expect(unsafe_code, reason = "asks for the size of memory")]
 
@@ -144,7 +144,7 @@ impl Sharing {
     /// The RAM must be small pages ([`Ram::use_small_pages`]), and nothing may pin it for writing.
     ///
     /// # Errors
-    /// Where the group cannot be put up or the RAM not be registered; it is not shared then and
+    /// Fails if the group cannot be put up or the RAM not be registered; it is not shared then and
     /// otherwise as before.
     pub fn add(
         &self,
@@ -209,15 +209,15 @@ impl Sharing {
         self.crew.groups.statistics().1
     }
 
-    /// Recounts everything and compares it with the books. Takes about a second for each 4 GiB of
+    /// Recounts everything and compares it with the metadata. Takes about a second for each 4 GiB of
     /// guest memory, in which nothing is merged; guests run on.
     ///
     /// # Errors
-    /// Where the page maps cannot be read.
+    /// Fails if the page maps cannot be read.
     pub fn audit(&self) -> io::Result<AuditReport> {
         let mut report = AuditReport::default();
         for group in self.crew.groups.all() {
-            // The books of an engine that has stopped are known to be wrong.
+            // The metadata of an engine that has stopped is known to be wrong.
             if let Some(audit) = group.engine.work(|engine| engine.audit()) {
                 report.add(audit?);
             }
@@ -275,7 +275,7 @@ impl Membership {
     /// The VM's statistics.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn statistics(&self) -> io::Result<VmStatistics> {
         Ok(self.survey(VmCount::default())?.unwrap_or_default())
     }
@@ -340,7 +340,7 @@ impl Membership {
     /// VM's memory where it says anything.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn claimed(&self) -> io::Result<Claimed> {
         Ok(self.survey(ClaimCount::default())?.unwrap_or_default())
     }
@@ -349,7 +349,7 @@ impl Membership {
     /// proportion to the VM's memory.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub fn map(&self, cells: u32) -> io::Result<Vec<MapCell>> {
         Ok(self.survey(Picture::new(cells))?.unwrap_or_default())
     }

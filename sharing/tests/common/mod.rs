@@ -198,7 +198,7 @@ pub(crate) fn pass(engine: &mut Engine) -> u64 {
 
 /// Takes all pages off their frames that are to be, without looking at others.
 pub(crate) fn take_off(engine: &mut Engine) {
-    while engine.take_off_step(std::time::Instant::now()) {}
+    while engine.unmerge_step(std::time::Instant::now()) {}
 }
 
 pub(crate) fn audit(engine: &mut Engine) {

@@ -21,7 +21,7 @@ const GUEST: u32 = 5000;
 const DATA: u32 = 50_000;
 const READS: u32 = 600_000;
 
-/// A window beside which the traces are short, so that all of their reads count alike.
+/// A window beside which the traces are short, so that all of their reads count the same.
 const LONG: u32 = 1 << 27;
 
 fn numbers() -> impl FnMut() -> f64 {

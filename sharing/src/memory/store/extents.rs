@@ -116,7 +116,7 @@ impl Extents {
         self.classes[class(len)].remove(&start);
     }
 
-    /// Bytes that the books take, about.
+    /// Bytes that the metadata takes, about.
     pub(crate) fn bytes(&self) -> usize {
         // A map's leaves are two thirds full.
         self.lengths.len() * (size_of::<(u32, u32)>() + size_of::<u32>()) * 3 / 2

@@ -103,7 +103,7 @@ impl FrameStore {
     /// Creates a store for up to `capacity` frames. It occupies nothing until frames are written.
     ///
     /// # Errors
-    /// Where the kernel refuses the memory file, its seals or its mapping.
+    /// Fails if the kernel refuses the memory file, its seals or its mapping.
     pub fn create(capacity: u32) -> io::Result<Self> {
         let bytes = capacity as usize * PAGE_SIZE;
         // SAFETY: the name is a C string; the call returns a new descriptor.
@@ -226,7 +226,7 @@ impl FrameStore {
     /// which a comparison will tell.
     ///
     /// # Errors
-    /// Where the memory for the frames is not to be had, or the source is not mapped.
+    /// Fails if the memory for the frames is not to be had, or the source is not mapped.
     pub fn write(&self, hold: &Hold, source: *const u8) -> io::Result<()> {
         self.assert_unfilled(hold);
         let mut done = 0;
@@ -521,12 +521,12 @@ impl FrameStore {
     /// Bytes that the kernel charges for the store.
     ///
     /// # Errors
-    /// What fstat said.
+    /// Fails if `fstat` does.
     pub fn charged_bytes(&self) -> io::Result<u64> {
         Ok(self.io.metadata()?.blocks() * 512)
     }
 
-    /// Bytes of this process that the books of the frames take.
+    /// Bytes of this process that the metadata of the frames takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {
         let extents = [&self.free, &self.spare, &self.dead, &self.unseen];
@@ -549,7 +549,7 @@ impl FrameStore {
     /// Reads a frame through the file.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses.
     pub fn read(&self, frame: Frame, into: &mut [u8; PAGE_SIZE]) -> io::Result<()> {
         self.io.read_exact_at(into, u64::from(frame.number()) * PAGE_SIZE as u64)
     }

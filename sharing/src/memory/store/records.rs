@@ -1,4 +1,4 @@
-//! The books of all frames: a table that grows and shrinks by the piece, so that no step has to copy it.
+//! The metadata of all frames: a table that grows and shrinks by the piece, so that no step has to copy it.
 
 use crate::memory::store::Frame;
 use crate::numbers::Digest;
@@ -42,7 +42,7 @@ impl State {
     }
 }
 
-/// What is known of frames, by what is looked at together: 9 bytes each.
+/// What is known of frames, by what is read together: 9 bytes each.
 #[derive(Debug)]
 struct Piece {
     states: Box<[State]>,

@@ -82,9 +82,9 @@ impl Engine {
         self.blocks.fit(total);
         let mut next = pages.start;
         for page in pages.clone() {
-            let place = self.members.at(slot).place(page);
+            let global = self.members.at(slot).global_page(page);
             let Some(before) =
-                self.blocks.replace(image, block.wrapping_add(u64::from(page - pages.start)), place)
+                self.blocks.replace(image, block.wrapping_add(u64::from(page - pages.start)), global)
             else {
                 continue;
             };
@@ -94,7 +94,7 @@ impl Engine {
         }
     }
 
-    /// Brings the books of pages up to date. Returns whether that was possible.
+    /// Brings the metadata of pages up to date. Returns whether that was possible.
     fn own(&mut self, slot: Slot, pages: Range<u32>) -> bool {
         self.learn_huge(slot, pages.clone());
         let mut runs = std::mem::take(&mut self.runs);
@@ -111,8 +111,8 @@ impl Engine {
 
     /// Merges a page with the one at `place`, if they are alike, and their neighbours. Returns how
     /// many pages from it on are dealt with.
-    fn merge_with(&mut self, slot: Slot, page: u32, end: u32, place: GlobalPage) -> u32 {
-        let (twin_slot, twin) = self.members.locate(place);
+    fn merge_with(&mut self, slot: Slot, page: u32, end: u32, global: GlobalPage) -> u32 {
+        let (twin_slot, twin) = self.members.locate(global);
         let shares = |other: &&Member| other.mode == Mode::Full && !other.space.lost();
         let Some(other) = self.members.get(twin_slot).filter(shares) else { return 1 };
         self.counters.effort.comparisons += 1;
@@ -127,10 +127,10 @@ impl Engine {
         let before = self.counters.merges;
         let frame = other.space.refers(twin).filter(|_| other.space.attached(twin));
         let done = match frame {
-            Some(frame) => self.merge_into(slot, page, end, frame),
+            Some(frame) => self.merge_stable(slot, page, end, frame),
             None if !self.own(twin_slot, twin..twin + 1) => 1,
             None if self.members.at(twin_slot).mergeable(twin) => {
-                self.publish(slot, page, end, (twin_slot, twin))
+                self.merge_unstable(slot, page, end, (twin_slot, twin))
             }
             None => 1,
         };

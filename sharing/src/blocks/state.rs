@@ -1,4 +1,4 @@
-//! The books of the block cache of one group, and how frames come to hold blocks and are given up.
+//! The state of the block cache of one group.
 
 use std::io;
 use std::ops::Range;
@@ -8,15 +8,15 @@ use std::time::Instant;
 use hashbrown::HashMap;
 
 use super::admission::Sampler;
+use super::block_index::{BlockIndex, BlockKey, Keep};
+use super::copies::{CopyRecords, Prover};
 use super::limit::CacheLimit;
-use super::names::{BlockKey, Keep, Names};
-use super::notes::{Notes, Prover};
 use super::read::VmNumber;
 use super::replace::{History, Policy, Replacement};
 use super::statistics::CacheStatistics;
 use crate::memory::store::Hold;
 
-/// One state of an image at rest, as its owner calls it: the host's device, the file's number, a version of
+/// One state of the content of an image, as its owner calls it: the host's device, the file's number, a version of
 /// its content, and the format that it is read in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Image(pub [u64; 4]);
@@ -39,12 +39,12 @@ pub(crate) struct Fetching {
     pub(crate) stale: Vec<bool>,
 }
 
-/// The books.
+/// What is cached, read and written at the moment.
 #[derive(Debug)]
-pub(crate) struct Books {
+pub(crate) struct CacheState {
     pub(crate) images: HashMap<Image, u32>,
-    pub(crate) names: Names,
-    pub(crate) notes: Notes,
+    pub(crate) index: BlockIndex,
+    pub(crate) copies: CopyRecords,
     /// Blocks of idle frames, and of some that are wanted again.
     pub(crate) order: Box<dyn Replacement<BlockKey>>,
     pub(crate) fetches: HashMap<u64, Fetching>,
@@ -68,12 +68,12 @@ pub(crate) struct Books {
     pub(crate) counters: CacheStatistics,
 }
 
-impl Books {
+impl CacheState {
     pub(crate) fn new(limit: Arc<CacheLimit>) -> io::Result<Self> {
         Ok(Self {
             images: HashMap::new(),
-            names: Names::default(),
-            notes: Notes::default(),
+            index: BlockIndex::default(),
+            copies: CopyRecords::default(),
             order: Policy::S3Fifo.start(),
             fetches: HashMap::new(),
             next_token: 0,
@@ -91,7 +91,7 @@ impl Books {
         })
     }
 
-    /// The number of an image in these books.
+    /// The number of an image in this cache.
     pub(crate) fn image(&mut self, image: Image) -> u32 {
         let next = self.images.len() as u32;
         *self.images.entry(image).or_insert(next)
@@ -132,18 +132,22 @@ impl Books {
 
     pub(crate) fn bytes(&self) -> usize {
         let fetches: usize = self.fetches.values().map(|fetch| fetch.targets.len() * 10).sum();
-        self.names.bytes() + self.notes.bytes() + self.order.bytes() + fetches + self.images.allocation_size()
+        self.index.bytes()
+            + self.copies.bytes()
+            + self.order.bytes()
+            + fetches
+            + self.images.allocation_size()
     }
 }
 
-impl Drop for Books {
+impl Drop for CacheState {
     fn drop(&mut self) {
         self.limit.use_instead(self.published, 0);
         self.leave();
     }
 }
 
-/// Blocks by the numbers that the books have room for: those beyond are never in them.
+/// Blocks by the numbers that the cache has room for: those beyond are never in it.
 pub(crate) fn narrow(blocks: &Range<u64>) -> Range<u32> {
     let end = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
     end(blocks.start)..end(blocks.end)

@@ -2,7 +2,7 @@
 //! before them, in guest order.
 //!
 //! Holes cost memory: the kernel keeps a node of 576 bytes for every 64 pages of the memory file of
-//! which one is in use, a page of page tables for every 512, and the books a record for each. Guests run
+//! which one is in use, a page of page tables for every 512, and the metadata a record for each. Guests run
 //! on; a frame is copied, and each page on it is compared with the copy under protection before it is
 //! mapped there.
 //!
@@ -12,7 +12,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::blocks::names::Keep;
+use crate::blocks::block_index::Keep;
 use crate::engine::Engine;
 use crate::memory::calls::Source;
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
@@ -159,7 +159,7 @@ impl Engine {
             self.stable.insert(new, &mut self.store);
         }
         if self.store.kept(old) {
-            self.books.names.move_frame(old, new);
+            self.cache.index.move_frame(old, new);
             if self.store.hand_over(old, new) {
                 self.stable.remove(old, &mut self.store);
             }
@@ -205,7 +205,7 @@ impl Engine {
         let mut windows = 0;
         while page < pages && !self.members.at(next).space.lost() {
             if windows >= self.compaction.windows || clock.over() {
-                self.publish_mappings();
+                self.report_mappings();
                 return Work::Changing { slot: next, page };
             }
             let end = pages.min(page + GLANCE);
@@ -216,7 +216,7 @@ impl Engine {
             windows += 1;
             page = first + self.change_run(next, first, new, count);
         }
-        self.publish_mappings();
+        self.report_mappings();
         Work::Changing { slot: next.next(), page: 0 }
     }
 
@@ -263,8 +263,8 @@ impl Engine {
 
     /// All pages left while a frame was under way: the block that it holds, if it does, is cached now.
     fn note_left(&mut self, frame: Frame) {
-        let named = self.books.names.of(frame);
-        if named.is_some_and(|named| named.keep == Keep::Exclusive && !self.books.order.contains(named.key)) {
+        let named = self.cache.index.of(frame);
+        if named.is_some_and(|named| named.keep == Keep::Exclusive && !self.cache.order.contains(named.key)) {
             self.store.note_left(frame);
         }
     }

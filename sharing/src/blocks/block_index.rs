@@ -39,7 +39,7 @@ pub enum Keep {
 
 /// What is known of a frame that holds blocks.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Named {
+pub(crate) struct HeldBlock {
     /// The block under which it is in the order of eviction.
     pub(crate) key: BlockKey,
     pub(crate) keep: Keep,
@@ -48,30 +48,30 @@ pub(crate) struct Named {
 
 /// All names, in order: trees grow in small steps, and find the blocks of a range.
 #[derive(Debug, Default)]
-pub(crate) struct Names {
+pub(crate) struct BlockIndex {
     /// The frame of a block, and the next block with the same frame.
     blocks: BTreeMap<BlockKey, (Frame, Option<BlockKey>)>,
-    frames: BTreeMap<Frame, Named>,
+    frames: BTreeMap<Frame, HeldBlock>,
 }
 
-impl Names {
+impl BlockIndex {
     /// The frame that holds a block.
     pub(crate) fn frame(&self, key: BlockKey) -> Option<Frame> {
         self.blocks.get(&key).map(|&(frame, _)| frame)
     }
 
     /// What is known of a frame, if it has a name.
-    pub(crate) fn of(&self, frame: Frame) -> Option<&Named> {
+    pub(crate) fn of(&self, frame: Frame) -> Option<&HeldBlock> {
         self.frames.get(&frame)
     }
 
-    pub(crate) fn of_mut(&mut self, frame: Frame) -> Option<&mut Named> {
+    pub(crate) fn of_mut(&mut self, frame: Frame) -> Option<&mut HeldBlock> {
         self.frames.get_mut(&frame)
     }
 
     /// Gives a frame its first name, or one more. Returns whether it has it: a frame may have too many.
     /// The block must be on no frame.
-    pub(crate) fn add(&mut self, frame: Frame, named: Named) -> bool {
+    pub(crate) fn add(&mut self, frame: Frame, named: HeldBlock) -> bool {
         debug_assert!(!self.blocks.contains_key(&named.key));
         match self.frames.entry(frame) {
             Entry::Vacant(entry) => {
@@ -114,11 +114,11 @@ impl Names {
         if let Some((_, link)) = before.and_then(|before| self.blocks.get_mut(&before)) {
             *link = next;
         }
-        Some(Removed { frame, was: Named { key, ..was }, next: Some(head) })
+        Some(Removed { frame, was: HeldBlock { key, ..was }, next: Some(head) })
     }
 
     /// Takes all names of a frame away.
-    pub(crate) fn remove_frame(&mut self, frame: Frame) -> Option<Named> {
+    pub(crate) fn remove_frame(&mut self, frame: Frame) -> Option<HeldBlock> {
         let named = self.frames.remove(&frame)?;
         let keys: Vec<_> = self.chain(named.key).collect();
         keys.into_iter().for_each(|key| {
@@ -165,7 +165,7 @@ impl Names {
 pub(crate) struct Removed {
     pub(crate) frame: Frame,
     /// What was known of the frame, under the name taken away.
-    pub(crate) was: Named,
+    pub(crate) was: HeldBlock,
     /// A name that it still has.
     pub(crate) next: Option<BlockKey>,
 }
@@ -182,8 +182,8 @@ mod tests {
         BlockKey { image: 1, block }
     }
 
-    fn named(block: u32) -> Named {
-        Named { key: key(block), keep: Keep::Exclusive, history: History::NONE }
+    fn named(block: u32) -> HeldBlock {
+        HeldBlock { key: key(block), keep: Keep::Exclusive, history: History::NONE }
     }
 
     fn at(number: u32) -> Frame {
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_frame_has_so_many_names_at_most() {
-        let mut names = Names::default();
+        let mut names = BlockIndex::default();
         assert!((0..MOST_NAMES as u32).all(|block| names.add(at(9), named(block))));
         assert!(!names.add(at(9), named(99)));
         assert_eq!(names.frame(key(99)), None);
@@ -208,7 +208,7 @@ mod tests {
     proptest! {
         #[test]
         fn names_agree_with_a_model(changes in prop::collection::vec((0..4_u8, 0..12_u32, 0..5_u32), 0..200)) {
-            let mut names = Names::default();
+            let mut names = BlockIndex::default();
             let mut model: BTreeMap<u32, Frame> = BTreeMap::new();
             for (change, block, frame) in changes {
                 let frame = at(frame);

@@ -27,11 +27,11 @@ const CERTAIN: u32 = 2;
 const MISSES: u32 = 8;
 
 impl Engine {
-    /// Looks at the private pages of a run that are to be looked at. Returns up to which there was time.
-    pub(crate) fn look_at_run(&mut self, slot: Slot, run: Range<u32>) -> u32 {
+    /// Looks at the private pages of a run that are to be scanned. Returns up to which there was time.
+    pub(crate) fn scan_run(&mut self, slot: Slot, run: Range<u32>) -> u32 {
         let mut page = run.start;
         while page < run.end && !self.members.at(slot).space.lost() {
-            let looked = self.look_at(slot, page, run.end).max(1);
+            let looked = self.scan_page(slot, page, run.end).max(1);
             page += looked;
             if self.time_to_end(looked) {
                 return page.min(run.end);
@@ -51,7 +51,7 @@ impl Engine {
 
     /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how
     /// many pages from it on are dealt with.
-    pub(crate) fn look_at(&mut self, slot: Slot, page: u32, end: u32) -> u32 {
+    pub(crate) fn scan_page(&mut self, slot: Slot, page: u32, end: u32) -> u32 {
         let member = self.members.at(slot);
         if !member.flags[page as usize].contains(Flags::PRIVATE) {
             return 1;
@@ -65,7 +65,7 @@ impl Engine {
         if member.space.lost() {
             return 1;
         }
-        if member.whole(page) {
+        if member.is_huge(page) {
             self.take_census(slot, page);
             return 1;
         }
@@ -85,7 +85,7 @@ impl Engine {
             return 1;
         }
         if let Some(frame) = self.frame_like_scratch(digest) {
-            return self.merge_into(slot, page, end, frame);
+            return self.merge_stable(slot, page, end, frame);
         }
         self.forget_page(slot, page);
         let changed = known.is_some_and(|known| known != digest);
@@ -95,22 +95,22 @@ impl Engine {
         member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
         if member.follower.is_none() && self.settle && !same {
-            // New to us is as good as changed: it is looked at again.
+            // A page that is new counts as changed: it is scanned again.
             self.counters.changes += u64::from(!changed);
             return 1;
         }
         if let Some(twin) = self.page_like_scratch(slot, page, digest) {
-            return self.publish(slot, page, end, twin);
+            return self.merge_unstable(slot, page, end, twin);
         }
-        self.whole_twin(slot, page, digest);
+        self.huge_twin(slot, page, digest);
         self.enter_unique(slot, page);
         1
     }
 
-    /// Enters a page that was looked at into the index of unique pages. Where that has enough pages that had
-    /// its content, it is looked at again in its time.
+    /// Enters a page that was scanned into the index of unique pages. Where that has enough pages that had
+    /// its content, it is scanned again in its time.
     pub(crate) fn enter_unique(&mut self, slot: Slot, page: u32) {
-        if self.unique.insert(self.members.at(slot).place(page), &self.members) {
+        if self.unique.insert(self.members.at(slot).global_page(page), &self.members) {
             self.members.at_mut(slot).set_unique(page);
         }
     }
@@ -123,9 +123,9 @@ impl Engine {
     /// Another page like the one in the scratch page, that belongs to no huge page.
     pub(crate) fn page_like_scratch(&mut self, slot: Slot, page: u32, digest: Digest) -> Option<(Slot, u32)> {
         let Self { unique, members, scratch, counters, .. } = self;
-        let itself = members.at(slot).place(page);
+        let itself = members.at(slot).global_page(page);
         let wanted = Wanted { page: scratch, digest };
-        unique.find(wanted, itself, members, &mut counters.effort).map(|place| members.locate(place))
+        unique.find(wanted, itself, members, &mut counters.effort).map(|global| members.locate(global))
     }
 
     /// Gives pages of zeros back, from `page` up to `end` as far as they go.
@@ -138,7 +138,7 @@ impl Engine {
             + (page + 1..end)
                 .take_while(|&next| {
                     space.refers(next).is_none() == anonymous
-                        && !member.whole(next)
+                        && !member.is_huge(next)
                         // SAFETY: a member's RAM is mapped.
                         && unsafe { content::zero(space.page(next)) }
                 })
@@ -150,7 +150,7 @@ impl Engine {
             self.forget_page(slot, page);
         }
         let outcome = self.members.at_mut(slot).space.discard_zeros(page, count, &*self.calls);
-        let given = self.settle_outcome(slot, outcome);
+        let given = self.note_outcome(slot, outcome);
         self.members.at_mut(slot).became_zero(page..page + given);
         self.counters.zeroed += u64::from(given);
         given
@@ -162,7 +162,7 @@ impl Engine {
     }
 
     /// Maps a frame over a page, and its neighbours over the page's neighbours.
-    pub(crate) fn merge_into(&mut self, slot: Slot, page: u32, end: u32, frame: Frame) -> u32 {
+    pub(crate) fn merge_stable(&mut self, slot: Slot, page: u32, end: u32, frame: Frame) -> u32 {
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let member = members.at(slot);
@@ -193,7 +193,7 @@ impl Engine {
     }
 
     /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
-    pub(crate) fn publish(&mut self, slot: Slot, page: u32, end: u32, twin: (Slot, u32)) -> u32 {
+    pub(crate) fn merge_unstable(&mut self, slot: Slot, page: u32, end: u32, twin: (Slot, u32)) -> u32 {
         let (twin_slot, twin_page) = twin;
         let longest = self.longest_run();
         let Self { members, counters, .. } = self;
@@ -250,7 +250,7 @@ impl Engine {
             }
         }
         self.release_hold(hold);
-        self.name_published(frame, count, [(slot, first), (twin_slot, twin_first)]);
+        self.index_copies(frame, count, [(slot, first), (twin_slot, twin_first)]);
         forward
     }
 
@@ -301,7 +301,7 @@ impl Engine {
             let outcome =
                 member.space.merge(first + done, frame + done, count - done, &mut self.store, &*self.calls);
             let failed = outcome.is_err();
-            let merged = self.settle_outcome(slot, outcome);
+            let merged = self.note_outcome(slot, outcome);
             for page in first + done..first + done + merged {
                 self.forget(slot, page, digests[(page - first) as usize]);
                 self.members.at_mut(slot).became_merged(page);
@@ -318,7 +318,7 @@ impl Engine {
     }
 
     /// Counts a refusal, tells the VM of a loss.
-    pub(crate) fn settle_outcome(&mut self, slot: Slot, outcome: Result<u32, SpaceError>) -> u32 {
+    pub(crate) fn note_outcome(&mut self, slot: Slot, outcome: Result<u32, SpaceError>) -> u32 {
         match outcome {
             Ok(pages) => pages,
             Err(error) => {
@@ -337,7 +337,7 @@ impl Engine {
         if added <= 0 {
             return true;
         }
-        self.publish_mappings();
+        self.report_mappings();
         let budget = self.share.budget();
         let value = value(count, added);
         let shortest = budget.shortest_run();
@@ -366,13 +366,13 @@ impl Engine {
     fn forget(&mut self, slot: Slot, page: u32, digest: Digest) {
         let member = self.members.at_mut(slot);
         if member.clear_unique(page) {
-            let index = if member.whole(page) { &mut self.whole } else { &mut self.unique };
-            index.remove(member.place(page), digest);
+            let index = if member.is_huge(page) { &mut self.huge_pages } else { &mut self.unique };
+            index.remove(member.global_page(page), digest);
         }
     }
 }
 
-/// Whether the neighbours at this distance of two pages that match are alike as well. In a run that has
+/// Whether the neighbours at this distance of two pages that match are identical as well. In a run that has
 /// gone on for a while a glance is enough: all of it is compared under protection.
 ///
 /// # Safety

@@ -1,4 +1,4 @@
-//! Scanning of pages that are at rest, and pages that leave their frames when they were written.
+//! Scanning of pages that are idle, and pages that leave their frames when they were written.
 
 use std::ops::Range;
 
@@ -21,8 +21,8 @@ impl Engine {
         self.runs = runs;
     }
 
-    /// Looks at the next pages at rest. Returns whether there were any.
-    pub(crate) fn look_at_rested(&mut self) -> bool {
+    /// Scans the next idle pages. Returns whether there were any.
+    pub(crate) fn scan_rested(&mut self) -> bool {
         let next = |slot: Slot, from: u32| {
             let member = self.members.get(slot).filter(|member| member.active())?;
             let pages = member.space.pages();
@@ -39,11 +39,11 @@ impl Engine {
             if followers.filter_map(Follower::promote).count() > 0 {
                 return true;
             }
-            self.counters.full_scans += u64::from(std::mem::take(&mut self.looked_at_rested));
+            self.counters.full_scans += u64::from(std::mem::take(&mut self.has_scanned_rested));
             return false;
         };
-        self.looked_at_rested = true;
-        let end = self.look_at_ready(slot, start..end);
+        self.has_scanned_rested = true;
+        let end = self.scan_ready(slot, start..end);
         self.rested_cursor = (slot, end);
         self.store.reclaim(&*self.calls);
         true
@@ -56,7 +56,7 @@ impl Engine {
     }
 
     /// Looks at the pages of a chunk that are ready. Returns up to which: somebody may have waited.
-    fn look_at_ready(&mut self, slot: Slot, mut chunk: Range<u32>) -> u32 {
+    fn scan_ready(&mut self, slot: Slot, mut chunk: Range<u32>) -> u32 {
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
@@ -79,7 +79,7 @@ impl Engine {
         'runs: for run in &runs {
             let mut page = run.start;
             while let Some(next) = self.next_ready(slot, page..run.end) {
-                let looked = self.look_at(slot, next, run.end).max(1);
+                let looked = self.scan_page(slot, next, run.end).max(1);
                 page = next + looked;
                 if self.time_to_end(looked) {
                     chunk.end = page.min(chunk.end);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::ops::Range;
 
-use super::names::BlockKey;
+use super::block_index::BlockKey;
 use super::replace::History;
 use crate::collections::segments::tree_bytes;
 use crate::memory::content::Page;
@@ -46,69 +46,69 @@ const MOST_PAGES: usize = 64;
 
 /// What was copied to a page.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Note {
+pub(crate) struct CopyRecord {
     pub(crate) key: BlockKey,
     pub(crate) proof: Proof,
     pub(crate) history: History,
 }
 
-/// The notes of all VMs, by place, in order: trees grow in small steps, and find the blocks of a range.
+/// The notes of all VMs, by global, in order: trees grow in small steps, and find the blocks of a range.
 #[derive(Debug, Default)]
-pub(crate) struct Notes {
+pub(crate) struct CopyRecords {
     /// Each with the next page that the same block was copied to.
-    pages: BTreeMap<GlobalPage, (Note, Option<GlobalPage>)>,
+    pages: BTreeMap<GlobalPage, (CopyRecord, Option<GlobalPage>)>,
     /// The last page that each block was copied to.
     holders: BTreeMap<BlockKey, GlobalPage>,
 }
 
-impl Notes {
+impl CopyRecords {
     pub(crate) fn is_empty(&self) -> bool {
         self.pages.is_empty()
     }
 
     /// Notes that a block was copied to a page. Where it was copied to too many pages this one is not
     /// noted.
-    pub(crate) fn insert(&mut self, place: GlobalPage, note: Note) {
-        self.remove(place);
-        let head = self.holders.get(&note.key).copied();
+    pub(crate) fn insert(&mut self, global: GlobalPage, record: CopyRecord) {
+        self.remove(global);
+        let head = self.holders.get(&record.key).copied();
         if self.chain(head).count() < MOST_PAGES {
-            self.pages.insert(place, (note, head));
-            self.holders.insert(note.key, place);
+            self.pages.insert(global, (record, head));
+            self.holders.insert(record.key, global);
         }
     }
 
     /// What was copied to a page.
-    pub(crate) fn get(&self, place: GlobalPage) -> Option<&Note> {
-        self.pages.get(&place).map(|(note, _)| note)
+    pub(crate) fn get(&self, global: GlobalPage) -> Option<&CopyRecord> {
+        self.pages.get(&global).map(|(record, _)| record)
     }
 
     /// The page that a block was last copied to.
-    pub(crate) fn holder(&self, key: BlockKey) -> Option<(GlobalPage, Note)> {
-        let place = *self.holders.get(&key)?;
-        self.get(place).map(|&note| (place, note))
+    pub(crate) fn holder(&self, key: BlockKey) -> Option<(GlobalPage, CopyRecord)> {
+        let global = *self.holders.get(&key)?;
+        self.get(global).map(|&record| (global, record))
     }
 
     /// The page is about to hold something else, or does.
-    pub(crate) fn remove(&mut self, place: GlobalPage) -> Option<Note> {
-        let (note, next) = self.pages.remove(&place)?;
-        let head = self.holders.get(&note.key).copied();
-        if head == Some(place) {
+    pub(crate) fn remove(&mut self, global: GlobalPage) -> Option<CopyRecord> {
+        let (record, next) = self.pages.remove(&global)?;
+        let head = self.holders.get(&record.key).copied();
+        if head == Some(global) {
             match next {
-                Some(next) => self.holders.insert(note.key, next),
-                None => self.holders.remove(&note.key),
+                Some(next) => self.holders.insert(record.key, next),
+                None => self.holders.remove(&record.key),
             };
-            return Some(note);
+            return Some(record);
         }
         let before =
-            self.chain(head).find(|before| self.pages.get(before).is_some_and(|b| b.1 == Some(place)));
+            self.chain(head).find(|before| self.pages.get(before).is_some_and(|b| b.1 == Some(global)));
         if let Some((_, link)) = before.and_then(|before| self.pages.get_mut(&before)) {
             *link = next;
         }
-        Some(note)
+        Some(record)
     }
 
     fn chain(&self, head: Option<GlobalPage>) -> impl Iterator<Item = GlobalPage> + '_ {
-        std::iter::successors(head, |place| self.pages.get(place).and_then(|&(_, next)| next))
+        std::iter::successors(head, |global| self.pages.get(global).and_then(|&(_, next)| next))
     }
 
     /// The first block of an image that was copied to a page, among these.
@@ -121,9 +121,9 @@ impl Notes {
     /// A block is not what it was: no page is known for it.
     pub(crate) fn forget_block(&mut self, key: BlockKey) {
         let head = self.holders.remove(&key);
-        let places: Vec<_> = self.chain(head).collect();
-        places.into_iter().for_each(|place| {
-            self.pages.remove(&place);
+        let pages: Vec<_> = self.chain(head).collect();
+        pages.into_iter().for_each(|global| {
+            self.pages.remove(&global);
         });
     }
 
@@ -147,8 +147,8 @@ mod tests {
         BlockKey { image: 3, block }
     }
 
-    fn note(block: u32) -> Note {
-        Note { key: key(block), proof: Proof([block as u8; 16]), history: History::NONE }
+    fn note(block: u32) -> CopyRecord {
+        CopyRecord { key: key(block), proof: Proof([block as u8; 16]), history: History::NONE }
     }
 
     #[test]
@@ -167,52 +167,52 @@ mod tests {
 
     #[test]
     fn a_block_that_is_copied_all_over_is_noted_for_some_pages_only() {
-        let mut notes = Notes::default();
-        (0..1000).for_each(|place| notes.insert(at(place), note(5)));
-        assert_eq!(notes.len(), MOST_PAGES);
-        assert_eq!(notes.first_within(3, 0..9), Some(key(5)));
-        assert_eq!((notes.first_within(3, 6..9), notes.first_within(4, 0..9)), (None, None));
-        notes.forget_block(key(5));
-        assert!(notes.is_empty() && notes.holders.is_empty());
+        let mut copies = CopyRecords::default();
+        (0..1000).for_each(|global| copies.insert(at(global), note(5)));
+        assert_eq!(copies.len(), MOST_PAGES);
+        assert_eq!(copies.first_within(3, 0..9), Some(key(5)));
+        assert_eq!((copies.first_within(3, 6..9), copies.first_within(4, 0..9)), (None, None));
+        copies.forget_block(key(5));
+        assert!(copies.is_empty() && copies.holders.is_empty());
     }
 
     proptest! {
         #[test]
         fn no_note_outlives_its_block(changes in prop::collection::vec((0..5_u8, 0..20_u32, 0..6_u32), 0..200)) {
-            let mut notes = Notes::default();
+            let mut copies = CopyRecords::default();
             let mut model: BTreeMap<GlobalPage, u32> = BTreeMap::new();
-            for (change, place, block) in changes {
+            for (change, global, block) in changes {
                 match change {
                     0 | 1 => {
-                        notes.insert(at(place), note(block));
-                        model.insert(at(place), block);
+                        copies.insert(at(global), note(block));
+                        model.insert(at(global), block);
                     }
                     2 => {
-                        let removed = notes.remove(at(place)).map(|note| note.key.block);
-                        prop_assert_eq!(removed, model.remove(&at(place)));
+                        let removed = copies.remove(at(global)).map(|record| record.key.block);
+                        prop_assert_eq!(removed, model.remove(&at(global)));
                     }
                     3 => {
-                        let end = block + place % 3;
-                        while let Some(key) = notes.first_within(3, block..end) {
-                            notes.forget_block(key);
+                        let end = block + global % 3;
+                        while let Some(key) = copies.first_within(3, block..end) {
+                            copies.forget_block(key);
                         }
                         model.retain(|_, other| !(block..end).contains(other));
                     }
                     _ => {
-                        for place in place..place + block {
-                            notes.remove(at(place));
+                        for global in global..global + block {
+                            copies.remove(at(global));
                         }
-                        model.retain(|other, _| !(at(place)..at(place + block)).contains(other));
+                        model.retain(|other, _| !(at(global)..at(global + block)).contains(other));
                     }
                 }
-                for place in 0..20 {
-                    prop_assert_eq!(notes.get(at(place)).map(|note| note.key.block), model.get(&at(place)).copied());
+                for global in 0..20 {
+                    prop_assert_eq!(copies.get(at(global)).map(|record| record.key.block), model.get(&at(global)).copied());
                 }
                 for block in 0..6 {
-                    let holder = notes.holder(key(block)).map(|(place, _)| place);
+                    let holder = copies.holder(key(block)).map(|(global, _)| global);
                     let known = model.values().any(|&other| other == block);
                     prop_assert_eq!(holder.is_some(), known);
-                    prop_assert!(holder.is_none_or(|place| model[&place] == block));
+                    prop_assert!(holder.is_none_or(|global| model[&global] == block));
                 }
             }
         }

@@ -33,11 +33,11 @@ const STEP_VALUED: u32 = 8192;
 impl Engine {
     /// Takes the next pages off their frames, where any are to be: about a millisecond of work. Returns
     /// whether there were.
-    pub fn take_off_step(&mut self, now: Instant) -> bool {
-        self.unshare(now) || self.undo_for_better()
+    pub fn unmerge_step(&mut self, now: Instant) -> bool {
+        self.unshare(now) || self.unmerge_for_better_runs()
     }
 
-    pub(crate) fn undo_for_better(&mut self) -> bool {
+    pub(crate) fn unmerge_for_better_runs(&mut self) -> bool {
         match std::mem::take(&mut self.pressure.work) {
             Work::None => self.begin_counting(),
             Work::Counting { slot, page, below, classes } => {
@@ -45,7 +45,7 @@ impl Engine {
                 true
             }
             Work::Undoing { slot, page, below } => {
-                self.pressure.work = self.undo_below(slot, page, below);
+                self.pressure.work = self.unmerge_below(slot, page, below);
                 true
             }
         }
@@ -111,7 +111,7 @@ impl Engine {
         if below == 0 { Work::None } else { Work::Undoing { slot: Slot::default(), page: 0, below } }
     }
 
-    fn undo_below(&mut self, slot: Slot, page: u32, below: u32) -> Work {
+    fn unmerge_below(&mut self, slot: Slot, page: u32, below: u32) -> Work {
         self.pressure.floor = self.pressure.floor.max(below);
         self.pressure.futile = None;
         let budget = self.share.budget();
@@ -127,13 +127,13 @@ impl Engine {
             page = cluster.end;
             valued += cluster.end - cluster.start;
             if worth(space, &cluster).0 < below {
-                undone += self.take_off(next, cluster);
+                undone += self.unmerge(next, cluster);
                 continue;
             }
             for run in runs(space, cluster).collect::<Vec<_>>() {
                 let (lost, gain) = worth(&self.members.at(next).space, &run);
                 if gain > 0 && lost < below {
-                    undone += self.take_off(next, run.clone());
+                    undone += self.unmerge(next, run.clone());
                 }
                 if undone >= STEP_BATCHES {
                     page = run.end;
@@ -141,12 +141,12 @@ impl Engine {
                 }
             }
         }
-        self.publish_mappings();
+        self.report_mappings();
         Work::Undoing { slot: next, page, below }
     }
 
     /// Takes a run off its frames. Returns in how many batches.
-    pub(crate) fn take_off(&mut self, slot: Slot, run: Range<u32>) -> u32 {
+    pub(crate) fn unmerge(&mut self, slot: Slot, run: Range<u32>) -> u32 {
         let mut batches = 0;
         let mut dead = Vec::new();
         for first in run.clone().step_by(BATCH_PAGES as usize) {
@@ -166,7 +166,7 @@ impl Engine {
                 }
                 break;
             }
-            counters.undone += attached as u64;
+            counters.unmerged += attached as u64;
             if member.mode == Mode::Full {
                 (first..first + count).for_each(|page| member.denied(page));
             }
