@@ -453,7 +453,7 @@ mod tests {
         machine.command(0xd2);
         assert_eq!(machine.answered(&[0x1c]), [0x1c]);
         machine.command(0xd4);
-        assert_eq!(machine.answered(&[0xff]), []);
+        assert_eq!(machine.answered(&[0xff]), [0_u8; 0]);
         assert_eq!(machine.asked(0xd0), [0x03]);
     }
 

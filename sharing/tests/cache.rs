@@ -118,10 +118,10 @@ fn a_discard_of_much_is_told_in_parts_and_counts_at_once() {
         let statistics = engine.cache_statistics();
         statistics.blocks_cached + statistics.blocks_in_guests + statistics.blocks_noted
     };
-    assert_eq!(known(&engine), BLOCKS.into());
+    assert_eq!(known(&engine), u64::from(BLOCKS));
     let discarded = 100..1 << 40;
     let mut rest = engine.announce_write(disk.image, &discarded);
-    assert_eq!(known(&engine), BLOCKS.into(), "nothing was gone over");
+    assert_eq!(known(&engine), u64::from(BLOCKS), "nothing was gone over");
     let before = disk.reads;
     disk.read(&mut engine, &vm, 2900, BLOCKS, 100);
     assert_eq!(disk.reads - before, 100, "none of the blocks is served any more");

@@ -204,7 +204,7 @@ fn a_guest_that_says_nothing_any_more_is_forgotten_in_parts() {
     agent.pass();
     clock.intervals(&mut engine, 3);
     let slabs = |engine: &Engine| of(engine, &vm, PageType::Slab).pages;
-    assert_eq!(slabs(&engine), MANY.into());
+    assert_eq!(slabs(&engine), u64::from(MANY));
     agent.take_away();
     agent.bell.store(true, Ordering::Release);
     let mut before = slabs(&engine);

@@ -6,17 +6,18 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+use samepage_api_types::disk_spec::DiskSpec;
 use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
+use samepage_spec::{HugePages, MemoryHole, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
-pub(crate) use disk::DiskArg;
 use disk::parse_disk;
 use samepage_analyze::args::AnalyzeArgs;
 use samepage_client::args::ClientCommand;
@@ -162,7 +163,7 @@ pub(crate) struct RunArgs {
     /// cache=exclusive|scrub|inclusive|none|buffered (what host memory holds of it), rate=BYTES (a second),
     /// iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
-    pub(crate) disks: Vec<DiskArg>,
+    pub(crate) disks: Vec<DiskSpec>,
 
     /// Where the guests' consoles go: stdio (several VMs get their lines marked with their names),
     /// file=PATH ({index} and {name} are replaced) or off
@@ -171,18 +172,18 @@ pub(crate) struct RunArgs {
 
     /// Back guest memory with huge pages of 2 MiB where it is hot (thp). Cold ones that hold enough alike
     /// pages are split, so that those can be shared
-    #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePagesArg::Off)]
-    pub(crate) hugepages: HugePagesArg,
+    #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePages::Off)]
+    pub(crate) hugepages: HugePages,
 
     /// What of the VMs' memory is shared: everything that is alike (full), pages of zeros alone, which
     /// are given back (zero), or nothing (off)
-    #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingArg::Full)]
-    pub(crate) sharing: SharingArg,
+    #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingMode::Full)]
+    pub(crate) sharing: SharingMode,
 
     /// Give guests memory outside their RAM in which an agent of theirs may say what pages are for, or a
     /// port of a virtio console for that where their kernels permit no /dev/mem
-    #[arg(long, value_enum, value_name = "on|off|port", default_value_t = HoleArg::On)]
-    pub(crate) memory_hole: HoleArg,
+    #[arg(long, value_enum, value_name = "on|off|port", default_value_t = MemoryHole::On)]
+    pub(crate) memory_hole: MemoryHole,
 
     /// Share memory only with VMs of the same group; {index} and {name} are replaced, so that {name}
     /// gives every VM a group of its own
@@ -279,30 +280,6 @@ pub(crate) struct ProcessArgs {
     /// How far the VMs' memory together may exceed what the host has available
     #[arg(long, value_name = "RATIO", default_value_t = 1.0, value_parser = parse_ratio)]
     pub(crate) overcommit: f64,
-}
-
-/// `--sharing`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum SharingArg {
-    #[value(alias = "on")]
-    Full,
-    Zero,
-    Off,
-}
-
-/// `--hugepages`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum HugePagesArg {
-    Off,
-    Thp,
-}
-
-/// `--memory-hole`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum HoleArg {
-    On,
-    Off,
-    Port,
 }
 
 /// `--sharing-engine`.

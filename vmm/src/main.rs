@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use samepage_api_types::spec::VmSpec;
 use samepage_host::config_file;
+use samepage_host::validated::Validated;
 
 use cli::{Cli, Command};
 use samepage_process::tell;
@@ -50,5 +51,5 @@ fn command() -> anyhow::Result<ExitCode> {
 
 /// The VMs of a configuration file, for clients.
 fn load(path: &Path) -> anyhow::Result<Vec<VmSpec>> {
-    Ok(config_file::load(path)?)
+    Ok(config_file::load(path)?.into_iter().map(Validated::into_spec).collect())
 }

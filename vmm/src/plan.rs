@@ -1,16 +1,13 @@
-//! From the arguments of `samepage run` to its VMs.
+//! From the arguments of `samepage run` to the descriptions of its VMs.
 
-use samepage_host::translate::Translate;
 use std::path::{Path, PathBuf};
 
 use samepage_api_types::disk_spec::DiskSpec;
-use samepage_api_types::spec::{
-    ConsoleSpec, HoleSpec, HugePagesSpec, SharingMode, SharingSpec, Size, VmSpec,
-};
+use samepage_api_types::spec::{ConsoleSpec, SharingSpec, Size, VmSpec};
 use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
 
-use crate::cli::{ConsoleArg, HoleArg, HugePagesArg, RunArgs, SharingArg};
+use crate::cli::{ConsoleArg, RunArgs};
 
 /// The VMs, in order, and where their consoles go.
 pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
@@ -21,15 +18,9 @@ pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
 fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
     let name = if args.count == 1 { args.name.clone() } else { format!("{}-{index}", args.name) };
     let expand = |text: &str| expand(text, index, &name);
-    let disks = args.disks.iter().map(|disk| DiskSpec {
-        path: expand(&disk.path).into(),
-        readonly: disk.read_only,
-        id: disk.id.clone(),
-        format: disk.format.map(Translate::translate),
-        cache: Some(disk.cache.translate()),
-        limits: disk.limits.translate(),
-        queues: Some(disk.queues),
-    });
+    // Arguments are text, so their paths are.
+    let disk =
+        |disk: &DiskSpec| DiskSpec { path: expand(&disk.path.to_string_lossy()).into(), ..disk.clone() };
     let console = match &args.console {
         ConsoleArg::Stdio if args.count == 1 => ConsoleConfig::Stdio,
         ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
@@ -40,25 +31,11 @@ fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
         initrd: args.initrd.clone(),
         cmdline: expand(&args.cmdline),
         memory: Size(args.memory),
-        hugepages: match args.hugepages {
-            HugePagesArg::Off => HugePagesSpec::Off,
-            HugePagesArg::Thp => HugePagesSpec::Thp,
-        },
-        disks: disks.collect(),
+        hugepages: args.hugepages,
+        disks: args.disks.iter().map(disk).collect(),
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
-        sharing: SharingSpec {
-            group: expand(&args.share_group),
-            mode: match args.sharing {
-                SharingArg::Full => SharingMode::Full,
-                SharingArg::Zero => SharingMode::Zero,
-                SharingArg::Off => SharingMode::Off,
-            },
-        },
-        memory_hole: match args.memory_hole {
-            HoleArg::On => HoleSpec::On,
-            HoleArg::Off => HoleSpec::Off,
-            HoleArg::Port => HoleSpec::Port,
-        },
+        sharing: SharingSpec { group: expand(&args.share_group), mode: args.sharing },
+        memory_hole: args.memory_hole,
         ..VmSpec::new(name.clone(), kernel)
     };
     (spec, console)
@@ -69,38 +46,42 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use samepage_host::translate::ToConfig;
-    use samepage_machine::{DiskConfig, HugePages, MemoryHole, VmConfig};
-    use samepage_sharing::engine::Mode;
-    use samepage_sharing::service::Participation;
+    use samepage_spec::{CachePolicy, HugePages, MemoryHole, SharingMode};
 
-    fn plan(arguments: &[&str]) -> Vec<VmConfig> {
-        let with_console = |(spec, console): (VmSpec, _)| VmConfig { console, ..spec.to_config() };
+    fn plan(arguments: &[&str]) -> Vec<(VmSpec, ConsoleConfig)> {
         let cli = Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat());
         let Command::Run(args) = cli.command else { panic!("another command") };
-        vms(&args).into_iter().map(with_console).collect()
+        vms(&args)
+    }
+
+    fn specs(arguments: &[&str]) -> Vec<VmSpec> {
+        plan(arguments).into_iter().map(|(spec, _)| spec).collect()
+    }
+
+    fn consoles(arguments: &[&str]) -> Vec<ConsoleConfig> {
+        plan(arguments).into_iter().map(|(_, console)| console).collect()
     }
 
     #[test]
     fn one_vm_has_the_plain_name_and_the_terminal() {
-        let configs = plan(&["--name", "web"]);
-        assert_eq!(configs.len(), 1);
-        assert_eq!(configs[0].name, "web");
-        assert!(matches!(configs[0].console, ConsoleConfig::Stdio));
+        let specs = specs(&["--name", "web"]);
+        assert_eq!(specs.len(), 1);
+        assert_eq!(specs[0].name, "web");
+        assert!(matches!(consoles(&["--name", "web"])[0], ConsoleConfig::Stdio));
     }
 
     #[test]
     fn huge_pages_are_asked_for() {
-        assert_eq!(plan(&[])[0].hugepages, HugePages::Off);
-        assert_eq!(plan(&["--hugepages=off"])[0].hugepages, HugePages::Off);
-        let both = plan(&["--count=2", "--hugepages", "thp"]);
-        assert!(both.iter().all(|config| config.hugepages == HugePages::Thp));
+        assert_eq!(specs(&[])[0].hugepages, HugePages::Off);
+        assert_eq!(specs(&["--hugepages=off"])[0].hugepages, HugePages::Off);
+        let both = specs(&["--count=2", "--hugepages", "thp"]);
+        assert!(both.iter().all(|spec| spec.hugepages == HugePages::Thp));
         assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", "--hugepages=1G"]).is_err());
     }
 
     #[test]
     fn there_is_a_memory_hole_unless_it_is_refused() {
-        let hole = |arguments: &[&str]| plan(arguments)[0].memory_hole;
+        let hole = |arguments: &[&str]| specs(arguments)[0].memory_hole;
         assert_eq!([hole(&[]), hole(&["--memory-hole=on"])], [MemoryHole::On; 2]);
         assert_eq!(hole(&["--memory-hole", "off"]), MemoryHole::Off);
         assert_eq!(hole(&["--memory-hole", "port"]), MemoryHole::Port);
@@ -108,24 +89,34 @@ mod tests {
 
     #[test]
     fn several_vms_are_numbered() {
-        let configs = plan(&[
+        let arguments = [
             "--count=2",
             "--cmdline=id={index} host={name}",
             "--disk=path=d{index},id=root",
             "--disk=path=common,readonly",
             "--console=file={name}.log",
-        ]);
-        let second = &configs[1];
+        ];
+        let specs = specs(&arguments);
+        let second = &specs[1];
         assert_eq!((second.name.as_str(), second.cmdline.as_str()), ("vm-1", "id=1 host=vm-1"));
         assert_eq!(
             second.disks[0],
-            DiskConfig { path: "d1".into(), id: "root".into(), ..DiskConfig::default() }
+            DiskSpec {
+                path: "d1".into(),
+                id: Some("root".into()),
+                cache: Some(CachePolicy::Exclusive),
+                queues: Some(1),
+                ..DiskSpec::default()
+            }
         );
-        assert_eq!(second.disks[1].id, "disk1");
-        assert!(matches!(&second.console, ConsoleConfig::File(path) if path.as_os_str() == "vm-1.log"));
+        assert!(second.disks[1].id.is_none() && second.disks[1].readonly);
+        assert!(
+            matches!(&consoles(&arguments)[1], ConsoleConfig::File(path) if path.as_os_str() == "vm-1.log")
+        );
+        assert_eq!(second.console.file.as_deref(), Some(Path::new("vm-1.log")));
+        assert_eq!(second.sharing, SharingSpec::default());
         let alone = plan(&["--count=2", "--share-group={name}", "--sharing=zero"]);
-        assert_eq!(alone[1].participation, Participation { group: "vm-1".into(), mode: Mode::Zero });
-        assert_eq!(configs[0].participation, Participation::default());
-        assert!(matches!(plan(&["--count=2"])[0].console, ConsoleConfig::PrefixedStdio));
+        assert_eq!(alone[1].0.sharing, SharingSpec { group: "vm-1".into(), mode: SharingMode::Zero });
+        assert!(matches!(consoles(&["--count=2"])[0], ConsoleConfig::PrefixedStdio));
     }
 }

@@ -1,7 +1,6 @@
 //! `samepage run` and `samepage serve`: VMs start, clients come and go, and every end is waited for.
 
 use samepage_host::engine::start_sharing;
-use samepage_host::translate::ToConfig;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
@@ -13,21 +12,24 @@ use samepage_api::http::{HttpOptions, Token};
 use samepage_api::listener::SocketOptions;
 use samepage_api::{server::Doors, server::Server};
 use samepage_api_types::lifecycle::Action;
-use samepage_api_types::spec::{HugePagesSpec, VmSpec};
+use samepage_api_types::spec::VmSpec;
 use samepage_host::conflicts;
 use samepage_host::ends::Ended;
+use samepage_host::error::HostError;
 use samepage_host::host_limits::HostMemory;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
+use samepage_host::validated::Validated;
 use samepage_host::{config_file, registry::Common, registry::Registry};
-use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd, huge_pages};
+use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
+use samepage_spec::{HugePages, SharingMode};
 use samepage_text::counted::counted;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SharingArg, SocketAccess};
+use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SocketAccess};
 use crate::ending::Ending;
 use crate::plan;
 use crate::upkeep::{self, Upkeep};
@@ -79,7 +81,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let socket = args.socket.as_ref().map(|path| socket_options(path, &args.socket_access));
     let vms = plan::vms(args);
     let terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
-    let share = args.sharing != SharingArg::Off;
+    let share = args.sharing != SharingMode::Off;
     let no_sharing = "--sharing off";
     host(vms, &Plan { process: &args.process, socket, share, no_sharing, terminal, serve: false })
 }
@@ -107,18 +109,19 @@ fn http_options(process: &ProcessArgs) -> anyhow::Result<Option<HttpOptions>> {
 fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<ExitCode> {
     upkeep::keep_arenas_few();
     let Plan { process, .. } = plan;
-    let (mut specs, consoles): (Vec<_>, Vec<_>) =
-        named.into_iter().map(|(spec, console)| (spec, Some(console))).unzip();
-    if let Some(path) = &process.config {
-        specs.extend(config_file::load(path)?);
+    let of_file = process.config.as_deref().map_or(Ok(Vec::new()), config_file::load)?;
+    let mut vms = Vec::with_capacity(named.len() + of_file.len());
+    for (spec, console) in named {
+        vms.push(Validated::of(spec, Some(console)).map_err(HostError::from)?);
     }
-    check_huge_pages(&mut specs);
-    let configs: Vec<_> = specs.iter().map(VmSpec::to_config).collect();
-    conflicts::check(&configs).map_err(|error| match error.hint_of_templates() {
+    vms.extend(of_file);
+    check_huge_pages(&mut vms);
+    let uses: Vec<_> = vms.iter().map(Validated::uses).collect();
+    conflicts::check_together(&uses).map_err(|error| match error.hint_of_templates() {
         Some(hint) => anyhow!("{error}{hint}"),
         None => error.into(),
     })?;
-    check_host(&configs, process.overcommit)?;
+    check_host(&vms, process.overcommit)?;
     let hypervisor = Hypervisor::open()?;
     let hangup = Hangup::new();
     let signals = ShutdownSignals::catch_with_hangup().context("catch the signals that end the process")?;
@@ -139,8 +142,8 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         });
     }
     registry.on_trouble(Box::new(|trouble| tell(trouble)));
-    let starts: Vec<_> = specs.iter().map(|spec| !plan.serve || spec.start.unwrap_or(true)).collect();
-    let records = registry.create(specs, consoles)?;
+    let starts: Vec<_> = vms.iter().map(|vm| !plan.serve || vm.spec().start.unwrap_or(true)).collect();
+    let records = registry.create(vms)?;
     tell_notices(records.iter().filter_map(|record| record.vm()));
     let input = match records.as_slice() {
         [record] if plan.terminal => Input::open(record)?,
@@ -334,19 +337,19 @@ fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
 }
 
 /// Goes on with small pages where the host has no others.
-fn check_huge_pages(specs: &mut [VmSpec]) {
-    if specs.iter().all(|spec| spec.hugepages == HugePagesSpec::Off) {
+fn check_huge_pages(vms: &mut [Validated]) {
+    if vms.iter().all(|vm| vm.spec().hugepages == HugePages::Off) {
         return;
     }
     if let Some(reason) = huge_pages::unavailable() {
-        tell(format_args!("{reason}"));
-        specs.iter_mut().for_each(|spec| spec.hugepages = HugePagesSpec::Off);
+        tell(reason);
+        vms.iter_mut().for_each(Validated::use_small_pages);
     }
 }
 
-fn check_host(configs: &[VmConfig], ratio: f64) -> anyhow::Result<()> {
+fn check_host(vms: &[Validated], ratio: f64) -> anyhow::Result<()> {
     if let Some(memory) = HostMemory::measure() {
-        let requested = configs.iter().map(|config| config.memory_bytes).fold(0, u64::saturating_add);
+        let requested = vms.iter().map(|vm| vm.spec().memory.0).fold(0, u64::saturating_add);
         memory.check(requested, ratio)?;
     }
     Ok(())

@@ -12,15 +12,23 @@ use toml::{Table, Value};
 const LAYERS: &[(&str, &[&str])] = &[
     ("samepage-hole", &[]),
     ("samepage-text", &[]),
-    ("samepage-sharing", &["samepage-hole"]),
-    ("samepage-devices", &["samepage-hole"]),
+    ("samepage-spec", &[]),
+    ("samepage-sharing", &["samepage-hole", "samepage-spec"]),
+    ("samepage-devices", &["samepage-hole", "samepage-spec"]),
     ("samepage-process", &["samepage-sharing"]),
     (
         "samepage-machine",
-        &["samepage-devices", "samepage-hole", "samepage-process", "samepage-sharing", "samepage-text"],
+        &[
+            "samepage-devices",
+            "samepage-hole",
+            "samepage-process",
+            "samepage-sharing",
+            "samepage-spec",
+            "samepage-text",
+        ],
     ),
     ("samepage-analyze", &["samepage-process", "samepage-sharing", "samepage-text"]),
-    ("samepage-api-types", &["samepage-hole", "samepage-text"]),
+    ("samepage-api-types", &["samepage-hole", "samepage-spec", "samepage-text"]),
     ("samepage-web", &[]),
     (
         "samepage-client",
@@ -29,6 +37,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-hole",
             "samepage-process",
             "samepage-sharing",
+            "samepage-spec",
             "samepage-text",
             "samepage-web",
         ],
@@ -41,6 +50,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-machine",
             "samepage-process",
             "samepage-sharing",
+            "samepage-spec",
             "samepage-text",
         ],
     ),
@@ -52,6 +62,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-host",
             "samepage-machine",
             "samepage-sharing",
+            "samepage-spec",
             "samepage-text",
             "samepage-web",
         ],
@@ -66,6 +77,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-machine",
             "samepage-process",
             "samepage-sharing",
+            "samepage-spec",
             "samepage-text",
         ],
     ),
@@ -75,6 +87,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-text", &["libc", "rustix", "tokio", "hyper", "kvm-"]),
     ("samepage-process", &["kvm-", "axum", "hyper", "tokio"]),
+    ("samepage-spec", &["kvm-", "axum", "hyper", "tokio", "libc"]),
     ("samepage-sharing", &["kvm-", "virtio-", "axum", "hyper", "tokio"]),
     ("samepage-devices", &["kvm-", "axum", "hyper", "tokio"]),
     ("samepage-machine", &["axum", "hyper", "tokio", "clap", "utoipa"]),
@@ -101,8 +114,11 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         let manifest = read(&root.join(member.as_str().expect("a path")));
         let name = manifest["package"]["name"].as_str().expect("a name").to_owned();
         let tables = ["dependencies", "build-dependencies"].map(|table| manifest.get(table));
-        let names = tables.into_iter().flatten().filter_map(Value::as_table).flat_map(Table::keys);
-        (name, names.cloned().collect())
+        // Who wants an optional one says so by a feature, and who does not is free of it.
+        let is_optional = |value: &Value| value.get("optional").and_then(Value::as_bool) == Some(true);
+        let entries = tables.into_iter().flatten().filter_map(Value::as_table).flatten();
+        let names = entries.filter(|(_, value)| !is_optional(value)).map(|(name, _)| name.clone());
+        (name, names.collect())
     };
     members.iter().map(of_member).collect()
 }

@@ -17,7 +17,6 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -37,6 +36,7 @@ mod uring;
 pub(crate) mod wakers;
 
 pub use open::{OpenError, ResizeError};
+pub use samepage_spec::{CachePolicy, Format};
 
 use cache::BlockCache;
 use channel::Channel;
@@ -49,85 +49,6 @@ use raw::RawFile;
 use threads::{ThreadChannel, ThreadPool};
 use uring::UringChannel;
 use wakers::Wakers;
-
-/// The format of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The file's bytes are the disk's.
-    Raw,
-    /// QEMU's format of sparse images, snapshots and overlays.
-    Qcow2,
-}
-
-impl FromStr for Format {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "raw" => Ok(Self::Raw),
-            "qcow2" => Ok(Self::Qcow2),
-            _ => Err(format!("unknown format {text:?}; use raw or qcow2")),
-        }
-    }
-}
-
-/// Who keeps blocks of a disk in host memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CachePolicy {
-    /// The block cache, those that no guest holds.
-    Exclusive,
-    /// The block cache, but for those that sharing finds in guests.
-    Scrub,
-    /// The block cache, whether guests hold them or not.
-    Inclusive,
-    /// Nobody.
-    None,
-    /// The kernel's page cache.
-    Buffered,
-}
-
-/// What holds where a disk does not say.
-pub const DEFAULT_POLICY: CachePolicy = CachePolicy::Exclusive;
-
-impl Default for CachePolicy {
-    fn default() -> Self {
-        DEFAULT_POLICY
-    }
-}
-
-impl CachePolicy {
-    /// All policies, by their names.
-    const NAMES: [(&'static str, Self); 5] = [
-        ("exclusive", Self::Exclusive),
-        ("scrub", Self::Scrub),
-        ("inclusive", Self::Inclusive),
-        ("none", Self::None),
-        ("buffered", Self::Buffered),
-    ];
-
-    /// Takes a [`BlockCache`].
-    pub fn wants_cache(self) -> bool {
-        matches!(self, Self::Exclusive | Self::Scrub | Self::Inclusive)
-    }
-}
-
-impl fmt::Display for CachePolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = Self::NAMES.iter().find(|(_, policy)| policy == self).map_or("", |(name, _)| name);
-        f.write_str(name)
-    }
-}
-
-impl FromStr for CachePolicy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let policy = Self::NAMES.iter().find(|(name, _)| *name == text).map(|&(_, policy)| policy);
-        policy.ok_or_else(|| {
-            format!("unknown cache policy {text:?}; use exclusive, scrub, inclusive, none or buffered")
-        })
-    }
-}
 
 /// What carries operations out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -161,7 +82,7 @@ impl DiskOptions {
             path: path.into(),
             read_only: false,
             format: None,
-            policy: DEFAULT_POLICY,
+            policy: CachePolicy::default(),
             engine: Engine::Auto,
         }
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::Serialize;
+pub use samepage_spec::SharingMode as Mode;
 
 use crate::blocks::admission::Sampler;
 use crate::blocks::block_index::BlockKey;
@@ -20,19 +20,6 @@ use crate::numbers::{Digest, GlobalPage, Slot};
 use crate::policy::claims::{Claims, SharedTypes};
 use crate::policy::hints::Hints;
 use crate::policy::huge::HugeRanges;
-
-/// What of a VM's memory is shared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Nothing.
-    Off,
-    /// Pages of zeros are given back; nothing is shared with others.
-    Zero,
-    /// Everything that is identical.
-    #[default]
-    Full,
-}
 
 /// What the search knows about a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use samepage_spec::{CachePolicy, Format};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -27,10 +28,10 @@ pub struct DiskSpec {
     pub id: Option<String>,
     /// The image's format; found out where none is given, which is refused where it would be dangerous.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<FormatSpec>,
+    pub format: Option<Format>,
     /// What host memory holds of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cache: Option<CacheSpec>,
+    pub cache: Option<CachePolicy>,
     /// What it may do a second.
     #[serde(default)]
     pub limits: LimitsSpec,
@@ -38,32 +39,6 @@ pub struct DiskSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
     pub queues: Option<usize>,
-}
-
-/// The format of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum FormatSpec {
-    /// The disk's bytes as they are.
-    Raw,
-    /// QEMU's copy-on-write format.
-    Qcow2,
-}
-
-/// Who keeps a disk's blocks in host memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum CacheSpec {
-    /// The block cache, those that no guest holds.
-    Exclusive,
-    /// The block cache, but for those that sharing finds in guests.
-    Scrub,
-    /// The block cache, whether guests hold them or not.
-    Inclusive,
-    /// Nobody.
-    None,
-    /// The kernel's page cache.
-    Buffered,
 }
 
 /// What a disk may do a second.

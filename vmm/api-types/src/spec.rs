@@ -6,13 +6,14 @@ use std::io;
 use std::path::PathBuf;
 
 use serde::de::{self, Deserializer, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::disk_spec::DiskSpec;
+use samepage_spec::{HugePages, MemoryHole, SharingMode};
 use samepage_text::size::parse_size;
 
 /// The group of VMs whose descriptions name none.
@@ -61,7 +62,7 @@ pub struct VmSpec {
     pub memory: Size,
     /// What the host backs its memory with.
     #[serde(default)]
-    pub hugepages: HugePagesSpec,
+    pub hugepages: HugePages,
     /// Its disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 8)]
@@ -75,7 +76,7 @@ pub struct VmSpec {
     /// The guest's memory hole, in which an agent of its may say what pages are for. A VM of a process that
     /// shares no memory has none.
     #[serde(default)]
-    pub memory_hole: HoleSpec,
+    pub memory_hole: MemoryHole,
     /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
     /// started and a VM that a client creates is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -115,99 +116,6 @@ fn default_group() -> String {
 impl Default for SharingSpec {
     fn default() -> Self {
         Self { mode: SharingMode::default(), group: default_group() }
-    }
-}
-
-/// What of a VM's memory is shared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum SharingMode {
-    /// Everything that is alike.
-    #[default]
-    Full,
-    /// Pages of zeros are given back; nothing is shared with others.
-    Zero,
-    /// Nothing.
-    Off,
-}
-
-/// What the host backs a VM's memory with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum HugePagesSpec {
-    /// Pages of 4 KiB.
-    #[default]
-    Off,
-    /// Pages of 2 MiB where memory is hot.
-    Thp,
-}
-
-/// How a guest may say what its pages are for: `true` or `on` in memory that it maps, `port` over a port of a
-/// virtio console, `false` or `off` not at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HoleSpec {
-    /// Not at all.
-    Off,
-    /// In memory that it maps.
-    #[default]
-    On,
-    /// Over a port.
-    Port,
-}
-
-impl Serialize for HoleSpec {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Off => serializer.serialize_bool(false),
-            Self::On => serializer.serialize_bool(true),
-            Self::Port => serializer.serialize_str("port"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for HoleSpec {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct HoleVisitor;
-
-        impl Visitor<'_> for HoleVisitor {
-            type Value = HoleSpec;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("true, false, or one of \"on\", \"off\" and \"port\"")
-            }
-
-            fn visit_bool<E: de::Error>(self, on: bool) -> Result<HoleSpec, E> {
-                Ok(if on { HoleSpec::On } else { HoleSpec::Off })
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<HoleSpec, E> {
-                match text {
-                    "on" => Ok(HoleSpec::On),
-                    "off" => Ok(HoleSpec::Off),
-                    "port" => Ok(HoleSpec::Port),
-                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
-                }
-            }
-        }
-
-        deserializer.deserialize_any(HoleVisitor)
-    }
-}
-
-impl PartialSchema for HoleSpec {
-    fn schema() -> RefOr<Schema> {
-        let switch = ObjectBuilder::new().schema_type(Type::Boolean).description(Some("on or off"));
-        let word = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["on", "off", "port"]));
-        let description = "How a guest may say what its pages are for: in memory that it maps, or over a port of \
-                           a virtio console, where its kernel permits no such mapping";
-        let either = OneOfBuilder::new().item(switch).item(word);
-        Schema::OneOf(either.description(Some(description)).build()).into()
-    }
-}
-
-impl ToSchema for HoleSpec {
-    fn name() -> Cow<'static, str> {
-        "HoleSpec".into()
     }
 }
 
@@ -305,11 +213,11 @@ impl VmSpec {
             initrd: None,
             cmdline: default_command_line(),
             memory: Size::default(),
-            hugepages: HugePagesSpec::default(),
+            hugepages: HugePages::default(),
             disks: Vec::new(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
-            memory_hole: HoleSpec::default(),
+            memory_hole: MemoryHole::default(),
             start: None,
         }
     }

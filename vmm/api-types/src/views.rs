@@ -6,9 +6,11 @@
 
 pub mod pages;
 
-use crate::disk_spec::{CacheSpec, LimitsSpec};
+use crate::disk_spec::LimitsSpec;
 use crate::lifecycle::{Action, State};
-use crate::spec::{SharingMode, VmSpec};
+use crate::spec::VmSpec;
+use samepage_spec::CachePolicy;
+use samepage_spec::SharingMode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -303,7 +305,7 @@ pub struct DiskView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_bytes: Option<u64>,
     /// Who keeps its blocks in host memory.
-    pub cache: CacheSpec,
+    pub cache: CachePolicy,
     /// What it may do a second.
     pub limits: LimitsSpec,
     /// What is to be known about how it is accessed, in sentences.

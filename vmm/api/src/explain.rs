@@ -3,7 +3,7 @@
 use crate::problem::Refusal;
 use samepage_api_types::problem::Kind;
 use samepage_host::error::HostError;
-use samepage_host::translate::place;
+use samepage_host::validated::place;
 use samepage_machine::boot::BootError;
 use samepage_machine::config::ConfigError;
 use samepage_machine::vm::VmError;

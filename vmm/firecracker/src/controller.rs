@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_api_types::disk_spec::DiskSpec;
-use samepage_api_types::spec::{HugePagesSpec, Size, VmSpec};
+use samepage_api_types::spec::{Size, VmSpec};
 use samepage_machine::config::check_memory;
+use samepage_spec::HugePages;
 use samepage_text::names::check_disk_id;
 use serde_json::{Value, json};
 
@@ -233,8 +234,8 @@ impl Controller {
             cmdline: self.command_line(&source),
             memory: Size(self.machine_config.mem_size_mib << 20),
             hugepages: match self.machine_config.huge_pages {
-                HugePagesConfig::Transparent => HugePagesSpec::Thp,
-                HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePagesSpec::Off,
+                HugePagesConfig::Transparent => HugePages::Thp,
+                HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePages::Off,
             },
             disks: disks.collect(),
             ..VmSpec::new(self.id.clone(), source.kernel_image_path)

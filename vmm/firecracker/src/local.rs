@@ -1,6 +1,5 @@
 //! The VM in this process.
 
-use samepage_host::translate::Translate;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,8 +11,10 @@ use samepage_api_types::lifecycle::{Action, State};
 use samepage_api_types::spec::VmSpec;
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
+use samepage_host::limits::of_device;
 use samepage_host::record::Record;
 use samepage_host::registry::{Common, Registry};
+use samepage_host::validated::Validated;
 use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
@@ -80,7 +81,8 @@ impl Machine for Local {
     fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
         let stdio = console.is_none().then_some(ConsoleConfig::Stdio);
         spec.console.file = console;
-        let record = self.registry.create(vec![spec], vec![stdio])?.remove(0);
+        let vm = Validated::of(spec, stdio).map_err(HostError::from)?;
+        let record = self.registry.create(vec![vm])?.remove(0);
         let started = self.act(Action::Start);
         if started.is_err()
             && let Some(turn) = record.try_turn()
@@ -114,7 +116,7 @@ impl Machine for Local {
     fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
         let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
         let disk = vm.disks().iter().find(|other| other.id == disk);
-        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits.translate());
+        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(of_device(limits));
         Ok(())
     }
 

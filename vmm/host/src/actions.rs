@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::{Action, State};
-use samepage_api_types::spec::SharingMode;
 use samepage_machine::vm::{Vm, VmState};
+use samepage_spec::SharingMode;
 
 use crate::error::HostError;
 use crate::record::{Cause, Record, Turn};
 use crate::registry::Registry;
-use crate::translate::{ToConfig, Translate};
+use crate::validated::Validated;
 
 impl Registry {
     /// Does what a VM is asked to do, and returns its state afterwards. Who asks for a stop waits himself
@@ -97,9 +97,13 @@ impl Registry {
             self.check_together(std::slice::from_ref(record))?;
             record.begin_boot();
         }
-        let mut config = record.spec.to_config();
-        config.participation.mode = record.mode().translate();
-        if let Err(error) = self.build(vec![self.complete(config, record)], std::slice::from_ref(record)) {
+        // The files may have changed since the boot before.
+        let validated = Validated::of(record.spec.clone(), None).map_err(HostError::from);
+        let built = validated.and_then(|vm| {
+            let config = self.complete(vm.into_parts().1, record);
+            self.build(vec![config], std::slice::from_ref(record))
+        });
+        if let Err(error) = built {
             record.abandon_boot(error.to_string());
             self.tell_state(record);
             return Err(error);
@@ -154,7 +158,7 @@ impl Registry {
         if let Some(vm) = record.vm()
             && let Some(membership) = vm.membership()
         {
-            membership.set_mode(mode.translate());
+            membership.set_mode(mode);
         }
         Ok(())
     }

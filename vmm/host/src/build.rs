@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::thread;
 
 use parking_lot::Mutex;
-use samepage_machine::config::VmConfig;
+use samepage_machine::config::Validated;
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::Vm;
 
@@ -17,9 +17,9 @@ const BUILDER_STACK_BYTES: usize = 256 << 10;
 ///
 /// # Errors
 /// Fails with the error of the first machine that cannot be built, and drops the others.
-pub(crate) fn build_all(hypervisor: &Hypervisor, configs: Vec<VmConfig>) -> Result<Vec<Vm>, HostError> {
-    let build = |config: VmConfig| {
-        let vm = config.name.clone();
+pub(crate) fn build_all(hypervisor: &Hypervisor, configs: Vec<Validated>) -> Result<Vec<Vm>, HostError> {
+    let build = |config: Validated| {
+        let vm = config.config().name.clone();
         Vm::build(config, hypervisor).map_err(|source| HostError::Build { vm, source })
     };
     let builders = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(configs.len());

@@ -8,16 +8,6 @@ use std::path::{Path, PathBuf};
 use crate::error::HostError;
 use samepage_machine::config::{ConfigError, DiskConfig, VmConfig};
 
-/// Checks what can be checked of VMs that are to run together, before any is started: each
-/// configuration, that names are unique, that no disk is written by one while another uses it, and that
-/// each console has a file of its own.
-pub fn check(configs: &[VmConfig]) -> Result<(), HostError> {
-    for config in configs {
-        config.check().map_err(|source| HostError::Config { vm: config.name.clone(), source })?;
-    }
-    check_together(&configs.iter().map(Uses::of).collect::<Vec<_>>())
-}
-
 /// The files that a VM uses, which others may not use as well.
 #[derive(Debug, Clone)]
 pub struct Uses {
@@ -27,6 +17,11 @@ pub struct Uses {
 }
 
 impl Uses {
+    /// The disks.
+    pub fn disks(&self) -> &[DiskConfig] {
+        &self.disks
+    }
+
     /// What a VM of this configuration uses.
     pub fn of(config: &VmConfig) -> Self {
         let console = config.console.file().map(Path::to_owned);
@@ -135,6 +130,10 @@ mod tests {
     use samepage_machine::boot::ImageSource;
     use samepage_machine::boot::test_images::pvh_elf;
     use samepage_machine::config::ConsoleConfig;
+
+    fn check(vms: &[VmConfig]) -> Result<(), HostError> {
+        check_together(&vms.iter().map(Uses::of).collect::<Vec<_>>())
+    }
 
     fn vm(name: &str, disks: &[(&std::path::Path, bool)]) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() };

@@ -3,7 +3,7 @@
 //! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
 //!   outlives its machines. What a VM is asked to do is in `actions`.
 //! - [`conflicts`] finds files that VMs cannot have in common, [`error`] says why something cannot be done.
-//! - [`translate`] makes configurations of what clients say, [`config_file`] reads it from files.
+//! - [`validated`] turns the description of a VM into a configuration, [`config_file`] reads descriptions.
 //! - [`events`] tells what happens, [`statistics`] what VMs use and share.
 //! - [`host_limits`] says how much memory may be promised to guests.
 //!
@@ -19,11 +19,12 @@ pub mod engine;
 pub mod error;
 pub mod events;
 pub mod host_limits;
+pub mod limits;
 pub mod record;
 pub mod registry;
 pub mod schema;
 pub mod statistics;
 pub mod stats_writer;
 pub mod stdin;
-pub mod translate;
 pub mod trouble;
+pub mod validated;

@@ -13,8 +13,10 @@ use crate::backlog::Backlog;
 use crate::conflicts::Uses;
 use crate::ends::MachineNumber;
 use samepage_api_types::lifecycle::State;
-use samepage_api_types::spec::{SharingMode, VmSpec};
+use samepage_api_types::spec::VmSpec;
+use samepage_machine::DiskConfig;
 use samepage_machine::vm::{Vm, VmEnd, VmState};
+use samepage_spec::SharingMode;
 
 /// How long one waits for others' operations on the same VM.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -125,6 +127,11 @@ impl Record {
     /// What it is made from.
     pub fn spec(&self) -> &VmSpec {
         &self.spec
+    }
+
+    /// Its disks, with all defaults.
+    pub fn disks(&self) -> &[DiskConfig] {
+        self.uses.disks()
     }
 
     /// Its machine, while it has one.

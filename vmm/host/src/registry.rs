@@ -19,20 +19,19 @@ use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::build_all;
-use crate::conflicts::{self, Uses};
+use crate::conflicts;
 use crate::ends::{Ended, Ends, MachineNumber};
 use crate::error::HostError;
 use crate::events::EventLog;
 use crate::host_limits::HostMemory;
 use crate::record::{Machine, Record};
 use crate::statistics::{self, Sample, Sampler};
-use crate::translate::ToConfig;
 use crate::trouble::{Teller, Troubles};
+use crate::validated::Validated;
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::State;
-use samepage_api_types::spec::VmSpec;
-use samepage_machine::config::{ConfigError, ConsoleConfig, VmConfig};
-use samepage_machine::huge_pages::HugePages;
+use samepage_machine::config::{self, ConfigError, HugePages};
+use samepage_machine::huge_pages;
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
 
@@ -100,34 +99,20 @@ impl Registry {
         &self.common.settings
     }
 
-    /// Makes VMs. All or none: if one cannot be, nothing of the others is left. They do not run yet.
-    ///
-    /// `consoles` says for each where its console goes besides the backlog, if not where its description
-    /// says.
+    /// Adds VMs and builds their machines. All or none: if one fails, nothing of the others is left. They do
+    /// not run yet.
     ///
     /// # Errors
-    /// What is wrong, with which of them.
-    pub fn create(
-        &self,
-        specs: Vec<VmSpec>,
-        consoles: Vec<Option<ConsoleConfig>>,
-    ) -> Result<Vec<Arc<Record>>, HostError> {
+    /// Fails if a VM conflicts with another one, or if the host lacks memory or anything else for it.
+    pub fn create(&self, vms: Vec<Validated>) -> Result<Vec<Arc<Record>>, HostError> {
         let _operation = self.operation();
-        let mut configs = Vec::with_capacity(specs.len());
-        let mut records = Vec::with_capacity(specs.len());
-        for (spec, console) in
-            specs.into_iter().zip(consoles.into_iter().chain(std::iter::repeat_with(|| None)))
-        {
-            spec.check().map_err(|(place, reason)| {
-                let vm = spec.name.clone();
-                HostError::Spec { vm, place, reason }
-            })?;
-            let mut config = spec.to_config();
-            config.check().map_err(|source| HostError::Config { vm: spec.name.clone(), source })?;
-            config.console = console.unwrap_or(config.console);
+        let mut configs = Vec::with_capacity(vms.len());
+        let mut records = Vec::with_capacity(vms.len());
+        for vm in vms {
+            let uses = vm.uses();
+            let (spec, config) = vm.into_parts();
             let shares = self.common.sharing.is_some();
-            let record = Record::new(spec, Uses::of(&config), shares).map_err(HostError::Watch)?;
-            let record = Arc::new(record);
+            let record = Arc::new(Record::new(spec, uses, shares).map_err(HostError::Watch)?);
             configs.push(self.complete(config, &record));
             records.push(record);
         }
@@ -149,7 +134,11 @@ impl Registry {
     }
 
     /// Builds machines and gives them to their records. All or none. They do not run yet.
-    pub(crate) fn build(&self, configs: Vec<VmConfig>, records: &[Arc<Record>]) -> Result<(), HostError> {
+    pub(crate) fn build(
+        &self,
+        configs: Vec<config::Validated>,
+        records: &[Arc<Record>],
+    ) -> Result<(), HostError> {
         let vms = build_all(&self.hypervisor, configs)?;
         let mut installed = records.iter().zip(vms).map(|(record, vm)| self.install(record, Arc::new(vm)));
         let done = installed.try_for_each(|installed| installed);
@@ -173,13 +162,13 @@ impl Registry {
     }
 
     /// Adds to a configuration what a VM of this process has besides.
-    pub(crate) fn complete(&self, mut config: VmConfig, record: &Record) -> VmConfig {
-        config.sharing = self.common.sharing.clone();
-        if config.hugepages == HugePages::Thp && samepage_machine::huge_pages::unavailable().is_some() {
-            config.hugepages = HugePages::Off;
+    pub(crate) fn complete(&self, mut config: config::Validated, record: &Record) -> config::Validated {
+        config.share_with(self.common.sharing.clone());
+        config.set_mode(record.mode());
+        if config.config().hugepages == HugePages::Thp && huge_pages::unavailable().is_some() {
+            config.use_small_pages();
         }
-        let to = Box::new(config.console);
-        config.console = ConsoleConfig::Copied { to, copy: record.backlog.sink() };
+        config.copy_console(record.backlog.sink());
         config
     }
 

@@ -11,12 +11,13 @@ use samepage_devices::disk::{CachePolicy, Format};
 use samepage_hole::PARAMETER;
 use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
+use samepage_sharing::engine::Mode;
 use samepage_sharing::service::{Participation, Sharing};
+pub use samepage_spec::{HugePages, MemoryHole};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
-use crate::huge_pages::HugePages;
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 
@@ -100,18 +101,6 @@ impl ConsoleConfig {
             _ => None,
         }
     }
-}
-
-/// How a guest may say what its pages are for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum MemoryHole {
-    /// It may not.
-    Off,
-    /// In memory that it maps.
-    #[default]
-    On,
-    /// Over a port of a virtio console, where its kernel permits no such mapping.
-    Port,
 }
 
 /// What one VM is made from.
@@ -210,11 +199,21 @@ impl VmConfig {
     /// The command line that the kernel gets: as configured, with the parameters of the disks and of the
     /// memory hole added before what is meant for init.
     pub fn kernel_command_line(&self) -> String {
-        let mut added = mmio_parameters(self.disks.len() + usize::from(self.has_port()));
-        if let Some(hole) = self.hole() {
-            added.push_str(&format!(" {PARAMETER}={}@{:#x}", hole.bytes, hole.start));
-        } else if self.has_port() {
-            added.push_str(&format!(" {PARAMETER}={PARAMETER_VALUE}"));
+        self.command_line(self.sharing.is_some())
+    }
+
+    /// The same, for a VM that shares memory or does not.
+    fn command_line(&self, is_shared: bool) -> String {
+        let mut added = mmio_parameters(
+            self.disks.len() + usize::from(is_shared && self.memory_hole == MemoryHole::Port),
+        );
+        match self.memory_hole {
+            MemoryHole::On if is_shared => {
+                let hole = HoleRange::of(self.memory_bytes);
+                added.push_str(&format!(" {PARAMETER}={}@{:#x}", hole.bytes, hole.start));
+            }
+            MemoryHole::Port if is_shared => added.push_str(&format!(" {PARAMETER}={PARAMETER_VALUE}")),
+            _ => {}
         }
         match self.cmdline.split_once(" -- ") {
             Some((kernel, init)) => format!("{kernel}{added} -- {init}"),
@@ -222,20 +221,23 @@ impl VmConfig {
         }
     }
 
-    /// Checks what can be checked without starting anything: the values themselves, and that the images
-    /// are sound and fit into the memory.
+    /// Validates what can be validated without starting anything: the values themselves, and that the images
+    /// are sound and fit into the memory. The command line has to leave room for the memory hole's parameter,
+    /// whether the process shares memory or not.
     ///
     /// # Errors
-    /// The first of [`VmConfig::faults`].
-    pub fn check(&self) -> Result<(), ConfigError> {
-        self.faults().into_iter().next().map_or(Ok(()), Err)
+    /// Fails with all faults of the configuration.
+    pub fn validate(self) -> Result<Validated, Vec<ConfigError>> {
+        let faults = self.faults();
+        if faults.is_empty() { Ok(Validated(self)) } else { Err(faults) }
     }
 
-    /// All that is wrong, as far as that can be known without starting anything.
-    pub fn faults(&self) -> Vec<ConfigError> {
+    fn faults(&self) -> Vec<ConfigError> {
         let memory = check_memory(self.memory_bytes);
         // Whether images fit into memory that cannot be is no question.
         let room = if memory.is_ok() { self.memory_bytes } else { MAX_RAM };
+        // A hole lies above memory, so there is none above memory that cannot be.
+        let command_line = self.command_line(memory.is_ok());
         let name = check_name(&self.name).map_err(ConfigError::from);
         let group = check_group(&self.participation.group).map_err(ConfigError::from);
         let mut faults: Vec<_> = [name, memory, group].into_iter().filter_map(Result::err).collect();
@@ -251,9 +253,57 @@ impl VmConfig {
                 faults.push(ConfigError::DuplicateDiskId(disk.id.clone()));
             }
         }
-        let images = load::faults(&self.kernel, self.initrd.as_ref(), &self.kernel_command_line(), room);
+        let images = load::faults(&self.kernel, self.initrd.as_ref(), &command_line, room);
         faults.extend(images.into_iter().map(ConfigError::Boot));
         faults
+    }
+}
+
+/// A configuration without faults: machines are built from nothing else.
+#[derive(Debug)]
+pub struct Validated(VmConfig);
+
+impl Validated {
+    /// The configuration.
+    pub fn config(&self) -> &VmConfig {
+        &self.0
+    }
+
+    pub(crate) fn into_config(self) -> VmConfig {
+        self.0
+    }
+
+    /// Has an engine share the VM's memory.
+    pub fn share_with(&mut self, sharing: Option<Arc<Sharing>>) {
+        self.0.sharing = sharing;
+    }
+
+    /// Changes which pages of the VM's memory are shared.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.0.participation.mode = mode;
+    }
+
+    /// Backs the VM's memory with small pages.
+    pub fn use_small_pages(&mut self) {
+        self.0.hugepages = HugePages::Off;
+    }
+
+    /// Sends a copy of the console's output to a writer that never waits.
+    pub fn copy_console(&mut self, copy: Box<dyn Write + Send>) {
+        let to = Box::new(std::mem::take(&mut self.0.console));
+        self.0.console = ConsoleConfig::Copied { to, copy };
+    }
+}
+
+impl TryFrom<VmConfig> for Validated {
+    type Error = ConfigError;
+
+    /// Fails with the first fault.
+    fn try_from(config: VmConfig) -> Result<Self, ConfigError> {
+        match config.faults().into_iter().next() {
+            None => Ok(Self(config)),
+            Some(fault) => Err(fault),
+        }
     }
 }
 
@@ -290,10 +340,10 @@ mod tests {
     }
 
     fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
+        Validated::try_from(config()).unwrap();
         let mut config = config();
-        config.check().unwrap();
         change(&mut config);
-        config.check().unwrap_err().to_string()
+        Validated::try_from(config).unwrap_err().to_string()
     }
 
     #[test]

@@ -4,16 +4,6 @@
 
 use std::fs;
 
-/// What the host backs guest memory with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum HugePages {
-    /// Pages of 4 KiB where memory is shared; otherwise what the host is set to.
-    #[default]
-    Off,
-    /// Transparent huge pages of 2 MiB where memory is hot, and pages of 4 KiB where it is cold and shared.
-    Thp,
-}
-
 /// The host's switch for all sizes of huge pages.
 const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// The same for pages of 2 MiB, since Linux 6.8.

@@ -17,7 +17,6 @@ pub mod vm;
 pub mod x86;
 
 pub use boot::ImageSource;
-pub use config::{ConsoleConfig, DiskConfig, MemoryHole, VmConfig};
-pub use huge_pages::HugePages;
+pub use config::{ConsoleConfig, DiskConfig, HugePages, MemoryHole, Validated, VmConfig};
 pub use hypervisor::Hypervisor;
 pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle, VmState};

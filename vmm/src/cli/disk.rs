@@ -1,55 +1,37 @@
 //! `--disk`: a virtual disk in one argument, of fields between commas.
 
-use samepage_devices::disk::limit::RateLimits;
-use samepage_devices::disk::{CachePolicy, Format};
-use samepage_devices::virtio::block::MAX_QUEUES;
+use samepage_api_types::disk_spec::{DiskSpec, MAX_QUEUES};
+use samepage_api_types::spec::Size;
+use samepage_spec::CachePolicy;
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
-/// `--disk`, before `{index}` and `{name}` are replaced.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct DiskArg {
-    pub(crate) path: String,
-    pub(crate) read_only: bool,
-    pub(crate) id: Option<String>,
-    pub(crate) format: Option<Format>,
-    pub(crate) cache: CachePolicy,
-    pub(crate) limits: RateLimits,
-    pub(crate) queues: usize,
-}
-
-pub(super) fn parse_disk(text: &str) -> Result<DiskArg, String> {
-    let mut disk = DiskArg {
-        path: String::new(),
-        read_only: false,
-        id: None,
-        format: None,
-        cache: CachePolicy::default(),
-        limits: RateLimits::default(),
-        queues: 1,
-    };
+/// Returns the disk that an argument describes, before `{index}` and `{name}` are replaced in its path.
+pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let cache = Some(CachePolicy::default());
+    let mut disk = DiskSpec { cache, queues: Some(1), ..DiskSpec::default() };
     for field in fields(text) {
         match field.split_once('=') {
-            Some(("path", path)) if !path.is_empty() => disk.path = path.to_owned(),
+            Some(("path", path)) if !path.is_empty() => disk.path = path.into(),
             Some(("id", id)) => {
                 names::check_disk_id(id).map_err(|error| error.to_string())?;
                 disk.id = Some(id.to_owned());
             }
-            None if field == "readonly" => disk.read_only = true,
-            Some(("readonly", "on")) => disk.read_only = true,
-            Some(("readonly", "off")) => disk.read_only = false,
+            None if field == "readonly" => disk.readonly = true,
+            Some(("readonly", "on")) => disk.readonly = true,
+            Some(("readonly", "off")) => disk.readonly = false,
             Some(("format", format)) => disk.format = Some(format.parse()?),
-            Some(("cache", policy)) => disk.cache = policy.parse()?,
+            Some(("cache", policy)) => disk.cache = Some(policy.parse()?),
             Some(("rate", rate)) => {
-                disk.limits.bytes =
-                    Some(parse_limit(rate, parse_size(rate.strip_suffix("/s").unwrap_or(rate)))?);
+                disk.limits.rate =
+                    Some(Size(parse_limit(rate, parse_size(rate.strip_suffix("/s").unwrap_or(rate)))?));
             }
             Some(("iops", rate)) => {
                 let number = rate.parse().map_err(|_| "write a whole number".to_owned());
-                disk.limits.operations = Some(parse_limit(rate, number)?);
+                disk.limits.iops = Some(parse_limit(rate, number)?);
             }
             Some(("queues", count)) => match count.parse() {
-                Ok(count) if (1..=MAX_QUEUES).contains(&count) => disk.queues = count,
+                Ok(count) if (1..=MAX_QUEUES).contains(&count) => disk.queues = Some(count),
                 _ => return Err(format!("{count:?} queues: a disk has 1 to {MAX_QUEUES}")),
             },
             _ => {
@@ -60,7 +42,7 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskArg, String> {
             }
         }
     }
-    if disk.path.is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
+    if disk.path.as_os_str().is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
 }
 
 /// The fields between commas. A comma that is written twice stands for itself, as in QEMU's options.
@@ -89,13 +71,15 @@ fn parse_limit(text: &str, limit: Result<u64, String>) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use samepage_api_types::disk_spec::LimitsSpec;
+    use samepage_spec::Format;
 
     #[test]
     fn disks_have_a_path_and_known_fields() {
         let disk = |path: &str, read_only, id: Option<&str>| {
-            Ok(DiskArg {
+            Ok(DiskSpec {
                 path: path.into(),
-                read_only,
+                readonly: read_only,
                 id: id.map(Into::into),
                 ..parse_disk("path=x").unwrap()
             })
@@ -126,7 +110,8 @@ mod tests {
             assert!(parse_disk(wrong).is_err(), "{wrong}");
         }
         let all = parse_disk("path=a,format=qcow2,cache=exclusive,rate=10M/s,iops=500,queues=4").unwrap();
-        assert_eq!((all.format, all.cache, all.queues), (Some(Format::Qcow2), CachePolicy::Exclusive, 4));
-        assert_eq!(all.limits, RateLimits { bytes: Some(10 << 20), operations: Some(500) });
+        let cache = Some(CachePolicy::Exclusive);
+        assert_eq!((all.format, all.cache, all.queues), (Some(Format::Qcow2), cache, Some(4)));
+        assert_eq!(all.limits, LimitsSpec { rate: Some(Size(10 << 20)), iops: Some(500) });
     }
 }

@@ -14,9 +14,9 @@ use crate::extract::{self, Parameters, Vm, blocking, json, to_json};
 use crate::problem::Refusal;
 use crate::server::Api;
 use samepage_api_types::problem::Kind;
-use samepage_api_types::spec::SharingMode;
 use samepage_api_types::views::{CacheView, PairView, SharingView, VmSharingView, WorkingSetView};
 use samepage_host::statistics::MOST_PAIRS;
+use samepage_spec::SharingMode;
 
 /// Show what a VM shares
 #[utoipa::path(

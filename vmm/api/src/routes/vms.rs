@@ -1,7 +1,6 @@
 //! `/vms`: made, listed, asked for actions, deleted.
 
 use crate::views;
-use samepage_host::translate::Translate;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,15 +16,18 @@ use crate::extract::{self, Parameters, Vm, VmAndDisk, blocking, json, to_json};
 use crate::filter::VmFilter;
 use crate::problem::Refusal;
 use crate::server::Api;
-use samepage_api_types::disk_spec::{CacheSpec, LimitsSpec};
+use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::Action;
 use samepage_api_types::problem::Kind;
 use samepage_api_types::spec::VmSpec;
 use samepage_api_types::views::{DiskView, VmSummary, VmView};
 use samepage_host::error::HostError;
+use samepage_host::limits::of_device;
 use samepage_host::record::{Cause, Record, Turn};
 use samepage_host::registry::Registry;
+use samepage_host::validated::Validated;
 use samepage_machine::vm::{Disk, Vm as RunningVm};
+use samepage_spec::CachePolicy;
 
 /// List VMs
 ///
@@ -64,7 +66,7 @@ pub(super) async fn create(
     let registry = api.registry.clone();
     let record = blocking(move || {
         let start = spec.start.unwrap_or(false);
-        let record = registry.create(vec![spec], Vec::new())?.remove(0);
+        let record = registry.create(vec![Validated::of(spec, None).map_err(HostError::from)?])?.remove(0);
         // Nobody else can have had a turn that matters: what was asked for is done or undone by them.
         if start && let Some(turn) = record.try_turn() {
             registry.act(&turn, Action::Start)?;
@@ -260,7 +262,7 @@ pub(crate) struct DiskChange {
     /// Who keeps the blocks in host memory that are read from now on, until the VM is booted anew. Disks that
     /// were opened with `exclusive`, `scrub` or `inclusive` can change between these and `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) cache: Option<CacheSpec>,
+    pub(crate) cache: Option<CachePolicy>,
 }
 
 /// Change a disk's limits or cache
@@ -284,14 +286,14 @@ pub(super) async fn change_disk(
     let disk = open_disk(&record, &vm, &id)?;
     if let Some(cache) = cache {
         // What can be refused comes first: all of the change is made or nothing.
-        disk.set_cache(cache.translate()).map_err(|error| {
+        disk.set_cache(cache).map_err(|error| {
             Refusal::new(Kind::IllegalTransition, error.to_string())
                 .at("/cache")
                 .help("create the VM with this cache policy")
         })?;
     }
     if let Some(limits) = limits {
-        disk.limiter.set(limits.translate());
+        disk.limiter.set(of_device(limits));
     }
     find_disk(&record, &id).map(Json)
 }

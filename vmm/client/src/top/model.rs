@@ -304,9 +304,9 @@ pub(super) mod tests {
     use std::time::{Duration, Instant};
 
     use samepage_api_types::by_type::{ByType, TypeSample};
-    use samepage_api_types::spec::SharingMode;
     use samepage_api_types::views::pages::{TypeView, VmPagesView};
     use samepage_api_types::views::{CacheSources, CacheView, PairView, SharingView};
+    use samepage_spec::SharingMode;
 
     use super::*;
 

@@ -1,40 +1,31 @@
 //! What is wrong with the VMs of a file, each by itself and all together.
 
 use super::{Loading, Place, Planned};
-use crate::conflicts::{self, Part, Uses};
-use crate::translate;
-use crate::translate::ToConfig;
+use crate::conflicts::{self, Part};
+use crate::error::HostError;
+use crate::validated::{self, Validated};
 use samepage_api_types::spec::VmSpec;
 use samepage_machine::boot::BootError;
 use samepage_machine::config::ConfigError;
 use samepage_text::names::NameError;
 
 impl Loading {
-    /// Checks the VMs.
-    pub(super) fn check(&mut self) {
+    /// Validates the VMs, and returns those without faults.
+    pub(super) fn check(&mut self) -> Vec<Validated> {
         let planned = std::mem::take(&mut self.vms);
         let mut uses = Vec::with_capacity(planned.len());
+        let mut validated = Vec::with_capacity(planned.len());
         for vm in &planned {
-            let config = vm.spec.to_config();
-            for (pointer, reason) in vm.spec.faults() {
-                self.vm_mistake(vm, &pointer, format!("VM {}: {reason}", vm.spec.name));
-            }
-            for error in config.faults() {
-                // What is not there has been told.
-                let told = match &error {
-                    ConfigError::Name(NameError::Vm(_)) => vm.unnamed,
-                    ConfigError::Boot(BootError::Kernel { .. }) => vm.without_kernel,
-                    _ => false,
-                };
-                let text = match error {
-                    ConfigError::Name(NameError::Vm(_)) => error.to_string(),
-                    _ => format!("VM {}: {error}", vm.spec.name),
-                };
-                if !told {
-                    self.vm_mistake(vm, &place(&error, &vm.spec), text);
+            match Validated::of(vm.spec.clone(), None) {
+                Ok(vm) => {
+                    uses.push(vm.uses());
+                    validated.push(vm);
+                }
+                Err(invalid) => {
+                    invalid.faults.iter().for_each(|fault| self.fault(vm, fault));
+                    uses.push(invalid.uses);
                 }
             }
-            uses.push(Uses::of(&config));
         }
         for conflict in conflicts::conflicts(&uses) {
             let pointer = match conflict.part {
@@ -45,7 +36,25 @@ impl Loading {
             let hint = conflict.error.hint_of_templates().unwrap_or_default();
             self.vm_mistake(&planned[conflict.vm], &pointer, format!("{}{hint}", conflict.error));
         }
-        self.vms = planned;
+        validated
+    }
+
+    fn fault(&mut self, vm: &Planned, fault: &HostError) {
+        match fault {
+            HostError::Spec { place, .. } => self.vm_mistake(vm, place, fault.to_string()),
+            // What is not there has been told.
+            HostError::Config { source: ConfigError::Name(NameError::Vm(_)), .. } if vm.unnamed => {}
+            HostError::Config { source: ConfigError::Boot(BootError::Kernel { .. }), .. }
+                if vm.without_kernel => {}
+            HostError::Config { source, .. } => {
+                let text = match source {
+                    ConfigError::Name(NameError::Vm(_)) => source.to_string(),
+                    _ => fault.to_string(),
+                };
+                self.vm_mistake(vm, &place(source, &vm.spec), text);
+            }
+            _ => self.vm_mistake(vm, "", fault.to_string()),
+        }
     }
 
     /// Notes what is wrong with a VM, at a place in its description.
@@ -62,7 +71,7 @@ fn place(error: &ConfigError, spec: &VmSpec) -> String {
             let disk = spec.disks.iter().rposition(|disk| disk.id.as_ref() == Some(id));
             disk.map_or_else(|| "/disks".to_owned(), |number| format!("/disks/{number}/id"))
         }
-        _ => translate::place(error).unwrap_or_default().to_owned(),
+        _ => validated::place(error).unwrap_or_default().to_owned(),
     }
 }
 

@@ -20,10 +20,12 @@ use check::EntryPlaces;
 use read::{Entry, Read};
 use samepage_api_types::disk_spec::DiskSpec;
 use samepage_api_types::spec::{
-    ConsoleSpec, DEFAULT_COMMAND_LINE, HoleSpec, HugePagesSpec, SharingSpec, Size, VmSpec,
-    optional_memory_schema,
+    ConsoleSpec, DEFAULT_COMMAND_LINE, SharingSpec, Size, VmSpec, optional_memory_schema,
 };
+use samepage_spec::{HugePages, MemoryHole};
 use source::Source;
+
+use crate::validated::Validated;
 
 /// How deep files may include each other.
 const MAX_DEPTH: usize = 8;
@@ -68,7 +70,7 @@ pub struct VmEntry {
     #[schema(schema_with = optional_memory_schema)]
     pub memory: Option<Size>,
     /// What the host backs memory with.
-    pub hugepages: Option<HugePagesSpec>,
+    pub hugepages: Option<HugePages>,
     /// Disks, in the order in which the guest finds them.
     #[schema(max_items = 8)]
     pub disks: Option<Vec<DiskSpec>>,
@@ -78,7 +80,7 @@ pub struct VmEntry {
     pub sharing: Option<SharingSpec>,
     /// The guests' memory hole, in which an agent of theirs may say what pages are for; it is on where
     /// nothing is said.
-    pub memory_hole: Option<HoleSpec>,
+    pub memory_hole: Option<MemoryHole>,
     /// Whether the VM is started once it is made; it is where nothing is said.
     pub start: Option<bool>,
 }
@@ -207,16 +209,15 @@ impl fmt::Display for Mistakes {
 
 impl std::error::Error for Mistakes {}
 
-/// The VMs of a configuration file. They are checked as far as that is possible without making them.
+/// Returns the VMs of a configuration file, validated.
 ///
 /// # Errors
-/// Everything that is wrong.
-pub fn load(path: &Path) -> Result<Vec<VmSpec>, Mistakes> {
+/// Fails with all mistakes of the file and of those that it includes.
+pub fn load(path: &Path) -> Result<Vec<Validated>, Mistakes> {
     let mut loading = Loading::default();
     loading.file(path, None, &mut Defaults::default(), 0);
-    loading.check();
-    let Loading { vms, mistakes, .. } = loading;
-    if mistakes.is_empty() { Ok(vms.into_iter().map(|vm| vm.spec).collect()) } else { Err(told(mistakes)) }
+    let vms = loading.check();
+    if loading.mistakes.is_empty() { Ok(vms) } else { Err(told(loading.mistakes)) }
 }
 
 /// All mistakes in the order of files and lines, those that many VMs have in common once.
@@ -444,7 +445,8 @@ mod tests {
         let text = "include = ['common.toml']\n[defaults]\ncmdline = 'host={name}'\n\
                     [[vms]]\nname = 'web'\ncount = 2\ndisks = [{ path = 'd{index}' }]\n\
                     [[vms]]\nname = 'db'\nmemory = 4194304\nstart = false\n";
-        let vms = load(&folder.write("vms.toml", text)).unwrap();
+        let vms: Vec<_> =
+            load(&folder.write("vms.toml", text)).unwrap().into_iter().map(Validated::into_spec).collect();
         let names: Vec<_> = vms.iter().map(|vm| (vm.name.as_str(), vm.cmdline.as_str())).collect();
         assert_eq!(names, [("web-0", "host=web-0"), ("web-1", "host=web-1"), ("db", "host=db")]);
         assert_eq!(vms[1].disks[0].path, folder.0.path().join("d1"));
@@ -457,7 +459,7 @@ mod tests {
         let folder = Folder::new();
         let json =
             r#"{"defaults": {"kernel": "vmlinux"}, "vms": [{"name": "a", "sharing": {"mode": "zero"}}]}"#;
-        assert_eq!(load(&folder.write("vms.json", json)).unwrap()[0].name, "a");
+        assert_eq!(load(&folder.write("vms.json", json)).unwrap()[0].spec().name, "a");
         let Mistakes(mistakes) = load(&folder.write("vms.json", "{\n\"vms\": 3}")).unwrap_err();
         assert_eq!(mistakes[0].line, Some(2));
     }

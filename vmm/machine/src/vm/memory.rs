@@ -16,7 +16,7 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use crate::huge_pages::HugePages;
+use crate::config::HugePages;
 use crate::x86::layout::{RamRange, ram_ranges};
 
 /// A range of guest RAM and the KVM memory slot that holds it.

@@ -13,6 +13,7 @@ pub(crate) mod memory;
 mod provenance;
 mod vcpu;
 
+use std::convert::Infallible;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io::{self, Write};
@@ -33,7 +34,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
-use crate::config::{ConfigError, ConsoleConfig, MemoryHole, VmConfig};
+use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig};
 use crate::console::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
@@ -163,6 +164,13 @@ pub enum VmError {
     Thread(io::Error),
 }
 
+impl From<Infallible> for VmError {
+    /// A validated configuration stays one.
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
+}
+
 impl VmError {
     fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |error| VmError::Kvm { what, source: error.into() }
@@ -230,9 +238,20 @@ impl fmt::Debug for Vm {
 }
 
 impl Vm {
-    /// Makes a VM that is ready to run. Everything that can fail fails here.
-    pub fn build(mut config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
-        config.check()?;
+    /// Builds a VM that is ready to run, from a validated configuration or from one that is validated here.
+    ///
+    /// # Errors
+    /// Fails if the configuration has a fault, or if the host lacks what the VM needs. A VM that was built
+    /// can run.
+    pub fn build<C>(config: C, hypervisor: &Hypervisor) -> Result<Self, VmError>
+    where
+        C: TryInto<Validated>,
+        VmError: From<C::Error>,
+    {
+        Self::build_validated(config.try_into()?.into_config(), hypervisor)
+    }
+
+    fn build_validated(mut config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
         let notices = give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
         let bytes = config.memory_bytes;
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.hugepages)
