@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Mode};
 use crate::engine::turns::Kind;
+use crate::memory::content::{Page, Snapshot};
 use crate::memory::ram::HUGE_PAGES;
 use crate::numbers::{Digest, Slot};
 use crate::policy::huge::{HugeRanges, RETRY};
@@ -13,9 +14,9 @@ use crate::policy::huge::{HugeRanges, RETRY};
 const STEP_SPLITS: usize = 4;
 
 impl Engine {
-    /// Looks at a page of a huge page, which is in the scratch page: whether it could be shared.
-    pub(crate) fn take_census(&mut self, slot: Slot, page: u32) {
-        let digest = self.digester.digest(&self.scratch);
+    /// Scans a page of a huge page, of this content: whether it could be shared.
+    pub(crate) fn take_census(&mut self, slot: Slot, page: u32, content: &Snapshot) {
+        let digest = self.digester.digest(content);
         self.counters.digests += 1;
         let member = self.members.at_mut(slot);
         let flags = member.flags[page as usize];
@@ -36,7 +37,7 @@ impl Engine {
         member.set_volatile(page, changed && member.follower.is_none());
         member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
-        if self.scratch.iter().all(|&byte| byte == 0) {
+        if content.is_zero() {
             member.set_alike(page);
             return;
         }
@@ -48,19 +49,19 @@ impl Engine {
             self.counters.changes += u64::from(!changed);
             return;
         }
-        let shared = self.frame_like_scratch(digest).is_some();
+        let shared = self.frame_like(content, digest).is_some();
         if shared
-            || self.page_like_scratch(slot, page, digest).is_some()
-            || self.huge_twin(slot, page, digest)
+            || self.page_like(slot, page, content, digest).is_some()
+            || self.huge_twin(slot, page, content, digest)
         {
             self.members.at_mut(slot).set_alike(page);
         }
         self.enter_huge(slot, page);
     }
 
-    /// Whether a page of a huge page is like the one in the scratch page. It is noted as identical.
-    pub(crate) fn huge_twin(&mut self, slot: Slot, page: u32, digest: Digest) -> bool {
-        let wanted = crate::index::Wanted { page: &self.scratch, digest };
+    /// Whether another page of a huge page has this content, which has this digest. It is noted as identical.
+    pub(crate) fn huge_twin(&mut self, slot: Slot, page: u32, content: &Page, digest: Digest) -> bool {
+        let wanted = crate::index::Wanted { page: content, digest };
         let itself = self.members.at(slot).global_page(page);
         let found = self
             .any_huge

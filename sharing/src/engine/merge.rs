@@ -15,7 +15,7 @@ use crate::engine::Engine;
 use crate::engine::members::{Flags, Member, Mode};
 use crate::index::Wanted;
 use crate::memory::calls::Source;
-use crate::memory::content::{self, Page};
+use crate::memory::content::{self, Page, Snapshot};
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
 use crate::memory::store::{Frame, Hold};
 use crate::numbers::{Digest, Slot};
@@ -61,22 +61,21 @@ impl Engine {
         }
         self.counters.scanned += 1;
         // SAFETY: a member's RAM is mapped.
-        unsafe { content::copy(member.space.page(page), &mut self.scratch) };
+        let content = unsafe { Snapshot::take(member.space.page(page)) };
         if member.space.lost() {
             return 1;
         }
         if member.is_huge(page) {
-            self.take_census(slot, page);
+            self.take_census(slot, page, &content);
             return 1;
         }
-        // SAFETY: the scratch page is ours.
-        if unsafe { content::zero(self.scratch.as_ptr()) } {
+        if content.is_zero() {
             return self.give_back(slot, page, end);
         }
         if self.members.at(slot).mode == Mode::Zero || !self.members.at(slot).admits(page) {
             return 1;
         }
-        let digest = self.digester.digest(&self.scratch);
+        let digest = self.digester.digest(&content);
         self.counters.digests += 1;
         let known = member.known_digest(page);
         let same = known == Some(digest);
@@ -84,7 +83,7 @@ impl Engine {
             self.members.at_mut(slot).set_volatile(page, false);
             return 1;
         }
-        if let Some(frame) = self.frame_like_scratch(digest) {
+        if let Some(frame) = self.frame_like(&content, digest) {
             return self.merge_stable(slot, page, end, frame);
         }
         self.forget_page(slot, page);
@@ -99,10 +98,10 @@ impl Engine {
             self.counters.changes += u64::from(!changed);
             return 1;
         }
-        if let Some(twin) = self.page_like_scratch(slot, page, digest) {
+        if let Some(twin) = self.page_like(slot, page, &content, digest) {
             return self.merge_unstable(slot, page, end, twin);
         }
-        self.huge_twin(slot, page, digest);
+        self.huge_twin(slot, page, &content, digest);
         self.enter_unique(slot, page);
         1
     }
@@ -115,16 +114,23 @@ impl Engine {
         }
     }
 
-    pub(crate) fn frame_like_scratch(&mut self, digest: Digest) -> Option<Frame> {
-        let Self { stable, store, scratch, counters, .. } = self;
-        stable.find(Wanted { page: scratch, digest }, store, &mut counters.effort)
+    /// Returns a frame with this content, which has this digest.
+    pub(crate) fn frame_like(&mut self, content: &Page, digest: Digest) -> Option<Frame> {
+        let Self { stable, store, counters, .. } = self;
+        stable.find(Wanted { page: content, digest }, store, &mut counters.effort)
     }
 
-    /// Another page like the one in the scratch page, that belongs to no huge page.
-    pub(crate) fn page_like_scratch(&mut self, slot: Slot, page: u32, digest: Digest) -> Option<(Slot, u32)> {
-        let Self { unique, members, scratch, counters, .. } = self;
+    /// Returns another page than this one with this content, which has this digest. It belongs to no huge page.
+    pub(crate) fn page_like(
+        &mut self,
+        slot: Slot,
+        page: u32,
+        content: &Page,
+        digest: Digest,
+    ) -> Option<(Slot, u32)> {
+        let Self { unique, members, counters, .. } = self;
         let itself = members.at(slot).global_page(page);
-        let wanted = Wanted { page: scratch, digest };
+        let wanted = Wanted { page: content, digest };
         unique.find(wanted, itself, members, &mut counters.effort).map(|global| members.locate(global))
     }
 
@@ -289,10 +295,12 @@ impl Engine {
     /// Maps frames over a run, leaving out pages that differ under protection. Returns how many are mapped.
     pub(crate) fn map_frames(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
         // Digests are kept with pages as long as these are on no frame.
-        let mut digests = std::mem::take(&mut self.digests);
-        digests.clear();
+        debug_assert!(count <= WINDOW_PAGES);
+        let mut digests = [Digest::default(); WINDOW_PAGES as usize];
         let member = self.members.at(slot);
-        digests.extend((first..first + count).map(|page| member.digest(page)));
+        for (digest, page) in digests.iter_mut().zip(first..first + count) {
+            *digest = member.digest(page);
+        }
         let mut done = 0;
         let mut total = 0;
         let mut misses = 0;
@@ -313,7 +321,6 @@ impl Engine {
                 break;
             }
         }
-        self.digests = digests;
         total
     }
 

@@ -46,7 +46,7 @@ use crate::index::{Effort, FrameIndex, PageIndex};
 use crate::memory::calls::MemoryCalls;
 use crate::memory::content::{Digester, Page};
 use crate::memory::pagemap::Pagemap;
-use crate::memory::ram::{PAGE_SIZE, Ram};
+use crate::memory::ram::Ram;
 use crate::memory::space::{LostHandler, Space};
 use crate::memory::store::FrameStore;
 use crate::numbers::{Digest, Slot};
@@ -213,9 +213,7 @@ pub struct Engine {
     pub(crate) losses_seen: u64,
     pub(crate) membership_changed: bool,
     // Reused from step to step.
-    pub(crate) scratch: Box<Page>,
     pub(crate) runs: Vec<std::ops::Range<u32>>,
-    pub(crate) digests: Vec<Digest>,
     pub(crate) ends: Ends,
     /// The effort of a step that ends intervals, in the unit of [`rest`](crate::changes::rest).
     pub(crate) interval_effort: u32,
@@ -285,9 +283,7 @@ impl Engine {
             stop: Arc::default(),
             losses_seen: 0,
             membership_changed: true,
-            scratch: Box::new([0; PAGE_SIZE]),
             runs: Vec::new(),
-            digests: Vec::new(),
             ends: Ends::default(),
             interval_effort: settings.interval_effort,
         })

@@ -20,7 +20,7 @@ use crate::blocks::state::Fetching;
 use crate::engine::Engine;
 use crate::engine::members::Mode;
 use crate::memory::calls::Source;
-use crate::memory::content::{self, Page};
+use crate::memory::content::{self, Page, Snapshot};
 use crate::memory::space::{SpaceError, WINDOW_PAGES};
 use crate::memory::store::{Frame, Hold};
 use crate::numbers::{GlobalPage, Slot};
@@ -80,9 +80,9 @@ impl Engine {
                     held.push(Delivery { index, key: key(index), frame, target, history });
                     continue;
                 }
-                Some(Found::Copied(record)) => {
+                Some(Found::Copied(record, content)) => {
                     plan.from_guests += 1;
-                    copy(index, &self.scratch);
+                    copy(index, &content);
                     self.copied(slot, target, Some(record));
                     continue;
                 }
@@ -189,9 +189,8 @@ impl Engine {
             }
             return frame;
         }
-        self.scratch.copy_from_slice(page);
         if !stale
-            && let Some(like) = self.frame_like_scratch(digest)
+            && let Some(like) = self.frame_like(page, digest)
             && self.index_block(like, key, keep, history)
         {
             return like;
@@ -232,8 +231,7 @@ impl Engine {
         plan.fetches.push(FetchRun { token, first, blocks: count, landing });
     }
 
-    /// Where a block is, if the group holds it. A copy of one that a guest's page holds alone is in the
-    /// scratch page then.
+    /// Where a block is, if the group holds it.
     fn find_block(&mut self, key: BlockKey) -> Option<Found> {
         if let Some(frame) = self.cache.index.frame(key) {
             return Some(Found::Frame(frame));
@@ -252,9 +250,9 @@ impl Engine {
         }
         let member = self.members.at(slot);
         // SAFETY: a member's RAM is mapped.
-        unsafe { content::copy(member.space.page(page), &mut self.scratch) };
-        if self.cache.prover.proof(&self.scratch) == record.proof {
-            return Some(Found::Copied(record));
+        let content = Box::new(unsafe { Snapshot::take(member.space.page(page)) });
+        if self.cache.prover.proof(&content) == record.proof {
+            return Some(Found::Copied(record, content));
         }
         self.refute(global);
         None
@@ -479,6 +477,6 @@ impl Engine {
 enum Found {
     /// In a frame.
     Frame(Frame),
-    /// In a guest's page alone, a copy of which is in the scratch page.
-    Copied(CopyRecord),
+    /// In a guest's page alone, of which this is a copy.
+    Copied(CopyRecord, Box<Snapshot>),
 }

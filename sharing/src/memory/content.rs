@@ -8,6 +8,8 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::ops::Deref;
 
 use twox_hash::xxhash3_64;
 
@@ -56,6 +58,39 @@ impl Digester {
 pub unsafe fn copy(page: *const u8, into: &mut Page) {
     // SAFETY: the source is readable as promised and the target is ours.
     unsafe { copy_bytes(page, into.as_mut_ptr()) }
+}
+
+/// A copy of a page in the host's hands, which nobody else writes to.
+#[repr(C, align(64))]
+pub(crate) struct Snapshot(Page);
+
+impl Snapshot {
+    /// Copies a guest page.
+    ///
+    /// # Safety
+    /// As for [`copy`].
+    pub(crate) unsafe fn take(page: *const u8) -> Self {
+        let mut snapshot = MaybeUninit::<Self>::uninit();
+        // SAFETY: the source is readable as promised. The copy fills all of the snapshot.
+        unsafe {
+            copy_bytes(page, snapshot.as_mut_ptr().cast());
+            snapshot.assume_init()
+        }
+    }
+
+    /// Whether it holds zeros alone.
+    pub(crate) fn is_zero(&self) -> bool {
+        // SAFETY: the page is ours.
+        unsafe { zero(self.0.as_ptr()) }
+    }
+}
+
+impl Deref for Snapshot {
+    type Target = Page;
+
+    fn deref(&self) -> &Page {
+        &self.0
+    }
 }
 
 /// Copies a page to another.
