@@ -9,7 +9,10 @@ use super::WORKLOADS;
 use super::api::ApiArgs;
 use super::block::BlockArgs;
 use super::cache::CacheArgs;
+use super::linux::lookahead::LookaheadArgs;
+use super::linux::types::TypesArgs;
 use super::replay::ReplayArgs;
+use super::startup::StartupArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +50,12 @@ pub(super) enum Benchmark {
     /// Measure how many requests the control socket answers, and how soon a VM that a client creates says
     /// something, beside `samepage run`
     Api(ApiArgs),
+    /// Compare start-up time and memory of samepage and QEMU's microvm, with the same guests
+    Startup(StartupArgs),
+    /// Compare engines with and without lookahead on Linux guests that boot and work
+    Lookahead(LookaheadArgs),
+    /// Compare what is shared with and without what Linux guests say of their pages, and by type of pages
+    Types(TypesArgs),
 }
 
 /// The arguments of `samepage bench sharing`.

@@ -129,7 +129,7 @@ fn kernels(
     stretch: Duration,
 ) -> Result<Option<Outcome>> {
     let Some(kernels) = Kernels::new(bench, mode, Memory::filled(layout)?)? else { return Ok(None) };
-    meanwhile(kernels.memory(), || {
+    meanwhile(kernels.vms(), || {
         kernels.work(bench, settle, |_, _| false)?;
         let work = kernels.work(bench, stretch, |_, _| false)?;
         Ok(Some(Outcome {

@@ -49,6 +49,6 @@ fn kernels(bench: &Bench, layout: &Layout) -> Result<Option<f64>> {
     let pages = layout.duplicates();
     let work =
         kernels.work(bench, LIMIT, |counts, _| counts.merged >= pages && counts.full_scans >= KSM_PASSES)?;
-    verify(layout, kernels.memory())?;
+    verify(layout, kernels.vms())?;
     Ok(work.finished.then(|| micros_each(work.cpu, layout.touched())))
 }

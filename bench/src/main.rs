@@ -3,7 +3,8 @@
 //! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
 //! both, in one process and one run, in turns. What is printed are ratios: these hold where times
 //! do not. [`replay`]: `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]:
-//! `samepage bench block`.
+//! `samepage bench block`, [`startup`]: `samepage bench startup`, [`linux`]: `samepage bench lookahead` and
+//! `samepage bench types`.
 //!
 //! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
 //! back as they were, on every way out. See `docs/bench-sharing.md`.
@@ -15,27 +16,33 @@ mod cache;
 mod changing;
 mod context;
 mod cpu;
+mod curves;
 mod delivery;
 mod disk;
 mod duplicates;
 mod fragmented;
 mod frames;
+mod host;
 mod images;
 mod kernels;
 mod ksm;
 mod layout;
+mod linux;
 mod locks;
 mod lookahead;
 mod memory;
+mod monitor;
 mod ours;
 mod plot;
 mod program;
+mod qemu;
 mod replay;
 mod report;
 mod returns;
 mod runs;
 mod series;
 mod sharers;
+mod startup;
 mod state;
 mod table;
 mod vms;
@@ -109,6 +116,15 @@ fn run(args: &BenchArgs) -> Result<ExitCode> {
         }
         Benchmark::Api(args) => {
             api::measure(args).and_then(|report| print(args.json, &report, api::Report::format))
+        }
+        Benchmark::Startup(args) => {
+            startup::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
+        }
+        Benchmark::Lookahead(args) => {
+            linux::lookahead::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
+        }
+        Benchmark::Types(args) => {
+            linux::types::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
         }
     };
     result.or_else(|error| match error.downcast_ref::<Interrupted>() {

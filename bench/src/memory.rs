@@ -143,15 +143,6 @@ impl Memory {
         self.read(page) == word(content, LAST)
     }
 
-    /// Lets KSM merge this memory.
-    pub(super) fn mergeable(&self) -> io::Result<()> {
-        // SAFETY: advice; the contents stay what they are.
-        let failed =
-            unsafe { libc::madvise(self.ram.base().as_ptr().cast(), self.ram.bytes(), libc::MADV_MERGEABLE) }
-                != 0;
-        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
     fn note(&self, page: u32) {
         self.touched[page as usize / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
         self.log.note(page);

@@ -83,11 +83,11 @@ fn kernels(bench: &Bench, layout: &Layout) -> Result<Option<Round>> {
     let pages = layout.duplicates();
     let returning = pages - staying(layout);
     let first = kernels.work(bench, LIMIT, |counts, _| counts.merged >= pages)?;
-    leave(layout, kernels.memory());
+    leave(layout, kernels.vms());
     let left = kernels.work(bench, LIMIT, |counts, _| counts.merged <= pages - returning)?;
-    come_back(layout, kernels.memory());
+    come_back(layout, kernels.vms());
     let back = kernels.work(bench, LIMIT, |counts, _| counts.merged >= pages)?;
-    verify(layout, kernels.memory())?;
+    verify(layout, kernels.vms())?;
     let finished = first.finished && left.finished && back.finished;
     let round = Round { left: micros_each(left.cpu, returning), returned: micros_each(back.cpu, returning) };
     Ok(finished.then_some(round))

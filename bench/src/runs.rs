@@ -102,7 +102,7 @@ fn kernels(bench: &Bench, layout: &Layout, mode: Mode, limit: Duration) -> Resul
         work.wall.as_secs_f64(),
         work.cpu.as_secs_f64()
     );
-    let read = reading(layout, kernels.memory())?;
+    let read = reading(layout, kernels.vms())?;
     // What took the time when little was merged was not merging.
     let round = (merged > pages / 2).then(|| Round { merge: micros_each(work.cpu, merged), read });
     Ok((round, told))

@@ -208,7 +208,7 @@ fn kernels(bench: &Bench, images: &Images, name: &'static str, budget: Duration)
     let mut outcome = Outcome { name, saved: Vec::new(), cpu: Vec::new() };
     for time in 0..images.count() {
         bench.say(format_args!("{name}, image {}", time + 1));
-        images.apply(time, kernels.memory())?;
+        images.apply(time, kernels.vms())?;
         let most = allowance.next();
         let mut used = Duration::ZERO;
         if !most.is_zero() {
@@ -217,7 +217,7 @@ fn kernels(bench: &Bench, images: &Images, name: &'static str, budget: Duration)
             used = work.cpu;
         }
         allowance.used(used);
-        let saved = frames::saved(kernels.memory())?;
+        let saved = frames::saved(kernels.vms())?;
         outcome.saved.push(saved.context("the page map tells no frames: run as root")? as f64);
         outcome.cpu.push(used.as_secs_f64() * 1000.0);
     }

@@ -23,6 +23,7 @@
 //! ```
 
 pub mod demo;
+pub mod guest_kernel;
 pub mod image;
 
 /// The demo guest: an ELF image with a PVH entry point (`XEN_ELFNOTE_PHYS32_ENTRY`), linked at 1 MiB, that

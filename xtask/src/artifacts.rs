@@ -7,12 +7,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 
 pub use crate::disk::{DiskFile, FILES as DISK_FILES};
-
-/// The kernel parameters that test guests boot with, but for `agent=` and for devices. Why each
-/// is there is told in `resources/guest-kernel/README.md`.
-pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=k mitigations=off tsc=reliable lpj=9781696 \
-    random.trust_cpu=off rodata=off clearcpuid=erms,fsrm,smap,smep,cx16,xsave,fsgsbase,umip,popcnt,pcid,invpcid,\
-    rdrand,rdseed,clflushopt";
+pub use samepage_resources::guest_kernel::COMMAND_LINE;
 
 /// The files that a test guest boots from. They are shared: don't write to them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

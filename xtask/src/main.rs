@@ -4,14 +4,14 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::ffi::OsString;
 use std::num::NonZero;
 use std::process::ExitCode;
 use std::thread;
 use xtask::artifacts::Artifacts;
-use xtask::bench::{self, Benchmark};
 use xtask::cache::Cache;
 use xtask::suite::Choice;
-use xtask::{check, disk, initramfs, kernel, node, promtool, python, setup};
+use xtask::{bench, check, disk, initramfs, kernel, node, promtool, python, setup};
 
 /// Builds what the tests of samepage need, and runs every check of the project.
 ///
@@ -42,9 +42,13 @@ enum Task {
     Node,
     /// Get Prometheus' checker of metrics, which a test uses
     Promtool,
-    /// Measure what is promised of samepage, beside what others need for the same
-    #[command(subcommand)]
-    Bench(Benchmark),
+    /// Build samepage and its benchmarks for release, and run `samepage bench` with these arguments
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// The benchmark and its arguments, as for `samepage bench`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Run every check: packages, guests, format, lint, docs, licences, advisories, tests
     Test {
         /// Run only the tests whose name contains this text, and no other check
@@ -71,7 +75,7 @@ fn main() -> ExitCode {
         Task::Python => Cache::of_user().and_then(|cache| python::build(&cache)).map(drop),
         Task::Node => Cache::of_user().and_then(|cache| node::build(&cache)).map(drop),
         Task::Promtool => Cache::of_user().and_then(|cache| promtool::build(&cache)),
-        Task::Bench(benchmark) => bench::run(&benchmark),
+        Task::Bench { arguments } => bench::run(&arguments),
         Task::Test { filter, quick, jobs } => {
             let jobs = jobs.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get);
             return if check::run(&Choice { filter, quick, jobs }) {

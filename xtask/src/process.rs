@@ -58,10 +58,11 @@ pub fn build(arguments: &[&str]) -> Result<String> {
     output(command.stderr(Stdio::inherit()))
 }
 
-/// The last program that Cargo's messages speak of.
-pub fn executable(messages: &str) -> Option<PathBuf> {
+/// The program of this name that Cargo's messages speak of.
+pub fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    messages.filter_map(|message| Some(message.get("executable")?.as_str()?.into())).next_back()
+    let mut programs = messages.filter_map(|message| Some(message.get("executable")?.as_str()?.into()));
+    programs.find(|path: &PathBuf| path.ends_with(name))
 }
 
 fn shown(command: &Command) -> String {
@@ -94,9 +95,11 @@ mod tests {
         let messages = concat!(
             "{\"reason\":\"compiler-artifact\",\"executable\":null}\n",
             "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/release/samepage\"}\n",
+            "{\"reason\":\"compiler-artifact\",\"executable\":\"/t/release/samepage-bench\"}\n",
             "{\"reason\":\"build-finished\",\"success\":true}\n",
         );
-        assert_eq!(executable(messages), Some("/t/release/samepage".into()));
-        assert_eq!(executable("warning: what\n"), None);
+        assert_eq!(executable(messages, "samepage"), Some("/t/release/samepage".into()));
+        assert_eq!(executable(messages, "samepage-bench"), Some("/t/release/samepage-bench".into()));
+        assert_eq!(executable("warning: what\n", "samepage"), None);
     }
 }

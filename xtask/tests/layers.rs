@@ -99,6 +99,8 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-api", &["clap", "ratatui"]),
     ("samepage-firecracker", &["samepage-analyze", "clap_complete"]),
     ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
+    ("samepage-bench", &["samepage-tests", "xtask"]),
+    ("xtask", &["samepage-bench", "samepage-machine", "samepage-sharing"]),
 ];
 
 /// The crates of the workspace with all that each depends on, but for its tests.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,22 +15,8 @@ use samepage_resources::demo::report::Report;
 
 use super::super::context::Bench;
 use super::super::disk::client::{self, Work};
+use super::super::qemu;
 
-const PROGRAM: &str = "qemu-system-x86_64";
-/// The machine, without the devices that the guest has no use for.
-const MACHINE: [&str; 11] = [
-    "-M",
-    "microvm,pit=off,rtc=off,pic=off,acpi=off",
-    "-accel",
-    "kvm",
-    "-cpu",
-    "host,-arch-capabilities",
-    "-nodefaults",
-    "-nographic",
-    "-serial",
-    "stdio",
-    "-no-reboot",
-];
 /// Where that machine puts the registers of its only virtio-mmio device.
 const DISK: u64 = 0xfeb0_0e00;
 /// How long a guest may take.
@@ -47,9 +33,7 @@ pub(super) struct Qemu {
 impl Qemu {
     /// Looks for it; the error says what to do.
     pub(super) fn find(folder: &Path) -> Result<Self, String> {
-        Command::new(PROGRAM).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().map_err(
-            |error| format!("QEMU is left out: {PROGRAM}: {error}; Debian's package is qemu-system-x86"),
-        )?;
+        qemu::version().map_err(|reason| format!("QEMU is left out: {reason}"))?;
         let guest = folder.join(format!("samepage-bench-{}-guest.elf", std::process::id()));
         fs::write(&guest, DEMO_GUEST)
             .map_err(|error| format!("QEMU is left out: write {}: {error}", guest.display()))?;
@@ -64,15 +48,10 @@ impl Qemu {
         let disk = plan.disk.map(|disk| DiskPlan { base: DISK, ..disk });
         let plan = Plan { disk, ..plan.clone() };
         let drive = format!("if=none,id=disk,format=raw,cache=none,aio=io_uring,file={}", escaped(image));
-        let mut command = Command::new(PROGRAM);
+        let mut command = qemu::command(&self.guest, client::memory(&plan) >> 20, &plan.to_string());
         command
-            .args(MACHINE)
-            .args(["-m", &format!("{}M", client::memory(&plan) >> 20)])
             .args(["-global", "virtio-mmio.force-legacy=false"])
             .args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"])
-            .arg("-kernel")
-            .arg(&self.guest)
-            .args(["-append", &plan.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -12,8 +12,8 @@ use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::EngineStatistics;
 
 use super::guests::{Guest, MEMORY, ask_oracle, finish, resting};
-use super::kernels::Kernels;
 use crate::context::Bench;
+use crate::kernels::Kernels;
 use crate::ksm::Mode;
 use crate::report::{Goal, Measurement, Section};
 

@@ -14,9 +14,9 @@ use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
 use super::guests::{Guest, MEMORY, halting, until_still};
-use super::kernels::Kernels;
 use crate::context::Bench;
 use crate::cpu;
+use crate::kernels::Kernels;
 use crate::ksm::Mode;
 use crate::report::{Goal, Measurement, Section};
 
@@ -186,7 +186,7 @@ fn kernels(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Vec<Op
         let mut outcome = Outcome { cpu, ..Outcome::default() };
         for number in 0..host.pages {
             let merged = work.counts.merged + 2 * outcome.latencies.len() as u64;
-            host.make_equal(kernels.guests(), (index + 1) * host.pages + number)?;
+            host.make_equal(kernels.vms(), (index + 1) * host.pages + number)?;
             let found = kernels.work(bench, host.patience, |counts, _| counts.merged >= merged + 2)?;
             if !found.finished {
                 break;

@@ -6,7 +6,6 @@ mod faults;
 mod found;
 pub(super) mod guests;
 mod idle;
-mod kernels;
 pub(super) mod kvm;
 mod mapping;
 mod share;

@@ -59,9 +59,7 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
 fn build_program() -> Result<PathBuf> {
     let programs = ["--bin", "samepage", "--bin", "samepage-bench"];
     let messages = process::build(&[&["build", "--workspace", "--locked"][..], &programs].concat())?;
-    let program = process::executable(&messages).context("cargo build names no program")?;
-    // The one that was built last is no matter: they lie side by side.
-    Ok(program.with_file_name("samepage"))
+    process::executable(&messages, "samepage").context("cargo build names no program")
 }
 
 /// The examples in documentation.

@@ -1,19 +1,19 @@
 //! Measuring both monitors, in turns.
 
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use serde::Deserialize;
 
+use super::StartupArgs;
 use super::guest::Files;
-use super::host::Host;
-use super::monitor::{self, GUEST_MIB, Running};
 use super::report::{MemoryRow, Pair, Spread, StartupReport, TimeRow};
 use super::rounds;
 use super::smaps::{self, Memory};
-use super::{StartupArgs, quartiles};
-use crate::process;
+use crate::host::Host;
+use crate::monitor::{self, GUEST_MIB, Running};
+use crate::qemu;
+use crate::report::Figure;
 
 /// How many seconds a fleet of idle guests gets to come to rest.
 const SAMPLES: u32 = 60;
@@ -24,7 +24,7 @@ const PAGE_KIB: u64 = 4;
 /// Measures start-up times, then memory.
 pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Result<StartupReport> {
     let mut host = Host::look()?;
-    let qemu = process::output(Command::new(monitor::QEMU).arg("--version"))?;
+    let qemu = qemu::version().map_err(Error::msg)?;
     let times = vec![
         time("first instruction", args.runs, samepage, &guests.first_instruction)?,
         time("demo guest's first line", args.runs, samepage, &guests.demo)?,
@@ -35,7 +35,6 @@ pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Re
     let memory = numbers.into_iter().map(|vms| memory(vms, samepage, &guests.demo)).collect::<Result<_>>()?;
     let rounds = rounds::measure(args.rounds, samepage, &guests.demo)?;
     host.look_again()?;
-    let qemu = qemu.lines().next().unwrap_or_default().to_owned();
     Ok(StartupReport::new(host, qemu, (GUEST_MIB, args.runs), (times, memory, rounds)))
 }
 
@@ -59,12 +58,10 @@ fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result
             samples.qemu.push(qemu);
         }
     }
-    let spread = |samples| {
-        quartiles(samples).map(|[lower, median, upper]| Spread {
-            lower_quartile_ms: lower,
-            median_ms: median,
-            upper_quartile_ms: upper,
-        })
+    let spread = |samples: Vec<f64>| {
+        let Figure { median, quartiles: [lower, upper], .. } =
+            Figure::of(&samples).context("nothing was measured")?;
+        anyhow::Ok(Spread { lower_quartile_ms: lower, median_ms: median, upper_quartile_ms: upper })
     };
     Ok(TimeRow::new(what, Pair { samepage: spread(samples.samepage)?, qemu: spread(samples.qemu)? }))
 }

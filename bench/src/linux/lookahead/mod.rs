@@ -13,27 +13,32 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use samepage_machine::Hypervisor;
 
-use super::curves::{self, Curve};
-use super::host::{self, Host};
-use crate::artifacts::Artifacts;
-pub use report::LookaheadReport;
-pub(super) use run::Engine;
+use super::LinuxGuest;
+use crate::curves::{self, Curve};
+use crate::host::Host;
+use crate::program;
+pub(crate) use report::LookaheadReport;
+use run::Engine;
 
 /// What of lookahead to measure.
 #[derive(Args, Debug)]
-pub struct LookaheadArgs {
+pub(crate) struct LookaheadArgs {
+    #[command(flatten)]
+    guest: LinuxGuest,
+
     /// Ceiling of CPU time for sharing, in percent of a core; where it is ample all engines keep up
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
-    pub cpu: f64,
+    pub(crate) cpu: f64,
 
     /// Print the results as JSON, and nothing else
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 
     /// Draw shared pages over time into this file, as SVG
     #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// The engines, in the order in which they run.
@@ -45,14 +50,13 @@ const ENGINES: [Engine; 4] = [
 ];
 
 /// Measures all engines, and draws them where that is asked for.
-pub(super) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
-    host::check_kvm()?;
-    let artifacts = Artifacts::build()?;
-    let samepage = super::build_samepage()?;
+pub(crate) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
+    Hypervisor::open()?;
+    let samepage = program::path()?;
     let mut host = Host::look()?;
     let curves = ENGINES.map(|engine| {
         eprintln!("lookahead: {}", engine.name);
-        run::run(&samepage, &artifacts, engine, args.cpu)
+        run::run(&samepage, &args.guest, engine, args.cpu)
     });
     let curves = curves.into_iter().collect::<Result<_>>()?;
     host.look_again()?;

@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use samepage_text::picture::escape;
+
 /// Something over time.
 pub(super) struct Curve<'a> {
     pub(super) name: &'a str,
@@ -91,10 +93,6 @@ fn ticks(most: f64) -> impl Iterator<Item = f64> {
     let step = [1.0, 2.0, 5.0, 10.0].map(|step| step * decade).into_iter().find(|step| *step >= rough);
     let step = step.unwrap_or(rough);
     (0..=(most / step) as u32).map(move |tick| f64::from(tick) * step)
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
 #[cfg(test)]

@@ -11,9 +11,9 @@ use serde::Serialize;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::monitor::Running;
 use super::smaps::{self, Memory};
-use crate::process;
+use crate::monitor::Running;
+use crate::program;
 
 /// VMs in a round.
 const VMS: u32 = 32;
@@ -31,15 +31,15 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Private memory of a process without VMs, in KiB.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct RoundsRow {
+pub(crate) struct RoundsRow {
     /// How many rounds.
-    pub rounds: u32,
+    pub(crate) rounds: u32,
     /// VMs in each.
-    pub vms: u32,
+    pub(crate) vms: u32,
     /// Before the first.
-    pub before_kib: u64,
+    pub(crate) before_kib: u64,
     /// After the last.
-    pub after_kib: u64,
+    pub(crate) after_kib: u64,
 }
 
 /// Has VMs come, share and go in one process.
@@ -57,7 +57,7 @@ pub(super) fn measure(rounds: u32, samepage: &Path, kernel: &Path) -> Result<Rou
     serve.args(["serve", "--sharing-cpu", "100", "--socket"]).arg(&socket);
     let process = Running::start(&mut serve)?;
     let ask = |arguments: &[&str]| {
-        process::output(Command::new(samepage).args(arguments).arg("--socket").arg(&socket))
+        program::output(Command::new(samepage).args(arguments).arg("--socket").arg(&socket))
     };
     wait("the control socket", || Ok(socket.exists()))?;
     // As after a round: code that clients need has been used.

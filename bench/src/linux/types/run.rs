@@ -9,8 +9,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::artifacts::{Artifacts, COMMAND_LINE};
-use crate::bench::monitor::Running;
+use super::super::LinuxGuest;
+use crate::monitor::Running;
 
 /// Memory of each guest, in MiB.
 pub(super) const GUEST_MIB: u32 = 64;
@@ -28,68 +28,68 @@ const AGENT: &str = "samepage-agent: ";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Scenario {
+pub(crate) struct Scenario {
     /// What it is called.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// Whether agents in the guests say what pages are for.
-    pub told: bool,
+    pub(crate) told: bool,
     /// The engine's settings.
-    pub engine: &'static str,
+    pub(crate) engine: &'static str,
 }
 
 /// What sharing came to by one type of pages, in all guests.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
-pub struct TypeTold {
+pub(crate) struct TypeTold {
     /// Pages of the type.
-    pub pages: u64,
+    pub(crate) pages: u64,
     /// Pages that sharing saves.
     #[serde(rename = "pages_sharing")]
-    pub sharing: u64,
+    pub(crate) sharing: u64,
     /// Pages given back.
     #[serde(rename = "zero_pages")]
-    pub zero: u64,
+    pub(crate) zero: u64,
     /// Pages mapped to frames since the start.
-    pub merges: u64,
+    pub(crate) merges: u64,
     /// Of these, written since.
-    pub broken: u64,
+    pub(crate) broken: u64,
     /// How long pages were mapped to frames, in page-seconds.
-    pub merged_seconds: f64,
+    pub(crate) merged_seconds: f64,
     /// How long they were watched, in seconds.
     #[serde(default)]
-    pub watched_seconds: f64,
+    pub(crate) watched_seconds: f64,
 }
 
 /// The engine's statistics at one moment, by their names in `--stats`.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
-pub struct Moment {
+pub(crate) struct Moment {
     /// Since the start of the process, in seconds.
     #[serde(skip_deserializing)]
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Pages that sharing saves.
-    pub pages_sharing: u64,
+    pub(crate) pages_sharing: u64,
     /// Pages of zeros, and free ones, that were given back.
-    pub zero_pages: u64,
+    pub(crate) zero_pages: u64,
     /// Memory that the process takes, in bytes.
-    pub resident_bytes: u64,
+    pub(crate) resident_bytes: u64,
     /// CPU time for sharing, in seconds.
-    pub cpu_seconds: f64,
+    pub(crate) cpu_seconds: f64,
     /// Pages looked at so far.
-    pub pages_scanned: u64,
+    pub(crate) pages_scanned: u64,
     /// Pages mapped to frames so far.
-    pub merges: u64,
+    pub(crate) merges: u64,
     /// Of these, written since.
-    pub breaks: u64,
+    pub(crate) breaks: u64,
 }
 
 /// What was told of one pair of guests.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Told {
+pub(crate) struct Told {
     /// When both guests had booted, in seconds since the start.
-    pub booted_seconds: f64,
+    pub(crate) booted_seconds: f64,
     /// Once a second, until a guest had done its work.
-    pub moments: Vec<Moment>,
+    pub(crate) moments: Vec<Moment>,
     /// At the last of them, by type.
-    pub types: BTreeMap<String, TypeTold>,
+    pub(crate) types: BTreeMap<String, TypeTold>,
 }
 
 impl Told {
@@ -112,22 +112,20 @@ impl Told {
 }
 
 /// Runs a pair of guests to its end.
-pub(super) fn run(samepage: &Path, artifacts: &Artifacts, scenario: Scenario, cpu: f64) -> Result<Told> {
+pub(super) fn run(samepage: &Path, guest: &LinuxGuest, scenario: Scenario, cpu: f64) -> Result<Told> {
     let folder = tempfile::tempdir().context("making a folder for the guests' disks")?;
     for index in 0..VMS {
         let copy = folder.path().join(format!("work-{index}.img"));
-        fs::copy(&artifacts.disk, &copy).with_context(|| format!("copying a disk to {}", copy.display()))?;
+        fs::copy(&guest.disk, &copy).with_context(|| format!("copying a disk to {}", copy.display()))?;
     }
     let work = if scenario.told { format!("publish:1000,{WORK}") } else { WORK.to_owned() };
     let mut command = Command::new(samepage);
-    command.arg("run").arg("--kernel").arg(&artifacts.kernel).arg("--initrd").arg(&artifacts.initramfs);
-    command.args(["--cmdline", &format!("{COMMAND_LINE} agent={work}"), "--console", "stdio"]);
-    command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &VMS.to_string()]);
-    command.arg("--disk").arg(format!("path={},readonly,cache=none", artifacts.disk.display()));
+    guest.run(&mut command, VMS, GUEST_MIB, &work, cpu);
+    command.arg("--disk").arg(format!("path={},readonly,cache=none", guest.disk.display()));
     command
         .arg("--disk")
         .arg(format!("path={}/work-{{index}}.img,format=raw,cache=none", folder.path().display()));
-    command.args(["--sharing-engine", scenario.engine, "--sharing-cpu", &cpu.to_string(), "--stats", "-"]);
+    command.args(["--sharing-engine", scenario.engine]);
     let started = Instant::now();
     let mut process = Running::start(&mut command)?;
     let mut log = Log::default();

@@ -2,58 +2,58 @@
 
 use std::fmt;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::run::{GUEST_MIB, Scenario, Told, TypeTold};
-use crate::bench::host::Host;
-use crate::bench::quartiles;
+use crate::host::Host;
+use crate::report::Figure;
 
-/// Results of `cargo xtask bench types`.
+/// Results of `samepage bench types`.
 #[derive(Debug, Clone, Serialize)]
-pub struct TypesReport {
+pub(crate) struct TypesReport {
     /// The machine.
-    pub host: Host,
+    pub(crate) host: Host,
     /// Memory of each guest, in MiB.
-    pub guest_mib: u32,
+    pub(crate) guest_mib: u32,
     /// What was compared, the baseline first.
-    pub rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// One of what is compared.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// What it is.
-    pub scenario: Scenario,
+    pub(crate) scenario: Scenario,
     /// Medians of all rounds.
-    pub medians: Medians,
+    pub(crate) medians: Medians,
     /// Each round.
-    pub rounds: Vec<Told>,
+    pub(crate) rounds: Vec<Told>,
 }
 
 /// Medians of all rounds, at the end of the work where nothing else is said.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Medians {
+pub(crate) struct Medians {
     /// Pages that sharing saves, on average over time.
-    pub mean_sharing: f64,
+    pub(crate) mean_sharing: f64,
     /// Pages that sharing saves.
-    pub sharing: f64,
+    pub(crate) sharing: f64,
     /// Pages given back.
-    pub given_back: f64,
+    pub(crate) given_back: f64,
     /// Memory that the process takes, in MiB.
-    pub resident_mib: f64,
+    pub(crate) resident_mib: f64,
     /// Pages looked at for each one that was mapped to a frame.
-    pub scanned_per_merge: f64,
+    pub(crate) scanned_per_merge: f64,
     /// The same until some seconds after the boot.
-    pub scanned_per_merge_boot: f64,
+    pub(crate) scanned_per_merge_boot: f64,
     /// Pages mapped to frames.
-    pub merges: f64,
+    pub(crate) merges: f64,
     /// Of these, in percent, the ones that were written since.
-    pub broken_percent: f64,
+    pub(crate) broken_percent: f64,
     /// CPU time for sharing, in milliseconds.
-    pub cpu_ms: f64,
+    pub(crate) cpu_ms: f64,
     /// Pages mapped to frames for each second of CPU time.
-    pub merges_per_cpu_second: f64,
+    pub(crate) merges_per_cpu_second: f64,
 }
 
 /// How long after the boot the boot's figures are taken, in seconds.
@@ -61,7 +61,10 @@ const BOOT_SECONDS: f64 = 5.0;
 
 impl Medians {
     fn of(rounds: &[Told]) -> Result<Self> {
-        let median = |of: &dyn Fn(&Told) -> f64| anyhow::Ok(quartiles(rounds.iter().map(of).collect())?[1]);
+        let median = |of: &dyn Fn(&Told) -> f64| {
+            let figure = Figure::of(&rounds.iter().map(of).collect::<Vec<_>>());
+            anyhow::Ok(figure.context("nothing was measured")?.median)
+        };
         Ok(Self {
             mean_sharing: median(&Told::mean_sharing)?,
             sharing: median(&|told| told.end().pages_sharing as f64)?,

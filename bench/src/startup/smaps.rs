@@ -14,13 +14,13 @@ const FRAMES: &str = "/memfd:samepage-frames";
 
 /// Memory of processes, in KiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Memory {
+pub(crate) struct Memory {
     /// That nobody else has mapped. The program's code is private while only one process runs it.
-    pub private_kib: u64,
+    pub(crate) private_kib: u64,
     /// The same, and of what several processes have mapped each one's share: the proportional set size.
-    pub proportional_kib: u64,
+    pub(crate) proportional_kib: u64,
     /// The process's own page tables, which the kernel keeps beyond that; guest memory's among them.
-    pub page_tables_kib: u64,
+    pub(crate) page_tables_kib: u64,
 }
 
 impl Add for Memory {

@@ -7,12 +7,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::artifacts::{Artifacts, COMMAND_LINE};
-use crate::bench::monitor::Running;
+use super::super::LinuxGuest;
+use crate::monitor::Running;
 
 /// Memory of each guest, in MiB.
 pub(super) const GUEST_MIB: u32 = 64;
-const VMS: u32 = 2;
+const VMS: usize = 2;
 /// What the guests do once they have booted: they read files from one disk, fill memory alike, look at it
 /// again and again, change a part of it, and go on looking.
 const WORK: &str = "mount:/dev/vda:/mnt:ro,sum:/mnt/small,sum:/mnt/file,sum:/mnt/large,fill:8M:7,\
@@ -22,45 +22,45 @@ const AGENT: &str = "samepage-agent: ";
 
 /// How an engine works.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(in crate::bench) struct Engine {
+pub(crate) struct Engine {
     /// What it is called.
-    pub(in crate::bench) name: &'static str,
+    pub(crate) name: &'static str,
     /// Its `--sharing-engine`.
-    pub(in crate::bench) settings: &'static str,
+    pub(crate) settings: &'static str,
 }
 
 /// An engine's statistics at one moment, of which those with the same names in `--stats` are a part.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
-pub struct Point {
+pub(crate) struct Point {
     /// Since the start of the process, in seconds.
     #[serde(skip_deserializing)]
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Pages that are mapped to another's frame: what is saved.
-    pub pages_sharing: u64,
+    pub(crate) pages_sharing: u64,
     /// Pages of zeros given back.
-    pub zero_pages: u64,
+    pub(crate) zero_pages: u64,
     /// CPU time for sharing, in seconds.
-    pub cpu_seconds: f64,
+    pub(crate) cpu_seconds: f64,
     /// Pages mapped to frames so far.
-    pub merges: u64,
+    pub(crate) merges: u64,
     /// Of these, found as neighbours.
-    pub merges_lookahead: u64,
+    pub(crate) merges_lookahead: u64,
     /// Entries of indexes visited so far.
-    pub search_steps: u64,
+    pub(crate) search_steps: u64,
     /// Pages compared in searches so far.
-    pub comparisons: u64,
+    pub(crate) comparisons: u64,
 }
 
 /// An engine's statistics over time.
 #[derive(Clone, Debug, Serialize)]
-pub struct Curve {
+pub(crate) struct Curve {
     /// The engine.
     #[serde(flatten)]
     pub(super) engine: Engine,
     /// When both guests had booted, in seconds since the start.
-    pub booted_seconds: f64,
+    pub(crate) booted_seconds: f64,
     /// Once a second, until a guest had done its work.
-    pub points: Vec<Point>,
+    pub(crate) points: Vec<Point>,
 }
 
 impl Curve {
@@ -77,13 +77,11 @@ impl Curve {
 }
 
 /// Runs a pair of guests to its end.
-pub(super) fn run(samepage: &Path, artifacts: &Artifacts, engine: Engine, cpu: f64) -> Result<Curve> {
+pub(super) fn run(samepage: &Path, guest: &LinuxGuest, engine: Engine, cpu: f64) -> Result<Curve> {
     let mut command = Command::new(samepage);
-    command.arg("run").arg("--kernel").arg(&artifacts.kernel).arg("--initrd").arg(&artifacts.initramfs);
-    command.args(["--cmdline", &format!("{COMMAND_LINE} agent={WORK}"), "--console", "stdio"]);
-    command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &VMS.to_string()]);
-    command.arg("--disk").arg(format!("path={},readonly", artifacts.disk.display()));
-    command.args(["--sharing-engine", engine.settings, "--sharing-cpu", &cpu.to_string(), "--stats", "-"]);
+    guest.run(&mut command, VMS, GUEST_MIB, WORK, cpu);
+    command.arg("--disk").arg(format!("path={},readonly", guest.disk.display()));
+    command.args(["--sharing-engine", engine.settings]);
     let started = Instant::now();
     let mut process = Running::start(&mut command)?;
     let mut log = Log::default();
@@ -98,7 +96,7 @@ pub(super) fn run(samepage: &Path, artifacts: &Artifacts, engine: Engine, cpu: f
 struct Log {
     booted: Vec<f64>,
     points: Vec<Point>,
-    done: u32,
+    done: usize,
 }
 
 impl Log {

@@ -13,31 +13,36 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use samepage_machine::Hypervisor;
 
-use super::curves::{self, Curve};
-use super::host::{self, Host};
-use crate::artifacts::Artifacts;
-pub use report::TypesReport;
+use super::LinuxGuest;
+use crate::curves::{self, Curve};
+use crate::host::Host;
+use crate::program;
+pub(crate) use report::TypesReport;
 use run::{Scenario, Told};
 
 /// What of types to measure.
 #[derive(Args, Debug)]
-pub struct TypesArgs {
+pub(crate) struct TypesArgs {
+    #[command(flatten)]
+    guest: LinuxGuest,
+
     /// Rounds
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
+    pub(crate) runs: u32,
 
     /// Ceiling of CPU time for sharing, in percent of a core
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
-    pub cpu: f64,
+    pub(crate) cpu: f64,
 
     /// Print the results as JSON, and nothing else
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 
     /// Draw shared pages over time into this file, as SVG
     #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// What is compared, the baseline first.
@@ -49,10 +54,9 @@ const SCENARIOS: [Scenario; 4] = [
 ];
 
 /// Measures all of it, and draws it where that is asked for.
-pub(super) fn measure(args: &TypesArgs) -> Result<TypesReport> {
-    host::check_kvm()?;
-    let artifacts = Artifacts::build()?;
-    let samepage = super::build_samepage()?;
+pub(crate) fn measure(args: &TypesArgs) -> Result<TypesReport> {
+    Hypervisor::open()?;
+    let samepage = program::path()?;
     let mut host = Host::look()?;
     let mut rounds: Vec<Vec<Told>> = SCENARIOS.iter().map(|_| Vec::new()).collect();
     for round in 0..args.runs {
@@ -63,7 +67,7 @@ pub(super) fn measure(args: &TypesArgs) -> Result<TypesReport> {
         for index in order {
             let scenario = SCENARIOS[index];
             eprintln!("round {} of {}: {}", round + 1, args.runs, scenario.name);
-            rounds[index].push(run::run(&samepage, &artifacts, scenario, args.cpu)?);
+            rounds[index].push(run::run(&samepage, &args.guest, scenario, args.cpu)?);
         }
     }
     host.look_again()?;

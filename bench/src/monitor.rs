@@ -7,22 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// QEMU's program.
-pub(super) const QEMU: &str = "qemu-system-x86_64";
-/// The leanest machine that QEMU has: no firmware tables, no legacy devices but a serial port.
-const QEMU_MACHINE: [&str; 11] = [
-    "-M",
-    "microvm,pit=off,rtc=off,pic=off,acpi=off",
-    "-accel",
-    "kvm",
-    "-cpu",
-    "host,-arch-capabilities",
-    "-nodefaults",
-    "-nographic",
-    "-serial",
-    "stdio",
-    "-no-reboot",
-];
+use super::qemu;
+
 /// Memory of each guest, in MiB.
 pub(super) const GUEST_MIB: u32 = 64;
 /// What the demo guest is told: a few pages of memory, then nothing, for ever.
@@ -42,10 +28,7 @@ pub(super) fn samepage(program: &Path, kernel: &Path, vms: u32, statistics: bool
 
 /// The command by which QEMU runs guest number `vm`.
 pub(super) fn qemu(kernel: &Path, vm: u32) -> Command {
-    let mut command = Command::new(QEMU);
-    command.args(QEMU_MACHINE).args(["-m", &GUEST_MIB.to_string(), "-kernel"]).arg(kernel);
-    command.args(["-append", &format!("{COMMAND_LINE}{vm}")]);
-    command
+    qemu::command(kernel, GUEST_MIB.into(), &format!("{COMMAND_LINE}{vm}"))
 }
 
 /// A monitor that runs, until dropped.

@@ -4,9 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::host::Host;
 use super::rounds::RoundsRow;
 use super::smaps::Memory;
+use crate::host::Host;
 
 /// What samepage is to need at most of QEMU's time.
 const TIME_GOAL: f64 = 1.0 / 3.0;
@@ -19,34 +19,34 @@ const KEPT_GOAL_KIB: f64 = 10.0 * 1024.0;
 
 /// A measurement of both monitors.
 #[derive(Debug, Clone, Serialize)]
-pub struct Pair<T> {
+pub(crate) struct Pair<T> {
     /// Of samepage.
-    pub samepage: T,
+    pub(crate) samepage: T,
     /// Of QEMU.
-    pub qemu: T,
+    pub(crate) qemu: T,
 }
 
 /// Times of several runs, in milliseconds.
 #[derive(Debug, Clone, Serialize)]
-pub struct Spread {
+pub(crate) struct Spread {
     /// A quarter of the runs took less.
-    pub lower_quartile_ms: f64,
+    pub(crate) lower_quartile_ms: f64,
     /// Half of the runs took less.
-    pub median_ms: f64,
+    pub(crate) median_ms: f64,
     /// A quarter of the runs took more.
-    pub upper_quartile_ms: f64,
+    pub(crate) upper_quartile_ms: f64,
 }
 
 /// The time from the start of a process to its guest's first output.
 #[derive(Debug, Clone, Serialize)]
-pub struct TimeRow {
+pub(crate) struct TimeRow {
     /// Whose output.
-    pub what: &'static str,
+    pub(crate) what: &'static str,
     /// The times.
     #[serde(flatten)]
-    pub times: Pair<Spread>,
+    pub(crate) times: Pair<Spread>,
     /// Median by median.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 impl TimeRow {
@@ -58,14 +58,14 @@ impl TimeRow {
 
 /// Memory of everything that runs a number of VMs, beyond the guests' own.
 #[derive(Debug, Clone, Serialize)]
-pub struct MemoryRow {
+pub(crate) struct MemoryRow {
     /// How many: in one process of samepage's, and in as many of QEMU's.
-    pub vms: u32,
+    pub(crate) vms: u32,
     /// The memory.
     #[serde(flatten)]
-    pub memory: Pair<Memory>,
+    pub(crate) memory: Pair<Memory>,
     /// Of the proportional set sizes.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
 }
 
 impl MemoryRow {
@@ -82,16 +82,16 @@ impl MemoryRow {
 
 /// What a VM adds to the memory of everything that runs VMs, by proportional set size, in KiB.
 #[derive(Debug, Clone, Serialize)]
-pub struct VmRow {
+pub(crate) struct VmRow {
     /// Which VM.
-    pub what: String,
+    pub(crate) what: String,
     /// The memory.
     #[serde(flatten)]
-    pub kib: Pair<f64>,
+    pub(crate) kib: Pair<f64>,
     /// One by the other.
-    pub ratio: f64,
+    pub(crate) ratio: f64,
     /// What is promised of samepage.
-    pub goal_kib: f64,
+    pub(crate) goal_kib: f64,
 }
 
 impl VmRow {
@@ -121,25 +121,25 @@ impl VmRow {
     }
 }
 
-/// Results of `cargo xtask bench startup`.
+/// Results of `samepage bench startup`.
 #[derive(Debug, Clone, Serialize)]
-pub struct StartupReport {
+pub(crate) struct StartupReport {
     /// The machine.
-    pub host: Host,
+    pub(crate) host: Host,
     /// QEMU's version.
-    pub qemu: String,
+    pub(crate) qemu: String,
     /// Memory of each guest, in MiB.
-    pub guest_mib: u32,
+    pub(crate) guest_mib: u32,
     /// Runs behind each time.
-    pub runs: u32,
+    pub(crate) runs: u32,
     /// Times.
-    pub times: Vec<TimeRow>,
+    pub(crate) times: Vec<TimeRow>,
     /// Memory, by ascending numbers of VMs.
-    pub memory: Vec<MemoryRow>,
+    pub(crate) memory: Vec<MemoryRow>,
     /// What follows from it for a VM.
-    pub vms: Vec<VmRow>,
+    pub(crate) vms: Vec<VmRow>,
     /// What a process keeps of VMs that are gone.
-    pub rounds: RoundsRow,
+    pub(crate) rounds: RoundsRow,
 }
 
 impl StartupReport {

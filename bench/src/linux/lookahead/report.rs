@@ -6,22 +6,22 @@ use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::run::{Curve, GUEST_MIB};
-use crate::bench::host::Host;
+use crate::host::Host;
 
 /// Between two columns of the table, in seconds.
 const STEP: usize = 5;
 
-/// Results of `cargo xtask bench lookahead`.
+/// Results of `samepage bench lookahead`.
 #[derive(Debug, Clone, Serialize)]
-pub struct LookaheadReport {
+pub(crate) struct LookaheadReport {
     /// The machine.
-    pub host: Host,
+    pub(crate) host: Host,
     /// Memory of each guest, in MiB.
-    pub guest_mib: u32,
+    pub(crate) guest_mib: u32,
     /// The ceiling of CPU time, in percent of a core.
-    pub cpu_percent: f64,
+    pub(crate) cpu_percent: f64,
     /// The engines.
-    pub curves: Vec<Curve>,
+    pub(crate) curves: Vec<Curve>,
 }
 
 impl LookaheadReport {
