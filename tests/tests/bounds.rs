@@ -3,6 +3,9 @@
 use std::fs;
 use std::process::ExitCode;
 
+use samepage_host::config_file;
+use samepage_host::schema::config_schema;
+use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::Host;
 use samepage_tests::harness::{self, Need};
@@ -13,6 +16,7 @@ fn main() -> ExitCode {
     harness::run_all(&[
         ("what_the_description_forbids_is_refused", &[Need::Kvm], refused),
         ("names_that_the_description_allows_are_those_that_are_accepted", &[], names),
+        ("groups_that_the_schema_of_files_allows_are_those_that_are_accepted", &[], groups),
     ])
 }
 
@@ -171,5 +175,38 @@ fn names() {
         assert_eq!(check_name(name).is_ok(), is_one, "{name}");
         let validator = jsonschema::validator_for(allowed).expect("a schema");
         assert_eq!(validator.is_valid(&json!(name)), is_one, "{name}: {allowed}");
+    }
+}
+
+/// A file may name a group by templates, so that each VM has a group of its own.
+fn groups() {
+    let schema: Value = serde_json::from_str(&config_schema()).expect("JSON");
+    let validator = jsonschema::validator_for(&schema).expect("a schema");
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::write(folder.path().join("vmlinux"), DEMO_GUEST).expect("a file");
+    let path = folder.path().join("vms.json");
+    for (group, is_one) in [
+        ("{name}", true),
+        ("{index}", true),
+        ("front-{index}", true),
+        ("{name}.{index}", true),
+        (".{name}", true),
+        ("front", true),
+        ("...", true),
+        ("{Name}", false),
+        ("{name", false),
+        ("name}", false),
+        ("{}", false),
+        ("{name} b", false),
+        ("..", false),
+        ("", false),
+    ] {
+        let file = json!({ "vms": [{
+            "name": "web", "count": 2, "kernel": "vmlinux", "sharing": { "group": group },
+        }] });
+        fs::write(&path, file.to_string()).expect("a file");
+        let loaded = config_file::load(&path);
+        assert_eq!(loaded.is_ok(), is_one, "{group}");
+        assert_eq!(validator.is_valid(&file), is_one, "{group}");
     }
 }

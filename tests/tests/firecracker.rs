@@ -381,7 +381,7 @@ fn faults() {
             json!({ "drive_id": "e", "is_root_device": false, "path_on_host": "link.img", "is_read_only": read_only }),
         )
     };
-    fault("PUT", "/drives/e", second(false), "link.img is the image of drive d as well");
+    fault("PUT", "/drives/e", second(false), "link.img is also the image of drive d");
     done(&client, "PUT", "/drives/e", second(true));
     let (status, whole) = ask(&client, "GET", "/vm/config", Value::Null);
     assert_eq!((status, &whole["drives"][0]["drive_id"]), (200, &json!("d")));

@@ -223,6 +223,6 @@ fn report() {
     wrong.arg(&stats).current_dir(folder.path());
     let finished = Running::start(wrong).wait();
     finished.assert_code(1);
-    assert!(finished.stderr.contains("line 1 is none of --stats"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("line 1 was not written by --stats"), "{}", finished.stderr);
     assert!(!folder.path().join("x.html").exists());
 }

@@ -53,7 +53,7 @@ impl Ending {
         let rest = self.until.saturating_duration_since(Instant::now());
         if rest.is_zero() {
             if !waited.is_empty() {
-                tell(format_args!("not ended in time, and cut off: {}", Names(&waited)));
+                tell(format_args!("killed, because they did not end in time: {}", Names(&waited)));
             }
             registry.close();
             return Ok(());

@@ -279,7 +279,7 @@ impl Process<'_> {
     fn reopen_logs(&mut self) {
         for vm in self.registry.machines() {
             if let Err(error) = vm.reopen_console() {
-                tell(format_args!("VM {}: {error}; its console goes on to the file before", vm.name()));
+                tell(format_args!("VM {}: {error}; its console continues in the earlier file", vm.name()));
             }
         }
         let opened = match (self.stats, &mut self.statistics) {
@@ -392,7 +392,7 @@ fn report(vm: &Ended) {
     }
     if vm.console_lost > 0 {
         tell(format_args!(
-            "VM {}: {} of console output lost, because nobody took what the guest wrote",
+            "VM {}: {} of console output lost, because nobody read it",
             vm.name,
             counted(vm.console_lost, "byte")
         ));
@@ -416,7 +416,7 @@ impl Statistics {
 
     fn reopen(&mut self, target: &StatsTarget) -> anyhow::Result<()> {
         let opened = self.writer.reopen(target);
-        opened.with_context(|| format!("open {target} again; statistics go on to the file before"))
+        opened.with_context(|| format!("open {target} again; statistics continue in the earlier file"))
     }
 
     fn write(&mut self, registry: &Registry) -> io::Result<()> {

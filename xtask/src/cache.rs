@@ -84,7 +84,7 @@ impl Cache {
             .or_else(|| variable("HOME").map(|dir| dir.join(".cache/samepage")));
         match root {
             Some(root) => Ok(Self { root }),
-            None => bail!("there is no place for a cache: set SAMEPAGE_CACHE to a folder"),
+            None => bail!("there is no folder for the cache: set SAMEPAGE_CACHE to one"),
         }
     }
 

@@ -24,25 +24,25 @@ pub fn run(choice: &Choice) -> bool {
     } else if let Err(error) = &kvm {
         println!("warning: {error:#}");
         if std::env::var(WITHOUT_KVM).is_ok_and(|value| value == "1") {
-            println!("warning: {WITHOUT_KVM}=1: tests that need KVM are left out");
+            println!("warning: {WITHOUT_KVM}=1: tests that need KVM are skipped");
         } else {
-            println!("warning: tests that need KVM will fail; {WITHOUT_KVM}=1 leaves them out");
+            println!("warning: tests that need KVM will fail; {WITHOUT_KVM}=1 skips them");
         }
     }
     if !quick && kvm.is_ok() {
         report.step("packages", setup::install);
         if let Err(error) = setup::install_packages(&[setup::BROWSER]) {
-            println!("warning: tests that need a browser are left out: {error:#}");
+            println!("warning: tests that need a browser are skipped: {error:#}");
         }
         report.step("guests", || Artifacts::build().map(drop));
         if let Err(error) = Cache::of_user().and_then(|cache| python::build(&cache)) {
-            println!("warning: tests that need programs in Python are left out: {error:#}");
+            println!("warning: tests that need Python programs are skipped: {error:#}");
         }
         if let Err(error) = Cache::of_user().and_then(|cache| node::build(&cache)) {
-            println!("warning: tests that need programs in JavaScript are left out: {error:#}");
+            println!("warning: tests that need JavaScript programs are skipped: {error:#}");
         }
         if let Err(error) = Cache::of_user().and_then(|cache| promtool::build(&cache)) {
-            println!("warning: tests that need promtool are left out: {error:#}");
+            println!("warning: tests that need promtool are skipped: {error:#}");
         }
     }
     if choice.filter.is_none() {

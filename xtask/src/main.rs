@@ -15,8 +15,8 @@ use xtask::{bench, check, disk, initramfs, kernel, node, promtool, python, setup
 
 /// Builds what the tests of samepage need, and runs every check of the project.
 ///
-/// What is built lies in a cache (`$SAMEPAGE_CACHE`, or `~/.cache/samepage`) and is built again
-/// only when something that it depends on has changed.
+/// The results are in a cache (`$SAMEPAGE_CACHE`, or `~/.cache/samepage`). They are built again only when
+/// something that they depend on has changed.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", version)]
 struct Arguments {
@@ -26,7 +26,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install the Debian packages that the builds need (as root; otherwise say how)
+    /// Install the Debian packages that the builds need, as root; otherwise print the command that does
     Setup,
     /// Build the guest kernel and print its path
     Kernel,
@@ -34,13 +34,13 @@ enum Task {
     Initramfs,
     /// Build the disk image of test guests and print its path
     Disk,
-    /// Build all of these and print their paths as JSON
+    /// Build the kernel, the initramfs and the disk, and print their paths as JSON
     Artifacts,
-    /// Install the programs in Python that some tests use
+    /// Install the Python programs that some tests use
     Python,
-    /// Install the programs in JavaScript that some tests use
+    /// Install the JavaScript programs that some tests use
     Node,
-    /// Get Prometheus' checker of metrics, which a test uses
+    /// Download promtool, which checks metrics in a test
     Promtool,
     /// Build samepage and its benchmarks for release, and run `samepage bench` with these arguments
     #[command(disable_help_flag = true)]
@@ -53,10 +53,10 @@ enum Task {
     Test {
         /// Run only the tests whose name contains this text, and no other check
         filter: Option<String>,
-        /// Leave out the tests that boot guests, and what they need
+        /// Skip the tests that boot guests, and do not build guests
         #[arg(long)]
         quick: bool,
-        /// How many parts of the tests run at once [default: one for each core]
+        /// Number of test processes at a time [default: one for each core]
         #[arg(long, value_name = "N")]
         jobs: Option<NonZero<usize>>,
     },

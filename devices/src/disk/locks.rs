@@ -143,7 +143,7 @@ fn describe(file: &File, byte: i64) -> String {
     let does = match byte {
         _ if byte == USED + WRITE => "writes to it",
         _ if byte == USED + RESIZE => "may change its size",
-        _ if byte > NOT_SHARED => "uses it and lets nobody change it",
+        _ if byte > NOT_SHARED => "uses it and forbids changes",
         _ => "has it locked",
     };
     format!("{who} {does}")

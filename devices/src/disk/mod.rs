@@ -120,7 +120,7 @@ impl Disk {
             Some(format) => (format, true),
             None if looks_like_qcow2 && !options.read_only => {
                 let reason =
-                    "its first bytes are those of a qcow2 image, which a guest could have written too";
+                    "it begins like a qcow2 image, but a guest could have written these bytes to a raw disk";
                 return Err(OpenError::Format { path: options.path.clone(), reason });
             }
             None if looks_like_qcow2 => (Format::Qcow2, false),
@@ -139,7 +139,7 @@ impl Disk {
                 let raw = RawFile::new(file, direct)?;
                 if direct && raw.direct().is_none() {
                     notices.push(format!(
-                        "disk {path}: direct I/O is not possible on it, so the kernel's page cache is used too"
+                        "disk {path}: it does not support direct I/O, so the kernel's page cache is used too"
                     ));
                 }
                 Arc::new(raw)

@@ -28,7 +28,7 @@ pub enum OpenError {
         path: PathBuf,
         /// "reading" or "reading and writing".
         access: &'static str,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The file's kind, size or content could not be found out, or it could not be locked.
@@ -38,13 +38,13 @@ pub enum OpenError {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// Somebody else uses the file in a way that excludes this one.
     #[error(
         "lock disk {path} for {access}: it is in use: {user}; end that use first, or make a copy or an overlay \
-         for this VM. A disk may have one writer or any number of readers"
+         for this VM. A disk has one writer or any number of readers"
     )]
     InUse {
         /// The file.
@@ -73,7 +73,7 @@ pub enum OpenError {
         size: u64,
     },
     /// A disk whose format was not given, and which it would be dangerous to guess.
-    #[error("open disk {path}: {reason}; say format=qcow2 or format=raw")]
+    #[error("open disk {path}: {reason}; add format=qcow2 or format=raw")]
     Format {
         /// The file.
         path: PathBuf,
@@ -106,13 +106,13 @@ pub enum ResizeError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// Another file has its name.
     #[error(
-        "resize disk {path}: that is another file now, and the VM has the one that was there; \
-         stop the VM and start it again to use the new one"
+        "resize disk {path}: the path leads to another file now, but the VM uses the earlier file; stop the \
+         VM and start it again to use the new file"
     )]
     Replaced {
         /// The file's name.

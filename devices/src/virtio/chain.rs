@@ -15,7 +15,7 @@ use crate::GuestMemory;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
     /// It loops, leaves its table, or its table is not in guest memory.
-    #[error("the chain does not come to an end in its descriptor table")]
+    #[error("the chain does not end within its descriptor table")]
     Endless,
     /// More descriptors than the device allows.
     #[error("the chain is longer than the {0} descriptors that the device allows")]

@@ -48,7 +48,7 @@ pub enum TransportError {
     Event {
         /// Number of the queue.
         queue: usize,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The device asks for a queue that virtio does not know.

@@ -28,7 +28,7 @@ pub(crate) enum QueueError {
     )]
     NoStatus,
     /// Guest memory has lost a part.
-    #[error("serve a virtio queue: the host has lost a part of guest memory; the VM has to end")]
+    #[error("serve a virtio queue: the host has lost a part of guest memory; the VM must end")]
     MemoryLost,
     /// What lies behind the device is gone.
     #[error(transparent)]

@@ -176,7 +176,11 @@ pub(crate) fn signals() {
     running.signal(Signal::TERM);
     let end = running.wait();
     end.assert_code(0);
-    assert!(end.stderr.contains("samepage: not ended in time, and cut off: vm\n"), "{}", end.stderr);
+    assert!(
+        end.stderr.contains("samepage: killed, because they did not end in time: vm\n"),
+        "{}",
+        end.stderr
+    );
     let left = fs::read_dir(scratch.folder()).expect("list the folder").count();
     assert_eq!(left, 1, "there is more than the kernel");
 }

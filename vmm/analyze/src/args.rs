@@ -9,26 +9,26 @@ use samepage_text::size::parse_size;
 /// The arguments of `samepage analyze`.
 #[derive(Debug, Args)]
 pub struct AnalyzeArgs {
-    /// Memory of a VM: a raw image, an ELF core as `virsh dump --memory-only`, QEMU's dump-guest-memory,
-    /// `xl dump-core` or gcore write it, or what LiME writes
+    /// Memory image of a VM: a raw image, an ELF core of `virsh dump --memory-only`, QEMU's
+    /// dump-guest-memory, `xl dump-core` or gcore, or a file of LiME
     #[arg(value_name = "FILE", required_unless_present = "pids")]
     pub(crate) files: Vec<PathBuf>,
 
-    /// What the files are, where that is not to be found out: a raw image may begin with a program's header
+    /// Format of the files, if it cannot be detected: a raw image may begin with a program's header
     #[arg(long, value_enum, value_name = "auto|raw|elf|lime", default_value_t = ImageFormatArg::Auto)]
     pub(crate) format: ImageFormatArg,
 
-    /// A running process that holds a VM (QEMU, Firecracker, Cloud Hypervisor, samepage); its memory is
-    /// read and never changed. May be repeated
+    /// Process ID of a running VM (QEMU, Firecracker, Cloud Hypervisor, samepage). Its memory is only read.
+    /// May be repeated
     #[arg(long = "pid", value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) pids: Vec<u32>,
 
-    /// Where the process holds guest memory, as in /proc/PID/maps; may be repeated. Without it, large
-    /// read-write mappings are taken
+    /// Addresses of guest memory in the process, as in /proc/PID/maps. May be repeated. By default all large
+    /// read-write mappings count as guest memory
     #[arg(long = "range", value_name = "START-END", value_parser = parse_range, requires = "pids")]
     pub(crate) ranges: Vec<Range<u64>>,
 
-    /// The smallest mapping of a process, or of a process's core, that is taken for guest memory
+    /// Smallest mapping of a process or of its core that counts as guest memory
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
     pub(crate) min_mapping: u64,
 

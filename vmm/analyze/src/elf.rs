@@ -43,26 +43,22 @@ const PF_WRITE: u64 = 2;
 const PF_READ: u64 = 4;
 
 /// A raw image may begin with the ELF header of the guest's kernel.
-const RAW: &str = "; if it is raw memory that begins with a program, say so (--format raw)";
+const RAW: &str = "; for raw memory that begins with a program, use --format raw";
 
 /// Why a file is no core to work with.
 #[derive(Debug, Error)]
 pub(super) enum CoreError {
     #[error("the file ends within its {0}: it is truncated; dump it again")]
     Truncated(&'static str),
-    #[error(
-        "it is an ELF file, but not of 64 bits, little-endian: memory of x86-64 guests alone can be read{RAW}"
-    )]
+    #[error("it is an ELF file, but not 64-bit little-endian: only memory of x86-64 guests can be read{RAW}")]
     Class,
-    #[error(
-        "it is an ELF file, but not a core dump (its type is {0}, a core's is 4): name a memory image{RAW}"
-    )]
+    #[error("it is an ELF file, but not a core dump (its type is {0}, not 4): give a memory image{RAW}")]
     NoCore(u64),
-    #[error("it is a core dump of machine {0}: memory of x86-64 guests alone can be read{RAW}")]
+    #[error("it is a core dump of machine {0}: only memory of x86-64 guests can be read{RAW}")]
     Machine(u64),
     #[error("its program headers are {0} bytes long, not 56: the file is damaged")]
     HeaderSize(u64),
-    #[error("it says that it has {0} segments, more than can be: the file is damaged")]
+    #[error("its header has {0} segments, which is too many: the file is damaged")]
     Segments(u64),
     #[error(
         "segment {index} is {bytes} bytes from offset {offset} on, and the file is {file} bytes long: it is \
@@ -70,15 +66,15 @@ pub(super) enum CoreError {
     )]
     Segment { index: u64, offset: u64, bytes: u64, file: u64 },
     #[error(
-        "segment {0} has but a part of its memory in the file, and the dump is none of QEMU's, of which the rest \
-         could be found; dump by physical addresses (without `-p` of dump-guest-memory)"
+        "the file has only a part of the memory of segment {0}, and QEMU did not write this dump, so the \
+         rest cannot be found; dump by physical addresses (without `-p` of dump-guest-memory)"
     )]
     Partial(u64),
     #[error("it holds no memory: no segment to load has contents")]
     Empty,
     #[error(
-        "it is the core of a process without a read-write mapping of {least} or more, as guest memory would be; \
-         lower --min-mapping, and see that guest memory is dumped (/proc/PID/coredump_filter)",
+        "it is the core of a process without a read-write mapping of {least} or more that could be guest \
+         memory; lower --min-mapping, or include guest memory in the dump (/proc/PID/coredump_filter)",
         least = bytes(*.0)
     )]
     NoGuest(u64),

@@ -28,17 +28,17 @@ const CHUNK: usize = 1 << 20;
 pub(super) enum ImageError {
     #[error("it cannot be opened: {0}")]
     Open(io::Error),
-    #[error("it is {0}: name a file with a memory image, or a running VM by --pid")]
+    #[error("it is {0}: give a file with a memory image, or a running VM with --pid")]
     Kind(&'static str),
     #[error("it is empty: there is no memory in it")]
     Empty,
     #[error("it is {0}: {1}")]
     Format(&'static str, &'static str),
-    #[error("it does not begin as {0} does; leave out --format, or give another")]
+    #[error("it does not begin like {0}; leave out --format, or use another one")]
     NotAsSaid(&'static str),
     #[error(
-        "it is {0} bytes long, which is no whole number of pages of 4,096 bytes: it is truncated, or no raw \
-         memory image"
+        "it is {0} bytes long, which is not a whole number of pages of 4,096 bytes: it is truncated, or not \
+         a raw memory image"
     )]
     Length(u64),
     #[error(transparent)]
@@ -218,7 +218,7 @@ fn recognise(head: &[u8], said: ImageFormatArg) -> Result<Format, ImageError> {
 fn read(file: &File, buffer: &mut [u8], offset: u64) -> Result<(), ImageError> {
     file.read_exact_at(buffer, offset).map_err(|error| {
         let error = if error.kind() == io::ErrorKind::UnexpectedEof {
-            io::Error::new(error.kind(), "the file became shorter meanwhile")
+            io::Error::new(error.kind(), "the file became shorter while it was read")
         } else {
             error
         };

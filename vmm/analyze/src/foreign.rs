@@ -7,7 +7,7 @@ const FORMATS: [(&[u8], &str, &str); 18] = [
     (b"PAGEDU64", "a crash dump for Windows", AS_ELF),
     (b"PAGEDUMP", "a crash dump for Windows", AS_ELF),
     (b"LibvirtQemudSave", "a VM saved by libvirt", FROM_LIBVIRT),
-    (b"LibvirtQemudPart", "a VM whose saving libvirt did not finish", "save it again, or dump it as it runs"),
+    (b"LibvirtQemudPart", "a VM that libvirt did not finish saving", "save it again, or dump it"),
     (b"QEVM", "a migration stream of QEMU", "load it (`-incoming`), and dump it (`dump-guest-memory FILE`)"),
     (b"Xen saved domain", "a guest saved by Xen", FROM_XEN),
     (b"XenSavedDomain", "a guest saved by Xen", FROM_XEN),
@@ -19,11 +19,11 @@ const FORMATS: [(&[u8], &str, &str); 18] = [
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it (`unzstd`)"),
     (b"\xfd7zXZ", "compressed by xz", "decompress it (`unxz`)"),
     (b"\x04\x22\x4d\x18", "compressed by lz4", "decompress it (`unlz4`)"),
-    (b"QFI\xfb", "a qcow2 disk image, and no memory image", "name a memory image"),
+    (b"QFI\xfb", "a qcow2 disk image, not a memory image", "name a memory image"),
 ];
 
 const AS_ELF: &str = "dump as ELF: `virsh dump --memory-only --format elf VM FILE`, or `dump-guest-memory FILE` \
-                      of QEMU without -z, -l, -s and -w; of a kernel that crashed, `makedumpfile -E /proc/vmcore FILE`";
+                      of QEMU without -z, -l, -s and -w; for a crashed kernel, `makedumpfile -E /proc/vmcore FILE`";
 const FROM_LIBVIRT: &str = "restore it and dump it: `virsh restore FILE --paused`, then \
                             `virsh dump --memory-only --format elf VM NEW-FILE`";
 const FROM_XEN: &str = "restore it and dump it: `xl restore -p FILE`, then `xl dump-core VM NEW-FILE`";

@@ -125,7 +125,7 @@ fn analyze(args: &AnalyzeArgs) -> Result<Analysis> {
 
 fn open(args: &AnalyzeArgs) -> Result<Vec<Source>> {
     if !args.ranges.is_empty() && args.pids.len() != 1 {
-        bail!("--range says where the guest memory of one process is: give --pid once");
+        bail!("--range applies to one process: give --pid once");
     }
     let files = args.files.iter().map(|path| {
         let image = FileImage::open(path, args.format, args.min_mapping)

@@ -30,7 +30,7 @@ pub(super) enum LimeError {
     Truncated(u64),
     #[error("there is no header of a range at offset {0}: the file is damaged; dump it again")]
     Damaged(u64),
-    #[error("it is compressed by AVML: convert it (`avml-convert FILE NEW-FILE`)")]
+    #[error("AVML has compressed it: convert it (`avml-convert FILE NEW-FILE`)")]
     Compressed,
     #[error("it is of version {0} of LiME's format: dump with `format=lime`, uncompressed")]
     Version(u32),

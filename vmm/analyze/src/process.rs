@@ -32,15 +32,15 @@ pub(super) enum ProcessError {
     #[error("there is no such process")]
     Missing,
     #[error(
-        "its memory may not be read: that takes CAP_SYS_PTRACE, which root has outside of containers, or being \
-         the process's own user{yama}"
+        "no permission to read its memory: run as root outside of containers (CAP_SYS_PTRACE), or as the \
+         user of the process{yama}"
     )]
     Denied { yama: &'static str },
     #[error("it has no memory of its own: it is a kernel thread, or has ended")]
     NoMemory,
     #[error(
-        "it has no read-write mapping of {} or more, as guest memory would be; lower --min-mapping, or say by \
-         --range START-END (as in /proc/PID/maps) where guest memory is",
+        "it has no read-write mapping of {} or more that could be guest memory; lower --min-mapping, or give \
+         the addresses of guest memory with --range START-END (as in /proc/PID/maps)",
         bytes(*.0)
     )]
     NoGuest(u64),
@@ -224,7 +224,7 @@ fn yama() -> &'static str {
     match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").as_deref().map(str::trim) {
         Ok("1") => " with `sysctl kernel.yama.ptrace_scope=0`",
         Ok("2") => "; with kernel.yama.ptrace_scope=2 the latter is not enough",
-        Ok("3") => "; kernel.yama.ptrace_scope=3 forbids it to everybody until the next boot",
+        Ok("3") => "; kernel.yama.ptrace_scope=3 forbids it for everybody until the next boot",
         _ => "",
     }
 }

@@ -17,7 +17,7 @@ pub(super) fn format(analysis: &Analysis) -> String {
     let mut text = sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n");
     text.push_str(
         "\nEqual digests count as equal pages: this is an estimate. Costs of sharing (page tables, mappings,\n\
-         books) are not taken off.\n",
+         metadata) are not subtracted.\n",
     );
     let of_file = |input: &Input| !matches!(input.origin, Origin::Process { .. });
     if report.saved.zero > 0 && analysis.inputs.iter().any(of_file) {

@@ -9,49 +9,49 @@ use samepage_api_types::lifecycle::State;
 /// A command that talks to a control socket.
 #[derive(Debug, Subcommand)]
 pub enum ClientCommand {
-    /// List the VMs of a control socket
+    /// List the VMs of a process
     Ps(PsArgs),
     /// Show a VM
     Show(VmArgs),
     /// Create the VMs of a configuration file
     Create(CreateArgs),
-    /// Start VMs that were never started, or boot those anew that have ended
+    /// Start VMs that were never started or have ended
     Start(VmsArgs),
-    /// Hold VMs' guests
+    /// Pause the guests of VMs
     Pause(VmsArgs),
-    /// Let paused guests go on
+    /// Resume paused guests
     Resume(VmsArgs),
-    /// Boot VMs anew. Guests are not asked
+    /// Boot VMs again, without asking their guests
     Reset(VmsArgs),
-    /// Ask VMs' guests to end, by Ctrl-Alt-Del, and kill those that do not in time; the VMs stay and can
-    /// be started again
+    /// Shut guests down with Ctrl-Alt-Del, and kill guests that do not end in time. The VMs remain and can be
+    /// started again
     Stop(StopArgs),
-    /// End VMs. Guests are not asked; the VMs stay and can be started again
+    /// End VMs at once, without asking their guests. The VMs remain and can be started again
     Kill(VmsArgs),
-    /// End VMs, and forget them
+    /// End VMs and delete them
     Rm(VmsArgs),
-    /// Have a guest see that the image of a disk has grown or shrunk
+    /// Tell a guest the new size of a disk, after its image has grown or shrunk
     Resize(ResizeArgs),
-    /// Show what VMs' memory consists of
+    /// Show the pages of VMs: private, merged, zero and other pages
     Stats(ListArgs),
-    /// Show what is shared, or change what a VM shares
+    /// Show what VMs share, or change the sharing mode of a VM
     Sharing(SharingArgs),
-    /// Tell what happens
+    /// Print events as they happen
     Events(EventsArgs),
-    /// Attach to a VM's console; Ctrl-A x leaves it
+    /// Attach to a VM's console. Ctrl-A x leaves the console
     Console(ConsoleArgs),
     /// Show the cache of disk blocks
     Cache(ListArgs),
-    /// Watch VMs and what they share on this terminal
+    /// Watch VMs live on this terminal
     Top(TopArgs),
-    /// Write a file of HTML that shows a run, or tell what pages are used for
+    /// Write a report of a run as an HTML file, or print what guests use their pages for
     Report(ReportArgs),
 }
 
 /// Where to ask, and how to answer.
 #[derive(Debug, Args)]
 pub struct Connection {
-    /// The control socket
+    /// Path of the control socket
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: PathBuf,
 
@@ -70,15 +70,15 @@ pub struct ListArgs {
 /// The arguments of `samepage ps`.
 #[derive(Debug, Args)]
 pub struct PsArgs {
-    /// List those in this state alone: created, running, paused, stopped, crashed or failed
+    /// List only VMs in this state: created, running, paused, stopped, crashed or failed
     #[arg(long, value_name = "STATE", value_parser = parse_state)]
     pub(crate) state: Option<State>,
 
-    /// List those of this group alone; * stands for any letters
+    /// List only VMs of this group; * stands for any letters
     #[arg(long, value_name = "GROUP", value_parser = parse_pattern)]
     pub(crate) group: Option<String>,
 
-    /// List those of this name alone; * stands for any letters, as in 'web-*'
+    /// List only VMs with this name; * stands for any letters, as in 'web-*'
     #[arg(long, value_name = "NAME", value_parser = parse_pattern)]
     pub(crate) name: Option<String>,
 
@@ -89,7 +89,7 @@ pub struct PsArgs {
 fn parse_state(text: &str) -> Result<State, String> {
     State::ALL.into_iter().find(|state| state.name() == text).ok_or_else(|| {
         let names: Vec<_> = State::ALL.map(State::name).into();
-        format!("VMs are in one of these states: {}", names.join(", "))
+        format!("use one of these states: {}", names.join(", "))
     })
 }
 
@@ -98,14 +98,14 @@ fn parse_pattern(text: &str) -> Result<String, String> {
     if !text.is_empty() && text.chars().all(letter) {
         Ok(text.to_owned())
     } else {
-        Err("names are of letters, digits, '.', '_' and '-'; * stands for any of them".to_owned())
+        Err("use letters, digits, '.', '_' and '-'; * stands for any of them".to_owned())
     }
 }
 
 /// The arguments of commands about one VM.
 #[derive(Debug, Args)]
 pub struct VmArgs {
-    /// Its name
+    /// Name of the VM
     #[arg(value_name = "VM")]
     pub(crate) vm: String,
 
@@ -116,11 +116,11 @@ pub struct VmArgs {
 /// The arguments of commands about some VMs.
 #[derive(Debug, Args)]
 pub struct VmsArgs {
-    /// Their names
+    /// Names of the VMs
     #[arg(value_name = "VM", required_unless_present = "all")]
     pub(crate) vms: Vec<String>,
 
-    /// All VMs
+    /// Apply the command to all VMs whose state allows it
     #[arg(long, conflicts_with = "vms")]
     pub(crate) all: bool,
 
@@ -131,7 +131,7 @@ pub struct VmsArgs {
 /// The arguments of `samepage stop`.
 #[derive(Debug, Args)]
 pub struct StopArgs {
-    /// How long guests may take before they are killed, in seconds
+    /// Seconds after which a guest that has not ended is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     pub(crate) timeout: u32,
 
@@ -142,11 +142,11 @@ pub struct StopArgs {
 /// The arguments of `samepage resize`.
 #[derive(Debug, Args)]
 pub struct ResizeArgs {
-    /// The VM's name
+    /// Name of the VM
     #[arg(value_name = "VM")]
     pub(crate) vm: String,
 
-    /// The disk's name
+    /// Name of the disk
     #[arg(value_name = "DISK")]
     pub(crate) disk: String,
 
@@ -157,11 +157,11 @@ pub struct ResizeArgs {
 /// The arguments of `samepage create`.
 #[derive(Debug, Args)]
 pub struct CreateArgs {
-    /// The configuration file (TOML, or JSON where it is named so)
+    /// Configuration file: JSON if its name ends in .json, otherwise TOML
     #[arg(value_name = "FILE")]
     pub(crate) config: PathBuf,
 
-    /// Start none of them
+    /// Create the VMs without starting them
     #[arg(long)]
     pub(crate) hold: bool,
 
@@ -172,11 +172,11 @@ pub struct CreateArgs {
 /// The arguments of `samepage sharing`.
 #[derive(Debug, Args)]
 pub struct SharingArgs {
-    /// A VM; the whole process where none is named
+    /// Name of the VM. Without it, the command shows the whole process
     #[arg(value_name = "VM")]
     pub(crate) vm: Option<String>,
 
-    /// What of its memory is shared from now on
+    /// Set the sharing mode: all identical pages (full), only pages of zeros (zero), or nothing (off)
     #[arg(long, value_enum, value_name = "full|zero|off", requires = "vm")]
     pub(crate) mode: Option<ModeArg>,
 
@@ -195,7 +195,7 @@ pub(crate) enum ModeArg {
 /// The arguments of `samepage events`.
 #[derive(Debug, Args)]
 pub struct EventsArgs {
-    /// Begin behind the event of this number, as far as they are kept; 0 for all
+    /// Start after the event with this number; 0 prints all events that are kept
     #[arg(long, value_name = "N")]
     pub(crate) since: Option<u64>,
 
@@ -206,11 +206,11 @@ pub struct EventsArgs {
 /// The arguments of `samepage top`.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// How often figures are asked for, in seconds
+    /// Seconds between two updates
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
     pub(crate) interval: Duration,
 
-    /// The control socket
+    /// Path of the control socket
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: PathBuf,
 }
@@ -222,19 +222,19 @@ pub struct ReportArgs {
     #[command(subcommand)]
     pub(crate) of: Option<ReportCommand>,
 
-    /// A file of statistics that --stats wrote
+    /// Statistics file that --stats wrote
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: Option<PathBuf>,
 
-    /// The control socket of a process that runs, where no file is given
+    /// Control socket of a running process, if there is no statistics file
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// How long to watch a process that runs
+    /// Seconds to watch a running process
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) seconds: u32,
 
-    /// The file that is written; - is standard output
+    /// File to write; - is standard output
     #[arg(short, long, value_name = "FILE", required = true)]
     pub(crate) output: Option<PathBuf>,
 }
@@ -242,30 +242,30 @@ pub struct ReportArgs {
 /// A report of something else than the run as a whole.
 #[derive(Debug, Subcommand)]
 pub enum ReportCommand {
-    /// Tell what guests use their pages for, and what of each use is shared
+    /// Print what guests use their pages for, and how much of each use is shared
     Types(TypesArgs),
 }
 
 /// The arguments of `samepage report types`.
 #[derive(Debug, Args)]
 pub struct TypesArgs {
-    /// A file of statistics that --stats wrote
+    /// Statistics file that --stats wrote
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: Option<PathBuf>,
 
-    /// The control socket of a process that runs, where no file is given
+    /// Control socket of a running process, if there is no statistics file
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// How long to watch a process that runs; a picture takes 10 where this is not given
+    /// Seconds to watch a running process; a picture takes 10 by default
     #[arg(long, value_name = "SECONDS")]
     pub(crate) seconds: Option<u32>,
 
-    /// Tell of this VM alone
+    /// Report only this VM
     #[arg(long, value_name = "VM")]
     pub(crate) vm: Option<String>,
 
-    /// A picture that is written: pages by type over time, as SVG
+    /// SVG file to write: pages by type over time
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 
@@ -282,15 +282,15 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
 /// The arguments of `samepage console`.
 #[derive(Debug, Args)]
 pub struct ConsoleArgs {
-    /// The VM's name
+    /// Name of the VM
     #[arg(value_name = "VM")]
     pub(crate) vm: String,
 
-    /// Print what the guest wrote last, and end
+    /// Print the guest's last output, and exit
     #[arg(long)]
     pub(crate) backlog: bool,
 
-    /// The control socket
+    /// Path of the control socket
     #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
     pub(crate) socket: PathBuf,
 }

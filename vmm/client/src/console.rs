@@ -20,7 +20,7 @@ use samepage_process::tell::tell;
 
 /// What is shown for Ctrl-A h.
 const HELP: &str = "\n\
-    Ctrl-A x       leave the console; the VM goes on\n\
+    Ctrl-A x       leave the console; the VM keeps running\n\
     Ctrl-A h       this help\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
@@ -55,14 +55,14 @@ fn pass_on(
 ) -> anyhow::Result<()> {
     let raw = match terminal::stdin_kind() {
         StdinKind::Terminal => {
-            tell(format_args!("console of VM {vm}; Ctrl-A x leaves it, Ctrl-A h helps"));
+            tell(format_args!("console of VM {vm}; Ctrl-A x leaves it, Ctrl-A h shows help"));
             Some(RawTerminal::enter().context("put the terminal into raw mode")?)
         }
         _ => None,
     };
     let left = show(first).and_then(|()| exchange(stream, signals, raw.is_some()));
     drop(raw);
-    if left.context("pass the console on")? == Left::ByServer {
+    if left.context("copy data between the terminal and the console")? == Left::ByServer {
         tell(end_of(client, vm));
     }
     Ok(())
@@ -76,7 +76,7 @@ fn end_of(client: &Client, vm: &str) -> String {
             format!("the console of VM {vm} has ended; the VM is {}", summary.state.name())
         }
         Err(ClientError::Problem(problem)) if problem.is(Kind::NoSuchVm) => format!("VM {vm} was deleted"),
-        Err(_) => format!("the console of VM {vm} has ended, as the process that hosts the VM does"),
+        Err(_) => format!("the console of VM {vm} has ended, because the process that hosts it is ending"),
     }
 }
 

@@ -92,7 +92,7 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         line("saved", maybe_mebibytes(summary.saved_bytes));
         line("sharing", format!("{} in group {}", word(&summary.mode), summary.group));
         if let Some(why) = &summary.sharing_stopped {
-            line("stopped", format!("nothing more is shared: {why}"));
+            line("stopped", format!("sharing has stopped: {why}"));
         }
         line("kernel", config.kernel.display().to_string());
         if let Some(initrd) = &config.initrd {
@@ -203,7 +203,7 @@ pub(super) fn cache(args: &ListArgs) -> anyhow::Result<()> {
         let mut table = Table::new(&["CACHE", ""]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
         if !enabled {
-            line("", "there is none, since no memory is shared in this process".to_owned());
+            line("", "there is no cache, because this process shares no memory".to_owned());
         }
         line("held by the host", format!("{} of {}", mebibytes(*cached_bytes), mebibytes(*limit_bytes)));
         line("held by guests", mebibytes(*in_guests_bytes));
@@ -222,7 +222,7 @@ pub(super) fn cache(args: &ListArgs) -> anyhow::Result<()> {
 fn process(sharing: &SharingView) -> String {
     let mut text = String::new();
     if !sharing.enabled {
-        text.push_str("no memory is shared in this process\n");
+        text.push_str("this process shares no memory\n");
     }
     for group in sharing.groups.iter().filter(|group| group.stopped) {
         let _ =

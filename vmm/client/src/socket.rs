@@ -27,7 +27,7 @@ pub enum ClientError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The connection broke.
@@ -37,7 +37,7 @@ pub enum ClientError {
     #[error(transparent)]
     Problem(Box<Problem>),
     /// The answer is not what this client knows.
-    #[error("the control socket's answer of status {status} is not understood: {reason}")]
+    #[error("cannot understand the control socket's answer with status {status}: {reason}")]
     Answer {
         /// Its status.
         status: u16,
@@ -45,10 +45,10 @@ pub enum ClientError {
         reason: String,
     },
     /// The request cannot be made.
-    #[error("ask the control socket: {0}")]
+    #[error("send a request to the control socket: {0}")]
     Request(String),
     /// The process is out of something.
-    #[error("ask the control socket: {0}")]
+    #[error("send a request to the control socket: {0}")]
     Io(#[from] io::Error),
 }
 
@@ -175,7 +175,7 @@ impl Client {
             let upgraded = hyper::upgrade::on(response).await?;
             let parts = upgraded
                 .downcast::<TokioIo<UnixStream>>()
-                .map_err(|_| ClientError::Request("the connection is not what it was made as".to_owned()))?;
+                .map_err(|_| ClientError::Request("the connection has an unexpected type".to_owned()))?;
             let stream = parts.io.into_inner().into_std()?;
             stream.set_nonblocking(false)?;
             Ok((stream, parts.read_buf.into()))

@@ -13,19 +13,19 @@ const NAME: &str = "firecracker";
 /// What Firecracker ends with where its arguments are wrong.
 pub(super) const WRONG_ARGUMENTS: u8 = 153;
 
-/// One VM behind the API of Firecracker. Installed under the name `firecracker`, as a link, the program is
+/// Run one VM behind the API of Firecracker. If a link with the name `firecracker` starts the program, it is
 /// this command.
 #[derive(Debug, Args)]
 pub struct FirecrackerArgs {
-    /// Where the socket of the API is
+    /// Path of the API's socket
     #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
     pub(crate) api_sock: PathBuf,
 
-    /// The VM's name
+    /// Name of the VM
     #[arg(long, value_name = "ID", default_value = "anonymous-instance", value_parser = parse_id)]
     pub(crate) id: String,
 
-    /// Configure the VM from this file (JSON, as Firecracker has it) and start it
+    /// Configure the VM from this file (Firecracker's JSON) and start it
     #[arg(long, value_name = "FILE")]
     pub(crate) config_file: Option<PathBuf>,
 
@@ -33,24 +33,24 @@ pub struct FirecrackerArgs {
     #[arg(long, requires = "config_file")]
     pub(crate) no_api: bool,
 
-    /// Run the VM in the process of `samepage serve` that has this control socket, where it shares memory
-    /// with other VMs; this process stands for it, and the VM ends with it
+    /// Run the VM in the process of `samepage serve` with this control socket, so that it shares memory with
+    /// other VMs. The VM ends when this process ends
     #[arg(long, value_name = "SOCKET", env = "SAMEPAGE_HOST")]
     pub(crate) host: Option<PathBuf>,
 
-    /// Append what happens to this file or FIFO rather than to standard error
+    /// Append the log to this file or FIFO instead of standard error
     #[arg(long, value_name = "PATH")]
     pub(crate) log_path: Option<PathBuf>,
 
-    /// The least important of what is logged: Error, Warning, Info, Debug, Trace, or Off for nothing
+    /// Lowest level that is logged: Error, Warning, Info, Debug, Trace, or Off for nothing
     #[arg(long, value_name = "LEVEL")]
     pub(crate) level: Option<String>,
 
-    /// Say the level of each line of the log
+    /// Write the level of each line of the log
     #[arg(long)]
     pub(crate) show_level: bool,
 
-    /// Write metrics to this file or FIFO, as JSON, when asked to (FlushMetrics)
+    /// Write metrics to this file or FIFO, as JSON, on request (FlushMetrics)
     #[arg(long, value_name = "PATH")]
     pub(crate) metrics_path: Option<PathBuf>,
 
@@ -58,7 +58,7 @@ pub struct FirecrackerArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
     pub(crate) http_api_max_payload_size: usize,
 
-    /// Print the version of Firecracker's API that is spoken
+    /// Print the supported version of Firecracker's API
     #[arg(long)]
     pub(crate) version: bool,
 
@@ -87,12 +87,12 @@ impl FirecrackerArgs {
     pub(super) fn refusal(&self) -> Option<&'static str> {
         if self.enable_pci {
             return Some(
-                "--enable-pci: samepage has no PCI bus; guests find their devices by virtio-mmio, for which their \
-                 kernels need CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. Start it without --enable-pci",
+                "--enable-pci: samepage has no PCI bus; devices are on virtio-mmio, so guest kernels need \
+                 CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. Start it without --enable-pci",
             );
         }
         self.metadata.as_ref().map(|_| {
-            "--metadata: samepage has no metadata service (MMDS); give the guest what it needs in boot_args or on \
+            "--metadata: samepage has no metadata service (MMDS); pass data to the guest in boot_args or on \
              a drive, and start it without --metadata"
         })
     }
@@ -100,7 +100,7 @@ impl FirecrackerArgs {
 
 /// What is accepted and makes no difference.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Accepted, without an effect")]
+#[command(next_help_heading = "Accepted without effect")]
 pub struct AcceptedArgs {
     /// There is no seccomp filter
     #[arg(long, conflicts_with = "seccomp_filter")]
@@ -114,11 +114,11 @@ pub struct AcceptedArgs {
     #[arg(long, value_name = "MODULE")]
     module: Option<String>,
 
-    /// The log says no places in the source
+    /// The log has no places in the source
     #[arg(long)]
     show_log_origin: bool,
 
-    /// The time of the boot is told by the guest
+    /// The guest reports the time of its boot itself
     #[arg(long)]
     boot_timer: bool,
 

@@ -90,7 +90,7 @@ impl Controller {
 
     pub(super) fn change_machine_config(&mut self, change: MachineConfigUpdate) -> Result<(), Fault> {
         if change == MachineConfigUpdate::default() {
-            return Err(Fault::new("The machine configuration is not changed by an empty request."));
+            return Err(Fault::new("An empty request does not change the machine configuration."));
         }
         let old = self.machine_config.clone();
         self.set_machine_config(MachineConfig {
@@ -153,8 +153,8 @@ impl Controller {
         });
         let Some(other) = same else { return Ok(()) };
         Err(Fault::new(format!(
-            "Drive {}: {} is the image of drive {} as well, and they would damage it. Give each drive an image of \
-             its own, or set is_read_only for both.",
+            "Drive {}: {} is also the image of drive {}, and both would damage it. Give each drive its own \
+             image, or set is_read_only for both.",
             drive.drive_id,
             path.display(),
             other.drive_id
@@ -300,7 +300,7 @@ fn disk_name(drive: &Drive, at: usize) -> String {
 fn check_machine(config: &MachineConfig) -> Result<(), Fault> {
     if config.vcpu_count != 1 {
         return Err(Fault::new(format!(
-            "{} vCPUs are asked for, and a VM of samepage has one: ask for \"vcpu_count\": 1.",
+            "{} vCPUs are requested, but a VM of samepage has one: use \"vcpu_count\": 1.",
             config.vcpu_count
         )));
     }

@@ -236,15 +236,15 @@ impl Watch {
             // Stopped by somebody else, for instance because its host is about to end.
             Ok(VmSummary { state: State::Stopped, reason, .. }) => {
                 let reason = reason.unwrap_or_default();
-                self.log.error(format_args!("the VM was stopped by its host: {reason}"));
+                self.log.error(format_args!("the host stopped the VM: {reason}"));
                 Exit::Error
             }
             Ok(vm) => {
-                self.log.error(vm.reason.unwrap_or_else(|| "the console was closed by the host".to_owned()));
+                self.log.error(vm.reason.unwrap_or_else(|| "the host closed the console".to_owned()));
                 Exit::Error
             }
             Err(error) => {
-                self.log.error(format_args!("the VM is gone with its host: {error}"));
+                self.log.error(format_args!("the VM ended with its host: {error}"));
                 Exit::Error
             }
         }
@@ -278,7 +278,7 @@ fn type_along(stream: &UnixStream, quit: &EventFd) -> anyhow::Result<Option<RawT
             let _ = pass_on(&stdin, &stream, keys, &quit);
         })
     };
-    typing().context("read what is typed")?;
+    typing().context("read from standard input")?;
     Ok(raw)
 }
 

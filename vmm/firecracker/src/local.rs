@@ -71,7 +71,7 @@ impl Local {
 
     fn act(&self, action: Action) -> Result<(), Fault> {
         let record = self.record()?;
-        let busy = || Fault::new("Something else is being done to the VM.");
+        let busy = || Fault::new("Another action on the VM is in progress.");
         let turn = record.try_turn().ok_or_else(busy)?;
         Ok(self.registry.act(&turn, action).map(drop)?)
     }
@@ -196,9 +196,7 @@ impl Watch {
         let (end, lost) = (&vm.end, vm.console_lost);
         if lost > 0 {
             let lost = counted(lost, "byte");
-            self.log.error(format_args!(
-                "{lost} of console output lost, because nobody took what the guest wrote"
-            ));
+            self.log.error(format_args!("{lost} of console output lost, because nobody read it"));
         }
         match end {
             VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => {

@@ -196,7 +196,7 @@ async fn read_body(body: Incoming, max: usize) -> Result<Bytes, Fault> {
         Ok(Err(error)) => Err(Fault::new(format!("The body cannot be read: {error}."))),
         Err(_) => Err(fault(
             StatusCode::REQUEST_TIMEOUT,
-            format!("The body did not come within {} seconds.", BODY_TIMEOUT.as_secs()),
+            format!("The body did not arrive within {} seconds.", BODY_TIMEOUT.as_secs()),
         )),
     }
 }

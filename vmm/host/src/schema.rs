@@ -8,6 +8,10 @@ use crate::config_file::ConfigFile;
 /// Where OpenAPI keeps schemas, and where JSON Schema does.
 const PREFIXES: (&str, &str) = ("#/components/schemas/", "#/$defs/");
 
+/// What a group is in a file, where `{index}` and `{name}` stand for each VM's number and name. Only what they
+/// come to has to be a name.
+const GROUP: &str = r"^(\.*([A-Za-z0-9_-]|\{(index|name)\})([A-Za-z0-9._-]|\{(index|name)\})*|\.{3,})$";
+
 /// The schema, for editors and checkers (JSON Schema, draft 2020-12), as text.
 #[must_use]
 pub fn config_schema() -> String {
@@ -24,6 +28,10 @@ pub fn config_schema() -> String {
     if let (Value::Object(schema), Value::Object(body)) = (&mut schema, json!(ConfigFile::schema())) {
         schema.extend(body);
     }
+    let group = &mut schema["$defs"]["SharingSpec"]["properties"]["group"];
+    group["pattern"] = GROUP.into();
+    // A name has as many letters, and each may be written as the longest template.
+    group["maxLength"] = json!(group["maxLength"].as_u64().map(|letters| letters * "{index}".len() as u64));
     // Values of constant types can always be written.
     let text = serde_json::to_string_pretty(&schema).unwrap_or_default();
     text.replace(PREFIXES.0, PREFIXES.1) + "\n"

@@ -16,6 +16,6 @@ pub fn open_again(path: &Path) -> io::Result<File> {
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
-        Err(io::Error::other("it is no regular file any more"))
+        Err(io::Error::other("it is not a regular file any more"))
     }
 }

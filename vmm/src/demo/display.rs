@@ -110,8 +110,7 @@ impl Display {
                 short(vm.pages.zero_pages * PAGE_SIZE as u64),
             ));
         }
-        lines
-            .push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages given back", ""));
+        lines.push(format!("{:17}\x1b[31m█\x1b[0m own  \x1b[32m▓\x1b[0m shared  ░ zero pages freed", ""));
         lines.push(String::new());
         lines.push(format!(
             "resident {}   saved {} of at least {}   sharing CPU {:.2} s",

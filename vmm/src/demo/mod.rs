@@ -108,7 +108,7 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     display.phase("guests run, and their memory is merged");
     let merged = demo.until(&mut display, |_, sample| saved_pages(sample) * PAGE_SIZE as u64 >= can_save)?;
     let merged_in = (filled.elapsed(), demo.sharing.statistics().cpu_seconds);
-    display.phase("everything alike is shared; guests go on verifying");
+    display.phase("all identical pages are shared; guests go on verifying");
     let enough: Vec<_> = demo.progress.iter().map(|vm| vm.rounds + ROUNDS_AFTER).collect();
     let last = match merged {
         Some(_) => demo.until(&mut display, |demo, _| {

@@ -115,17 +115,17 @@ impl fmt::Display for Summary {
         bar("resident with sharing", self.resident_after_bytes)?;
         bar("saved", self.saved_bytes)?;
         let least = mebibytes(self.can_save_at_least_bytes);
-        writeln!(f, "  {:24} {least:>10}  is what guests fill alike or with zeros", "  of this at least")?;
+        writeln!(f, "  {:24} {least:>10}  was filled with identical pages or zeros", "  of this at least")?;
         writeln!(
             f,
-            "\n  {} frames are shared by {} pages; {} pages of zeros were given back.",
+            "\n  {} frames are shared by {} pages; {} pages of zeros were freed.",
             self.pages_shared,
             self.pages_shared + self.pages_sharing,
             self.zero_pages
         )?;
         writeln!(
             f,
-            "  Found and merged in {:.2} s with {:.3} s of CPU time; the books take {}.",
+            "  Found and merged in {:.2} s with {:.3} s of CPU time; metadata takes {}.",
             self.merged_in_seconds,
             self.merged_cpu_seconds,
             mebibytes(self.metadata_bytes)
@@ -139,7 +139,7 @@ impl fmt::Display for Summary {
             writeln!(f, "  {vm}")?;
         }
         if self.saved_bytes < self.can_save_at_least_bytes {
-            writeln!(f, "  Less was saved than can be.")?;
+            writeln!(f, "  Less was saved than is possible.")?;
         }
         Ok(())
     }

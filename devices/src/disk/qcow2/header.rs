@@ -64,7 +64,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
     let u32_at = |at: usize| u32::from_be_bytes(array(bytes, at));
     let u64_at = |at: usize| u64::from_be_bytes(array(bytes, at));
     if bytes.get(..4) != Some(MAGIC) {
-        return Err("it does not begin as qcow2 images do; is its format raw?".to_owned());
+        return Err("it does not begin like a qcow2 image; is its format raw?".to_owned());
     }
     let version = u32_at(4);
     match version {
@@ -72,7 +72,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
         2 | 3 => {}
         _ => {
             return Err(format!(
-                "it is of version {version}, which is not known; convert it to version 3 with the program that \
+                "its version {version} is unknown; convert it to version 3 with the program that \
                  made it"
             ));
         }
@@ -162,7 +162,7 @@ fn check_features(features: u64, names: &[u8], path: &Path) -> Result<(), String
     let Some(bit) = (0..64).find(|bit| features & (1 << bit) != 0) else { return Ok(()) };
     let what = match 1 << bit {
         EXTERNAL_DATA => "keeps its data in another file".to_owned(),
-        COMPRESSION => "is compressed by another method than deflate".to_owned(),
+        COMPRESSION => "uses another compression than deflate".to_owned(),
         EXTENDED_L2 => "has subclusters (extended L2 entries)".to_owned(),
         _ => match feature_name(bit, names) {
             Some(name) => format!("has the unknown feature {name:?} (bit {bit})"),

@@ -75,7 +75,7 @@ impl Qcow2Image {
         let notice = header.has_bitmaps && !file.read_only;
         let notice = notice.then(|| {
             format!(
-                "disk {}: its bitmaps lose their meaning; make the next backup a full one",
+                "disk {}: its bitmaps become invalid; make the next backup a full one",
                 file.path.display()
             )
         });
@@ -167,13 +167,13 @@ fn open_backing(
         let how = convert(&overlay.path, "qcow2");
         return Err(refused(
             &overlay.path,
-            format!("it is backed by {name:?}, which is no plain file; {how}"),
+            format!("it is backed by {name:?}, which is not a plain file; {how}"),
         ));
     };
     // A name is relative to the image that it is written in.
     let path: PathBuf = overlay.path.parent().unwrap_or(Path::new("")).join(name);
     if depth >= MAX_LAYERS {
-        return Err(refused(&path, format!("more than {MAX_LAYERS} images back each other")));
+        return Err(refused(&path, format!("its chain of backing files has more than {MAX_LAYERS} images")));
     }
     let file = ImageFile::open(&path, true)?;
     let (format, trusted) = match format {
@@ -193,8 +193,8 @@ fn open_backing(
             if header.backing.is_some() && !trusted {
                 let (backing, overlay) = (quoted(&path), quoted(&overlay.path));
                 let reason = format!(
-                    "it looks like a qcow2 image that another one backs, and its format is not recorded in \
-                     {overlay}, which it backs; record it: qemu-img rebase -u -f qcow2 -F qcow2 -b {backing} {overlay}"
+                    "it looks like a qcow2 image with a backing file, and {overlay} does not record its \
+                     format; record it: qemu-img rebase -u -f qcow2 -F qcow2 -b {backing} {overlay}"
                 );
                 return Err(refused(&path, reason));
             }

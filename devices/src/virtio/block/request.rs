@@ -29,7 +29,7 @@ pub(super) enum Failure {
     Flush(#[source] io::Error),
     #[error("copy to or from guest memory: {0}")]
     Guest(#[from] GuestMemoryError),
-    #[error("give up a request: the host has lost a part of guest memory; the VM has to end")]
+    #[error("drop a request: the host has lost a part of guest memory; the VM must end")]
     MemoryLost,
     #[error("refuse a request: {0}")]
     Malformed(&'static str),
@@ -37,7 +37,7 @@ pub(super) enum Failure {
     UnknownType(u32),
     #[error("refuse a request: {0}")]
     Unsupported(&'static str),
-    #[error("give up a request: the device is being reset")]
+    #[error("drop a request: the device is being reset")]
     Stopped,
 }
 
@@ -103,9 +103,9 @@ impl Rules {
         let (kind, sector) = (u32::from_le_bytes([k0, k1, k2, k3]), u64::from_le_bytes(sector));
         let (incoming, outgoing) = (buffers.readable.remaining(), buffers.writable.remaining());
         match kind {
-            VIRTIO_BLK_T_IN if incoming > 0 => Err(Failure::Malformed("a read brings data")),
+            VIRTIO_BLK_T_IN if incoming > 0 => Err(Failure::Malformed("a read has data of its own")),
             VIRTIO_BLK_T_IN => Ok(Job::Read(bytes_of(sector, outgoing, capacity)?)),
-            VIRTIO_BLK_T_OUT if outgoing > 0 => Err(Failure::Malformed("a write asks for data")),
+            VIRTIO_BLK_T_OUT if outgoing > 0 => Err(Failure::Malformed("a write has room for data")),
             VIRTIO_BLK_T_OUT if self.read_only => Err(Failure::Malformed("the disk is read-only")),
             VIRTIO_BLK_T_OUT => Ok(Job::Write(bytes_of(sector, incoming, capacity)?)),
             VIRTIO_BLK_T_FLUSH => Ok(Job::Flush),
@@ -135,7 +135,7 @@ impl Rules {
         let most = u64::from(MAX_CLEAR_RANGES) * RANGE_LEN as u64;
         if buffers.writable.remaining() > 0 || len == 0 || !len.is_multiple_of(RANGE_LEN as u64) || len > most
         {
-            return Err(Failure::Malformed("its ranges are none, too many, or not whole"));
+            return Err(Failure::Malformed("it has no range, too many ranges, or an incomplete range"));
         }
         let mut how = match kind {
             VIRTIO_BLK_T_DISCARD => Clearing::Discard,

@@ -21,7 +21,7 @@ pub struct Report {
     pub saved: Saved,
     /// Sum of [`Report::saved`].
     pub saved_pages: u64,
-    /// The same in bytes, before what sharing itself takes (page tables, mappings, books).
+    /// The same in bytes, before what sharing itself takes (page tables, mappings, metadata).
     pub saved_bytes: u64,
     /// Runs of consecutive guest pages that lie on consecutive frames.
     pub runs: Runs,

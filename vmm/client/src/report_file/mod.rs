@@ -38,11 +38,11 @@ pub(super) fn main(args: &ReportArgs) -> anyhow::Result<()> {
     if let Some(ReportCommand::Types(args)) = &args.of {
         return types::main(args);
     }
-    let Some(output) = &args.output else { bail!("say where the report is to be written: --output FILE") };
+    let Some(output) = &args.output else { bail!("name the file to write with --output FILE") };
     let run = match (&args.stats, &args.socket) {
         (Some(file), _) => statistics::read(file)?,
         (None, Some(socket)) => live::watch(socket, args.seconds)?,
-        (None, None) => bail!("say what to report: --stats FILE, or --socket PATH of a process that runs"),
+        (None, None) => bail!("name what to report: --stats FILE, or --socket PATH of a running process"),
     };
     let page = web::alone(&run.title, &run).context("write the report")?;
     if output == Path::new("-") {

@@ -108,11 +108,11 @@ pub(super) fn each<T: DeserializeOwned>(
             Err(_) if line.trim_ascii().is_empty() => {}
             // The end of a file that is being written.
             Err(_) if !line.ends_with(b"\n") => {}
-            Err(error) => bail!("line {number} is none of --stats: {error}"),
+            Err(error) => bail!("line {number} was not written by --stats: {error}"),
         }
     }
     if !any {
-        bail!("there is no line of --stats in it");
+        bail!("the file has no line that --stats wrote");
     }
     Ok(())
 }
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn what_is_no_statistics_is_told_with_its_line() {
         let told = |text: &str| parse(text.as_bytes()).unwrap_err().to_string();
-        assert!(told(&(line() + "{}\n")).starts_with("line 2 is none of --stats: missing field"));
+        assert!(told(&(line() + "{}\n")).starts_with("line 2 was not written by --stats: missing field"));
         assert!(told("[]\n").starts_with("line 1"));
         assert!(told("").contains("no line"));
         assert!(parse(&b"\xff\xfe\n"[..]).is_err());

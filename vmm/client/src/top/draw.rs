@@ -25,8 +25,8 @@ const KEYS: &str = "q quit  ↑↓ select  s sort  r reverse  p pause  c console
 const HELP: &str = "\
  ↑ ↓ PgUp PgDn   select a VM
  s or → and ←    sort by the next or previous column
- r               turn the order round
- p or space      pause the VM, or let it go on
+ r               reverse the order
+ p or space      pause or resume the VM
  c or Enter      attach to its console; Ctrl-A x comes back
  t               what its pages are used for, as its guest says
  q or Ctrl-C     leave
@@ -34,9 +34,9 @@ const HELP: &str = "\
  CPU%    of one core, in the guest and for it
  RES     private pages, and the VM's share of each frame
  SHARED  its pages that are mapped to frames
- SAVED   what sharing saves by it, zeros included
- WANTS   more memory that would spare it most reads
- GUEST HOST DISK   what it reads a second, from where
+ SAVED   memory saved by sharing, with zeros
+ WANTS   more memory that would save most reads
+ GUEST HOST DISK   reads each second, by their source
 
  any key goes back";
 
@@ -285,8 +285,8 @@ fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     }
     let note = match pages {
         None => "asking",
-        Some(pages) if pages.types.is_none() => "it has no memory now",
-        Some(pages) if !pages.publishing => "no agent in its guest says what its pages are used for",
+        Some(pages) if pages.types.is_none() => "the VM has no memory now",
+        Some(pages) if !pages.publishing => "the guest has no agent that says what pages are used for",
         Some(_) => "as the agent in its guest says",
     };
     let place = Rect { width: 72, height: 12, x: area.x + 4, y: area.y + 5 }.intersection(area);

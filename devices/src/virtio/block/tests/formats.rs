@@ -156,7 +156,7 @@ fn features_that_are_not_understood_are_refused() {
     let path = folder.image("external", &data_file).unwrap();
     refused(&path, "keeps its data in another file", &folder.data);
     let path = folder.convert("zstd", &["-c", "-o", "compression_type=zstd"]).unwrap();
-    refused(&path, "is compressed by another method", &folder.data);
+    refused(&path, "uses another compression than deflate", &folder.data);
     let path = folder.image("extended", "extended_l2=on,cluster_size=64k").unwrap();
     refused(&path, "extended L2 entries", &folder.data);
 
@@ -192,7 +192,9 @@ fn backing_files_are_checked_as_well() {
     folder.overlay("middle", "zstd", ",backing_fmt=qcow2");
     let top = folder.overlay("top", "middle", ",backing_fmt=qcow2");
     let error = open(&top, true).unwrap_err().to_string();
-    for part in ["top is backed by", "middle is backed by", "zstd: it is compressed", "qemu-img convert"] {
+    for part in
+        ["top is backed by", "middle is backed by", "zstd: it uses another compression", "qemu-img convert"]
+    {
         assert!(error.contains(part), "{error}");
     }
     // Other formats are named, and so are files that are none.
@@ -208,7 +210,7 @@ fn backing_files_are_checked_as_well() {
         format!("json:{{\"driver\":\"raw\",,\"file.filename\":\"{}\"}}", folder.path("source").display());
     let options = format!("backing_file={name},backing_fmt=raw");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options], &path).unwrap();
-    refused(&path, "is no plain file", &folder.data);
+    refused(&path, "is not a plain file", &folder.data);
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn we_see_the_locks_of_qemu() {
         drop(writer);
         let reader = Holder::tool(&path, format, true);
         if format == Format::Qcow2 {
-            refused(&path, format, false, &reader, "lets nobody change it");
+            refused(&path, format, false, &reader, "forbids changes");
         }
         open(&path, format, true).unwrap();
         drop(reader);
@@ -165,7 +165,7 @@ fn we_see_the_locks_of_qemu() {
             refused(&path, format, false, &machine, "writes to it");
             refused(&path, format, true, &machine, "writes to it");
             if format == Format::Qcow2 {
-                refused(&base, Format::Raw, false, &machine, "lets nobody change it");
+                refused(&base, Format::Raw, false, &machine, "forbids changes");
                 open(&base, Format::Raw, true).unwrap();
             }
         }

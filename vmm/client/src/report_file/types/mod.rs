@@ -88,7 +88,7 @@ pub(super) fn main(args: &TypesArgs) -> anyhow::Result<()> {
             let default = if args.output.is_some() { WATCHED } else { 0 };
             source::watch(socket, args.seconds.unwrap_or(default), vm)?
         }
-        (None, None) => bail!("say what to report: --stats FILE, or --socket PATH of a process that runs"),
+        (None, None) => bail!("name what to report: --stats FILE, or --socket PATH of a running process"),
     };
     let moments = run.moments.finish();
     let state = run.state.filter(|state| !state.vms.is_empty());
@@ -139,7 +139,8 @@ fn text(state: &Moment) -> String {
     let given_back = state.vms.iter().fold(0, |sum: u64, vm| sum.saturating_add(vm.given_back_bytes));
     let _ = writeln!(
         text,
-        "{} of {} guests say what their pages are used for; {} of free pages were given back since the start.",
+        "{} of {} guests say what their pages are used for; {} of free pages were freed on the host since \
+         the start.",
         state.publishing(),
         state.vms.len(),
         mebibytes(given_back)
