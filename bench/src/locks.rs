@@ -100,8 +100,8 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
     work(bench, &mut engine, &mut now)?;
     engine.set_mode(slots[1], Mode::Full);
     let hints = engine.hints(slots[2]).context("the VM is there")?;
-    hints.give(Hint::Freed { pages: 0..pages / 2 });
-    hints.give(Hint::Holds { pages: 0..512, image: 1, block: 0 });
+    hints.give(Hint { pages: 0..pages / 2, image: 1, block: 512 });
+    hints.give(Hint { pages: 0..512, image: 1, block: 0 });
     work(bench, &mut engine, &mut now)?;
     claim(bench, &mut engine, slots[3], pages, &mut now)?;
     discard(bench, &mut engine, slots[2], &memory[2], &mut now)?;

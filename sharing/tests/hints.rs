@@ -12,7 +12,7 @@ const PAGES: u32 = 1000;
 /// A disk read that fills pages with the blocks from `block` on, and the hint about it.
 fn read(engine: &Engine, vm: &Vm, page: u32, block: u32, count: u32) {
     (0..count).for_each(|index| vm.write(page + index, content(block + index)));
-    hint(engine, vm, Hint::Holds { pages: page..page + count, image: 1, block: block.into() });
+    hint(engine, vm, Hint { pages: page..page + count, image: 1, block: block.into() });
 }
 
 fn content(block: u32) -> u64 {
@@ -74,38 +74,18 @@ fn hints_that_are_wrong_share_nothing_that_differs() {
     read(&engine, &vms[0], 100, 5000, 64);
     // The pages hold something else, or were written again since, or are not there.
     vms[1].write(300, 1234);
-    hint(&engine, &vms[1], Hint::Holds { pages: 300..310, image: 1, block: 5000 });
+    hint(&engine, &vms[1], Hint { pages: 300..310, image: 1, block: 5000 });
     read(&engine, &vms[1], 400, 5032, 8);
     vms[1].write(403, 99);
-    hint(&engine, &vms[1], Hint::Holds { pages: 990..1010, image: 1, block: u64::MAX - 3 });
-    hint(&engine, &vms[1], Hint::Holds { pages: 990..999, image: 1, block: u64::MAX - 3 });
-    hint(&engine, &vms[1], Hint::Freed { pages: 20..u32::MAX });
+    hint(&engine, &vms[1], Hint { pages: 990..1010, image: 1, block: u64::MAX - 3 });
+    hint(&engine, &vms[1], Hint { pages: 990..999, image: 1, block: u64::MAX - 3 });
+    hint(&engine, &vms[1], Hint { pages: 20..u32::MAX, image: 1, block: 0 });
     #[expect(clippy::reversed_empty_ranges, reason = "a device that lies")]
-    hint(&engine, &vms[1], Hint::Freed { pages: 20..3 });
+    hint(&engine, &vms[1], Hint { pages: 20..3, image: 1, block: 0 });
     clock.intervals(&mut engine, 0);
     vms[1].guest.check(300, 1234);
     vms[1].guest.check(403, 99);
     vms[1].guest.check(402, content(5034));
     assert_eq!(engine.statistics().pages_sharing, 7);
-    audit(&mut engine);
-}
-
-#[test]
-fn pages_that_were_freed_are_not_looked_at_until_they_are_written() {
-    let mut engine = engine(&following());
-    let vms: Vec<_> = (0..2).map(|_| Vm::start(&mut engine, PAGES)).collect();
-    let mut clock = Clock::new();
-    for vm in &vms {
-        (0..100).for_each(|page| vm.write(page, 1 + u64::from(page)));
-    }
-    clock.end_interval(&mut engine);
-    hint(&engine, &vms[0], Hint::Freed { pages: 0..100 });
-    clock.intervals(&mut engine, 4);
-    assert_eq!((engine.statistics().pages_sharing, engine.statistics().pages_unshared), (0, 100));
-    vms[0].write(50, 51);
-    clock.intervals(&mut engine, 3);
-    // Its neighbours were not looked at.
-    assert_eq!(engine.statistics().pages_sharing, 1);
-    (0..100).for_each(|page| vms[0].guest.check(page, 1 + u64::from(page)));
     audit(&mut engine);
 }

@@ -88,7 +88,7 @@ impl World {
         self.told.1.pass();
         self.engine.set_cache_size(CacheSize::Bytes(0));
         let hints = self.engine.hints(self.hinted.slot).unwrap();
-        hints.give(Hint::Holds { pages: 500..501, image: 77, block: 1 });
+        hints.give(Hint { pages: 500..501, image: 77, block: 1 });
     }
 
     fn merged(&self, slot: Slot) -> u64 {
@@ -147,7 +147,7 @@ fn hints_hold_nothing_up() {
         for hint in 0..17 {
             let block = step * 17 + hint;
             let page = 1000 + (block % 1000) as u32;
-            hints.give(Hint::Holds { pages: page..page + 1, image: 1, block });
+            hints.give(Hint { pages: page..page + 1, image: 1, block });
         }
     });
 }
@@ -156,8 +156,7 @@ fn hints_hold_nothing_up() {
 fn hints_about_all_memory_hold_nothing_up() {
     flooded(SOON, |world, step| {
         let hints = world.engine.hints(world.flood.slot).unwrap();
-        hints.give(Hint::Freed { pages: 1000..PAGES });
-        hints.give(Hint::Holds { pages: 1000..PAGES, image: 1, block: step });
+        hints.give(Hint { pages: 1000..PAGES, image: 1, block: step });
     });
 }
 

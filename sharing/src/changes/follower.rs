@@ -100,12 +100,6 @@ impl Follower {
         self.ready.insert_words(first_word, words);
     }
 
-    /// A page is not to be scanned before it has been written again.
-    pub(crate) fn skip(&mut self, page: u32) {
-        self.tracker.skip(page);
-        self.drop_page(page);
-    }
-
     /// A page is not to be scanned for now.
     pub(crate) fn drop_page(&mut self, page: u32) {
         self.ready.remove(page);

@@ -255,11 +255,6 @@ impl Tracker {
         }
     }
 
-    /// A page that is armed is not waited for: nobody cares when it becomes idle.
-    pub fn skip(&mut self, page: u32) {
-        self.waiting.remove(page);
-    }
-
     /// Bytes that following takes.
     #[must_use]
     pub fn metadata_bytes(&self) -> usize {

@@ -18,8 +18,6 @@ const STEP_HINTS: usize = 16;
 const STEP_PAGES: u32 = 512;
 /// Of these, the ones between two looks at the time.
 const PART_PAGES: u32 = 64;
-/// Pages said to be free count as so much less work.
-const FREED: u32 = 16;
 
 impl Engine {
     /// Takes the next hints up, of each VM in turn. Returns whether there were any.
@@ -41,7 +39,7 @@ impl Engine {
 
     /// Takes up what a hint says of so many pages at most. Returns how many they were.
     fn take_hint(&mut self, slot: Slot, hint: Hint, most: u32) -> u32 {
-        let pages = hint.pages();
+        let pages = hint.pages.clone();
         let member = self.members.at(slot);
         // Page numbers come from a device, which has them from a guest.
         let there = pages.start < pages.end && pages.end <= member.space.pages();
@@ -49,29 +47,14 @@ impl Engine {
             self.counters.hints += 1;
             return 0;
         }
-        let most = if matches!(hint, Hint::Freed { .. }) { most * FREED } else { most };
         let (first, rest) = hint.split(most);
         self.counters.hints += u64::from(rest.is_none());
         if let Some(rest) = rest {
             member.hints.put_back(rest);
         }
-        let pages = first.pages();
-        let count = pages.end - pages.start;
-        match first {
-            Hint::Holds { pages, image, block } => {
-                self.try_blocks(slot, pages, image, block);
-                count
-            }
-            Hint::Freed { pages } => {
-                for page in pages {
-                    self.forget_page(slot, page);
-                    if let Some(follower) = &mut self.members.at_mut(slot).follower {
-                        follower.skip(page);
-                    }
-                }
-                count.div_ceil(FREED)
-            }
-        }
+        let count = first.pages.end - first.pages.start;
+        self.try_blocks(slot, first.pages, first.image, first.block);
+        count
     }
 
     fn try_blocks(&mut self, slot: Slot, pages: Range<u32>, image: u32, block: u64) {

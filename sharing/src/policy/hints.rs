@@ -1,5 +1,5 @@
-//! What devices know about pages before anyone has scanned them: what they were filled with, and
-//! that they are free. A hint says what to try first; contents are compared before anything is shared.
+//! What devices know about pages before anyone has scanned them: what they were filled with. A hint says what to try
+//! first; contents are compared before anything is shared.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,50 +14,28 @@ const QUEUED: usize = 1024;
 /// Blocks are remembered for one in so many pages of all VMs.
 const PAGES_PER_BLOCK: usize = 16;
 
-/// What a device says.
+/// What a device says: these pages now hold the blocks of a disk image from `block` on. Images are numbered by who
+/// opens them, one number for each image of a group whatever the path; blocks are of 4 KiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Hint {
-    /// These pages now hold the blocks of a disk image from `block` on. Images are numbered by who
-    /// opens them, one number for each image of a group whatever the path; blocks are of 4 KiB.
-    Holds {
-        /// The pages.
-        pages: Range<u32>,
-        /// Number of the image.
-        image: u32,
-        /// The block in the first of the pages.
-        block: u64,
-    },
-    /// The guest has no use for the content of these pages any more.
-    Freed {
-        /// The pages.
-        pages: Range<u32>,
-    },
+pub struct Hint {
+    /// The pages.
+    pub pages: Range<u32>,
+    /// Number of the image.
+    pub image: u32,
+    /// The block in the first of the pages.
+    pub block: u64,
 }
 
 impl Hint {
-    /// The pages that it is about.
-    #[must_use]
-    pub fn pages(&self) -> Range<u32> {
-        match self {
-            Self::Holds { pages, .. } | Self::Freed { pages } => pages.clone(),
-        }
-    }
-
-    /// The hint about the first pages, so many at most, and the hint about the rest.
+    /// Returns the hint about the first pages, so many at most, and the hint about the rest.
     pub(crate) fn split(self, most: u32) -> (Self, Option<Self>) {
-        let pages = self.pages();
-        let middle = pages.start.saturating_add(most);
-        if middle >= pages.end {
+        let middle = self.pages.start.saturating_add(most);
+        if middle >= self.pages.end {
             return (self, None);
         }
-        let (first, rest) = (pages.start..middle, middle..pages.end);
-        match self {
-            Self::Holds { image, block, .. } => (
-                Self::Holds { pages: first, image, block },
-                Some(Self::Holds { pages: rest, image, block: block.wrapping_add(most.into()) }),
-            ),
-            Self::Freed { .. } => (Self::Freed { pages: first }, Some(Self::Freed { pages: rest })),
-        }
+        let rest =
+            Self { pages: middle..self.pages.end, block: self.block.wrapping_add(most.into()), ..self };
+        (Self { pages: self.pages.start..middle, ..self }, Some(rest))
     }
 }
 
@@ -188,23 +166,23 @@ mod tests {
 
     #[test]
     fn a_hint_is_taken_up_in_parts() {
-        let (first, rest) = Hint::Holds { pages: 10..20, image: 3, block: 100 }.split(4);
-        assert_eq!(first, Hint::Holds { pages: 10..14, image: 3, block: 100 });
-        assert_eq!(rest, Some(Hint::Holds { pages: 14..20, image: 3, block: 104 }));
-        let whole = Hint::Freed { pages: 10..20 };
+        let (first, rest) = Hint { pages: 10..20, image: 3, block: 100 }.split(4);
+        assert_eq!(first, Hint { pages: 10..14, image: 3, block: 100 });
+        assert_eq!(rest, Some(Hint { pages: 14..20, image: 3, block: 104 }));
+        let whole = Hint { pages: 10..20, image: 3, block: 100 };
         assert_eq!(whole.clone().split(10), (whole, None));
     }
 
     #[test]
     fn hints_wait_in_order_and_do_not_pile_up() {
         let hints = Hints::default();
-        let hint = |page| Hint::Freed { pages: page..page + 1 };
+        let hint = |page| Hint { pages: page..page + 1, image: 1, block: 0 };
         assert!(hints.give(hint(0)) && !hints.give(hint(1)));
         (2..2000).for_each(|page| {
             hints.give(hint(page));
         });
         assert_eq!(hints.dropped(), 2000 - QUEUED as u64);
         assert_eq!(hints.take(), Some(hint(0)));
-        assert_eq!(hints.take().map(|hint| hint.pages()), Some(1..2));
+        assert_eq!(hints.take().map(|hint| hint.pages), Some(1..2));
     }
 }

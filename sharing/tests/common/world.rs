@@ -374,8 +374,7 @@ impl World {
         let (first, count) = self.run(32);
         let pages = first..first + count;
         let block = u64::from(self.below(self.size));
-        let hint =
-            if self.one_in(3) { Hint::Freed { pages } } else { Hint::Holds { pages, image: 1, block } };
+        let hint = Hint { pages, image: 1, block };
         if let Some(hints) = self.engine.hints(self.players[index].vm.slot) {
             self.told.push(format!("VM {} hints {hint:?}", self.players[index].id));
             hints.give(hint);

@@ -32,7 +32,7 @@ impl ReadObserver for DiskHints {
         if let Some((address, pages, block)) = whole
             && let Some(first) = page_of(&self.slots, address, pages)
         {
-            self.hints.give(Hint::Holds { pages: first..first + pages, image: image_number(image), block });
+            self.hints.give(Hint { pages: first..first + pages, image: image_number(image), block });
         }
     }
 }
