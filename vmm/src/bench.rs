@@ -1,4 +1,4 @@
-//! `samepage bench`: runs the benchmarks, which are a program of their own.
+//! `samepage bench`: runs the benchmarks, a separate program.
 
 use std::env;
 use std::ffi::OsString;
@@ -11,10 +11,10 @@ use anyhow::{Context, Result, bail};
 
 const PROGRAM: &str = "samepage-bench";
 
-/// Becomes the benchmarks' program: the one beside this program, or the one that the search path leads to.
+/// Replaces this program by the benchmarks' program: the one in the same folder, or the one in the search path.
 ///
 /// # Errors
-/// Where it is not installed, or cannot be started.
+/// Fails if it is not installed or cannot be started.
 pub(crate) fn main(arguments: &[OsString]) -> Result<ExitCode> {
     let beside = env::current_exe().context("find this program")?.with_file_name(PROGRAM);
     let program = if beside.exists() { beside } else { PathBuf::from(PROGRAM) };

@@ -66,19 +66,19 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Host VMs that clients of a control socket create, until told to end (SIGTERM)
     Serve(Box<ServeArgs>),
-    /// One VM behind the API of Firecracker, for the clients that speak it
+    /// Run one VM behind the API of Firecracker, for clients of Firecracker
     #[command(disable_version_flag = true)]
     Firecracker(Box<FirecrackerArgs>),
-    /// Show on an embedded guest what sharing memory saves: boots VMs that are partly alike, merges
-    /// their memory while they run, and lets them verify every word of it
+    /// Show what sharing memory saves, with an embedded guest: boot VMs with partly identical memory,
+    /// merge it while they run, and let the guests verify every word of it
     Demo(DemoArgs),
-    /// Say what sharing would save in memory images, or in the memory of running VMs of any monitor
+    /// Estimate what sharing would save in memory images, or in running VMs of any monitor
     #[command(after_help = ANALYZE_EXAMPLES, override_usage = ANALYZE_USAGE)]
     Analyze(AnalyzeArgs),
-    /// Measure samepage beside what others need for the same, where samepage-bench is installed
+    /// Compare samepage with other programs. Needs samepage-bench
     #[command(disable_help_flag = true)]
     Bench {
-        /// The benchmark, and its arguments; --help tells them
+        /// The benchmark and its arguments; --help lists them
         #[arg(value_name = "ARGUMENT", trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -96,7 +96,7 @@ pub(crate) enum Command {
     },
     /// Write manual pages
     Man {
-        /// The folder that they are written to
+        /// The folder for the pages
         #[arg(value_name = "FOLDER")]
         folder: PathBuf,
     },
@@ -104,9 +104,9 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
-    /// Tell all that is wrong with a configuration file, with the numbers of lines
+    /// List all mistakes of a configuration file, with line numbers
     Check {
-        /// The file (TOML, or JSON where it is named so)
+        /// The file (TOML, or JSON if its name ends in .json)
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
@@ -121,17 +121,17 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=256))]
     pub(crate) vms: u32,
 
-    /// Share of one core that looking for alike pages may take, in percent
+    /// CPU time for the search for identical pages, in percent of one core
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_percent)]
     pub(crate) cpu: f64,
 
-    /// Print the summary as JSON, and nothing else
+    /// Print only the summary, as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// The arguments of `samepage run`. In texts and paths that say so, `{index}` and `{name}` stand for
-/// each VM's number and name.
+/// The arguments of `samepage run`. Where an argument says so, `{index}` and `{name}` are replaced by each VM's
+/// number and name.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// Kernel to boot: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage
@@ -158,35 +158,33 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) count: u32,
 
-    /// Add a disk: an image file or a block device; may be repeated. {index} and {name} are replaced, and a
-    /// comma in the path is written twice. Further fields are readonly (or readonly=on|off), id=NAME, format=raw|qcow2,
-    /// cache=exclusive|scrub|inclusive|none|buffered (what host memory holds of it), rate=BYTES (a second),
-    /// iops=N and queues=N
+    /// Add a disk: an image file or a block device. Repeat the option for more disks. {index} and {name} are
+    /// replaced; write a comma in the path twice. Further fields are readonly (or readonly=on|off), id=NAME,
+    /// format=raw|qcow2, cache=exclusive|scrub|inclusive|none|buffered (the cache in host memory),
+    /// rate=BYTES (per second), iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
 
-    /// Where the guests' consoles go: stdio (several VMs get their lines marked with their names),
-    /// file=PATH ({index} and {name} are replaced) or off
+    /// Where the guests' consoles go: stdio, file=PATH ({index} and {name} are replaced) or off. With several
+    /// VMs on stdio, each line begins with the VM's name
     #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
     pub(crate) console: ConsoleArg,
 
-    /// Back guest memory with huge pages of 2 MiB where it is hot (thp). Cold ones that hold enough alike
-    /// pages are split, so that those can be shared
+    /// Back hot guest memory with huge pages of 2 MiB (thp). Cold huge pages with enough identical pages in
+    /// them are split, so that the engine can share these
     #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePages::Off)]
     pub(crate) hugepages: HugePages,
 
-    /// What of the VMs' memory is shared: everything that is alike (full), pages of zeros alone, which
-    /// are given back (zero), or nothing (off)
+    /// Which pages of the VMs' memory are shared
     #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingMode::Full)]
     pub(crate) sharing: SharingMode,
 
-    /// Give guests memory outside their RAM in which an agent of theirs may say what pages are for, or a
-    /// port of a virtio console for that where their kernels permit no /dev/mem
+    /// How an agent in a guest publishes what the guest's pages are used for
     #[arg(long, value_enum, value_name = "on|off|port", default_value_t = MemoryHole::On)]
     pub(crate) memory_hole: MemoryHole,
 
-    /// Share memory only with VMs of the same group; {index} and {name} are replaced, so that {name}
-    /// gives every VM a group of its own
+    /// Share memory only with VMs of the same group. {index} and {name} are replaced, so {name} gives each VM
+    /// a group of its own
     #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
     pub(crate) share_group: String,
 
@@ -204,14 +202,14 @@ pub(crate) struct RunArgs {
 /// The arguments of `samepage serve`.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Where the control socket is
+    /// Path of the control socket
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
 
     #[command(flatten)]
     pub(crate) socket_access: SocketAccess,
 
-    /// Keep all VMs' memory to themselves
+    /// Share no memory between VMs
     #[arg(long)]
     pub(crate) no_sharing: bool,
 
@@ -219,65 +217,66 @@ pub(crate) struct ServeArgs {
     pub(crate) process: ProcessArgs,
 }
 
-/// Who may use the control socket.
+/// Access to the control socket.
 #[derive(Debug, Args)]
 pub(crate) struct SocketAccess {
-    /// The socket's permissions, in octal: who may write may do anything that this process can
+    /// Permissions of the control socket, in octal. Users with write permission can do anything that this
+    /// process can
     #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
     pub(crate) socket_mode: u32,
 
-    /// The socket's group, by name or number
+    /// Group of the control socket, by name or number
     #[arg(long, value_name = "GROUP")]
     pub(crate) socket_group: Option<String>,
 }
 
-/// What VMs of a process have in common.
+/// The options that all VMs of a process have in common.
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArgs {
-    /// Start the VMs of this configuration file (TOML, or JSON where it is named so)
+    /// Start the VMs of this configuration file (TOML, or JSON if its name ends in .json)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Share of one core that looking for alike pages may take on average, in percent; above 100 more
-    /// than one thread looks
+    /// Average CPU time for the search for identical pages, in percent of one core. Above 100, several
+    /// threads search
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_cpu)]
     pub(crate) sharing_cpu: f64,
 
-    /// Most memory that blocks of disks may take which no guest holds: a size, or a share of what is free
-    /// and of what they take
+    /// Upper limit for cached disk blocks that no guest holds: a size, or a percentage of free memory and
+    /// these blocks together
     #[arg(long, value_name = "SIZE|PERCENT", default_value = "25%", value_parser = parse_cache_size)]
     pub(crate) block_cache: CacheSize,
 
-    /// Work as KSM does in some respects, to compare: lookahead=off searches for every page,
-    /// order=content keeps search trees by content, scan=full goes over all memory again and again. Or
-    /// share by what guests say that their pages are for: types=not-file leaves content of files alone,
-    /// types=file shares nothing else
+    /// Change how the engine works, for comparisons. As in KSM, lookahead=off searches for every page,
+    /// order=content uses search trees by content, and scan=full scans all memory in a loop. By the types that
+    /// guests publish, types=not-file shares no pages of files, and types=file shares only these
     #[arg(long, value_name = "KEY=VALUE,...", default_value = "", value_parser = parse_engine)]
     pub(crate) sharing_engine: EngineArg,
 
-    /// Serve the web page and the API at this port for browsers, as in 127.0.0.1:8080. Without a token VMs
-    /// can be watched and not steered, from this host alone
+    /// Serve the web page and the API for browsers at this address, as in 127.0.0.1:8080. Without a token,
+    /// only this host can connect, and only to watch VMs
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) http: Option<SocketAddr>,
 
-    /// Let in by --http who brings the token in this file, which its owner alone can read
+    /// Require the token in this file for requests to the --http port. Only the file's owner may be able to
+    /// read the file
     #[arg(long, value_name = "FILE", requires = "http")]
     pub(crate) http_token: Option<PathBuf>,
 
-    /// Append statistics to this file each second, as JSON Lines; - is standard output
+    /// Append statistics to this file once a second, as JSON Lines; - is standard output
     #[arg(long, value_name = "PATH|-")]
     pub(crate) stats: Option<StatsTarget>,
 
-    /// Check the books of memory sharing against the kernel's whenever a VM has ended
+    /// Compare the engine's metadata with the kernel's page maps whenever a VM has ended
     #[arg(long)]
     pub(crate) audit: bool,
 
-    /// How long guests that are asked to end by SIGTERM or SIGINT may take before they are cut off, in
-    /// seconds; a second signal cuts them off at once, as does 0
+    /// How long guests may take to shut down after SIGTERM or SIGINT, in seconds. Then their VMs are killed. A
+    /// second signal, or 0, kills them at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     pub(crate) stop_timeout: u32,
 
-    /// How far the VMs' memory together may exceed what the host has available
+    /// Allow the VMs' memory to exceed the host's available memory by this factor
     #[arg(long, value_name = "RATIO", default_value_t = 1.0, value_parser = parse_ratio)]
     pub(crate) overcommit: f64,
 }
@@ -304,7 +303,7 @@ fn parse_memory(text: &str) -> Result<u64, String> {
     config::check_memory(bytes).map(|()| bytes).map_err(|error| {
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         if is_number && (1..1 << 20).contains(&bytes) {
-            format!("the unit is missing, and {text} bytes are no memory for a VM; write {text}M for MiB")
+            format!("the unit is missing, and {text} bytes are too little for a VM; write {text}M for MiB")
         } else {
             error.to_string()
         }
@@ -315,7 +314,7 @@ fn parse_cache_size(text: &str) -> Result<CacheSize, String> {
     let Some(percent) = text.strip_suffix('%') else { return parse_size(text).map(CacheSize::Bytes) };
     match percent.parse() {
         Ok(percent @ 0..=100) => Ok(CacheSize::Percent(percent)),
-        _ => Err(format!("{text:?} is no share: give 0% to 100%, or a size as in 512M")),
+        _ => Err(format!("{text:?} is no percentage: give 0% to 100%, or a size as in 512M")),
     }
 }
 

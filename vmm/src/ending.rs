@@ -1,4 +1,4 @@
-//! The end of a process that hosts VMs: all guests are asked at once, and waited for, for some time.
+//! The end of a process that hosts VMs: asks all guests at once to shut down, and waits for them.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
@@ -10,22 +10,22 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use samepage_process::tell::tell;
 
-/// How often it is told who is waited for.
+/// How often a message names the VMs that still run.
 const PROGRESS: Duration = Duration::from_secs(5);
-/// VMs that are named; others are counted.
+/// How many VMs a message names; others are counted.
 const NAMED: usize = 8;
 
-/// An end that is under way.
+/// An end in progress.
 pub(crate) struct Ending {
     until: Instant,
     timer: TimerFd,
 }
 
 impl Ending {
-    /// Asks all guests to end, for as long as `timeout`. VMs whose guests cannot be asked end at once.
+    /// Asks all guests to shut down within `timeout`. VMs whose guests cannot be asked end at once.
     ///
     /// # Errors
-    /// Where there is no timer to be had; then nobody was asked.
+    /// Fails if no timer can be opened; then no guest was asked.
     pub(crate) fn begin(registry: &Registry, timeout: Duration) -> io::Result<Self> {
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
         let until = Instant::now() + timeout;
@@ -41,10 +41,10 @@ impl Ending {
         Ok(Self { until, timer })
     }
 
-    /// Tells who is waited for, and ends the VMs whose time is over. Called when this file is readable.
+    /// Prints the VMs that still run, and ends them when the time is over. To be called when this file is readable.
     ///
     /// # Errors
-    /// Where the timer fails.
+    /// Fails if the timer fails.
     pub(crate) fn go_on(&mut self, registry: &Registry) -> io::Result<()> {
         self.timer.wait().map_err(io::Error::from)?;
         let vms = registry.machines();
@@ -71,7 +71,7 @@ impl AsRawFd for Ending {
     }
 }
 
-/// The names of VMs, as many as there is room for.
+/// Names of VMs, shortened.
 struct Names<'a>(&'a [String]);
 
 impl fmt::Display for Names<'_> {

@@ -1,4 +1,4 @@
-//! What the program says about itself to other programs: completions, manual pages, schemas.
+//! Descriptions of the program for other programs: completions, manual pages, schemas.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -11,14 +11,14 @@ use samepage_text::counted::counted;
 
 use crate::cli::{Cli, ConfigCommand};
 
-/// Completions of a shell, to standard output.
+/// Prints completions for a shell.
 pub(crate) fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "samepage", &mut text);
     print(&text)
 }
 
-/// Manual pages of all commands, into a folder.
+/// Writes manual pages of all commands to a folder.
 pub(crate) fn manual(folder: &Path) -> anyhow::Result<ExitCode> {
     std::fs::create_dir_all(folder).with_context(|| format!("make the folder {}", folder.display()))?;
     clap_mangen::generate_to(Cli::command(), folder)
@@ -26,7 +26,7 @@ pub(crate) fn manual(folder: &Path) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `samepage config`.
+/// Runs `samepage config`.
 pub(crate) fn config(command: &ConfigCommand) -> anyhow::Result<ExitCode> {
     match command {
         ConfigCommand::Schema => print(schema::config_schema().as_bytes()),

@@ -9,7 +9,7 @@ use samepage_machine::ConsoleConfig;
 
 use crate::cli::{ConsoleArg, RunArgs};
 
-/// The VMs, in order, and where their consoles go.
+/// Returns the VMs in order, and the targets of their consoles.
 pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
     let Some(kernel) = &args.kernel else { return Vec::new() };
     (0..args.count).map(|index| vm(args, kernel, index)).collect()

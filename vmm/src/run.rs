@@ -1,4 +1,4 @@
-//! `samepage run` and `samepage serve`: VMs start, clients come and go, and every end is waited for.
+//! `samepage run` and `samepage serve`: start VMs, serve clients, and wait for the end of each VM.
 
 use samepage_host::engine::start_sharing;
 use std::io;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use samepage_api::http::{HttpOptions, Token};
 use samepage_api::listener::SocketOptions;
-use samepage_api::{server::Doors, server::Server};
+use samepage_api::{server::Listeners, server::Server};
 use samepage_api_types::lifecycle::Action;
 use samepage_api_types::spec::VmSpec;
 use samepage_host::conflicts;
@@ -36,7 +36,7 @@ use crate::upkeep::{self, Upkeep};
 use samepage_host::stdin::{Input, Typed};
 use samepage_process::tell::{self, tell};
 
-/// What the process ends with, by the worst of what happened.
+/// The outcome of the process: the worst of its VMs' ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Outcome {
     #[default]
@@ -67,33 +67,43 @@ impl Outcome {
 struct Plan<'a> {
     process: &'a ProcessArgs,
     socket: Option<SocketOptions>,
-    share: bool,
-    /// The option with which no memory is shared.
+    is_sharing: bool,
+    /// The option that turns sharing off.
     no_sharing: &'static str,
-    /// The one VM that has the terminal, by its place among those of the command line.
-    terminal: bool,
-    /// The process goes on without VMs, and their ends are not its own.
-    serve: bool,
+    /// Whether the only VM has the terminal.
+    has_terminal: bool,
+    /// Whether the process continues without VMs.
+    is_server: bool,
 }
 
-/// Runs all VMs of the command line to their ends.
+/// Runs all VMs of the command line until they have ended.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let socket = args.socket.as_ref().map(|path| socket_options(path, &args.socket_access));
     let vms = plan::vms(args);
-    let terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
-    let share = args.sharing != SharingMode::Off;
+    let has_terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
+    let is_sharing = args.sharing != SharingMode::Off;
     let no_sharing = "--sharing off";
-    host(vms, &Plan { process: &args.process, socket, share, no_sharing, terminal, serve: false })
+    host(
+        vms,
+        &Plan { process: &args.process, socket, is_sharing, no_sharing, has_terminal, is_server: false },
+    )
 }
 
-/// Hosts VMs of clients until told to end.
+/// Hosts VMs of clients until a signal ends the process.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let socket = Some(socket_options(&args.socket, &args.socket_access));
-    let share = !args.no_sharing;
+    let is_sharing = !args.no_sharing;
     let no_sharing = "--no-sharing";
     host(
         Vec::new(),
-        &Plan { process: &args.process, socket, share, no_sharing, terminal: false, serve: true },
+        &Plan {
+            process: &args.process,
+            socket,
+            is_sharing,
+            no_sharing,
+            has_terminal: false,
+            is_server: true,
+        },
     )
 }
 
@@ -129,7 +139,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let statistics = process.stats.as_ref().map(Statistics::open).transpose()?;
 
     let settings = settings(process);
-    let sharing = if plan.share { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
+    let sharing = if plan.is_sharing { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
     let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit };
     let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {
@@ -141,22 +151,22 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
             }
         });
     }
-    registry.on_trouble(Box::new(|trouble| tell(trouble)));
-    let starts: Vec<_> = vms.iter().map(|vm| !plan.serve || vm.spec().start.unwrap_or(true)).collect();
+    registry.on_disk_error(Box::new(|trouble| tell(trouble)));
+    let starts: Vec<_> = vms.iter().map(|vm| !plan.is_server || vm.spec().start.unwrap_or(true)).collect();
     let records = registry.create(vms)?;
     tell_notices(records.iter().filter_map(|record| record.vm()));
     let input = match records.as_slice() {
-        [record] if plan.terminal => Input::open(record)?,
+        [record] if plan.has_terminal => Input::open(record)?,
         _ => None,
     };
     let http = http_options(process)?;
-    let doors = Doors { socket: plan.socket.clone(), http };
-    let open = doors.socket.is_some() || doors.http.is_some();
-    let server = open.then(|| Server::start(&doors, registry.clone())).transpose()?;
+    let listeners = Listeners { socket: plan.socket.clone(), http };
+    let open = listeners.socket.is_some() || listeners.http.is_some();
+    let server = open.then(|| Server::start(&listeners, registry.clone())).transpose()?;
     if let Some(address) = server.as_ref().and_then(Server::http_address) {
         tell(format_args!("the web page is http://{address}/"));
     }
-    if let Some(socket) = plan.socket.as_ref().filter(|_| plan.serve) {
+    if let Some(socket) = plan.socket.as_ref().filter(|_| plan.is_server) {
         tell(format_args!("the control socket is {}", socket.path.display()));
     }
     for (record, _) in records.iter().zip(starts).filter(|(_, start)| *start) {
@@ -181,35 +191,36 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         ending: None,
         upkeep,
     };
-    let outcome = process.watch(plan.serve)?;
+    let outcome = process.watch(plan.is_server)?;
     // Clients hear of all ends before the socket goes.
     drop(server);
     if let Some(statistics) = process.statistics {
         // The VMs have ended; their ends count, not the last line.
         let _ = statistics.writer.finish();
     }
-    Ok(if plan.serve && outcome == Outcome::GuestCrashed { Outcome::AllEnded } else { outcome }.exit_code())
+    Ok(if plan.is_server && outcome == Outcome::GuestCrashed { Outcome::AllEnded } else { outcome }
+        .exit_code())
 }
 
-/// The process at work.
+/// The running process.
 struct Process<'a> {
     registry: Arc<Registry>,
     signals: ShutdownSignals,
     hangup: Hangup,
-    /// Where statistics go.
+    /// The target of statistics.
     stats: Option<&'a StatsTarget>,
     statistics: Option<Statistics>,
     input: Option<Input>,
     audit: bool,
-    /// How long guests may take to end.
+    /// How long guests may take to shut down.
     stop_timeout: Duration,
-    /// Guests were asked to end.
+    /// Present when guests have been asked to shut down.
     ending: Option<Ending>,
     upkeep: Upkeep,
 }
 
 impl Process<'_> {
-    /// Waits until the last VM has ended and, where the process serves clients, until it is told to end.
+    /// Waits until the last VM has ended. A server also waits for a signal.
     fn watch(&mut self, serve: bool) -> anyhow::Result<Outcome> {
         let mut outcome = Outcome::default();
         let mut stay = serve;
@@ -231,7 +242,7 @@ impl Process<'_> {
                 self.upkeep.note_change().context("set a timer")?;
             }
             if rested {
-                self.upkeep.give_back().context("wait for the process to come to rest")?;
+                self.upkeep.free_unused().context("wait until the process is idle")?;
             }
             match signal.then(|| self.signals.take()).flatten() {
                 Some(libc::SIGHUP) if !self.hangup.is_end() => self.reopen_logs(),
@@ -265,7 +276,7 @@ impl Process<'_> {
         Ok(outcome)
     }
 
-    /// Ends the process as a signal says: guests are asked first, but by SIGQUIT or the second signal.
+    /// Ends the process after a signal. Guests are asked first, except after SIGQUIT or a second signal.
     fn end_by(&mut self, signal: i32) {
         let at_once = signal == libc::SIGQUIT || self.stop_timeout.is_zero() || self.ending.is_some();
         if !at_once && let Ok(ending) = Ending::begin(&self.registry, self.stop_timeout) {
@@ -275,7 +286,7 @@ impl Process<'_> {
         self.registry.close();
     }
 
-    /// Opens the files anew that consoles and statistics are written to.
+    /// Opens the files of consoles and statistics again.
     fn reopen_logs(&mut self) {
         for vm in self.registry.machines() {
             if let Err(error) = vm.reopen_console() {
@@ -312,7 +323,7 @@ impl Process<'_> {
     }
 }
 
-/// Says how VMs were made and disks are accessed where that is not as one would expect, once for each reason.
+/// Prints the remarks on VMs and disks, once for each reason.
 fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
     let mut reasons: Vec<(String, usize)> = Vec::new();
     let of_vm = |vm: Arc<Vm>| {
@@ -336,7 +347,7 @@ fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
     }
 }
 
-/// Goes on with small pages where the host has no others.
+/// Changes all VMs to small pages if the host has no huge pages.
 fn check_huge_pages(vms: &mut [Validated]) {
     if vms.iter().all(|vm| vm.spec().hugepages == HugePages::Off) {
         return;
@@ -368,7 +379,7 @@ fn settings(args: &ProcessArgs) -> Settings {
     }
 }
 
-/// Recounts what is shared, while the VMs that have ended still hold their part of it.
+/// Compares the engine's metadata with the page maps, before the VMs that have ended release their memory.
 fn audit(sharing: Option<&Sharing>) -> Outcome {
     let problems = match sharing.map(Sharing::audit) {
         None => return Outcome::AllEnded,

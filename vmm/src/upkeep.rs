@@ -1,11 +1,11 @@
-//! Memory that work has left behind, given back to the host once the process is at rest.
+//! Frees memory that work has left behind, once the process is idle.
 //!
-//! Two things stay behind when VMs have come or gone. One is memory that the allocator keeps: glibc has an arena
-//! for each thread, up to eight for each processor, and an arena gives back its end alone. The other is code that
-//! the start of a VM needs and nothing afterwards. The kernel maps 64 KiB around each address that is run, which is
-//! nearly all of the program by the time that a VM has started. So the process has few arenas, and has the free
-//! pages of all arenas and the pages of its code given back [`REST`] after the last change. Pages of code that are
-//! needed come from the kernel's page cache again.
+//! Two kinds of memory stay behind when VMs have started or ended. The first is memory of the allocator: glibc has
+//! an arena for each thread, up to eight for each processor, and frees only the end of an arena. The second is code
+//! that only the start of a VM needs. The kernel maps 64 KiB around each address that runs, which is nearly all of
+//! the program when a VM has started. So the process has few arenas, and frees the unused pages of all arenas and
+//! the pages of its code [`REST`] after the last change. When code is needed again, its pages come from the
+//! kernel's page cache.
 
 #![expect(unsafe_code, reason = "calls mallopt, malloc_trim, dl_iterate_phdr and madvise")]
 
@@ -23,9 +23,9 @@ use vmm_sys_util::timerfd::TimerFd;
 
 /// How many arenas the allocator has. Threads that run VMs and disks allocate next to nothing.
 const ARENAS: c_int = 4;
-/// How long nothing is to have changed.
+/// How long the process must be idle.
 const REST: Duration = Duration::from_secs(1);
-/// After how long memory is given back although changes go on.
+/// After how long memory is freed although the process is not idle.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 const PAGE_BYTES: usize = 4096;
@@ -34,33 +34,33 @@ const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
 const PRESENT: u64 = 1 << 63;
 
-/// Has the allocator make few arenas from now on. To be called before there are threads.
+/// Limits the number of the allocator's arenas. To be called before any thread starts.
 pub(crate) fn keep_arenas_few() {
     // SAFETY: the call changes a number of the allocator's, under a lock of its own. Where it refuses, there are
     // more arenas.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
 }
 
-/// Waits for the process to come to rest.
+/// Waits until the process is idle.
 #[derive(Debug)]
 pub(crate) struct Upkeep {
     timer: TimerFd,
-    /// The first change since memory was given back.
+    /// The first change since memory was freed.
     changed: Option<Instant>,
 }
 
 impl Upkeep {
     /// # Errors
-    /// When the process is out of files.
+    /// Fails if the process is out of files.
     pub(crate) fn new() -> io::Result<Self> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
         Ok(Self { timer, changed: None })
     }
 
-    /// Notes that a VM has come or gone.
+    /// Records that a VM has started or ended.
     ///
     /// # Errors
-    /// When the kernel sets no timer.
+    /// Fails if the timer cannot be set.
     pub(crate) fn note_change(&mut self) -> io::Result<()> {
         let since = self.changed.get_or_insert_with(Instant::now).elapsed();
         if since < LONGEST_WAIT {
@@ -69,29 +69,29 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Gives memory back. To be called when the [file](Self::as_raw_fd) is readable.
+    /// Frees memory. To be called when the [file](Self::as_raw_fd) is readable.
     ///
     /// # Errors
-    /// When the timer cannot be read.
-    pub(crate) fn give_back(&mut self) -> io::Result<()> {
+    /// Fails if the timer cannot be read.
+    pub(crate) fn free_unused(&mut self) -> io::Result<()> {
         // A change may have set the timer anew meanwhile.
         if is_readable_now(self.timer.as_raw_fd())? {
             self.timer.wait().map_err(io::Error::from)?;
             self.changed = None;
-            give_back();
+            free_unused();
         }
         Ok(())
     }
 }
 
 impl AsRawFd for Upkeep {
-    /// Readable when memory is to be given back.
+    /// Readable when memory is to be freed.
     fn as_raw_fd(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
 }
 
-fn give_back() {
+fn free_unused() {
     // SAFETY: the allocator takes its own locks, and gives back pages that hold nothing that is allocated.
     unsafe { libc::malloc_trim(0) };
     // Where the kernel does not say what is in a segment, or keeps it, its pages stay.
@@ -104,7 +104,7 @@ fn give_back() {
     }
 }
 
-/// Addresses of the program's and its libraries' segments that are never written, in whole pages.
+/// Returns the addresses of segments of the program and its libraries that are never written, in whole pages.
 fn code() -> Vec<Range<usize>> {
     let mut segments: Vec<Range<usize>> = Vec::new();
     // SAFETY: the callback gets the vector that it expects, which outlives the call, and does not unwind.
@@ -112,7 +112,7 @@ fn code() -> Vec<Range<usize>> {
     segments
 }
 
-/// Notes the segments of one program or library.
+/// Collects the segments of one program or library.
 unsafe extern "C" fn note_object(
     info: *mut libc::dl_phdr_info,
     _size: libc::size_t,
@@ -141,7 +141,8 @@ unsafe extern "C" fn note_object(
     0
 }
 
-/// Whether all pages of a segment are the file's. Others, which a debugger's breakpoints have made, would be lost.
+/// Whether all pages of a segment come from the file. Other pages, such as those of a debugger's breakpoints, would
+/// be lost.
 fn is_of_file(map: &File, segment: &Range<usize>) -> io::Result<bool> {
     let mut words = vec![0; segment.len() / PAGE_BYTES * 8];
     map.read_exact_at(&mut words, (segment.start / PAGE_BYTES * 8) as u64)?;
@@ -169,8 +170,8 @@ mod tests {
     }
 
     #[test]
-    fn code_is_found_and_goes_on_after_its_pages_were_given_back() {
-        let here = give_back as fn() as usize;
+    fn code_is_found_and_runs_on_after_its_pages_were_freed() {
+        let here = free_unused as fn() as usize;
         let segments = code();
         let own = segments.iter().find(|segment| segment.contains(&here)).expect("this program's code");
         assert!(segments.iter().any(|segment| segment.contains(&(libc::madvise as *const () as usize))));
@@ -183,7 +184,7 @@ mod tests {
         }
         let before = mapped(own);
         assert_eq!(before, own.len() / PAGE_BYTES);
-        give_back();
+        free_unused();
         // Other tests run meanwhile, and have some of them mapped again.
         assert!(mapped(own) < before);
     }
@@ -195,13 +196,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_given_back_after_a_rest_and_once() {
+    fn memory_is_freed_after_a_rest_and_once() {
         let mut upkeep = Upkeep::new().unwrap();
-        upkeep.give_back().unwrap();
+        upkeep.free_unused().unwrap();
         upkeep.note_change().unwrap();
         assert!(upkeep.changed.is_some());
         samepage_process::poll::wait_readable([Some(upkeep.as_raw_fd())]).unwrap();
-        upkeep.give_back().unwrap();
+        upkeep.free_unused().unwrap();
         assert!(upkeep.changed.is_none());
         assert!(!is_readable_now(upkeep.as_raw_fd()).unwrap());
     }

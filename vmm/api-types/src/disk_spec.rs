@@ -1,4 +1,4 @@
-//! What a disk is to be like, as clients and configuration files say it.
+//! The description of a disk, as clients and configuration files write it.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use crate::spec::{Size, optional_rate_schema};
 
-/// Most queues of a disk.
+/// Upper limit for the queues of a disk.
 pub const MAX_QUEUES: usize = 16;
 
 /// A virtual disk.
@@ -18,45 +18,45 @@ pub struct DiskSpec {
     /// An image file or a block device.
     #[schema(value_type = String, min_length = 1, example = "/srv/root.img")]
     pub path: PathBuf,
-    /// The guest may not write.
+    /// Whether the disk is read-only.
     #[serde(default)]
     pub readonly: bool,
-    /// Its name within the VM, which the guest sees as its serial number; `disk` and its number where
-    /// none is given.
+    /// The name of the disk within the VM, which the guest sees as the serial number. By default `disk` and the
+    /// number of the disk, from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 20)]
     pub id: Option<String>,
-    /// The image's format; found out where none is given, which is refused where it would be dangerous.
+    /// The format of the image. By default the format is detected, and images are refused if that is unsafe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// What host memory holds of it.
+    /// Which of its blocks the host keeps in memory, and where. By default `exclusive`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CachePolicy>,
-    /// What it may do a second.
+    /// Limits per second.
     #[serde(default)]
     pub limits: LimitsSpec,
-    /// How many queues the guest's driver is offered; one where none is given.
+    /// The number of queues that the device offers. By default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
     pub queues: Option<usize>,
 }
 
-/// What a disk may do a second.
+/// Limits of a disk per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsSpec {
-    /// Bytes read and written; as many as there are where not given.
+    /// Bytes read and written. By default without limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(schema_with = optional_rate_schema)]
     pub rate: Option<Size>,
-    /// Requests; as many as there are where not given.
+    /// Requests. By default without limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub iops: Option<u64>,
 }
 
 impl DiskSpec {
-    /// What a configuration cannot have: the field, and what it has to be.
+    /// Returns values that are out of range: the field, and the reason.
     #[must_use]
     pub fn faults(&self) -> Vec<(&'static str, String)> {
         let queues = self.queues.filter(|queues| !(1..=MAX_QUEUES).contains(queues));
@@ -67,7 +67,7 @@ impl DiskSpec {
 }
 
 impl LimitsSpec {
-    /// Limits that let nothing through: the field, and what it has to be.
+    /// Returns limits of zero: the field, and the reason.
     #[must_use]
     pub fn faults(&self) -> Vec<(&'static str, String)> {
         let nothing = |unit: &str| format!("a limit of 0 {unit} a second lets nothing through");

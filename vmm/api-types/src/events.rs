@@ -1,4 +1,4 @@
-//! What happens, for those who watch.
+//! Events, for clients that watch.
 
 use serde::{Deserialize, Serialize};
 use utoipa::openapi::RefOr;
@@ -10,11 +10,11 @@ use crate::lifecycle::State;
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Its number; events are numbered from 1 on without gaps.
+    /// The number of the event; events are numbered from 1 without gaps.
     pub id: u64,
-    /// When, in seconds since 1970.
+    /// When the event happened, in seconds since 1970.
     pub time_seconds: f64,
-    /// What.
+    /// What happened.
     #[serde(flatten)]
     pub what: Happening,
 }
@@ -33,9 +33,10 @@ impl PartialSchema for Event {
         let id = number(
             Type::Integer,
             KnownFormat::Int64,
-            "Its number; events are numbered from 1 on without gaps",
+            "The number of the event; events are numbered from 1 without gaps",
         );
-        let time = number(Type::Number, KnownFormat::Double, "When, in seconds since 1970");
+        let time =
+            number(Type::Number, KnownFormat::Double, "When the event happened, in seconds since 1970");
         let (id, time): (RefOr<Schema>, RefOr<Schema>) = (id.into(), time.into());
         let mut schema = Happening::schema();
         if let RefOr::T(Schema::OneOf(kinds)) = &mut schema {
@@ -63,38 +64,38 @@ impl ToSchema for Event {
 pub enum Happening {
     /// A VM came into a state.
     State {
-        /// Its name.
+        /// The VM's name.
         vm: String,
         /// The state.
         state: State,
-        /// Why, where the VM has ended or was reset.
+        /// Why the VM has ended or was reset; absent otherwise.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
     },
     /// A VM's guest crashed. The state follows.
     Crash {
-        /// Its name.
+        /// The VM's name.
         vm: String,
-        /// Where and how.
+        /// Where and how the guest crashed.
         report: String,
     },
     /// A VM was deleted.
     Deleted {
-        /// Its name.
+        /// The VM's name.
         vm: String,
     },
     /// A VM's disk could not be read or written.
     Disk {
         /// The VM's name.
         vm: String,
-        /// The disk's.
+        /// The disk's name.
         disk: String,
-        /// What went wrong.
+        /// The error.
         message: String,
     },
     /// A limit was reached.
     Limit {
-        /// Which, and what to do.
+        /// The limit, and what to do.
         message: String,
     },
     /// The reader was too slow, or came too late: events are missing here.

@@ -6,41 +6,41 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What a VM does.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Made, and never started. Its memory is reserved and its images are loaded.
+    /// Created, and never started. The memory is reserved and the images are loaded.
     Created,
-    /// Its guest runs.
+    /// The guest runs.
     Running,
-    /// Its guest is held, and can go on where it was.
+    /// The guest is paused, and can be resumed.
     Paused,
-    /// It has ended: its guest reset the machine or powered off, or it was killed. It holds no memory.
+    /// The VM has ended: the guest reset the machine or powered off, or the VM was killed. It holds no memory.
     Stopped,
-    /// Its guest did what no machine can go on from. It holds no memory.
+    /// The guest crashed. The VM holds no memory.
     Crashed,
-    /// The host could not keep it going. It holds no memory.
+    /// An error of the host ended the VM. It holds no memory.
     Failed,
 }
 
-/// What a VM is asked to do.
+/// An action on a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
-    /// Let a VM run that never did, or boot one anew that has ended.
+    /// Start a created VM, or boot an ended VM again.
     Start,
-    /// Hold the guest. Once this is answered its vCPUs do nothing.
+    /// Pause the guest. When the response arrives, its vCPUs have stopped.
     Pause,
-    /// Let a paused guest go on.
+    /// Resume a paused guest.
     Resume,
-    /// Take the machine apart, and boot it anew with the same configuration.
+    /// End the machine, and boot again with the same configuration.
     Reset,
-    /// Ask the guest to end, by Ctrl-Alt-Del on its keyboard. What comes of that is up to the guest.
+    /// Press Ctrl-Alt-Del on the guest's keyboard. The guest decides what follows.
     Shutdown,
-    /// The same, and wait; what has not ended in time is killed. A paused guest goes on for that.
+    /// Do the same and wait, and kill the VM if it does not end in time. A paused guest is resumed first.
     Stop,
-    /// End it. The guest is not asked.
+    /// End the VM at once, without asking the guest.
     Kill,
 }
 

@@ -9,16 +9,16 @@ pub const PROBLEM_JSON: &str = "application/problem+json";
 /// Before each kind of problem, in `type`.
 const TYPE_PREFIX: &str = "urn:samepage:problem:";
 
-/// What kind of problem it is. The kinds are listed in `docs/api.md`.
+/// The kind of a problem. The kinds are listed in `docs/api.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The request is not what HTTP or JSON or the API's schema asks for.
+    /// The request does not follow HTTP, JSON or the API's schema.
     BadRequest,
-    /// A value cannot be, or a file is not there.
+    /// A value is out of range, or a file is missing.
     InvalidConfiguration,
-    /// The request does not bring the token.
+    /// The request has no token, or a wrong one.
     Unauthorized,
-    /// Who asks may not.
+    /// The client may not do this.
     Forbidden,
     /// There is no such VM.
     NoSuchVm,
@@ -30,25 +30,25 @@ pub enum Kind {
     DuplicateName,
     /// The VM's state forbids the action.
     IllegalTransition,
-    /// Something else is being done to the VM.
+    /// Another operation on the VM is in progress.
     Busy,
     /// A disk or a console's file has another user.
     InUse,
-    /// The guest takes nothing from its keyboard.
+    /// The guest reads nothing from its keyboard.
     NotListening,
     /// The host cannot promise that much memory.
     Overcommitted,
     /// The VM does not share memory.
     NotSharing,
-    /// The body is no JSON by its media type.
+    /// The media type of the body is not JSON.
     UnsupportedMediaType,
     /// The body is too large.
     TooLarge,
-    /// The body did not come in time.
+    /// The body did not arrive in time.
     Timeout,
-    /// The process is ending, or out of something.
+    /// The process is ending, or the host lacks something.
     Unavailable,
-    /// A defect of samepage's.
+    /// A defect of samepage.
     Internal,
 }
 
@@ -57,7 +57,7 @@ impl Kind {
         match self {
             Kind::BadRequest => ("bad-request", 400, "The request is malformed"),
             Kind::InvalidConfiguration => {
-                ("invalid-configuration", 422, "There can be no VM with this configuration")
+                ("invalid-configuration", 422, "The configuration of the VM is invalid")
             }
             Kind::Unauthorized => ("unauthorized", 401, "The token is missing"),
             Kind::Forbidden => ("forbidden", 403, "This is not allowed from here"),
@@ -66,7 +66,7 @@ impl Kind {
             Kind::MethodNotAllowed => ("method-not-allowed", 405, "The resource does not have this method"),
             Kind::DuplicateName => ("duplicate-name", 409, "There is a VM of this name"),
             Kind::IllegalTransition => ("illegal-transition", 409, "The VM's state does not allow this"),
-            Kind::Busy => ("busy", 409, "Something else is being done to the VM"),
+            Kind::Busy => ("busy", 409, "Another operation on the VM is in progress"),
             Kind::InUse => ("in-use", 409, "A file is in use"),
             Kind::NotListening => ("not-listening", 409, "The guest cannot be asked"),
             Kind::Overcommitted => ("overcommitted", 409, "The host cannot promise that much memory"),
@@ -75,17 +75,17 @@ impl Kind {
                 ("unsupported-media-type", 415, "The body's media type is not supported")
             }
             Kind::TooLarge => ("too-large", 413, "The body is too large"),
-            Kind::Timeout => ("timeout", 408, "The body did not come in time"),
+            Kind::Timeout => ("timeout", 408, "The body did not arrive in time"),
             Kind::Unavailable => ("unavailable", 503, "This cannot be done now"),
             Kind::Internal => ("internal", 500, "samepage has a defect"),
         }
     }
 }
 
-/// A problem, as RFC 9457 has it, and what to do about it.
+/// A problem (RFC 9457), and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
-    /// The kind of problem, as a URN: `urn:samepage:problem:` and a word of those in the documentation.
+    /// The kind of problem, as a URN: `urn:samepage:problem:` and a word from the documentation.
     #[serde(rename = "type")]
     #[schema(value_type = String, format = "uri")]
     pub kind: Box<str>,

@@ -1,4 +1,4 @@
-//! What a VM is to be like, as clients and configuration files say it.
+//! The description of a VM, as clients and configuration files write it.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -20,22 +20,22 @@ use samepage_text::size::parse_size;
 pub const DEFAULT_GROUP: &str = "default";
 /// Bounds of a VM's memory in bytes, which is a multiple of [`PAGE_SIZE`].
 pub const MIN_RAM: u64 = 2 << 20;
-/// The upper one.
+/// The upper bound.
 pub const MAX_RAM: u64 = (1 << 43) - (4 << 30);
 /// Bytes of a page.
 pub const PAGE_SIZE: usize = 4096;
-/// The kernel's command line where none is given.
+/// The default command line of the kernel.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 fn default_command_line() -> String {
     DEFAULT_COMMAND_LINE.to_owned()
 }
 
-/// What one VM is made from.
+/// The description of a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
-    /// Its name, unique in the process: letters, digits, `.`, `_` and `-`.
+    /// The name, unique in the process: letters, digits, `.`, `_` and `-`.
     #[schema(
         pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$",
         min_length = 1,
@@ -43,42 +43,42 @@ pub struct VmSpec {
         example = "web-0"
     )]
     pub name: String,
-    /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin
-    /// where the process was started.
+    /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin at the
+    /// working directory of the process.
     #[schema(value_type = String, min_length = 1, example = "/srv/vmlinux")]
     pub kernel: PathBuf,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line. What names the disks and the memory hole is added to it, and both have to fit
-    /// into what the kernel takes.
+    /// The kernel's command line. Parameters for the disks and the memory hole are appended, and the whole line
+    /// must not exceed the kernel's limit.
     #[serde(default = "default_command_line")]
     #[schema(default = json!(DEFAULT_COMMAND_LINE), pattern = "^[\\t -~]*$", max_length = 2047)]
     pub cmdline: String,
-    /// Its memory.
+    /// The size of the memory.
     #[serde(default)]
     #[schema(schema_with = memory_schema)]
     pub memory: Size,
-    /// What the host backs its memory with.
+    /// The size of the pages that back the memory.
     #[serde(default)]
     pub hugepages: HugePages,
-    /// Its disks, in the order in which the guest finds them.
+    /// The disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 8)]
     pub disks: Vec<DiskSpec>,
-    /// Where its console goes besides the backlog that is kept for clients.
+    /// Where the console goes, besides the backlog that clients read.
     #[serde(default)]
     pub console: ConsoleSpec,
-    /// How it takes part in sharing memory.
+    /// How the VM shares memory.
     #[serde(default)]
     pub sharing: SharingSpec,
-    /// The guest's memory hole, in which an agent of its may say what pages are for. A VM of a process that
-    /// shares no memory has none.
+    /// How an agent in the guest publishes what pages are used for. Without effect if the process shares no
+    /// memory.
     #[serde(default)]
     pub memory_hole: MemoryHole,
-    /// Whether it is started once it is made. Where this is left out, a VM of a configuration file is
-    /// started and a VM that a client creates is not.
+    /// Whether the VM is started when it is created. By default, VMs of configuration files are started, and
+    /// VMs that clients create are not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<bool>,
 }
@@ -87,20 +87,20 @@ pub struct VmSpec {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleSpec {
-    /// A file that takes a copy of it, which is created or emptied.
+    /// A file for a copy of the console. The file is created or truncated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub file: Option<PathBuf>,
 }
 
-/// How a VM takes part in sharing memory.
+/// How a VM shares memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SharingSpec {
-    /// What of its memory is shared.
+    /// Which pages are shared.
     #[serde(default)]
     pub mode: SharingMode,
-    /// The group of VMs that it shares with.
+    /// The group of VMs with which it shares memory.
     #[serde(default = "default_group")]
     #[schema(
         pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 64,
@@ -168,7 +168,7 @@ impl PartialSchema for Size {
 /// The size of a VM's memory.
 fn memory_schema() -> OneOfBuilder {
     let memory = bounded_size(MIN_RAM, Some(MAX_RAM), Some(PAGE_SIZE as u64));
-    memory.default(Some(json!(Size::default()))).description(Some("Its memory"))
+    memory.default(Some(json!(Size::default()))).description(Some("The size of the memory"))
 }
 
 /// The same where it may be left to others to say.
@@ -179,7 +179,7 @@ pub fn optional_memory_schema() -> OneOfBuilder {
 /// What may be read and written a second, where there is a limit.
 pub fn optional_rate_schema() -> OneOfBuilder {
     let rate = bounded_size(1, None, None).item(ObjectBuilder::new().schema_type(Type::Null));
-    rate.description(Some("Bytes read and written; as many as there are where not given"))
+    rate.description(Some("Bytes read and written. By default without limit"))
 }
 
 /// A number of bytes within bounds, or text with a unit.
@@ -205,7 +205,7 @@ impl ToSchema for Size {
 }
 
 impl VmSpec {
-    /// A VM with this kernel, and everything else as it is by default.
+    /// Returns a VM with this kernel, and with defaults for all else.
     pub fn new(name: impl Into<String>, kernel: impl Into<PathBuf>) -> Self {
         Self {
             name: name.into(),
@@ -222,7 +222,7 @@ impl VmSpec {
         }
     }
 
-    /// What a configuration cannot have: where it is wrong, as a JSON pointer, and how.
+    /// Returns values that are out of range: their places as JSON pointers, and the reasons.
     #[must_use]
     pub fn faults(&self) -> Vec<(String, String)> {
         let disks = self.disks.iter().enumerate();
@@ -233,18 +233,10 @@ impl VmSpec {
         faults.collect()
     }
 
-    /// Checks that there are no [`VmSpec::faults`].
+    /// Makes all paths absolute, from the working directory of this process.
     ///
     /// # Errors
-    /// The first of them.
-    pub fn check(&self) -> Result<(), (String, String)> {
-        self.faults().into_iter().next().map_or(Ok(()), Err)
-    }
-
-    /// Makes relative paths begin where this process was started.
-    ///
-    /// # Errors
-    /// When that place is not there any more.
+    /// Fails if the working directory no longer exists.
     pub fn make_absolute(&mut self) -> io::Result<()> {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);

@@ -14,79 +14,79 @@ use samepage_spec::SharingMode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What the engine counts.
+/// Counters of the engine.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct EngineView {
     /// Frames in use by two or more guest pages.
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames: what is saved.
     pub pages_sharing: u64,
-    /// Pages looked at and found unique.
+    /// Pages that were scanned and are unique.
     pub pages_unshared: u64,
-    /// Pages that changed since the pass before.
+    /// Pages that changed since the previous pass.
     pub pages_volatile: u64,
-    /// Guest pages of zeros whose memory was given back.
+    /// Guest pages of zeros whose memory is freed.
     pub zero_pages: u64,
     /// Complete passes over all VMs.
     pub full_scans: u64,
-    /// Frames in use, with those of a single sharer.
+    /// Frames in use, including those with a single sharer.
     pub frames: u64,
-    /// Pages looked at since the start.
+    /// Pages scanned since the start.
     pub pages_scanned: u64,
     /// Pages mapped to frames since the start.
     pub merges: u64,
-    /// Of those, the ones found as neighbours of a page that matched.
+    /// Merges of neighbours of a matching page.
     pub merges_lookahead: u64,
-    /// Of all merges, those whose runs a device's hint began.
+    /// Merges in runs that began with a hint of a disk.
     pub merges_hinted: u64,
-    /// Merged pages that were written to and left their frames since the start.
+    /// Merged pages that left their frames after a write, since the start.
     pub breaks: u64,
-    /// Runs not merged for want of mappings since the start.
+    /// Runs not merged since the start, because no mappings were left.
     pub mappings_denied: u64,
-    /// Calls of the kernel that failed since the start; guests are whole.
+    /// System calls that failed since the start, without harm to guests.
     pub refusals: u64,
-    /// Bytes that the kernel charges for the frames.
+    /// Memory of the frames, in bytes, as the kernel charges it.
     pub store_bytes: u64,
-    /// Bytes that the engine's books take.
+    /// Memory of the engine's metadata, in bytes.
     pub metadata_bytes: u64,
-    /// Mappings that the VMs' memory is made of.
+    /// Mappings of the VMs' memory.
     pub guest_mappings: u64,
     /// Mappings of the process.
     pub mappings: u64,
-    /// The kernel's limit on them.
+    /// The kernel's limit for mappings of a process (`vm.max_map_count`).
     pub mappings_limit: u64,
-    /// The longest time for which writers to a run of pages were made to wait, in microseconds.
+    /// The longest time for which writers to a run of pages had to wait, in microseconds.
     pub longest_window_us: u64,
     /// Groups for which sharing has stopped.
     pub groups_stopped: u64,
-    /// CPU time of the sharing threads until now, in seconds.
+    /// CPU time of the engine's threads since the start, in seconds.
     pub cpu_seconds: f64,
 }
 
-/// What is counted of one VM's memory.
+/// Counters of one VM's memory.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmMemoryView {
-    /// Pages of its RAM.
+    /// Pages of RAM.
     pub pages: u64,
-    /// Its pages on frames that it shares, counting each frame once for its share.
+    /// Shared frames, each counted by the part that this VM holds.
     pub pages_shared: u64,
-    /// Pages that sharing saves by this VM: each of n sharers of a frame saves 1 - 1/n of a page.
+    /// Pages that sharing saves for this VM: each of n sharers of a frame saves 1 - 1/n of a page.
     pub pages_sharing: u64,
-    /// Its pages that are mapped to frames.
+    /// Pages mapped to frames.
     pub pages_merged: u64,
-    /// Its pages looked at and found unique.
+    /// Pages that were scanned and are unique.
     pub pages_unshared: u64,
-    /// Its pages that changed since the pass before.
+    /// Pages that changed since the previous pass.
     pub pages_volatile: u64,
-    /// Its pages of zeros whose memory was given back.
+    /// Pages of zeros whose memory is freed.
     pub zero_pages: u64,
-    /// Its pages that take memory of their own.
+    /// Private pages.
     pub pages_private: u64,
-    /// Huge pages that back a part of them.
+    /// Huge pages that back the RAM.
     pub huge_whole: u64,
-    /// Its huge pages that were split, to share parts of them.
+    /// Huge pages that were split, so that parts of them could be shared.
     pub huge_split: u64,
-    /// Mappings of its RAM.
+    /// Mappings of the RAM.
     pub mappings: u64,
 }
 
@@ -97,226 +97,222 @@ pub struct VmSummary {
     pub name: String,
     /// What it does.
     pub state: State,
-    /// Since when it has been in that state, in seconds since 1970.
+    /// When the VM came into this state, in seconds since 1970.
     pub since_time_seconds: f64,
-    /// Why it has ended, if it has.
+    /// Why the VM has ended; absent before its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Its memory.
     pub memory_bytes: u64,
-    /// The group that it shares memory with.
+    /// The group of VMs with which it shares memory.
     pub group: String,
-    /// What of its memory is shared: nothing where this process shares none, whatever its configuration says.
+    /// Which pages are shared. Always `off` if this process shares no memory.
     pub mode: SharingMode,
-    /// Why sharing has stopped for its group, if it has.
+    /// Why sharing has stopped for the group; absent while it works.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sharing_stopped: Option<String>,
-    /// What it takes of the host: its private pages, and its share of each frame. Not there before this
-    /// was looked at, and when it has ended.
+    /// Memory that the VM takes of the host: its private pages, and its share of each frame. Absent before the
+    /// first sample and after the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident_bytes: Option<u64>,
-    /// What sharing saves by it, pages of zeros included.
+    /// Memory that sharing saves for this VM, including pages of zeros.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saved_bytes: Option<u64>,
-    /// What its pages on frames, which it shares with others or may come to, have in bytes.
+    /// Memory of the pages that are mapped to frames.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shared_bytes: Option<u64>,
-    /// Its pages that take memory of their own.
+    /// Private pages.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub private_bytes: Option<u64>,
-    /// Its pages of zeros whose memory was given back.
+    /// Pages of zeros whose memory is freed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zero_bytes: Option<u64>,
-    /// So much more memory would spare it 95 % of the reads of disks that any memory could spare. Not
-    /// there before it has read through the block cache.
+    /// With this much more memory, the VM would save 95 % of the disk reads that memory can save. Absent before
+    /// the VM has read through the block cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wanted_bytes: Option<u64>,
-    /// CPU time of its vCPUs since it was last booted; not there when it has ended.
+    /// CPU time of the vCPUs since the last boot; absent after the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_seconds: Option<f64>,
-    /// What its disks did since then.
+    /// Bytes that the disks read and wrote since then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io: Option<IoView>,
 }
 
-/// What disks read, by where it came from, and what they wrote. What a guest finds in a page cache of
-/// its own never gets here.
+/// Bytes that disks read, by source, and wrote. Reads from the guest's own page cache do not count.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct IoView {
-    /// Blocks that a guest of the group held.
+    /// Read from the memory of a guest in the group.
     pub from_guests_bytes: u64,
-    /// Blocks that the host alone held.
+    /// Read from the block cache.
     pub from_host_bytes: u64,
-    /// All else: read from the image.
+    /// Read from the image.
     pub from_disk_bytes: u64,
-    /// What was written.
+    /// Written.
     pub written_bytes: u64,
 }
 
-/// What the block cache counts, in blocks of 4 KiB.
+/// Counters of the block cache, in blocks of 4 KiB.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CacheCounters {
-    /// Blocks that the host alone holds.
+    /// Cached blocks, which no guest holds.
     pub blocks_cached: u64,
-    /// Most that it may, in all groups together.
+    /// Upper limit for cached blocks, in all groups together.
     pub blocks_limit: u64,
-    /// Frames that hold blocks and are mapped by guests.
+    /// Frames with blocks that guests map.
     pub blocks_in_guests: u64,
-    /// Guest pages that blocks were copied to, as far as they are noted.
+    /// Recorded copies of blocks in guest pages.
     pub blocks_noted: u64,
-    /// Blocks that guests read which a guest held already, since the start.
+    /// Blocks read from the memory of a guest, since the start.
     pub served_from_guests: u64,
-    /// Blocks that guests read which the host alone held, since the start.
+    /// Blocks read from the cache, since the start.
     pub served_from_host: u64,
-    /// Blocks that were read from disks, since the start.
+    /// Blocks read from images into the cache, since the start.
     pub fetched: u64,
-    /// Blocks that the cache had no room for, which disks read by themselves, since the start.
+    /// Blocks read from images past a full cache, since the start.
     pub past: u64,
     /// Blocks that were mapped into guests, since the start.
     pub delivered_mapped: u64,
     /// Blocks that were copied into guests, since the start.
     pub delivered_copied: u64,
-    /// Blocks that became cached when the last guest left their frame, since the start.
+    /// Mapped blocks that became cached when the last guest left their frame, since the start.
     pub demoted_mapped: u64,
-    /// Blocks that became cached since a guest's page was proven to hold them still, since the start.
+    /// Copied blocks that became cached, because a guest's page still held them, since the start.
     pub demoted_copied: u64,
     /// Guest pages that no longer held the block that was copied to them, since the start.
     pub refuted: u64,
-    /// Cached blocks that were dropped for others or for want of memory, since the start.
+    /// Cached blocks that were evicted, since the start.
     pub evicted: u64,
-    /// Blocks that were written to, which the host or a guest was known to hold, since the start.
+    /// Writes to blocks that the cache or a guest held, since the start.
     pub overwritten: u64,
-    /// Bytes that the cache's books take.
+    /// Memory of the cache's metadata, in bytes.
     pub metadata_bytes: u64,
 }
 
 /// The host's cache of disk blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CacheView {
-    /// Whether there is one: it belongs to the engine that shares memory.
+    /// Whether the process has a block cache. It belongs to the engine that shares memory.
     pub enabled: bool,
-    /// When this was looked at.
+    /// When the sample was taken.
     pub time_seconds: f64,
-    /// What blocks take that the host alone holds.
+    /// Memory of the cached blocks, which no guest holds.
     pub cached_bytes: u64,
-    /// Most that they may.
+    /// Upper limit for cached blocks.
     pub limit_bytes: u64,
-    /// Blocks in memory that guests map: theirs, and no copy of the host's beside it.
+    /// Memory of blocks that guests map. The host has no other copy of them.
     pub in_guests_bytes: u64,
-    /// What guests read through the cache since the start, by where it came from.
+    /// Bytes that guests read through the cache since the start, by source.
     pub sources: CacheSources,
-    /// What the cache counts.
+    /// Counters of the cache.
     pub statistics: CacheCounters,
 }
 
-/// What guests read through the block cache, by where it came from. What a guest finds in a page cache of
-/// its own never gets here.
+/// Bytes that guests read through the block cache, by source. Reads from the guest's own page cache do not
+/// count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CacheSources {
-    /// A guest of the group held it.
+    /// Read from the memory of a guest in the group.
     pub guests_bytes: u64,
-    /// The host alone held it.
+    /// Read from the block cache.
     pub host_bytes: u64,
-    /// It was read from the image, into the cache or past it.
+    /// Read from the image, into the cache or past it.
     pub disk_bytes: u64,
 }
 
-/// What more memory would bring a VM, as its reads of disks tell; those of long ago count less.
+/// How many disk reads more memory would save a VM. Old reads count less than recent ones.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct WorkingSetView {
-    /// The memory that it has.
+    /// The VM's memory.
     pub memory_bytes: u64,
-    /// When this was looked at; not there when the VM has ended.
+    /// When the sample was taken; absent after the VM's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_seconds: Option<f64>,
-    /// So much more memory would spare it 95 % of the reads that any memory could spare. Not there before
-    /// it has read through the block cache.
+    /// With this much more memory, the VM would save 95 % of the reads that memory can save. Absent before the
+    /// VM has read through the block cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wanted_bytes: Option<u64>,
-    /// The part of its reads that no memory spares, from 0 to 1: those of blocks that it had not read
-    /// before.
+    /// The part of the reads that no memory saves, from 0 to 1: first reads of blocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unavoidable: Option<f64>,
-    /// Its reads over more memory, by points with straight lines in between.
+    /// The part of the reads that is left, as a function of additional memory: points, linear in between.
     pub curve: Vec<CurvePoint>,
 }
 
 /// A point of a curve of misses.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CurvePoint {
-    /// With so much more memory than it has,
+    /// Additional memory.
     pub more_bytes: u64,
-    /// this part of its reads would be left, from 1 down.
+    /// The part of the reads that is left, from 1 down.
     pub reads_left: f64,
 }
 
-/// Two VMs, and what they have in common.
+/// Two VMs, and the memory that they share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PairView {
-    /// Their names.
+    /// The names of the VMs.
     #[schema(min_items = 2, max_items = 2)]
     pub vms: Vec<String>,
-    /// Pages of content that are in memory once for both. An estimate from some thousand frames of the
-    /// group.
+    /// Pages of content that are in memory once for both: an estimate from up to some thousand frames.
     pub pages: u64,
-    /// Its standard error; 0 where all frames were looked at.
+    /// The standard error of the estimate; 0 if all frames were counted.
     pub pages_error: u64,
 }
 
-/// A VM with everything about it.
+/// A VM in detail.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmView {
-    /// What a list says.
+    /// The entry of the VM in lists.
     #[serde(flatten)]
     pub summary: VmSummary,
-    /// What it can be asked to do now.
+    /// The actions that the VM's state allows.
     pub actions: Vec<Action>,
-    /// What it was made from.
+    /// The description from which the VM was created.
     pub config: VmSpec,
-    /// Bytes that the guest wrote to its console since it was last booted, and those of them that were
-    /// lost because nobody took them.
+    /// Counters of the console since the last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsoleView>,
     /// Its disks.
     pub disks: Vec<DiskView>,
 }
 
-/// What went through a console.
+/// Counters of a console.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ConsoleView {
     /// Bytes that the guest wrote.
     pub sent_bytes: u64,
-    /// Bytes of the guest's that were lost, because nobody took them.
+    /// Bytes of the guest that were dropped, because nobody read them.
     pub lost_bytes: u64,
-    /// Bytes that were typed and taken.
+    /// Typed bytes that the guest read.
     pub received_bytes: u64,
 }
 
-/// A disk of a VM's.
+/// A disk of a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskView {
-    /// Its name within the VM.
+    /// The name of the disk within the VM.
     pub id: String,
-    /// Its image.
+    /// The image file or block device.
     pub path: String,
-    /// The guest may not write.
+    /// Whether the disk is read-only.
     pub readonly: bool,
-    /// Its size as the guest is told; not there when the VM has ended.
+    /// The size that the guest sees; absent after the VM's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_bytes: Option<u64>,
-    /// Who keeps its blocks in host memory.
+    /// Which of its blocks the host keeps in memory, and where.
     pub cache: CachePolicy,
-    /// What it may do a second.
+    /// Limits per second.
     pub limits: LimitsSpec,
-    /// What is to be known about how it is accessed, in sentences.
+    /// Remarks on how the image is accessed, in sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<String>,
-    /// What it did since the VM was last booted; not there when the VM has ended.
+    /// Counters since the last boot; absent after the VM's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub statistics: Option<DiskStatistics>,
 }
 
-/// What a disk did.
+/// Counters of a disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskStatistics {
     /// Read requests that succeeded.
@@ -329,17 +325,17 @@ pub struct DiskStatistics {
     pub read_bytes: u64,
     /// Bytes of successful writes.
     pub written_bytes: u64,
-    /// Blocks that were read from what guests held.
+    /// Blocks read from the memory of guests.
     pub blocks_from_guests: u64,
-    /// Blocks that were read from what the host held.
+    /// Blocks read from the block cache.
     pub blocks_from_host: u64,
-    /// Blocks that the cache had read from the image.
+    /// Blocks read from the image through the cache.
     pub blocks_fetched: u64,
-    /// Requests that were held back to keep to the disk's limits.
+    /// Requests that were delayed by the disk's limits.
     pub throttled: u64,
     /// Requests that failed.
     pub errors: u64,
-    /// What went wrong last.
+    /// The last error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }
@@ -347,17 +343,17 @@ pub struct DiskStatistics {
 /// How a VM takes part in sharing memory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmSharingView {
-    /// The group that it shares with.
+    /// The group of VMs with which it shares memory.
     pub group: String,
-    /// What of its memory is shared: nothing where this process shares none.
+    /// Which pages are shared. Always `off` if this process shares no memory.
     pub mode: SharingMode,
-    /// When this was looked at.
+    /// When the sample was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_seconds: Option<f64>,
-    /// What it takes of the host: its private pages, and its share of each frame.
+    /// Memory that the VM takes of the host: its private pages, and its share of each frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident_bytes: Option<u64>,
-    /// What is counted of its memory; not there before this was looked at, and when it has ended.
+    /// Counters of the memory; absent before the first sample and after the VM's end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub statistics: Option<VmMemoryView>,
 }
@@ -370,36 +366,36 @@ pub struct SharingView {
     /// The settings that the engine was started with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settings: Option<SettingsView>,
-    /// When this was looked at.
+    /// When the sample was taken.
     pub time_seconds: f64,
     /// Sum of the VMs' memory.
     pub guest_bytes: u64,
     /// Memory that the process takes: its private pages, and each frame once.
     pub resident_bytes: u64,
-    /// Of that, private pages.
+    /// Private pages among these.
     pub private_bytes: u64,
-    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
+    /// Memory that sharing saves, minus `overhead_bytes`; 0 if the overhead is larger.
     pub saved_bytes: u64,
-    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
+    /// Overhead of sharing: the engine's metadata, and the kernel's for mappings and page tables.
     pub overhead_bytes: u64,
-    /// What the engine counts.
+    /// Counters of the engine.
     pub statistics: EngineView,
     /// The groups within which VMs share.
     pub groups: Vec<GroupView>,
-    /// The ten pairs of VMs with most in common.
+    /// The ten pairs of VMs that share most.
     pub pairs: Vec<PairView>,
 }
 
-/// How the engine works.
+/// Settings of the engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SettingsView {
-    /// Share of one core that looking for alike pages may take on average, in percent.
+    /// Average CPU time for the search for identical pages, in percent of one core.
     pub cpu_percent: f64,
-    /// Neighbours of a page that matched are compared before anything is searched for.
+    /// Whether the neighbours of a matching page are compared before any search.
     pub lookahead: bool,
-    /// What the indexes are ordered by: `digest` or `content`.
+    /// The order of the indexes: `digest` or `content`.
     pub order: String,
-    /// Effort follows change.
+    /// Whether the engine scans changed pages only.
     pub follow: bool,
 }
 
@@ -408,19 +404,19 @@ pub struct SettingsView {
 pub struct GroupView {
     /// Its name.
     pub name: String,
-    /// Sharing has stopped for it: its VMs go on, and nothing more of them is shared.
+    /// Whether sharing has stopped for the group. Its VMs continue, and no more pages are merged.
     #[serde(default)]
     pub stopped: bool,
     /// Frames in use by two or more guest pages.
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames.
     pub pages_sharing: u64,
-    /// Guest pages of zeros whose memory was given back.
+    /// Guest pages of zeros whose memory is freed.
     pub zero_pages: u64,
-    /// Pages mapped to frames since the group came up.
+    /// Pages mapped to frames since the group was created.
     pub merges: u64,
-    /// What sharing saves, less what it takes itself; 0 where it takes more than it saves.
+    /// Memory that sharing saves, minus `overhead_bytes`; 0 if the overhead is larger.
     pub saved_bytes: u64,
-    /// What sharing takes itself: its books, and the kernel's for mappings and page tables.
+    /// Overhead of sharing: the engine's metadata, and the kernel's for mappings and page tables.
     pub overhead_bytes: u64,
 }

@@ -107,7 +107,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Parameters<T> 
 async fn names<T: DeserializeOwned + Send>(parts: &mut Parts) -> Result<T, Refusal> {
     let names = Path::<T>::from_request_parts(parts, &()).await;
     names.map(|Path(names)| names).map_err(|error| {
-        Refusal::new(Kind::BadRequest, format!("the path is not what it should be: {}", error.body_text()))
+        Refusal::new(Kind::BadRequest, format!("the path is invalid: {}", error.body_text()))
     })
 }
 
@@ -138,7 +138,7 @@ impl FromRequestParts<Arc<Api>> for VmAndDisk {
 /// A value as JSON.
 pub(super) fn to_json(value: &impl Serialize) -> Result<Bytes, Refusal> {
     let written = serde_json::to_vec(value).map(Bytes::from);
-    written.map_err(|error| Refusal::new(Kind::Internal, format!("write the answer: {error}")))
+    written.map_err(|error| Refusal::new(Kind::Internal, format!("write the response: {error}")))
 }
 
 /// A response of JSON.
@@ -153,7 +153,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(Refusal::from),
         Err(_) => Err(Refusal::new(Kind::Internal, "the operation panicked")
-            .help("the VM may be in any state; please report what led to this")),
+            .help("the VM may be in any state; report what led to this")),
     }
 }
 

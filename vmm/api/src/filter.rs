@@ -1,4 +1,4 @@
-//! Which VMs of a list are meant.
+//! Filters for lists of VMs.
 
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -6,17 +6,17 @@ use utoipa::IntoParams;
 use samepage_api_types::lifecycle::State;
 use samepage_host::record::Record;
 
-/// Which VMs are listed: those that fit all that is given.
+/// Filters for a list of VMs, which has the VMs that match all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct VmFilter {
-    /// Those in this state.
+    /// VMs in this state.
     #[param(inline)]
     state: Option<State>,
-    /// Those that share memory in this group; a `*` stands for any letters.
+    /// VMs of this group; `*` matches any text.
     group: Option<String>,
-    /// Those of this name; a `*` stands for any letters, as in `web-*`.
+    /// VMs with this name; `*` matches any text, as in `web-*`.
     name: Option<String>,
 }
 

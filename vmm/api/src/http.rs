@@ -62,7 +62,7 @@ pub enum HttpError {
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The token's file cannot be read.
@@ -70,7 +70,7 @@ pub enum HttpError {
     TokenFile {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The token is none.

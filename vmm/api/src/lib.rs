@@ -6,7 +6,7 @@
 //! The description that clients get is generated from the types of `samepage-api-types`: [`openapi`]. For people it
 //! is in `docs/api.md`.
 
-mod explain;
+mod error_mapping;
 mod extract;
 mod filter;
 pub mod http;
@@ -14,13 +14,13 @@ pub mod listener;
 mod maps;
 mod metrics;
 mod negotiate;
-pub mod patient;
 mod problem;
-mod rendered;
+mod response_cache;
 mod routes;
 mod sampling;
 pub mod server;
 mod views;
+pub mod write_timeout;
 
 pub use extract::MAX_BODY;
 pub use routes::openapi;

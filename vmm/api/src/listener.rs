@@ -51,7 +51,7 @@ pub enum SocketError {
         group: String,
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The kernel refused something.
@@ -61,7 +61,7 @@ pub enum SocketError {
         what: &'static str,
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
 }

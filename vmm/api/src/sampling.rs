@@ -38,7 +38,7 @@ pub(super) struct Sampling {
 struct Latest {
     seen: Option<Arc<Seen>>,
     error: Option<String>,
-    looking: bool,
+    is_sampling: bool,
 }
 
 /// The process at one moment.
@@ -94,7 +94,7 @@ impl Sampling {
 
     /// Has somebody look, unless somebody does.
     fn begin(self: &Arc<Self>, state: &mut Latest, registry: &Arc<Registry>) {
-        if !std::mem::replace(&mut state.looking, true) {
+        if !std::mem::replace(&mut state.is_sampling, true) {
             let (sampling, registry) = (Arc::clone(self), Arc::clone(registry));
             tokio::task::spawn_blocking(move || sampling.look(&registry));
         }
@@ -150,7 +150,7 @@ impl Sampling {
         struct Done<'a>(&'a Sampling);
         impl Drop for Done<'_> {
             fn drop(&mut self) {
-                self.0.state.lock().looking = false;
+                self.0.state.lock().is_sampling = false;
                 self.0.seen.notify_waiters();
             }
         }

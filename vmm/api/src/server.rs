@@ -26,11 +26,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::http::{Guard, HttpError, HttpOptions};
 use crate::listener::{self, Socket, SocketError, SocketOptions};
 use crate::maps::Maps;
-use crate::patient::Patient;
 use crate::problem::Refusal;
-use crate::rendered::Rendered;
+use crate::response_cache::ResponseCache;
 use crate::routes;
 use crate::sampling::Sampling;
+use crate::write_timeout::with_write_timeout;
 use samepage_api_types::problem::{Kind, PROBLEM_JSON};
 use samepage_host::registry::Registry;
 
@@ -67,7 +67,7 @@ pub enum ServerError {
 
 /// Where a server can be reached.
 #[derive(Clone, Debug, Default)]
-pub struct Doors {
+pub struct Listeners {
     /// The control socket.
     pub socket: Option<SocketOptions>,
     /// A port for browsers.
@@ -80,17 +80,17 @@ pub(super) struct Api {
     pub(super) registry: Arc<Registry>,
     pub(super) sampling: Arc<Sampling>,
     pub(super) maps: Maps,
-    pub(super) answers: Answers,
+    pub(super) caches: ResponseCaches,
     /// Becomes true when the server is to end.
     pub(super) ending: watch::Receiver<bool>,
 }
 
 /// What was answered last about all VMs.
 #[derive(Debug, Default)]
-pub(super) struct Answers {
-    pub(super) vms: Rendered,
-    pub(super) sharing: Rendered,
-    pub(super) metrics: Rendered,
+pub(super) struct ResponseCaches {
+    pub(super) vms: ResponseCache,
+    pub(super) sharing: ResponseCache,
+    pub(super) metrics: ResponseCache,
 }
 
 /// A connection counts as long as somebody holds this.
@@ -106,26 +106,26 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the doors and answers requests about the registry's VMs. Threads of the server have the calling
+    /// Opens the listeners and answers requests about the registry's VMs. Threads of the server have the calling
     /// thread's signal mask.
     ///
     /// # Errors
-    /// Where a door cannot be had, or the process is out of something.
-    pub fn start(doors: &Doors, registry: Arc<Registry>) -> Result<Self, ServerError> {
+    /// Fails if a listener cannot be opened, or if the process is out of files or threads.
+    pub fn start(listeners: &Listeners, registry: Arc<Registry>) -> Result<Self, ServerError> {
         let (end, ending) = watch::channel(false);
         let sampling = Arc::new(Sampling::new()?);
         let maps = Maps::new()?;
-        let api = Arc::new(Api { registry, sampling, maps, answers: Answers::default(), ending });
+        let api = Arc::new(Api { registry, sampling, maps, caches: ResponseCaches::default(), ending });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(WORKERS)
             .thread_keep_alive(WORKER_REST)
             .thread_name("api-work")
             .build()?;
-        let tcp = doors.http.as_ref().map(HttpOptions::listen).transpose()?;
+        let tcp = listeners.http.as_ref().map(HttpOptions::listen).transpose()?;
         let address = tcp.as_ref().map(StdTcpListener::local_addr).transpose()?;
-        let guard = doors.http.as_ref().map(|http| Guard { token: http.token.clone() });
-        let (unix, socket) = doors.socket.as_ref().map(listener::open).transpose()?.unzip();
+        let guard = listeners.http.as_ref().map(|http| Guard { token: http.token.clone() });
+        let (unix, socket) = listeners.socket.as_ref().map(listener::open).transpose()?.unzip();
         let thread =
             thread::Builder::new().name("api".into()).spawn(move || serve(runtime, unix, tcp, guard, api))?;
         Ok(Self { end, thread: Some(thread), address, _socket: socket })
@@ -157,10 +157,10 @@ fn serve(
     runtime.block_on(async {
         let mut ending = api.ending.clone();
         let (router, guarded) = routes::routers(api, guard);
-        let unix = Door::new(router, MAX_CONNECTIONS, &ending, unix.map(UnixListener::from_std));
+        let unix = Acceptor::new(router, MAX_CONNECTIONS, &ending, unix.map(UnixListener::from_std));
         // Those who come by the port take nobody's place at the socket.
         let tcp = guarded.map(|router| {
-            Door::new(router, MAX_HTTP_CONNECTIONS, &ending, tcp.map(TcpListener::from_std))
+            Acceptor::new(router, MAX_HTTP_CONNECTIONS, &ending, tcp.map(TcpListener::from_std))
         });
         tokio::select! {
             () = is_ending(&mut ending) => {}
@@ -207,7 +207,7 @@ impl Accept for TcpListener {
 
     async fn accept(&self) -> io::Result<TcpStream> {
         let (stream, _) = TcpListener::accept(self).await?;
-        // Answers are short, and written as a whole; without this they are only later.
+        // ResponseCaches are short, and written as a whole; without this they are only later.
         let _ = stream.set_nodelay(true);
         Ok(stream)
     }
@@ -218,8 +218,8 @@ impl Accept for TcpListener {
     }
 }
 
-/// A way in, for so many connections at a time.
-struct Door<L> {
+/// Accepts connections from a listener, up to a number at a time.
+struct Acceptor<L> {
     listener: Option<L>,
     router: Router,
     most: usize,
@@ -227,7 +227,7 @@ struct Door<L> {
     ending: watch::Receiver<bool>,
 }
 
-impl<L: Accept> Door<L> {
+impl<L: Accept> Acceptor<L> {
     fn new(
         router: Router,
         most: usize,
@@ -289,7 +289,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES)
-        .serve_connection(TokioIo::new(Patient::new(stream)), service)
+        .serve_connection(TokioIo::new(with_write_timeout(stream)), service)
         .with_upgrades();
     let mut connection = pin!(connection);
     // What goes wrong on a connection ends it, and concerns nobody else.

@@ -1,8 +1,8 @@
-//! What a client is told where something cannot be done.
+//! Faults: refusals of requests.
 
 use hyper::StatusCode;
 
-/// Why a request is refused: a status, and a sentence that the client finds as `fault_message`.
+/// A refusal of a request: a status, and a sentence for the field `fault_message`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) status: StatusCode,
@@ -10,22 +10,22 @@ pub(super) struct Fault {
 }
 
 impl Fault {
-    /// What most refusals are to Firecracker's clients: a bad request.
+    /// Returns a bad request, as for most refusals.
     pub(super) fn new(message: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_REQUEST, message: message.into() }
     }
 
-    /// Something of Firecracker's that samepage does not have.
+    /// Returns a refusal of a feature of Firecracker that samepage lacks.
     pub(super) fn missing(what: &str) -> Self {
         Self::new(format!("The requested operation is not supported: samepage has no {what}."))
     }
 
-    /// What can be done before the start alone.
+    /// Returns a refusal of an operation that is possible only before the start.
     pub(super) fn started() -> Self {
         Self::new("The requested operation is not supported after starting the microVM.")
     }
 
-    /// What can be done after the start alone.
+    /// Returns a refusal of an operation that is possible only after the start.
     pub(super) fn not_started() -> Self {
         Self::new("The requested operation is not supported before starting the microVM.")
     }

@@ -41,14 +41,14 @@ struct Console {
     stream: UnixStream,
     first: Vec<u8>,
     /// It goes to a file of the host's as well, and is not shown here.
-    elsewhere: bool,
+    is_shown_elsewhere: bool,
 }
 
 /// The VM's stand-in.
 pub(super) struct Hosted {
     name: String,
     client: Client,
-    started: AtomicBool,
+    is_started: AtomicBool,
     /// Handed over to whoever waits for the VM's end.
     console: Mutex<Option<Console>>,
     /// Written when that is there.
@@ -73,7 +73,7 @@ pub(super) fn start(
     let hosted = Arc::new(Hosted {
         name: args.id.clone(),
         client,
-        started: AtomicBool::new(false),
+        is_started: AtomicBool::new(false),
         console: Mutex::default(),
         attached: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("open an event")?,
     });
@@ -104,19 +104,19 @@ impl Hosted {
 
 impl Machine for Hosted {
     fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
-        let elsewhere = console.is_some();
+        let is_shown_elsewhere = console.is_some();
         spec.console.file = console;
         spec.make_absolute().map_err(|error| Fault::new(format!("A path cannot be resolved: {error}.")))?;
         self.client.send::<Value>(Method::POST, "/vms", &spec)?;
         let attached = self.client.attach_for_life(&self.name);
         let started = attached.and_then(|(stream, first)| {
             self.act(Action::Start)?;
-            Ok(Console { stream, first, elsewhere })
+            Ok(Console { stream, first, is_shown_elsewhere })
         });
         match started {
             Ok(console) => {
                 *self.console.lock() = Some(console);
-                self.started.store(true, Ordering::SeqCst);
+                self.is_started.store(true, Ordering::SeqCst);
                 // The one failure of an event counter is that it is full: then it is readable as it is.
                 let _ = self.attached.write(1);
                 Ok(())
@@ -129,7 +129,7 @@ impl Machine for Hosted {
     }
 
     fn activity(&self) -> Option<Activity> {
-        if !self.started.load(Ordering::SeqCst) {
+        if !self.is_started.load(Ordering::SeqCst) {
             return None;
         }
         let state = self.client.get::<VmSummary>(&self.path()).map(|vm| vm.state);
@@ -253,7 +253,7 @@ impl Watch {
 
 impl Console {
     fn show(&self, bytes: &[u8]) {
-        if !self.elsewhere {
+        if !self.is_shown_elsewhere {
             let mut out = io::stdout().lock();
             // Who has closed the output does not want it; the VM goes on.
             let _ = out.write_all(bytes).and_then(|()| out.flush());

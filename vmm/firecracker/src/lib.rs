@@ -1,14 +1,13 @@
-//! `samepage firecracker`: one VM behind the API of Firecracker, for the clients that speak it.
+//! `samepage firecracker`: one VM behind the API of Firecracker, for clients of Firecracker.
 //!
-//! - `args` is Firecracker's command line, `model` what its requests and answers consist of.
+//! - `args` is Firecracker's command line, `model` has the types of its requests and responses.
 //! - `controller` keeps what a client has configured, `requests` leads each request there.
-//! - `machine` is what a VM is asked for: `local` runs it in this process, `hosted` in a process of
-//!   `samepage serve`, where it shares memory with others, with this process in its place.
+//! - `machine` is the interface to the VM: `local` runs the VM in this process, `hosted` in a process of
+//!   `samepage serve`, where it shares memory with other VMs.
 //! - `server` speaks HTTP.
 //!
-//! What Firecracker can and samepage cannot is refused with a fault that says so, never ignored; where a
-//! setting asks for nothing that could be missed (a log's format, a seccomp filter), it is accepted. The table
-//! is in `docs/firecracker.md`.
+//! Features that samepage lacks are refused with a fault, and never ignored. Settings whose lack does no harm (a
+//! log's format, a seccomp filter) are accepted. The table is in `docs/firecracker.md`.
 
 pub mod args;
 mod config;
@@ -40,19 +39,19 @@ use machine::Machine;
 use samepage_process::tell::{self, tell};
 use server::Server;
 
-/// The version of Firecracker's API that is spoken. Clients want to see one that they know.
+/// The version of Firecracker's API that is implemented. Clients check for a version that they know.
 pub(crate) const VERSION: &str = "1.16.1";
 
-/// What the process ends with, as Firecracker does.
+/// The exit status of the process, as of Firecracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Exit {
-    /// The guest reset the machine or powered off, or the process was told to end.
+    /// The guest reset the machine or powered off, or a signal ended the process.
     Ok = 0,
-    /// Anything else.
+    /// Any other error.
     Error = 1,
-    /// The configuration file, or what an option says.
+    /// The configuration file or the value of an option is wrong.
     BadConfiguration = 152,
-    /// The command line.
+    /// The command line is wrong.
     BadArguments = args::WRONG_ARGUMENTS as isize,
 }
 
@@ -62,10 +61,10 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// The one VM of the process, to be configured and asked by clients.
+/// The one VM of the process, which clients configure and act on.
 type Shared = Arc<Mutex<Controller>>;
 
-/// Runs a VM until it has ended, or the process is told to end.
+/// Runs a VM until it has ended, or a signal ends the process.
 pub fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     if args.version {
         args::print_version();
@@ -103,7 +102,7 @@ pub fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     Ok(exit.into())
 }
 
-/// Configures the machine from a file where there is one, and serves clients while `watch` waits.
+/// Configures the machine from a file, if there is one, and serves clients while `watch` waits.
 fn run(
     args: &FirecrackerArgs,
     machine: Arc<dyn Machine>,

@@ -1,4 +1,4 @@
-//! What happens, in a file if the client wants it there, otherwise on standard error.
+//! The log, in a file if the client asks for one, otherwise on standard error.
 
 use std::fmt::Display;
 use std::fs::{File, OpenOptions};
@@ -14,7 +14,7 @@ use super::args::FirecrackerArgs;
 use super::model::LoggerConfig;
 use samepage_process::tell::tell;
 
-/// How important a line is.
+/// The level of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Level {
     Off,
@@ -37,7 +37,7 @@ struct Settings {
 }
 
 impl Log {
-    /// The log that the command line asks for.
+    /// Returns the log that the command line asks for.
     pub(super) fn new(args: &FirecrackerArgs) -> anyhow::Result<Self> {
         let settings = Settings { file: None, level: Level::Info, show_level: false };
         let log = Self { id: args.id.clone(), settings: Mutex::new(settings) };
@@ -50,7 +50,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Changes what is given.
+    /// Changes the settings that are present.
     pub(super) fn configure(&self, config: &LoggerConfig) -> anyhow::Result<()> {
         let level = config.level.as_deref().map(parse_level).transpose()?;
         let file = config.log_path.as_deref().map(open).transpose()?;
@@ -63,13 +63,12 @@ impl Log {
         Ok(())
     }
 
-    /// Notes what happened. On standard error, where the guest's console may be as well, such lines are
-    /// left out.
+    /// Logs an event. On standard error, where the guest's console may be as well, such lines are omitted.
     pub(super) fn info(&self, text: impl Display) {
         self.write(Level::Info, &text);
     }
 
-    /// Notes what went wrong.
+    /// Logs an error.
     pub(super) fn error(&self, text: impl Display) {
         self.write(Level::Error, &text);
     }
@@ -107,7 +106,7 @@ fn parse_level(text: &str) -> anyhow::Result<Level> {
     })
 }
 
-/// Opens a file, which is created, or a FIFO, without waiting for its reader.
+/// Opens a file, and creates it if it is missing, or opens a FIFO without waiting for its reader.
 pub(super) fn open(path: &Path) -> anyhow::Result<File> {
     // Open for reading as well, a FIFO needs no reader yet, and later none that stays.
     OpenOptions::new()

@@ -1,4 +1,4 @@
-//! What the one VM is asked for, wherever it runs.
+//! The interface to the one VM, in this process or in another one.
 
 use std::path::PathBuf;
 
@@ -7,14 +7,14 @@ use samepage_api_types::spec::VmSpec;
 
 use super::fault::Fault;
 
-/// What the VM does, as Firecracker's clients know it.
+/// The state of the VM, for Firecracker's clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Activity {
     Running,
     Paused,
 }
 
-/// What a drive did since the start.
+/// Counters of a drive since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct DriveCounts {
     pub(super) reads: u64,
@@ -26,30 +26,29 @@ pub(super) struct DriveCounts {
     pub(super) throttled: u64,
 }
 
-/// A VM that is made once. Where something cannot be done, the message is for the client.
+/// A VM that is started once. Faults are messages for the client.
 pub(super) trait Machine: Send + Sync {
-    /// Makes the VM and lets it run. Its console goes to a file where there is one, otherwise it is that of
-    /// this process.
+    /// Creates the VM and starts it. The console goes to the file, or to this process's standard output.
     fn start(&self, spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault>;
 
-    /// What it does; `None` before it is started.
+    /// Returns the state; `None` before the start.
     fn activity(&self) -> Option<Activity>;
 
-    /// Holds the guest.
+    /// Pauses the guest.
     fn pause(&self) -> Result<(), Fault>;
 
-    /// Lets the guest go on.
+    /// Resumes the guest.
     fn resume(&self) -> Result<(), Fault>;
 
     /// Presses Ctrl-Alt-Del.
     fn ctrl_alt_del(&self) -> Result<(), Fault>;
 
-    /// Changes what a disk, by its name, may do a second.
+    /// Changes the limits of a disk, by its name.
     fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault>;
 
-    /// Has a disk, by its name, take over the size that its image has now.
+    /// Sets the size of a disk, by its name, to the present size of its image.
     fn resize(&self, disk: &str) -> Result<(), Fault>;
 
-    /// What each disk did, by name. None of them before the start, and after the end.
+    /// Returns the counters of each disk, by name; none before the start and after the end.
     fn drives(&self) -> Vec<(String, DriveCounts)>;
 }

@@ -1,5 +1,5 @@
-//! Metrics in Firecracker's form, as far as samepage counts the same: one JSON object a line, each with what
-//! has come about since the line before.
+//! Metrics in Firecracker's form, as far as samepage counts the same: one JSON object per line, each with the
+//! differences since the previous line.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use super::log;
 use super::machine::DriveCounts;
 use super::model::MetricsConfig;
 
-/// Where metrics go.
+/// The writer of metrics.
 pub(super) struct Metrics {
     id: String,
     config: MetricsConfig,

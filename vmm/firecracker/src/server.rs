@@ -19,8 +19,8 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use samepage_api::listener::{self, Socket, SocketOptions};
-use samepage_api::patient::Patient;
 use samepage_api::server::ServerError;
+use samepage_api::write_timeout::with_write_timeout;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -34,12 +34,12 @@ use super::requests::{self, Answer};
 const MAX_CONNECTIONS: usize = 16;
 /// How long a body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long requests under way may take when the process ends.
+/// How long pending requests may take when the process ends.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long to wait when the process is out of files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A server at work. It ends when dropped, and its socket is gone then.
+/// A running server. Dropping it ends the server and removes its socket.
 pub(super) struct Server {
     end: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
@@ -55,10 +55,10 @@ struct Api {
 }
 
 impl Server {
-    /// Opens the socket, which the process's user alone may use.
+    /// Opens the socket, which only the process's user may use.
     ///
     /// # Errors
-    /// Where the socket cannot be had, or the process is out of something.
+    /// Fails if the socket cannot be opened, or if the process is out of files or threads.
     pub(super) fn start(
         path: &Path,
         max_body: usize,
@@ -139,7 +139,7 @@ async fn connection(stream: UnixStream, api: Api, mut ending: watch::Receiver<bo
         let api = api.clone();
         async move { Ok::<_, Infallible>(respond(&api, request).await) }
     });
-    let stream = TokioIo::new(AsHttp11(Patient::new(stream)));
+    let stream = TokioIo::new(AsHttp11(with_write_timeout(stream)));
     let mut connection = pin!(http1::Builder::new().serve_connection(stream, service));
     // What goes wrong on a connection ends it, and concerns nobody else.
     tokio::select! {

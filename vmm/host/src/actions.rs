@@ -1,4 +1,4 @@
-//! What a VM is asked to do: start, pause, resume, reset, stop, delete, share otherwise.
+//! Actions on VMs: start, pause, resume, reset, stop, delete, change what is shared.
 
 use std::sync::Arc;
 
@@ -13,11 +13,12 @@ use crate::registry::Registry;
 use crate::validated::Validated;
 
 impl Registry {
-    /// Does what a VM is asked to do, and returns its state afterwards. Who asks for a stop waits himself
-    /// for the guest, and has it killed after that.
+    /// Carries out an action, and returns the VM's state afterwards. After [`Action::Stop`], the caller waits for
+    /// the guest and kills the VM.
     ///
     /// # Errors
-    /// Where its state forbids that, or where a machine cannot be made anew. Then the VM has ended.
+    /// Fails if the VM's state does not allow the action, or if the machine cannot be built again. Then the VM has
+    /// ended.
     pub fn act(&self, turn: &Turn, action: Action) -> Result<State, HostError> {
         let record = turn.record();
         let state = self.check(record, action)?;
@@ -60,10 +61,10 @@ impl Registry {
         Ok(record.state())
     }
 
-    /// Checks that a VM's state, which is returned, allows an action.
+    /// Returns the VM's state if it allows an action.
     ///
     /// # Errors
-    /// Where it does not.
+    /// Fails if it does not.
     pub fn check(&self, record: &Record, action: Action) -> Result<State, HostError> {
         let state = record.state();
         match state.after(action) {
@@ -86,7 +87,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Makes a machine anew, and lets it run.
+    /// Builds a machine again, and starts it.
     fn boot(&self, record: &Arc<Record>, action: Action) -> Result<(), HostError> {
         let _operation = self.operation();
         {
@@ -116,7 +117,7 @@ impl Registry {
         self.run(record, action)
     }
 
-    /// Ends a VM's machine, if it has one, and waits until nothing is left of it.
+    /// Ends a VM's machine, if it has one, and waits until the machine is freed.
     pub fn end(&self, record: &Record, cause: Cause) {
         if let Some(vm) = record.vm() {
             record.note_cause(cause);
@@ -126,7 +127,7 @@ impl Registry {
         record.wait_collected();
     }
 
-    /// Lets a VM go, with all that it holds.
+    /// Deletes a VM and frees all that it holds.
     pub fn delete(&self, turn: &Turn) {
         // What watches the process hears of the end of this, and of memory that it leaves behind.
         let _operation = self.operation();
@@ -144,10 +145,10 @@ impl Registry {
         }
     }
 
-    /// Changes what of a VM's memory is shared, now and in machines to come.
+    /// Changes which pages of a VM's memory are shared, now and after further boots.
     ///
     /// # Errors
-    /// Where no memory is shared in this process.
+    /// Fails if this process shares no memory.
     pub fn set_mode(&self, turn: &Turn, mode: SharingMode) -> Result<(), HostError> {
         let record = turn.record();
         if self.common.sharing.is_none() {

@@ -1,8 +1,7 @@
-//! What a guest wrote to its console last, for those who come later and those who read along.
+//! The end of a console's output, for clients that read it later and for clients that follow it.
 //!
-//! The console is a stream of bytes that are counted from 0. The last [`CAPACITY`] of them are kept. A
-//! reader holds a position of its own; one that falls behind loses bytes and is told how many, and never
-//! holds the guest up.
+//! The console is a stream of bytes, counted from 0. The last [`CAPACITY`] bytes are kept. Each reader has its
+//! own position. A slow reader loses bytes and learns how many; the guest never waits for readers.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -26,27 +25,27 @@ struct Kept {
     bytes: VecDeque<u8>,
     /// Bytes written since the VM was made.
     end: u64,
-    closed: bool,
+    is_closed: bool,
 }
 
-/// What a reader gets.
+/// A piece of the output.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Bytes that are kept no more.
+    /// Bytes before this piece that are no longer kept.
     pub lost: u64,
-    /// What follows them.
+    /// The output.
     pub bytes: Vec<u8>,
-    /// Where to go on.
+    /// The position after this piece.
     pub next: u64,
 }
 
 impl Backlog {
-    /// The end that the VM writes to.
+    /// Returns the writer for the VM.
     pub fn sink(self: &Arc<Self>) -> Box<dyn Write + Send> {
         Box::new(Sink(Arc::clone(self)))
     }
 
-    /// The last bytes, `most` at most, and the position behind them.
+    /// Returns up to `most` of the last bytes.
     pub fn tail(&self, most: usize) -> Piece {
         let kept = self.kept.lock();
         let count = kept.bytes.len().min(most);
@@ -54,7 +53,7 @@ impl Backlog {
         Piece { lost: kept.end - count as u64, bytes, next: kept.end }
     }
 
-    /// What there is from a position on, waiting until there is something. `None` once the VM is gone.
+    /// Waits for output after a position, and returns it. Returns `None` when the VM is deleted.
     pub async fn read(&self, from: u64) -> Option<Piece> {
         loop {
             let more = self.more.notified();
@@ -69,7 +68,7 @@ impl Backlog {
                     let bytes = kept.bytes.range(skip..).copied().collect();
                     return Some(Piece { lost: start.saturating_sub(from), bytes, next: kept.end });
                 }
-                if kept.closed {
+                if kept.is_closed {
                     return None;
                 }
             }
@@ -77,9 +76,9 @@ impl Backlog {
         }
     }
 
-    /// The VM is gone: readers come to their end.
+    /// Ends all readers: the VM is deleted.
     pub fn close(&self) {
-        self.kept.lock().closed = true;
+        self.kept.lock().is_closed = true;
         self.more.notify_waiters();
     }
 }

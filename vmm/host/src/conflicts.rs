@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::error::HostError;
 use samepage_machine::config::{ConfigError, DiskConfig, VmConfig};
 
-/// The files that a VM uses, which others may not use as well.
+/// The files that a VM uses, and that other VMs may not use.
 #[derive(Debug, Clone)]
 pub struct Uses {
     name: String,
@@ -17,23 +17,22 @@ pub struct Uses {
 }
 
 impl Uses {
-    /// The disks.
+    /// Returns the disks.
     pub fn disks(&self) -> &[DiskConfig] {
         &self.disks
     }
 
-    /// What a VM of this configuration uses.
+    /// Returns the files that a VM of this configuration uses.
     pub fn of(config: &VmConfig) -> Self {
         let console = config.console.file().map(Path::to_owned);
         Self { name: config.name.clone(), disks: config.disks.clone(), console }
     }
 }
 
-/// Checks that names are unique, that the files of disks and the folders of consoles are there, that no disk is
-/// written by one VM while another uses it, and that each console has a file of its own.
+/// Checks that VMs can run together.
 ///
 /// # Errors
-/// The first of [`conflicts`].
+/// Fails with the first of [`conflicts`].
 pub fn check_together(vms: &[Uses]) -> Result<(), HostError> {
     conflicts(vms).into_iter().next().map_or(Ok(()), |conflict| Err(conflict.error))
 }
@@ -43,26 +42,25 @@ pub fn check_together(vms: &[Uses]) -> Result<(), HostError> {
 pub struct Conflict {
     /// The VM's place in the list.
     pub vm: usize,
-    /// What of it.
+    /// The part of the VM's configuration.
     pub part: Part,
-    /// What is wrong.
+    /// The conflict.
     pub error: HostError,
 }
 
 /// A part of a VM's configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Its name.
+    /// The name.
     Name,
     /// The disk of this number.
     Disk(usize),
-    /// Its console's file.
+    /// The console's file.
     Console,
 }
 
-/// Everything that keeps VMs from running together: names that are not unique, files of disks that are not
-/// there, disks that are written by one VM while another uses them, consoles that have no folder or no file of
-/// their own.
+/// Returns all conflicts between VMs, and files that are missing: names that are not unique, missing files of
+/// disks, disks that one VM writes while another uses them, consoles without a folder or with a common file.
 pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
     let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
@@ -98,7 +96,7 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
         {
             tell(Part::Console, HostError::ConsoleFolder { vm: vm(), path: path.to_owned(), source });
         }
-        // A pipe or a terminal may well be everybody's.
+        // Consoles may have a pipe or a terminal in common.
         if file.map_or(true, |file| file.is_file())
             && let Some(first) = consoles.insert(path, &uses.name)
         {
@@ -109,7 +107,7 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     found
 }
 
-/// The device and inode of a disk's file.
+/// Returns the device and the inode of a disk's file.
 fn image(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = std::fs::metadata(path)?;
     if metadata.is_dir() {
@@ -118,7 +116,7 @@ fn image(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Checks that the folder of a file is there.
+/// Checks that the folder of a file exists.
 fn folder(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if parent.metadata()?.is_dir() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOTDIR)) }

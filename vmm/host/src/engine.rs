@@ -6,13 +6,14 @@ use samepage_process::tell::tell;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
-/// Starts the engine that shares memory, or says why this host cannot, and with which option that is not said.
+/// Starts the engine that shares memory. Where the host cannot share memory, prints why, and which option
+/// `silently` avoids the message, and returns `None`.
 pub fn start_sharing(settings: &Settings, silently: Option<&str>) -> Option<Arc<Sharing>> {
     match Sharing::start(settings.clone()) {
         Ok(sharing) => Some(Arc::new(sharing)),
         Err(error) => {
-            let option = silently
-                .map_or_else(String::new, |option| format!(" ({option} says so without this message)"));
+            let option =
+                silently.map_or_else(String::new, |option| format!(" (use {option} to omit this message)"));
             tell(format_args!("the VMs run without sharing memory{option}: {error}"));
             None
         }

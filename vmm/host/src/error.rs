@@ -17,7 +17,7 @@ pub enum HostError {
     #[error("there is no VM named {0}")]
     NoSuchVm(String),
     /// The VM's state does not allow the action.
-    #[error("VM {vm} is {}, and what is {} cannot be asked to {}", .state.name(), .state.name(), .action.name())]
+    #[error("VM {vm} is {}, and `{}` is not possible in this state", .state.name(), .action.name())]
     Illegal {
         /// The VM's name.
         vm: String,
@@ -27,7 +27,7 @@ pub enum HostError {
         action: Action,
     },
     /// The VM ended during the action.
-    #[error("VM {vm} ended before it could {}: {end}", .action.name())]
+    #[error("VM {vm} ended before `{}` was done: {end}", .action.name())]
     EndedMeanwhile {
         /// The VM's name.
         vm: String,
@@ -74,8 +74,8 @@ pub enum HostError {
     },
     /// Two disks have one file, and at least one of them writes to it.
     #[error(
-        "disk {path} is used {}, and not by both as readonly: they would damage it; give each an image of its own, \
-         or add readonly to both", by_both(.first, .second)
+        "disk {path} is used {}, and not by both as readonly: they would damage it; give each VM an image of its \
+         own, or add readonly to both", by_both(.first, .second)
     )]
     SharedDisk {
         /// The disks' file.
@@ -115,7 +115,7 @@ pub enum HostError {
     #[error("the memory of VM {0} is not shared: {1}")]
     NotSharing(String, &'static str),
     /// The guest reads nothing from its keyboard, so it cannot be asked to end.
-    #[error("the guest of VM {0} takes nothing from its keyboard")]
+    #[error("the guest of VM {0} reads nothing from its keyboard")]
     NotListening(String),
     /// The process is ending and makes no more VMs.
     #[error("the process is ending")]

@@ -1,4 +1,4 @@
-//! What happens, for those who watch: a bounded log of numbered events.
+//! A bounded log of numbered events.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use samepage_api_types::events::{Event, Happening};
 use tokio::sync::Notify;
 
-/// Events kept for those who come late.
+/// How many events are kept.
 const CAPACITY: usize = 1024;
 
 /// The latest events.
@@ -26,7 +26,7 @@ struct Kept {
 }
 
 impl EventLog {
-    /// Notes that something happened.
+    /// Appends an event.
     pub fn tell(&self, what: Happening) {
         let mut kept = self.kept.lock();
         kept.last += 1;
@@ -39,12 +39,12 @@ impl EventLog {
         self.more.notify_waiters();
     }
 
-    /// The number of the last event.
+    /// Returns the number of the last event.
     pub fn last(&self) -> u64 {
         self.kept.lock().last
     }
 
-    /// The events after a number, waiting until there is one.
+    /// Waits for events after a number, and returns them.
     pub async fn after(&self, id: u64) -> Vec<Arc<Event>> {
         loop {
             let more = self.more.notified();
@@ -73,7 +73,7 @@ impl EventLog {
     }
 }
 
-/// Seconds since 1970.
+/// Returns seconds since 1970.
 pub fn unix_seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }

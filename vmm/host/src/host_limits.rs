@@ -1,8 +1,8 @@
 //! How much memory the host can promise to guests.
 //!
 //! Guest memory is only reserved when a VM starts, so nothing stops a host from promising more than it
-//! has until guests touch it, and then the kernel kills somebody. This module says beforehand what is
-//! there: free memory, less where the commit limit or a control group allows less. Units: bytes.
+//! has until guests touch it, and then the kernel kills a process. This module measures beforehand what is
+//! available: free memory, or less if the commit limit or a control group allows less. Units: bytes.
 //!
 //! Sources: Linux' Documentation/filesystems/proc.rst, admin-guide/cgroup-v2.rst, admin-guide/cgroup-v1.
 
@@ -36,7 +36,7 @@ impl fmt::Display for LimitedBy {
     }
 }
 
-/// Memory that new guests may use before something has to give.
+/// Memory that new guests may use before the host runs short.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostMemory {
     /// In bytes.
@@ -45,7 +45,7 @@ pub struct HostMemory {
     pub limited_by: LimitedBy,
 }
 
-/// More was asked for than may be promised. Sizes are in MiB.
+/// A request for more memory than the host can promise. Sizes are in MiB.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Overcommitted {
     /// The guests' memory itself.
@@ -55,31 +55,31 @@ pub enum Overcommitted {
          --overcommit if sharing and idle memory will make up for it"
     )]
     Guests {
-        /// Asked for.
+        /// The requested memory.
         requested: u64,
-        /// What may be promised.
+        /// The memory that may be promised.
         allowed: u64,
-        /// What there is.
+        /// The available memory.
         available: u64,
-        /// What sets the limit.
+        /// The limit that the available memory comes from.
         limited_by: LimitedBy,
         /// The ratio, as text.
         ratio: String,
     },
-    /// What the host keeps in its own memory about each guest page.
+    /// The host's metadata for the guests' pages.
     #[error(
         "the VMs are to have {requested} MiB of memory together, and to keep track of that takes {needed} MiB of \
-         the host's {available} MiB (from {limited_by}), whether the guests use theirs or not; start fewer or \
+         the host's {available} MiB (from {limited_by}), whether guests use their memory or not; start fewer or \
          smaller VMs"
     )]
     Bookkeeping {
-        /// Asked for.
+        /// The requested memory.
         requested: u64,
-        /// Used at once.
+        /// The memory that metadata takes at once.
         needed: u64,
-        /// What there is.
+        /// The available memory.
         available: u64,
-        /// What sets the limit.
+        /// The limit that the available memory comes from.
         limited_by: LimitedBy,
     },
 }
@@ -92,7 +92,7 @@ const BOOKKEEPING_DIVISOR: u64 = 4;
 const MIB: u64 = 1 << 20;
 
 impl HostMemory {
-    /// Asks this host. `None` where /proc is not readable: then nothing is known.
+    /// Measures this host. Returns `None` if /proc is not readable.
     pub fn measure() -> Option<Self> {
         Self::from_files(&|path| fs::read_to_string(path).ok())
     }
@@ -124,8 +124,10 @@ impl HostMemory {
         }
     }
 
-    /// Whether guests with `requested` bytes of memory in all may start, where `ratio` times the available
-    /// memory may be promised.
+    /// Checks whether guests with `requested` bytes of memory in all may start.
+    ///
+    /// # Errors
+    /// Fails if they are to have more than `ratio` times the available memory, or need too much metadata.
     pub fn check(&self, requested: u64, ratio: f64) -> Result<(), Overcommitted> {
         let (requested_mib, available) = (requested.div_ceil(MIB), self.available / MIB);
         let limited_by = self.limited_by.clone();
@@ -204,7 +206,7 @@ impl Group {
     }
 }
 
-/// Lets this process open as many files as it may: each VM takes about a dozen.
+/// Raises this process's limit of open files as far as possible: each VM takes about a dozen.
 pub fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls get a valid structure. Where the limit cannot be raised, it stays as it is, and

@@ -1,19 +1,20 @@
-//! All VMs of a process: made, asked for actions, counted, and listed also when they have ended.
+//! All VMs of a process: created, acted on, counted, and listed also when they have ended.
 //!
 //! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
 //!   outlives its machines. What a VM is asked to do is in `actions`.
-//! - [`conflicts`] finds files that VMs cannot have in common, [`error`] says why something cannot be done.
+//! - [`conflicts`] finds files that VMs cannot have in common, [`error`] has the errors of all of these.
 //! - [`validated`] turns the description of a VM into a configuration, [`config_file`] reads descriptions.
-//! - [`events`] tells what happens, [`statistics`] what VMs use and share.
-//! - [`host_limits`] says how much memory may be promised to guests.
+//! - [`events`] is the log of events, [`statistics`] counts what VMs use and share.
+//! - [`host_limits`] measures how much memory may be promised to guests.
 //!
-//! Nothing here knows HTTP: `samepage-api` brings it to clients.
+//! Nothing here knows HTTP, which is in `samepage-api`.
 
 mod actions;
 pub mod backlog;
 mod build;
 pub mod config_file;
 pub mod conflicts;
+pub mod disk_errors;
 pub mod ends;
 pub mod engine;
 pub mod error;
@@ -26,5 +27,4 @@ pub mod schema;
 pub mod statistics;
 pub mod stats_writer;
 pub mod stdin;
-pub mod trouble;
 pub mod validated;

@@ -1,4 +1,4 @@
-//! One VM as clients see it, with or without a machine.
+//! One VM, with or without a machine.
 
 use std::fmt;
 use std::io;
@@ -18,19 +18,19 @@ use samepage_machine::DiskConfig;
 use samepage_machine::vm::{Vm, VmEnd, VmState};
 use samepage_spec::SharingMode;
 
-/// How long one waits for others' operations on the same VM.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an operation waits for other operations on the same VM.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Who has ended a machine that was told to stop.
+/// Why a machine was stopped from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// A client, without asking the guest.
+    /// A client killed the VM, without asking the guest.
     Killed,
-    /// A client, whose guest was asked and had this many seconds.
+    /// The guest did not end within this many seconds of a client's request.
     NotInTime(u32),
-    /// A client, to boot it anew.
+    /// A client reset the VM.
     Reset,
-    /// A client, to be rid of the VM.
+    /// A client deleted the VM.
     Deleted,
 }
 
@@ -54,37 +54,37 @@ pub(crate) struct Machine {
     pub(crate) number: MachineNumber,
 }
 
-/// One VM. It is there from before its first machine is built until it is deleted.
+/// One VM, from before its first machine is built until it is deleted.
 #[derive(Debug)]
 pub struct Record {
     pub(crate) spec: VmSpec,
     pub(crate) uses: Uses,
-    /// The process has an engine that shares memory.
-    shares: bool,
-    /// What its console said last.
+    /// Whether the process has an engine that shares memory.
+    is_shared: bool,
+    /// The end of the console's output.
     pub backlog: Arc<Backlog>,
-    /// Written when the console takes more of what is typed.
+    /// Written when the console accepts more input.
     room: EventFd,
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// Held by who looks at the machine for longer than a moment; it is not taken apart meanwhile.
+    /// Held during lengthy inspections of the machine, which is not freed meanwhile.
     inspected: Mutex<()>,
     body: Mutex<Body>,
     collected: Condvar,
-    /// The same for those who cannot block.
+    /// The same for asynchronous waiters.
     gone: Notify,
 }
 
 #[derive(Debug)]
 struct Body {
     machine: Option<Machine>,
-    /// Its machine has run.
-    started: bool,
-    /// Its machine is being made: it takes files and memory.
-    booting: bool,
-    listed: bool,
-    /// Its machine is being taken apart.
-    collecting: bool,
-    /// Who has told its machine to stop.
+    /// Whether the machine has run.
+    has_run: bool,
+    /// Whether a machine is being built: the VM uses files and memory.
+    is_booting: bool,
+    is_listed: bool,
+    /// Whether the machine is being freed.
+    is_collecting: bool,
+    /// Why the machine was stopped from outside.
     cause: Option<Cause>,
     mode: SharingMode,
     end: Option<VmEnd>,
@@ -92,23 +92,23 @@ struct Body {
 }
 
 impl Record {
-    /// A VM that is about to be made, in a process that shares memory or not.
-    pub(crate) fn new(spec: VmSpec, uses: Uses, shares: bool) -> io::Result<Self> {
+    /// Returns the record of a VM that is about to be built.
+    pub(crate) fn new(spec: VmSpec, uses: Uses, is_shared: bool) -> io::Result<Self> {
         let mode = spec.sharing.mode;
         Ok(Self {
             spec,
             uses,
-            shares,
+            is_shared,
             backlog: Arc::default(),
             room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             turn: Arc::default(),
             inspected: Mutex::default(),
             body: Mutex::new(Body {
                 machine: None,
-                started: false,
-                booting: true,
-                listed: false,
-                collecting: false,
+                has_run: false,
+                is_booting: true,
+                is_listed: false,
+                is_collecting: false,
                 cause: None,
                 mode,
                 end: None,
@@ -119,22 +119,22 @@ impl Record {
         })
     }
 
-    /// Its name.
+    /// Returns the VM's name.
     pub fn name(&self) -> &str {
         &self.spec.name
     }
 
-    /// What it is made from.
+    /// Returns the VM's description.
     pub fn spec(&self) -> &VmSpec {
         &self.spec
     }
 
-    /// Its disks, with all defaults.
+    /// Returns the configuration of the disks, with all defaults.
     pub fn disks(&self) -> &[DiskConfig] {
         self.uses.disks()
     }
 
-    /// Its machine, while it has one.
+    /// Returns the machine, if there is one.
     pub fn vm(&self) -> Option<Arc<Vm>> {
         self.machine().map(|machine| machine.vm)
     }
@@ -143,43 +143,43 @@ impl Record {
         self.body.lock().machine.clone()
     }
 
-    /// Whether it has a machine of this number.
+    /// Whether the VM has the machine of this number.
     pub(crate) fn has_machine(&self, number: MachineNumber) -> bool {
         self.body.lock().machine.as_ref().is_some_and(|machine| machine.number == number)
     }
 
-    /// Looks at its machine, if it has one.
+    /// Calls `look` with the machine, if there is one. The machine is not freed meanwhile.
     pub fn inspect<T>(&self, look: impl FnOnce(&Vm) -> T) -> Option<T> {
         let _inspected = self.inspected.lock();
         let vm = self.vm()?;
         Some(look(&vm))
     }
 
-    /// What of its memory is to be shared.
+    /// Returns which pages are to be shared.
     pub fn mode(&self) -> SharingMode {
         self.body.lock().mode
     }
 
-    /// What of its memory is shared in this process.
+    /// Returns which pages are shared in this process.
     pub fn effective_mode(&self) -> SharingMode {
-        if self.shares { self.mode() } else { SharingMode::Off }
+        if self.is_shared { self.mode() } else { SharingMode::Off }
     }
 
     pub(crate) fn set_mode(&self, mode: SharingMode) {
         self.body.lock().mode = mode;
     }
 
-    /// What it does now.
+    /// Returns the VM's state.
     pub fn state(&self) -> State {
         self.body.lock().state()
     }
 
-    /// Since when it has been in its state; a moment of the past while that changes.
+    /// Returns when the VM came into its state.
     pub fn since(&self) -> SystemTime {
         self.body.lock().since
     }
 
-    /// Why it has ended, if it has.
+    /// Returns why the VM has ended, if it has.
     pub fn reason(&self) -> Option<String> {
         let body = self.body.lock();
         Some(match (body.end()?, body.cause) {
@@ -189,64 +189,64 @@ impl Record {
         })
     }
 
-    /// Notes who is about to tell its machine to stop. The first one counts.
+    /// Records why the machine is about to be stopped. Only the first call counts.
     pub fn note_cause(&self, cause: Cause) {
         self.body.lock().cause.get_or_insert(cause);
     }
 
-    /// Whether its machine came to this end so that it can be made anew.
+    /// Whether this end of the machine is part of a reset.
     pub(crate) fn is_reset(&self, end: &VmEnd) -> bool {
         matches!(end, VmEnd::Stopped) && self.body.lock().cause == Some(Cause::Reset)
     }
 
-    /// Whether clients see it.
+    /// Whether clients see the VM.
     pub fn is_listed(&self) -> bool {
-        self.body.lock().listed
+        self.body.lock().is_listed
     }
 
     pub(crate) fn list(&self) {
-        self.body.lock().listed = true;
+        self.body.lock().is_listed = true;
     }
 
     pub(crate) fn delist(&self) {
-        self.body.lock().listed = false;
+        self.body.lock().is_listed = false;
     }
 
-    /// Whether it has a machine or is about to: then it uses files and memory.
+    /// Whether the VM has a machine or is about to have one: then it uses files and memory.
     pub(crate) fn is_taking(&self) -> bool {
         let body = self.body.lock();
-        body.machine.is_some() || body.booting
+        body.machine.is_some() || body.is_booting
     }
 
-    /// A machine is about to be made anew.
+    /// Records that a machine is about to be built.
     pub(crate) fn begin_boot(&self) {
         let mut body = self.body.lock();
-        body.booting = true;
+        body.is_booting = true;
         body.end = None;
         body.cause = None;
-        body.started = false;
+        body.has_run = false;
     }
 
-    /// The machine could not be made anew.
+    /// Records that the machine could not be built.
     pub(crate) fn abandon_boot(&self, error: String) {
         let mut body = self.body.lock();
-        body.booting = false;
+        body.is_booting = false;
         body.end = Some(VmEnd::Failed(error));
         body.since = SystemTime::now();
     }
 
-    /// Gives it its machine, which does not run yet.
+    /// Installs a machine, which does not run yet.
     pub(crate) fn install(&self, machine: Machine) {
         if let Ok(room) = self.room.try_clone() {
             machine.vm.set_serial_room_event(room);
         }
         let mut body = self.body.lock();
-        body.booting = false;
+        body.is_booting = false;
         body.since = SystemTime::now();
         body.machine = Some(machine);
     }
 
-    /// Takes its machine away, which never ran.
+    /// Removes a machine that never ran.
     pub(crate) fn uninstall(&self) -> Option<Machine> {
         let machine = self.body.lock().machine.take();
         self.collected.notify_all();
@@ -260,31 +260,31 @@ impl Record {
 
     pub(crate) fn note_started(&self) {
         let mut body = self.body.lock();
-        body.started = true;
+        body.has_run = true;
         body.since = SystemTime::now();
     }
 
-    /// Its machine has ended, and is taken apart here unless somebody else still holds it. `changed` is called
-    /// before those who wait for that go on.
+    /// Frees the machine, which has ended, unless another thread still uses it. Calls `changed` before waiters
+    /// continue.
     pub(crate) fn finish(&self, end: &VmEnd, changed: impl FnOnce()) {
         let mut body = self.body.lock();
         body.end = Some(end.clone());
         body.since = SystemTime::now();
         let machine = body.machine.take();
-        body.collecting = machine.is_some();
+        body.is_collecting = machine.is_some();
         drop(body);
-        // Memory and threads are given back before anybody is told.
+        // Memory and threads are freed before any waiter continues.
         {
             let _not_inspected = self.inspected.lock();
             drop(machine);
         }
         changed();
-        self.body.lock().collecting = false;
+        self.body.lock().is_collecting = false;
         self.collected.notify_all();
         self.gone.notify_waiters();
     }
 
-    /// The same as [`Record::wait_collected`], for those who cannot block.
+    /// Waits until the VM has no machine, as [`Record::wait_collected`] does.
     pub async fn collected(&self) {
         loop {
             let gone = self.gone.notified();
@@ -293,7 +293,7 @@ impl Record {
             gone.as_mut().enable();
             {
                 let body = self.body.lock();
-                if body.machine.is_none() && !body.collecting {
+                if body.machine.is_none() && !body.is_collecting {
                     return;
                 }
             }
@@ -301,11 +301,11 @@ impl Record {
         }
     }
 
-    /// Waits until the machine has ended, and is not about to be made anew by whoever ended it.
+    /// Waits until the machine has ended, and no reset is about to build another one.
     pub async fn ended(&self) {
         loop {
             self.collected().await;
-            // Whoever ended it for a reset makes the next machine in the same turn.
+            // A reset builds the next machine in the turn in which it ended this one.
             drop(self.turn.lock().await);
             if !self.is_taking() {
                 return;
@@ -313,27 +313,27 @@ impl Record {
         }
     }
 
-    /// Waits until it has no machine.
+    /// Waits until the VM has no machine.
     pub fn wait_collected(&self) {
         let mut body = self.body.lock();
-        self.collected.wait_while(&mut body, |body| body.machine.is_some() || body.collecting);
+        self.collected.wait_while(&mut body, |body| body.machine.is_some() || body.is_collecting);
     }
 
-    /// Written when the console takes more; another handle to the same event.
+    /// Returns a handle to the event that is written when the console accepts more input.
     ///
     /// # Errors
-    /// When the process is out of files.
+    /// Fails if the process is out of files.
     pub fn room(&self) -> io::Result<EventFd> {
         self.room.try_clone()
     }
 
-    /// Waits for one's turn to do something to the VM; `None` when that takes too long.
+    /// Waits for a turn to operate on the VM. Returns `None` after 10 seconds.
     pub async fn turn(self: &Arc<Self>) -> Option<Turn> {
-        let guard = tokio::time::timeout(PATIENCE, self.turn.clone().lock_owned()).await.ok()?;
+        let guard = tokio::time::timeout(TURN_TIMEOUT, self.turn.clone().lock_owned()).await.ok()?;
         Some(Turn { record: self.clone(), _guard: guard })
     }
 
-    /// One's turn, at once; `None` where something is being done to the VM.
+    /// Returns a turn at once, or `None` if another operation is in progress.
     pub fn try_turn(self: &Arc<Self>) -> Option<Turn> {
         let guard = self.turn.clone().try_lock_owned().ok()?;
         Some(Turn { record: self.clone(), _guard: guard })
@@ -351,15 +351,15 @@ impl Body {
         };
         match vm.state() {
             VmState::Running => State::Running,
-            VmState::Held if self.started => State::Paused,
+            VmState::Held if self.has_run => State::Paused,
             VmState::Held => State::Created,
-            // Where its vCPUs still have to be done, how it ends is not told yet.
+            // Until its vCPUs have stopped, a machine does not say how it ended.
             VmState::Ended => vm.end().as_ref().map_or(State::Stopped, state_after),
         }
     }
 }
 
-/// The right to do something to a VM, which one at a time has.
+/// The right to operate on a VM. There is one at a time for each VM.
 #[derive(Debug)]
 pub struct Turn {
     record: Arc<Record>,
@@ -367,13 +367,13 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// The VM.
+    /// Returns the VM.
     pub fn record(&self) -> &Arc<Record> {
         &self.record
     }
 }
 
-/// The state of a VM that has come to this end.
+/// Returns the state of a VM that has ended so.
 fn state_after(end: &VmEnd) -> State {
     match end {
         VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => State::Stopped,

@@ -20,13 +20,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::build_all;
 use crate::conflicts;
+use crate::disk_errors::{DiskErrorHandler, DiskErrors};
 use crate::ends::{Ended, Ends, MachineNumber};
 use crate::error::HostError;
 use crate::events::EventLog;
 use crate::host_limits::HostMemory;
 use crate::record::{Machine, Record};
 use crate::statistics::{self, Sample, Sampler};
-use crate::trouble::{Teller, Troubles};
 use crate::validated::Validated;
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::State;
@@ -35,14 +35,14 @@ use samepage_machine::huge_pages;
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
 
-/// What all VMs of the process have in common.
+/// Resources and settings that all VMs of the process have in common.
 #[derive(Debug)]
 pub struct Common {
-    /// The engine that shares their memory, where this host can.
+    /// The engine that shares memory; `None` if this process shares none.
     pub sharing: Option<Arc<Sharing>>,
-    /// The settings that it was started with.
+    /// The settings of the engine.
     pub settings: Settings,
-    /// How far the VMs' memory together may exceed what the host has available.
+    /// The factor by which the VMs' memory may exceed the host's available memory.
     pub overcommit: f64,
 }
 
@@ -51,20 +51,20 @@ pub struct Common {
 pub struct Registry {
     hypervisor: Hypervisor,
     pub(crate) common: Common,
-    /// What happens to its VMs.
+    /// The log of events.
     pub events: Arc<EventLog>,
-    troubles: Arc<Troubles>,
-    /// What changed about VMs without an event.
+    disk_errors: Arc<DiskErrors>,
+    /// Counts changes of VMs that are no event.
     changes: AtomicU64,
     pub(crate) records: Mutex<BTreeMap<String, Arc<Record>>>,
     /// Held during the check that the host has room for one more machine.
     pub(crate) reserving: Mutex<()>,
     ends: Ends,
-    /// Machines being made or made anew, and VMs being deleted.
+    /// Machines being built, and VMs being deleted.
     operations: AtomicUsize,
     /// Readable when an operation has ended.
     settled: EventFd,
-    closing: AtomicBool,
+    is_ending: AtomicBool,
 }
 
 impl Registry {
@@ -78,23 +78,23 @@ impl Registry {
             hypervisor,
             ends: Ends::new()?,
             common,
-            troubles: Arc::new(Troubles::new(Arc::clone(&events))),
+            disk_errors: Arc::new(DiskErrors::new(Arc::clone(&events))),
             events,
             changes: AtomicU64::new(0),
             records: Mutex::default(),
             reserving: Mutex::default(),
             operations: AtomicUsize::new(0),
             settled: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            closing: AtomicBool::new(false),
+            is_ending: AtomicBool::new(false),
         })
     }
 
-    /// The engine that shares memory.
+    /// Returns the engine that shares memory, if there is one.
     pub fn sharing(&self) -> Option<&Arc<Sharing>> {
         self.common.sharing.as_ref()
     }
 
-    /// The settings that the engine was started with.
+    /// Returns the settings of the engine.
     pub fn settings(&self) -> &Settings {
         &self.common.settings
     }
@@ -126,7 +126,7 @@ impl Registry {
             record.list();
             self.tell_state(record);
         }
-        // A shutdown that came meanwhile did not see all of them.
+        // A shutdown in the meantime did not see all of the new VMs.
         if self.is_closing() {
             records.iter().filter_map(|record| record.vm()).for_each(|vm| vm.handle().request_stop());
         }
@@ -155,13 +155,13 @@ impl Registry {
 
     fn install(&self, record: &Record, vm: Arc<Vm>) -> io::Result<()> {
         let number = self.ends.next_number();
-        self.troubles.watch(&vm);
+        self.disk_errors.watch(&vm);
         record.install(Machine { vm: Arc::clone(&vm), number });
         // Ends are looked up by the record's machine, so they are watched after that.
         self.ends.watch(&vm, number)
     }
 
-    /// Adds to a configuration what a VM of this process has besides.
+    /// Adds the process's engine and the console's backlog to a configuration.
     pub(crate) fn complete(&self, mut config: config::Validated, record: &Record) -> config::Validated {
         config.share_with(self.common.sharing.clone());
         config.set_mode(record.mode());
@@ -172,7 +172,7 @@ impl Registry {
         config
     }
 
-    /// Takes names, files and memory for VMs that are about to be made.
+    /// Reserves names, files and memory for VMs that are about to be built.
     fn reserve(&self, new: &[Arc<Record>]) -> Result<(), HostError> {
         let _one_after_another = self.reserving.lock();
         if self.is_closing() {
@@ -189,7 +189,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Checks VMs that are to be made against the machines that there are: files, and memory.
+    /// Checks new VMs against the present machines: files and memory.
     pub(crate) fn check_together(&self, new: &[Arc<Record>]) -> Result<(), HostError> {
         let is_new = |record: &Arc<Record>| new.iter().any(|new| Arc::ptr_eq(new, record));
         let mut all: Vec<_> = self.records.lock().values().cloned().collect();
@@ -197,7 +197,7 @@ impl Registry {
         all.extend_from_slice(new);
         conflicts::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
-            // What VMs that are there have taken already is part of what they were promised.
+            // Memory that present VMs use is part of what was promised to them.
             let taken = statistics::rss_anon().unwrap_or(0);
             memory.available = memory.available.saturating_add(taken);
             let requested = all.iter().map(|record| record.spec.memory.0);
@@ -209,16 +209,16 @@ impl Registry {
         Ok(())
     }
 
-    /// The VM of this name.
+    /// Returns the VM of this name.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn find(&self, name: &str) -> Result<Arc<Record>, HostError> {
         let record = self.records.lock().get(name).filter(|record| record.is_listed()).cloned();
         record.ok_or_else(|| HostError::NoSuchVm(name.to_owned()))
     }
 
-    /// All VMs, by name.
+    /// Returns all VMs, by name.
     pub fn list(&self) -> Vec<Arc<Record>> {
         self.records.lock().values().filter(|record| record.is_listed()).cloned().collect()
     }
@@ -283,8 +283,8 @@ impl Registry {
         Some(Ended { name, end, console_lost, is_reset })
     }
 
-    /// A number that is another one once a VM was made or deleted, came into another state or shares
-    /// otherwise, before whoever asked for that is answered.
+    /// Returns a number that changes whenever a VM is created or deleted, or when its state or its sharing mode
+    /// changes. It changes before the request that caused it is answered.
     pub fn revision(&self) -> u64 {
         self.events.last() + self.changes.load(Ordering::SeqCst)
     }
@@ -293,12 +293,12 @@ impl Registry {
         self.changes.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Has `teller` told what goes wrong with disks, besides those who watch events. Asked for once.
-    pub fn on_trouble(&self, teller: Teller) {
-        self.troubles.set_teller(teller);
+    /// Has `handler` called with each disk error, besides the event log. Only the first call has an effect.
+    pub fn on_disk_error(&self, handler: DiskErrorHandler) {
+        self.disk_errors.set_handler(handler);
     }
 
-    /// Notes that a limit was reached, for those who watch.
+    /// Adds an event: a limit was reached.
     pub fn tell_limit(&self, message: String) {
         self.events.tell(Happening::Limit { message });
     }
@@ -312,11 +312,10 @@ impl Registry {
         self.events.tell(Happening::State { vm, state, reason });
     }
 
-    /// Makes no more VMs, and asks all guests at once to end; those that are paused go on for that. Returns
-    /// the names of their VMs. VMs whose guests cannot be asked, or never ran, end at once. All are to be
-    /// collected.
+    /// Refuses further VMs, and asks all guests to end; paused guests are resumed for that. Returns the names of
+    /// their VMs. VMs whose guests cannot be asked, or never ran, end at once. All are to be collected.
     pub fn ask_to_end(&self) -> Vec<String> {
-        self.closing.store(true, Ordering::SeqCst);
+        self.is_ending.store(true, Ordering::SeqCst);
         let records: Vec<_> = self.records.lock().values().cloned().collect();
         let mut asked = Vec::new();
         for record in records {
@@ -335,17 +334,17 @@ impl Registry {
         asked
     }
 
-    /// Makes no more VMs, and ends those that are there; their guests are not asked. They are to be collected.
+    /// Refuses further VMs, and ends all VMs without asking their guests. All are to be collected.
     pub fn close(&self) {
-        self.closing.store(true, Ordering::SeqCst);
+        self.is_ending.store(true, Ordering::SeqCst);
         self.machines().iter().for_each(|vm| vm.handle().request_stop());
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::SeqCst)
+        self.is_ending.load(Ordering::SeqCst)
     }
 
-    /// Whether there are no machines, nor any being made. When this comes about, [`Registry::ends`] or
+    /// Whether there are no machines, and none are being built. When this comes about, [`Registry::ends`] or
     /// [`Registry::settled`] becomes readable.
     pub fn is_idle(&self) -> bool {
         // In this order: an operation changes no machine once it no longer counts.
@@ -375,7 +374,7 @@ impl Registry {
     }
 }
 
-/// A machine is being made or a VM deleted; the process does not end meanwhile.
+/// A machine is being built or a VM is being deleted. The process does not end meanwhile.
 pub(crate) struct Operation<'a>(&'a Registry);
 
 impl Drop for Operation<'_> {

@@ -1,4 +1,4 @@
-//! What a process and its VMs use and share, as one JSON object a second (`--stats`).
+//! Statistics of a process and its VMs: what they use and share. `--stats` writes one JSON object a second.
 //!
 //! Pages are of 4 KiB and the terms are KSM's. Memory is counted as the kernel charges it:
 //! private pages by `RssAnon`, frames by the blocks of their memory file. The kernel's RSS is of
@@ -28,7 +28,7 @@ use serde::Serialize;
 use samepage_api_types::by_type::{self, ByType, TypeSample};
 use samepage_machine::vm::Vm;
 
-/// Pairs of VMs that are told at most: all pairs of 32 VMs.
+/// Upper limit for the pairs of VMs in a sample: all pairs of 32 VMs.
 pub const MOST_PAIRS: usize = 32 * 31 / 2;
 
 /// The process at one moment.
@@ -40,13 +40,13 @@ pub struct Sample {
     pub sharing: bool,
     /// Sum of the VMs' memory, in bytes.
     pub guest_bytes: u64,
-    /// Memory that the process really takes, in bytes: its private pages, and each frame once.
+    /// Memory of the process, in bytes: its private pages, and each frame once.
     pub resident_bytes: u64,
-    /// Of that, private pages: guests' own ones, and the program's.
+    /// Private pages among these, in bytes: the guests' and the program's.
     pub private_bytes: u64,
-    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    /// Memory that sharing saves, in bytes, minus `overhead_bytes`; 0 if the overhead is larger.
     pub saved_bytes: u64,
-    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    /// Overhead of sharing, in bytes: the engine's metadata, and the kernel's for mappings and page tables.
     pub overhead_bytes: u64,
     /// The engine's counts.
     #[serde(flatten)]
@@ -57,18 +57,18 @@ pub struct Sample {
     pub groups: Vec<GroupSample>,
     /// The VMs, in the order in which they were started.
     pub vms: Vec<VmSample>,
-    /// The pairs of VMs with most in common.
+    /// The pairs of VMs that share most.
     pub pairs: Vec<PairSample>,
 }
 
-/// Two VMs, and what they have in common.
+/// Two VMs, and the memory that they share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PairSample {
-    /// Their places in the list of VMs.
+    /// The indexes of the VMs in the list of VMs.
     pub vms: [usize; 2],
     /// Pages of content that are in memory once for both: an estimate.
     pub pages: u64,
-    /// Its standard error.
+    /// The standard error of the estimate.
     pub error: u64,
 }
 
@@ -77,19 +77,19 @@ pub struct PairSample {
 pub struct GroupSample {
     /// Its name.
     pub name: String,
-    /// Sharing has stopped for it.
+    /// Whether sharing has stopped for the group.
     pub stopped: bool,
     /// Frames in use by two or more guest pages.
     pub pages_shared: u64,
     /// Further guest pages mapped to those frames.
     pub pages_sharing: u64,
-    /// Guest pages of zeros whose memory was given back.
+    /// Guest pages of zeros whose memory is freed.
     pub zero_pages: u64,
-    /// Pages mapped to frames since the group came up.
+    /// Pages mapped to frames since the group was created.
     pub merges: u64,
-    /// What sharing saves, in bytes, less what it takes itself; 0 where it takes more than it saves.
+    /// Memory that sharing saves, in bytes, minus `overhead_bytes`; 0 if the overhead is larger.
     pub saved_bytes: u64,
-    /// What sharing takes itself, in bytes: its books, and the kernel's for mappings and page tables.
+    /// Overhead of sharing, in bytes: the engine's metadata, and the kernel's for mappings and page tables.
     pub overhead_bytes: u64,
 }
 
@@ -107,46 +107,46 @@ impl GroupSample {
 pub struct VmSample {
     /// Its name.
     pub name: String,
-    /// What it does: `running`, `paused` or `ended`.
+    /// The state: `running`, `paused` or `ended`.
     pub state: &'static str,
-    /// Its group and what of its memory is shared, where the engine runs.
+    /// The group, and which pages are shared; absent without an engine.
     #[serde(flatten)]
     pub participation: Option<Participation>,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
-    /// What it takes by itself, in bytes: private pages, and its share of each frame.
+    /// Memory that the VM takes of the host, in bytes: private pages, and its share of each frame.
     pub resident_bytes: u64,
     /// Counts of its pages.
     #[serde(flatten)]
     pub pages: VmStatistics,
-    /// What more memory would bring it, once it has read blocks through the cache.
+    /// How many disk reads more memory would save, after the VM has read through the block cache.
     pub working_set: Option<WorkingSetSample>,
     /// CPU time of its vCPUs, in seconds.
     pub cpu_seconds: f64,
-    /// What its disks read and wrote.
+    /// Bytes that the disks read and wrote.
     pub io: IoSample,
-    /// What its pages are used for, where the engine runs. Written where an agent in the guest says it.
+    /// Pages by type, with an engine. Written if an agent in the guest publishes types.
     #[serde(skip_serializing_if = "nothing_is_said")]
     pub claimed: Option<ClaimedSample>,
-    /// The frames of a sample that it refers to.
+    /// Frames of the VM, from a sample of all frames.
     #[serde(skip)]
     frames: Option<FrameSample>,
 }
 
-/// What a guest says that its pages are used for, and what that comes to.
+/// Page types that a guest publishes, and counters of the pages of each type.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ClaimedSample {
-    /// Whether an agent in the guest says it. Where none does, all pages are of type unknown.
+    /// Whether an agent in the guest publishes types. Without one, all pages are of type unknown.
     pub publishing: bool,
-    /// Passes of the agent that were taken in, since the start.
+    /// Passes of the agent that were read, since the start.
     pub passes: u64,
     /// Words that had changed in them.
     pub words: u64,
-    /// The guest's CPU time for its last pass, in microseconds, as it says.
+    /// CPU time of the guest's last pass, in microseconds, as published by the guest.
     pub pass_cpu_us: u32,
-    /// Free pages that were given back to the host, since the start.
+    /// Free pages that were freed for the host, since the start.
     pub given_back: u64,
-    /// Its pages by type; types of which there is nothing are left out.
+    /// Pages by type, without types that have no pages.
     #[serde(with = "by_type::present")]
     pub types: ByType<TypeSample>,
 }
@@ -164,7 +164,7 @@ impl From<&Claimed> for ClaimedSample {
 }
 
 impl VmSample {
-    /// Its pages by type: all unknown where the guest says nothing of them.
+    /// Returns the pages by type: all unknown if the guest publishes no types.
     #[must_use]
     pub fn types(&self) -> ByType<TypeSample> {
         match &self.claimed {
@@ -174,7 +174,7 @@ impl VmSample {
     }
 }
 
-/// What the engine counted of pages of one type.
+/// Returns the engine's counters of pages of one type.
 fn type_sample(counted: &TypeStatistics) -> TypeSample {
     let TypeStatistics {
         pages,
@@ -200,7 +200,7 @@ fn type_sample(counted: &TypeStatistics) -> TypeSample {
     }
 }
 
-/// All pages of a VM whose guest says nothing of them.
+/// Returns counters of all pages of a VM whose guest publishes no types.
 fn all_unknown(vm: &VmStatistics) -> TypeSample {
     TypeSample {
         pages: vm.pages,
@@ -212,23 +212,23 @@ fn all_unknown(vm: &VmStatistics) -> TypeSample {
     }
 }
 
-/// What a VM's disks read, by where it came from, and what they wrote, in bytes since its start.
+/// Bytes that a VM's disks read, by source, and wrote since the last boot.
 ///
-/// What a guest finds in a page cache of its own never gets here.
+/// Reads from the guest's own page cache do not count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct IoSample {
-    /// Blocks that a guest of the group held.
+    /// Read from the memory of a guest in the group.
     pub from_guests_bytes: u64,
-    /// Blocks that the host alone held.
+    /// Read from the block cache.
     pub from_host_bytes: u64,
-    /// All else: read from the image.
+    /// Read from the image.
     pub from_disk_bytes: u64,
-    /// What was written.
+    /// Written.
     pub written_bytes: u64,
 }
 
 impl IoSample {
-    /// Adds another disk's, or another VM's.
+    /// Adds the counters of another disk or VM.
     pub fn add(&mut self, other: Self) {
         self.from_guests_bytes += other.from_guests_bytes;
         self.from_host_bytes += other.from_host_bytes;
@@ -236,7 +236,7 @@ impl IoSample {
         self.written_bytes += other.written_bytes;
     }
 
-    /// What a VM's disks did since it was booted.
+    /// Returns the counters of a VM's disks since the last boot.
     #[must_use]
     pub fn of(vm: &Vm) -> Self {
         let mut all = Self::default();
@@ -261,16 +261,15 @@ impl From<&BlockStats> for IoSample {
     }
 }
 
-/// What more memory would bring a VM: its reads of disks as they were lately, of which older ones count
-/// less.
+/// How many disk reads more memory would save a VM. Old reads count less than recent ones.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct WorkingSetSample {
-    /// So much more memory would spare it 95 % of the reads that any memory could spare, in bytes.
+    /// With this much more memory, in bytes, the VM would save 95 % of the reads that memory can save.
     pub wanted_bytes: u64,
-    /// The part of its reads that no memory spares: those of blocks that it had not read before.
+    /// The part of the reads that no memory saves: first reads of blocks.
     pub unavoidable: f64,
-    /// The part of its reads that is left with so much more memory: bytes, and a part from 1 down. Straight
-    /// in between.
+    /// Points: additional memory in bytes, and the part of the reads that is left, from 1 down. Linear in
+    /// between.
     pub curve: Vec<(u64, f64)>,
 }
 
@@ -292,18 +291,18 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler of this process.
+    /// Returns a sampler of this process.
     ///
     /// # Errors
-    /// Where `/proc` hides the page map.
+    /// Fails if `/proc` hides the page map.
     pub fn new() -> io::Result<Self> {
         Ok(Self { pagemap: Pagemap::open()? })
     }
 
-    /// The process now.
+    /// Takes a sample of the process with these VMs.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read.
+    /// Fails if `/proc` cannot be read.
     pub fn sample<'a>(
         &self,
         sharing: Option<&Sharing>,
@@ -313,10 +312,10 @@ impl Sampler {
         self.process(sharing, vms)
     }
 
-    /// The process now, with samples of its VMs.
+    /// Takes a sample of the process, with these samples of its VMs.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read.
+    /// Fails if `/proc` cannot be read.
     pub fn process(&self, sharing: Option<&Sharing>, vms: Vec<VmSample>) -> io::Result<Sample> {
         let groups = sharing.map_or_else(Vec::new, Sharing::groups);
         let groups = groups.into_iter().map(|(name, engine)| GroupSample::new(name, &engine)).collect();
@@ -347,10 +346,10 @@ impl Sampler {
         })
     }
 
-    /// One VM now. Takes time in proportion to its memory.
+    /// Takes a sample of one VM. Takes time in proportion to its memory.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read.
+    /// Fails if `/proc` cannot be read.
     pub fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
         let ram = vm.ram();
         let pages = match vm.membership() {
@@ -384,7 +383,7 @@ impl Sampler {
     }
 }
 
-/// The pairs of VMs with most in common. VMs of different groups have nothing.
+/// Returns the pairs of VMs that share most. VMs of different groups share nothing.
 fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
     let mut groups: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (at, vm) in vms.iter().enumerate() {
@@ -407,10 +406,10 @@ fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
     all
 }
 
-/// Private anonymous memory of this process, in bytes.
+/// Returns the private anonymous memory of this process, in bytes.
 ///
 /// # Errors
-/// Where `/proc/self/status` cannot be read or lacks the figure.
+/// Fails if `/proc/self/status` cannot be read or lacks the figure.
 pub fn rss_anon() -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     status

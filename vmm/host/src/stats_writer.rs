@@ -1,4 +1,4 @@
-//! Where samples are written to (`--stats`): a line of JSON each.
+//! The writer of samples (`--stats`): one line of JSON each.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,7 +11,7 @@ use samepage_process::poll;
 
 use crate::statistics::{Sample, Sampler};
 
-/// Where samples go.
+/// The target of samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StatsTarget {
     /// Standard output.
@@ -39,27 +39,27 @@ impl std::str::FromStr for StatsTarget {
 
 /// Writes samples, a line each.
 ///
-/// A reader who is slow gets fewer lines, and holds nothing else up: no sample is taken while part of
-/// the line before still has to be written.
+/// A slow reader gets fewer lines and delays nothing else: no sample is taken while part of the previous line
+/// is unwritten.
 #[derive(Debug)]
 pub struct StatsWriter {
     sampler: Sampler,
     file: File,
-    /// How much is written at once: all to a file, and to others what they take without waiting.
+    /// Bytes for each write: all for a file, and as many as a pipe accepts without waiting.
     piece: usize,
     line: Vec<u8>,
-    /// Bytes of the line that are written.
+    /// Bytes of the line that have been written.
     written: usize,
 }
 
 /// How long a reader may take for a piece of the last line.
-const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
+const LAST_LINE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl StatsWriter {
     /// Opens the target.
     ///
     /// # Errors
-    /// Where the file cannot be opened for appending, or statistics cannot be read.
+    /// Fails if the file cannot be opened for appending, or if statistics cannot be read.
     pub fn open(target: &StatsTarget) -> io::Result<Self> {
         let file = match target {
             StatsTarget::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
@@ -73,13 +73,13 @@ impl StatsWriter {
         Ok(Self { sampler: Sampler::new()?, file, piece, line: Vec::new(), written: 0 })
     }
 
-    /// Opens the target again where it is a file, so that one that was renamed can be moved away. A line
-    /// that is not whole in the file before is written anew.
+    /// Opens the target again if it is a file, so that the renamed file can be moved away. An incomplete line is
+    /// written again.
     ///
     /// # Errors
-    /// Where it cannot be opened. What is written then goes on to the file before.
+    /// Fails if the file cannot be opened. Then further lines go to the previous file.
     pub fn reopen(&mut self, target: &StatsTarget) -> io::Result<()> {
-        // What was no file when it was opened has no name that a log gets.
+        // Only files are renamed and opened again.
         if let StatsTarget::File(path) = target
             && self.file.metadata()?.is_file()
         {
@@ -91,10 +91,10 @@ impl StatsWriter {
         Ok(())
     }
 
-    /// Writes a sample, or what is left of the one before.
+    /// Writes the rest of the previous sample, or else takes a sample and writes it.
     ///
     /// # Errors
-    /// Where it cannot be taken or written.
+    /// Fails if the sample cannot be taken or written.
     pub fn write(&mut self, sample: impl FnOnce(&Sampler) -> io::Result<Sample>) -> io::Result<()> {
         self.pass_on(Duration::ZERO)?;
         if self.written < self.line.len() {
@@ -107,12 +107,12 @@ impl StatsWriter {
         self.pass_on(Duration::ZERO)
     }
 
-    /// Writes what is left of the last sample, unless nobody takes it.
+    /// Writes the rest of the last sample, if a reader accepts it within a second for each piece.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// Fails if it cannot be written.
     pub fn finish(mut self) -> io::Result<()> {
-        self.pass_on(LAST_LINE_PATIENCE)
+        self.pass_on(LAST_LINE_TIMEOUT)
     }
 
     fn pass_on(&mut self, wait: Duration) -> io::Result<()> {

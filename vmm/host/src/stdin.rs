@@ -10,29 +10,32 @@ use samepage_process::escape::{EscapeFilter, HELP, Key};
 use samepage_process::terminal::{self, RawTerminal, StdinKind};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What was typed.
+/// The meaning of typed keys.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Typed {
-    /// Text for the guest.
+    /// Input for the guest.
     Text,
-    /// That the process is to end.
+    /// The process is to end.
     Quit,
 }
 
 /// Standard input on its way to the one VM that has the console.
 pub struct Input {
     record: Arc<Record>,
-    /// Present where standard input is a terminal: then keys have to be told from commands.
+    /// Present if standard input is a terminal, where some keys are commands.
     raw: Option<RawTerminal>,
     filter: EscapeFilter,
-    /// Typed, and not yet taken by the guest. Nothing more is read meanwhile.
+    /// Typed bytes that the guest has not accepted. Nothing more is read meanwhile.
     waiting: Vec<u8>,
     room: EventFd,
-    at_end: bool,
+    is_at_end: bool,
 }
 
 impl Input {
-    /// Standard input for this VM; `None` where it is not ours to read.
+    /// Opens standard input for this VM. Returns `None` for a background process of a terminal.
+    ///
+    /// # Errors
+    /// Fails if the terminal refuses raw mode, or if the process is out of files.
     pub fn open(record: &Arc<Record>) -> anyhow::Result<Option<Self>> {
         let raw = match terminal::stdin_kind() {
             StdinKind::Terminal => Some(RawTerminal::enter().context("put the terminal into raw mode")?),
@@ -41,21 +44,28 @@ impl Input {
         };
         let room = record.room().context("open an event")?;
         let filter = EscapeFilter::default();
-        Ok(Some(Self { record: Arc::clone(record), raw, filter, waiting: Vec::new(), room, at_end: false }))
+        Ok(Some(Self {
+            record: Arc::clone(record),
+            raw,
+            filter,
+            waiting: Vec::new(),
+            room,
+            is_at_end: false,
+        }))
     }
 
-    /// What to wait for: something typed, or room at the guest.
+    /// Returns the files to wait for: typed input, or room at the guest.
     pub fn files(&self) -> [Option<RawFd>; 2] {
         if !self.waiting.is_empty() {
             [None, Some(self.room.as_raw_fd())]
-        } else if self.at_end {
+        } else if self.is_at_end {
             [None, None]
         } else {
             [Some(io::stdin().as_fd().as_raw_fd()), None]
         }
     }
 
-    /// Passes on what was typed, or what waits.
+    /// Passes on new input if `typed`, and otherwise input that waits for room.
     pub fn pump(&mut self, typed: bool) -> Typed {
         if typed {
             let mut buffer = [0; 256];
@@ -65,13 +75,13 @@ impl Input {
                 .and_then(|file| std::fs::File::from(file).read(&mut buffer))
             {
                 Ok(count) => {
-                    self.at_end = count == 0;
+                    self.is_at_end = count == 0;
                     if self.sort(&buffer[..count]) == Typed::Quit {
                         return Typed::Quit;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => self.at_end = true,
+                Err(_) => self.is_at_end = true,
             }
         } else {
             // A room event that was written meanwhile has done its work.
@@ -94,7 +104,7 @@ impl Input {
                 Key::Guest(byte) => self.waiting.push(byte),
                 Key::Quit => return Typed::Quit,
                 Key::Help => {
-                    // Who does not see the help can still type.
+                    // Without the help, typing still works.
                     let _ = io::stderr().write_all(HELP.as_bytes());
                 }
                 Key::Nothing => {}

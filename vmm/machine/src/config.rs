@@ -1,4 +1,4 @@
-//! What a VM is to be like, and whether that can be.
+//! The configuration of a VM, and its validation.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -26,23 +26,23 @@ use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 pub struct DiskConfig {
     /// An image file or a block device.
     pub path: PathBuf,
-    /// The guest may not write.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// Its name within the VM, which the guest sees as its serial number.
+    /// The name of the disk within the VM, which the guest sees as the serial number.
     pub id: String,
-    /// The image's format; `None` to have it found out, which is refused where it would be dangerous.
+    /// The format of the image. `None` detects the format, and refuses the image if that is unsafe.
     pub format: Option<Format>,
-    /// Who keeps its blocks in host memory.
+    /// Which of its blocks the host keeps in memory, and where.
     pub cache: CachePolicy,
-    /// What it may do a second.
+    /// Limits per second.
     pub limits: RateLimits,
-    /// How many queues the guest's driver is offered.
+    /// The number of queues that the device offers.
     pub queues: usize,
 }
 
 impl Default for DiskConfig {
-    /// A disk that can be written, with one queue, no limits and the default policy. It still needs a path
-    /// and a name.
+    /// Returns a writable disk with one queue, no limits and the default policy. It still needs a path and a
+    /// name.
     fn default() -> Self {
         Self {
             path: PathBuf::new(),
@@ -56,26 +56,26 @@ impl Default for DiskConfig {
     }
 }
 
-/// Where the guest's serial console goes.
+/// The target of a guest's serial console.
 #[derive(Default)]
 pub enum ConsoleConfig {
-    /// Standard output, as it comes.
+    /// Standard output, byte by byte.
     Stdio,
-    /// Standard output by whole lines, each with the VM's name in front.
+    /// Standard output line by line, each line after the VM's name.
     PrefixedStdio,
-    /// A file, which is created or emptied.
+    /// A file, which is created or truncated.
     File(PathBuf),
     /// Nowhere.
     #[default]
     Off,
-    /// Where `to` says, and a copy to a writer that never waits.
+    /// Another target, and a copy to a writer that never waits.
     Copied {
-        /// Where it goes.
+        /// The other target.
         to: Box<ConsoleConfig>,
         /// Gets each byte first.
         copy: Box<dyn Write + Send>,
     },
-    /// Anything else. It is written to by the vCPU's thread, which waits as long as it does.
+    /// Any other writer. The vCPU's thread waits for each write.
     Sink(Box<dyn Write + Send>),
 }
 
@@ -93,7 +93,7 @@ impl fmt::Debug for ConsoleConfig {
 }
 
 impl ConsoleConfig {
-    /// The file that it goes to.
+    /// Returns the file of the target, if it is a file.
     pub fn file(&self) -> Option<&Path> {
         match self {
             ConsoleConfig::File(path) => Some(path),
@@ -103,39 +103,38 @@ impl ConsoleConfig {
     }
 }
 
-/// What one VM is made from.
+/// The configuration of a VM.
 #[derive(Debug)]
 pub struct VmConfig {
-    /// Unique in the process; letters, digits, `.`, `_` and `-`.
+    /// The name, unique in the process: letters, digits, `.`, `_` and `-`.
     pub name: String,
     /// The kernel: vmlinux with or without a PVH note, or bzImage.
     pub kernel: ImageSource,
     /// The initial RAM disk.
     pub initrd: Option<ImageSource>,
-    /// The kernel's command line. What names the disks and the memory hole is added to it.
+    /// The kernel's command line. Parameters for the disks and the memory hole are appended.
     pub cmdline: String,
-    /// Guest RAM, a multiple of 4096.
+    /// Guest RAM in bytes, a multiple of 4096.
     pub memory_bytes: u64,
-    /// What the host backs guest RAM with.
+    /// The size of the pages that back guest RAM.
     pub hugepages: HugePages,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// The serial console.
     pub console: ConsoleConfig,
-    /// The engine that shares the guest's memory from before it starts until it is gone. `None` for a VM
-    /// that keeps its memory to itself.
+    /// The engine that shares the guest's memory, from before the start to the end. `None` for a VM that shares
+    /// no memory.
     pub sharing: Option<Arc<Sharing>>,
-    /// How it takes part in that: its group, and what of its memory is shared.
+    /// The group of VMs with which it shares memory, and which pages are shared.
     pub participation: Participation,
-    /// The guest's memory hole, in which it may say what its pages are for. A VM that keeps its memory to
-    /// itself has none, whatever this says.
+    /// How the guest publishes what its pages are used for. Without effect for a VM that shares no memory.
     pub memory_hole: MemoryHole,
 }
 
-/// What cannot be about a VM's configuration.
+/// A fault in a VM's configuration.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// The name of the VM, of its group or of a disk.
+    /// The name of the VM, of the group or of a disk.
     #[error(transparent)]
     Name(#[from] NameError),
     /// Two VMs with one name.
@@ -144,18 +143,18 @@ pub enum ConfigError {
     /// The size of RAM.
     #[error("{bytes} bytes of memory: {reason}")]
     Memory {
-        /// As configured.
+        /// The configured size.
         bytes: u64,
-        /// What it must be.
+        /// What the size must be.
         reason: &'static str,
     },
     /// More disks than interrupt lines.
     #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
     TooManyDisks(usize),
-    /// More disks than interrupt lines, of which one is another's.
+    /// More disks than interrupt lines, one of which is for the port of the memory hole.
     #[error(
         "{0} disks: a VM whose memory hole is a port can have {most} at most, since the port takes the place of \
-         one; have the memory hole on or off",
+         a disk; set the memory hole to on or off",
         most = MAX_DISKS - 1
     )]
     TooManyDisksForPort(usize),
@@ -168,7 +167,7 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
-    /// A VM with 256 MiB of memory of its own, no disks and no console.
+    /// Returns a VM with 256 MiB of memory, which it does not share, no disks and no console.
     pub fn new(name: impl Into<String>, kernel: ImageSource) -> Self {
         Self {
             name: name.into(),
@@ -185,24 +184,24 @@ impl VmConfig {
         }
     }
 
-    /// Where the guest's memory hole lies, if it gets one.
+    /// Returns the place of the guest's memory hole, if it gets one.
     pub(crate) fn hole(&self) -> Option<HoleRange> {
         let mapped = self.memory_hole == MemoryHole::On && self.sharing.is_some();
         mapped.then(|| HoleRange::of(self.memory_bytes))
     }
 
-    /// Whether the guest reaches its memory hole by a port.
+    /// Whether the guest publishes page types through a port.
     pub(crate) fn has_port(&self) -> bool {
         self.memory_hole == MemoryHole::Port && self.sharing.is_some()
     }
 
-    /// The command line that the kernel gets: as configured, with the parameters of the disks and of the
-    /// memory hole added before what is meant for init.
+    /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
+    /// memory hole before the arguments for init.
     pub fn kernel_command_line(&self) -> String {
         self.command_line(self.sharing.is_some())
     }
 
-    /// The same, for a VM that shares memory or does not.
+    /// Returns the same for a VM that shares memory, or does not.
     fn command_line(&self, is_shared: bool) -> String {
         let mut added = mmio_parameters(
             self.disks.len() + usize::from(is_shared && self.memory_hole == MemoryHole::Port),
@@ -221,8 +220,7 @@ impl VmConfig {
         }
     }
 
-    /// Validates what can be validated without starting anything: the values themselves, and that the images
-    /// are sound and fit into the memory. The command line has to leave room for the memory hole's parameter,
+    /// Validates the values, and that the images are sound and fit into the memory. Starts nothing. The command line has to leave room for the memory hole's parameter,
     /// whether the process shares memory or not.
     ///
     /// # Errors
@@ -259,12 +257,12 @@ impl VmConfig {
     }
 }
 
-/// A configuration without faults: machines are built from nothing else.
+/// A configuration without faults. Machines are built from nothing else.
 #[derive(Debug)]
 pub struct Validated(VmConfig);
 
 impl Validated {
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &VmConfig {
         &self.0
     }

@@ -1,8 +1,7 @@
-//! Where a guest's serial output goes on the host.
+//! Targets of a guest's serial output on the host.
 //!
-//! A sink is written to by a vCPU thread. A reader that is slow holds its guest up; one that is gone
-//! (EPIPE) or still does not read when the VM ends costs the output, and the serial port counts the
-//! bytes lost.
+//! A vCPU thread writes to a sink. A slow reader delays its guest. Output is lost if the reader is gone (EPIPE)
+//! or does not read before the VM ends; the serial port counts the lost bytes.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,9 +18,9 @@ use samepage_process::poll;
 /// Writes to a file, a terminal or a pipe, without a buffer.
 pub(crate) struct FileSink {
     file: Arc<Mutex<File>>,
-    /// Readable once the VM is ending; `None` for files that never make a writer wait.
+    /// Readable once the VM is ending; `None` for files whose writers never wait.
     closing: Option<EventFd>,
-    /// What the file held before is still in it.
+    /// Whether the file still has its previous content.
     to_be_emptied: bool,
 }
 
@@ -32,9 +31,9 @@ impl FileSink {
         Self::new(file, closing)
     }
 
-    /// A sink to a file, which is created, or emptied by the first byte: a VM that cannot start leaves what
-    /// another wrote. A FIFO or a terminal will do as well. Each write goes to the end that the file has by
-    /// then, so that others may cut it short (`copytruncate` of logrotate).
+    /// Returns a sink to a file, a FIFO or a terminal. A file is created, or truncated by the first byte: a VM
+    /// that cannot start leaves previous output alone. Each write goes to the present end of the file, so that
+    /// other programs may truncate it (`copytruncate` of logrotate).
     pub(crate) fn create(path: &Path, closing: &EventFd) -> io::Result<Self> {
         let sink = Self::new(File::options().append(true).create(true).open(path)?, closing)?;
         Ok(Self { to_be_emptied: sink.closing.is_none(), ..sink })
@@ -45,36 +44,35 @@ impl FileSink {
         Ok(Self { file: Arc::new(Mutex::new(file)), closing, to_be_emptied: false })
     }
 
-    /// The sink's file, to be opened again at its path; none where that is a FIFO or a terminal.
+    /// Returns the sink's file, to be opened again at its path; `None` for a FIFO or a terminal.
     pub(crate) fn log(&self, path: &Path) -> Option<Log> {
         self.closing.is_none().then(|| Log { path: path.to_owned(), file: Arc::clone(&self.file) })
     }
 }
 
-/// A file that a sink writes to, as long as it has this path.
+/// The file of a sink, and its path.
 pub(crate) struct Log {
     path: PathBuf,
     file: Arc<Mutex<File>>,
 }
 
 impl Log {
-    /// Its path.
+    /// Returns the path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Opens the path again. What is there now gets what is written from now on, at its end; it is created
-    /// where nothing is there.
+    /// Opens the path again, and creates the file if it is missing. Further output goes to the end of that file.
     ///
     /// # Errors
-    /// Where it cannot be opened, or is no file any more. The sink then goes on with the file that it has.
+    /// Fails if the path cannot be opened, or is no longer a file. Then output goes to the previous file.
     pub(crate) fn reopen(&self) -> io::Result<()> {
         *self.file.lock() = open_again(&self.path)?;
         Ok(())
     }
 }
 
-/// Waits until a file takes more, or the VM is ending.
+/// Waits until a file accepts more, or the VM is ending.
 fn wait_for_room(file: &File, closing: &EventFd) -> io::Result<()> {
     let mut files = [
         libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
@@ -110,13 +108,13 @@ impl Write for FileSink {
     }
 }
 
-/// One line at a time goes to standard output, so that lines of several VMs do not mix.
+/// Held for each line on standard output, so that lines of several VMs do not mix.
 static STDOUT_LINE: Mutex<()> = Mutex::new(());
 
 /// Longest line that is kept together.
 const LINE_MAX: usize = 1024;
 
-/// Passes on whole lines, each with the VM's name in front.
+/// Passes on whole lines, each after the VM's name.
 pub(crate) struct PrefixSink<W: Write> {
     prefix: String,
     line: Vec<u8>,
@@ -166,7 +164,7 @@ impl<W: Write> Drop for PrefixSink<W> {
     }
 }
 
-/// Gives each byte to a writer that never waits before it goes where it is to go.
+/// Writes each byte to a writer that never waits, and then to another sink.
 pub(crate) struct CopySink {
     copy: Box<dyn Write + Send>,
     to: Box<dyn Write + Send>,

@@ -1,15 +1,15 @@
-//! Huge pages for guest memory: what a VM can be given, and whether this host has them.
+//! Huge pages for guest memory: whether this host has them.
 //!
 //! Source: Linux' Documentation/admin-guide/mm/transhuge.rst.
 
 use std::fs;
 
-/// The host's switch for all sizes of huge pages.
+/// The host's setting for all sizes of huge pages.
 const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
-/// The same for pages of 2 MiB, since Linux 6.8.
+/// The host's setting for pages of 2 MiB, since Linux 6.8.
 const SWITCH_2M: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled";
 
-/// Why guests get no huge pages on this host, and how that is changed; `None` where they do.
+/// Returns why guests get no huge pages on this host, and how to change that; `None` if they do.
 #[must_use]
 pub fn unavailable() -> Option<String> {
     let read = |path| fs::read_to_string(path).ok();

@@ -1,4 +1,4 @@
-//! The host's KVM: opened once, asked once what it can do, used by all VMs of the process.
+//! The host's KVM: opened and checked once, and used by all VMs of the process.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use thiserror::Error;
 use crate::x86::cpuid;
 
 const DEVICE: &str = "/dev/kvm";
-/// The one version of the API that was ever stable.
+/// The version of the stable API.
 const API_VERSION: i32 = 12;
 
-/// What every VM needs of KVM, and how its documentation calls it.
+/// Capabilities of KVM that every VM needs, and their names in its documentation.
 const REQUIRED: [(Cap, &str); 7] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
@@ -27,13 +27,13 @@ const REQUIRED: [(Cap, &str); 7] = [
 /// Why KVM cannot be used.
 #[derive(Debug, Error)]
 pub enum HypervisorError {
-    /// There is no device.
+    /// The device is missing.
     #[error(
         "{0} does not exist: turn on virtualization in this machine's firmware (or nested virtualization in \
          the hypervisor below) and load the module of its processor: modprobe kvm_intel, or kvm_amd"
     )]
     Missing(PathBuf),
-    /// The device may not be opened.
+    /// The process may not open the device.
     #[error(
         "no permission to open {0}: add yourself to the group that owns it (sudo usermod -aG kvm $USER, then \
          log in again), or run as root"
@@ -44,41 +44,41 @@ pub enum HypervisorError {
     Open {
         /// The device.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Something else lies at the device's path.
+    /// The file at the device's path is not KVM.
     #[error(
         "{0} is not KVM's device, though it has its name; a container needs to be given it: --device {0}"
     )]
     NotKvm(PathBuf),
-    /// The device is another KVM.
+    /// The device has another version of the API.
     #[error(
         "{path} speaks version {version} of the KVM API and samepage speaks {API_VERSION}; use a Linux kernel of 5.10 or later"
     )]
     Version {
         /// The device.
         path: PathBuf,
-        /// What it answered.
+        /// The version of its API.
         version: i32,
     },
-    /// KVM lacks something.
+    /// KVM lacks a capability.
     #[error("this kernel's KVM lacks {0}; use a Linux kernel of 5.10 or later on x86-64")]
     Lacks(String),
     /// An ioctl failed.
     #[error("ask KVM for {what}: {source}")]
     Query {
-        /// What it was asked for.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// What KVM says about the processor cannot be used.
+    /// KVM's description of the processor cannot be used.
     #[error("use the processor features that KVM reports: {0}")]
     Cpuid(String),
 }
 
-/// KVM of this host, opened.
+/// The KVM of this host.
 #[derive(Debug)]
 pub struct Hypervisor {
     kvm: Kvm,
@@ -89,10 +89,10 @@ pub struct Hypervisor {
 }
 
 impl Hypervisor {
-    /// Opens `/dev/kvm` and checks that it has what VMs need.
+    /// Opens `/dev/kvm` and checks its capabilities.
     ///
     /// # Errors
-    /// Says what is missing and what to do about it.
+    /// Fails if the device or a capability is missing. The message says what to do.
     pub fn open() -> Result<Self, HypervisorError> {
         Self::open_device(Path::new(DEVICE))
     }
@@ -135,10 +135,10 @@ impl Hypervisor {
         })
     }
 
-    /// A new, empty VM of KVM's.
+    /// Returns a new, empty VM of KVM.
     ///
-    /// KVM takes all locks of the address space for it and gives up where the thread has something else to do for
-    /// the kernel meanwhile, such as to take in what io_uring has done: it is asked again then.
+    /// KVM takes all locks of the address space, and gives up if the thread has other work for the kernel meanwhile,
+    /// such as completions of io_uring. Then this function tries again.
     pub(crate) fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         loop {
             match self.kvm.create_vm() {
@@ -148,7 +148,7 @@ impl Hypervisor {
         }
     }
 
-    /// Bits of guest physical addresses that guests can use.
+    /// Returns how many bits of guest physical addresses guests can use.
     pub(crate) fn address_bits(&self) -> u32 {
         cpuid::address_bits(&self.supported_cpuid)
     }

@@ -1,18 +1,18 @@
-//! Keys that the terminal's user types for samepage instead of the guest.
+//! Keys that are commands for samepage, and not input for the guest.
 
 /// Ctrl-A, which starts a command.
 const PREFIX: u8 = 0x01;
 
-/// What is shown for Ctrl-A h.
+/// The text for Ctrl-A h.
 pub const HELP: &str = "\n\
     Ctrl-A x       end the VM and samepage\n\
     Ctrl-A h       this help\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
-/// What a typed byte asks for.
+/// The meaning of a typed byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Key {
-    /// Goes to the guest.
+    /// Input for the guest.
     Guest(u8),
     /// Ctrl-A x.
     Quit,
@@ -22,14 +22,14 @@ pub enum Key {
     Nothing,
 }
 
-/// Tells commands from input, byte by byte.
+/// Separates commands from input, byte by byte.
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     armed: bool,
 }
 
 impl EscapeFilter {
-    /// What the next byte means.
+    /// Returns the meaning of the next byte.
     pub fn feed(&mut self, byte: u8) -> Key {
         if !std::mem::take(&mut self.armed) {
             if byte != PREFIX {

@@ -1,5 +1,4 @@
-//! What a process does around its work: it catches signals, waits for files, has a terminal, opens its logs
-//! again, and tells its user what happens.
+//! Common parts of a process: signals, waiting for files, the terminal, log files, and messages to the user.
 
 pub mod escape;
 pub mod log_file;

@@ -1,15 +1,14 @@
-//! Files that lines are added to for long, while others rename them or cut them short.
+//! Log files that other programs rename or truncate.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Opens a log file again at its path, which is created where nothing is there. What is written goes to its
-/// end.
+/// Opens a log file again for appending, and creates it if it is missing.
 ///
 /// # Errors
-/// Where it cannot be opened, or something else than a file is there by now.
+/// Fails if the path cannot be opened, or is no longer a file.
 pub fn open_again(path: &Path) -> io::Result<File> {
     // A FIFO without a reader would hold up everything that waits for this.
     let file = File::options().append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;

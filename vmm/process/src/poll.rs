@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use libc::{POLLIN, POLLOUT, c_int, c_short, pollfd};
 
-/// Waits until at least one of the files is readable, at its end or in error, and tells for each whether
-/// it is. A missing file is never readable.
+/// Waits until at least one of the files is readable, at its end or in error, and returns for each file whether it
+/// is. `None` is never readable.
 pub fn wait_readable<const N: usize>(files: [Option<RawFd>; N]) -> io::Result<[bool; N]> {
     // A negative number is one that poll leaves out.
     let mut polled = files.map(|file| pollfd { fd: file.unwrap_or(-1), events: POLLIN, revents: 0 });
@@ -22,7 +22,7 @@ pub fn is_readable_now(file: RawFd) -> io::Result<bool> {
     is_ready(file, POLLIN, Duration::ZERO)
 }
 
-/// Whether the file takes something, or fails, without a wait longer than this.
+/// Whether the file becomes writable, or fails, within this time.
 pub fn is_writable_within(file: RawFd, wait: Duration) -> io::Result<bool> {
     is_ready(file, POLLOUT, wait)
 }
@@ -37,7 +37,7 @@ fn is_ready(file: RawFd, events: c_short, wait: Duration) -> io::Result<bool> {
     }
 }
 
-/// poll(2) without a timeout; interruptions by signals are not told.
+/// Calls poll(2) without a timeout, again after interruptions by signals.
 pub fn wait(files: &mut [pollfd]) -> io::Result<()> {
     loop {
         // SAFETY: the slice is valid for as many entries as it has.

@@ -1,4 +1,4 @@
-//! Signals that ask the process to end, or to open its logs again, as something that can be polled.
+//! Signals that ask the process to end or to open its logs again, as a file that can be polled.
 
 #![expect(unsafe_code, reason = "opens a signalfd and reads from it")]
 
@@ -16,21 +16,21 @@ pub struct ShutdownSignals {
     file: OwnedFd,
 }
 
-/// What SIGHUP says to a process that has log files: the terminal is gone, or the files have other names by now.
+/// The meaning of SIGHUP for a process with log files: the terminal is gone, or the files were renamed.
 #[derive(Debug)]
 pub struct Hangup {
-    /// The process was started on a terminal, and not to outlive it (nohup).
+    /// Whether the process was started on a terminal, and without nohup.
     ends_with_terminal: bool,
 }
 
 impl Hangup {
-    /// Looks at how the process was started.
+    /// Finds out how the process was started.
     #[must_use]
     pub fn new() -> Self {
         Self { ends_with_terminal: !is_ignored(libc::SIGHUP) && has_terminal() }
     }
 
-    /// Whether SIGHUP, which just came, asks the process to end.
+    /// Whether the SIGHUP that just arrived asks the process to end.
     #[must_use]
     pub fn is_end(&self) -> bool {
         self.ends_with_terminal && !has_terminal()
@@ -43,46 +43,46 @@ impl Default for Hangup {
     }
 }
 
-/// Whether the process belongs to a session with a terminal. The kernel takes it away before it says so.
+/// Whether the process belongs to a session with a terminal. The kernel removes the terminal before it sends SIGHUP.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }
 
 impl ShutdownSignals {
-    /// Catches the signals. Called before any thread is started, so that all threads leave them alone.
-    /// SIGHUP and SIGQUIT stay ignored where the process was started to ignore them (nohup).
+    /// Catches the signals. To be called before any thread starts, so that all threads block them. SIGHUP and
+    /// SIGQUIT stay ignored if the process was started so (nohup).
     pub fn catch() -> io::Result<Self> {
         let mut caught = vec![libc::SIGTERM, libc::SIGINT];
         caught.extend([libc::SIGHUP, libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
         Ok(Self { file: catch(&caught)? })
     }
 
-    /// The same for a process that has logs: SIGHUP is caught however it was started. See [`Hangup`].
+    /// Does the same for a process with logs, which always catches SIGHUP. See [`Hangup`].
     pub fn catch_with_hangup() -> io::Result<Self> {
         let mut caught = vec![libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
         caught.extend([libc::SIGQUIT].into_iter().filter(|&signal| !is_ignored(signal)));
         Ok(Self { file: catch(&caught)? })
     }
 
-    /// The next signal that came, if one did.
+    /// Returns the next signal that arrived, if any.
     pub fn take(&self) -> Option<c_int> {
         take(&self.file)
     }
 }
 
-/// SIGWINCH, which tells that the terminal has changed its size, caught for the whole process.
+/// SIGWINCH (the terminal has a new size), caught for the whole process.
 #[derive(Debug)]
 pub struct ResizeSignal {
     file: OwnedFd,
 }
 
 impl ResizeSignal {
-    /// Catches the signal. Called before any thread is started, so that all threads leave it alone.
+    /// Catches the signal. To be called before any thread starts, so that all threads block it.
     pub fn catch() -> io::Result<Self> {
         Ok(Self { file: catch(&[libc::SIGWINCH])? })
     }
 
-    /// Whether it came.
+    /// Whether the signal arrived.
     pub fn take(&self) -> bool {
         take(&self.file).is_some()
     }
@@ -94,7 +94,7 @@ impl AsRawFd for ResizeSignal {
     }
 }
 
-/// Blocks signals for this thread and those that it starts. What comes can be read from the file.
+/// Blocks signals for this thread and for threads that it starts. They can be read from the returned file.
 fn catch(signals: &[c_int]) -> io::Result<OwnedFd> {
     let set = create_sigset(signals).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
     // SAFETY: `set` is a valid set of signals.

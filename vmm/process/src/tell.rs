@@ -1,16 +1,16 @@
-//! What the program says to its user, on standard error.
+//! Messages to the user, on standard error.
 
 use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Says one line. Who has closed standard error does not hear it, and the VMs run on.
+/// Prints one line. If standard error is closed, the message is lost and VMs run on.
 pub fn tell(text: impl Display) {
     let _ = writeln!(io::stderr(), "samepage: {text}");
 }
 
-/// An error and its causes, outermost first. Errors of libraries tell their causes themselves; such
-/// a cause is not told again. Files run out anywhere, so what helps against that is said here.
+/// Returns an error and its causes, outermost first. Causes that the message of an error already contains are
+/// omitted. If a cause is a lack of open files, a hint is appended.
 pub fn causes(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {

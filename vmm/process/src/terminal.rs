@@ -1,7 +1,7 @@
 //! The terminal in raw mode: each key goes to the guest at once, and the guest echoes it.
 //!
-//! The terminal's own settings come back whichever way the process ends: when the guard is dropped (which
-//! a panic does as well), and from a handler of the signals that kill a faulty process.
+//! The terminal's previous settings are restored however the process ends: when the guard is dropped (also in a
+//! panic), or in a handler of the signals that kill a faulty process.
 
 #![expect(unsafe_code, reason = "reads and sets terminal attributes, also from a signal handler")]
 
@@ -14,11 +14,10 @@ use libc::{STDIN_FILENO, c_int, c_void, siginfo_t, termios};
 use samepage_sharing::loss;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Signals that end a process for its own fault, besides SIGSEGV and SIGBUS.
+/// Signals that end a faulty process, besides SIGSEGV and SIGBUS.
 const FATAL: [c_int; 3] = [libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
-/// Settings to go back to. There is one terminal for a process, and signal handlers can reach nothing
-/// but statics.
+/// The settings to restore. A process has one terminal, and signal handlers can reach only statics.
 struct Saved {
     valid: AtomicBool,
     settings: UnsafeCell<MaybeUninit<termios>>,
@@ -31,7 +30,7 @@ unsafe impl Sync for Saved {}
 static SAVED: Saved =
     Saved { valid: AtomicBool::new(false), settings: UnsafeCell::new(MaybeUninit::uninit()) };
 
-/// What standard input is, for who would read keys from it.
+/// The kind of standard input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StdinKind {
     /// A terminal that this process may read from.
@@ -42,7 +41,7 @@ pub enum StdinKind {
     Stream,
 }
 
-/// Asks what standard input is.
+/// Returns the kind of standard input.
 pub fn stdin_kind() -> StdinKind {
     // SAFETY: these calls ask about a file descriptor, whether or not it is open, and about the process.
     unsafe {
@@ -109,7 +108,7 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Gives the terminal its settings back, if they are due. Safe to call from a signal handler.
+/// Restores the settings of the terminal, if they were changed. Safe to call from a signal handler.
 fn restore() {
     if SAVED.valid.swap(false, Ordering::AcqRel) {
         // SAFETY: `valid` was true, so the settings are initialized, and nobody else got them.

@@ -51,32 +51,33 @@ impl PartialSchema for Octets {
 
 impl ToSchema for Octets {}
 
-/// How much of the backlog.
+/// The length of a console's tail.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Tail {
-    /// At most so many bytes of what the guest wrote before; all that is kept (64 KiB) where not given.
+    /// Upper limit for earlier output, in bytes. By default all that is kept: 64 KiB.
     tail: Option<usize>,
 }
 
-/// How to read along.
+/// How to follow a console.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Along {
-    /// At most so many bytes of what the guest wrote before; all that is kept (64 KiB) where not given.
+    /// Upper limit for earlier output, in bytes. By default all that is kept: 64 KiB.
     tail: Option<usize>,
-    /// The VM lives as long as this connection: it is deleted when the client is gone, and the connection
-    /// ends when the VM has ended. For connections that are upgraded.
+    /// Whether the VM is bound to this connection: the VM is deleted when the client disconnects, and the
+    /// connection ends when the VM ends. For upgraded connections.
     lifeline: Option<bool>,
-    /// The stream ends when the VM has ended, unless it is reset, and not only when the VM is deleted.
+    /// Whether the stream ends when the VM ends for another reason than a reset. By default the stream ends when
+    /// the VM is deleted.
     until_end: Option<bool>,
 }
 
 /// Read the end of a console
 ///
-/// The last 64 KiB that the guest wrote, also of VMs that have ended.
+/// Returns the last 64 KiB that the guest wrote, also if the VM has ended.
 #[utoipa::path(
     get, path = "/vms/{vm}/console", operation_id = "read_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Tail),
@@ -87,13 +88,12 @@ pub(super) async fn backlog(Vm(record): Vm, Parameters(Tail { tail }): Parameter
     ([(CONTENT_TYPE, OCTETS)], piece.bytes).into_response()
 }
 
-/// Read along with a console
+/// Follow a console
 ///
-/// What is kept of what the guest wrote, and then what it writes, until the VM is deleted. Readers who are
-/// slow lose bytes and are told so in the text; they do not hold the guest up. With `until_end=true` the stream
-/// ends with the VM's machine. With the headers
-/// `Connection: upgrade` and `Upgrade: samepage-console` the connection becomes the console after a
-/// response of 101: bytes that are sent are typed.
+/// Returns the output that is kept, and then further output until the VM is deleted. A slow reader loses
+/// bytes, and the text says how many; the guest does not wait. With `until_end=true` the stream ends with the
+/// VM's machine. With the headers `Connection: upgrade` and `Upgrade: samepage-console`, the server responds with
+/// 101 and the connection becomes the console: bytes from the client are typed.
 #[utoipa::path(
     get, path = "/vms/{vm}/console/stream", operation_id = "stream_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name"), Along),
@@ -303,16 +303,17 @@ async fn type_to(record: &Arc<Record>, mut typed: Vec<u8>) -> Option<Vec<u8>> {
     tokio::task::spawn_blocking(work).await.ok().flatten()
 }
 
-/// What became of what was typed.
+/// The result of typing.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Typed {
-    /// Bytes that were taken, from the front. The console takes a few until the guest reads them.
+    /// Number of bytes that the console accepted, from the start of the body. The console accepts more when the
+    /// guest has read them.
     pub taken: usize,
 }
 
 /// Type to a console
 ///
-/// As many bytes of the body as the console takes.
+/// Types as many bytes of the body as the console accepts.
 #[utoipa::path(
     post, path = "/vms/{vm}/console/input", operation_id = "type_to_console", tag = "console",
     params(("vm" = String, Path, description = "The VM's name")),
@@ -326,7 +327,7 @@ pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed
         None => {
             let state: VmState = record.state();
             let detail = format!("VM {} is {}, and nobody reads its console", record.name(), state.name());
-            Err(Refusal::new(Kind::IllegalTransition, detail).help("start it first"))
+            Err(Refusal::new(Kind::IllegalTransition, detail).help("start the VM first"))
         }
     }
 }

@@ -15,57 +15,57 @@ use crate::server::Api;
 use samepage_host::host_limits::HostMemory;
 use samepage_machine::huge_pages;
 
-/// The host, as far as it matters to VMs.
+/// The host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HostView {
-    /// Its kernel.
+    /// The release of the kernel.
     pub kernel: String,
-    /// Its processors that this process may use.
+    /// Processors that this process may use.
     pub processors: usize,
-    /// Its memory.
+    /// The memory.
     pub memory: HostMemoryView,
-    /// What this process may have.
+    /// Limits of this process.
     pub limits: LimitsView,
-    /// What it can do for VMs.
+    /// Features for VMs.
     pub features: FeaturesView,
 }
 
 /// The host's memory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HostMemoryView {
-    /// All of it.
+    /// All memory.
     pub total_bytes: u64,
-    /// What new guests may use before something has to give, where that is known.
+    /// Memory that new guests may use before the host runs short; absent if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub available_bytes: Option<u64>,
-    /// What sets that limit.
+    /// The limit that `available_bytes` comes from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limited_by: Option<String>,
-    /// Share of the last 10 seconds in which some task waited for memory, in percent, where the kernel
-    /// tells (/proc/pressure/memory).
+    /// Part of the last 10 seconds in which some task waited for memory, in percent
+    /// (`/proc/pressure/memory`); absent if the kernel does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pressure_percent: Option<f64>,
 }
 
-/// What a process may have.
+/// Limits of a process, and what it uses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct LimitsView {
     /// Mappings of this process.
     pub mappings: u64,
-    /// The limit on them (vm.max_map_count).
+    /// The limit for mappings (vm.max_map_count).
     pub mappings_limit: u64,
     /// Files that this process has open.
     pub open_files: u64,
-    /// The limit on them (ulimit -n).
+    /// The limit for open files (ulimit -n).
     pub open_files_limit: u64,
 }
 
-/// What the host can do for VMs.
+/// Features of the host for VMs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct FeaturesView {
-    /// Memory is shared.
+    /// Whether memory is shared.
     pub sharing: bool,
-    /// Memory can be backed with huge pages.
+    /// Whether memory can be backed with huge pages.
     pub huge_pages: bool,
 }
 
@@ -113,14 +113,14 @@ fn pressure(text: &str) -> Option<f64> {
     some.split_whitespace().find_map(|field| field.strip_prefix("avg10="))?.parse().ok()
 }
 
-/// What this program is.
+/// The program.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct VersionView {
-    /// Its name.
+    /// The name of the program.
     pub name: String,
-    /// Its version.
+    /// The version of the program.
     pub version: String,
-    /// The process's number.
+    /// The ID of the process.
     pub pid: u32,
 }
 

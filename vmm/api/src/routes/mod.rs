@@ -29,19 +29,19 @@ use super::server::Api;
 use samepage_api_types::events::Event;
 use samepage_api_types::problem::{PROBLEM_JSON, Problem};
 
-/// What all paths have in common.
+/// The parts of the description that all paths have in common.
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "samepage",
-        description = "The control socket of samepage: VMs of one process, and the memory that they share. \
+        description = "The control socket of samepage: the VMs of a process, and the memory that they share. \
                        Errors are problem details (RFC 9457).",
         license(name = "Apache-2.0 OR BSD-3-Clause", identifier = "Apache-2.0 OR BSD-3-Clause")
     ),
     tags(
         (name = "vms", description = "Virtual machines"),
-        (name = "console", description = "Their serial consoles"),
-        (name = "sharing", description = "The memory that they share"),
+        (name = "console", description = "Serial consoles of the VMs"),
+        (name = "sharing", description = "Shared memory"),
         (name = "process", description = "The process and its host")
     ),
     components(schemas(Problem, Event)),

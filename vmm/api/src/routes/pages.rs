@@ -19,7 +19,8 @@ use samepage_api_types::views::pages::{MapView, PagesView, VmPagesView};
 
 /// Show what all VMs' pages are used for
 ///
-/// As agents in the guests say, and what of each use is shared, how long it stays so, and what that saves.
+/// By the page types that agents in the guests publish: how many pages of each type are shared, for how long,
+/// and what that saves.
 /// Pages of guests without an agent are of type `unknown`.
 #[utoipa::path(get, path = "/pages", operation_id = "get_pages", tag = "sharing", responses((status = 200, body = PagesView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Refusal> {
@@ -29,10 +30,10 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<Pages
 
 /// Show what a VM's pages are used for
 ///
-/// As an agent in its guest says, and what of each use is shared.
+/// By the page types that an agent in the guest publishes, and how many pages of each type are shared.
 #[utoipa::path(
     get, path = "/vms/{vm}/pages", operation_id = "get_vm_pages", tag = "sharing",
-    params(("vm" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 200, body = VmPagesView))
 )]
 pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<Json<VmPagesView>, Refusal> {
@@ -41,12 +42,12 @@ pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result
     Ok(Json(views::pages::of_vm(&record, sample)))
 }
 
-/// How fine a map is to be.
+/// The resolution of a map.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Fineness {
-    /// So many cells at most.
+    /// Upper limit for the number of cells.
     #[serde(default = "default_cells")]
     #[param(minimum = 1, maximum = 16_384, default = 1024)]
     cells: u32,
@@ -58,11 +59,11 @@ fn default_cells() -> u32 {
 
 /// Show a VM's memory as a picture
 ///
-/// Its pages in their order, in cells of equally many: how they are in memory, and what they are used for where
-/// an agent in the guest says it. Looked at a second ago at most, or longer ago where that takes long.
+/// Returns the pages in order, in cells of equal size: how each cell is backed, and what it is used for if an
+/// agent in the guest publishes that. The sample is at most a second old, or older if sampling takes long.
 #[utoipa::path(
     get, path = "/vms/{vm}/pages/map", operation_id = "get_vm_map", tag = "sharing",
-    params(("vm" = String, Path, description = "Its name"), Fineness),
+    params(("vm" = String, Path, description = "The VM's name"), Fineness),
     responses((status = 200, body = MapView))
 )]
 pub(super) async fn map(

@@ -21,7 +21,7 @@ use samepage_spec::SharingMode;
 /// Show what a VM shares
 #[utoipa::path(
     get, path = "/vms/{vm}/sharing", operation_id = "get_vm_sharing", tag = "sharing",
-    params(("vm" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 200, body = VmSharingView))
 )]
 pub(super) async fn of_vm(
@@ -33,19 +33,18 @@ pub(super) async fn of_vm(
     Ok(Json(views::vm_sharing(&record, sample)))
 }
 
-/// What is to change about a VM's sharing.
+/// A change of a VM's sharing.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SharingChange {
-    /// What of its memory is shared from now on. What is not any more gets memory of its own step by
-    /// step.
+    /// Which pages are shared from now on. Pages that are no longer shared get private memory step by step.
     pub mode: SharingMode,
 }
 
 /// Change what a VM shares
 #[utoipa::path(
     patch, path = "/vms/{vm}/sharing", operation_id = "change_vm_sharing", tag = "sharing",
-    params(("vm" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name")),
     request_body = SharingChange, responses((status = 200, body = VmSharingView))
 )]
 pub(super) async fn change_vm(
@@ -61,22 +60,22 @@ pub(super) async fn change_vm(
 
 /// Show what is shared
 ///
-/// The engine's settings and statistics, and the groups of VMs within which memory is shared. Looked at
-/// a second ago or less, or some seconds ago where nobody had asked.
+/// Returns the engine's settings and statistics, and the groups of VMs that share memory. The sample is at most
+/// a second old, or some seconds old after a time without requests.
 #[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
     let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     let (settings, sharing) = (api.registry.settings(), api.registry.sharing().map(Arc::as_ref));
     let write = || to_json(&views::sharing(&seen.sample, settings, sharing));
-    Ok(json(api.answers.sharing.get(Some(&seen), 0, write)?))
+    Ok(json(api.caches.sharing.get(Some(&seen), 0, write)?))
 }
 
-/// How many.
+/// The length of a list.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Most {
-    /// So many pairs at most; 496 are known, all of 32 VMs.
+    /// Upper limit for the number of pairs. 496 are known: all pairs of 32 VMs.
     #[serde(default = "default_pairs")]
     #[param(minimum = 0, maximum = 496, default = 100)]
     limit: u32,
@@ -86,10 +85,9 @@ fn default_pairs() -> u32 {
     100
 }
 
-/// Show who shares with whom
+/// Show which VMs share with each other
 ///
-/// The pairs of VMs with most in common, those with most first. Estimated from a sample of the frames, as
-/// often as memory is looked at.
+/// Returns the pairs of VMs that share most, largest first, as estimated from a sample of the frames.
 #[utoipa::path(
     get, path = "/sharing/pairs", operation_id = "list_pairs", tag = "sharing", params(Most),
     responses((status = 200, body = Vec<PairView>))
@@ -108,19 +106,19 @@ pub(super) async fn pairs(
 
 /// Show the block cache
 ///
-/// What the host holds of disks' blocks, and where guests got those that they read.
+/// Returns which disk blocks the host caches, and where guests' reads came from.
 #[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
 pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Refusal> {
     let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
     Ok(Json(views::cache(&seen.sample)))
 }
 
-/// Show what more memory would bring a VM
+/// Show what more memory would save a VM
 ///
-/// An estimate from the blocks that it reads and gives up.
+/// Returns an estimate of the disk reads that more memory would save, from the blocks that the guest reads.
 #[utoipa::path(
     get, path = "/vms/{vm}/working-set", operation_id = "get_working_set", tag = "sharing",
-    params(("vm" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 200, body = WorkingSetView))
 )]
 pub(super) async fn working_set(
@@ -132,7 +130,7 @@ pub(super) async fn working_set(
     Ok(Json(views::working_set(&record, sample)))
 }
 
-/// Memory cannot be looked at.
+/// Memory cannot be sampled.
 pub(super) fn unseen(error: String) -> Refusal {
     Refusal::new(Kind::Unavailable, error)
 }

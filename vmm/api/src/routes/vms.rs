@@ -1,4 +1,4 @@
-//! `/vms`: made, listed, asked for actions, deleted.
+//! `/vms`: create, list, act on and delete VMs.
 
 use crate::views;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use samepage_spec::CachePolicy;
 
 /// List VMs
 ///
-/// By name, those that have ended as well: all of them, or those that are asked for.
+/// Returns VMs by name, including those that have ended: all VMs, or those that match the parameters.
 #[utoipa::path(
     get, path = "/vms", operation_id = "list_vms", tag = "vms", params(VmFilter), responses((status = 200, body = Vec<VmSummary>))
 )]
@@ -48,16 +48,16 @@ pub(super) async fn list(
         to_json(&meant.map(|record| views::summary(record, sample(record))).collect::<Vec<_>>())
     };
     // What is asked for by many is all of them.
-    let vms = if filter.is_all() { api.answers.vms.get(seen.as_ref(), revision, write)? } else { write()? };
+    let vms = if filter.is_all() { api.caches.vms.get(seen.as_ref(), revision, write)? } else { write()? };
     Ok(json(vms))
 }
 
 /// Create a VM
 ///
-/// All of it or nothing: where this fails, nothing is left of the VM.
+/// If this fails, nothing is left of the VM.
 #[utoipa::path(
     post, path = "/vms", operation_id = "create_vm", tag = "vms", request_body = VmSpec,
-    responses((status = 201, body = VmView, headers(("Location" = String, description = "Its path"))))
+    responses((status = 201, body = VmView, headers(("Location" = String, description = "The VM's path"))))
 )]
 pub(super) async fn create(
     State(api): State<Arc<Api>>,
@@ -85,7 +85,7 @@ fn view(api: &Api, record: &Record) -> VmView {
 
 /// Show a VM
 #[utoipa::path(
-    get, path = "/vms/{vm}", operation_id = "get_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    get, path = "/vms/{vm}", operation_id = "get_vm", tag = "vms", params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 200, body = VmView))
 )]
 pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<VmView> {
@@ -95,10 +95,11 @@ pub(super) async fn show(State(api): State<Arc<Api>>, Vm(record): Vm) -> Json<Vm
 
 /// Delete a VM
 ///
-/// It is ended first where it runs; its guest is not asked. All that it held is free afterwards.
+/// A running VM is killed first, without asking its guest. When the response arrives, all memory of the VM is
+/// freed.
 #[utoipa::path(
-    delete, path = "/vms/{vm}", operation_id = "delete_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
-    responses((status = 204, description = "It is gone"))
+    delete, path = "/vms/{vm}", operation_id = "delete_vm", tag = "vms", params(("vm" = String, Path, description = "The VM's name")),
+    responses((status = 204, description = "The VM is deleted"))
 )]
 pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<StatusCode, Refusal> {
     remove(&api, &record).await?;
@@ -121,14 +122,13 @@ pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusa
     blocking(delete).await
 }
 
-/// What a VM is asked to do.
+/// A request for an action.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ActionRequest {
     /// The action.
     pub action: Action,
-    /// How long a guest that is asked to stop may take before it is killed; 30 where not given. For other
-    /// actions there is none.
+    /// How long the guest may take to stop before the VM is killed, in seconds. By default 30. For `stop` only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(maximum = 86_400)]
     pub timeout_seconds: Option<u32>,
@@ -139,11 +139,11 @@ const STOP_TIMEOUT: u32 = 30;
 /// And how long it may take at most.
 pub(super) const LONGEST_STOP_TIMEOUT: u32 = 86_400;
 
-/// Ask a VM to do something
+/// Act on a VM
 ///
-/// The answer comes once it is done. What a VM can be asked for depends on its state.
+/// The response arrives when the action is done. The VM's state determines which actions are possible.
 #[utoipa::path(
-    post, path = "/vms/{vm}/actions", operation_id = "act_on_vm", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    post, path = "/vms/{vm}/actions", operation_id = "act_on_vm", tag = "vms", params(("vm" = String, Path, description = "The VM's name")),
     request_body = ActionRequest, responses((status = 200, body = VmSummary))
 )]
 pub(super) async fn act(
@@ -204,11 +204,11 @@ async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), R
     tokio::spawn(work).await.unwrap_or_else(|_| Err(Refusal::new(Kind::Internal, "the operation panicked")))
 }
 
-/// Ask a VM to do something
+/// Act on a VM
 ///
-/// The same as with POST.
+/// The same as POST.
 #[utoipa::path(
-    put, path = "/vms/{vm}/actions", operation_id = "put_vm_action", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    put, path = "/vms/{vm}/actions", operation_id = "put_vm_action", tag = "vms", params(("vm" = String, Path, description = "The VM's name")),
     request_body = ActionRequest, responses((status = 200, body = VmSummary))
 )]
 pub(super) async fn put_action(
@@ -222,7 +222,7 @@ pub(super) async fn put_action(
 /// The right to do something to a VM that still is.
 pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusal> {
     let busy = || {
-        Refusal::new(Kind::Busy, format!("something else is being done to VM {}", record.name()))
+        Refusal::new(Kind::Busy, format!("another operation on VM {} is in progress", record.name()))
             .help("try again")
     };
     let turn = record.turn().await.ok_or_else(busy)?;
@@ -235,7 +235,7 @@ pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusa
 
 /// List a VM's disks
 #[utoipa::path(
-    get, path = "/vms/{vm}/disks", operation_id = "list_disks", tag = "vms", params(("vm" = String, Path, description = "Its name")),
+    get, path = "/vms/{vm}/disks", operation_id = "list_disks", tag = "vms", params(("vm" = String, Path, description = "The VM's name")),
     responses((status = 200, body = Vec<DiskView>))
 )]
 pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
@@ -245,22 +245,22 @@ pub(super) async fn disks(Vm(record): Vm) -> Json<Vec<DiskView>> {
 /// Show a disk
 #[utoipa::path(
     get, path = "/vms/{vm}/disks/{disk}", operation_id = "get_disk", tag = "vms",
-    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "The disk's name")),
     responses((status = 200, body = DiskView))
 )]
 pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
     find_disk(&record, &id).map(Json)
 }
 
-/// What is to change about a disk.
+/// A change of a disk.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DiskChange {
-    /// What it may do a second from now on, until the VM is booted anew. What is left out has no limit.
+    /// Limits per second, until the VM boots again. Omitted limits are removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) limits: Option<LimitsSpec>,
-    /// Who keeps the blocks in host memory that are read from now on, until the VM is booted anew. Disks that
-    /// were opened with `exclusive`, `scrub` or `inclusive` can change between these and `none`.
+    /// The cache policy for further reads, until the VM boots again. Disks that were opened with `exclusive`,
+    /// `scrub` or `inclusive` can change between these and `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cache: Option<CachePolicy>,
 }
@@ -268,7 +268,7 @@ pub(crate) struct DiskChange {
 /// Change a disk's limits or cache
 #[utoipa::path(
     patch, path = "/vms/{vm}/disks/{disk}", operation_id = "change_disk", tag = "vms",
-    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "The disk's name")),
     request_body = DiskChange, responses((status = 200, body = DiskView))
 )]
 pub(super) async fn change_disk(
@@ -276,7 +276,7 @@ pub(super) async fn change_disk(
     extract::Json(DiskChange { limits, cache }): extract::Json<DiskChange>,
 ) -> Result<Json<DiskView>, Refusal> {
     if limits.is_none() && cache.is_none() {
-        let problem = Refusal::new(Kind::BadRequest, "there is nothing to change in the body");
+        let problem = Refusal::new(Kind::BadRequest, "the body changes nothing");
         return Err(problem.help("give limits, cache or both"));
     }
     if let Some((place, reason)) = limits.iter().flat_map(LimitsSpec::faults).next() {
@@ -298,13 +298,13 @@ pub(super) async fn change_disk(
     find_disk(&record, &id).map(Json)
 }
 
-/// Take over a disk's new size
+/// Adopt a disk's new size
 ///
-/// After its image has grown or shrunk, or a block device has. The guest is told of the size; requests beyond
-/// the end fail from then on. Images in qcow2 format keep their size while a VM has them.
+/// For an image or a block device that has grown or shrunk. The guest gets the new size, and requests beyond the
+/// end fail from then on. Images in qcow2 format keep their size while a VM uses them.
 #[utoipa::path(
     post, path = "/vms/{vm}/disks/{disk}/resize", tag = "vms",
-    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "Its name")),
+    params(("vm" = String, Path, description = "The VM's name"), ("disk" = String, Path, description = "The disk's name")),
     responses((status = 200, body = DiskView))
 )]
 pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskView>, Refusal> {
@@ -329,13 +329,13 @@ fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Dis
 }
 
 fn no_disks(record: &Record) -> Refusal {
-    let detail = format!("VM {} is {}, and has no disks now", record.name(), record.state().name());
-    Refusal::new(Kind::IllegalTransition, detail).help("start it first")
+    let detail = format!("VM {} is {} and has no open disks", record.name(), record.state().name());
+    Refusal::new(Kind::IllegalTransition, detail).help("start the VM first")
 }
 
 fn find_disk(record: &Record, id: &str) -> Result<DiskView, Refusal> {
     views::disks(record).into_iter().find(|disk| disk.id == id).ok_or_else(|| {
         Refusal::new(Kind::NoSuchResource, format!("VM {} has no disk {id}", record.name()))
-            .help(format!("GET /vms/{}/disks lists those it has", record.name()))
+            .help(format!("GET /vms/{}/disks lists its disks", record.name()))
     })
 }

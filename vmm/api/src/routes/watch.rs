@@ -27,20 +27,20 @@ use samepage_api_types::problem::Kind;
 /// How often who listens to events hears at least something.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Which events.
+/// The first event.
 #[derive(Clone, Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct Since {
-    /// Those after the event of this number, as far as they are kept (the last 1024); those to come where
-    /// not given. The header `Last-Event-ID` says the same.
+    /// Return the events after this number; the last 1024 are kept. By default only new events are returned. The
+    /// header `Last-Event-ID` has the same meaning.
     since: Option<u64>,
 }
 
 /// Listen to events
 ///
-/// Server-sent events: states of VMs, crashes, limits that were reached. The data of each is an `Event` in
-/// JSON.
+/// Returns server-sent events: states of VMs, crashes, disk errors, limits that were reached. The data of each is
+/// an `Event` in JSON.
 #[utoipa::path(
     get, path = "/events", operation_id = "listen_to_events", tag = "process", params(Since),
     responses((status = 200, description = "Events as they happen", content_type = "text/event-stream", body = String))
@@ -53,7 +53,7 @@ pub(super) async fn events(
     let last = match headers.get("last-event-id") {
         None => None,
         Some(id) => Some(id.to_str().ok().and_then(|id| id.parse().ok()).ok_or_else(|| {
-            Refusal::new(Kind::BadRequest, "the header Last-Event-ID is no number of an event")
+            Refusal::new(Kind::BadRequest, "the header Last-Event-ID is not the number of an event")
         })?),
     };
     let newest = api.registry.events.last();
@@ -113,7 +113,7 @@ impl Reader {
 pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Refusal> {
     let revision = api.registry.revision();
     let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
-    let text = api.answers.metrics.get(Some(&seen), revision, || {
+    let text = api.caches.metrics.get(Some(&seen), revision, || {
         let text = metrics::text(api.registry.list(), seen.clone()).map(Bytes::from);
         text.map_err(|error| Refusal::new(Kind::Internal, format!("write metrics: {error}")))
     })?;

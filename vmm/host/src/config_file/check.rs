@@ -43,9 +43,9 @@ impl Loading {
         match fault {
             HostError::Spec { place, .. } => self.vm_mistake(vm, place, fault.to_string()),
             // What is not there has been told.
-            HostError::Config { source: ConfigError::Name(NameError::Vm(_)), .. } if vm.unnamed => {}
+            HostError::Config { source: ConfigError::Name(NameError::Vm(_)), .. } if vm.is_unnamed => {}
             HostError::Config { source: ConfigError::Boot(BootError::Kernel { .. }), .. }
-                if vm.without_kernel => {}
+                if vm.has_no_kernel => {}
             HostError::Config { source, .. } => {
                 let text = match source {
                     ConfigError::Name(NameError::Vm(_)) => source.to_string(),

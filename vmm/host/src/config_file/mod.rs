@@ -244,8 +244,8 @@ struct Planned {
     /// The number of its entry.
     entry: usize,
     /// It has no name, or no kernel, which has been told.
-    unnamed: bool,
-    without_kernel: bool,
+    is_unnamed: bool,
+    has_no_kernel: bool,
 }
 
 /// What VMs have where they do not say otherwise.
@@ -363,8 +363,8 @@ impl Loading {
             self.vms.push(Planned {
                 spec: vm.vm(name, kernel, index, folder),
                 entry: self.entries.len() - 1,
-                unnamed: vm.name.is_none(),
-                without_kernel: vm.kernel.is_none(),
+                is_unnamed: vm.name.is_none(),
+                has_no_kernel: vm.kernel.is_none(),
             });
         }
     }

@@ -30,24 +30,24 @@ use super::provenance::DiskHints;
 use crate::config::DiskConfig;
 use crate::x86::layout::{KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
 
-/// Most disks that one VM can have: one interrupt line each. The port of a memory hole takes one as well.
+/// Upper limit for the disks of a VM: one interrupt line each. The port of a memory hole takes one as well.
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
 
-/// A disk of a VM, as it is seen from outside.
+/// A disk of a running VM.
 pub struct Disk {
-    /// Its name within the VM.
+    /// The name of the disk within the VM.
     pub id: String,
-    /// Its counters.
+    /// The counters.
     pub stats: Arc<BlockStats>,
-    /// What it may do a second, to be changed at any time.
+    /// The limits per second, which can be changed at any time.
     pub limiter: Arc<RateLimiter>,
-    /// Its size, which can follow the image's at any time.
+    /// The size, which can be set to the image's at any time.
     pub size: Arc<DiskSize>,
-    /// What the user should know about how it is accessed, in sentences.
+    /// Remarks for the user on how the image is accessed, in sentences.
     pub notices: Vec<String>,
-    /// Who kept its blocks when it was opened.
+    /// The cache policy with which the disk was opened.
     policy: CachePolicy,
-    /// Its way to the block cache, where it has one.
+    /// The disk's access to the block cache, if it has one.
     blocks: Option<Arc<DiskBlocks>>,
 }
 
@@ -57,7 +57,7 @@ impl fmt::Debug for Disk {
     }
 }
 
-/// The disk has to be opened anew for that.
+/// The policy is fixed until the disk is opened again.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "disk {id} was opened with the cache policy {from}, and cannot change to {to} while it is open: only \
@@ -71,15 +71,15 @@ pub struct FixedPolicy {
 }
 
 impl Disk {
-    /// Who keeps its blocks in host memory.
+    /// Returns the present cache policy.
     pub fn cache(&self) -> CachePolicy {
         self.blocks.as_ref().map_or(self.policy, |blocks| blocks.policy())
     }
 
-    /// Changes that for reads that begin from now on. What is cached stays until it has to go.
+    /// Changes the cache policy for further reads. Cached blocks stay until they are evicted.
     ///
     /// # Errors
-    /// Where the disk has to be opened anew for that.
+    /// Fails if the disk would have to be opened again.
     pub fn set_cache(&self, policy: CachePolicy) -> Result<(), FixedPolicy> {
         match &self.blocks {
             Some(blocks) if policy != CachePolicy::Buffered => blocks.set_policy(policy),
@@ -90,25 +90,25 @@ impl Disk {
     }
 }
 
-/// A VM's memory as the sharing engine knows it.
+/// A VM's memory, as the sharing engine sees it.
 pub(super) struct SharedMemory<'a> {
-    /// Where devices say what they know of pages.
+    /// Hints of devices about pages.
     pub(super) hints: HintSender,
-    /// Where disks ask for blocks.
+    /// The block cache.
     pub(super) blocks: BlockClient,
-    /// Which guest addresses are RAM.
+    /// The guest addresses of RAM.
     pub(super) slots: &'a [MemorySlot],
 }
 
-/// The device by which a guest tells that it has said something of its pages.
+/// The device through which a guest notifies the engine that it has published page types.
 pub(super) enum HoleDevice {
     /// A doorbell at this address.
     Doorbell(u64, Doorbell),
-    /// A port, over which it says so too. It comes behind the disks.
+    /// A port, through which the types themselves come too. It comes after the disks.
     Port(Console),
 }
 
-/// All devices of a VM, by the ways to reach them.
+/// All devices of a VM, by their addresses.
 pub(super) struct Devices {
     ports: Bus,
     mmio: Bus,
@@ -120,8 +120,8 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. They stop once the
-    /// flag beside the memory says that a part of it was lost.
+    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. They stop when the flag
+    /// beside the memory says that a part of the memory was lost.
     pub(super) fn new(
         vm: &str,
         kvm: &VmFd,
@@ -265,7 +265,7 @@ impl Devices {
     }
 }
 
-/// What users should know of a disk whose blocks nobody shares.
+/// Returns a remark for the user on a disk that cannot use the block cache.
 fn without_sharing(disk: &DiskConfig, policy: CachePolicy) -> Option<String> {
     (policy != disk.cache).then(|| {
         format!(
@@ -276,12 +276,12 @@ fn without_sharing(disk: &DiskConfig, policy: CachePolicy) -> Option<String> {
     })
 }
 
-/// Base address and interrupt line of each virtio-mmio device, in order.
+/// Returns the base address and the interrupt line of each virtio-mmio device, in order.
 fn mmio_slots() -> impl Iterator<Item = (u64, u32)> {
     (0..).map(|slot| MMIO_START + slot * MMIO_STRIDE).zip(MMIO_IRQS)
 }
 
-/// The kernel parameters by which Linux finds `count` virtio-mmio devices, each with a space in front.
+/// Returns the kernel parameters for `count` virtio-mmio devices, each after a space.
 pub(crate) fn mmio_parameters(count: usize) -> String {
     let parameter = |(base, irq)| format!(" virtio_mmio.device={}K@{base:#x}:{irq}", MMIO_STRIDE >> 10);
     mmio_slots().take(count).map(parameter).collect()

@@ -1,4 +1,4 @@
-//! One virtual machine: built, run, paused, ended, and taken apart without a trace.
+//! One virtual machine: built, run, paused, ended and freed.
 
 pub(crate) mod blocks;
 mod bus;
@@ -50,18 +50,18 @@ use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 
-/// How a VM came to its end.
+/// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VmEnd {
     /// The guest reset the machine. There is no next boot: this ends the VM.
     Reset,
     /// The guest turned the machine off.
     PowerOff,
-    /// The guest did what no machine can go on from.
+    /// The guest crashed.
     Crashed(CrashReport),
-    /// The host could not keep the VM going.
+    /// An error of the host ended the VM.
     Failed(String),
-    /// It was told to stop.
+    /// The VM was stopped from outside.
     Stopped,
 }
 
@@ -77,19 +77,19 @@ impl fmt::Display for VmEnd {
     }
 }
 
-/// What a VM does.
+/// The state of a VM's vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmState {
-    /// Its vCPUs are held: before the start, or by a pause.
+    /// The vCPUs are held: before the start, or by a pause.
     Held,
-    /// Its vCPUs run.
+    /// The vCPUs run.
     Running,
-    /// It has ended, or is about to.
+    /// The VM has ended, or is about to end.
     Ended,
 }
 
 impl VmState {
-    /// The state in a word.
+    /// Returns the state in a word.
     pub fn name(self) -> &'static str {
         match self {
             VmState::Held => "paused",
@@ -99,34 +99,34 @@ impl VmState {
     }
 }
 
-/// Why a VM could not be made. The VM's name is told by who asked for it.
+/// Why a VM could not be built. The caller adds the VM's name.
 #[derive(Debug, Error)]
 pub enum VmError {
-    /// Its configuration.
+    /// The configuration has a fault.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// Its memory could not be reserved.
+    /// The memory could not be reserved.
     #[error(
         "reserve {bytes} bytes of guest memory: {source}; give the VM less memory, or raise the limits on address space (ulimit -v) and commit (vm.overcommit_memory)"
     )]
     Memory {
-        /// How much.
+        /// The size of the memory.
         bytes: u64,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// An ioctl of KVM's failed.
+    /// An ioctl of KVM failed.
     #[error("{what}: {source}{}", kvm_hint(.source))]
     Kvm {
-        /// What was being done.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// What CPUID is to say cannot be put together.
+    /// CPUID could not be prepared.
     #[error("describe the processor to the guest: {0}")]
     Cpuid(String),
     /// The tables for the first instructions could not be written.
@@ -138,26 +138,26 @@ pub enum VmError {
     /// The console's file.
     #[error("open the console {path}: {source}")]
     Console {
-        /// Path, or what stands for it.
+        /// The path, or a description of the target.
         path: String,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// A disk.
     #[error("disk {id}: {source}")]
     Disk {
-        /// Its name.
+        /// The disk's name.
         id: String,
-        /// What is wrong with it.
+        /// The error.
         source: Box<dyn StdError + Send + Sync>,
     },
-    /// The port of its memory hole.
-    #[error("make the port of its memory hole: {0}")]
+    /// The port of the memory hole.
+    #[error("make the port of the memory hole: {0}")]
     Port(#[source] TransportError),
-    /// Its memory could not be taken in by the sharing engine.
-    #[error("share its memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
+    /// The sharing engine could not accept the memory.
+    #[error("share the memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
     Sharing(#[source] StartError),
-    /// A thread could not be had.
+    /// A thread could not be started.
     #[error(
         "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"
     )]
@@ -186,7 +186,7 @@ fn kvm_hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// Ends a VM from anywhere, also after it is gone.
+/// A handle that ends a VM from any thread, also after the VM is dropped.
 #[derive(Clone)]
 pub struct VmHandle {
     name: Arc<str>,
@@ -200,13 +200,12 @@ impl fmt::Debug for VmHandle {
 }
 
 impl VmHandle {
-    /// The VM's name.
+    /// Returns the VM's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Ends this VM alone, because the host cannot keep it going. Does not wait, and does nothing to a VM
-    /// that is ending already.
+    /// Ends this VM because of an error of the host. Does not wait. Has no effect on a VM that is ending.
     pub fn fail(&self, reason: String) {
         self.control.finish(VmEnd::Failed(reason));
     }
@@ -217,7 +216,7 @@ impl VmHandle {
     }
 }
 
-/// A virtual machine. Dropping it stops it and gives back all it held: threads, files and memory.
+/// A virtual machine. Dropping it ends it and frees its threads, files and memory.
 pub struct Vm {
     handle: VmHandle,
     threads: Vec<JoinHandle<()>>,
@@ -342,126 +341,125 @@ impl Vm {
         Ok(vm)
     }
 
-    /// The VM's name.
+    /// Returns the VM's name.
     pub fn name(&self) -> &str {
         self.handle.name()
     }
 
-    /// A handle to end the VM with.
+    /// Returns a handle that ends the VM.
     pub fn handle(&self) -> VmHandle {
         self.handle.clone()
     }
 
-    /// Lets the guest run: for the first time, or after [`Vm::pause`].
+    /// Starts the guest, or resumes it after [`Vm::pause`].
     pub fn start(&self) {
         self.handle.control.run();
     }
 
-    /// Holds the guest. On return its vCPUs do nothing; devices finish requests they have begun.
+    /// Pauses the guest. On return its vCPUs have stopped; devices finish requests that they have begun.
     pub fn pause(&self) {
         self.handle.control.hold();
     }
 
-    /// Lets a paused guest go on.
+    /// Resumes a paused guest.
     pub fn resume(&self) {
         self.handle.control.run();
     }
 
-    /// Ends the VM and waits until its vCPUs are done. The guest is not asked.
+    /// Ends the VM without asking the guest, and waits until its vCPUs have stopped.
     pub fn stop(&self) -> VmEnd {
         self.handle.request_stop();
         self.wait()
     }
 
-    /// Ends the VM, because the host cannot keep it going. Does not wait.
+    /// Ends the VM because of an error of the host. Does not wait.
     pub fn fail(&self, reason: String) {
         self.handle.fail(reason);
     }
 
-    /// Waits until the VM has ended.
+    /// Waits until the VM has ended, and returns how.
     pub fn wait(&self) -> VmEnd {
         self.handle.control.wait()
     }
 
-    /// How the VM ended, if it has.
+    /// Returns how the VM ended, if it has.
     pub fn end(&self) -> Option<VmEnd> {
         self.handle.control.end()
     }
 
-    /// Becomes readable, and stays so, when the VM has ended.
+    /// Returns an event that becomes readable, and stays so, when the VM has ended.
     pub fn end_event(&self) -> &EventFd {
         self.handle.control.ended()
     }
 
-    /// Its part in sharing memory; `None` where it does not share.
+    /// Returns the VM's membership in the sharing engine; `None` if it shares no memory.
     pub fn membership(&self) -> Option<&Membership> {
         self.membership.as_ref()
     }
 
-    /// What it does now.
+    /// Returns the state of the vCPUs.
     pub fn state(&self) -> VmState {
         self.handle.control.state()
     }
 
-    /// CPU time that its vCPUs have used, in the guest and for it.
+    /// Returns the CPU time of the vCPUs, in the guest and on its behalf.
     pub fn cpu_time(&self) -> Duration {
         self.handle.control.cpu_time()
     }
 
-    /// Guest RAM as pages.
+    /// Returns guest RAM as pages.
     pub fn ram(&self) -> &Arc<Ram> {
         self.memory.ram()
     }
 
-    /// Guest memory with its addresses.
+    /// Returns guest memory by guest addresses.
     pub fn memory(&self) -> &VmMemory {
         &self.memory
     }
 
-    /// Presses Ctrl, Alt and Delete on the guest's keyboard, which asks its system to end. Returns `false`
-    /// where the guest takes nothing from its keyboard.
+    /// Presses Ctrl, Alt and Delete on the guest's keyboard, which asks the guest to shut down. Returns `false` if
+    /// the guest reads nothing from its keyboard.
     pub fn press_ctrl_alt_del(&self) -> bool {
         self.devices.press_ctrl_alt_del()
     }
 
-    /// Opens the console's file again, if it has one, so that what was renamed can be moved away. The guest
-    /// is not held up.
+    /// Opens the console's file again, if it has one, so that the renamed file can be moved away. The guest does
+    /// not wait.
     ///
     /// # Errors
-    /// Where that is not possible. The console then goes on to the file that it has.
+    /// Fails if the file cannot be opened. Then output goes to the previous file.
     pub fn reopen_console(&self) -> Result<(), VmError> {
         let Some(log) = &self.console_log else { return Ok(()) };
         log.reopen().map_err(|source| VmError::Console { path: log.path().display().to_string(), source })
     }
 
-    /// Asks the guest's system to end, by whatever it listens to: Ctrl-Alt-Del on its keyboard. Returns `false`
-    /// where it listens to nothing.
+    /// Asks the guest to shut down, by Ctrl-Alt-Del on its keyboard. Returns `false` if it reads nothing from there.
     pub fn ask_to_end(&self) -> bool {
         self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
     }
 
-    /// Types to the guest's console. Returns how many bytes were taken, from the front; once there is room
-    /// for more, the event given to [`Vm::set_serial_room_event`] is written.
+    /// Types to the guest's console. Returns how many bytes were accepted, from the start. Once there is room for
+    /// more, the event given to [`Vm::set_serial_room_event`] is written.
     pub fn serial_input(&self, data: &[u8]) -> usize {
         self.devices.serial_input(data)
     }
 
-    /// Who types can be told when the console takes more; see [`Vm::serial_input`].
+    /// Sets the event that is written when the console accepts more; see [`Vm::serial_input`].
     pub fn set_serial_room_event(&self, event: EventFd) {
         self.devices.set_serial_room_event(event);
     }
 
-    /// Counters of the console.
+    /// Returns the counters of the console.
     pub fn serial_stats(&self) -> &Arc<SerialStats> {
         self.devices.serial_stats()
     }
 
-    /// What the user should know about how it was made, in sentences.
+    /// Returns remarks for the user on how the VM was built, in sentences.
     pub fn notices(&self) -> &[String] {
         &self.notices
     }
 
-    /// Its disks, in the order in which they were configured.
+    /// Returns the disks, in the order of the configuration.
     pub fn disks(&self) -> &[Disk] {
         self.devices.disks()
     }
@@ -477,7 +475,7 @@ impl Drop for Vm {
     }
 }
 
-/// The memory hole of a VM that has one. `news` belongs to one behind a port.
+/// Reserves the memory hole of a VM that has one. `news` is for a memory hole behind a port.
 fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<HoleMemory>, VmError> {
     let bytes = config.memory_bytes;
     let memory = match (config.hole(), news) {
@@ -491,7 +489,7 @@ fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<Hole
     memory.map(Some).map_err(|source| VmError::Memory { bytes: HoleRange::of(bytes).bytes, source })
 }
 
-/// Has a VM do without a memory hole that processors of this host cannot address. Returns what to tell of it.
+/// Removes a memory hole that processors of this host cannot address. Returns a remark for the user.
 fn give_up_hole_out_of_reach(config: &mut VmConfig, address_bits: u32) -> Option<String> {
     config.hole().filter(|hole| hole.end() > 1 << address_bits)?;
     config.memory_hole = MemoryHole::Off;
@@ -502,7 +500,7 @@ fn give_up_hole_out_of_reach(config: &mut VmConfig, address_bits: u32) -> Option
     ))
 }
 
-/// An empty machine.
+/// Returns an empty machine.
 fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
     let kvm = hypervisor.create_vm().map_err(VmError::kvm("create a VM"))?;
     if hypervisor.needs_identity_map {
@@ -514,9 +512,8 @@ fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
     Ok(kvm)
 }
 
-/// Adds interrupt controllers and timer to a machine that has its memory. In the other order KVM would
-/// wait, for milliseconds, until no processor can still see the machine without these devices before it
-/// takes the memory.
+/// Adds interrupt controllers and timer to a machine that has its memory. In the other order, KVM would wait some
+/// milliseconds before it accepts the memory, until no processor can see the machine without these devices.
 fn add_interrupt_controllers(kvm: &VmFd) -> Result<(), VmError> {
     kvm.create_irq_chip().map_err(VmError::kvm("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -537,7 +534,7 @@ fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> 
     Ok(fd)
 }
 
-/// Opens what the console's bytes go to; and the file, if it is one that can be opened again.
+/// Opens the target of the console, and returns its file if that can be opened again.
 fn open_console(
     console: ConsoleConfig,
     vm: &str,

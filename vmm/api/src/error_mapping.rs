@@ -1,4 +1,4 @@
-//! From what went wrong to what clients are told.
+//! Maps errors of the registry to the problems that clients get.
 
 use crate::problem::Refusal;
 use samepage_api_types::problem::Kind;
@@ -13,20 +13,20 @@ impl From<HostError> for Refusal {
         let text = error.to_string();
         match error {
             HostError::NoSuchVm(_) => {
-                Refusal::new(Kind::NoSuchVm, text).help("GET /vms lists those there are")
+                Refusal::new(Kind::NoSuchVm, text).help("GET /vms lists the VMs")
             }
             HostError::Illegal { state, .. } => {
-                let actions: Vec<_> = state.actions().map(samepage_api_types::lifecycle::Action::name).collect();
-                let help = format!("what is {} can be asked to {}", state.name(), actions.join(", "));
+                let actions: Vec<_> = state.actions().map(|action| format!("`{}`", action.name())).collect();
+                let help = format!("possible actions are {}", actions.join(", "));
                 Refusal::new(Kind::IllegalTransition, text).help(help)
             }
             HostError::EndedMeanwhile { .. } => {
-                Refusal::new(Kind::IllegalTransition, text).help("ask it to start")
+                Refusal::new(Kind::IllegalTransition, text).help("use `start` to boot the VM again")
             }
             HostError::Config { source: ConfigError::DuplicateName(_), .. } => {
                 Refusal::new(Kind::DuplicateName, text)
                     .at("/name")
-                    .help("give it another name, or delete the other")
+                    .help("give the VM another name, or delete the other VM")
             }
             HostError::Config { source, .. } | HostError::Build { source: VmError::Config(source), .. } => {
                 Refusal::new(Kind::InvalidConfiguration, text).at(place(&source).unwrap_or_default())
@@ -42,9 +42,9 @@ impl From<HostError> for Refusal {
             HostError::Spec { place, .. } => Refusal::new(Kind::InvalidConfiguration, text).at(place),
             HostError::Overcommitted(_) => Refusal::new(Kind::Overcommitted, text),
             HostError::NotSharing(..) => Refusal::new(Kind::NotSharing, text)
-                .help("the process was told to share none (run --sharing off, serve --no-sharing), or its host cannot, which it said when it was started"),
+                .help("start the process without --sharing off or --no-sharing; if the host cannot share memory, the process says so when it starts"),
             HostError::NotListening(_) => {
-                Refusal::new(Kind::NotListening, text).help("use its console, or kill it")
+                Refusal::new(Kind::NotListening, text).help("use the console of the VM, or `kill`")
             }
             HostError::Closing => Refusal::new(Kind::Unavailable, text),
         }

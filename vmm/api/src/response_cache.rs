@@ -1,7 +1,7 @@
-//! Answers about all VMs, written once for many clients: with many VMs, writing them is most of the work.
+//! Responses about all VMs, serialized once for many clients: with many VMs, most of the work is to serialize.
 //!
-//! An answer is written anew when something that it tells may have come about, and otherwise after
-//! [`LONGEST`]: it has counters that go on all the time.
+//! A response is serialized again when its content may have changed, and otherwise after [`MAX_AGE`]: its
+//! counters change all the time.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,24 +11,27 @@ use parking_lot::Mutex;
 
 use crate::sampling::Seen;
 
-/// For how long an answer is given to those who ask.
-const LONGEST: Duration = Duration::from_millis(20);
+/// How old a cached response may be.
+const MAX_AGE: Duration = Duration::from_millis(20);
 
-/// An answer as it was written last.
+/// The last response to one kind of request.
 #[derive(Debug, Default)]
-pub(super) struct Rendered(Mutex<Option<Written>>);
+pub(super) struct ResponseCache(Mutex<Option<CachedResponse>>);
 
 #[derive(Debug)]
-struct Written {
+struct CachedResponse {
     seen: Option<Arc<Seen>>,
     revision: u64,
     at: Instant,
     bytes: Bytes,
 }
 
-impl Rendered {
-    /// The answer that follows from what was seen, and from what the VMs were at a revision that was asked
-    /// for before anything else.
+impl ResponseCache {
+    /// Returns the cached response if it belongs to this sample and to this revision of the registry, or has
+    /// `write` serialize another one. The caller reads the revision before anything else.
+    ///
+    /// # Errors
+    /// Fails if `write` fails; then nothing is cached.
     pub(super) fn get<E>(
         &self,
         seen: Option<&Arc<Seen>>,
@@ -45,8 +48,8 @@ impl Rendered {
         revision: u64,
         write: impl FnOnce() -> Result<Bytes, E>,
     ) -> Result<Bytes, E> {
-        let is_same = |written: &&Written| {
-            now < written.at + LONGEST
+        let is_same = |written: &&CachedResponse| {
+            now < written.at + MAX_AGE
                 && written.revision == revision
                 && written.seen.as_ref().map(Arc::as_ptr) == seen.map(Arc::as_ptr)
         };
@@ -54,8 +57,9 @@ impl Rendered {
             return Ok(written.bytes.clone());
         }
         let bytes = write()?;
-        // What was seen is kept: nothing else can come to lie where it is.
-        *self.0.lock() = Some(Written { seen: seen.cloned(), revision, at: now, bytes: bytes.clone() });
+        // The sample is kept, so that no other one can get its address.
+        *self.0.lock() =
+            Some(CachedResponse { seen: seen.cloned(), revision, at: now, bytes: bytes.clone() });
         Ok(bytes)
     }
 }
@@ -65,19 +69,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_is_written_anew_when_it_may_have_changed() {
-        let rendered = Rendered::default();
+    fn a_response_is_serialized_again_when_it_may_have_changed() {
+        let response_cache = ResponseCache::default();
         let start = Instant::now();
         let get = |at, revision, text: &'static str| {
             let write = || Ok::<_, ()>(Bytes::from_static(text.as_bytes()));
-            rendered.get_at(at, None, revision, write).unwrap()
+            response_cache.get_at(at, None, revision, write).unwrap()
         };
         assert_eq!(get(start, 1, "first"), "first");
         assert_eq!(get(start, 1, "second"), "first");
         assert_eq!(get(start, 2, "third"), "third");
-        assert_eq!(get(start + LONGEST, 2, "fourth"), "fourth");
-        // One that could not be written is not kept.
-        assert_eq!(rendered.get(None, 3, || Err("no")), Err("no"));
+        assert_eq!(get(start + MAX_AGE, 2, "fourth"), "fourth");
+        // A response that cannot be serialized is not cached.
+        assert_eq!(response_cache.get(None, 3, || Err("no")), Err("no"));
         assert_eq!(get(start, 3, "fifth"), "fifth");
     }
 }
