@@ -7,7 +7,7 @@
 //! mapped there.
 //!
 //! All of it is done in steps of about a millisecond, between which guests and disks use frames as ever. So
-//! the repair owns what it moves: it has a [`Hold`] on each frame under way and on its copy, until the pages
+//! the repair owns what it moves: it has a [`Hold`](crate::memory::store::Hold) on each frame under way and on its copy, until the pages
 //! have been gone over. Neither can die meanwhile, and become another's.
 
 use std::time::{Duration, Instant};

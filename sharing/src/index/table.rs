@@ -1,7 +1,7 @@
 //! A hash table of numbers under digests, for indexes with as many entries as there are pages: an entry takes
 //! 9.6 bytes at most while the table grows, and 10.5 after entries have left.
 //!
-//! It consists of small [segments](crate::collections::segments), each a vector with linear probing over places in the order
+//! It consists of small [segments], each a vector with linear probing over places in the order
 //! of digests. A segment grows by a sixteenth, and is split when there are many entries. Whatever is done, a
 //! bounded number of entries is moved: nobody has to wait for a table of millions.
 

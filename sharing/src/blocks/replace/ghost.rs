@@ -22,7 +22,7 @@ struct Note {
 /// Notes of some evictions.
 type Bucket = [Note; WAYS];
 
-/// Notes of evictions, in [segments](crate::collections::segments) of buckets: no eviction has to wait for all of them.
+/// Notes of evictions, in [segments] of buckets: no eviction has to wait for all of them.
 #[derive(Debug)]
 pub(super) struct Ghosts {
     segments: Vec<Box<[Bucket]>>,
