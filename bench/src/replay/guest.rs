@@ -1,9 +1,10 @@
 //! The guest's cache, by LRU: which reads pass it, and what it gives up for them. It does not depend on the
 //! host's.
 
-use samepage_sharing::blocks::replace::{History, Lru, Replacement};
+use samepage_sharing::blocks::replace::{History, Replacement};
 
 use super::host::FixedHashes;
+use super::policies::Lru;
 
 /// A read that the guest's cache does not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,9 +2,10 @@
 
 use std::hash::{BuildHasherDefault, Hasher};
 
-use samepage_sharing::blocks::replace::{History, Policy};
+use samepage_sharing::blocks::replace::History;
 
 use super::guest::Misses;
+use super::policies::Policy;
 use super::workload::mix;
 
 /// Hashes that are the same in each run.

@@ -1,12 +1,13 @@
 //! `samepage bench cache-simulation`: reads of disk blocks replayed through two caches, a guest's page
 //! cache over the host's. It says how many reads each of them answers, by what the host evicts first (all
-//! policies of `samepage_sharing::blocks::replace`) and by whether it keeps what guests hold as well
+//! of [`policies`]) and by whether it keeps what guests hold as well
 //! (inclusive) or only what they gave up (exclusive).
 //!
 //! Sizes are in blocks. Everything follows from the seed: two runs give the same figures.
 
 mod guest;
 mod host;
+mod policies;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -18,12 +19,12 @@ use std::thread;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use samepage_sharing::blocks::replace::Policy;
 
 pub(super) use report::Report;
 
 use guest::Misses;
 use host::Use;
+use policies::Policy;
 use report::{Cell, Row};
 use workload::Workload;
 

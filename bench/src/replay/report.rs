@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use samepage_sharing::blocks::replace::Policy;
 use serde::Serialize;
 
 use super::super::table::align;
 use super::Sizes;
 use super::guest::Misses;
+use super::policies::Policy;
 
 /// A run's results. Ratios are from 0 to 1, sizes in blocks.
 #[derive(Debug, Serialize)]

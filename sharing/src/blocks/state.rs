@@ -1,5 +1,6 @@
 //! The state of the block cache of one group.
 
+use std::hash::RandomState;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::block_index::{BlockIndex, BlockKey, Keep};
 use super::copies::{CopyRecords, Prover};
 use super::limit::CacheLimit;
 use super::read::VmNumber;
-use super::replace::{History, Policy, Replacement};
+use super::replace::{History, Replacement, S3Fifo};
 use super::statistics::CacheStatistics;
 use crate::memory::store::Hold;
 
@@ -46,7 +47,7 @@ pub(crate) struct CacheState {
     pub(crate) index: BlockIndex,
     pub(crate) copies: CopyRecords,
     /// Blocks of idle frames, and of some that are wanted again.
-    pub(crate) order: Box<dyn Replacement<BlockKey>>,
+    pub(crate) order: S3Fifo<BlockKey, RandomState>,
     pub(crate) fetches: HashMap<u64, Fetching>,
     pub(crate) next_token: u64,
     /// Blocks that are being written.
@@ -74,7 +75,7 @@ impl CacheState {
             images: HashMap::new(),
             index: BlockIndex::default(),
             copies: CopyRecords::default(),
-            order: Policy::S3Fifo.start(),
+            order: S3Fifo::new(RandomState::new()),
             fetches: HashMap::new(),
             next_token: 0,
             writing: Vec::new(),

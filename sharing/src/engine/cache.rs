@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::blocks::block_index::{BlockKey, HeldBlock, Keep};
 use crate::blocks::copies::Proof;
 use crate::blocks::limit::{CacheSize, FRESH};
-use crate::blocks::replace::History;
+use crate::blocks::replace::{History, Replacement};
 use crate::blocks::state::{Image, narrow};
 use crate::blocks::statistics::CacheStatistics;
 use crate::blocks::working_set::Curve;

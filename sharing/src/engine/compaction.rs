@@ -13,6 +13,7 @@
 use std::time::{Duration, Instant};
 
 use crate::blocks::block_index::Keep;
+use crate::blocks::replace::Replacement;
 use crate::engine::Engine;
 use crate::memory::calls::Source;
 use crate::memory::space::{SpaceError, WINDOW_PAGES};

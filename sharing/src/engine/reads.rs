@@ -15,7 +15,7 @@ use crate::blocks::admission::{Sample, Sampler};
 use crate::blocks::block_index::{BlockKey, Keep};
 use crate::blocks::copies::CopyRecord;
 use crate::blocks::read::{BlockRead, CopyOut, FetchRun, ReadPlan, VmNumber};
-use crate::blocks::replace::History;
+use crate::blocks::replace::{History, Replacement};
 use crate::blocks::state::Fetching;
 use crate::engine::Engine;
 use crate::engine::members::Mode;

@@ -11,25 +11,20 @@
 //! [`History`] goes with it. The caller keeps these two bits beside what it knows of the block in the guest,
 //! and hands them back when the block is demoted again.
 //!
+//! The cache uses [`S3Fifo`]. The benchmarks compare it with other policies (`samepage bench cache-simulation`).
+//!
 //! The exclusive use follows Wong and Wilkes, "My cache or yours?" (ATC 2002).
 
-mod arc;
 mod ghost;
-mod lru;
-mod queues;
+pub mod queues;
 mod s3_fifo;
 #[cfg(test)]
 mod tests;
-mod two_q;
 
-use std::fmt::{self, Debug};
-use std::hash::{BuildHasher, Hash, RandomState};
+use std::fmt::Debug;
+use std::hash::{BuildHasher, Hash};
 
 pub use s3_fifo::S3Fifo;
-
-pub use arc::Arc;
-pub use lru::Lru;
-pub use two_q::TwoQ;
 
 /// What keys of blocks must be able to do.
 pub trait Key: Copy + Eq + Hash + Send + Debug + 'static {}
@@ -109,59 +104,15 @@ impl History {
         Self(bits & Self::MOST)
     }
 
-    /// The history of a block that is wanted once more.
-    const fn again(times: u8) -> Self {
+    /// The history of a block that is wanted once more, after so many times.
+    #[must_use]
+    pub const fn again(times: u8) -> Self {
         if times < Self::MOST { Self(times + 1) } else { Self(Self::MOST) }
     }
 
-    fn is_none(self) -> bool {
+    /// Whether the block was never wanted before, as far as is known.
+    #[must_use]
+    pub fn is_none(self) -> bool {
         self == Self::NONE
-    }
-}
-
-/// The policies on offer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Policy {
-    /// See [`S3Fifo`].
-    S3Fifo,
-    /// See [`struct@Arc`].
-    Arc,
-    /// See [`TwoQ`].
-    TwoQ,
-    /// See [`Lru`].
-    Lru,
-}
-
-impl Policy {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::S3Fifo, Self::Arc, Self::TwoQ, Self::Lru];
-
-    /// The policy with nothing cached. Hashes are keyed at random.
-    #[must_use]
-    pub fn start<K: Key>(self) -> Box<dyn Replacement<K>> {
-        self.start_with(RandomState::new())
-    }
-
-    /// The policy with nothing cached, with this kind of hashes. One without a secret key is for keys that
-    /// no guest chooses.
-    #[must_use]
-    pub fn start_with<K: Key>(self, hashes: impl Hashes) -> Box<dyn Replacement<K>> {
-        match self {
-            Self::S3Fifo => Box::new(S3Fifo::new(hashes)),
-            Self::Arc => Box::new(Arc::new(hashes)),
-            Self::TwoQ => Box::new(TwoQ::new(hashes)),
-            Self::Lru => Box::new(Lru::new(hashes)),
-        }
-    }
-}
-
-impl fmt::Display for Policy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::S3Fifo => "S3-FIFO",
-            Self::Arc => "ARC",
-            Self::TwoQ => "2Q",
-            Self::Lru => "LRU",
-        })
     }
 }

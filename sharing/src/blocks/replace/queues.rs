@@ -17,7 +17,7 @@ const QUEUE: u8 = 3;
 
 /// A block's place, valid until the block is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place(u32);
+pub struct Place(u32);
 
 #[derive(Clone, Copy)]
 struct Entry<K> {
@@ -37,7 +37,7 @@ struct Ends {
 const EMPTY: Ends = Ends { newest: NONE, oldest: NONE, len: 0 };
 
 /// Up to four queues.
-pub(super) struct Queues<K, S, const N: usize> {
+pub struct Queues<K, S, const N: usize> {
     entries: Pieces<Entry<K>>,
     /// For each entry, its queue and a count.
     marks: Pieces<u8>,
@@ -48,7 +48,9 @@ pub(super) struct Queues<K, S, const N: usize> {
 }
 
 impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
-    pub(super) fn new(hashes: S) -> Self {
+    /// No block is in any of them.
+    #[must_use]
+    pub fn new(hashes: S) -> Self {
         const { assert!(N <= QUEUE as usize + 1) };
         let table = Table::default();
         Self {
@@ -62,20 +64,25 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     }
 
     /// The hash of a key by which it is found here.
-    pub(super) fn digest(&self, key: K) -> u32 {
+    #[must_use]
+    pub fn digest(&self, key: K) -> u32 {
         (self.hashes.hash_one(key) >> 32) as u32
     }
 
-    pub(super) fn find(&self, key: K) -> Option<Place> {
+    /// Where a block is.
+    #[must_use]
+    pub fn find(&self, key: K) -> Option<Place> {
         self.find_digest(self.digest(key), key)
     }
 
-    pub(super) fn find_digest(&self, digest: u32, key: K) -> Option<Place> {
+    /// The same by its [digest](Self::digest).
+    #[must_use]
+    pub fn find_digest(&self, digest: u32, key: K) -> Option<Place> {
         self.table.find(digest, |place| self.entries[place as usize].key == key).map(Place)
     }
 
     /// Adds a block that is in no queue, as the newest of one.
-    pub(super) fn push(&mut self, queue: usize, key: K, count: u8) {
+    pub fn push(&mut self, queue: usize, key: K, count: u8) {
         let digest = self.digest(key);
         debug_assert!(self.find_digest(digest, key).is_none());
         let entry = Entry { key, newer: NONE, older: NONE };
@@ -93,7 +100,7 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     }
 
     /// Takes a block out of its queue and forgets it.
-    pub(super) fn remove(&mut self, place: Place) -> K {
+    pub fn remove(&mut self, place: Place) -> K {
         let Place(place) = place;
         self.unlink(place);
         let key = self.entries[place as usize].key;
@@ -104,51 +111,63 @@ impl<K: Key, S: BuildHasher, const N: usize> Queues<K, S, N> {
     }
 
     /// Makes a block the newest of a queue.
-    pub(super) fn refresh(&mut self, queue: usize, place: Place) {
+    pub fn refresh(&mut self, queue: usize, place: Place) {
         self.unlink(place.0);
         self.link(queue, place.0);
     }
 
-    pub(super) fn oldest(&self, queue: usize) -> Option<Place> {
+    /// The oldest block of a queue.
+    #[must_use]
+    pub fn oldest(&self, queue: usize) -> Option<Place> {
         let oldest = self.ends[queue].oldest;
         (oldest != NONE).then_some(Place(oldest))
     }
 
     /// Takes the oldest block of a queue out and forgets it.
-    pub(super) fn pop(&mut self, queue: usize) -> Option<K> {
+    pub fn pop(&mut self, queue: usize) -> Option<K> {
         let place = self.oldest(queue)?;
         Some(self.remove(place))
     }
 
-    pub(super) fn key(&self, place: Place) -> K {
+    /// Which block it is.
+    #[must_use]
+    pub fn key(&self, place: Place) -> K {
         self.entries[place.0 as usize].key
     }
 
-    pub(super) fn queue(&self, place: Place) -> usize {
+    /// The queue that it is in.
+    #[must_use]
+    pub fn queue(&self, place: Place) -> usize {
         usize::from(self.marks[place.0 as usize] & QUEUE)
     }
 
     /// A number from 0 to 3 that is kept with a block.
-    pub(super) fn count(&self, place: Place) -> u8 {
+    #[must_use]
+    pub fn count(&self, place: Place) -> u8 {
         self.marks[place.0 as usize] >> 2
     }
 
-    pub(super) fn set_count(&mut self, place: Place, count: u8) {
+    /// Keeps another number with a block.
+    pub fn set_count(&mut self, place: Place, count: u8) {
         debug_assert!(count <= 3);
         let mark = &mut self.marks[place.0 as usize];
         *mark = (*mark & QUEUE) | (count << 2);
     }
 
-    pub(super) fn len(&self, queue: usize) -> usize {
+    /// How many blocks a queue has.
+    #[must_use]
+    pub fn len(&self, queue: usize) -> usize {
         self.ends[queue].len as usize
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    /// Bytes that all of them take.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
         self.entries.bytes() + self.marks.bytes() + self.table.bytes()
     }
 
     /// Gives unused memory back.
-    pub(super) fn shrink(&mut self) {
+    pub fn shrink(&mut self) {
         let (mut entries, mut marks, mut table) = (Pieces::default(), Pieces::default(), Table::default());
         for ends in &mut self.ends {
             let mut from = ends.oldest;

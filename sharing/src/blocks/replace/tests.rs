@@ -1,7 +1,7 @@
-//! What all policies promise, and the exact order of two of them.
+//! What S3-FIFO promises, and its exact order.
 
 use std::collections::{HashSet, VecDeque};
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, RandomState};
 
 use proptest::prelude::*;
 
@@ -36,9 +36,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 
 proptest! {
     #[test]
-    fn a_policy_knows_what_is_cached(events in events()) {
-        for policy in Policy::ALL {
-            let mut order = policy.start::<u16>();
+    fn s3_fifo_knows_what_is_cached(events in events()) {
+            let mut order = S3Fifo::new(RandomState::new());
             let mut cached = HashSet::new();
             let mut most = 0;
             for &event in &events {
@@ -54,9 +53,9 @@ proptest! {
                     Event::Remove(key) => prop_assert_eq!(order.remove(key), cached.remove(&key)),
                     Event::Evict => {
                         let victim = order.evict();
-                        prop_assert_eq!(victim.is_none(), cached.is_empty(), "{}", policy);
-                        prop_assert!(victim.is_none_or(|key| cached.remove(&key)), "{}", policy);
-                        prop_assert!(victim.is_none_or(|key| !order.contains(key)), "{}", policy);
+                        prop_assert_eq!(victim.is_none(), cached.is_empty());
+                        prop_assert!(victim.is_none_or(|key| cached.remove(&key)));
+                        prop_assert!(victim.is_none_or(|key| !order.contains(key)));
                     }
                     Event::Shrink => {
                         order.shrink();
@@ -64,30 +63,26 @@ proptest! {
                     }
                 }
                 most = most.max(cached.len());
-                prop_assert_eq!(order.len(), cached.len(), "{}", policy);
-                prop_assert!(order.ghosts() <= most, "{policy}: {} of {most}", order.ghosts());
+                prop_assert_eq!(order.len(), cached.len());
+                prop_assert!(order.ghosts() <= most, "{} of {most}", order.ghosts());
             }
             for key in 0..60 {
-                prop_assert_eq!(order.contains(key), cached.contains(&key), "{}", policy);
+                prop_assert_eq!(order.contains(key), cached.contains(&key));
             }
             while let Some(key) = order.evict() {
                 prop_assert!(cached.remove(&key));
             }
             prop_assert!(cached.is_empty() && order.is_empty());
-        }
     }
 
     #[test]
-    fn lru_and_s3_fifo_evict_as_they_should(events in events()) {
-        let (mut lru, mut s3_fifo) = (Policy::Lru.start::<u16>(), Policy::S3Fifo.start::<u16>());
-        let (mut plain_lru, mut plain_s3_fifo) = (PlainLru::default(), PlainS3Fifo::default());
+    fn s3_fifo_evicts_as_it_should(events in events()) {
+        let mut s3_fifo = S3Fifo::new(RandomState::new());
+        let mut plain_s3_fifo = PlainS3Fifo::default();
         for event in events {
             match event {
                 Event::Insert(key, bits) => {
                     let history = History::from_bits(bits);
-                    lru.insert(key, history);
-                    plain_lru.remove(key);
-                    plain_lru.0.push_back(key);
                     if s3_fifo.contains(key) {
                         s3_fifo.insert(key, history);
                         plain_s3_fifo.hit(key);
@@ -99,32 +94,22 @@ proptest! {
                     }
                 }
                 Event::Take(key) => {
-                    lru.take(key);
-                    plain_lru.remove(key);
                     let expected = plain_s3_fifo.remove(key).map(|times| times.min(3));
                     prop_assert_eq!(s3_fifo.take(key).map(History::bits), expected);
                 }
                 Event::Hit(key) => {
-                    if lru.hit(key) {
-                        plain_lru.remove(key);
-                        plain_lru.0.push_back(key);
-                    }
                     s3_fifo.hit(key);
                     plain_s3_fifo.hit(key);
                 }
                 Event::Miss(_) => {}
                 Event::Remove(key) => {
-                    lru.remove(key);
-                    plain_lru.remove(key);
                     s3_fifo.remove(key);
                     plain_s3_fifo.remove(key);
                 }
                 Event::Evict => {
-                    prop_assert_eq!(lru.evict(), plain_lru.0.pop_front());
                     prop_assert_eq!(s3_fifo.evict(), plain_s3_fifo.evict());
                 }
                 Event::Shrink => {
-                    lru.shrink();
                     s3_fifo.shrink();
                 }
             }
@@ -173,16 +158,6 @@ proptest! {
             }
             prop_assert_eq!(queues.pop(queue), None);
         }
-    }
-}
-
-/// From the least recently used.
-#[derive(Default)]
-struct PlainLru(VecDeque<u16>);
-
-impl PlainLru {
-    fn remove(&mut self, key: u16) {
-        self.0.retain(|&other| other != key);
     }
 }
 
@@ -276,42 +251,37 @@ fn a_block_takes_forty_bytes_at_most_and_no_more_once_there_are_as_many_as_ever(
 
 #[test]
 fn what_comes_back_after_it_was_taken_outlives_what_is_new() {
-    for policy in [Policy::S3Fifo, Policy::Arc, Policy::TwoQ] {
-        let mut order = policy.start_with::<u32>(Fixed);
-        (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
-        // The guest takes twenty blocks and gives them back.
-        let taken: Vec<_> = (40..60).map(|key| (key, order.take(key).expect("it is cached"))).collect();
-        taken.into_iter().for_each(|(key, history)| assert!(order.insert(key, history)));
-        // A scan passes.
-        for key in 1000..2000 {
-            let history = order.miss(key);
-            order.insert(key, history);
-            order.evict();
-        }
-        let kept = (40..60).filter(|&key| order.contains(key)).count();
-        assert_eq!(kept, 20, "{policy}");
+    let mut order = S3Fifo::<u32, _>::new(Fixed);
+    (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
+    // The guest takes twenty blocks and gives them back.
+    let taken: Vec<_> = (40..60).map(|key| (key, order.take(key).expect("it is cached"))).collect();
+    taken.into_iter().for_each(|(key, history)| assert!(order.insert(key, history)));
+    // A scan passes.
+    for key in 1000..2000 {
+        let history = order.miss(key);
+        order.insert(key, history);
+        order.evict();
     }
+    let kept = (40..60).filter(|&key| order.contains(key)).count();
+    assert_eq!(kept, 20);
 }
 
 #[test]
 fn what_is_read_from_the_disk_soon_after_its_eviction_outlives_what_is_new() {
-    // ARC has no ghosts of blocks wanted once while there are no others.
-    for policy in [Policy::S3Fifo, Policy::TwoQ] {
-        let mut order = policy.start_with::<u32>(Fixed);
-        (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
-        let victims: Vec<_> = (0..10).filter_map(|_| order.evict()).collect();
-        let read: Vec<_> = victims.iter().map(|&key| (key, order.miss(key))).collect();
-        assert!(read.iter().all(|&(_, history)| history > History::NONE), "{policy}: {read:?}");
-        // It was the guests' for a while.
-        (100..200).for_each(|key| {
-            order.insert(key, History::NONE);
-            order.evict();
-        });
-        read.into_iter().for_each(|(key, history)| assert!(order.insert(key, history)));
-        (1000..1500).for_each(|key| {
-            order.insert(key, History::NONE);
-            order.evict();
-        });
-        assert!(victims.iter().all(|&key| order.contains(key)), "{policy}");
-    }
+    let mut order = S3Fifo::<u32, _>::new(Fixed);
+    (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
+    let victims: Vec<_> = (0..10).filter_map(|_| order.evict()).collect();
+    let read: Vec<_> = victims.iter().map(|&key| (key, order.miss(key))).collect();
+    assert!(read.iter().all(|&(_, history)| history > History::NONE), "{read:?}");
+    // It was the guests' for a while.
+    (100..200).for_each(|key| {
+        order.insert(key, History::NONE);
+        order.evict();
+    });
+    read.into_iter().for_each(|(key, history)| assert!(order.insert(key, history)));
+    (1000..1500).for_each(|key| {
+        order.insert(key, History::NONE);
+        order.evict();
+    });
+    assert!(victims.iter().all(|&key| order.contains(key)));
 }

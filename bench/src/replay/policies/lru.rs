@@ -1,17 +1,17 @@
 //! Least recently used. In exclusive use it makes one LRU of a guest's memory and the host's.
 
-use super::queues::Queues;
-use super::{Hashes, History, Key, Replacement};
+use samepage_sharing::blocks::replace::queues::Queues;
+use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 
 /// Least recently used goes first.
 #[derive(Debug)]
-pub struct Lru<K, S> {
+pub(in crate::replay) struct Lru<K, S> {
     queues: Queues<K, S, 1>,
 }
 
 impl<K: Key, S: Hashes> Lru<K, S> {
     /// Nothing is cached.
-    pub fn new(hashes: S) -> Self {
+    pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes) }
     }
 }

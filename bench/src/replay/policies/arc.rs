@@ -5,8 +5,8 @@
 //! is the number of cached blocks at an eviction. In exclusive use blocks come back with their [`History`],
 //! and the ghosts are asked when a guest reads from the disk, not when the block is demoted.
 
-use super::queues::Queues;
-use super::{Hashes, History, Key, Replacement};
+use samepage_sharing::blocks::replace::queues::Queues;
+use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 
 /// Wanted once: the paper's T1.
 const ONCE: usize = 0;
@@ -19,7 +19,7 @@ const AGAIN_GONE: usize = 3;
 
 /// ARC.
 #[derive(Debug)]
-pub struct Arc<K, S> {
+pub(in crate::replay) struct Arc<K, S> {
     queues: Queues<K, S, 4>,
     /// How many blocks wanted once there are to be: p.
     target: usize,
@@ -27,7 +27,7 @@ pub struct Arc<K, S> {
 
 impl<K: Key, S: Hashes> Arc<K, S> {
     /// Nothing is cached.
-    pub fn new(hashes: S) -> Self {
+    pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes), target: 0 }
     }
 

@@ -4,8 +4,8 @@
 //! algorithm" (VLDB 1994), the full version. A block that a guest takes was wanted again, wherever it was:
 //! it is kept by LRU from then on.
 
-use super::queues::Queues;
-use super::{Hashes, History, Key, Replacement};
+use samepage_sharing::blocks::replace::queues::Queues;
+use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 
 /// New blocks: the paper's A1in.
 const NEW: usize = 0;
@@ -20,13 +20,13 @@ const GONE_PART: usize = 2;
 
 /// 2Q.
 #[derive(Debug)]
-pub struct TwoQ<K, S> {
+pub(in crate::replay) struct TwoQ<K, S> {
     queues: Queues<K, S, 3>,
 }
 
 impl<K: Key, S: Hashes> TwoQ<K, S> {
     /// Nothing is cached.
-    pub fn new(hashes: S) -> Self {
+    pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes) }
     }
 
