@@ -95,7 +95,10 @@ pub(crate) fn userfaultfd_not_permitted() {
     serve.args(["serve", "--socket", "/dev/socket"]).current_dir(scratch.folder());
     let serve = Running::start(serve);
     let told = serve.stderr().wait_for_line("without sharing memory");
-    assert!(told.contains("(--no-sharing says so") && !told.contains("--sharing off"), "{told}");
+    assert!(
+        told.contains("(use --no-sharing to omit this message)") && !told.contains("--sharing off"),
+        "{told}"
+    );
     serve.stderr().wait_for_line("the control socket is");
     let socket = format!("/proc/{}/root/dev/socket", serve.pid().as_raw_nonzero());
     let client = Client::new(socket);

@@ -220,8 +220,8 @@ impl VmConfig {
         }
     }
 
-    /// Validates the values, and that the images are sound and fit into the memory. Starts nothing. The command line has to leave room for the memory hole's parameter,
-    /// whether the process shares memory or not.
+    /// Validates the values, and that the images are sound and fit into the memory. Starts nothing. The command line
+    /// has to leave room for the memory hole's parameter, whether the process shares memory or not.
     ///
     /// # Errors
     /// Fails with all faults of the configuration.
@@ -251,7 +251,8 @@ impl VmConfig {
                 faults.push(ConfigError::DuplicateDiskId(disk.id.clone()));
             }
         }
-        let images = load::faults(&self.kernel, self.initrd.as_ref(), &command_line, room);
+        let added = command_line.len().saturating_sub(self.cmdline.len());
+        let images = load::faults(&self.kernel, self.initrd.as_ref(), &command_line, added, room);
         faults.extend(images.into_iter().map(ConfigError::Boot));
         faults
     }

@@ -59,17 +59,19 @@ impl BootError {
     }
 }
 
-/// All that keeps the images from booting in a VM of `ram_bytes` with this command line. Nothing is loaded.
+/// Returns all that keeps the images from booting in a VM of `ram_bytes` with this command line, of which `added` bytes
+/// are parameters for devices. Nothing is loaded.
 pub(crate) fn faults(
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
     command_line: &str,
+    added: usize,
     ram_bytes: u64,
 ) -> Vec<BootError> {
     let mut faults = Vec::new();
     let inspected = inspect_kernel(kernel, ram_bytes).map(|(inspected, _)| inspected);
     let limit = inspected.as_ref().map_or(COMMAND_LINE_MAX, |inspected| inspected.command_line_max);
-    let line = check_command_line(command_line, limit);
+    let line = check_command_line(command_line, added, limit);
     let initrd = initrd.map(|initrd| {
         let placed = match &inspected {
             Ok(inspected) => place(initrd, inspected, ram_bytes).map(drop),
@@ -114,7 +116,7 @@ fn inspect<'a>(
     ram_bytes: u64,
 ) -> Result<(Inspected, OpenImage<'a>), ImageError> {
     let (inspected, image) = inspect_kernel(kernel, ram_bytes)?;
-    check_command_line(command_line, inspected.command_line_max)?;
+    check_command_line(command_line, 0, inspected.command_line_max)?;
     Ok((inspected, image))
 }
 
@@ -125,13 +127,13 @@ fn inspect_kernel(kernel: &ImageSource, ram_bytes: u64) -> Result<(Inspected, Op
 }
 
 /// Checks a command line against the most bytes that a kernel takes, NUL included.
-fn check_command_line(command_line: &str, max: usize) -> Result<(), ImageError> {
+fn check_command_line(command_line: &str, added: usize, max: usize) -> Result<(), ImageError> {
     if let Some(odd) = command_line.chars().find(|c| !matches!(c, ' '..='~' | '\t')) {
         return Err(ImageError::CommandLineCharacter(odd));
     }
     let limit = max - 1;
     if command_line.len() > limit {
-        return Err(ImageError::CommandLineTooLong { length: command_line.len(), limit });
+        return Err(ImageError::CommandLineTooLong { length: command_line.len() - added, added, limit });
     }
     Ok(())
 }
@@ -280,13 +282,13 @@ mod tests {
         line: &str,
         ram: u64,
     ) -> Result<(), BootError> {
-        faults(kernel, initrd, line, ram).into_iter().next().map_or(Ok(()), Err)
+        faults(kernel, initrd, line, 0, ram).into_iter().next().map_or(Ok(()), Err)
     }
 
     #[test]
     fn all_faults_are_found_at_once() {
         let nowhere = || ImageSource::Path("/nonexistent".into());
-        let all = faults(&nowhere(), Some(&nowhere()), "a\nb", RAM);
+        let all = faults(&nowhere(), Some(&nowhere()), "a\nb", 0, RAM);
         let text: Vec<_> = all.iter().map(ToString::to_string).collect();
         assert!(matches!(
             all[..],

@@ -120,11 +120,16 @@ pub enum ImageError {
     #[error("it is empty; leave out --initrd to boot without one")]
     EmptyInitrd,
     /// The command line is longer than the kernel takes.
-    #[error("the kernel takes a command line of {limit} bytes at most, this one has {length}; shorten it")]
+    #[error(
+        "the kernel takes a command line of {limit} bytes at most, this one has {length}, and parameters for devices \
+         add {added}; shorten it"
+    )]
     CommandLineTooLong {
-        /// Its length.
+        /// Its length as configured, in bytes.
         length: usize,
-        /// What fits.
+        /// Bytes that parameters for devices add.
+        added: usize,
+        /// Bytes that fit.
         limit: usize,
     },
     /// The command line has bytes that no kernel parameter can hold.
