@@ -342,14 +342,16 @@ fn no_write_is_lost_while_huge_pages_are_split() {
 #[test]
 fn the_books_stay_small_when_huge_pages_are_split() {
     const PAGES: u32 = 64 * HUGE_PAGES;
+    // How full the tables are depends on the random key of the digests, by a hundredth.
+    const MOST: f64 = 16.2;
     let mut engine = engine(&following());
     let vms: Vec<_> = (0..2).map(|_| start(&mut engine, PAGES)).collect();
     let mut clock = Clock::new();
     let bytes_a_page = |engine: &Engine| engine.statistics().metadata_bytes as f64 / f64::from(2 * PAGES);
     vms.iter().for_each(|vm| fill(vm, 130));
     clock.intervals(&mut engine, 4);
-    assert!(bytes_a_page(&engine) <= 16.0, "{} bytes", bytes_a_page(&engine));
+    assert!(bytes_a_page(&engine) <= MOST, "{} bytes", bytes_a_page(&engine));
     clock.intervals(&mut engine, LONG);
     assert_eq!(engine.statistics().pages_sharing, 130 * 64);
-    assert!(bytes_a_page(&engine) <= 16.0, "{} bytes", bytes_a_page(&engine));
+    assert!(bytes_a_page(&engine) <= MOST, "{} bytes", bytes_a_page(&engine));
 }
