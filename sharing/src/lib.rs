@@ -5,10 +5,12 @@
 //!
 //! - `collections`: sets of pages, and tables that grow and shrink in small steps.
 //! - `memory`: what happens where guest RAM is mapped. [`ram`]: private anonymous memory of 4 KiB pages, or of
-//!   huge ones as well. [`store`]: the frames, pages of a sealed memory file, each of which lives as long as it
-//!   has an owner. [`space`]: one VM's RAM under management, and the window that protects, compares and remaps.
-//!   [`calls`], [`uffd`], [`wakes`], [`pagemap`], [`content`]: the kernel's side of it. [`loss`]: memory that the
-//!   host cannot supply ends one VM, never the process.
+//!   huge ones as well. [`guest`]: one VM's memory, as the folders below reach it. [`local`]: the same in this
+//!   process, with the window that protects, compares and remaps. [`calls`], [`uffd`], [`wakes`], [`pagemap`],
+//!   [`content`]: the kernel's side of it. [`loss`]: memory that the host cannot supply ends one VM, never the
+//!   process.
+//! - `frames`: who is on which frame. [`store`]: the frames, pages of a sealed memory file, each of which lives as
+//!   long as it has an owner. [`space`]: one VM's pages, and what they are mapped from.
 //! - [`changes`]: which pages were written, and which are at rest.
 //! - `index`: where content is looked up, by digest or by content.
 //! - `policy`: what is worth it. [`budget`] and `pressure`: mappings; `huge`: which huge pages are split;
@@ -24,6 +26,7 @@ pub mod blocks;
 pub mod changes;
 pub(crate) mod collections;
 pub mod engine;
+pub(crate) mod frames;
 pub(crate) mod index;
 pub(crate) mod inspect;
 pub(crate) mod memory;
@@ -32,8 +35,9 @@ pub(crate) mod policy;
 pub mod service;
 
 pub use engine::{holds, removal, trust};
+pub use frames::{space, store};
 pub use inspect::{audit, by_type, map, pairs, statistics};
 pub use memory::ram::{PAGE_SIZE, Ram};
-pub use memory::{calls, content, loss, pagemap, ram, space, store, uffd, wakes};
+pub use memory::{calls, content, guest, local, loss, pagemap, ram, uffd, wakes};
 pub use numbers::{Digest, Slot};
 pub use policy::{budget, claims, hints};

@@ -75,7 +75,7 @@ impl GlobalPage {
 }
 
 /// Number of a frame in its store. Its offset in the memory file is that many pages. It says nothing about who owns the
-/// frame: see [`store`](crate::memory::store).
+/// frame: see [`store`](crate::frames::store).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Frame(u32);
 

@@ -53,6 +53,7 @@ fn arrangement(numbers: &mut Numbers) -> (Settings, u32, u32) {
         compaction_windows: if numbers.below(4) == 0 { 32 } else { 1 + numbers.below(3) as u32 },
         // Words of pages for which an interval ends in one step: one, some, or all.
         interval_effort: [1, 2000, u32::MAX][numbers.below(3) as usize],
+        batch: [1, 2, 16][numbers.below(3) as usize],
         few_holes: if large { 1024 } else { 4 + numbers.below(60) as u32 },
         ..following()
     };

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The folders, from the ground up.
-const LAYERS: [&str; 10] = [
+const LAYERS: [&str; 11] = [
     "numbers",
     "collections",
     "memory",
+    "frames",
     "changes",
     "index",
     "policy",
@@ -74,4 +75,49 @@ fn every_import_points_down_the_layers() {
 fn imports_are_found_in_code_and_not_in_comments() {
     let code = "use crate::memory::ram;\nlet page = crate::PAGE_SIZE; mycrate::other(); pub(crate) fn f() {}";
     assert_eq!(used(code).collect::<Vec<_>>(), ["memory", "PAGE_SIZE"]);
+}
+
+/// The folders of the half that only has numbers.
+const NUMBERS_HALF: [&str; 7] = ["frames", "changes", "index", "policy", "blocks", "engine", "inspect"];
+
+/// What that half may name of the folder `memory`: the trait with its plain data, contents that the engine owns, and
+/// sizes. `calls` frees frames, `loss` tells that a VM has lost memory.
+const PLAIN: [&str; 7] =
+    ["guest", "content", "calls::MemoryCalls", "frame_view", "loss", "pagemap::Entry", "ram::"];
+
+/// Files that put the two halves together in one process.
+const JOINTS: [&str; 2] = ["engine/mod.rs", "frames/store/mod.rs"];
+
+/// What a file uses of the folder `memory`: the rest of each path.
+fn used_of_memory(code: &str) -> impl Iterator<Item = &str> {
+    const PATH: &str = "crate::memory::";
+    code.match_indices(PATH).map(|(at, _)| {
+        let rest = &code[at + PATH.len()..];
+        rest[..rest.find(';').unwrap_or(rest.len())].lines().next().unwrap_or_default()
+    })
+}
+
+#[test]
+fn the_half_that_has_numbers_reaches_guests_memory_through_the_trait_alone() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    let mut uses = 0;
+    for folder in NUMBERS_HALF {
+        for file in files(&source.join(folder)) {
+            let name = file.strip_prefix(&source).unwrap().to_str().unwrap().to_owned();
+            if file.file_stem().is_some_and(|stem| stem == "tests") || JOINTS.contains(&name.as_str()) {
+                continue;
+            }
+            for used in used_of_memory(&code(&file)) {
+                uses += 1;
+                let is_plain = PLAIN.iter().any(|plain| used.starts_with(plain));
+                // RAM is reached by address.
+                if !is_plain || used.contains("Ram") {
+                    wrong.push(format!("{name} uses memory::{used}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "past `memory::guest`:\n{}", wrong.join("\n"));
+    assert!(uses > 20, "only {uses} uses were found: the test reads the wrong files");
 }

@@ -13,6 +13,7 @@ use common::counted::Counted;
 use common::{Guest, losses, no_rest};
 use samepage_sharing::Slot;
 use samepage_sharing::engine::{Engine, Mode};
+use samepage_sharing::local::LocalMemory;
 use samepage_sharing::space::Space;
 use samepage_sharing::store::FrameStore;
 
@@ -89,8 +90,9 @@ fn a_writer_that_was_missed_as_its_page_came_to_a_frame_goes_on() {
     let frame = hold.first();
     store.write(&hold, guest.ram.range(0, 1).page(0)).unwrap();
     store.fill(&hold);
-    let mut space = Space::new(guest.ram.clone(), &calls).unwrap();
-    assert_eq!(space.merge(0, frame, 1, &mut store, &calls).unwrap(), 1);
+    let host = store.host(Arc::new(calls), 1).unwrap();
+    let mut space = Space::new(Arc::new(LocalMemory::new(guest.ram.clone(), host).unwrap()));
+    assert_eq!(space.merge(0, frame, 1, &mut store).unwrap(), 1);
     writer.recv().unwrap().goes_on();
 }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::replace::History;
 use crate::collections::segments::tree_bytes;
-use crate::memory::store::Frame;
+use crate::frames::store::Frame;
 
 /// Blocks of one content beyond these get frames of their own: what is done to a frame is done for each
 /// of its names.

@@ -148,9 +148,9 @@ mod tests {
     use super::*;
     use crate::blocks::{BlockRead, Image, Keep};
     use crate::engine::{Engine, Mode, Settings, Step};
+    use crate::frames::store::FrameStore;
     use crate::memory::calls::Linux;
     use crate::memory::ram::Ram;
-    use crate::memory::store::FrameStore;
     use crate::numbers::Slot;
     use crate::policy::budget::Budget;
 

@@ -15,7 +15,7 @@ use super::limit::CacheLimit;
 use super::read::VmNumber;
 use super::replace::{History, Replacement, S3Fifo};
 use super::statistics::CacheStatistics;
-use crate::memory::store::Hold;
+use crate::frames::store::Hold;
 
 /// One state of the content of an image, as its owner calls it: the host's device, the file's number, a version of
 /// its content, and the format that it is read in.

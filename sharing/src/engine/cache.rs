@@ -14,8 +14,8 @@ use crate::blocks::statistics::CacheStatistics;
 use crate::blocks::working_set::Curve;
 use crate::engine::Engine;
 use crate::engine::holds::Since;
+use crate::frames::store::Frame;
 use crate::memory::content::Page;
-use crate::memory::store::Frame;
 use crate::numbers::Slot;
 
 /// How long memory is kept for reads from disks while none comes.
@@ -181,9 +181,9 @@ impl Engine {
             self.evict();
         }
         if self.cache.filled {
-            self.store.recycle(&*self.calls);
+            self.store.recycle(&*self.host.calls);
         } else {
-            self.store.reclaim(&*self.calls);
+            self.store.reclaim(&*self.host.calls);
         }
     }
 
@@ -195,7 +195,7 @@ impl Engine {
         }
         let rested = now.saturating_duration_since(self.cache.asked) >= SPARE_FOR && self.store.spare() > 0;
         if rested {
-            self.store.drop_spare(&*self.calls);
+            self.store.drop_spare(&*self.host.calls);
         }
         rested
     }

@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::engine::holds::thread_cpu;
 use crate::engine::members::Member;
 use crate::engine::turns::Kind;
-use crate::memory::page_types::Claim;
+use crate::frames::page_types::Claim;
 use crate::numbers::Slot;
 use crate::policy::claims::{
     ClaimSource, Claims, Heard, Reading, SharedTypes, Sweep, patience, ram_of_block,

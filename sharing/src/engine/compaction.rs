@@ -7,7 +7,7 @@
 //! mapped there.
 //!
 //! All of it is done in steps of about a millisecond, between which guests and disks use frames as ever. So
-//! the repair owns what it moves: it has a [`Hold`](crate::memory::store::Hold) on each frame under way and on its copy, until the pages
+//! the repair owns what it moves: it has a [`Hold`](crate::frames::store::Hold) on each frame under way and on its copy, until the pages
 //! have been gone over. Neither can die meanwhile, and become another's.
 
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use crate::blocks::block_index::Keep;
 use crate::blocks::replace::Replacement;
 use crate::engine::Engine;
-use crate::memory::calls::Source;
-use crate::memory::space::{SpaceError, WINDOW_PAGES};
-use crate::memory::store::Frame;
+use crate::frames::space::{SpaceError, WINDOW_PAGES};
+use crate::frames::store::Frame;
+use crate::memory::guest::Source;
 use crate::numbers::Slot;
 use crate::policy::compaction::{Move, Work};
 
@@ -73,7 +73,7 @@ impl Engine {
             Work::Changing { slot, page } => self.change_pages(slot, page, &clock),
             Work::Ending => self.end_moves(now, &clock),
         };
-        self.store.reclaim(&*self.calls);
+        self.store.reclaim(&*self.host.calls);
         true
     }
 
@@ -239,14 +239,14 @@ impl Engine {
 
     /// Returns how many pages are dealt with: at least one.
     fn change_run(&mut self, slot: Slot, first: u32, new: Frame, count: u32) -> u32 {
-        let Self { members, store, calls, stable, counters, share, .. } = self;
+        let Self { members, store, stable, counters, share, .. } = self;
         let member = members.at_mut(slot);
         let added = member.space.mappings_added(first, count, Source::Frames(new));
         if added > 0 && added + 2 > share.budget().room() {
             return count;
         }
         let mut dead = Vec::new();
-        match member.space.change_frames(first, new, count, store, &**calls, &mut dead) {
+        match member.space.change_frames(first, new, count, store, &mut dead) {
             Ok(moved) => {
                 dead.into_iter().for_each(|frame| stable.remove(frame, store));
                 // The first page that differs was written to, and leaves its frame in its own time.
@@ -288,7 +288,7 @@ impl Engine {
                 return Work::Ending;
             }
         }
-        if self.store.dead() > 0 && self.store.reclaim(&*self.calls) > 0 {
+        if self.store.dead() > 0 && self.store.reclaim(&*self.host.calls) > 0 {
             return Work::Ending;
         }
         self.counters.compactions += 1;

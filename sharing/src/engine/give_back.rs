@@ -11,8 +11,6 @@
 //! Guests that look at the content of freed pages say so ([`samepage_hole::FREED_PAGES_MATTER`]), and keep
 //! them. A guest that lies loses content of its own.
 
-#![expect(unsafe_code, reason = "looks at guest pages by address")]
-
 use std::ops::Range;
 
 use samepage_hole::FREED_PAGES_MATTER;
@@ -20,9 +18,8 @@ use samepage_hole::FREED_PAGES_MATTER;
 use crate::engine::Engine;
 use crate::engine::members::{Member, Mode};
 use crate::engine::turns::Kind;
-use crate::memory::calls::Source;
-use crate::memory::content;
-use crate::memory::space::WINDOW_PAGES;
+use crate::frames::space::WINDOW_PAGES;
+use crate::memory::guest::Source;
 use crate::numbers::Slot;
 use crate::policy::give_back::Work;
 
@@ -79,7 +76,7 @@ impl Engine {
         if let Some(claims) = &mut self.members.at_mut(slot).claims {
             claims.giving.work = next;
         }
-        self.store.reclaim(&*self.calls);
+        self.store.reclaim(&*self.host.calls);
         true
     }
 
@@ -126,8 +123,7 @@ impl Engine {
                 let alike = |&next: &u32| member.is_huge(next) == is_huge;
                 let end = run.end.min(page + WINDOW_PAGES);
                 let count = (page..end).take_while(alike).count() as u32;
-                // SAFETY: a member's RAM is mapped.
-                let zero = unsafe { content::zero(member.space.page(page)) };
+                let zero = member.space.memory().zeros(page..page + 1) == 1;
                 page += if is_huge {
                     // A huge page that is free in good part is split when it is cold.
                     let member = self.members.at_mut(slot);
@@ -151,7 +147,7 @@ impl Engine {
     fn private_runs(&mut self, slot: Slot, pages: Range<u32>) -> Vec<Range<u32>> {
         self.learn_huge(slot, pages.clone());
         let mut runs = Vec::new();
-        if self.members.at(slot).space.private(pages, &self.pagemap, &mut runs).is_err() {
+        if self.members.at(slot).space.memory().private(pages, &mut runs).is_err() {
             self.counters.refusals += 1;
             return Vec::new();
         }
@@ -178,12 +174,11 @@ impl Engine {
         let frame = hold.first();
         let space = &self.members.at(slot).space;
         let added = space.mappings_added(first, count, Source::Frames(frame));
-        let source = space.page(first);
         self.report_mappings();
         let budget = self.share.budget();
         let room = added <= 0 || budget.room() >= added + ROOM && budget.shortest_run() <= count;
         let mut lent = room;
-        if room && self.store.write(&hold, source).is_err() {
+        if room && self.write_frames(&hold, slot, first).is_err() {
             self.counters.refusals += 1;
             lent = false;
         }
@@ -237,7 +232,7 @@ impl Engine {
         let mut page = pages.start;
         let (mut left, mut dead) = (Vec::new(), Vec::new());
         while page < pages.end && !self.members.at(slot).space.lost() {
-            let Self { members, pagemap, store, calls, .. } = self;
+            let Self { members, store, .. } = self;
             let (member, count) = (members.at_mut(slot), pages.end - page);
             // A page that has left its frame since is not attached.
             let count = (page..page + count).take_while(|&page| member.space.attached(page)).count() as u32;
@@ -245,8 +240,7 @@ impl Engine {
                 page += 1;
                 continue;
             }
-            let outcome =
-                member.space.discard_unwritten(page, count, pagemap, store, &**calls, &mut left, &mut dead);
+            let outcome = member.space.discard_unwritten(page, count, store, &mut left, &mut dead);
             let failed = outcome.is_err();
             let given = self.note_outcome(slot, outcome);
             let member = self.members.at_mut(slot);

@@ -1,14 +1,12 @@
 //! Pages that devices gave hints about, before all others: a page that was filled from a disk block is
 //! compared with the page that last held this block.
 
-#![expect(unsafe_code, reason = "compares guest pages by address")]
-
 use std::ops::Range;
 
 use crate::engine::Engine;
 use crate::engine::members::{Member, Mode};
+use crate::engine::neighbours::Twins;
 use crate::engine::turns::Kind;
-use crate::memory::content;
 use crate::numbers::{GlobalPage, Slot};
 use crate::policy::hints::Hint;
 
@@ -32,7 +30,7 @@ impl Engine {
             pages += self.take_hint(slot, hint, PART_PAGES);
         }
         if hints > 0 {
-            self.store.reclaim(&*self.calls);
+            self.store.reclaim(&*self.host.calls);
         }
         hints > 0
     }
@@ -82,7 +80,7 @@ impl Engine {
         self.learn_huge(slot, pages.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
-        let known = self.members.at(slot).space.private(pages, &self.pagemap, &mut runs);
+        let known = self.members.at(slot).space.memory().private(pages, &mut runs);
         for run in &runs {
             self.release(slot, run.clone());
             run.clone().for_each(|page| self.members.at_mut(slot).became_private(page));
@@ -98,13 +96,8 @@ impl Engine {
         let (twin_slot, twin) = self.members.locate(global);
         let shares = |other: &&Member| other.mode == Mode::Full && !other.space.lost();
         let Some(other) = self.members.get(twin_slot).filter(shares) else { return 1 };
-        self.counters.effort.comparisons += 1;
-        // SAFETY: members' RAM is mapped.
-        let alike = unsafe {
-            let page = self.members.at(slot).space.page(page);
-            content::equal(page, other.space.page(twin)) && !content::zero(page)
-        };
-        if !alike {
+        let pair = Twins { member: self.members.at(slot), page, other, twin };
+        if !pair.are_identical(&mut self.counters.effort) {
             return 1;
         }
         let before = self.counters.merges;

@@ -5,7 +5,8 @@ use std::ops::Range;
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Mode};
 use crate::engine::turns::Kind;
-use crate::memory::content::{Page, Snapshot};
+use crate::memory::content::Page;
+use crate::memory::guest::Seen;
 use crate::memory::ram::HUGE_PAGES;
 use crate::numbers::{Digest, Slot};
 use crate::policy::huge::{HugeRanges, RETRY};
@@ -14,10 +15,13 @@ use crate::policy::huge::{HugeRanges, RETRY};
 const STEP_SPLITS: usize = 4;
 
 impl Engine {
-    /// Scans a page of a huge page, of this content: whether it could be shared.
-    pub(crate) fn take_census(&mut self, slot: Slot, page: u32, content: &Snapshot) {
-        let digest = self.digester.digest(content);
-        self.counters.digests += 1;
+    /// Notes of a page of a huge page, which was read a moment ago, whether it could be shared.
+    pub(crate) fn take_census(&mut self, slot: Slot, page: u32, seen: Seen, content: &Page) {
+        let digest = match seen {
+            Seen::Digest(digest) => digest,
+            Seen::Zero => self.zero_digest,
+            Seen::Content => return,
+        };
         let member = self.members.at_mut(slot);
         let flags = member.flags[page as usize];
         let known = member.known_digest(page);
@@ -37,7 +41,7 @@ impl Engine {
         member.set_volatile(page, changed && member.follower.is_none());
         member.space.set_note(page, digest.number());
         member.flags[page as usize].insert(Flags::DIGESTED);
-        if content.is_zero() {
+        if seen == Seen::Zero {
             member.set_alike(page);
             return;
         }
@@ -84,14 +88,14 @@ impl Engine {
     /// Asks the kernel which huge pages back some pages and those around them.
     pub(crate) fn learn_huge(&mut self, slot: Slot, pages: Range<u32>) {
         let member = self.members.at(slot);
-        let Some(huge) = member.huge.as_ref().filter(|_| self.pagemap.tells_huge()) else { return };
+        let memory = member.space.memory();
+        let Some(huge) = member.huge.as_ref().filter(|_| memory.tells_huge()) else { return };
         let pages = huge.around(pages);
         if pages.is_empty() || member.space.lost() {
             return;
         }
         let mut runs = Vec::new();
-        let ram = member.space.ram().range(pages.start, pages.end - pages.start);
-        if self.pagemap.huge(ram, &mut runs).is_err() {
+        if memory.huge(pages.clone(), &mut runs).is_err() {
             // What was known before holds.
             self.counters.refusals += 1;
             return;
@@ -171,24 +175,22 @@ impl Engine {
     }
 
     fn split(&mut self, slot: Slot, first: u32) {
-        let Self { members, calls, pagemap, counters, .. } = self;
-        let member = members.at_mut(slot);
+        let member = self.members.at_mut(slot);
         let Some(huge) = &mut member.huge else { return };
         if let Some(range) = huge.of(first) {
             range.pause = RETRY;
         }
-        let pages = member.space.ram().range(first, HUGE_PAGES);
-        if calls.split(pages).is_err() {
-            counters.refusals += 1;
-            return;
-        }
-        let mut left = Vec::new();
-        if pagemap.tells_huge() && (pagemap.huge(pages, &mut left).is_err() || !left.is_empty()) {
-            // Somebody in the kernel holds on to it; that passes.
-            return;
+        match member.space.memory().split(first) {
+            Ok(true) => {}
+            // It is tried again.
+            Ok(false) => return,
+            Err(_) => {
+                self.counters.refusals += 1;
+                return;
+            }
         }
         huge.splits += 1;
-        counters.split += 1;
+        self.counters.split += 1;
         self.set_huge(slot, first, false);
     }
 }

@@ -98,7 +98,7 @@ impl Engine {
         }
         self.ends = ends;
         if worked {
-            self.store.reclaim(&*self.calls);
+            self.store.reclaim(&*self.host.calls);
         }
         worked
     }

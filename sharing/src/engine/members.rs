@@ -1,5 +1,6 @@
 //! The VMs of one engine, and what the search knows about each of their pages.
 
+use std::cmp;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
@@ -14,8 +15,9 @@ use crate::blocks::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
 use crate::changes::follower::Follower;
 use crate::engine::modes::Unshare;
+use crate::frames::space::{LostHandler, Space, SpaceError};
 use crate::index::Contents;
-use crate::memory::space::{LostHandler, Space, SpaceError};
+use crate::memory::content::{Page, Snapshot};
 use crate::numbers::{Digest, GlobalPage, Slot};
 use crate::policy::claims::{Claims, SharedTypes};
 use crate::policy::hints::Hints;
@@ -131,6 +133,11 @@ impl Member {
     /// Whether the page has memory of its own and may be mapped to a frame.
     pub(crate) fn mergeable(&self, page: u32) -> bool {
         self.flags[page as usize].contains(Flags::PRIVATE) && !self.is_huge(page) && self.admits(page)
+    }
+
+    /// Whether the page has memory of its own, as far as is known, and its guest does not say that it is free.
+    pub(crate) fn is_to_be_scanned(&self, page: u32) -> bool {
+        self.flags[page as usize].contains(Flags::PRIVATE) && !self.claim(page).free()
     }
 
     /// A page of a huge page could be shared.
@@ -253,7 +260,7 @@ impl Member {
 
 impl fmt::Debug for Member {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Member").field("space", &self.space.ram()).field("base", &self.base).finish()
+        f.debug_struct("Member").field("memory", &self.space.memory()).field("base", &self.base).finish()
     }
 }
 
@@ -416,9 +423,14 @@ impl Members {
 impl Contents for Members {
     type Entry = GlobalPage;
 
-    fn at(&self, entry: GlobalPage) -> *const u8 {
+    fn read(&self, entry: GlobalPage) -> Box<Snapshot> {
         let (slot, page) = self.locate(entry);
-        Members::at(self, slot).space.page(page)
+        self.at(slot).space.memory().read(page)
+    }
+
+    fn order(&self, content: &Page, entry: GlobalPage) -> cmp::Ordering {
+        let (slot, page) = self.locate(entry);
+        self.at(slot).space.memory().order(content, page)
     }
 
     fn digest(&self, entry: GlobalPage) -> Digest {
@@ -427,11 +439,11 @@ impl Contents for Members {
 
     fn readable(&self, entry: GlobalPage) -> bool {
         let (slot, _) = self.locate(entry);
-        !Members::at(self, slot).space.lost()
+        !self.at(slot).space.lost()
     }
 
     fn shares(&self, entry: GlobalPage) -> bool {
         let (slot, _) = self.locate(entry);
-        Members::at(self, slot).mode == Mode::Full
+        self.at(slot).mode == Mode::Full
     }
 }

@@ -5,39 +5,90 @@
 //! matches, its neighbours ahead and behind are compared at once, before any digest: runs are
 //! protected, compared and remapped as one.
 //!
-//! Digests and comparisons here are hints. [`Space`](crate::memory::space::Space) compares under protection.
+//! Digests and comparisons here are hints. [`Space`](crate::frames::space::Space) compares under protection.
 
-#![expect(unsafe_code, reason = "looks at guest pages by address")]
+#![expect(unsafe_code, reason = "reads frames by address")]
 
+use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Member, Mode};
+use crate::engine::neighbours::{OnFrame, Twins, Way, run_length};
+use crate::frames::space::{SpaceError, WINDOW_PAGES};
+use crate::frames::store::{Frame, Hold};
 use crate::index::Wanted;
-use crate::memory::calls::Source;
-use crate::memory::content::{self, Page, Snapshot};
-use crate::memory::space::{SpaceError, WINDOW_PAGES};
-use crate::memory::store::{Frame, Hold};
+use crate::memory::content::Page;
+use crate::memory::guest::{Harvest, Seen, Source};
 use crate::numbers::{Digest, Slot};
 use crate::policy::pressure::value;
 
-/// Neighbours that are compared as a whole before it is taken for granted that a run goes on.
-const CERTAIN: u32 = 2;
 /// Failed comparisons after which a run is given up: its pages are changing.
 const MISSES: u32 = 8;
 
 impl Engine {
-    /// Looks at the private pages of a run that are to be scanned. Returns up to which there was time.
-    pub(crate) fn scan_run(&mut self, slot: Slot, run: Range<u32>) -> u32 {
+    /// Scans the private pages of a run, or those of them that are ready. Returns up to which there was time.
+    pub(crate) fn scan_run(&mut self, slot: Slot, run: Range<u32>, ready: bool) -> u32 {
+        let mut harvest = std::mem::take(&mut self.harvest);
+        let end = self.scan_batches(slot, run, ready, &mut harvest);
+        self.harvest = harvest;
+        end
+    }
+
+    fn scan_batches(&mut self, slot: Slot, run: Range<u32>, ready: bool, harvest: &mut Harvest) -> u32 {
+        // A page that matches takes its neighbours with it, which need no digests. So batches grow while nothing
+        // matches.
+        let mut size = 1;
         let mut page = run.start;
         while page < run.end && !self.members.at(slot).space.lost() {
-            let looked = self.scan_page(slot, page, run.end).max(1);
-            page += looked;
-            if self.time_to_end(looked) {
-                return page.min(run.end);
+            let next = self.choose(slot, page..run.end, ready, size, harvest);
+            let memory = Arc::clone(self.members.at(slot).space.memory());
+            memory.harvest(harvest);
+            self.counters.digests += harvest.digests();
+            let merges = self.counters.merges + self.counters.zeroed;
+            for index in 0..harvest.len() {
+                let (at, seen, content) = harvest.get(index);
+                if at < page {
+                    continue;
+                }
+                let looked = self.scan_page(slot, at, run.end, seen, content).max(1);
+                page = at + looked;
+                if self.time_to_end(looked) {
+                    return page.min(run.end);
+                }
             }
+            page = page.max(next);
+            let none_matched = self.counters.merges + self.counters.zeroed == merges;
+            size = if none_matched { (2 * size).min(memory.batch()) } else { 1 };
         }
         run.end
+    }
+
+    /// Chooses the next pages of a range to be scanned, so many at most. Returns behind which page the next batch
+    /// begins.
+    fn choose(&self, slot: Slot, pages: Range<u32>, ready: bool, most: u32, harvest: &mut Harvest) -> u32 {
+        let member = self.members.at(slot);
+        let next = |page: u32| match &member.follower {
+            Some(follower) if ready => follower.ready.next_from(page),
+            _ => Some(page),
+        };
+        harvest.clear();
+        let mut from = pages.start;
+        while let Some(page) = (from < pages.end).then(|| next(from)).flatten()
+            && page < pages.end
+        {
+            from = page + 1;
+            if !member.is_to_be_scanned(page) {
+                continue;
+            }
+            let has_digest = member.is_huge(page) || member.mode != Mode::Zero && member.admits(page);
+            harvest.want(page, has_digest);
+            if harvest.len() >= most as usize {
+                return from;
+            }
+        }
+        pages.end
     }
 
     /// Whether the step is to end after a look that dealt with so many pages. A merge takes as long as many looks
@@ -49,41 +100,31 @@ impl Engine {
         (looked > 1 || merged || self.looks.is_multiple_of(16)) && self.spent()
     }
 
-    /// Looks at a private page, and at its neighbours up to `end` where it matches. Returns how
+    /// Scans a private page that was read a moment ago, and its neighbours up to `end` where it matches. Returns how
     /// many pages from it on are dealt with.
-    pub(crate) fn scan_page(&mut self, slot: Slot, page: u32, end: u32) -> u32 {
+    fn scan_page(&mut self, slot: Slot, page: u32, end: u32, seen: Seen, content: &Page) -> u32 {
         let member = self.members.at(slot);
-        if !member.flags[page as usize].contains(Flags::PRIVATE) {
-            return 1;
-        }
-        if member.claim(page).free() {
+        // It may have been merged with another of its batch.
+        if !member.is_to_be_scanned(page) || member.space.lost() {
             return 1;
         }
         self.counters.scanned += 1;
-        // SAFETY: a member's RAM is mapped.
-        let content = unsafe { Snapshot::take(member.space.page(page)) };
-        if member.space.lost() {
-            return 1;
-        }
         if member.is_huge(page) {
-            self.take_census(slot, page, &content);
+            self.take_census(slot, page, seen, content);
             return 1;
         }
-        if content.is_zero() {
-            return self.give_back(slot, page, end);
-        }
-        if self.members.at(slot).mode == Mode::Zero || !self.members.at(slot).admits(page) {
-            return 1;
-        }
-        let digest = self.digester.digest(&content);
-        self.counters.digests += 1;
+        let digest = match seen {
+            Seen::Zero => return self.give_back(slot, page, end),
+            Seen::Content => return 1,
+            Seen::Digest(digest) => digest,
+        };
         let known = member.known_digest(page);
         let same = known == Some(digest);
         if same && member.flags[page as usize].contains(Flags::UNIQUE) {
             self.members.at_mut(slot).set_volatile(page, false);
             return 1;
         }
-        if let Some(frame) = self.frame_like(&content, digest) {
+        if let Some(frame) = self.frame_like(content, digest) {
             return self.merge_stable(slot, page, end, frame);
         }
         self.forget_page(slot, page);
@@ -98,10 +139,10 @@ impl Engine {
             self.counters.changes += u64::from(!changed);
             return 1;
         }
-        if let Some(twin) = self.page_like(slot, page, &content, digest) {
+        if let Some(twin) = self.page_like(slot, page, content, digest) {
             return self.merge_unstable(slot, page, end, twin);
         }
-        self.huge_twin(slot, page, &content, digest);
+        self.huge_twin(slot, page, content, digest);
         self.enter_unique(slot, page);
         1
     }
@@ -139,23 +180,19 @@ impl Engine {
         let member = self.members.at(slot);
         let space = &member.space;
         let anonymous = space.refers(page).is_none();
-        let end = end.min(page + WINDOW_PAGES);
-        let count = 1
-            + (page + 1..end)
-                .take_while(|&next| {
-                    space.refers(next).is_none() == anonymous
-                        && !member.is_huge(next)
-                        // SAFETY: a member's RAM is mapped.
-                        && unsafe { content::zero(space.page(next)) }
-                })
-                .count() as u32;
+        let count = 1 + run_length(WINDOW_PAGES.min(end - page) - 1, |distance, count| {
+            let next = page + distance;
+            let is_like = |&next: &u32| space.refers(next).is_none() == anonymous && !member.is_huge(next);
+            let count = (next..next + count).take_while(is_like).count() as u32;
+            space.memory().zeros(next..next + count)
+        });
         if !self.affordable(slot, page, count, Source::Zeros, 0) {
             return count;
         }
         for page in page..page + count {
             self.forget_page(slot, page);
         }
-        let outcome = self.members.at_mut(slot).space.discard_zeros(page, count, &*self.calls);
+        let outcome = self.members.at_mut(slot).space.discard_zeros(page, count);
         let given = self.note_outcome(slot, outcome);
         self.members.at_mut(slot).became_zero(page..page + given);
         self.counters.zeroed += u64::from(given);
@@ -171,23 +208,10 @@ impl Engine {
     pub(crate) fn merge_stable(&mut self, slot: Slot, page: u32, end: u32, frame: Frame) -> u32 {
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
-        let member = members.at(slot);
-        let mut alike = |distance: u32, page: u32, frame: Frame| {
-            member.mergeable(page) && store.is_filled(frame) && {
-                counters.effort.comparisons += 1;
-                // SAFETY: a member's RAM is mapped, and the frame was just seen to be live.
-                unsafe { neighbours_alike(distance, member.space.page(page), store.content(frame)) }
-            }
-        };
-        let forward = 1
-            + (1..(end - page).min(longest))
-                .take_while(|&ahead| {
-                    frame.checked_add(ahead).is_some_and(|frame| alike(ahead, page + ahead, frame))
-                })
-                .count() as u32;
-        let backward = (1..=page.min(frame.number()).min(longest - forward))
-            .take_while(|&behind| alike(behind, page - behind, frame - behind))
-            .count() as u32;
+        let pair = OnFrame { member: members.at(slot), page, store, frame };
+        let effort = &mut counters.effort;
+        let forward = 1 + pair.matching(Way::Ahead, longest.min(end - page) - 1, effort);
+        let backward = pair.matching(Way::Behind, page.min(longest - forward), effort);
         let (first, frame, count) = (page - backward, frame - backward, forward + backward);
         if !self.affordable(slot, first, count, Source::Frames(frame), 0) {
             return forward;
@@ -206,24 +230,14 @@ impl Engine {
         let member = members.at(slot);
         let other = members.at(twin_slot);
         debug_assert!([member, other].iter().all(|member| member.mode == Mode::Full));
-        let mut alike = |distance: u32, page: u32, twin: u32| {
-            member.mergeable(page) && other.mergeable(twin) && !other.space.lost() && {
-                counters.effort.comparisons += 1;
-                let twin = other.space.page(twin);
-                // SAFETY: members' RAM is mapped.
-                unsafe { neighbours_alike(distance, member.space.page(page), twin) && !content::zero(twin) }
-            }
-        };
         // Within one VM the two runs must not overlap.
         let apart = if slot == twin_slot { page.abs_diff(twin_page) } else { longest };
         let longest = apart.min(longest);
-        let forward = 1
-            + (1..longest.min(end - page).min(other.space.pages() - twin_page))
-                .take_while(|&ahead| alike(ahead, page + ahead, twin_page + ahead))
-                .count() as u32;
-        let backward = (1..=page.min(twin_page).min(longest - forward))
-            .take_while(|&behind| alike(behind, page - behind, twin_page - behind))
-            .count() as u32;
+        let pair = Twins { member, page, other, twin: twin_page };
+        let effort = &mut counters.effort;
+        let ahead = longest.min(end - page).min(other.space.pages() - twin_page) - 1;
+        let forward = 1 + pair.matching(Way::Ahead, ahead, effort);
+        let backward = pair.matching(Way::Behind, page.min(twin_page).min(longest - forward), effort);
         let (first, twin_first, count) = (page - backward, twin_page - backward, forward + backward);
 
         let follows = |member: &Member, first: u32| {
@@ -239,7 +253,7 @@ impl Engine {
         let source = Source::Frames(frame);
         let twin_cost = self.members.at(twin_slot).space.mappings_added(twin_first, count, source);
         let mut written = self.affordable(slot, first, count, source, twin_cost);
-        if written && self.store.write(&hold, self.members.at(twin_slot).space.page(twin_first)).is_err() {
+        if written && self.write_frames(&hold, twin_slot, twin_first).is_err() {
             self.counters.refusals += 1;
             written = false;
         }
@@ -268,6 +282,19 @@ impl Engine {
         self.counters.digests += 1;
         self.store.set_digest(frame, digest);
         self.stable.insert(frame, &mut self.store);
+    }
+
+    /// Writes the contents of consecutive pages to frames that are not filled yet. They may change meanwhile.
+    ///
+    /// # Errors
+    /// See [`FrameStore::write`](crate::frames::store::FrameStore::write).
+    pub(crate) fn write_frames(&self, hold: &Hold, slot: Slot, first: u32) -> io::Result<()> {
+        let memory = self.members.at(slot).space.memory();
+        let mut written = Ok(());
+        memory.contents(first..first + hold.count(), &mut |bytes| {
+            written = self.store.write(hold, bytes.page(0));
+        });
+        written
     }
 
     /// Gives up a hold on frames. Those that have no other owner die.
@@ -306,8 +333,7 @@ impl Engine {
         let mut misses = 0;
         while done < count && misses < MISSES {
             let member = self.members.at_mut(slot);
-            let outcome =
-                member.space.merge(first + done, frame + done, count - done, &mut self.store, &*self.calls);
+            let outcome = member.space.merge(first + done, frame + done, count - done, &mut self.store);
             let failed = outcome.is_err();
             let merged = self.note_outcome(slot, outcome);
             for page in first + done..first + done + merged {
@@ -376,17 +402,5 @@ impl Engine {
             let index = if member.is_huge(page) { &mut self.huge_pages } else { &mut self.unique };
             index.remove(member.global_page(page), digest);
         }
-    }
-}
-
-/// Whether the neighbours at this distance of two pages that match are identical as well. In a run that has
-/// gone on for a while a glance is enough: all of it is compared under protection.
-///
-/// # Safety
-/// As [`content::equal`].
-unsafe fn neighbours_alike(distance: u32, one: *const u8, other: *const u8) -> bool {
-    // SAFETY: promised by the caller.
-    unsafe {
-        if distance <= CERTAIN { content::equal(one, other) } else { content::probably_equal(one, other) }
     }
 }

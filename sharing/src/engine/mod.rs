@@ -16,6 +16,7 @@ pub(crate) mod lost;
 pub(crate) mod members;
 pub(crate) mod merge;
 pub(crate) mod modes;
+pub(crate) mod neighbours;
 pub(crate) mod passes;
 pub(crate) mod reads;
 pub mod removal;
@@ -41,14 +42,15 @@ use crate::engine::members::{Member, Members};
 use crate::engine::passes::Pass;
 use crate::engine::trust::Stop;
 use crate::engine::turns::{Kind, Turns};
+use crate::frames::space::{LostHandler, Space};
+use crate::frames::store::FrameStore;
 pub use crate::index::Order;
 use crate::index::{Effort, FrameIndex, PageIndex};
 use crate::memory::calls::MemoryCalls;
 use crate::memory::content::{Digester, Page};
-use crate::memory::pagemap::Pagemap;
-use crate::memory::ram::Ram;
-use crate::memory::space::{LostHandler, Space};
-use crate::memory::store::FrameStore;
+use crate::memory::guest::{GuestMemory, Harvest};
+use crate::memory::local::{Host, LocalMemory};
+use crate::memory::ram::{PAGE_SIZE, Ram};
 use crate::numbers::{Digest, Slot};
 use crate::policy::budget::{Budget, Share};
 use crate::policy::claims::SharedTypes;
@@ -99,6 +101,9 @@ pub struct Settings {
     /// The effort of one step that ends intervals: a word of 64 pages at least.
     #[doc(hidden)]
     pub interval_effort: u32,
+    /// Pages that are read at once at most, before it is known whether the first of them match.
+    #[doc(hidden)]
+    pub batch: u32,
 }
 
 impl Default for Settings {
@@ -120,6 +125,7 @@ impl Default for Settings {
             few_holes: 4096,
             compaction_windows: 32,
             interval_effort: intervals::STEP,
+            batch: 1,
         }
     }
 }
@@ -167,14 +173,16 @@ impl Counters {
 
 /// The engine: all VMs that share, their frames, and where the pass stands.
 pub struct Engine {
-    pub(crate) calls: Arc<dyn MemoryCalls>,
-    pub(crate) pagemap: Pagemap,
+    /// What the half with guests' memory has in this process.
+    pub(crate) host: Host,
     pub(crate) store: FrameStore,
     pub(crate) members: Members,
     pub(crate) share: Share,
     /// Nobody else keeps the budget and the limit true.
     pub(crate) alone: bool,
-    pub(crate) digester: Digester,
+    pub(crate) digester: Arc<Digester>,
+    /// The digest of a page of zeros.
+    pub(crate) zero_digest: Digest,
     pub(crate) settle: bool,
     follow: bool,
     pub(crate) lookahead: bool,
@@ -214,6 +222,7 @@ pub struct Engine {
     pub(crate) membership_changed: bool,
     // Reused from step to step.
     pub(crate) runs: Vec<std::ops::Range<u32>>,
+    pub(crate) harvest: Harvest,
     pub(crate) ends: Ends,
     /// The effort of a step that ends intervals, in the unit of [`rest`](crate::changes::rest).
     pub(crate) interval_effort: u32,
@@ -248,14 +257,16 @@ impl Engine {
         budget: Arc<Budget>,
         limit: Arc<CacheLimit>,
     ) -> io::Result<Self> {
+        let host = store.host(calls.into(), settings.batch)?;
+        let digester = Arc::clone(&host.digester);
         Ok(Self {
-            calls: calls.into(),
-            pagemap: Pagemap::open()?,
+            host,
             store,
             members: Members::new(settings.types),
             share: Share::new(budget),
             alone: false,
-            digester: Digester::new()?,
+            zero_digest: digester.digest(&[0; PAGE_SIZE]),
+            digester,
             settle: settings.settle,
             follow: settings.follow,
             lookahead: settings.lookahead,
@@ -284,6 +295,7 @@ impl Engine {
             losses_seen: 0,
             membership_changed: true,
             runs: Vec::new(),
+            harvest: Harvest::default(),
             ends: Ends::default(),
             interval_effort: settings.interval_effort,
         })
@@ -301,8 +313,34 @@ impl Engine {
         log: Option<Box<dyn ChangeLog>>,
         on_lost: LostHandler,
     ) -> io::Result<Slot> {
-        let huge = ram.huge().then(|| HugeRanges::new(ram.pages(), !self.pagemap.tells_huge()));
-        let space = Space::new(ram, &*self.calls)?;
+        let is_huge = ram.huge();
+        let memory = self.local(ram)?;
+        self.add_memory(memory, is_huge, log, on_lost)
+    }
+
+    /// Takes RAM of this process under management.
+    ///
+    /// # Errors
+    /// Fails if the RAM cannot be registered with userfaultfd.
+    #[doc(hidden)]
+    pub fn local(&self, ram: Arc<Ram>) -> io::Result<Arc<dyn GuestMemory>> {
+        Ok(Arc::new(LocalMemory::new(ram, self.host.clone())?))
+    }
+
+    /// As [`add`](Self::add), for memory wherever it is. `is_huge` says whether huge pages are wanted for it.
+    ///
+    /// # Errors
+    /// Fails if there are too many pages in all.
+    #[doc(hidden)]
+    pub fn add_memory(
+        &mut self,
+        memory: Arc<dyn GuestMemory>,
+        is_huge: bool,
+        log: Option<Box<dyn ChangeLog>>,
+        on_lost: LostHandler,
+    ) -> io::Result<Slot> {
+        let huge = is_huge.then(|| HugeRanges::new(memory.pages(), !memory.tells_huge()));
+        let space = Space::new(memory);
         self.membership_changed = true;
         self.cache.join();
         self.any_huge |= huge.is_some();
@@ -326,7 +364,7 @@ impl Engine {
         self.holds.note("recount of mappings", since);
         let since = Since::now();
         let (kind, step) = self.next_step(now);
-        self.calls.wake_latecomers();
+        self.host.calls.wake_latecomers();
         self.holds.note(kind.map_or("looking for work", Kind::name), since);
         step
     }
@@ -397,7 +435,7 @@ impl Engine {
 
     /// Gives memory of frames back that died faster than that. Returns whether there was any.
     fn reclaim_step(&mut self) -> bool {
-        self.store.dead() > 0 && self.store.reclaim(&*self.calls) > 0
+        self.store.dead() > 0 && self.store.reclaim(&*self.host.calls) > 0
     }
 
     /// Whether there are VMs to be gone over in full passes.

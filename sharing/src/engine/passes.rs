@@ -48,8 +48,8 @@ impl Engine {
         }
         let end = self.go_over(next, start..end);
         self.pass.cursor = if end == pages { (next.next(), 0) } else { (next, end) };
-        self.store.reclaim(&*self.calls);
-        self.calls.wake_latecomers();
+        self.store.reclaim(&*self.host.calls);
+        self.host.calls.wake_latecomers();
         None
     }
 
@@ -72,7 +72,7 @@ impl Engine {
         self.learn_huge(slot, chunk.clone());
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
-        match self.members.at(slot).space.private(chunk, &self.pagemap, &mut runs) {
+        match self.members.at(slot).space.memory().private(chunk, &mut runs) {
             Ok(()) => {
                 for run in &runs {
                     self.release(slot, run.clone());
@@ -80,7 +80,7 @@ impl Engine {
                     run.clone().for_each(|page| member.became_private(page));
                 }
                 for run in &runs {
-                    let end = self.scan_run(slot, run.clone());
+                    let end = self.scan_run(slot, run.clone(), false);
                     if end < run.end {
                         done = end;
                         break;

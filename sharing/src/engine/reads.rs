@@ -7,7 +7,7 @@
 //! to put something else there. The page has to prove that it still holds the block: a copy of it is
 //! taken, and the digest of that copy decides.
 
-#![expect(unsafe_code, reason = "reads frames and guest pages by address")]
+#![expect(unsafe_code, reason = "reads and fills frames by address")]
 
 use std::ops::Range;
 
@@ -19,10 +19,10 @@ use crate::blocks::replace::{History, Replacement};
 use crate::blocks::state::Fetching;
 use crate::engine::Engine;
 use crate::engine::members::Mode;
-use crate::memory::calls::Source;
+use crate::frames::space::{SpaceError, WINDOW_PAGES};
+use crate::frames::store::{Frame, Hold};
 use crate::memory::content::{self, Page, Snapshot};
-use crate::memory::space::{SpaceError, WINDOW_PAGES};
-use crate::memory::store::{Frame, Hold};
+use crate::memory::guest::Source;
 use crate::numbers::{GlobalPage, Slot};
 use crate::policy::pressure::value;
 
@@ -148,7 +148,7 @@ impl Engine {
         let there = self.members.get(slot).is_some_and(|m| m.id == fetch.vm.id && !m.space.lost());
         if !read || !there {
             self.release_hold(hold);
-            self.store.recycle(&*self.calls);
+            self.store.recycle(&*self.host.calls);
             return false;
         }
         self.store.fill(&hold);
@@ -248,9 +248,7 @@ impl Engine {
         {
             return Some(Found::Frame(frame));
         }
-        let member = self.members.at(slot);
-        // SAFETY: a member's RAM is mapped.
-        let content = Box::new(unsafe { Snapshot::take(member.space.page(page)) });
+        let content = self.members.at(slot).space.memory().read(page);
         if self.cache.prover.proof(&content) == record.proof {
             return Some(Found::Copied(record, content));
         }
@@ -282,14 +280,12 @@ impl Engine {
             if same || held || self.cache.limit.share() == 0 {
                 continue;
             }
-            let source = self.members.at(slot).space.page(page);
             // A guest that clears its pages first is told by the first bytes.
-            // SAFETY: a member's RAM is mapped.
-            if unsafe { content::zero(source) } {
+            if self.members.at(slot).space.memory().zeros(page..page + 1) == 1 {
                 self.refute(global);
                 continue;
             }
-            let Some(hold) = self.copy_to_frame(source) else { return };
+            let Some(hold) = self.copy_to_frame(slot, page) else { return };
             if self.proof_of(hold.first()) != record.proof {
                 self.release_hold(hold);
                 self.refute(global);
@@ -307,14 +303,17 @@ impl Engine {
 
     /// A frame with a copy of a guest's page, which may have changed meanwhile. `None` where there is no memory
     /// for it.
-    fn copy_to_frame(&mut self, source: *const u8) -> Option<Hold> {
+    fn copy_to_frame(&mut self, slot: Slot, page: u32) -> Option<Hold> {
         let hold = if let Some(hold) = self.store.allocate_spare(1) {
-            // SAFETY: a member's RAM is mapped; the frame is new, and nobody maps it.
-            unsafe { content::copy_bytes(source, self.store.landing(&hold).as_ptr()) };
+            let landing = self.store.landing(&hold).as_ptr();
+            self.members.at(slot).space.memory().contents(page..page + 1, &mut |bytes| {
+                // SAFETY: what is named as bytes is mapped; the frame is new, and nobody maps it.
+                unsafe { content::copy_bytes(bytes.page(0), landing) };
+            });
             hold
         } else {
             let hold = self.store.allocate(1, None)?;
-            if self.store.write(&hold, source).is_err() {
+            if self.write_frames(&hold, slot, page).is_err() {
                 self.release_hold(hold);
                 return None;
             }
@@ -420,8 +419,8 @@ impl Engine {
         };
         let held: Vec<_> = (first..first + count).map(held).collect();
         let mut dead = Vec::new();
-        let Self { members, store, calls, .. } = self;
-        let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &**calls, &mut dead);
+        let Self { members, store, .. } = self;
+        let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &mut dead);
         dead.into_iter().for_each(|frame| self.stable.remove(frame, &mut self.store));
         let mapped = match outcome {
             Ok(mapped) => mapped,

@@ -13,8 +13,7 @@ use crate::engine::Engine;
 use crate::engine::holds::Since;
 use crate::engine::members::Member;
 use crate::engine::trust::Stopped;
-use crate::memory::calls::{MemoryCalls, Over, Source};
-use crate::memory::ram::Ram;
+use crate::memory::guest::GuestMemory;
 use crate::numbers::Slot;
 
 /// Pages that go at once: 4 MiB, in less than a millisecond.
@@ -23,14 +22,11 @@ const PIECE_PAGES: u32 = 1024;
 /// A VM that leaves: it no longer runs, and the engine does nothing more for it.
 pub struct Removal {
     slot: Slot,
-    ram: Arc<Ram>,
-    calls: Arc<dyn MemoryCalls>,
+    memory: Arc<dyn GuestMemory>,
     /// The pages that go next.
     piece: Range<u32>,
     /// Some of them are mapped to frames.
     mapped: bool,
-    /// Parts that failed calls tore out: they are not this RAM's any more.
-    holes: Vec<Range<u32>>,
     /// What is left of the metadata at the end.
     books: Option<Member>,
 }
@@ -51,45 +47,7 @@ impl Removal {
     /// # Errors
     /// What the kernel said; the call can be repeated.
     pub fn empty(&mut self) -> io::Result<()> {
-        let mut start = self.piece.start;
-        while start < self.piece.end {
-            let hole = self.holes.iter().find(|hole| hole.contains(&start));
-            if let Some(hole) = hole {
-                start = hole.end;
-                continue;
-            }
-            let next = self.holes.iter().filter(|hole| hole.start > start && !hole.is_empty());
-            let end = next.map(|hole| hole.start).min().unwrap_or(u32::MAX).min(self.piece.end);
-            self.empty_part(start..end)?;
-            start = end;
-        }
-        Ok(())
-    }
-
-    fn empty_part(&mut self, part: Range<u32>) -> io::Result<()> {
-        let ram = Arc::clone(&self.ram);
-        let pages = ram.range(part.start, part.end - part.start);
-        // Threads that map or fault go on meanwhile, which they do not while a mapping is replaced.
-        let discarded = self.calls.discard(pages).is_ok();
-        if (self.mapped || !discarded)
-            && let Err(error) = self.calls.map(pages, Source::Zeros, Over::Pages)
-        {
-            match self.calls.map(pages, Source::Zeros, Over::Hole) {
-                Ok(()) => {}
-                // They are there, as they were.
-                Err(there) if there.raw_os_error() == Some(libc::EEXIST) => return Err(error),
-                // They are not mapped to frames, but may be somebody else's by now.
-                Err(_) => {
-                    if !ram.fill_hole(part.start, part.end - part.start) {
-                        ram.tear();
-                        self.holes.push(part);
-                        return Ok(());
-                    }
-                }
-            }
-        }
-        // A device that still writes is not to wait for a window that nobody opens any more.
-        self.calls.wake(pages)
+        self.memory.empty(self.piece.clone(), self.mapped)
     }
 }
 
@@ -102,19 +60,12 @@ impl Engine {
             return None;
         }
         let member = self.members.get_mut(slot)?;
-        member.space.leave();
+        let memory = Arc::clone(member.space.memory());
+        memory.leave();
         member.follower = None;
         member.claims = None;
         member.unshare = None;
-        let mut removal = Removal {
-            slot,
-            ram: Arc::clone(member.space.ram()),
-            calls: Arc::clone(&self.calls),
-            piece: 0..0,
-            mapped: false,
-            holes: member.space.holes().to_vec(),
-            books: None,
-        };
+        let mut removal = Removal { slot, memory, piece: 0..0, mapped: false, books: None };
         self.next_piece(&mut removal);
         Some(removal)
     }
@@ -142,8 +93,8 @@ impl Engine {
             }
         }
         member.space.emptied(removal.piece.clone());
-        self.store.reclaim(&*self.calls);
-        if removal.piece.end < removal.ram.pages() {
+        self.store.reclaim(&*self.host.calls);
+        if removal.piece.end < removal.memory.pages() {
             self.next_piece(removal);
             return true;
         }
@@ -166,15 +117,13 @@ impl Engine {
 
     /// The kernel refuses to go on: the removal is to be begun again.
     pub fn put_off(&mut self, removal: Removal) {
-        if let Some(member) = self.members.get_mut(removal.slot) {
-            member.space.set_holes(removal.holes);
-        }
+        drop(removal);
     }
 
     /// Takes the pages behind a piece out of all that leads to them.
     fn next_piece(&mut self, removal: &mut Removal) {
         let start = removal.piece.end;
-        removal.piece = start..removal.ram.pages().min(start.saturating_add(PIECE_PAGES));
+        removal.piece = start..removal.memory.pages().min(start.saturating_add(PIECE_PAGES));
         for page in removal.piece.clone() {
             self.forget_page(removal.slot, page);
         }
@@ -201,7 +150,7 @@ impl Engine {
                 return Err(error);
             }
             if !self.go_on_removing(&mut removal) {
-                self.store.reclaim_all(&*self.calls);
+                self.store.reclaim_all(&*self.host.calls);
                 return Ok(());
             }
         }

@@ -13,7 +13,7 @@ impl Engine {
     pub(crate) fn release_private(&mut self, slot: Slot, pages: Range<u32>) {
         let mut runs = std::mem::take(&mut self.runs);
         runs.clear();
-        match self.members.at(slot).space.private(pages, &self.pagemap, &mut runs) {
+        match self.members.at(slot).space.memory().private(pages, &mut runs) {
             Ok(()) => runs.iter().for_each(|run| self.release(slot, run.clone())),
             // The next sweep finds them.
             Err(_) => self.counters.refusals += 1,
@@ -45,14 +45,8 @@ impl Engine {
         self.has_scanned_rested = true;
         let end = self.scan_ready(slot, start..end);
         self.rested_cursor = (slot, end);
-        self.store.reclaim(&*self.calls);
+        self.store.reclaim(&*self.host.calls);
         true
-    }
-
-    fn next_ready(&self, slot: Slot, pages: Range<u32>) -> Option<u32> {
-        let member = self.members.at(slot);
-        let follower = member.follower.as_ref().filter(|_| !pages.is_empty() && !member.space.lost())?;
-        follower.ready.next_from(pages.start).filter(|&page| page < pages.end)
     }
 
     /// Looks at the pages of a chunk that are ready. Returns up to which: somebody may have waited.
@@ -64,7 +58,7 @@ impl Engine {
         let Some(follower) = &member.follower else { return chunk.end };
         let mut unknown = Vec::new();
         for span in spans(follower.ready.runs_within(chunk.clone())) {
-            if member.space.private(span.clone(), &self.pagemap, &mut runs).is_err() {
+            if member.space.memory().private(span.clone(), &mut runs).is_err() {
                 self.counters.refusals += 1;
                 unknown.push(span);
             }
@@ -76,15 +70,11 @@ impl Engine {
             let ready: Vec<_> = run.clone().filter(|&page| follower.ready.contains(page)).collect();
             ready.into_iter().for_each(|page| member.became_private(page));
         }
-        'runs: for run in &runs {
-            let mut page = run.start;
-            while let Some(next) = self.next_ready(slot, page..run.end) {
-                let looked = self.scan_page(slot, next, run.end).max(1);
-                page = next + looked;
-                if self.time_to_end(looked) {
-                    chunk.end = page.min(chunk.end);
-                    break 'runs;
-                }
+        for run in &runs {
+            let end = self.scan_run(slot, run.clone(), true);
+            if end < run.end {
+                chunk.end = end;
+                break;
             }
         }
         let member = self.members.at_mut(slot);

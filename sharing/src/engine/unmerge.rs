@@ -11,9 +11,9 @@ use std::time::Instant;
 use crate::collections::sets::PageSet;
 use crate::engine::Engine;
 use crate::engine::members::Mode;
-use crate::memory::backing::joined;
-use crate::memory::calls::Source;
-use crate::memory::space::{Space, SpaceError};
+use crate::frames::backing::joined;
+use crate::frames::space::{Space, SpaceError};
+use crate::memory::guest::Source;
 use crate::numbers::Slot;
 use crate::policy::pressure::{CLASSES, Work, class, value};
 
@@ -152,10 +152,10 @@ impl Engine {
         for first in run.clone().step_by(BATCH_PAGES as usize) {
             batches += 1;
             let count = BATCH_PAGES.min(run.end - first);
-            let Self { members, store, calls, counters, .. } = self;
+            let Self { members, store, counters, .. } = self;
             let member = members.at_mut(slot);
             let attached = (first..first + count).filter(|&page| member.space.attached(page)).count();
-            let outcome = member.space.restore(first, count, store, &**calls, &mut dead);
+            let outcome = member.space.restore(first, count, store, &mut dead);
             for frame in dead.drain(..) {
                 self.stable.remove(frame, store);
             }
@@ -171,7 +171,7 @@ impl Engine {
                 (first..first + count).for_each(|page| member.denied(page));
             }
         }
-        self.store.reclaim(&*self.calls);
+        self.store.reclaim(&*self.host.calls);
         batches
     }
 }

@@ -5,15 +5,15 @@
 //! takes a probe or two whatever the number of entries. By content they are search trees, as KSM's are:
 //! every step compares two pages.
 
-#![expect(unsafe_code, reason = "compares pages by address")]
+#![expect(unsafe_code, reason = "compares frames by address")]
 
 pub(crate) mod table;
 mod tree;
 
 use std::cmp;
 
-use crate::memory::content::{self, Page};
-use crate::memory::store::{Frame, FrameStore};
+use crate::frames::store::{Frame, FrameStore};
+use crate::memory::content::{self, Page, Snapshot};
 use crate::numbers::{Digest, GlobalPage, Number};
 use table::Table;
 use tree::Tree;
@@ -49,8 +49,10 @@ pub(crate) trait Contents {
     /// What entries are numbers of.
     type Entry: Number;
 
-    /// Where the entry's content can be read.
-    fn at(&self, entry: Self::Entry) -> *const u8;
+    /// Returns the entry's content.
+    fn read(&self, entry: Self::Entry) -> Box<Snapshot>;
+    /// Compares a content with the entry's.
+    fn order(&self, content: &Page, entry: Self::Entry) -> cmp::Ordering;
     /// The digest under which it was entered.
     fn digest(&self, entry: Self::Entry) -> Digest;
     /// Whether what is read there is its content: not once its memory was lost.
@@ -62,8 +64,14 @@ pub(crate) trait Contents {
 impl Contents for FrameStore {
     type Entry = Frame;
 
-    fn at(&self, entry: Frame) -> *const u8 {
-        self.content(entry)
+    fn read(&self, entry: Frame) -> Box<Snapshot> {
+        // SAFETY: entries are filled, and mapped.
+        Box::new(unsafe { Snapshot::take(self.content(entry)) })
+    }
+
+    fn order(&self, content: &Page, entry: Frame) -> cmp::Ordering {
+        // SAFETY: as above.
+        unsafe { content::order(content.as_ptr(), self.content(entry)) }
     }
 
     fn digest(&self, entry: Frame) -> Digest {
@@ -105,14 +113,14 @@ impl Index {
                 table.insert_few(contents.digest(entry).number(), entry.number(), MOST_EQUAL)
             }
             Self::Content(tree) => {
-                let page = contents.at(entry);
+                let content = contents.read(entry);
                 tree.insert(entry.number(), |other| {
                     let other = C::Entry::new(other);
-                    if !contents.readable(other) {
-                        return cmp::Ordering::Less;
+                    if contents.readable(other) {
+                        contents.order(&content, other)
+                    } else {
+                        cmp::Ordering::Less
                     }
-                    // SAFETY: entries stand for pages that are mapped.
-                    unsafe { content::order(page, contents.at(other)) }
                 });
                 true
             }
@@ -140,8 +148,7 @@ impl Index {
                     let entry = C::Entry::new(entry);
                     besides != Some(entry) && contents.readable(entry) && contents.shares(entry) && {
                         effort.comparisons += 1;
-                        // SAFETY: entries stand for pages that are mapped.
-                        unsafe { content::equal(contents.at(entry), wanted.page.as_ptr()) }
+                        contents.order(wanted.page, entry).is_eq()
                     }
                 })
             }
@@ -152,8 +159,7 @@ impl Index {
                     return cmp::Ordering::Less;
                 }
                 effort.comparisons += 1;
-                // SAFETY: entries stand for pages that are mapped.
-                match unsafe { content::order(wanted.page.as_ptr(), contents.at(entry)) } {
+                match contents.order(wanted.page, entry) {
                     cmp::Ordering::Equal if besides == Some(entry) || !contents.shares(entry) => {
                         cmp::Ordering::Less
                     }

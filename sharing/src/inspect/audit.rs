@@ -13,10 +13,10 @@ use serde::Serialize;
 
 use crate::engine::Engine;
 use crate::engine::members::Member;
+use crate::frames::store::Frame;
 use crate::memory::content::{self, Page};
 use crate::memory::pagemap::Entry;
 use crate::memory::ram::PAGE_SIZE;
-use crate::memory::store::Frame;
 
 /// How many pages' entries are read at a time.
 const ENTRIES: u32 = 512;
@@ -109,14 +109,14 @@ impl Engine {
     ) -> io::Result<u64> {
         let space = &member.space;
         let pages = space.pages();
-        let base = space.page(0).addr();
+        let base = space.memory().address();
         let mut index = mappings.partition_point(|mapping| mapping.end <= base);
         let mut mapped = 0;
         let mut entries = vec![Entry::default(); ENTRIES as usize];
         let mut frames_entry = [Entry::default()];
         for start in (0..pages).step_by(ENTRIES as usize) {
             let count = ENTRIES.min(pages - start) as usize;
-            self.pagemap.read(space.page(start).addr(), &mut entries[..count])?;
+            space.memory().entries(start..start + count as u32, &mut entries[..count])?;
             for (page, entry) in (start..).zip(&entries[..count]) {
                 let address = base + page as usize * PAGE_SIZE;
                 while mappings.get(index).is_some_and(|mapping| mapping.end <= address) {
@@ -161,7 +161,7 @@ impl Engine {
                     report.showing += 1;
                     // SAFETY: the frame is live; the read makes its page table entry.
                     unsafe { self.store.content(frame).read_volatile() };
-                    self.pagemap.read(self.store.content(frame).addr(), &mut frames_entry)?;
+                    self.host.pagemap.read(self.store.content(frame).addr(), &mut frames_entry)?;
                     let (guests, stores) = (entry.physical(), frames_entry[0].physical());
                     report.physically_checked += u64::from(guests != 0);
                     if guests != stores {
@@ -219,7 +219,7 @@ impl Engine {
 
     /// Memory of the store outside live frames would be a leak.
     fn audit_holes(&mut self, report: &mut AuditReport) {
-        self.store.drop_spare(&*self.calls);
+        self.store.drop_spare(&*self.host.calls);
         let (charged, live) = (self.store.charged_bytes().unwrap_or(0), u64::from(self.store.live()));
         if self.store.dead() == 0 && charged > live * PAGE_SIZE as u64 {
             let leaked = self.ownerless_with_memory();

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Member};
+pub use crate::frames::page_types::{Claimed, TYPES, TypeStatistics};
 use crate::inspect::survey::{PageCount, Survey};
-pub use crate::memory::page_types::{Claimed, TYPES, TypeStatistics};
 use crate::numbers::Slot;
 
 impl Engine {

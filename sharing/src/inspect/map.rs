@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::engine::Engine;
 use crate::engine::members::{Flags, Member};
+use crate::frames::page_types::TYPES;
 use crate::inspect::survey::{PageCount, Survey};
-use crate::memory::page_types::TYPES;
 use crate::numbers::Slot;
 
 /// A run of pages of a VM, summed up.

@@ -6,7 +6,7 @@
 //! metadata, in pieces between which the engine goes on, and some bits for each pair.
 
 use crate::engine::Engine;
-use crate::memory::store::Frame;
+use crate::frames::store::Frame;
 use crate::numbers::Slot;
 
 /// Frames of a sample at most, as long as their number is a power of two.

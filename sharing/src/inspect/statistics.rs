@@ -194,7 +194,7 @@ impl Engine {
     /// The engine's statistics, without the CPU time.
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
-        let windows = self.members.iter().map(|member| member.space.longest_window());
+        let windows = self.members.iter().map(|member| member.space.memory().longest_window());
         EngineStatistics {
             pages_shared: self.store.shared().into(),
             pages_sharing: self.store.sharing(),

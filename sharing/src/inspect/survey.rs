@@ -61,7 +61,7 @@ impl<C: PageCount> Survey<C> {
         let pages = self.next..all.min(self.next.saturating_add(PART_PAGES));
         let mut runs = Vec::new();
         if !member.space.lost() {
-            member.space.private(pages.clone(), &engine.pagemap, &mut runs)?;
+            member.space.memory().private(pages.clone(), &mut runs)?;
         }
         self.count.count(engine, member, pages.clone(), &runs)?;
         self.next = pages.end;
@@ -104,10 +104,10 @@ impl PageCount for VmCount {
     ) -> io::Result<()> {
         let total = |runs: &[Range<u32>]| runs.iter().map(|run| u64::from(run.end - run.start)).sum::<u64>();
         self.private += total(runs);
-        if !member.space.lost() && member.huge.is_some() && engine.pagemap.tells_huge() {
+        let memory = member.space.memory();
+        if !member.space.lost() && member.huge.is_some() && memory.tells_huge() {
             let mut huge = Vec::new();
-            let ram = member.space.ram().range(pages.start, pages.end - pages.start);
-            engine.pagemap.huge(ram, &mut huge)?;
+            memory.huge(pages.clone(), &mut huge)?;
             self.huge += total(&huge);
         }
         for frame in member.space.backing().frames(pages) {

@@ -9,20 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::memory::content;
+use crate::memory::guest::Source;
+
 use crate::memory::pagemap::Pagemap;
 use crate::memory::ram::{PAGE_SIZE, RamRange, move_pages};
-use crate::memory::store::Frame;
 use crate::memory::uffd::{UffdError, Userfaultfd};
 use crate::memory::wakes::Watch;
-
-/// What pages are mapped from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// Consecutive frames of the store, from this number on.
-    Frames(Frame),
-    /// Fresh anonymous memory, which reads as zeros.
-    Zeros,
-}
+use crate::numbers::Frame;
 
 /// What a new mapping may take the place of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,8 +306,8 @@ impl MemoryCalls for Linux {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frames::store::FrameStore;
     use crate::memory::ram::Ram;
-    use crate::memory::store::FrameStore;
 
     #[test]
     fn fresh_memory_is_empty_whatever_an_earlier_copy_left() {

@@ -62,7 +62,7 @@ pub unsafe fn copy(page: *const u8, into: &mut Page) {
 
 /// A copy of a page in the host's hands, which nobody else writes to.
 #[repr(C, align(64))]
-pub(crate) struct Snapshot(Page);
+pub struct Snapshot(Page);
 
 impl Snapshot {
     /// Copies a guest page.
@@ -78,10 +78,25 @@ impl Snapshot {
         }
     }
 
+    /// Copies a guest page over what is in it.
+    ///
+    /// # Safety
+    /// As for [`copy`].
+    pub(crate) unsafe fn retake(&mut self, page: *const u8) {
+        // SAFETY: promised by the caller.
+        unsafe { copy(page, &mut self.0) }
+    }
+
     /// Whether it holds zeros alone.
     pub(crate) fn is_zero(&self) -> bool {
         // SAFETY: the page is ours.
         unsafe { zero(self.0.as_ptr()) }
+    }
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self([0; PAGE_SIZE])
     }
 }
 

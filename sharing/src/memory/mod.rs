@@ -1,14 +1,14 @@
-//! What happens where guest RAM is mapped: the only folder that changes mappings.
+//! What happens where guest RAM is mapped: the only folder that reads guests' pages and changes mappings. The folders
+//! above reach one VM's memory through [`guest::GuestMemory`] alone.
 
-pub(crate) mod backing;
 pub mod calls;
 pub mod content;
+pub(crate) mod frame_view;
+pub mod guest;
+pub mod local;
 pub mod loss;
-pub(crate) mod page_types;
 pub mod pagemap;
 pub mod ram;
-pub mod space;
-pub mod store;
 pub mod uffd;
 pub mod wakes;
 pub(crate) mod window;

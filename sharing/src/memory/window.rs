@@ -4,7 +4,8 @@
 
 use std::io;
 
-use crate::memory::calls::{MemoryCalls, Over, Source};
+use crate::memory::calls::{MemoryCalls, Over};
+use crate::memory::guest::Source;
 use crate::memory::ram::RamRange;
 
 /// Protects pages. Returns how many of the first are.
@@ -17,7 +18,7 @@ pub(crate) fn protect(pages: RamRange<'_>, calls: &dyn MemoryCalls) -> io::Resul
 }
 
 /// What has become of pages.
-pub(crate) enum Remapped {
+pub(crate) enum Outcome {
     /// They are as they were.
     Nothing,
     /// Their private copies were dropped.
@@ -74,7 +75,7 @@ impl<'a> Window<'a> {
     }
 
     /// Maps pages anew.
-    pub(crate) fn map(&mut self, part: RamRange<'_>, source: Source) -> Result<Remapped, MapError> {
+    pub(crate) fn map(&mut self, part: RamRange<'_>, source: Source) -> Result<Outcome, MapError> {
         // Untouched memory comes from the shadow, so that the kernel makes one mapping of it and of the anonymous
         // memory around. Memory that is mapped anew is as good, and only stays a mapping of its own: where the
         // kernel commits itself to all memory that can be written it may refuse as much again as a guest has.
@@ -99,7 +100,7 @@ impl<'a> Window<'a> {
         }
         outcome?;
         self.remapped = part.count();
-        Ok(Remapped::Mapped)
+        Ok(Outcome::Mapped)
     }
 
     /// Lifts what is left of the protection and wakes who waits.

@@ -15,7 +15,7 @@ use samepage_hole::{BLOCK_PAGES, FrameRange, GuestHeader, Hole};
 use serde::{Deserialize, Serialize};
 
 use crate::collections::sets::RareSet;
-use crate::memory::page_types::Claimed;
+use crate::frames::page_types::Claimed;
 use crate::policy::give_back::Giving;
 
 /// Where a guest makes its claims about its pages.

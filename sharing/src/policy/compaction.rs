@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::memory::store::{Frame, FrameStore, Hold};
+use crate::frames::store::{Frame, FrameStore, Hold};
 use crate::numbers::Slot;
 
 /// A frame that is under way.

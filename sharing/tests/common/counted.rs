@@ -5,8 +5,9 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use samepage_sharing::calls::{Linux, MemoryCalls, Over, Source};
+use samepage_sharing::calls::{Linux, MemoryCalls, Over};
 use samepage_sharing::engine::{Engine, Settings};
+use samepage_sharing::guest::Source;
 use samepage_sharing::ram::RamRange;
 use samepage_sharing::store::{Frame, FrameStore};
 

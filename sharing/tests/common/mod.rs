@@ -5,6 +5,7 @@
 pub(crate) mod agent;
 pub(crate) mod counted;
 pub(crate) mod disks;
+pub(crate) mod distant;
 pub(crate) mod followed;
 pub(crate) mod pipes;
 pub(crate) mod world;
@@ -14,8 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
-use samepage_sharing::calls::{Linux, MemoryCalls, Over, Source};
+use samepage_sharing::calls::{Linux, MemoryCalls, Over};
 use samepage_sharing::engine::{Engine, Settings};
+use samepage_sharing::guest::Source;
 use samepage_sharing::loss::Cause;
 use samepage_sharing::ram::RamRange;
 use samepage_sharing::store::{Frame, FrameStore};

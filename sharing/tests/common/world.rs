@@ -15,12 +15,14 @@ use parking_lot::Mutex;
 use samepage_sharing::blocks::Keep;
 use samepage_sharing::changes::PageSet;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
+use samepage_sharing::guest::GuestMemory;
 use samepage_sharing::hints::Hint;
 
 use disks::{Disk, Reading};
 use weather::{Moody, Plan, Weather};
 
 use super::agent::{ANON, Agent, FREE};
+use super::distant::Distant;
 use super::followed::{Told, Vm};
 use super::pipes::Spliced;
 use super::{Guest, Numbers, WORDS, faulty_engine, losses, word};
@@ -148,7 +150,13 @@ impl World {
         let log = followed.then(|| {
             Box::new(Moody { told: told.clone(), pages: self.size, plan: Arc::clone(&self.plan) }) as _
         });
-        let Ok(slot) = self.engine.add(guest.ram.clone(), log, handler) else {
+        let is_distant = self.one_in(4);
+        let memory = self.engine.local(guest.ram.clone()).map(|memory| match is_distant {
+            true => Arc::new(Distant::new(memory)) as Arc<dyn GuestMemory>,
+            false => memory,
+        });
+        let slot = memory.and_then(|memory| self.engine.add_memory(memory, false, log, handler));
+        let Ok(slot) = slot else {
             return self.tell("a VM was refused".into());
         };
         let vm = Vm { guest, told, slot };
@@ -158,7 +166,8 @@ impl World {
         let free = vec![false; self.size as usize];
         let player = Player { id: self.ids, vm, pages, agent, free, late: Vec::new(), losses, ended: false };
         self.players.push(player);
-        self.tell(format!("VM {} starts in slot {slot}, followed {followed}", self.ids));
+        let where_ = if is_distant { "another thread" } else { "this thread" };
+        self.tell(format!("VM {} starts in slot {slot}, followed {followed}, in {where_}", self.ids));
     }
 
     pub(crate) fn remove_vm(&mut self, index: usize) {

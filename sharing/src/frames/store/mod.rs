@@ -24,7 +24,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::memory::loss::{self, Watch};
+use crate::memory::calls::MemoryCalls;
+use crate::memory::frame_view::{Access, FrameView};
+use crate::memory::local::Host;
 use crate::memory::ram::PAGE_SIZE;
 use crate::numbers::Digest;
 pub use crate::numbers::Frame;
@@ -70,9 +72,9 @@ impl Hold {
 pub struct FrameStore {
     file: Arc<OwnedFd>,
     io: File,
-    view: NonNull<u8>,
+    view: Arc<FrameView>,
     /// The same memory, to be written.
-    landing: NonNull<u8>,
+    landing: FrameView,
     capacity: u32,
     records: Records,
     /// Free frames below the high-water mark.
@@ -92,12 +94,7 @@ pub struct FrameStore {
     idle: u32,
     shared: u32,
     sharing: u64,
-    /// Note what of the two mappings the host cannot supply.
-    watches: [Watch; 2],
 }
-
-// SAFETY: both mappings are memory of the store's own; nothing in them is tied to a thread.
-unsafe impl Send for FrameStore {}
 
 impl FrameStore {
     /// Creates a store for up to `capacity` frames. It occupies nothing until frames are written.
@@ -123,19 +120,9 @@ impl FrameStore {
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        let view = map(&file, bytes, libc::PROT_READ)?;
-        let landing = map(&file, bytes, libc::PROT_READ | libc::PROT_WRITE).inspect_err(|_| {
-            // SAFETY: the view was just mapped, and nobody knows its address.
-            unsafe { libc::munmap(view.as_ptr().cast(), bytes) };
-        })?;
-        let watched = |at: NonNull<u8>| {
-            // SAFETY: the mapping belongs to this value, which ends the watch before it unmaps; frames are
-            // reached by address, and whoever has read one asks whether they are lost.
-            unsafe { loss::watch(at.as_ptr().addr(), bytes) }
-        };
-        let watches = [watched(view)?, watched(landing)?];
+        let view = Arc::new(FrameView::map(&file, capacity, Access::Read)?);
+        let landing = FrameView::map(&file, capacity, Access::Write)?;
         Ok(Self {
-            watches,
             file,
             io,
             view,
@@ -259,8 +246,7 @@ impl FrameStore {
     #[must_use]
     pub fn landing(&self, hold: &Hold) -> NonNull<u8> {
         self.assert_unfilled(hold);
-        // SAFETY: frames are within the mapping.
-        unsafe { self.landing.add(hold.first.number() as usize * PAGE_SIZE) }
+        NonNull::new(self.landing.frame(hold.first)).expect("frames lie within the mapping")
     }
 
     fn assert_unfilled(&self, hold: &Hold) {
@@ -302,14 +288,23 @@ impl FrameStore {
     #[must_use]
     pub fn content(&self, frame: Frame) -> *const u8 {
         debug_assert!(self.is_filled(frame), "frame {frame} is not filled");
-        self.view.as_ptr().wrapping_add(frame.number() as usize * PAGE_SIZE)
+        self.view.frame(frame)
+    }
+
+    /// What this process has in common for VMs whose pages go on these frames. `batch` pages are read at once at
+    /// most.
+    ///
+    /// # Errors
+    /// Fails if the page map or random numbers cannot be read.
+    pub fn host(&self, calls: Arc<dyn MemoryCalls>, batch: u32) -> io::Result<Host> {
+        Host::new(calls, Arc::clone(&self.view), batch)
     }
 
     /// Whether the host could not supply a frame. What was read from frames may be zeros then, which are
     /// nobody's content: see [`loss`] for when to ask.
     #[must_use]
     pub fn lost(&self) -> bool {
-        self.watches.iter().any(Watch::lost)
+        self.view.lost() || self.landing.lost()
     }
 
     /// Whether a frame is in use.
@@ -553,29 +548,6 @@ impl FrameStore {
     pub fn read(&self, frame: Frame, into: &mut [u8; PAGE_SIZE]) -> io::Result<()> {
         self.io.read_exact_at(into, u64::from(frame.number()) * PAGE_SIZE as u64)
     }
-}
-
-impl Drop for FrameStore {
-    fn drop(&mut self) {
-        self.watches.iter_mut().for_each(Watch::end);
-        let bytes = self.capacity as usize * PAGE_SIZE;
-        // SAFETY: both were mapped by `create` and nobody keeps addresses into them.
-        unsafe {
-            libc::munmap(self.view.as_ptr().cast(), bytes);
-            libc::munmap(self.landing.as_ptr().cast(), bytes);
-        }
-    }
-}
-
-/// Maps all of a memory file, shared, at an address of the kernel's choice.
-fn map(file: &OwnedFd, bytes: usize, access: i32) -> io::Result<NonNull<u8>> {
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping, which replaces nothing.
-    let mapped = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, file.as_raw_fd(), 0) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(mapped.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 #[cfg(test)]

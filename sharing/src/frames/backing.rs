@@ -12,9 +12,9 @@ use std::ops::Range;
 
 use crate::collections::segments::tree_bytes;
 use crate::collections::sets::PageSet;
-use crate::memory::calls::Source;
-use crate::memory::page_types::Census;
-use crate::memory::store::Frame;
+use crate::frames::page_types::Census;
+use crate::frames::store::Frame;
+use crate::memory::guest::Source;
 
 /// The metadata of one VM's mappings.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl Backing {
         self.census.as_deref_mut()
     }
 
-    fn pages(&self) -> u32 {
+    pub(crate) fn pages(&self) -> u32 {
         self.words.len() as u32
     }
 

@@ -1,6 +1,6 @@
 //! The metadata of all frames: a table that grows and shrinks by the piece, so that no step has to copy it.
 
-use crate::memory::store::Frame;
+use crate::frames::store::Frame;
 use crate::numbers::Digest;
 
 /// Frames of one piece.
@@ -17,7 +17,7 @@ impl State {
     pub(crate) const LIVE: Self = Self(1);
     /// Its content is there, and no longer changes.
     pub(crate) const FILLED: Self = Self(1 << 1);
-    /// Somebody has a [`Hold`](crate::memory::store::Hold) on it.
+    /// Somebody has a [`Hold`](crate::frames::store::Hold) on it.
     pub(crate) const HELD: Self = Self(1 << 2);
     /// It holds a disk block.
     pub(crate) const KEPT: Self = Self(1 << 3);
