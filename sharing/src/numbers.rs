@@ -1,5 +1,7 @@
-//! Kinds of numbers that several folders use. Each is a type of its own, so that none is taken for another. A page
-//! of a VM is a plain number, counted from the start of its RAM.
+//! Kinds of numbers that several folders use. Each is a type of its own, so that none is taken for another.
+//!
+//! A page of a VM is a plain number, counted from the start of its RAM, and no other kind of number is plain. Runs of
+//! pages are ranges that nearly everything iterates over, and stable Rust has no iteration over ranges of such types.
 
 use std::fmt;
 use std::ops::{Add, Sub};

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::changes::ChangeLog;
-use crate::changes::rest::Tracker;
+use crate::changes::rest::{Part, Tracker};
 use crate::collections::sets::{PageSet, RareSet};
 
 /// To look at this many pages in the page map takes about as long as a system call.
@@ -14,17 +14,17 @@ const GAP_PAGES: u32 = 64;
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
 pub(crate) struct Follower {
-    pub(crate) tracker: Tracker,
+    tracker: Tracker,
     /// When the interval ends.
     due: Instant,
     /// Intervals that have ended.
-    pub(crate) intervals: u32,
+    intervals: u32,
     /// Idle, and not scanned yet.
-    pub(crate) ready: PageSet,
-    /// Looked at, and to be tried again later.
-    pub(crate) later: PageSet,
+    ready: PageSet,
+    /// Scanned, and to be tried again later.
+    later: PageSet,
     /// Not merged for want of mappings, to be tried again when there is more room.
-    pub(crate) denied: RareSet,
+    denied: RareSet,
     /// There is more room now.
     eased: bool,
     /// Pages that were denied before there was: they are ready once the interval has ended for them.
@@ -49,8 +49,51 @@ impl Follower {
         }
     }
 
+    /// Returns when the interval ends.
     pub(crate) fn due(&self) -> Instant {
         self.due
+    }
+
+    /// Returns how many intervals have begun to end.
+    pub(crate) fn intervals(&self) -> u32 {
+        self.intervals
+    }
+
+    /// Returns the first page from one on that is idle, and not scanned yet.
+    pub(crate) fn next_ready(&self, from: u32) -> Option<u32> {
+        self.ready.next_from(from)
+    }
+
+    /// Returns the runs of such pages in a range.
+    pub(crate) fn ready_runs(&self, pages: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
+        self.ready.runs_within(pages)
+    }
+
+    /// Whether the page is idle, and not scanned yet.
+    pub(crate) fn is_ready(&self, page: u32) -> bool {
+        self.ready.contains(page)
+    }
+
+    /// A page of those that were ready is to be tried again later, unless it was denied.
+    pub(crate) fn try_later(&mut self, page: u32) {
+        if !self.denied.contains(page) {
+            self.later.insert(page);
+        }
+    }
+
+    /// Pages that were ready were scanned.
+    pub(crate) fn scanned(&mut self, pages: Range<u32>) {
+        self.ready.remove_range(pages);
+    }
+
+    /// Whether there are pages for which the interval has not ended yet.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.tracker.ending()
+    }
+
+    /// Ends the interval for the next pages: see [`Tracker::end_part`].
+    pub(crate) fn end_part(&mut self, written: &PageSet, most: u32, part: &mut Part) {
+        self.tracker.end_part(written, most, part);
     }
 
     /// A page is not merged for want of mappings.

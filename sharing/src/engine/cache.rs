@@ -265,6 +265,12 @@ impl Engine {
         spare.into_iter().chain(self.limit_due()).min()
     }
 
+    /// When the cache has a turn of its own. Where intervals end, it has one with them.
+    pub(crate) fn cache_turn_due(&self) -> Option<Instant> {
+        let none_ends = self.members.iter().all(|member| !member.active() || member.follower.is_none());
+        none_ends.then(|| self.cache_due()).flatten()
+    }
+
     /// What more memory would bring a VM; `None` where it has read nothing through the cache.
     #[must_use]
     pub fn working_set(&self, slot: Slot) -> Option<Curve> {

@@ -63,6 +63,12 @@ impl Ends {
 }
 
 impl Engine {
+    /// When the first interval ends.
+    pub(crate) fn interval_due(&self) -> Option<Instant> {
+        let active = self.members.iter().filter(|member| member.active());
+        active.filter_map(|member| member.follower.as_ref()).map(Follower::due).min()
+    }
+
     /// Goes on with the end of an interval, or begins with that of a VM for which it is over. Returns whether
     /// there was one.
     pub(crate) fn end_an_interval(&mut self, now: Instant) -> bool {
@@ -123,8 +129,8 @@ impl Engine {
         ends.under_way = Some(Ending {
             slot,
             id: member.id,
-            retry: follower.intervals.is_multiple_of(RETRY_INTERVALS),
-            sweep: follower.intervals.is_multiple_of(SWEEP_INTERVALS).then_some(0),
+            retry: follower.intervals().is_multiple_of(RETRY_INTERVALS),
+            sweep: follower.intervals().is_multiple_of(SWEEP_INTERVALS).then_some(0),
         });
         if let Some(census) = member.space.census_mut() {
             census.elapse(now);
@@ -135,14 +141,14 @@ impl Engine {
     /// Whether there are pages for which the VM's interval has not ended yet.
     fn tracks_end(&self, slot: Slot) -> bool {
         let follower = self.members.get(slot).and_then(|member| member.follower.as_ref());
-        follower.is_some_and(|follower| follower.tracker.ending())
+        follower.is_some_and(Follower::is_ending)
     }
 
     /// Ends the interval for the next pages. Returns the effort that it took.
     fn end_part(&mut self, ending: &Ending, written: &PageSet, most: u32, part: &mut Part) -> u32 {
         let slot = ending.slot;
         let Some(follower) = &mut self.members.at_mut(slot).follower else { return most };
-        follower.tracker.end_part(written, most, part);
+        follower.end_part(written, most, part);
         self.counters.refusals += u64::from(!part.armed);
         let mut left = Vec::new();
         for page in part.changed() {

@@ -70,7 +70,7 @@ impl Engine {
     fn choose(&self, slot: Slot, pages: Range<u32>, ready: bool, most: u32, harvest: &mut Harvest) -> u32 {
         let member = self.members.at(slot);
         let next = |page: u32| match &member.follower {
-            Some(follower) if ready => follower.ready.next_from(page),
+            Some(follower) if ready => follower.next_ready(page),
             _ => Some(page),
         };
         harvest.clear();

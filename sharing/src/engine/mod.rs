@@ -21,6 +21,7 @@ pub(crate) mod passes;
 pub(crate) mod reads;
 pub mod removal;
 pub(crate) mod scan;
+pub(crate) mod tasks;
 pub mod trust;
 pub(crate) mod turns;
 pub(crate) mod unmerge;
@@ -40,6 +41,7 @@ use crate::engine::intervals::Ends;
 pub use crate::engine::members::Mode;
 use crate::engine::members::{Member, Members};
 use crate::engine::passes::Pass;
+use crate::engine::tasks::TASKS;
 use crate::engine::trust::Stop;
 use crate::engine::turns::{Kind, Turns};
 use crate::frames::space::{LostHandler, Space};
@@ -188,7 +190,7 @@ pub struct Engine {
     pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
     pub(crate) shortest_mapping: u32,
-    pauses_ms: (u64, u64),
+    pub(crate) pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
     /// Pages that are not shared, but for those of huge pages.
     pub(crate) unique: PageIndex,
@@ -365,7 +367,7 @@ impl Engine {
         let since = Since::now();
         let (kind, step) = self.next_step(now);
         self.host.calls.wake_latecomers();
-        self.holds.note(kind.map_or("looking for work", Kind::name), since);
+        self.holds.note(kind.map_or("looking for work", |kind| kind.task().name), since);
         step
     }
 
@@ -379,50 +381,14 @@ impl Engine {
         }
         for kind in self.turns.order() {
             let started = Instant::now();
-            if self.work(kind, now) {
+            self.begin_step();
+            if (kind.task().step)(self, now) {
                 self.turns.served(kind, started.elapsed());
                 return (Some(kind), Step::Worked);
             }
         }
-        let passes = self.passes();
-        let active = self.members.iter().filter(|member| member.active());
-        let intervals = active.filter_map(|member| member.follower.as_ref()).map(|f| f.due());
-        let kept = self.members.iter().filter(|member| !member.space.lost());
-        let unshare = kept.filter_map(|member| member.unshare).map(|unshare| unshare.due);
-        let pass = passes.then_some(self.pass.due);
-        let claims = self.claims_due();
-        // Where intervals end, the cache has its turn with them.
-        let cache = self.members.iter().all(|member| !member.active() || member.follower.is_none());
-        let cache = cache.then(|| self.cache_due()).flatten();
-        let rest = Step::RestUntil(
-            intervals
-                .chain(cache)
-                .chain(unshare)
-                .chain(pass)
-                .chain(claims)
-                .min()
-                .unwrap_or(now + Duration::from_secs(3600)),
-        );
-        (None, rest)
-    }
-
-    /// Does a piece of work of a kind, about a millisecond of it. Returns whether there was any.
-    fn work(&mut self, kind: Kind, now: Instant) -> bool {
-        self.begin_step();
-        match kind {
-            Kind::Hints => self.take_hints(),
-            Kind::Claims => self.take_claims(now),
-            Kind::Changes => self.end_an_interval(now),
-            Kind::GiveBack => self.give_back_step(),
-            Kind::Rested => self.scan_rested(),
-            Kind::Evictions => self.shrink_cache(),
-            Kind::Limit => self.rest_cache(now) || self.follow_limit(now),
-            Kind::Splits => self.split_step(),
-            Kind::Unshare => self.unshare(now),
-            Kind::Undo => self.unmerge_for_better_runs(),
-            Kind::Compaction => self.compact_step(now) || self.reclaim_step(),
-            Kind::Passes => self.go_on_with_pass(now),
-        }
+        let due = TASKS.iter().filter_map(|task| (task.due)(self)).min();
+        (None, Step::RestUntil(due.unwrap_or(now + Duration::from_secs(3600))))
     }
 
     /// The next VM in turn, after the one that this kind of work was last done for, that has such work.
@@ -433,27 +399,9 @@ impl Engine {
         Some(slot)
     }
 
-    /// Gives memory of frames back that died faster than that. Returns whether there was any.
-    fn reclaim_step(&mut self) -> bool {
+    /// Frees memory of frames that died faster than that. Returns whether there was any.
+    pub(crate) fn reclaim_step(&mut self) -> bool {
         self.store.dead() > 0 && self.store.reclaim(&*self.host.calls) > 0
-    }
-
-    /// Whether there are VMs to be gone over in full passes.
-    fn passes(&self) -> bool {
-        self.members.iter().any(|member| member.follower.is_none() && member.active())
-    }
-
-    fn go_on_with_pass(&mut self, now: Instant) -> bool {
-        if self.pass.due > now || !self.passes() {
-            return false;
-        }
-        if let Some(events) = self.pass_step() {
-            let (shortest, longest) = self.pauses_ms;
-            let pause = if events > 0 { shortest } else { 2 * self.pass.pause_ms };
-            self.pass.pause_ms = pause.clamp(shortest, longest);
-            self.pass.due = now + Duration::from_millis(self.pass.pause_ms);
-        }
-        true
     }
 
     /// Keeps the count of the process's mappings true.

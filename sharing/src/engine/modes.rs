@@ -64,6 +64,12 @@ impl Engine {
         }
     }
 
+    /// When VMs that are not to share any more have their next turn.
+    pub(crate) fn unshare_due(&self) -> Option<Instant> {
+        let kept = self.members.iter().filter(|member| !member.space.lost());
+        kept.filter_map(|member| member.unshare).map(|unshare| unshare.due).min()
+    }
+
     /// What of a VM's memory is shared; `None` for a slot without a VM.
     #[must_use]
     pub fn mode(&self, slot: Slot) -> Option<Mode> {

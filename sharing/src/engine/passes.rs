@@ -2,7 +2,7 @@
 //! and counts as settled when its digest is that of the pass before.
 
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::numbers::Slot;
@@ -29,6 +29,30 @@ impl Pass {
 }
 
 impl Engine {
+    /// When the next pass may begin or go on, if there is one.
+    pub(crate) fn pass_due(&self) -> Option<Instant> {
+        self.passes().then_some(self.pass.due)
+    }
+
+    /// Whether there are VMs to be scanned in full passes.
+    fn passes(&self) -> bool {
+        self.members.iter().any(|member| member.follower.is_none() && member.active())
+    }
+
+    /// Goes on with the pass if it is time for that. Returns whether it was.
+    pub(crate) fn go_on_with_pass(&mut self, now: Instant) -> bool {
+        if self.pass.due > now || !self.passes() {
+            return false;
+        }
+        if let Some(events) = self.pass_step() {
+            let (shortest, longest) = self.pauses_ms;
+            let pause = if events > 0 { shortest } else { 2 * self.pass.pause_ms };
+            self.pass.pause_ms = pause.clamp(shortest, longest);
+            self.pass.due = now + Duration::from_millis(self.pass.pause_ms);
+        }
+        true
+    }
+
     /// Goes over the next chunk of pages of VMs without a change log. At the end of a pass returns
     /// how many pages were merged, given back, or had changed in it.
     pub fn pass_step(&mut self) -> Option<u64> {

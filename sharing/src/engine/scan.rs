@@ -27,7 +27,7 @@ impl Engine {
             let member = self.members.get(slot).filter(|member| member.active())?;
             let pages = member.space.pages();
             let follower = member.follower.as_ref()?;
-            let start = (from < pages).then(|| follower.ready.next_from(from)).flatten()?;
+            let start = (from < pages).then(|| follower.next_ready(from)).flatten()?;
             Some((slot, start, pages.min(start.saturating_add(CHUNK_PAGES))))
         };
         let (slot, page) = self.rested_cursor;
@@ -57,7 +57,7 @@ impl Engine {
         let member = self.members.at(slot);
         let Some(follower) = &member.follower else { return chunk.end };
         let mut unknown = Vec::new();
-        for span in spans(follower.ready.runs_within(chunk.clone())) {
+        for span in spans(follower.ready_runs(chunk.clone())) {
             if member.space.memory().private(span.clone(), &mut runs).is_err() {
                 self.counters.refusals += 1;
                 unknown.push(span);
@@ -67,7 +67,7 @@ impl Engine {
             self.release(slot, run.clone());
             let member = self.members.at_mut(slot);
             let Some(follower) = &member.follower else { continue };
-            let ready: Vec<_> = run.clone().filter(|&page| follower.ready.contains(page)).collect();
+            let ready: Vec<_> = run.clone().filter(|&page| follower.is_ready(page)).collect();
             ready.into_iter().for_each(|page| member.became_private(page));
         }
         for run in &runs {
@@ -88,16 +88,16 @@ impl Engine {
             let flags = member.flags[page as usize];
             let settled = flags.contains(Flags::UNIQUE) || flags.contains(Flags::ALIKE);
             let open = flags.contains(Flags::PRIVATE) && !settled;
-            if open && full && !passed_over(page) && !follower.denied.contains(page) {
-                follower.later.insert(page);
+            if open && full && !passed_over(page) {
+                follower.try_later(page);
             }
         }
         for page in unknown.into_iter().flatten().filter(|&page| page < chunk.end) {
-            if follower.ready.contains(page) {
-                follower.later.insert(page);
+            if follower.is_ready(page) {
+                follower.try_later(page);
             }
         }
-        follower.ready.remove_range(chunk.clone());
+        follower.scanned(chunk.clone());
         self.runs = runs;
         chunk.end
     }

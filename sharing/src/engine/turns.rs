@@ -18,10 +18,10 @@ pub(crate) enum Kind {
     Claims,
     /// Ends of intervals: what was written.
     Changes,
-    /// Free pages of guests go back.
+    /// Free pages of guests are freed on the host.
     GiveBack,
     /// Idle pages are scanned.
-    Rested,
+    Idle,
     /// Cached blocks beyond the limit are dropped.
     Evictions,
     /// The limit follows what is free; memory kept for reads from disks goes back.
@@ -30,11 +30,11 @@ pub(crate) enum Kind {
     Splits,
     /// VMs that are not to share any more get memory of their own.
     Unshare,
-    /// Runs are taken off their frames for better ones.
-    Undo,
+    /// Runs are unmerged for better ones.
+    Unmerge,
     /// Holes in the store are closed.
     Compaction,
-    /// VMs without a change log are gone over.
+    /// VMs without a change log are scanned.
     Passes,
 }
 
@@ -45,36 +45,19 @@ impl Kind {
         Self::Claims,
         Self::Changes,
         Self::GiveBack,
-        Self::Rested,
+        Self::Idle,
         Self::Evictions,
         Self::Limit,
         Self::Splits,
         Self::Unshare,
-        Self::Undo,
+        Self::Unmerge,
         Self::Compaction,
         Self::Passes,
     ];
-
-    /// What people call it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Hints => "hints of devices",
-            Self::Claims => "claims of guests",
-            Self::Changes => "ends of intervals",
-            Self::GiveBack => "giving free pages back",
-            Self::Rested => "pages at rest",
-            Self::Evictions => "evictions",
-            Self::Limit => "limit of the cache",
-            Self::Splits => "splits of huge pages",
-            Self::Unshare => "ends of sharing",
-            Self::Undo => "undoing for better runs",
-            Self::Compaction => "compaction",
-            Self::Passes => "full passes",
-        }
-    }
 }
 
-const KINDS: usize = 12;
+/// How many kinds there are.
+pub(crate) const KINDS: usize = 12;
 
 /// A step is charged so much at least and at most. A step is meant to take a millisecond; one that lost its
 /// processor took longer through no fault of its kind.

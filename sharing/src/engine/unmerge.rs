@@ -15,7 +15,7 @@ use crate::frames::backing::joined;
 use crate::frames::space::{Space, SpaceError};
 use crate::memory::guest::Source;
 use crate::numbers::Slot;
-use crate::policy::pressure::{CLASSES, Work, class, value};
+use crate::policy::pressure::{CLASSES, Work, after_counting, class, value};
 
 /// Pages taken off at once: a writer waits for less than 0.1 ms.
 pub(crate) const BATCH_PAGES: u32 = 64;
@@ -23,7 +23,7 @@ pub(crate) const BATCH_PAGES: u32 = 64;
 /// Batches taken off in one step: about a millisecond of work.
 const STEP_BATCHES: u32 = 16;
 
-/// Pages on frames that are valued together at most. Longer ranges are worth more than anything that is undone,
+/// Pages on frames that are valued together at most. Longer ranges are worth more than anything that is unmerged,
 /// and so are their parts.
 const PART_PAGES: u32 = 512;
 
@@ -39,33 +39,16 @@ impl Engine {
 
     pub(crate) fn unmerge_for_better_runs(&mut self) -> bool {
         match std::mem::take(&mut self.pressure.work) {
-            Work::None => self.begin_counting(),
+            Work::None => self.pressure.begin(self.members.mappings()),
             Work::Counting { slot, page, below, classes } => {
                 self.pressure.work = self.count_classes(slot, page, below, classes);
                 true
             }
-            Work::Undoing { slot, page, below } => {
+            Work::Unmerging { slot, page, below } => {
                 self.pressure.work = self.unmerge_below(slot, page, below);
                 true
             }
         }
-    }
-
-    fn begin_counting(&mut self) -> bool {
-        let mappings = self.members.mappings();
-        let wanted = std::mem::take(&mut self.pressure.wanted);
-        let futile = self
-            .pressure
-            .futile
-            .is_some_and(|(then, value)| wanted <= value && mappings.abs_diff(then) < 64 + mappings / 64);
-        if wanted == 0 || futile {
-            return false;
-        }
-        self.pressure.futile = Some((mappings, wanted));
-        // What is undone is worth half of what is wanted at most, or it would not be worth the work.
-        let below = (wanted / 2).max(1);
-        self.pressure.work = Work::Counting { slot: Slot::default(), page: 0, below, classes: [0; CLASSES] };
-        true
     }
 
     fn count_classes(&self, slot: Slot, page: u32, below: u32, mut classes: [i64; CLASSES]) -> Work {
@@ -95,54 +78,40 @@ impl Engine {
 
     fn end_counting(&self, limit: u32, classes: &[i64; CLASSES]) -> Work {
         let budget = self.share.budget();
-        let missing = (2 * budget.ample() - budget.room()).max(1);
-        let mut found = 0;
-        let mut below = 0;
-        for (class, &mappings) in classes.iter().enumerate() {
-            let end = 1_u32 << class;
-            if found >= missing || end / 2 >= limit {
-                break;
-            }
-            if mappings > 0 {
-                found += mappings;
-                below = end.min(limit);
-            }
-        }
-        if below == 0 { Work::None } else { Work::Undoing { slot: Slot::default(), page: 0, below } }
+        after_counting(limit, classes, (2 * budget.ample() - budget.room()).max(1))
     }
 
     fn unmerge_below(&mut self, slot: Slot, page: u32, below: u32) -> Work {
-        self.pressure.floor = self.pressure.floor.max(below);
-        self.pressure.futile = None;
+        self.pressure.unmerging_below(below);
         let budget = self.share.budget();
         let enough = budget.room() >= 2 * budget.ample();
         let Some(next) = self.members.next_from(slot).filter(|_| !enough) else { return Work::None };
         let mut page = if next == slot { page } else { 0 };
-        let (mut undone, mut valued) = (0, 0);
-        while undone < STEP_BATCHES && valued < STEP_VALUED {
+        let (mut unmerged, mut valued) = (0, 0);
+        while unmerged < STEP_BATCHES && valued < STEP_VALUED {
             let space = &self.members.at(next).space;
             let Some(cluster) = Clusters::new(space, page).next().filter(|_| !space.lost()) else {
-                return Work::Undoing { slot: next.next(), page: 0, below };
+                return Work::Unmerging { slot: next.next(), page: 0, below };
             };
             page = cluster.end;
             valued += cluster.end - cluster.start;
             if worth(space, &cluster).0 < below {
-                undone += self.unmerge(next, cluster);
+                unmerged += self.unmerge(next, cluster);
                 continue;
             }
             for run in runs(space, cluster).collect::<Vec<_>>() {
                 let (lost, gain) = worth(&self.members.at(next).space, &run);
                 if gain > 0 && lost < below {
-                    undone += self.unmerge(next, run.clone());
+                    unmerged += self.unmerge(next, run.clone());
                 }
-                if undone >= STEP_BATCHES {
+                if unmerged >= STEP_BATCHES {
                     page = run.end;
                     break;
                 }
             }
         }
         self.report_mappings();
-        Work::Undoing { slot: next, page, below }
+        Work::Unmerging { slot: next, page, below }
     }
 
     /// Takes a run off its frames. Returns in how many batches.
@@ -176,7 +145,7 @@ impl Engine {
     }
 }
 
-/// What undoing some pages would cost in value, and bring in mappings.
+/// What it costs in value to unmerge some pages, and what it brings in mappings.
 fn worth(space: &Space, run: &Range<u32>) -> (u32, i64) {
     let gain = -space.mappings_added(run.start, run.end - run.start, Source::Zeros);
     let attached = run.clone().filter(|&page| space.attached(page)).count() as u32;
