@@ -17,6 +17,7 @@ const STEP_SPLITS: usize = 4;
 impl Engine {
     /// Notes of a page of a huge page, which was read a moment ago, whether it could be shared.
     pub(crate) fn take_census(&mut self, slot: Slot, page: u32, seen: Seen, content: &Page) {
+        self.counters.digests += 1;
         let digest = match seen {
             Seen::Digest(digest) => digest,
             Seen::Zero => self.zero_digest,

@@ -39,13 +39,13 @@ impl Engine {
     fn scan_batches(&mut self, slot: Slot, run: Range<u32>, ready: bool, harvest: &mut Harvest) -> u32 {
         // A page that matches takes its neighbours with it, which need no digests. So batches grow while nothing
         // matches.
+        let memory = Arc::clone(self.members.at(slot).space.memory());
+        let batch = memory.batch();
         let mut size = 1;
         let mut page = run.start;
-        while page < run.end && !self.members.at(slot).space.lost() {
+        while page < run.end && !memory.lost() {
             let next = self.choose(slot, page..run.end, ready, size, harvest);
-            let memory = Arc::clone(self.members.at(slot).space.memory());
             memory.harvest(harvest);
-            self.counters.digests += harvest.digests();
             let merges = self.counters.merges + self.counters.zeroed;
             for index in 0..harvest.len() {
                 let (at, seen, content) = harvest.get(index);
@@ -60,7 +60,7 @@ impl Engine {
             }
             page = page.max(next);
             let none_matched = self.counters.merges + self.counters.zeroed == merges;
-            size = if none_matched { (2 * size).min(memory.batch()) } else { 1 };
+            size = if none_matched { (2 * size).min(batch) } else { 1 };
         }
         run.end
     }
@@ -118,6 +118,7 @@ impl Engine {
             Seen::Content => return 1,
             Seen::Digest(digest) => digest,
         };
+        self.counters.digests += 1;
         let known = member.known_digest(page);
         let same = known == Some(digest);
         if same && member.flags[page as usize].contains(Flags::UNIQUE) {

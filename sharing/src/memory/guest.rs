@@ -212,11 +212,6 @@ impl Harvest {
         self.wanted.len()
     }
 
-    /// Returns how many digests were taken.
-    pub(crate) fn digests(&self) -> u64 {
-        self.seen.iter().filter(|seen| matches!(seen, Seen::Digest(_))).count() as u64
-    }
-
     /// Returns a page, what it held, and its content.
     pub(crate) fn get(&self, index: usize) -> (u32, Seen, &Page) {
         (self.wanted[index].0, self.seen[index], &self.contents[index])
