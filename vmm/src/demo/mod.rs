@@ -7,6 +7,7 @@
 //! the time.
 
 mod display;
+mod patience;
 mod summary;
 
 use std::io::{self, IsTerminal, Write};
@@ -27,6 +28,7 @@ use samepage_sharing::service::Sharing;
 
 use crate::cli::DemoArgs;
 use display::{Display, mebibytes};
+use patience::{PATIENCE, Patience};
 use samepage_host::host_limits::HostMemory;
 use samepage_host::statistics::{Sample, Sampler, rss_anon};
 use samepage_machine::boot::ImageSource;
@@ -40,8 +42,6 @@ const MEMORY_BYTES: u64 = 128 << 20;
 const ARENA_PAGES: u64 = 96 << 20 >> 12;
 /// Rounds that each guest verifies after everything has been merged.
 const ROUNDS_AFTER: u64 = 3;
-/// How long filling or merging may take before the demo is given up.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// How often the screen is drawn.
 const REFRESH: Duration = Duration::from_millis(200);
 
@@ -101,18 +101,36 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     };
 
     display.phase("filling memory, nothing is shared yet");
-    demo.until(&mut display, |demo, _| demo.progress.iter().all(|vm| vm.ready))?;
+    let filling = |demo: &Demo, sample: &Sample| Phase {
+        finished: demo.progress.iter().all(|vm| vm.ready),
+        steps: sample.resident_bytes,
+    };
+    if demo.until(&mut display, filling)?.is_none() {
+        let ready = demo.progress.iter().filter(|vm| vm.ready).count();
+        bail!(
+            "{ready} of {} guests have filled their memory, and the others filled nothing for {} s",
+            demo.vms.len(),
+            PATIENCE.as_secs()
+        );
+    }
     let before_bytes = rss_anon().context("measure memory")?;
     let filled = Instant::now();
     demo.sharing.resume();
     display.phase("guests run, and their memory is merged");
-    let merged = demo.until(&mut display, |_, sample| saved_pages(sample) * PAGE_SIZE as u64 >= can_save)?;
+    let merged = demo.until(&mut display, |_, sample| Phase {
+        finished: saved_pages(sample) * PAGE_SIZE as u64 >= can_save,
+        steps: saved_pages(sample),
+    })?;
     let merged_in = (filled.elapsed(), demo.sharing.statistics().cpu_seconds);
     display.phase("all identical pages are shared; guests go on verifying");
     let enough: Vec<_> = demo.progress.iter().map(|vm| vm.rounds + ROUNDS_AFTER).collect();
     let last = match merged {
         Some(_) => demo.until(&mut display, |demo, _| {
-            demo.progress.iter().zip(&enough).all(|(vm, enough)| vm.rounds >= *enough)
+            let rounds = || demo.progress.iter().zip(&enough).map(|(vm, enough)| (vm.rounds, *enough));
+            Phase {
+                finished: rounds().all(|(rounds, enough)| rounds >= enough),
+                steps: rounds().map(|(rounds, enough)| rounds.min(enough)).sum(),
+            }
         })?,
         None => None,
     };
@@ -124,8 +142,13 @@ fn run(options: &DemoArgs) -> Result<Summary> {
         vm.serial_input(b"q");
     }
     display.phase("a last verification of every page");
-    demo.until(&mut display, |demo, _| demo.progress.iter().all(|vm| vm.done.is_some()))?;
-    let ends: Vec<_> = demo.vms.iter().map(Vm::wait).collect();
+    demo.until(&mut display, |demo, _| {
+        let done = demo.progress.iter().filter(|vm| vm.done.is_some()).count();
+        Phase { finished: done == demo.progress.len(), steps: done as u64 }
+    })?;
+    // A guest that is not done would keep the demo waiting for ever.
+    let end = |(vm, progress): (&Vm, &Progress)| if progress.done.is_some() { vm.wait() } else { vm.stop() };
+    let ends: Vec<_> = demo.vms.iter().zip(&demo.progress).map(end).collect();
     display.finish();
     Ok(Summary::new(&demo.progress, &ends, &last, before_bytes, can_save, merged_in))
 }
@@ -209,6 +232,13 @@ impl Write for Lines {
     }
 }
 
+/// How far a phase of the demo is.
+struct Phase {
+    finished: bool,
+    /// Counts up while the phase moves, in any unit.
+    steps: u64,
+}
+
 struct Demo {
     sharing: Arc<Sharing>,
     vms: Vec<Vm>,
@@ -223,14 +253,14 @@ impl Demo {
         self.sampler.sample(Some(&self.sharing), &self.vms).context("take statistics")
     }
 
-    /// Takes reports in and draws, until `finished` holds or patience ends. Returns the sample with
-    /// which it held.
+    /// Takes reports in and draws until the phase is finished, and returns the sample with which it was. Returns
+    /// `None` when the phase stands still.
     fn until(
         &mut self,
         display: &mut Display,
-        finished: impl Fn(&Self, &Sample) -> bool,
+        phase: impl Fn(&Self, &Sample) -> Phase,
     ) -> Result<Option<Sample>> {
-        let deadline = Instant::now() + PATIENCE;
+        let mut patience = Patience::new(Instant::now());
         loop {
             let refresh = Instant::now() + REFRESH;
             loop {
@@ -243,7 +273,8 @@ impl Demo {
             }
             let sample = self.sample()?;
             display.draw(self.started.elapsed(), &sample, &self.progress);
-            if finished(self, &sample) {
+            let Phase { finished, steps } = phase(self, &sample);
+            if finished {
                 return Ok(Some(sample));
             }
             let ends: Vec<_> = self.vms.iter().map(Vm::end).collect();
@@ -258,7 +289,7 @@ impl Demo {
                     None => {}
                 }
             }
-            if Instant::now() > deadline {
+            if patience.is_over(steps, Instant::now()) {
                 return Ok(None);
             }
         }
