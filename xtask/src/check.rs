@@ -5,7 +5,7 @@
 use crate::artifacts::Artifacts;
 use crate::cache::Cache;
 use crate::suite::{self, Choice, Results};
-use crate::{deny, node, process, promtool, python, setup};
+use crate::{deny, lab, node, process, promtool, python, setup};
 use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::time::{Duration, Instant};
@@ -50,6 +50,12 @@ pub fn run(choice: &Choice) -> bool {
     }
     let mut tests = Results::default();
     report.step("tests", || suite::run(choice, &mut tests));
+    if choice.filter.is_none() && !quick {
+        match std::env::var_os(lab::WANTED) {
+            Some(value) if value == "1" => report.step("lab", lab::check),
+            _ => report.left_out("lab", lab::HOW_TO_RUN),
+        }
+    }
     report.summarise(&tests)
 }
 

@@ -90,12 +90,11 @@ fn make_image(content: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A tool of e2fsprogs, which are installed where users other than root don't look.
+/// A tool of e2fsprogs.
 fn tool(name: &str) -> Command {
-    let mut command = Command::new(name);
-    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = process::admin_tool(name);
     // The clock of everything that the tool stamps itself.
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("E2FSPROGS_FAKE_TIME", "1");
+    command.env("E2FSPROGS_FAKE_TIME", "1");
     command
 }
 

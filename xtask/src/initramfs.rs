@@ -1,10 +1,10 @@
 //! The initial RAM file system of test guests: the agent as `/init`, a console, and mount points.
 //!
 //! It depends on the agent's source, the locked dependencies and the compiler. It is a cpio
-//! archive in the "newc" format (`Documentation/driver-api/early-userspace/buffer-format.rst` in
-//! the kernel's source), not compressed: a guest's kernel unpacks bytes faster than it decodes.
+//! archive, not compressed: a guest's kernel unpacks bytes faster than it decodes.
 
 use crate::cache::{Cache, Key};
+use crate::cpio::{Archive, CHARACTER_DEVICE, DIRECTORY, PROGRAM};
 use crate::process;
 use anyhow::{Context, Result};
 use std::fs;
@@ -73,10 +73,6 @@ fn build_agent() -> Result<Vec<u8>> {
     fs::read(&program).with_context(|| format!("reading {}", program.display()))
 }
 
-const DIRECTORY: u32 = 0o040_755;
-const PROGRAM: u32 = 0o100_755;
-const CHARACTER_DEVICE: u32 = 0o020_600;
-
 /// The whole file system as a cpio archive.
 fn archive(agent: &[u8]) -> Vec<u8> {
     let mut archive = Archive::default();
@@ -89,71 +85,10 @@ fn archive(agent: &[u8]) -> Vec<u8> {
     archive.finish()
 }
 
-/// A cpio archive in the making. Owner is root, and all times are 0.
-#[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
-    entries: u32,
-}
-
-impl Archive {
-    fn add(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) {
-        self.entries += 1;
-        self.header(self.entries, path, mode, device, content.len());
-        self.bytes.extend(content);
-        self.pad();
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.header(0, "TRAILER!!!", 0, (0, 0), 0);
-        self.bytes
-    }
-
-    fn header(&mut self, inode: u32, path: &str, mode: u32, (major, minor): (u32, u32), size: usize) {
-        let links = if mode == DIRECTORY { 2 } else { 1 };
-        // inode, mode, uid, gid, nlink, mtime, size, device (2), device number (2), name size, sum
-        let fields = [inode, mode, 0, 0, links, 0, size as u32, 0, 0, major, minor, path.len() as u32 + 1, 0];
-        self.bytes.extend(b"070701");
-        for field in fields {
-            self.bytes.extend(format!("{field:08x}").bytes());
-        }
-        self.bytes.extend(path.bytes());
-        self.bytes.push(0);
-        self.pad();
-    }
-
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Path, mode, device number and content.
-    type Entry = (String, u32, (u32, u32), Vec<u8>);
-
-    fn entries(mut bytes: &[u8]) -> Vec<Entry> {
-        let mut entries = Vec::new();
-        loop {
-            let field = |index: usize| {
-                let at = 6 + 8 * index;
-                let digits = std::str::from_utf8(&bytes[at..at + 8]).expect("ASCII");
-                u32::from_str_radix(digits, 16).expect("hexadecimal")
-            };
-            assert_eq!(&bytes[..6], b"070701");
-            let (mode, size, device, name) =
-                (field(1), field(6) as usize, (field(9), field(10)), field(11) as usize);
-            let path = String::from_utf8(bytes[110..110 + name - 1].to_vec()).expect("UTF-8");
-            let start = (110 + name).next_multiple_of(4);
-            if path == "TRAILER!!!" {
-                return entries;
-            }
-            entries.push((path, mode, device, bytes[start..start + size].to_vec()));
-            bytes = &bytes[(start + size).next_multiple_of(4)..];
-        }
-    }
+    use crate::cpio::tests::entries;
 
     #[test]
     fn the_archive_holds_init_and_a_console() {

@@ -6,10 +6,12 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use xtask::artifacts::Artifacts;
 use xtask::cache::Cache;
+use xtask::lab::{self, Series};
 use xtask::suite::Choice;
 use xtask::{bench, check, disk, initramfs, kernel, node, promtool, python, setup};
 
@@ -49,6 +51,29 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Run a script on an emulated machine with hardware virtualisation; without one, all scripts in tests/lab
+    ///
+    /// The exit status is the script's. The machine's console is printed. Everything in the machine is emulated, so
+    /// its times say nothing. It is made of Debian's kernel and QEMU 9 or newer, which are downloaded once.
+    Lab {
+        /// Series of the machine's kernel [default: 6.1 for a script, each for the scripts in tests/lab]
+        #[arg(long, value_name = "SERIES")]
+        kernel: Option<Series>,
+        /// Script for the shell of busybox. It finds samepage in its PATH, and kernels for guests beside itself
+        #[arg(long, value_name = "FILE")]
+        script: Option<PathBuf>,
+        /// Memory of the machine, in MiB
+        #[arg(long, value_name = "MIB", default_value_t = 3072, value_parser = clap::value_parser!(u32).range(512..))]
+        memory: u32,
+        /// Number of processors of the machine
+        #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=255))]
+        cpus: u32,
+        /// Raw image that the machine has as a disk and writes to. Repeat the option for more disks
+        #[arg(long = "disk", value_name = "FILE")]
+        disks: Vec<PathBuf>,
+        /// Files and folders to copy into the folder of the script
+        files: Vec<PathBuf>,
+    },
     /// Run every check: packages, guests, format, lint, docs, licences, advisories, tests
     Test {
         /// Run only the tests whose name contains this text, and no other check
@@ -76,6 +101,12 @@ fn main() -> ExitCode {
         Task::Node => Cache::of_user().and_then(|cache| node::build(&cache)).map(drop),
         Task::Promtool => Cache::of_user().and_then(|cache| promtool::build(&cache)),
         Task::Bench { arguments } => bench::run(&arguments),
+        Task::Lab { kernel, script, memory, cpus, disks, files } => {
+            match lab::run(&lab::Options { kernel, script, memory, cpus, disks, files }) {
+                Ok(status) => return ExitCode::from(status),
+                Err(error) => Err(error),
+            }
+        }
         Task::Test { filter, quick, jobs } => {
             let jobs = jobs.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get);
             return if check::run(&Choice { filter, quick, jobs }) {
@@ -94,7 +125,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn print(path: Result<std::path::PathBuf>) -> Result<()> {
+fn print(path: Result<PathBuf>) -> Result<()> {
     println!("{}", path?.display());
     Ok(())
 }

@@ -48,8 +48,7 @@ pub fn install_packages(packages: &[&str]) -> Result<()> {
         return Ok(());
     }
     let install = format!("apt-get install --yes --no-install-recommends {}", missing.join(" "));
-    let is_root = fs::metadata("/proc/self").context("looking up the user of this process")?.uid() == 0;
-    if !is_root {
+    if !is_root()? {
         bail!("packages are missing; install them with:\n    sudo apt-get update && sudo {install}");
     }
     eprintln!("installing {}", missing.join(" "));
@@ -61,6 +60,11 @@ pub fn install_packages(packages: &[&str]) -> Result<()> {
     process::run(apt_get().arg("update")).and_then(|()| attempt()).with_context(|| {
         format!("installing packages with: {install}\n(they are those of Debian 12, \"bookworm\")")
     })
+}
+
+/// Whether this process may install packages.
+pub(crate) fn is_root() -> Result<bool> {
+    Ok(fs::metadata("/proc/self").context("looking up the user of this process")?.uid() == 0)
 }
 
 fn apt_get() -> Command {

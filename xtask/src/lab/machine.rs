@@ -1,0 +1,107 @@
+//! Runs the machine: prints its console, and learns from it how the script ended.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+/// How long the console may be silent: beyond that the machine hangs.
+const SILENCE: Duration = Duration::from_secs(10 * 60);
+/// What the machine's first process says before the script's exit status.
+const EXIT: &str = "lab: exit ";
+
+/// Runs an emulator to its end. Returns the exit status of the script in the machine.
+///
+/// # Errors
+/// The emulator cannot be started, the machine ends before its script, or it hangs.
+pub(super) fn run(command: &mut Command) -> Result<u8> {
+    follow(command, SILENCE)
+}
+
+fn follow(command: &mut Command, silence: Duration) -> Result<u8> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = Guard(child.with_context(|| format!("starting {program}"))?);
+    let console = child.0.stdout.take().context("reading the machine's console")?;
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || read(console, &sender));
+    let mut status = None;
+    loop {
+        match lines.recv_timeout(silence) {
+            Ok(line) => {
+                let line = line.context("reading the machine's console")?;
+                status = exit_status(&line).or(status);
+                println!("{line}");
+                io::stdout().flush().context("printing the machine's console")?;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("the lab's machine printed nothing for {} s, and was killed", silence.as_secs())
+            }
+        }
+    }
+    let ended = child.0.wait().with_context(|| format!("waiting for {program}"))?;
+    match status {
+        Some(status) => Ok(status),
+        None => bail!("the lab's machine ended before its script did ({program}: {ended})"),
+    }
+}
+
+/// Sends the lines of the console. They may hold anything that guests print.
+fn read(console: impl Read, lines: &mpsc::Sender<io::Result<String>>) {
+    for line in BufReader::new(console).split(b'\n') {
+        let line = line.map(|line| String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned());
+        if lines.send(line).is_err() {
+            return;
+        }
+    }
+}
+
+fn exit_status(line: &str) -> Option<u8> {
+    line.strip_prefix(EXIT)?.parse().ok()
+}
+
+/// Kills the emulator if this process stops to follow it.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn the_status_is_that_of_the_script() -> Result<()> {
+        assert_eq!(run(&mut shell(r"printf 'x\r\n\377\r\nlab: exit 0\r\n'"))?, 0);
+        // The emulator's own status says nothing.
+        assert_eq!(run(&mut shell("echo lab: exit 7; exit 1"))?, 7);
+        Ok(())
+    }
+
+    #[test]
+    fn an_early_end_is_an_error() {
+        let error = run(&mut shell("echo hello lab: exit 0; exit 3")).expect_err("there is no status");
+        assert!(error.to_string().contains("ended before its script did (sh: exit status: 3)"), "{error}");
+    }
+
+    #[test]
+    fn a_silent_machine_is_killed() {
+        let error = follow(&mut shell("exec sleep 600"), Duration::from_millis(10)).expect_err("it hangs");
+        assert!(error.to_string().contains("printed nothing"), "{error}");
+    }
+}

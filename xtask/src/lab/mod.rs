@@ -1,0 +1,175 @@
+//! `cargo xtask lab`: an emulated machine with hardware virtualisation, and scripts that run on it.
+//!
+//! The hosts of the tests may have any kind of KVM, or one that interprets the guests' kernels. The lab has one that
+//! is known: `kvm_amd` with nested paging, under a kernel of Debian's, on a machine that QEMU emulates. What runs there
+//! shows how samepage behaves. It shows nothing about speed, since everything is emulated.
+//!
+//! A script is run by the shell of busybox, in a file system in memory. The program `samepage` is in its PATH. The
+//! kernels `/root/vmlinuz` and `/root/vmlinuz-cloud` are there for its guests.
+
+mod apt;
+mod image;
+mod kernels;
+mod machine;
+mod qemu;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cache::Cache;
+use crate::suite::PROGRAM;
+use crate::{process, setup};
+
+pub use kernels::Series;
+
+/// Says, if set to 1, that the scripts are a part of all checks.
+pub const WANTED: &str = "SAMEPAGE_TESTS_LAB";
+/// Why the scripts are left out of all checks where [`WANTED`] is not set.
+pub const HOW_TO_RUN: &str =
+    "it takes many minutes; SAMEPAGE_TESTS_LAB=1 includes it, `cargo xtask lab` runs it alone";
+/// Where the project's scripts are.
+const SCRIPTS: &str = "tests/lab";
+/// Debian's packages for building the machine's file system.
+const PACKAGES: [&str; 4] = ["binutils", "busybox-static", "kmod", "xz-utils"];
+
+/// What is run, and on what.
+#[derive(Debug)]
+pub struct Options {
+    /// The machine's kernel. If `None`, a chosen script runs on the first, and the project's scripts run on each.
+    pub kernel: Option<Series>,
+    /// The script. If `None`, all scripts of the project are run.
+    pub script: Option<PathBuf>,
+    /// The machine's memory in MiB.
+    pub memory: u32,
+    /// How many processors the machine has.
+    pub cpus: u32,
+    /// Images that the machine has as disks: /dev/vda and so on. They are written to.
+    pub disks: Vec<PathBuf>,
+    /// Files and folders to copy into the folder of the script.
+    pub files: Vec<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { kernel: None, script: None, memory: 3072, cpus: 2, disks: Vec::new(), files: Vec::new() }
+    }
+}
+
+/// Runs what the options ask for. Returns the exit status of the script, or for all scripts 1 if any failed.
+///
+/// # Errors
+/// The machine cannot be built, or it ends before a script does.
+pub fn run(options: &Options) -> Result<u8> {
+    for path in options.script.iter().chain(&options.disks).chain(&options.files) {
+        fs::metadata(path).with_context(|| format!("looking for {}", path.display()))?;
+    }
+    setup::install_packages(&PACKAGES).context("preparing to build the file system of the lab's machine")?;
+    qemu::install()?;
+    let program = program()?;
+    let cache = Cache::of_user()?;
+    match &options.script {
+        Some(script) => {
+            let kernel = options.kernel.unwrap_or(Series::ALL[0]);
+            run_script(&cache, kernel, script, &program, options)
+        }
+        None => run_all(&cache, &program, options).map(|passed| u8::from(!passed)),
+    }
+}
+
+/// Runs the project's scripts on each kernel.
+///
+/// # Errors
+/// A script failed, or the machine cannot be built.
+pub fn check() -> Result<()> {
+    ensure!(run(&Options::default())? == 0, "scripts of {SCRIPTS} failed");
+    Ok(())
+}
+
+/// Runs the project's scripts, and prints what each came to. Returns whether all passed.
+fn run_all(cache: &Cache, program: &Path, options: &Options) -> Result<bool> {
+    let scripts = scripts()?;
+    let mut lines = Vec::new();
+    let mut all_passed = true;
+    for kernel in Series::ALL.into_iter().filter(|kernel| options.kernel.is_none_or(|only| only == *kernel)) {
+        for script in &scripts {
+            let name = script.file_name().unwrap_or_default().to_string_lossy();
+            println!("\n-- lab: {name} on Linux {kernel}");
+            let start = Instant::now();
+            let result = run_script(cache, kernel, script, program, options);
+            let word = match &result {
+                Ok(0) => "passed".to_owned(),
+                Ok(status) => format!("FAILED with exit status {status}"),
+                Err(error) => format!("FAILED: {error:#}"),
+            };
+            all_passed &= matches!(result, Ok(0));
+            lines.push(format!("{kernel:<5} {name:<14} {:>7.1} s  {word}", start.elapsed().as_secs_f64()));
+        }
+    }
+    println!("\n-- lab: summary");
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(all_passed)
+}
+
+/// The project's scripts, by name.
+fn scripts() -> Result<Vec<PathBuf>> {
+    let folder = crate::project_root().join(SCRIPTS);
+    let reading = || format!("reading {}", folder.display());
+    let entries = fs::read_dir(&folder).with_context(reading)?;
+    let paths: Result<Vec<_>, _> = entries.map(|entry| entry.map(|entry| entry.path())).collect();
+    let mut paths = paths.with_context(reading)?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "sh"));
+    paths.sort();
+    Ok(paths)
+}
+
+fn run_script(cache: &Cache, kernel: Series, script: &Path, program: &Path, options: &Options) -> Result<u8> {
+    let kernels = kernels::fetch(cache, kernel)?;
+    let work = tempfile::tempdir().context("making a folder for the machine's file system")?;
+    let initrd = work.path().join("initrd");
+    let contents = image::Contents { kernels: &kernels, program, script, files: &options.files };
+    contents.write(&initrd).context("building the file system of the lab's machine")?;
+    let mut command = qemu::command(&kernels.generic(), &initrd, options);
+    machine::run(&mut command)
+}
+
+/// The program to run in the lab: the one that [`PROGRAM`] names, or else one built for release.
+fn program() -> Result<PathBuf> {
+    if let Some(program) = std::env::var_os(PROGRAM) {
+        return Ok(program.into());
+    }
+    let messages =
+        process::build(&["build", "--release", "--locked", "--package", "samepage", "--bin", "samepage"])?;
+    match process::executable(&messages, "samepage") {
+        Some(program) => Ok(program),
+        None => bail!("cargo built no program samepage; run `cargo build --release` to see why"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scripts_say_what_they_show_and_are_documented() -> Result<()> {
+        let page = fs::read_to_string(crate::project_root().join("docs/lab.md"))?;
+        let scripts = scripts()?;
+        assert!(scripts.len() > 1, "{scripts:?}");
+        for script in scripts {
+            let text = fs::read_to_string(&script)?;
+            assert!(text.starts_with("# "), "{} begins with no comment", script.display());
+            let name = script.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            assert!(page.contains(&format!("`{SCRIPTS}/{name}`")), "docs/lab.md says nothing about {name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_missing_file_is_named_before_anything_is_done() {
+        let options = Options { disks: vec!["/nonexistent/disk.img".into()], ..Options::default() };
+        let error = run(&options).expect_err("there is no such disk");
+        assert_eq!(error.to_string(), "looking for /nonexistent/disk.img");
+    }
+}
