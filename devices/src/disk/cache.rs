@@ -151,6 +151,18 @@ impl Fetch {
         self.buffer
     }
 
+    /// Puts into its memory what was read elsewhere.
+    ///
+    /// # Panics
+    /// If `data` is not as long as the memory.
+    #[expect(unsafe_code, reason = "fills memory by address")]
+    pub fn fill(&mut self, data: &[u8]) {
+        assert_eq!(data.len(), self.bytes());
+        // SAFETY: whoever made the fetch vouched that its buffer can be written, and that nobody else touches it
+        // while the fetch lives.
+        unsafe { self.buffer.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+    }
+
     /// What the cache calls this fetch.
     pub fn token(&self) -> u64 {
         self.token

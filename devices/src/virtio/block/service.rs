@@ -528,6 +528,11 @@ impl Drop for Service {
                 }
             }
         }
+        for part in self.parts.drain(..).flatten() {
+            if let (PartKind::Copy { fetches, .. }, Some(cache)) = (part.kind, self.common.disk.cache()) {
+                fetches.into_iter().for_each(|fetch| drop(cache.end_fetch(fetch, Err(()))));
+            }
+        }
         for request in self.requests.drain(..).flatten() {
             let Request { taken, changes, range, .. } = request;
             drop((changes, range));

@@ -1,7 +1,7 @@
 //! How a request becomes operations on the image, and what becomes of their results.
 //!
-//! - Reads of whole blocks are asked of the cache, if there is one; what it wants fetched is read into its
-//!   memory. All other reads go through bounce buffers.
+//! - Reads of whole blocks are asked of the cache, if there is one. What the cache wants fetched is read into its
+//!   memory. All other reads go through bounce buffers, and so does a read of which the cache wants a part.
 //! - Writes go straight from guest memory where the image can take them from there and all is aligned as
 //!   direct I/O demands, and through bounce buffers otherwise.
 //! - Where the host takes larger pieces only, what surrounds the data is read first and written back with
@@ -18,7 +18,7 @@ use super::request::{Clearing, Failure, Job};
 use super::service::{Flow, Service};
 use super::stats::add;
 use crate::GuestMemory;
-use crate::disk::cache::{BLOCK_SIZE, BlockCache, BlockRead, ImageId};
+use crate::disk::cache::{BLOCK_SIZE, BlockCache, BlockRead, Fetch, ImageId};
 use crate::disk::channel::{Action, Operation};
 use crate::disk::image::{Layer, Location};
 use crate::disk::memory::{GuestSlices, MAX_BOUNCE, Memory, widen};
@@ -29,6 +29,9 @@ const MAX_DIRECT: u64 = 1 << 20;
 /// Where in guest memory the bytes of a part are, in order.
 type Pieces = Vec<(GuestAddress, usize)>;
 
+/// Which bytes of a buffer go where in guest memory.
+type Copies = Vec<(GuestAddress, Range<usize>)>;
+
 /// An operation of a request.
 pub(super) struct Part {
     pub(super) request: usize,
@@ -36,14 +39,16 @@ pub(super) struct Part {
 }
 
 pub(super) enum PartKind {
-    /// Bytes of the buffer are copied to the guest when they have been read.
+    /// Bytes of the buffer are copied to the guest, or to the cache's memory, when they have been read.
     Copy {
         /// For the observer.
         image: Option<ImageId>,
         /// Which bytes of the buffer go where.
-        copies: Vec<(GuestAddress, Range<usize>)>,
+        copies: Copies,
+        /// What the cache wants of them, and delivers.
+        fetches: Vec<Fetch>,
     },
-    /// The cache delivers what has been read.
+    /// The cache delivers what has been read into its memory.
     Fetch,
     /// The data is put into the buffer when what surrounds it has been read.
     Surround(Source, Range<usize>),
@@ -156,16 +161,22 @@ impl Service {
                 return Err(error.into());
             }
         };
-        let copies = match image {
-            Some(image) if is_cached => self.begin_cached(index, image, location.layer, range.start, &pieces),
-            _ => copies_of(&pieces, (range.start - wide.start) as usize),
+        let (copies, fetches) = match image {
+            Some(image) if is_cached => self.begin_cached(image, range.start, &pieces),
+            _ => (copies_of(&pieces, (range.start - wide.start) as usize), Vec::new()),
         };
-        if copies.is_empty() {
-            self.bounces.give(bounce);
-        } else {
-            let kind = PartKind::Copy { image: location.image, copies };
+        // What the cache wants of a piece that is read anyway is copied to it, and not read a second time.
+        if !copies.is_empty() {
+            let kind = PartKind::Copy { image: location.image, copies, fetches };
             let action = Action::Read(location.layer, Memory::Bounce(bounce));
             self.submit(Part { request: index, kind }, wide.start, action);
+            return Ok(Flow::Begun);
+        }
+        self.bounces.give(bounce);
+        for fetch in fetches {
+            let offset = fetch.first() * BLOCK_SIZE;
+            let part = Part { request: index, kind: PartKind::Fetch };
+            self.submit(part, offset, Action::Read(location.layer, Memory::Fetch(fetch)));
         }
         Ok(Flow::Begun)
     }
@@ -180,19 +191,17 @@ impl Service {
         self.common.disk.image().locate(offset, len).map_err(host_failure("locate", offset, len))
     }
 
-    /// Asks the cache for whole blocks from byte `start` on, whose data goes to `pieces`, and submits what it
-    /// wants fetched. Returns what is left to be read from there through a buffer.
+    /// Asks the cache for whole blocks from byte `start` on, whose data goes to `pieces`. Returns what is left to be
+    /// copied from there to the guest, and what the cache wants fetched.
     fn begin_cached(
-        &mut self,
-        index: usize,
+        &self,
         image: ImageId,
-        layer: Layer,
         start: u64,
         pieces: &[(GuestAddress, usize)],
-    ) -> Vec<(GuestAddress, Range<usize>)> {
-        let common = self.common.clone();
-        let Some(cache) = common.disk.cache() else { return copies_of(pieces, 0) };
-        let mut copies = Vec::new();
+    ) -> (Copies, Vec<Fetch>) {
+        let common = &self.common;
+        let Some(cache) = common.disk.cache() else { return (copies_of(pieces, 0), Vec::new()) };
+        let (mut copies, mut fetches) = (Vec::new(), Vec::new());
         let mut run: Vec<GuestAddress> = Vec::new();
         let mut run_first = start / BLOCK_SIZE;
         let blocks = split_blocks(pieces);
@@ -209,12 +218,9 @@ impl Service {
                 let plan = cache.begin_read(&BlockRead { image, first: run_first, targets: &run });
                 add(&common.stats.blocks_from_guests, plan.served.from_guests);
                 add(&common.stats.blocks_from_host, plan.served.from_host);
-                for fetch in plan.fetches {
-                    add(&common.stats.blocks_fetched, fetch.blocks().into());
-                    let offset = fetch.first() * BLOCK_SIZE;
-                    let part = Part { request: index, kind: PartKind::Fetch };
-                    self.submit(part, offset, Action::Read(layer, Memory::Fetch(fetch)));
-                }
+                let fetched = plan.fetches.iter().map(|fetch| u64::from(fetch.blocks())).sum();
+                add(&common.stats.blocks_fetched, fetched);
+                fetches.extend(plan.fetches);
                 for number in plan.past.into_iter().flatten() {
                     let target = run[(number - run_first) as usize];
                     let offset = (number * BLOCK_SIZE - start) as usize;
@@ -226,7 +232,7 @@ impl Service {
                 run_first = number + 1;
             }
         }
-        copies
+        (copies, fetches)
     }
 
     /// Begins to write the first piece of `range` with what the guest has given.
@@ -334,20 +340,27 @@ impl Service {
         let Part { request: index, kind } = part;
         let offset = operation.offset;
         match (kind, operation.action) {
-            (PartKind::Copy { image, copies }, Action::Read(_, Memory::Bounce(bounce))) => {
-                let copied = result
-                    .map_err(host_failure("read", offset, bounce.bytes().len() as u64))
-                    .and_then(|()| self.copy_to_guest(offset, bounce.bytes(), image, &copies));
+            (PartKind::Copy { image, copies, fetches }, Action::Read(_, Memory::Bounce(bounce))) => {
+                let data = bounce.bytes();
+                let is_read = result.is_ok();
+                let mut copied = result
+                    .map_err(host_failure("read", offset, data.len() as u64))
+                    .and_then(|()| self.copy_to_guest(offset, data, image, &copies));
+                for mut fetch in fetches {
+                    let from = (fetch.first() * BLOCK_SIZE - offset) as usize;
+                    if is_read {
+                        fetch.fill(&data[from..from + fetch.bytes()]);
+                    }
+                    copied = copied.and(self.end_fetch(fetch, is_read));
+                }
                 self.bounces.give(bounce);
                 copied
             }
             (PartKind::Fetch, Action::Read(_, Memory::Fetch(fetch))) => {
                 let len = fetch.bytes() as u64;
-                let Some(cache) = self.common.disk.cache() else { return Ok(()) };
-                let outcome = if result.is_ok() { Ok(()) } else { Err(()) };
-                let delivered = cache.end_fetch(fetch, outcome);
+                let delivered = self.end_fetch(fetch, result.is_ok());
                 result.map_err(host_failure("read", offset, len))?;
-                delivered.map_err(host_failure("deliver", offset, len))
+                delivered
             }
             (PartKind::Surround(source, inner), Action::Read(_, Memory::Bounce(mut bounce))) => {
                 let len = bounce.bytes().len() as u64;
@@ -397,6 +410,14 @@ impl Service {
         }
     }
 
+    /// Has the cache deliver what was read, if it was.
+    fn end_fetch(&self, fetch: Fetch, is_read: bool) -> Result<(), Failure> {
+        let (offset, len) = (fetch.first() * BLOCK_SIZE, fetch.bytes() as u64);
+        let Some(cache) = self.common.disk.cache() else { return Ok(()) };
+        let outcome = if is_read { Ok(()) } else { Err(()) };
+        cache.end_fetch(fetch, outcome).map_err(host_failure("deliver", offset, len))
+    }
+
     fn copy_to_guest(
         &self,
         offset: u64,
@@ -415,7 +436,7 @@ impl Service {
 }
 
 /// Where `pieces` are to be copied from, given that the first comes from byte `offset` of a buffer.
-fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Vec<(GuestAddress, Range<usize>)> {
+fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Copies {
     let copy = |&(address, len): &(GuestAddress, usize)| {
         offset += len;
         (address, offset - len..offset)

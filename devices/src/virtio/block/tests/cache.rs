@@ -149,6 +149,8 @@ impl Drop for FakeCache {
 struct Watched {
     disk: MemoryDisk,
     cache: Arc<FakeCache>,
+    /// What was read, in bytes.
+    reads: Mutex<Vec<Range<u64>>>,
 }
 
 impl Watched {
@@ -180,6 +182,7 @@ impl Image for Watched {
         self.disk.locate(offset, len)
     }
     fn read_at(&self, layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.reads.lock().unwrap().push(offset..offset + data.len() as u64);
         self.disk.read_at(layer, offset, data)
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -203,7 +206,7 @@ impl Image for Watched {
 fn the_cache_knows_of_writes_from_before_they_begin_until_before_they_complete() {
     let guest = memory();
     let (medium, cache) = (MemoryDisk::new(), Arc::new(FakeCache::new(guest.clone())));
-    let watched = Watched { disk: medium.clone(), cache: cache.clone() };
+    let watched = Watched { disk: medium.clone(), cache: cache.clone(), reads: Mutex::default() };
     let mut disk = Disk::new(Arc::new(watched), Engine::Auto);
     disk.set_cache(cache.clone());
     let mut driver = Driver::with_memory(Block::new("vm", "disk", 1, disk).unwrap(), guest);
@@ -255,6 +258,30 @@ fn blocks_are_read_once_and_partly_read_blocks_go_past_the_cache() {
     assert_eq!(driver.read_sectors(64, 8).unwrap(), data[64 * SECTOR..72 * SECTOR], "as it was");
     assert_eq!(driver.read_sectors(200, 32), Err(IO_ERROR));
     assert_ne!(cache.state.lock().unwrap().failed_fetches, 0);
+}
+
+#[test]
+fn no_byte_of_a_request_is_read_twice() {
+    let guest = memory();
+    let (medium, cache) = (MemoryDisk::new(), Arc::new(FakeCache::new(guest.clone())));
+    let watched = Arc::new(Watched { disk: medium.clone(), cache: cache.clone(), reads: Mutex::default() });
+    let mut disk = Disk::new(watched.clone(), Engine::Auto);
+    disk.set_cache(cache.clone());
+    let mut driver = Driver::with_memory(Block::new("vm", "disk", 1, disk).unwrap(), guest);
+    driver.start(RING_FEATURES | ALL_FEATURES);
+    // Blocks 3 and 10 are not wanted, all others are. Block 4 is wanted, and alone.
+    for (sector, sectors) in [(0, 96), (200, 24), (32, 8)] {
+        watched.reads.lock().unwrap().clear();
+        let data = driver.read_sectors(sector, sectors).unwrap();
+        let start = sector as usize * SECTOR;
+        assert_eq!(data, medium.medium().data[start..start + sectors * SECTOR]);
+        let mut reads = watched.reads.lock().unwrap().clone();
+        reads.sort_by_key(|read| read.start);
+        assert!(reads.windows(2).all(|pair| pair[0].end <= pair[1].start), "{reads:?}");
+    }
+    let state = cache.state.lock().unwrap();
+    let held = |block| state.blocks.contains_key(&(MEMORY_IMAGE, block));
+    assert!((0..12).all(|block| held(block) == (block % 7 != 3)));
 }
 
 fn fs_truncate(path: &std::path::Path, len: u64) {
