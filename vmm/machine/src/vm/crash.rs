@@ -9,6 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 /// Longest instruction of x86.
 const INSTRUCTION_MAX: u64 = 15;
 const PAGE_MASK: u64 = 0xfff;
+/// Where a processor starts after a reset: its RIP and the base of its code segment (Intel's manual, volume 3A, 11.1.1).
+const RESET: (u64, u64) = (0xfff0, 0xffff_0000);
 
 /// Why the guest cannot go on. Numbers are KVM's and the hardware's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +83,7 @@ pub struct CrashReport {
     pub kind: CrashKind,
     /// Number of the vCPU.
     pub vcpu: u32,
-    /// Its instruction pointer, if it could be read.
+    /// Its instruction pointer, if it could be read. After a triple fault KVM for AMD's processors has reset it.
     pub rip: Option<u64>,
     /// The bytes at the instruction pointer, as far as they lie in mapped RAM.
     pub instruction: Vec<u8>,
@@ -91,6 +93,7 @@ impl CrashReport {
     /// Looks at the vCPU where it stopped.
     pub(super) fn take(kind: CrashKind, number: u32, vcpu: &VcpuFd, memory: &GuestMemory) -> Self {
         let at = vcpu.get_regs().ok().zip(vcpu.get_sregs().ok());
+        let at = at.filter(|(registers, system)| !was_reset(&kind, registers.rip, system.cs.base));
         let instruction = match &at {
             Some((registers, system)) => {
                 let linear = system.cs.base.wrapping_add(registers.rip);
@@ -103,6 +106,11 @@ impl CrashReport {
         };
         Self { kind, vcpu: number, rip: at.map(|(registers, _)| registers.rip), instruction }
     }
+}
+
+/// Whether the registers are those of a vCPU that KVM has reset, so that they tell nothing about the guest.
+fn was_reset(kind: &CrashKind, rip: u64, code_base: u64) -> bool {
+    *kind == CrashKind::TripleFault && (rip, code_base) == RESET
 }
 
 /// Up to one instruction's bytes from a linear address on; fewer where a page is not mapped.
@@ -129,15 +137,15 @@ impl fmt::Display for CrashReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} on vCPU {}", self.kind, self.vcpu)?;
         match self.rip {
-            Some(rip) => write!(f, " at RIP {rip:#x}")?,
             None => f.write_str(" at an unknown RIP")?,
-        }
-        if self.instruction.is_empty() {
-            f.write_str(", where no memory is mapped")?;
-        } else {
-            f.write_str(", bytes there")?;
-            for byte in &self.instruction {
-                write!(f, " {byte:02x}")?;
+            Some(rip) if self.instruction.is_empty() => {
+                write!(f, " at RIP {rip:#x}, where no memory is mapped")?;
+            }
+            Some(rip) => {
+                write!(f, " at RIP {rip:#x}, bytes there")?;
+                for byte in &self.instruction {
+                    write!(f, " {byte:02x}")?;
+                }
             }
         }
         write!(f, ". {}", self.kind.meaning())
@@ -164,6 +172,17 @@ mod tests {
         assert_eq!(read_linear(0x5ffb, memory.view(), |a| (a < 0x6000).then_some(a)), [1; 5]);
         assert!(read(0).is_empty());
         assert!(read_linear(u64::MAX, memory.view(), Some).is_empty());
+    }
+
+    #[test]
+    fn registers_of_a_vcpu_that_was_reset_are_not_told() {
+        assert!(was_reset(&CrashKind::TripleFault, 0xfff0, 0xffff_0000));
+        assert!(!was_reset(&CrashKind::TripleFault, 0xfff0, 0));
+        assert!(!was_reset(&CrashKind::InternalError { suberror: 1 }, 0xfff0, 0xffff_0000));
+        let report =
+            CrashReport { kind: CrashKind::TripleFault, vcpu: 1, rip: None, instruction: Vec::new() };
+        let text = report.to_string();
+        assert!(text.starts_with("triple fault on vCPU 1 at an unknown RIP. The guest"), "{text}");
     }
 
     #[test]
