@@ -1,8 +1,8 @@
 //! Compiles the demo guest.
 //!
-//! The guest is a freestanding program with a panic strategy, code model and linker script of its own, so
-//! the compiler is called directly: no flag, profile or target of the host's build reaches it. The one crate
-//! that it uses, the layout of the memory hole, is compiled in the same way.
+//! The guest is a freestanding program with its own panic strategy, code model and linker script. So the
+//! build calls the compiler directly, without flags, profile or target of the host's build. The only crate
+//! that the guest uses, the layout of the memory hole, is compiled in the same way.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use std::process::Command;
 fn main() {
     let sources = Path::new("demo-guest");
     let script = sources.join("guest.ld");
-    let layout = Path::new("../guest-agent/layout/src");
+    let layout = Path::new("../memory-hole/src");
     for path in [sources.join("src"), script.clone(), PathBuf::from("src/demo"), layout.to_owned()] {
         println!("cargo:rerun-if-changed={}", path.display());
     }

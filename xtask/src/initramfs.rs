@@ -1,7 +1,7 @@
 //! The initial RAM file system of test guests: the agent as `/init`, a console, and mount points.
 //!
-//! It depends on the agent's source, the locked dependencies and the compiler. It is a cpio
-//! archive, not compressed: a guest's kernel unpacks bytes faster than it decodes.
+//! It depends on the agent's source, the locked dependencies and the compiler. It is a cpio archive without
+//! compression, because a guest's kernel unpacks bytes faster than it decodes them.
 
 use crate::cache::{Cache, Key};
 use crate::cpio::{Archive, CHARACTER_DEVICE, DIRECTORY, PROGRAM};
@@ -11,17 +11,17 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// To be raised when this module builds something else from the same inputs.
+/// Must be increased when this module builds another archive from the same inputs.
 const RECIPE: &str = "initramfs 1";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "guest";
-/// One file that needs no loader, no libraries and no relocation.
+/// A single file without loader, libraries and relocation.
 const RUSTFLAGS: &str = "-C target-feature=+crt-static -C relocation-model=static";
 
 /// Builds the agent and the archive if the cache lacks them, and returns the archive's path.
 ///
 /// # Errors
-/// The agent does not compile, or the archive can't be written.
+/// Fails if the agent does not compile, or if the archive cannot be written.
 pub fn build(cache: &Cache) -> Result<PathBuf> {
     let entry = cache.get_or_build("initramfs", &key()?, |dir| {
         let agent = build_agent().context("building the guest agent")?;
@@ -31,10 +31,10 @@ pub fn build(cache: &Cache) -> Result<PathBuf> {
     Ok(entry.join("initramfs.cpio"))
 }
 
-/// The path of the archive if the cache has it.
+/// Returns the path of the archive if the cache has it.
 ///
 /// # Errors
-/// What it depends on can't be read.
+/// Fails if a file that the archive depends on cannot be read.
 pub fn find(cache: &Cache) -> Result<Option<PathBuf>> {
     Ok(cache.find("initramfs", &key()?).map(|entry| entry.join("initramfs.cpio")))
 }
@@ -50,15 +50,15 @@ fn key() -> Result<Key> {
         .file(&root.join("Cargo.lock"))?
         .file(&root.join("guest-agent/Cargo.toml"))?
         .folder(&root.join("guest-agent/src"))?
-        .file(&root.join("guest-agent/layout/Cargo.toml"))?
-        .folder(&root.join("guest-agent/layout/src"))
+        .file(&root.join("memory-hole/Cargo.toml"))?
+        .folder(&root.join("memory-hole/src"))
 }
 
 /// Compiles the agent and returns the program.
 fn build_agent() -> Result<Vec<u8>> {
     let target_dir = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| crate::project_root().join("target"), PathBuf::from)
-        // Other flags than those of the workspace: a folder of its own keeps both caches warm.
+        // The flags differ from the workspace's, so a separate folder keeps both caches valid.
         .join("guest-agent");
     eprintln!("initramfs: building the guest agent");
     process::run(
@@ -73,13 +73,13 @@ fn build_agent() -> Result<Vec<u8>> {
     fs::read(&program).with_context(|| format!("reading {}", program.display()))
 }
 
-/// The whole file system as a cpio archive.
+/// Returns the file system as a cpio archive.
 fn archive(agent: &[u8]) -> Vec<u8> {
     let mut archive = Archive::default();
     for dir in ["dev", "proc", "sys", "mnt"] {
         archive.add(dir, DIRECTORY, (0, 0), &[]);
     }
-    // The kernel opens it for init before anything can be mounted.
+    // The kernel opens the console for init before any mount.
     archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[]);
     archive.add("init", PROGRAM, (0, 0), agent);
     archive.finish()

@@ -1,7 +1,7 @@
-//! What a word says of its page frame.
+//! The word of flags for a page frame.
 //!
 //! The bits are those of Linux' `/proc/kpageflags` (`include/uapi/linux/kernel-page-flags.h`,
-//! `Documentation/admin-guide/mm/pagemap.rst`), whose meaning is promised not to change:
+//! `Documentation/admin-guide/mm/pagemap.rst`). Linux guarantees that their meaning does not change:
 //!
 //! | bits of the word | from `/proc/kpageflags` |
 //! | --- | --- |
@@ -12,22 +12,22 @@
 //! | 30 | none; 0 |
 //! | 31 | none; [`PUBLISHED`] |
 //!
-//! Bits 35 and up, which are for who debugs a kernel, are left out.
+//! Bits 35 and up are for debugging a kernel, so they are omitted.
 
-/// The word was written: a word of 0 says nothing of its page frame.
+/// The word was written. A word of 0 says nothing about its page frame.
 pub const PUBLISHED: u32 = 1 << 31;
 
-/// Locked, for instance while it is read from a disk.
+/// Locked, for example during a read from a disk.
 pub const LOCKED: u32 = 1 << 0;
-/// Its content differs from what is on the disk.
+/// The content differs from the disk's.
 pub const DIRTY: u32 = 1 << 4;
-/// On a list of pages that may be reclaimed.
+/// On a list of reclaimable pages.
 pub const LRU: u32 = 1 << 5;
 /// Used by a slab allocator.
 pub const SLAB: u32 = 1 << 7;
 /// Being written back.
 pub const WRITEBACK: u32 = 1 << 8;
-/// Free, with the buddy allocator.
+/// Free, in the buddy allocator.
 pub const BUDDY: u32 = 1 << 10;
 /// Mapped by a process.
 pub const MMAP: u32 = 1 << 11;
@@ -35,35 +35,35 @@ pub const MMAP: u32 = 1 << 11;
 pub const ANON: u32 = 1 << 12;
 /// Can be swapped: anonymous or shared memory.
 pub const SWAP_BACKED: u32 = 1 << 14;
-/// The first of several pages that belong together.
+/// The first of several pages that form a unit.
 pub const COMPOUND_HEAD: u32 = 1 << 15;
-/// One of those that follow it.
+/// One of the following pages of such a unit.
 pub const COMPOUND_TAIL: u32 = 1 << 16;
-/// Of hugetlb.
+/// A page of hugetlb.
 pub const HUGE: u32 = 1 << 17;
-/// There is no page frame of this number.
+/// There is no page frame with this number.
 pub const NOPAGE: u32 = 1 << 20;
 /// Merged by the guest's own KSM.
 pub const KSM: u32 = 1 << 21;
-/// Given back by a balloon driver, or taken offline.
+/// Given to a balloon driver, or offline.
 pub const OFFLINE: u32 = 1 << 23;
 /// The page of zeros that processes read before they write.
 pub const ZERO_PAGE: u32 = 1 << 24;
 /// A table of a process's mappings.
 pub const PAGE_TABLE: u32 = 1 << 26;
-/// Never given out by the page allocator, or not to be swapped.
+/// Never available to the page allocator, or not to be swapped.
 pub const RESERVED: u32 = 1 << 27;
 /// Locked into memory.
 pub const MLOCKED: u32 = 1 << 28;
 /// Has blocks on a disk.
 pub const MAPPED_TO_DISK: u32 = 1 << 29;
 
-/// Bits that a word has in common with `/proc/kpageflags`.
+/// The bits that a word shares with `/proc/kpageflags`.
 const SAME: u64 = (1 << 27) - 1;
-/// Where further bits go: from, to.
+/// The other bits: source, target.
 const MOVED: [(u32, u32); 3] = [(32, RESERVED), (33, MLOCKED), (34, MAPPED_TO_DISK)];
 
-/// The word for what `/proc/kpageflags` says.
+/// Returns the word for a value of `/proc/kpageflags`.
 #[must_use]
 pub const fn word(kpageflags: u64) -> u32 {
     let mut word = (kpageflags & SAME) as u32 | PUBLISHED;
@@ -78,23 +78,23 @@ pub const fn word(kpageflags: u64) -> u32 {
     word
 }
 
-/// What a page is used for.
+/// The use of a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PageType {
-    /// Nothing is known, or the kernel uses it for what has no flag.
+    /// Unknown, or used by the kernel in a way without a flag.
     #[default]
     Unknown,
     /// Memory of processes.
     Anonymous,
     /// Content of files, mapped by processes. Shared memory is a file.
     FileMapped,
-    /// Content of files, in the page cache alone.
+    /// Content of files that only the page cache holds.
     FileUnmapped,
     /// The kernel's small objects.
     Slab,
     /// Tables of mappings.
     PageTable,
-    /// Several pages that belong together, for none of the other uses.
+    /// Several pages that form a unit, for none of the other uses.
     Compound,
     /// Free.
     Free,
@@ -103,7 +103,7 @@ pub enum PageType {
 }
 
 impl PageType {
-    /// All of them, each at the place that is its number.
+    /// All types. The index of a type is its number.
     pub const ALL: [Self; 9] = [
         Self::Unknown,
         Self::Anonymous,
@@ -116,7 +116,7 @@ impl PageType {
         Self::Balloon,
     ];
 
-    /// The type in a word.
+    /// Returns the name of the type.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -132,14 +132,14 @@ impl PageType {
         }
     }
 
-    /// Whether it is content of files.
+    /// Returns whether the type is content of files.
     #[must_use]
     pub const fn is_file(self) -> bool {
         matches!(self, Self::FileMapped | Self::FileUnmapped)
     }
 }
 
-/// What a word says that the page is used for.
+/// Returns the page type in a word.
 #[must_use]
 pub const fn page_type(word: u32) -> PageType {
     if !has(word, PUBLISHED) || has(word, NOPAGE) {
@@ -163,8 +163,8 @@ pub const fn page_type(word: u32) -> PageType {
     }
 }
 
-/// Whether a word says that the page's content is about to change or has just changed: it is being read
-/// or written back, or waits for that.
+/// Returns whether the page's content is about to change or has just changed: it is being read or written
+/// back, or waits for that.
 #[must_use]
 pub const fn in_motion(word: u32) -> bool {
     word & (LOCKED | WRITEBACK | DIRTY) != 0

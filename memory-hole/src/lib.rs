@@ -1,36 +1,37 @@
-//! The memory hole: memory outside guest RAM in which a guest tells its host what each of its pages is
-//! for. This is the one description of its layout, for both sides.
+//! The protocol of page types between a guest and its host. Guest and host use the same definition, so it is
+//! in this crate.
 //!
-//! The hole is an array of 32-bit words, little-endian as all of an x86-64 guest, in 4 KiB pages:
+//! A guest publishes the use of its pages in the *memory hole*, which is memory outside guest RAM. The hole
+//! is an array of 32-bit words, little-endian like an x86-64 guest, in 4 KiB pages:
 //!
 //! ```text
-//! word 0      the host's header: what the guest may rely on, and what the host asks for
-//! word 1024   the guest's header: how far it is
-//! word 2048   a counter for each block of 1024 page frames: another value when one of its flags changed
+//! word 0      the host's header: a description of the hole, and the host's requests
+//! word 1024   the guest's header: its progress
+//! word 2048   a counter for each block of 1024 page frames. It changes with the block's flags
 //! ...         from the next page on, one word of flags for each page frame, by its number
 //! ```
 //!
-//! A word of flags is [`PUBLISHED`] and what `/proc/kpageflags` says of the page frame ([`flags`]); 0 says
-//! nothing. Page frame numbers count from guest physical address 0, so those of a gap in RAM have words
-//! that nobody uses.
+//! A word of flags consists of [`PUBLISHED`] and the value of `/proc/kpageflags` for the page frame
+//! ([`flags`]). A word of 0 says nothing. Page frame numbers count from guest physical address 0. The words
+//! of page frames in a gap of RAM are unused.
 //!
 //! # Protocol
-//! The guest goes over its page frames in *passes*. It writes the words that changed, then the counters of
-//! their blocks. At the end of a pass it makes the sequence counter odd, writes its header, makes the
-//! counter even again and rings the doorbell by writing any word at its address. While the sequence
-//! counter is odd, or when it has changed meanwhile, what was read of the header means nothing; words of
-//! flags are claims about their own page frames alone and may be read at any time.
+//! The guest publishes its page frames in *passes*. It writes the changed words, then the counters of their
+//! blocks. At the end of a pass it makes the sequence counter odd, writes its header, makes the counter even
+//! again, and rings the doorbell by writing any word at its address. A header is invalid if the sequence
+//! counter is odd or changes while it is read. A word of flags is a claim only about its own page frame and
+//! may be read at any time.
 //!
-//! The host asks for a pass by raising [`HostHeader::requested`]. A pass that began after that answers it,
-//! and says so in [`GuestHeader::answered`]: each of its words is younger than the request.
+//! The host requests a pass by increasing [`HostHeader::requested`]. A pass that began after the request
+//! answers it in [`GuestHeader::answered`]. Each of its words is newer than the request.
 //!
-//! Nothing here protects the host: the guest can write any of it, at any time. What is read is a claim by
-//! a stranger, and what a host needs to know for itself it must keep elsewhere.
+//! Nothing in the hole protects the host, because the guest can write any of it at any time. Everything in it
+//! is an untrusted claim. The host must keep its own state elsewhere.
 //!
-//! # A guest finds it
-//! by the kernel parameter `samepage.hole=BYTES@ADDRESS` ([`PARAMETER`], [`parse_parameter`]), which Linux
-//! itself ignores. The memory is reserved in the memory map. Where the value is `port`, the guest has no
-//! such memory, and says the same over a [`port`].
+//! # Finding the hole
+//! A guest finds the hole with the kernel parameter `samepage.hole=BYTES@ADDRESS` ([`PARAMETER`],
+//! [`parse_parameter`]), which Linux itself ignores. The memory map reserves the memory. If the value is
+//! `port`, the guest has no such memory and sends the same data over a [`port`].
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -42,25 +43,25 @@ use core::sync::atomic::{AtomicU32, Ordering, fence};
 
 pub use flags::{PUBLISHED, PageType};
 
-/// What the host's header begins with: "SPHL".
+/// The first word of the host's header: "SPHL".
 pub const HOST_MAGIC: u32 = u32::from_le_bytes(*b"SPHL");
-/// What a guest's header begins with: "sphl".
+/// The first word of a guest's header: "sphl".
 pub const GUEST_MAGIC: u32 = u32::from_le_bytes(*b"sphl");
 /// The version of this layout.
 pub const VERSION: u32 = 1;
-/// The kernel parameter by which guests find the hole.
+/// The kernel parameter with the place of the hole.
 pub const PARAMETER: &str = "samepage.hole";
-/// Ranges of RAM that the host's header has room for.
+/// Number of ranges of RAM in the host's header.
 pub const MAX_RANGES: usize = 4;
-/// Page frames for which one counter stands.
+/// Number of page frames for each counter.
 pub const BLOCK_PAGES: u32 = 1024;
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Content of freed pages matters to the guest: it poisons them and checks the poison when it takes them
-/// again. The host must not discard them.
+/// The content of freed pages matters to the guest, which poisons them and checks the poison when it
+/// allocates them again. The host must not discard them.
 pub const FREED_PAGES_MATTER: u32 = 1 << 0;
-/// The guest clears pages when it frees them, and expects them to read as zeros when it takes them again.
+/// The guest clears freed pages, and expects zeros when it allocates them again.
 pub const FREED_PAGES_ARE_ZERO: u32 = 1 << 1;
 
 const PAGE_WORDS: usize = 1024;
@@ -71,39 +72,39 @@ const COUNTERS: usize = 2 * PAGE_WORDS;
 /// A run of page frames that are RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameRange {
-    /// Its first page frame.
+    /// The first page frame.
     pub first: u32,
-    /// How many there are.
+    /// The number of page frames.
     pub count: u32,
 }
 
-/// What the host writes.
+/// The host's header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HostHeader {
-    /// Page frames that have words of flags: one more than the highest number.
+    /// Number of page frames with words of flags: the highest frame number plus one.
     pub frames: u32,
     /// Guest physical address of the doorbell; 0 for none.
     pub doorbell: u64,
-    /// RAM, by ascending number; unused ones are empty.
+    /// Ranges of RAM, in ascending order. Unused ranges are empty.
     pub ranges: [FrameRange; MAX_RANGES],
-    /// Number of the pass that the host asks for; it goes up, and wraps around.
+    /// Number of the requested pass. It increases and wraps around.
     pub requested: u32,
-    /// The host wants a pass in so many milliseconds; 0: it leaves that to the guest.
+    /// The interval of passes that the host wants, in milliseconds. 0 leaves it to the guest.
     pub interval_ms: u32,
 }
 
-/// What the guest writes at the end of a pass.
+/// The guest's header, written at the end of a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuestHeader {
     /// [`FREED_PAGES_MATTER`], [`FREED_PAGES_ARE_ZERO`]; other bits are ignored.
     pub features: u32,
-    /// Number of the pass: another one after each.
+    /// Number of the pass. It changes with each pass.
     pub generation: u32,
-    /// The last request that the host had made when the pass began.
+    /// The host's last request before the pass began.
     pub answered: u32,
-    /// The next pass begins in so many milliseconds if nobody asks for one.
+    /// Time until the next pass if there is no request, in milliseconds.
     pub next_ms: u32,
-    /// When the pass ended, in milliseconds of the guest's monotonic clock.
+    /// The end of the pass, in milliseconds of the guest's monotonic clock.
     pub time_ms: u64,
     /// Words that this pass changed.
     pub changed: u32,
@@ -111,28 +112,28 @@ pub struct GuestHeader {
     pub cpu_us: u32,
 }
 
-/// Why a guest's header was not read.
+/// The reason why a guest's header could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unread {
-    /// There is none, or none of this version.
+    /// There is no header of this version.
     Absent,
-    /// It kept changing.
+    /// The header kept changing.
     Unsettled,
 }
 
-/// Pages of counters for page frames.
+/// Number of words in the pages of counters.
 const fn counter_words(frames: u32) -> usize {
     (frames.div_ceil(BLOCK_PAGES) as usize).next_multiple_of(PAGE_WORDS)
 }
 
-/// The size of a hole for so many page frames, in bytes: whole pages.
+/// Returns the size in bytes of a hole for this number of page frames: whole pages.
 #[must_use]
 pub const fn bytes_for(frames: u32) -> u64 {
     let words = COUNTERS + counter_words(frames) + (frames as usize).next_multiple_of(PAGE_WORDS);
     words as u64 * 4
 }
 
-/// Size and address out of the value of [`PARAMETER`]; `None` if it is not one.
+/// Returns size and address from the value of [`PARAMETER`], or `None` if the value is invalid.
 #[must_use]
 pub fn parse_parameter(value: &str) -> Option<(u64, u64)> {
     let (bytes, address) = value.split_once('@')?;
@@ -143,9 +144,9 @@ fn number(text: &str) -> Option<u64> {
     text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |digits| u64::from_str_radix(digits, 16).ok())
 }
 
-/// The words of a hole, and what they mean.
+/// The words of a hole and their meaning.
 ///
-/// Every access is one of a whole word, so that neither side sees half of what the other wrote.
+/// Every access is that of a whole word, so no side sees half of a written word.
 #[derive(Clone, Copy, Debug)]
 pub struct Hole<'a> {
     words: &'a [AtomicU32],
@@ -153,14 +154,14 @@ pub struct Hole<'a> {
 }
 
 impl<'a> Hole<'a> {
-    /// A hole for this many page frames; `None` where the memory is too small for it.
+    /// Returns a hole for this number of page frames, or `None` if the memory is too small.
     #[must_use]
     pub fn new(words: &'a [AtomicU32], frames: u32) -> Option<Self> {
         (words.len() as u64 * 4 >= bytes_for(frames)).then_some(Self { words, frames })
     }
 
-    /// A hole as the host describes it in its header; `None` where there is no such header, or where it
-    /// does not fit into the memory.
+    /// Returns the hole that the host's header describes. Returns `None` if there is no header, or if the
+    /// hole does not fit into the memory.
     #[must_use]
     pub fn described(words: &'a [AtomicU32]) -> Option<Self> {
         let nothing = Self::new(words, 0)?;
@@ -168,19 +169,19 @@ impl<'a> Hole<'a> {
         Self::new(words, header.frames)
     }
 
-    /// Page frames that have words.
+    /// Returns the number of page frames with words.
     #[must_use]
     pub fn frames(&self) -> u32 {
         self.frames
     }
 
-    /// Blocks of page frames, each with a counter.
+    /// Returns the number of blocks of page frames. Each block has a counter.
     #[must_use]
     pub fn blocks(&self) -> u32 {
         self.frames.div_ceil(BLOCK_PAGES)
     }
 
-    /// The host's header; `None` where there is none of this version.
+    /// Returns the host's header, or `None` if there is none of this version.
     #[must_use]
     pub fn host_header(&self) -> Option<HostHeader> {
         let word = |index: usize| self.load(HOST + index);
@@ -216,21 +217,21 @@ impl<'a> Hole<'a> {
         self.words[HOST].store(HOST_MAGIC, Ordering::Release);
     }
 
-    /// Asks for a pass, by another number than before. What the host did before is done before the guest
-    /// sees it.
+    /// Requests a pass. The number must differ from the previous one. The guest sees the host's earlier
+    /// writes before the request.
     pub fn set_requested(&self, number: u32) {
         self.words[HOST + 8].store(number, Ordering::Release);
     }
 
-    /// Says in which interval the host wants passes, in milliseconds; 0 leaves it to the guest.
+    /// Sets the interval of passes that the host wants, in milliseconds. 0 leaves it to the guest.
     pub fn set_interval_ms(&self, interval: u32) {
         self.store(HOST + 9, interval);
     }
 
-    /// The guest's header, if it holds still. Tries a few times, and never waits.
+    /// Returns the guest's header, if the header is stable. Tries a few times and never waits.
     ///
     /// # Errors
-    /// Why it was not read.
+    /// Fails with the reason if there is no valid header.
     pub fn guest_header(&self) -> Result<GuestHeader, Unread> {
         const ATTEMPTS: u32 = 16;
         let word = |index: usize| self.load(GUEST + index);
@@ -260,7 +261,7 @@ impl<'a> Hole<'a> {
     /// Writes the guest's header under the sequence counter.
     pub fn set_guest_header(&self, header: &GuestHeader) {
         let set = |index: usize, value: u32| self.store(GUEST + index, value);
-        // One that died in the middle may have left the counter odd.
+        // A guest that died in the middle may have left the counter odd.
         let sequence = self.load(GUEST + 2) & !1;
         set(2, sequence.wrapping_add(1));
         fence(Ordering::Release);
@@ -277,31 +278,31 @@ impl<'a> Hole<'a> {
         self.words[GUEST + 2].store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// Takes the guest's header away: whatever it said holds no more.
+    /// Removes the guest's header, because it is no longer valid.
     pub fn clear_guest_header(&self) {
         self.words[GUEST].store(0, Ordering::Release);
     }
 
-    /// The counter of a block, which is below [`Hole::blocks`].
+    /// Returns the counter of a block. The block's number must be below [`Hole::blocks`].
     #[must_use]
     pub fn counter(&self, block: u32) -> u32 {
         self.words[COUNTERS + block as usize].load(Ordering::Acquire)
     }
 
-    /// Tells that words of a block have changed.
+    /// Changes the counter of a block whose words have changed.
     pub fn count(&self, block: u32) {
         let counter = &self.words[COUNTERS + block as usize];
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
     }
 
-    /// The words of a block's page frames, the first of which is `block * BLOCK_PAGES`.
+    /// Returns the words of a block's page frames. The first page frame is `block * BLOCK_PAGES`.
     #[must_use]
     pub fn block(&self, block: u32) -> &'a [AtomicU32] {
         let first = block * BLOCK_PAGES;
         &self.flags()[first as usize..self.frames.min(first + BLOCK_PAGES) as usize]
     }
 
-    /// The words of all page frames.
+    /// Returns the words of all page frames.
     #[must_use]
     pub fn flags(&self) -> &'a [AtomicU32] {
         let start = COUNTERS + counter_words(self.frames);

@@ -1,28 +1,28 @@
-//! The hole over a stream of bytes, for guests whose kernel permits no `/dev/mem`.
+//! The hole over a stream of bytes, for guests whose kernel does not permit `/dev/mem`.
 //!
-//! The host then keeps the hole to itself and writes there what the guest sends over a port of a virtio
-//! console ([`NAME`]); what it says in its header comes the other way. A stream is of messages, each of
-//! little-endian words of 32 bits:
+//! In this case only the host accesses the hole. It writes the data that the guest sends over a port of a
+//! virtio console ([`NAME`]). The host's header goes in the other direction. A stream consists of messages of
+//! little-endian 32-bit words:
 //!
-//! | word | what |
+//! | word | content |
 //! | --- | --- |
 //! | 0 | "spm1" |
 //! | 1 | kind |
-//! | 2 | words that follow, [`MAX_BODY`] at most |
-//! | 3 and on | as the kind says |
+//! | 2 | number of following words, at most [`MAX_BODY`] |
+//! | 3 and on | depends on the kind |
 //!
-//! | kind | from | words that follow |
+//! | kind | sender | following words |
 //! | --- | --- | --- |
-//! | 1 | guest | number of a page frame, then its word of flags and those of the page frames behind it |
+//! | 1 | guest | number of a page frame, then its word of flags and those of the following page frames |
 //! | 2 | guest | the end of a pass: features, generation, answered, next_ms, time_ms (low, high), changed, cpu_us |
-//! | 3 | host | 1 where it begins to listen, else 0; frames, requested, interval_ms, and [`MAX_RANGES`] times first and count |
+//! | 3 | host | 1 if the host begins to listen, else 0; frames, requested, interval_ms, and [`MAX_RANGES`] times first and count |
 //!
-//! The guest sends the words that changed, then the end of the pass. The host says what it has to say when
-//! the guest opens the port and whenever that changes. Where it begins to listen, it knows nothing of what
-//! was sent before: the guest sends all words again.
+//! The guest sends the changed words, then the end of the pass. The host sends its header when the guest
+//! opens the port, and after each change. When the host begins to listen, it knows nothing of earlier data,
+//! so the guest sends all words again.
 //!
-//! A message that makes no sense ends the stream, since nobody knows where the next one begins: the host
-//! closes the port, and begins anew when the guest opens it again.
+//! An invalid message ends the stream, because the start of the next message is unknown. The host closes the
+//! port, and starts again when the guest reopens it.
 
 use core::fmt;
 
@@ -30,20 +30,20 @@ use crate::{FrameRange, GuestHeader, HostHeader, MAX_RANGES};
 
 /// The name of the port, as in `/sys/class/virtio-ports/*/name`.
 pub const NAME: &str = "org.samepage.hole";
-/// The value of [`PARAMETER`](crate::PARAMETER) where there is a port and no memory.
+/// The value of [`PARAMETER`](crate::PARAMETER) if there is a port and no memory.
 pub const PARAMETER_VALUE: &str = "port";
-/// What each message begins with: "spm1".
+/// The first word of each message: "spm1".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"spm1");
-/// Most words of a message behind the three that all have.
+/// Limit for the words of a message after the three words of its head.
 pub const MAX_BODY: u32 = 4096;
-/// Most page frames in a message.
+/// Limit for the page frames in a message.
 pub const MAX_FLAGS: usize = MAX_BODY as usize - 1;
 
-/// Bytes of the beginning of a message of flags.
+/// Length of the start of a message of flags, in bytes.
 pub const FLAGS_BYTES: usize = 4 * (HEAD + 1);
-/// Bytes of the end of a pass.
+/// Length of the message at the end of a pass, in bytes.
 pub const PASS_BYTES: usize = 4 * (HEAD + PASS_BODY);
-/// Bytes of what the host says.
+/// Length of the host's message, in bytes.
 pub const HOST_BYTES: usize = 4 * (HEAD + HOST_BODY);
 
 const HEAD: usize = 3;
@@ -53,14 +53,14 @@ const HOST: u32 = 3;
 const PASS_BODY: usize = 8;
 const HOST_BODY: usize = 4 + 2 * MAX_RANGES;
 
-/// The beginning of a message of flags: the words of `count` page frames from `first` on follow,
-/// [`MAX_FLAGS`] at most.
+/// Returns the start of a message of flags. The words of `count` page frames from `first` on follow, at most
+/// [`MAX_FLAGS`].
 #[must_use]
 pub fn flags(first: u32, count: u32) -> [u8; FLAGS_BYTES] {
     bytes(&[MAGIC, FLAGS, count + 1, first])
 }
 
-/// The end of a pass.
+/// Returns the message at the end of a pass.
 #[must_use]
 pub fn pass(header: &GuestHeader) -> [u8; PASS_BYTES] {
     bytes(&[
@@ -78,7 +78,7 @@ pub fn pass(header: &GuestHeader) -> [u8; PASS_BYTES] {
     ])
 }
 
-/// What the host says; `begins` where it begins to listen. A port has no doorbell.
+/// Returns the host's message. `begins` tells whether the host begins to listen. A port has no doorbell.
 #[must_use]
 pub fn host(header: &HostHeader, begins: bool) -> [u8; HOST_BYTES] {
     let mut words = [0; HEAD + HOST_BODY];
@@ -105,46 +105,46 @@ fn bytes<const N: usize>(words: &[u32]) -> [u8; N] {
     bytes
 }
 
-/// What a stream says.
+/// A decoded part of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Item {
-    /// The word of flags of a page frame, which need not exist.
+    /// The word of flags of a page frame. The page frame may not exist.
     Flags {
-        /// Its number.
+        /// The number of the page frame.
         frame: u32,
         /// The word.
         word: u32,
     },
-    /// A pass is over.
+    /// The end of a pass.
     Pass(GuestHeader),
-    /// What the host says.
+    /// The host's message.
     Host {
-        /// Its header, without a doorbell.
+        /// The header, without a doorbell.
         header: HostHeader,
-        /// It begins to listen.
+        /// Whether the host begins to listen.
         begins: bool,
     },
 }
 
-/// A stream makes no sense.
+/// The reason why a stream is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Malformed {
-    /// A message begins with this word.
+    /// A message begins with this word instead of [`MAGIC`].
     Magic(u32),
-    /// There is no such kind of message.
+    /// This kind of message does not exist.
     Kind(u32),
-    /// A message of this kind does not have so many words.
+    /// A message of this kind cannot have this length.
     Length {
         /// The kind.
         kind: u32,
-        /// How many words follow, as it says.
+        /// The number of following words according to the message.
         words: u32,
     },
-    /// Page frames have no such numbers.
+    /// The numbers of the page frames do not fit into 32 bits.
     Frames {
-        /// The first of them.
+        /// The first page frame.
         first: u32,
-        /// How many.
+        /// The number of page frames.
         count: u32,
     },
 }
@@ -164,31 +164,32 @@ impl fmt::Display for Malformed {
 
 impl core::error::Error for Malformed {}
 
-/// Takes a stream apart, however it is cut into pieces. It holds a few words, whatever comes.
+/// Decodes a stream that arrives in pieces of any size. It stores only a few words.
 #[derive(Clone, Debug, Default)]
 pub struct Decoder {
-    /// The bytes of the next word that have come.
+    /// The received bytes of the next word.
     bytes: [u8; 4],
     filled: usize,
-    /// Words of the present message that have come.
+    /// Number of received words of the present message.
     taken: u32,
     kind: u32,
     length: u32,
-    /// The words behind the head, but for flags.
+    /// The words after the head, except flags.
     body: [u32; HOST_BODY],
 }
 
 impl Decoder {
-    /// At the beginning of a stream.
+    /// Returns a decoder at the start of a stream.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes bytes away from the front of `bytes` until they say something. `None` when all are taken.
+    /// Removes bytes from the front of `bytes` until an item is complete. Returns `None` when all bytes are
+    /// consumed.
     ///
     /// # Errors
-    /// The stream makes no sense; nothing that follows would.
+    /// Fails if the stream is invalid. All following data is invalid too.
     pub fn next(&mut self, bytes: &mut &[u8]) -> Result<Option<Item>, Malformed> {
         while let Some((&byte, rest)) = bytes.split_first() {
             if let (0, Some((word, rest))) = (self.filled, bytes.split_first_chunk()) {
@@ -215,7 +216,7 @@ impl Decoder {
         Ok(None)
     }
 
-    /// Takes the next word.
+    /// Processes the next word.
     fn take(&mut self, word: u32) -> Result<Option<Item>, Malformed> {
         let place = self.taken;
         self.taken += 1;
@@ -243,7 +244,7 @@ impl Decoder {
             self.taken = 0;
         }
         if self.kind == FLAGS && place > 0 {
-            // The first word has made sure that this is a number.
+            // The check of the first word guarantees that this does not overflow.
             return Ok(Some(Item::Flags { frame: self.body[0] + (place - 1), word }));
         }
         self.body[place as usize] = word;
@@ -255,7 +256,7 @@ impl Decoder {
         Ok((self.taken == 0).then(|| self.item()))
     }
 
-    /// What a message that has come in whole says.
+    /// Returns the item of a complete message.
     fn item(&self) -> Item {
         let body = &self.body;
         if self.kind == PASS {
@@ -290,7 +291,7 @@ mod tests {
 
     use super::*;
 
-    /// What a stream says that comes in pieces of these lengths, and what is wrong with it.
+    /// Returns the items of a stream that arrives in pieces of these lengths, and its fault.
     fn decode(stream: &[u8], pieces: &[usize]) -> (Vec<Item>, Option<Malformed>) {
         let (mut decoder, mut items, mut rest) = (Decoder::new(), Vec::new(), stream);
         let mut pieces = pieces.iter().cycle();
