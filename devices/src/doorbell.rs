@@ -1,17 +1,16 @@
-//! The doorbell of a memory hole: a page without memory, a write to which tells the host that the guest
-//! has said something.
+//! The doorbell of a memory hole: a page without memory. A write to it notifies the host of new page flags.
 //!
-//! The guest's write leaves the guest and is carried out by the vCPU's own thread: whoever rings pays for
-//! it, and no VM needs a file or a thread for this. What is written says nothing.
+//! A write causes a VM exit, and the vCPU's own thread handles it. So the guest that rings pays for the work,
+//! and no VM needs a file or a thread for its doorbell. The written value has no meaning.
 
 use std::fmt;
 
 use crate::BusDevice;
 
-/// Bytes that a doorbell takes of the address space.
+/// Length of the doorbell's address range, in bytes.
 pub const DOORBELL_BYTES: u64 = 4096;
 
-/// A doorbell.
+/// A doorbell that calls a function at each write.
 pub struct Doorbell {
     ring: Box<dyn Fn() + Send>,
 }
@@ -23,8 +22,8 @@ impl fmt::Debug for Doorbell {
 }
 
 impl Doorbell {
-    /// A doorbell that calls `ring` at each write. Guests ring as often as they like: it must not wait, and
-    /// cost no more the more often it is called.
+    /// Returns a doorbell that calls `ring` at each write. A guest can ring at any rate, so `ring` must not
+    /// wait, and frequent calls must not cost more in total.
     #[must_use]
     pub fn new(ring: impl Fn() + Send + 'static) -> Self {
         Self { ring: Box::new(ring) }

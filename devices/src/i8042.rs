@@ -1,13 +1,14 @@
-//! The keyboard controller and the keyboard behind it, by which a guest is asked to end and by which x86
-//! guests reset the machine.
+//! The keyboard controller and its keyboard. The host asks a guest to shut down through the keyboard, and x86
+//! guests reset the machine through the controller.
 //!
-//! Ports 0x60 (data) and 0x64 (status and commands). The guest finds a keyboard that answers as keyboards
-//! of the AT do (scan code sets 1 and 2, translation by the controller), and no mouse. Nobody types to it
-//! but [`I8042::press_ctrl_alt_del`]. Commands that pulse the CPU's reset line write the reset event, and
-//! the VMM decides what a reset means.
+//! The device has ports 0x60 (data) and 0x64 (status and commands). The guest finds a keyboard that answers
+//! like an AT keyboard (scan code sets 1 and 2, translation by the controller), and no mouse. The only key
+//! presses are those of [`I8042::press_ctrl_alt_del`]. Commands that pulse the CPU's reset line write the
+//! reset event, and the VMM carries out the reset.
 //!
-//! What the keyboard says waits in a queue of [`QUEUE_BYTES`]; what finds no room there is lost, as on the
-//! machine. Each byte that can be read raises the interrupt once, if the guest wants it.
+//! Bytes from the keyboard wait in a queue of [`QUEUE_BYTES`]. Bytes that do not fit are lost, as on real
+//! hardware. Each byte that becomes readable raises the interrupt once, if the guest has enabled the
+//! interrupt.
 //!
 //! Source: IBM Personal System/2 Hardware Interface Technical Reference, "Keyboard and Auxiliary Device
 //! Controller" and "Keyboards (101- and 102-Key)".
@@ -22,15 +23,15 @@ use crate::{BusDevice, read_bytewise, write_bytewise};
 pub const BASE_PORT: u16 = 0x60;
 /// Number of ports from [`BASE_PORT`], the command register included.
 pub const PORTS: u16 = 5;
-/// Bytes of the keyboard's that wait to be read.
+/// Capacity of the queue of bytes from the keyboard.
 pub const QUEUE_BYTES: usize = 32;
 
-/// Ports, from the base.
+/// Offsets of the ports from the base.
 const DATA: u8 = 0;
 const COMMAND: u8 = 4;
 
 bitflags::bitflags! {
-    /// What the status register says.
+    /// Bits of the status register.
     #[derive(Clone, Copy)]
     struct Status: u8 {
         /// The data register holds a byte for the guest.
@@ -43,14 +44,14 @@ bitflags::bitflags! {
         const UNLOCKED = 1 << 4;
     }
 
-    /// What the guest has chosen.
+    /// Bits that the guest sets in the controller's command byte.
     #[derive(Clone, Copy)]
     struct Control: u8 {
         const KEYBOARD_INTERRUPT = 1;
         const SYSTEM = 1 << 2;
         const KEYBOARD_OFF = 1 << 4;
         const MOUSE_OFF = 1 << 5;
-        /// Scan codes of set 2 become those of set 1.
+        /// Scan codes of set 2 are translated to set 1.
         const TRANSLATE = 1 << 6;
     }
 }
@@ -71,11 +72,11 @@ mod command {
     pub(super) const ECHO_AS_KEYBOARD: u8 = 0xd2;
     pub(super) const ECHO_AS_MOUSE: u8 = 0xd3;
     pub(super) const WRITE_MOUSE: u8 = 0xd4;
-    /// From here on bits 0 to 3 name lines of the output port that are not pulsed.
+    /// From here on, bits 0 to 3 name lines of the output port that are not pulsed.
     pub(super) const PULSE: u8 = 0xf0;
 }
 
-/// The keyboard's commands, and what it answers.
+/// The keyboard's commands and answers.
 mod keyboard {
     pub(super) const LIGHTS: u8 = 0xed;
     pub(super) const ECHO: u8 = 0xee;
@@ -91,20 +92,20 @@ mod keyboard {
     pub(super) const TEST_PASSED: u8 = 0xaa;
     pub(super) const RESEND: u8 = 0xfe;
     pub(super) const IDENTITY: [u8; 2] = [0xab, 0x83];
-    /// The second byte of the same where the controller translates.
+    /// The second byte of the same identity if the controller translates.
     pub(super) const IDENTITY_TRANSLATED: u8 = 0x41;
 }
 
 const SELF_TEST_PASSED: u8 = 0x55;
 const KEYBOARD_TEST_PASSED: u8 = 0;
-/// The mouse's clock line is stuck low: there is none.
+/// The result of the mouse test: the clock line is stuck low, so there is no mouse.
 const NO_MOUSE: u8 = 1;
-/// The line of the output port that holds the CPU in reset while it is low.
+/// The line of the output port that keeps the CPU in reset while it is low.
 const RESET_LINE: u8 = 1;
 /// Output port: not in reset, address line 20 on.
 const OUTPUT_PORT: u8 = RESET_LINE | 1 << 1;
 
-/// A key in both sets of scan codes.
+/// A key's codes in both scan code sets.
 struct Key {
     extended: bool,
     set_1: u8,
@@ -115,11 +116,11 @@ const CTRL: Key = Key { extended: false, set_1: 0x1d, set_2: 0x14 };
 const ALT: Key = Key { extended: false, set_1: 0x38, set_2: 0x11 };
 const DELETE: Key = Key { extended: true, set_1: 0x53, set_2: 0x71 };
 
-/// What comes before the code of an extended key.
+/// The prefix of an extended key's code.
 const EXTENDED: u8 = 0xe0;
-/// What comes before the code of a key that is let go, in set 2.
+/// The prefix of the code of a released key in set 2.
 const RELEASED: u8 = 0xf0;
-/// What is added to the code of a key that is let go, in set 1.
+/// The bit that marks the code of a released key in set 1.
 const RELEASED_SET_1: u8 = 0x80;
 
 /// A keyboard controller with a keyboard.
@@ -129,23 +130,23 @@ pub struct I8042 {
     control: Control,
     output_port: u8,
     last_was_command: bool,
-    /// The controller's command that the next byte of data belongs to.
+    /// The controller's command that waits for a byte of data.
     awaits: Option<u8>,
-    /// What the controller has answered. It is read before what the keyboard says.
+    /// The controller's answer. The guest reads it before bytes from the keyboard.
     answer: Option<u8>,
-    /// What the keyboard says.
+    /// Bytes from the keyboard.
     queue: VecDeque<u8>,
-    /// The keyboard's command that the next byte of data belongs to.
+    /// The keyboard's command that waits for a byte of data.
     keyboard_awaits: Option<u8>,
     scanning: bool,
     scan_codes: u8,
-    /// The guest has read from the controller.
+    /// Whether the guest has read from the controller.
     in_use: bool,
 }
 
 impl I8042 {
-    /// `reset` is written each time the guest sends a reset command, `interrupt` for each byte that the
-    /// keyboard has for a guest that wants to be interrupted.
+    /// Returns a controller that writes `reset` at each reset command. It writes `interrupt` for each byte
+    /// from the keyboard, if the guest has enabled the interrupt.
     pub fn new(reset: EventFd, interrupt: EventFd) -> Self {
         Self {
             reset,
@@ -163,13 +164,13 @@ impl I8042 {
         }
     }
 
-    /// Whether the guest has ever read from the controller: who has not has no driver for a keyboard.
+    /// Returns whether the guest has ever read from the controller. If not, it has no keyboard driver.
     pub fn in_use(&self) -> bool {
         self.in_use
     }
 
-    /// Presses Ctrl, Alt and Delete and lets them go. Returns whether the guest can still take that: `false`
-    /// where it has turned the keyboard off, or takes nothing of what was typed before.
+    /// Presses and releases Ctrl, Alt and Delete. Returns `false` if the guest cannot take the keys: it has
+    /// disabled the keyboard, or does not read earlier keys.
     pub fn press_ctrl_alt_del(&mut self) -> bool {
         let mut codes = Vec::with_capacity(QUEUE_BYTES);
         [CTRL, ALT, DELETE].iter().for_each(|key| self.encode(key, false, &mut codes));
@@ -177,7 +178,7 @@ impl I8042 {
         if !self.scanning || self.queue.len() + codes.len() > QUEUE_BYTES {
             return false;
         }
-        self.say(&codes);
+        self.enqueue(&codes);
         true
     }
 
@@ -191,8 +192,8 @@ impl I8042 {
         }
     }
 
-    /// Puts bytes of the keyboard's into the queue.
-    fn say(&mut self, bytes: &[u8]) {
+    /// Puts bytes from the keyboard into the queue.
+    fn enqueue(&mut self, bytes: &[u8]) {
         let waited = !self.queue.is_empty();
         let room = QUEUE_BYTES - self.queue.len();
         self.queue.extend(bytes.iter().take(room));
@@ -201,7 +202,7 @@ impl I8042 {
         }
     }
 
-    /// Tells the guest of a byte of the keyboard's that it can read.
+    /// Raises the interrupt for a byte from the keyboard.
     fn interrupt_for_queue(&self) {
         if self.can_read_queue() && self.control.contains(Control::KEYBOARD_INTERRUPT) {
             // A full event counter means that an interrupt is pending already.
@@ -275,8 +276,8 @@ impl I8042 {
                     self.reset_machine();
                 }
             }
-            Some(command::ECHO_AS_KEYBOARD) => self.say(&[byte]),
-            // Without a mark that it is the mouse's: that is how the guest learns that there is none.
+            Some(command::ECHO_AS_KEYBOARD) => self.enqueue(&[byte]),
+            // The byte lacks the mark of the mouse's bytes. This tells the guest that there is no mouse.
             Some(command::ECHO_AS_MOUSE) => self.answer = Some(byte),
             Some(_) => {}
         }
@@ -285,40 +286,40 @@ impl I8042 {
     fn keyboard_command(&mut self, byte: u8) {
         use keyboard::{ACKNOWLEDGE, IDENTITY, IDENTITY_TRANSLATED, RESEND, TEST_PASSED};
         match self.keyboard_awaits.take() {
-            Some(keyboard::SCAN_CODES) if byte == 0 => return self.say(&[ACKNOWLEDGE, self.scan_codes]),
+            Some(keyboard::SCAN_CODES) if byte == 0 => return self.enqueue(&[ACKNOWLEDGE, self.scan_codes]),
             Some(keyboard::SCAN_CODES) if matches!(byte, 1 | 2) => {
                 self.scan_codes = byte;
-                return self.say(&[ACKNOWLEDGE]);
+                return self.enqueue(&[ACKNOWLEDGE]);
             }
-            Some(keyboard::SCAN_CODES) => return self.say(&[RESEND]),
+            Some(keyboard::SCAN_CODES) => return self.enqueue(&[RESEND]),
             // There are no lights, and no key is held for long.
-            Some(_) if byte < keyboard::LIGHTS => return self.say(&[ACKNOWLEDGE]),
-            // A command takes the place of what was awaited.
+            Some(_) if byte < keyboard::LIGHTS => return self.enqueue(&[ACKNOWLEDGE]),
+            // A command replaces the command that waited for data.
             _ => {}
         }
         match byte {
             keyboard::LIGHTS | keyboard::SCAN_CODES | keyboard::REPEAT => {
                 self.keyboard_awaits = Some(byte);
-                self.say(&[ACKNOWLEDGE]);
+                self.enqueue(&[ACKNOWLEDGE]);
             }
-            keyboard::ECHO => self.say(&[keyboard::ECHO]),
+            keyboard::ECHO => self.enqueue(&[keyboard::ECHO]),
             keyboard::IDENTIFY => {
                 let translated = self.control.contains(Control::TRANSLATE);
                 let second = if translated { IDENTITY_TRANSLATED } else { IDENTITY[1] };
-                self.say(&[ACKNOWLEDGE, IDENTITY[0], second]);
+                self.enqueue(&[ACKNOWLEDGE, IDENTITY[0], second]);
             }
             keyboard::SCANNING_ON | keyboard::SCANNING_OFF => {
                 self.scanning = byte == keyboard::SCANNING_ON;
-                self.say(&[ACKNOWLEDGE]);
+                self.enqueue(&[ACKNOWLEDGE]);
             }
             keyboard::DEFAULTS | keyboard::RESET => {
                 self.scanning = true;
                 self.scan_codes = 2;
                 self.queue.clear();
                 let answer = [ACKNOWLEDGE, TEST_PASSED];
-                self.say(if byte == keyboard::RESET { &answer } else { &answer[..1] });
+                self.enqueue(if byte == keyboard::RESET { &answer } else { &answer[..1] });
             }
-            _ => self.say(&[RESEND]),
+            _ => self.enqueue(&[RESEND]),
         }
     }
 }
@@ -476,10 +477,10 @@ mod tests {
     }
 
     #[test]
-    fn it_is_in_use_once_the_guest_has_looked_at_it() {
+    fn it_is_in_use_once_the_guest_has_read_from_it() {
         let mut machine = Machine::new();
         machine.command(0xfe);
-        assert!(!machine.i8042.in_use(), "who resets the machine listens to nothing");
+        assert!(!machine.i8042.in_use(), "a reset command is not a read");
         machine.read();
         assert!(machine.i8042.in_use());
     }
@@ -509,7 +510,7 @@ mod tests {
         assert!(machine.i8042.press_ctrl_alt_del());
         assert!(machine.interrupt.read().is_err());
         assert_eq!(machine.status() & 1, 0);
-        // What the controller answers comes first, and does not interrupt.
+        // The controller's answer comes first, without an interrupt.
         assert_eq!(machine.asked(0x20), [0x35]);
         assert!(machine.interrupt.read().is_err());
         machine.command(0xae);

@@ -1,14 +1,14 @@
-//! Device models: what a guest finds behind its ports and memory-mapped registers.
+//! Device models: the devices behind a guest's ports and memory-mapped registers.
 //!
-//! A device is plain state plus a [`BusDevice`] implementation; it knows nothing of KVM. It is handed
-//! `EventFd`s for what it raises (interrupts, reset) and, for virtio, the [`GuestMemory`] it may touch.
-//! Who owns a device's address, its interrupt line and its place on the bus is the VMM's business.
+//! A device is plain state plus a [`BusDevice`] implementation. It knows nothing of KVM. The VMM gives each
+//! device `EventFd`s for its interrupts and resets, and virtio devices the [`GuestMemory`] that they access.
+//! The VMM also owns a device's address, interrupt line and place on the bus.
 //!
-//! Everything a guest writes (registers, rings, descriptors, requests) is hostile input. It is answered
-//! with zeroes, an I/O error or DEVICE_NEEDS_RESET of that one device; it never panics, and it costs
-//! bounded memory and time. Device models have no `unsafe`: they reach guest memory by `vm-memory`'s volatile
-//! copies alone, which also mark the dirty bitmap. What the host's kernel reads and writes for a disk is in
-//! [`disk`], the one place with `unsafe`.
+//! Everything that a guest writes (registers, rings, descriptors, requests) is hostile input. A device
+//! answers bad input with zeros, an I/O error or DEVICE_NEEDS_RESET for that device alone. It never panics,
+//! and its use of memory and time is bounded. Device models have no `unsafe`: they access guest memory only
+//! through the volatile copies of `vm-memory`, which also mark the dirty bitmap. Only [`disk`] contains
+//! `unsafe`, for the memory that the host's kernel reads and writes.
 
 pub mod disk;
 pub mod doorbell;
@@ -21,16 +21,16 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitma
 
 /// A device on the port or memory bus of one VM.
 ///
-/// One call is one access of the guest: `data` is as long as the access is wide. `offset` is relative to
-/// the device's base; it may lie anywhere, so devices must bound it. Accesses cannot fail: what a device
-/// does not implement reads as zeroes and ignores writes.
+/// One call is one access by the guest: `data` is as long as the access is wide. `offset` is relative to the
+/// device's base. A guest can choose any offset, so devices must check it. Accesses cannot fail: registers
+/// that a device does not implement read as zeros and ignore writes.
 ///
-/// Calls come from vCPU threads, one at a time, so an implementation does not wait for other vCPUs.
+/// vCPU threads call one at a time, so an implementation must not wait for other vCPUs.
 pub trait BusDevice: Send {
-    /// The guest reads `data.len()` bytes at `offset`. Every byte of `data` is filled in.
+    /// Handles a read of `data.len()` bytes at `offset`, and fills in every byte of `data`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
-    /// The guest writes `data` at `offset`.
+    /// Handles a write of `data` at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
@@ -41,7 +41,7 @@ fn read_bytewise(offset: u64, data: &mut [u8], mut read: impl FnMut(u8) -> u8) {
     }
 }
 
-/// The counterpart of [`read_bytewise`] for writes.
+/// Runs a byte-wide write on each byte of an access, as [`read_bytewise`] does for reads.
 fn write_bytewise(offset: u64, data: &[u8], mut write: impl FnMut(u8, u8)) {
     for (i, &byte) in data.iter().enumerate() {
         if let Some(port) = byte_port(offset, i) {

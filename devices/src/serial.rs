@@ -1,11 +1,11 @@
 //! A 16550 UART: the guest's console.
 //!
-//! Output goes byte by byte, as the guest writes it, to any [`Write`]. A sink that fails or would block
-//! costs the byte and counts in [`SerialStats::lost`]; the guest goes on, for it must not depend on who
-//! reads its console. A sink that *blocks* holds up the vCPU that writes: give a non-blocking one.
+//! Output goes byte by byte to any [`Write`] sink. If the sink fails or would block, the byte is lost and
+//! [`SerialStats::lost`] counts it. The guest continues, because it must not depend on the reader of its
+//! console. A sink that *blocks* also blocks the vCPU that writes, so use a non-blocking sink.
 //!
-//! Input goes through a FIFO of 64 bytes. What does not fit is refused, and an event set with
-//! [`Serial::set_room_event`] tells when to offer it again.
+//! Input goes through a FIFO of 64 bytes. The port refuses input that does not fit, and writes the event of
+//! [`Serial::set_room_event`] when there is room again.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -24,11 +24,11 @@ const MODEM_CONTROL: u8 = 4;
 /// Counters of one serial port, in bytes since its start.
 #[derive(Debug, Default)]
 pub struct SerialStats {
-    /// Written by the guest and accepted by the sink, bytes looped back excluded.
+    /// Bytes from the guest that the sink accepted, without bytes in loopback mode.
     pub sent: AtomicU64,
-    /// Written by the guest and lost, because the sink failed or would have blocked.
+    /// Bytes from the guest that were lost, because the sink failed or would have blocked.
     pub lost: AtomicU64,
-    /// Put into the receive FIFO.
+    /// Bytes put into the receive FIFO.
     pub received: AtomicU64,
     /// Interrupts that could not be raised.
     pub interrupt_errors: AtomicU64,
@@ -53,52 +53,53 @@ pub struct Serial {
     inner: vm_superio::Serial<EventTrigger, Arc<SerialStats>, Box<dyn Write + Send>>,
     stats: Arc<SerialStats>,
     room: Option<EventFd>,
-    /// Input was refused since the room event was last written.
-    starved: bool,
+    /// Whether input was refused since the last write of the room event.
+    has_refused_input: bool,
 }
 
 impl Serial {
-    /// A serial port that raises `interrupt` and prints to `out`.
+    /// Returns a serial port that raises `interrupt` and prints to `out`.
     pub fn new(interrupt: EventFd, out: Box<dyn Write + Send>) -> Self {
         let stats = Arc::<SerialStats>::default();
         let inner = vm_superio::Serial::with_events(EventTrigger(interrupt), stats.clone(), out);
-        Self { inner, stats, room: None, starved: false }
+        Self { inner, stats, room: None, has_refused_input: false }
     }
 
-    /// Offers input to the guest. Returns how many bytes the FIFO took, from the front of `data`; 0 while
-    /// the guest has the port in loopback mode.
-    ///
-    /// After less than all were taken, the room event is written once it is worth trying again.
+    /// Offers input to the guest. Returns how many bytes from the front of `data` the FIFO took. In loopback
+    /// mode it takes 0.
+    ///     ///
+    /// If it did not take all bytes, the port writes the room event when there is room again.
     pub fn input(&mut self, data: &[u8]) -> usize {
         let room = self.inner.fifo_capacity();
         if let Err(Error::Trigger(_)) = self.inner.enqueue_raw_bytes(data) {
-            // The bytes are in the FIFO all the same: a guest that polls finds them.
+            // The bytes are in the FIFO nevertheless: a guest that polls finds them.
             self.stats.interrupt_errors.fetch_add(1, Relaxed);
         }
         let taken = room - self.inner.fifo_capacity();
         self.stats.received.fetch_add(taken as u64, Relaxed);
-        self.starved |= taken < data.len();
+        self.has_refused_input |= taken < data.len();
         taken
     }
 
-    /// Sets the event that is written when the guest has made room after input was refused.
+    /// Sets the event that the port writes when there is room again after a refusal.
     pub fn set_room_event(&mut self, event: EventFd) {
         self.room = Some(event);
     }
 
-    /// The counters of this port.
+    /// Returns the counters of this port.
     pub fn stats(&self) -> &Arc<SerialStats> {
         &self.stats
     }
 
-    /// Called after accesses that can make room: the guest took a byte, or left loopback mode.
+    /// Writes the room event if needed. Called after accesses that can make room: a read by the guest, or the
+    /// end of loopback mode.
     fn announce_room(&mut self) {
-        if self.starved
+        if self.has_refused_input
             && self.inner.fifo_capacity() > 0
             && let Some(room) = &self.room
         {
-            self.starved = false;
-            // A full event counter is readable, which is all that it has to be.
+            self.has_refused_input = false;
+            // A full event counter is readable, and the waiting thread needs no more than that.
             let _ = room.write(1);
         }
     }
@@ -112,7 +113,8 @@ impl BusDevice for Serial {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         write_bytewise(offset, data, |port, value| {
-            // A sink's error is counted by the events of `inner`, which then goes on as if the byte was sent.
+            // The events of `inner` count errors of the sink. `inner` then continues as if the byte had been
+            // sent.
             if let Err(Error::Trigger(_)) = self.inner.write(port, value) {
                 self.stats.interrupt_errors.fetch_add(1, Relaxed);
             }
@@ -136,7 +138,7 @@ mod tests {
     const INTERRUPT_ENABLE: u64 = 1;
     const LINE_STATUS: u64 = 5;
 
-    /// A sink that hands on what it gets, or fails once nobody listens.
+    /// A sink that passes bytes on, or fails when the receiver is gone.
     struct Channel(mpsc::Sender<u8>);
 
     impl Write for Channel {

@@ -1,5 +1,5 @@
-//! What a stopped disk leaves behind in the process: nothing. Alone in its program, so that no other test
-//! opens files or starts threads meanwhile.
+//! Checks that a stopped disk leaves no files and threads in the process. This test has a program of its own,
+//! so that no other test opens files or starts threads meanwhile.
 
 #![allow(missing_docs)]
 
@@ -27,8 +27,8 @@ fn workers() -> Vec<String> {
     names.filter(|name| name.starts_with("block-")).map(|name| name.trim_end().to_owned()).collect()
 }
 
-/// Waits for the threads of disks to be these: a thread names itself, and the kernel takes its entry in
-/// `/proc` away a moment after it was joined.
+/// Waits until exactly these threads of disks run. A thread sets its own name, and the kernel removes its
+/// entry in `/proc` a moment after it was joined.
 fn expect_workers(expected: &[&str]) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while workers() != expected {

@@ -1,4 +1,4 @@
-//! The control socket: VMs that clients create, watch and steer, and clients that mean no good.
+//! The control socket: VMs that clients create, watch and control, and malicious clients.
 
 #[path = "api/commands.rs"]
 mod commands;
@@ -53,37 +53,37 @@ fn main() -> ExitCode {
     ])
 }
 
-/// How many VMs there are in the tests of many.
+/// The variable with the number of VMs in tests with many VMs.
 const VMS: &str = "SAMEPAGE_TEST_API_VMS";
 
-/// A guest that goes on until it is told to finish.
+/// A guest that continues until it is asked to finish.
 fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
 }
 
-/// How many there are to be.
+/// Returns the number of VMs in tests with many VMs.
 fn many() -> u32 {
     std::env::var(VMS).ok().and_then(|count| count.parse().ok()).unwrap_or(32)
 }
 
-/// Memory of each of many guests, in bytes.
+/// Memory of each guest in tests with many VMs, in bytes.
 const SMALL: u64 = 16 << 20;
-/// Pages that each of them uses: they are to be many, not busy.
+/// Pages that each of these guests uses: few, because there are many guests.
 const SMALL_PAGES: u64 = 512;
 
-/// One of many guests.
+/// Returns the plan of such a guest.
 fn small(vm: u32) -> Plan {
     Plan { every_ms: 500, pages: Some(SMALL_PAGES), ..endless(vm) }
 }
 
-/// What many guests have in common.
+/// Returns the page counts of such a guest.
 fn alike() -> PageCounts {
     Arena::on_map(&small(0), std::iter::once(0..SMALL)).unwrap().counts()
 }
 
 fn many_vms() {
     let host = Host::serve(&["--sharing-cpu", "100"]);
-    // Allocators keep arenas and stacks for as many threads as there once were.
+    // Allocators keep arenas and stacks for the largest number of threads so far.
     cycle(&host, many());
     let before = host.holdings();
     cycle(&host, many());
@@ -91,7 +91,7 @@ fn many_vms() {
     host.end().assert_code(0);
 }
 
-/// VMs come, share, are steered, and go.
+/// Creates, controls and deletes VMs that share memory.
 fn cycle(host: &Host, count: u32) {
     let name = |vm: u32| format!("vm-{vm}");
     thread::scope(|scope| {
@@ -111,7 +111,7 @@ fn cycle(host: &Host, count: u32) {
     host.wait_for("/vms/vm-0/sharing", "statistics of a VM", |vm| {
         vm["statistics"]["pages_merged"].as_u64().is_some_and(|merged| merged >= alike().alike)
     });
-    // What all hold alike any two have in common, and all pairs are told.
+    // Any two VMs share all alike pages, and the list has all pairs.
     let pairs = host.wait_for("/sharing/pairs?limit=496", "what pairs have in common", |pairs| {
         let pairs = pairs.as_array().unwrap();
         pairs.len() == (count * (count - 1) / 2) as usize
@@ -128,7 +128,7 @@ fn cycle(host: &Host, count: u32) {
     assert!(listed[0]["cpu_seconds"].as_f64().unwrap() > 0.0, "{listed}");
     assert!(listed[0]["shared_bytes"].as_u64().unwrap() >= alike().alike * 4096, "{listed}");
 
-    // Many are steered at the same time, and some of them in other ways.
+    // Control many VMs at the same time, and some of them in other ways.
     thread::scope(|scope| {
         for vm in 2..count {
             scope.spawn(move || {
@@ -159,10 +159,10 @@ fn cycle(host: &Host, count: u32) {
     wait_for_nothing(host);
 }
 
-/// Waits until all that can be shared by so many small guests is.
+/// Waits until this number of small guests share all identical pages.
 fn wait_for_sharing(host: &Host, count: u32) {
     let wanted = alike().reclaimable(count.into());
-    host.wait_for("/sharing", "sharing all that is alike", |sharing| {
+    host.wait_for("/sharing", "sharing all identical pages", |sharing| {
         let counted = &sharing["statistics"];
         counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted
     });
@@ -218,7 +218,7 @@ fn command_cycle(host: &Host, count: u32) {
     host.wait_for("/vms/vm-1", "its console", |vm| vm["console"]["sent_bytes"] != 0);
     run(&["stop", "--all", "--timeout", "60"]);
     assert_eq!(states(), all("stopped"));
-    // Each of them verified its memory, and then ended by itself.
+    // Each guest has verified its memory and then ended by itself.
     (0..count).for_each(|vm| {
         let console = host.console(&format!("vm-{vm}"));
         assert!(console.trim_end().ends_with("corrupt=0"), "{console}");
@@ -316,13 +316,13 @@ fn broken_clients() {
     assert!(garbage.starts_with("HTTP/1.1 400"), "{garbage}");
     let endless = format!("GET /vms HTTP/1.1\r\nX: {}\r\n\r\n", "y".repeat(1 << 20));
     assert!(host.raw(endless.as_bytes(), false).starts_with("HTTP/1.1 431"));
-    // Half a body, and then no more.
+    // Half a body, then nothing more.
     let half = format!("{head}Content-Length: 100\r\n\r\n{{");
     let _ = host.raw(half.as_bytes(), true);
     let late = host.raw(half.as_bytes(), false);
     assert!(late.starts_with("HTTP/1.1 408"), "{late}");
 
-    // More connections than there may be: the last ones are refused, and room comes back.
+    // Above the limit, the last connections are refused. Later there is room again.
     let idle: Vec<_> = (0..256).map(|_| connect(&host.socket())).collect();
     let refused = host.raw(b"GET /vms HTTP/1.1\r\nHost: x\r\n\r\n", false);
     assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("256 connections"), "{refused}");
@@ -336,13 +336,13 @@ fn broken_clients() {
     host.end().assert_code(0);
 }
 
-/// Listens to events in the background, from the beginning.
+/// Follows events in the background, from the first event on.
 fn listen(host: &Host) -> mpsc::Receiver<Event> {
     let client = host.client.clone();
     let (sender, events) = mpsc::channel();
     thread::spawn(move || {
         let mut text = String::new();
-        // Ends with the server.
+        // The stream ends with the server.
         let _ = client.stream("/events?since=0", |bytes| {
             text.push_str(std::str::from_utf8(bytes).expect("events are text"));
             while let Some(end) = text.find("\n\n") {
@@ -401,7 +401,7 @@ fn events() {
     ];
     assert_eq!(seen, expected);
     host.end().assert_code(0);
-    // Who listens to the end hears of the end.
+    // A client that listens to the end receives the last events.
     let rest: Vec<_> = events.iter().map(|event| event.what).collect();
     let stopped =
         |what: &Happening| matches!(what, Happening::State { vm, state: State::Stopped, .. } if vm == "a");
@@ -460,7 +460,7 @@ fn console() {
     };
     read_until(&mut stream, &mut seen, "round=2");
     assert!(seen.starts_with(b"start "), "{}", String::from_utf8_lossy(&seen));
-    // The same by the stream, and by the backlog.
+    // The stream and the backlog contain the same bytes.
     let mut along = Vec::new();
     let along_until = |bytes: &[u8]| {
         along.extend_from_slice(bytes);
@@ -475,9 +475,9 @@ fn console() {
     stream.write_all(b"q").unwrap();
     read_until(&mut stream, &mut seen, "corrupt=0");
     host.wait_for("/vms/a", "the guest's end", |vm| vm["state"] == "stopped");
-    // Nobody reads what is typed now.
+    // Nothing reads input now.
     assert_eq!(host.ask("POST", "/vms/a/console/input", Some(&json!("q"))).0, 409);
-    // It ends with the machine. The next one's has an end as well when the VM is deleted.
+    // The stream ends with the machine. That of the next machine also ends when the VM is deleted.
     stream.read_to_end(&mut seen).unwrap();
     host.act("a", "start");
     let (mut stream, _) = host.client.attach("a").unwrap();
@@ -497,8 +497,8 @@ fn socket() {
     second.arg(host.socket());
     let refused = Running::start(second).wait();
     refused.assert_code(1);
-    assert!(refused.stderr.contains("is the socket of a process that runs"), "{}", refused.stderr);
-    // Killed, the process leaves its socket behind.
+    assert!(refused.stderr.contains("is the socket of a running process"), "{}", refused.stderr);
+    // A killed process leaves its socket behind.
     host.running.signal(Signal::KILL);
     let Host { running, folder, .. } = host;
     let _ = running.wait();

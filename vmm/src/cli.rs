@@ -1,4 +1,4 @@
-//! The command line of `samepage`: its arguments, and their values as typed.
+//! The command line of `samepage`: its arguments, and their values before validation.
 
 mod disk;
 
@@ -130,8 +130,8 @@ pub(crate) struct DemoArgs {
     pub(crate) json: bool,
 }
 
-/// The arguments of `samepage run`. Where an argument says so, `{index}` and `{name}` are replaced by each VM's
-/// number and name.
+/// The arguments of `samepage run`. In arguments that say so, `{index}` and `{name}` are replaced by each VM's number
+/// and name.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// Kernel to boot: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_a_unit_is_asked_about() {
+    fn memory_without_a_unit_is_refused_with_a_hint() {
         assert_eq!(parse_memory("512M"), Ok(512 << 20));
         assert_eq!((parse_memory("2Gi"), parse_memory("67108864")), (Ok(2 << 30), Ok(64 << 20)));
         let said = parse_memory("512").unwrap_err();

@@ -12,7 +12,7 @@ use samepage_process::tell::tell;
 
 /// How often a message names the VMs that still run.
 const PROGRESS: Duration = Duration::from_secs(5);
-/// How many VMs a message names; others are counted.
+/// How many VMs a message names. It counts the others.
 const NAMED: usize = 8;
 
 /// An end in progress.
@@ -41,11 +41,11 @@ impl Ending {
         Ok(Self { until, timer })
     }
 
-    /// Prints the VMs that still run, and ends them when the time is over. To be called when this file is readable.
+    /// Prints the VMs that still run, or kills them at the end of the time. To be called when this file is readable.
     ///
     /// # Errors
     /// Fails if the timer fails.
-    pub(crate) fn go_on(&mut self, registry: &Registry) -> io::Result<()> {
+    pub(crate) fn check(&mut self, registry: &Registry) -> io::Result<()> {
         self.timer.wait().map_err(io::Error::from)?;
         let vms = registry.machines();
         let waited: Vec<_> =
@@ -71,7 +71,7 @@ impl AsRawFd for Ending {
     }
 }
 
-/// Names of VMs, shortened.
+/// A shortened list of VMs' names.
 struct Names<'a>(&'a [String]);
 
 impl fmt::Display for Names<'_> {

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 }
 
 fn command() -> anyhow::Result<ExitCode> {
-    // Wrong usage ends here, with status 2.
+    // A wrong command line ends the process here, with status 2.
     let cli = Cli::parse();
     match &cli.command {
         Command::Firecracker(args) => samepage_firecracker::main(args),
@@ -49,7 +49,7 @@ fn command() -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The VMs of a configuration file, for clients.
+/// Returns the VMs of a configuration file, for clients.
 fn load(path: &Path) -> anyhow::Result<Vec<VmSpec>> {
     Ok(config_file::load(path)?.into_iter().map(Validated::into_spec).collect())
 }

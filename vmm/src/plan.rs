@@ -1,4 +1,4 @@
-//! From the arguments of `samepage run` to the descriptions of its VMs.
+//! Turns the arguments of `samepage run` into descriptions of VMs.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
 fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
     let name = if args.count == 1 { args.name.clone() } else { format!("{}-{index}", args.name) };
     let expand = |text: &str| expand(text, index, &name);
-    // Arguments are text, so their paths are.
+    // Arguments are text, so the paths in them are too.
     let disk =
         |disk: &DiskSpec| DiskSpec { path: expand(&disk.path.to_string_lossy()).into(), ..disk.clone() };
     let console = match &args.console {
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_are_asked_for() {
+    fn huge_pages_are_an_option() {
         assert_eq!(specs(&[])[0].hugepages, HugePages::Off);
         assert_eq!(specs(&["--hugepages=off"])[0].hugepages, HugePages::Off);
         let both = specs(&["--count=2", "--hugepages", "thp"]);
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_a_memory_hole_unless_it_is_refused() {
+    fn there_is_a_memory_hole_unless_it_is_off() {
         let hole = |arguments: &[&str]| specs(arguments)[0].memory_hole;
         assert_eq!([hole(&[]), hole(&["--memory-hole=on"])], [MemoryHole::On; 2]);
         assert_eq!(hole(&["--memory-hole", "off"]), MemoryHole::Off);

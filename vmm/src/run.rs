@@ -63,7 +63,7 @@ impl Outcome {
     }
 }
 
-/// What a process does besides hosting VMs.
+/// The tasks of a process in addition to hosting VMs.
 struct Plan<'a> {
     process: &'a ProcessArgs,
     socket: Option<SocketOptions>,
@@ -151,7 +151,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
             }
         });
     }
-    registry.on_disk_error(Box::new(|trouble| tell(trouble)));
+    registry.on_disk_error(Box::new(|message| tell(message)));
     let starts: Vec<_> = vms.iter().map(|vm| !plan.is_server || vm.spec().start.unwrap_or(true)).collect();
     let records = registry.create(vms)?;
     tell_notices(records.iter().filter_map(|record| record.vm()));
@@ -192,10 +192,10 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         upkeep,
     };
     let outcome = process.watch(plan.is_server)?;
-    // Clients hear of all ends before the socket goes.
+    // Clients learn of all ends before the socket is removed.
     drop(server);
     if let Some(statistics) = process.statistics {
-        // The VMs have ended; their ends count, not the last line.
+        // The VMs have ended. A lost last line does not change the outcome.
         let _ = statistics.writer.finish();
     }
     Ok(if plan.is_server && outcome == Outcome::GuestCrashed { Outcome::AllEnded } else { outcome }
@@ -253,14 +253,14 @@ impl Process<'_> {
                 None => {}
             }
             if waited && let Some(ending) = &mut self.ending {
-                ending.go_on(&self.registry).context("wait for guests that were asked to end")?;
+                ending.check(&self.registry).context("wait for guests that were asked to end")?;
             }
-            // The VMs that have ended are still there for a last line.
+            // VMs that have ended are still in the registry for a last line.
             if (due || end)
                 && let Some(open) = &mut self.statistics
                 && let Err(error) = open.write(&self.registry)
             {
-                tell(format_args!("no more statistics: {error}"));
+                tell(format_args!("statistics end: {error}"));
                 self.statistics = None;
             }
             if end {
@@ -296,7 +296,7 @@ impl Process<'_> {
         let opened = match (self.stats, &mut self.statistics) {
             (None, _) => Ok(()),
             (Some(target), Some(open)) => open.reopen(target),
-            // They had ended for some reason, which may be gone by now.
+            // Statistics had ended because of an error, which may be gone by now.
             (Some(target), None) => Statistics::open(target).map(|open| self.statistics = Some(open)),
         };
         if let Err(error) = opened {
@@ -312,7 +312,7 @@ impl Process<'_> {
         }
         let ended = self.registry.collect().context("wait for the VMs")?;
         if self.registry.is_idle() {
-            // The terminal is the user's again before anything is told.
+            // Restore the terminal before printing anything.
             self.input = None;
         }
         for vm in &ended {
@@ -331,7 +331,7 @@ fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
         vm.notices().iter().chain(of_disks).cloned().collect::<Vec<_>>()
     };
     for notice in vms.flat_map(of_vm) {
-        // What comes before the first colon names the VM or the disk.
+        // The part before the first colon names the VM or the disk.
         let reason =
             |text: &str| text.split_once(": ").map_or_else(|| text.to_owned(), |(_, why)| why.to_owned());
         match reasons.iter_mut().find(|(told, _)| reason(told) == reason(&notice)) {
@@ -431,7 +431,7 @@ impl Statistics {
     }
 
     fn write(&mut self, registry: &Registry) -> io::Result<()> {
-        // Nothing waits here: the timer is asked only so that it is readable no more.
+        // This does not wait. It only makes the timer unreadable again.
         if is_readable_now(self.timer.as_raw_fd())? {
             self.timer.wait()?;
         }

@@ -29,15 +29,15 @@ const REST: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 const PAGE_BYTES: usize = 4096;
-/// In a page's word of `/proc/PID/pagemap`: it is swapped, it belongs to a file, it is present.
+/// Bits in a page's word of `/proc/PID/pagemap`: swapped, belongs to a file, present.
 const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
 const PRESENT: u64 = 1 << 63;
 
 /// Limits the number of the allocator's arenas. To be called before any thread starts.
 pub(crate) fn keep_arenas_few() {
-    // SAFETY: the call changes a number of the allocator's, under a lock of its own. Where it refuses, there are
-    // more arenas.
+    // SAFETY: the call changes a number of the allocator under the allocator's lock. If it fails, there are more
+    // arenas.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
 }
 
@@ -92,9 +92,9 @@ impl AsRawFd for Upkeep {
 }
 
 fn free_unused() {
-    // SAFETY: the allocator takes its own locks, and gives back pages that hold nothing that is allocated.
+    // SAFETY: the allocator takes its own locks, and frees only pages without allocations.
     unsafe { libc::malloc_trim(0) };
-    // Where the kernel does not say what is in a segment, or keeps it, its pages stay.
+    // If the kernel does not report a segment's content, its pages stay.
     if let Ok(map) = File::open("/proc/self/pagemap") {
         for segment in code() {
             if is_of_file(&map, &segment).unwrap_or(false) {
@@ -107,7 +107,7 @@ fn free_unused() {
 /// Returns the addresses of segments of the program and its libraries that are never written, in whole pages.
 fn code() -> Vec<Range<usize>> {
     let mut segments: Vec<Range<usize>> = Vec::new();
-    // SAFETY: the callback gets the vector that it expects, which outlives the call, and does not unwind.
+    // SAFETY: the callback gets the vector that it expects. The vector outlives the call, and the callback does not unwind.
     unsafe { libc::dl_iterate_phdr(Some(note_object), (&raw mut segments).cast()) };
     segments
 }
@@ -118,7 +118,7 @@ unsafe extern "C" fn note_object(
     _size: libc::size_t,
     segments: *mut c_void,
 ) -> c_int {
-    // SAFETY: the linker hands over a description that is valid for this call, and `code` its vector.
+    // SAFETY: the linker passes a description that is valid for this call, and `code` passes its vector.
     let (info, segments) = unsafe { (&*info, &mut *segments.cast::<Vec<Range<usize>>>()) };
     // The program has no name, libraries have a path. The kernel's vDSO has neither, and no file.
     let is_file = info.dlpi_name.is_null() || {
@@ -129,7 +129,7 @@ unsafe extern "C" fn note_object(
     if info.dlpi_phdr.is_null() || !is_file {
         return 0;
     }
-    // SAFETY: the linker keeps so many headers at this address while the object is loaded.
+    // SAFETY: the linker keeps this number of headers at this address while the object is loaded.
     let headers = unsafe { slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
     let loaded =
         headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0);
@@ -141,8 +141,8 @@ unsafe extern "C" fn note_object(
     0
 }
 
-/// Whether all pages of a segment come from the file. Other pages, such as those of a debugger's breakpoints, would
-/// be lost.
+/// Returns whether all pages of a segment come from the file. Other pages, such as those with a debugger's breakpoints,
+/// would be lost.
 fn is_of_file(map: &File, segment: &Range<usize>) -> io::Result<bool> {
     let mut words = vec![0; segment.len() / PAGE_BYTES * 8];
     map.read_exact_at(&mut words, (segment.start / PAGE_BYTES * 8) as u64)?;
@@ -151,8 +151,8 @@ fn is_of_file(map: &File, segment: &Range<usize>) -> io::Result<bool> {
 }
 
 fn drop_pages(segment: &Range<usize>) {
-    // SAFETY: the range holds pages of a file that the linker mapped and that nobody writes (`code`), unchanged
-    // (`is_of_file`). Whoever needs one of them gets it from the file again, with the same content.
+    // SAFETY: the range holds pages of a file that the linker mapped. They are never written (`code`) and unchanged
+    // (`is_of_file`). The next access reads the same content from the file again.
     unsafe { libc::madvise(segment.start as *mut c_void, segment.len(), libc::MADV_DONTNEED) };
 }
 
@@ -185,7 +185,7 @@ mod tests {
         let before = mapped(own);
         assert_eq!(before, own.len() / PAGE_BYTES);
         free_unused();
-        // Other tests run meanwhile, and have some of them mapped again.
+        // Other tests run meanwhile and map some of the pages again.
         assert!(mapped(own) < before);
     }
 

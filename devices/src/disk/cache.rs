@@ -1,28 +1,29 @@
-//! What a disk asks of a cache of blocks, and what it promises to it.
+//! The interface between a disk and a cache of disk blocks.
 //!
-//! The cache is not here: it belongs to whoever decides what host memory holds. A disk asks it before it
-//! reads whole blocks, reads from the image what the cache lacks into memory that the cache provides, and
-//! tells it of everything that changes blocks. Blocks are of [`BLOCK_SIZE`] bytes, and addressed by the
-//! image that they really lie in ([`ImageId`]) and their number within it.
+//! The cache itself is elsewhere: its owner decides which content the host's memory holds. A disk asks the
+//! cache before it reads whole blocks. It reads missing blocks from the image into memory that the cache
+//! provides, and it tells the cache of every change of blocks. A block has [`BLOCK_SIZE`] bytes. Its address
+//! is the image that holds it ([`ImageId`]) and its number within that image.
 //!
 //! # Order of calls
-//! - A read is [`BlockCache::begin_read`], then for each fetch that it asks for one read of the image and
-//!   one [`BlockCache::end_fetch`]. Every fetch is ended, also when the read fails and when the device is
-//!   reset meanwhile; host I/O into its buffer is over by then.
-//! - Where [`BlockCache::admits`] says no, the disk reads by itself, as if there were no cache.
-//! - A write, discard or zeroing is [`BlockCache::begin_write`] before the first byte of it is submitted,
-//!   then the change, then [`BlockCache::end_write`] with the same image and blocks, whether the change
-//!   succeeded or not, before the guest is told of it. Writes of the same blocks may overlap.
-//! - A block that is changed partly counts as changed. A read that only partly covers a block does not ask
-//!   the cache for it.
+//! - A read starts with [`BlockCache::begin_read`]. For each requested fetch, the disk reads the image once
+//!   and calls [`BlockCache::end_fetch`] once. It ends every fetch, also after a failed read and after a
+//!   reset of the device. Host I/O into the fetch's buffer has ended by then.
+//! - If [`BlockCache::admits`] returns false, the disk reads the blocks itself, as if there were no cache.
+//! - A write, discard or zeroing calls [`BlockCache::begin_write`] before it submits the first byte. After
+//!   the change, successful or not, it calls [`BlockCache::end_write`] with the same image and blocks. The
+//!   guest learns of the result only then. Writes of the same blocks may overlap.
+//! - A partly changed block counts as changed. If a read covers only part of a block, the disk does not ask
+//!   the cache for that block.
 //!
-//! Calls come from the threads of several queues and disks at once. None is made while the disk holds a
-//! lock that serving another call could need, so an implementation may block for a moment.
+//! Calls come from the threads of several queues and disks at the same time. The disk holds no lock during a
+//! call that another call could need, so an implementation may block briefly.
 //!
 //! # Identity
-//! Two blocks of the same [`ImageId`] and number have the same content unless a write was announced in
-//! between. So whatever decides the content is part of it ([`identity`](super::identity) says how).
-//! Whoever changes an image outside of this process, against its locks, breaks that promise.
+//! Two blocks with the same [`ImageId`] and number have the same content, unless a write was announced in
+//! between. So the identity includes everything that decides the content ([`identity`](super::identity) says
+//! how). A program outside this process that ignores the image's locks and changes the image breaks this
+//! promise.
 
 use std::any::Any;
 use std::fmt;
@@ -38,11 +39,11 @@ use super::Format;
 /// Bytes of a block: the unit of the cache.
 pub const BLOCK_SIZE: u64 = 4096;
 
-/// One state of an image file at rest, read in one format; the same for every disk that reads through it.
+/// One unmodified state of an image file, read in one format. All disks that read through the file use the
+/// same identity.
 ///
-/// For a disk that is an overlay, blocks that come from its backing file have the identity of that file.
-/// Block `n` of an image is what a guest would see at byte `n * 4096`, if that image were the disk and
-/// nothing backed it.
+/// If a disk is an overlay, blocks from its backing file have the identity of the backing file. Block `n` of
+/// an image is the content at byte `n * 4096` of a disk on that image alone, without a backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImageId {
     device: u64,
@@ -52,8 +53,8 @@ pub struct ImageId {
 }
 
 impl ImageId {
-    /// The file `inode` of the host's device `device`, read in `format`. `version` tells its present content
-    /// from what that file, or another one under that number, held earlier.
+    /// Returns the identity of the file `inode` on the host's device `device`, read in `format`. `version`
+    /// separates the file's present content from earlier content, and from other files with the same number.
     pub const fn new(device: u64, inode: u64, version: u64, format: Format) -> Self {
         let format = match format {
             Format::Raw => 0,
@@ -62,48 +63,48 @@ impl ImageId {
         Self { device, inode, version, format }
     }
 
-    /// Its four parts, in the order in which [`new`](Self::new) takes them; the format as a number.
+    /// Returns the four parts, in the order of the arguments of [`new`](Self::new). The format is a number.
     pub const fn parts(self) -> [u64; 4] {
         [self.device, self.inode, self.version, self.format]
     }
 }
 
-/// A run of whole blocks, one after the other.
+/// A run of consecutive whole blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockRead<'a> {
-    /// The image that all of them lie in.
+    /// The image that holds all of the blocks.
     pub image: ImageId,
     /// Number of the first block.
     pub first: u64,
-    /// Where block `first + i` goes: `targets[i]` begins 4096 bytes of guest RAM, without a gap and
-    /// aligned or not. At least one.
+    /// Targets of the blocks: block `first + i` goes to the 4096 bytes of guest RAM at `targets[i]`, aligned
+    /// or not. There is at least one.
     pub targets: &'a [GuestAddress],
 }
 
 /// Blocks that are in guest memory when [`BlockCache::begin_read`] returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
-    /// Blocks that a guest held as well.
+    /// Blocks that a guest also holds.
     pub from_guests: u64,
-    /// Blocks that the host alone held.
+    /// Blocks that only the host holds.
     pub from_host: u64,
 }
 
-/// What [`BlockCache::begin_read`] came to. Every block of the read is in exactly one of the three.
+/// The result of [`BlockCache::begin_read`]. Every block of the read is in exactly one of the three fields.
 #[derive(Debug, Default)]
 pub struct ReadPlan {
     /// Blocks that have been delivered.
     pub served: Served,
-    /// Runs of blocks that the disk is to read into the cache's memory.
+    /// Runs of blocks that the disk must read into the cache's memory.
     pub fetches: Vec<Fetch>,
-    /// Ranges of block numbers that the cache has no place for: the disk reads and delivers them itself.
+    /// Ranges of block numbers for which the cache has no room. The disk reads and delivers them itself.
     pub past: Vec<Range<u64>>,
 }
 
-/// Host memory that a run of blocks is to be read into.
+/// Host memory for a run of blocks that the disk reads.
 ///
-/// It belongs to the cache, is aligned to 4096 bytes, and no guest can reach it before the fetch has ended.
-/// A fetch ends in [`BlockCache::end_fetch`]; dropping it instead gives the memory back at most.
+/// The cache owns the memory, and its address is a multiple of 4096. No guest can access it before the fetch
+/// ends. [`BlockCache::end_fetch`] ends a fetch. Dropping a fetch only frees the memory.
 pub struct Fetch {
     first: u64,
     blocks: u32,
@@ -113,12 +114,12 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// A fetch of `blocks` blocks from number `first` on into the memory at `buffer`. `token` and `lease`
-    /// are the cache's own; it gets them back with the fetch.
-    ///
+    /// Returns a fetch of `blocks` blocks from number `first` on into the memory at `buffer`. The cache
+    /// chooses `token` and `lease`, and gets them back with the fetch.
+    ///     ///
     /// # Safety
-    /// `buffer` is aligned to 4096 bytes. While `lease` lives, the `blocks * 4096` bytes there can be
-    /// written, and nothing but the holder of this fetch touches them.
+    /// `buffer` is aligned to 4096 bytes. While `lease` lives, the `blocks * 4096` bytes at `buffer` are
+    /// writable, and only the holder of this fetch accesses them.
     #[expect(unsafe_code, reason = "the caller vouches for the memory")]
     pub unsafe fn new(
         first: u64,
@@ -131,51 +132,51 @@ impl Fetch {
         Self { first, blocks, buffer, token, lease }
     }
 
-    /// Number of the first block.
+    /// Returns the number of the first block.
     pub fn first(&self) -> u64 {
         self.first
     }
 
-    /// Number of blocks.
+    /// Returns the number of blocks.
     pub fn blocks(&self) -> u32 {
         self.blocks
     }
 
-    /// Bytes to be read.
+    /// Returns the number of bytes to read.
     pub fn bytes(&self) -> usize {
         self.blocks as usize * BLOCK_SIZE as usize
     }
 
-    /// Where they are read to. The memory is there as long as this fetch.
+    /// Returns the address for the blocks. The memory exists as long as the fetch.
     pub fn buffer(&self) -> NonNull<u8> {
         self.buffer
     }
 
-    /// Puts into its memory what was read elsewhere.
+    /// Fills the memory with data that was read elsewhere.
     ///
     /// # Panics
-    /// If `data` is not as long as the memory.
+    /// Panics if `data` has another length than the memory.
     #[expect(unsafe_code, reason = "fills memory by address")]
     pub fn fill(&mut self, data: &[u8]) {
         assert_eq!(data.len(), self.bytes());
-        // SAFETY: whoever made the fetch vouched that its buffer can be written, and that nobody else touches it
-        // while the fetch lives.
+        // SAFETY: the maker of the fetch guarantees that the buffer is writable, and that only the fetch's holder
+        // accesses it while the fetch lives.
         unsafe { self.buffer.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
     }
 
-    /// What the cache calls this fetch.
+    /// Returns the cache's number for this fetch.
     pub fn token(&self) -> u64 {
         self.token
     }
 
-    /// What keeps the memory.
+    /// Returns the owner of the memory.
     pub fn lease(&self) -> &Arc<dyn Any + Send + Sync> {
         &self.lease
     }
 }
 
-// SAFETY: the pointer is to memory that the fetch alone may use and that its lease keeps, whichever thread
-// has the fetch: whoever called `new` has vouched for that.
+// SAFETY: the caller of `new` guarantees that only the holder of the fetch accesses the memory, and that the
+// lease keeps it. Both hold on any thread.
 #[expect(unsafe_code, reason = "a pointer is not Send by itself")]
 unsafe impl Send for Fetch {}
 
@@ -186,27 +187,28 @@ impl fmt::Debug for Fetch {
     }
 }
 
-/// A cache of the blocks of images.
+/// A cache for the blocks of images.
 pub trait BlockCache: Send + Sync {
-    /// Whether the cache has any use for a read of these blocks. If not, the disk need not ask it for them.
+    /// Returns whether the cache can use a read of these blocks. If not, the disk does not ask the cache for
+    /// them.
     fn admits(&self, _blocks: Range<u64>) -> bool {
         true
     }
 
-    /// Delivers what the cache has of the read, and says what becomes of the rest.
+    /// Delivers the blocks that the cache has, and returns a plan for the others.
     fn begin_read(&self, read: &BlockRead<'_>) -> ReadPlan;
 
-    /// The blocks of the fetch have been read in full, or not all of them (`Err`): nothing is kept or
-    /// delivered then. On `Ok(())` they are in guest memory on return.
-    ///
+    /// Ends a fetch. `read` is `Ok(())` if the disk has read all blocks of the fetch; they are then in guest
+    /// memory on return. Otherwise the cache neither keeps nor delivers any of them.
+    ///     ///
     /// # Errors
-    /// Where they could not be delivered: the guest's request fails.
+    /// Fails if the cache cannot deliver the blocks. Then the guest's request fails.
     fn end_fetch(&self, fetch: Fetch, read: Result<(), ()>) -> io::Result<()>;
 
-    /// These blocks are about to change: they lose their identity, and fetches of them that are under way
-    /// do not become cached.
+    /// Announces a change of these blocks: they lose their identity, and fetches of them in progress do not
+    /// become cached.
     fn begin_write(&self, image: ImageId, blocks: Range<u64>);
 
-    /// The change announced by [`begin_write`](Self::begin_write) is over, or has failed.
+    /// Ends the change that [`begin_write`](Self::begin_write) announced, whether it succeeded or failed.
     fn end_write(&self, image: ImageId, blocks: Range<u64>);
 }

@@ -1,4 +1,4 @@
-//! One queue's way to an image: operations go in, completions come out in any order.
+//! The connection of one queue to an image: operations go in, and completions come out in any order.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -6,67 +6,67 @@ use std::os::fd::RawFd;
 use super::image::Layer;
 use super::memory::Memory;
 
-/// What an operation does. It owns the memory that it works on.
+/// The kind of an operation. An operation owns its memory.
 pub(crate) enum Action {
     /// Fills the memory from an image of the chain.
     Read(Layer, Memory),
     /// Stores the memory's content.
     Write(Memory),
-    /// Puts on the medium what was written by operations that have completed.
+    /// Puts the writes of completed operations on the medium.
     Flush,
-    /// The content of so many bytes does not matter any more.
+    /// Discards the content of this many bytes.
     Discard(u64),
-    /// So many bytes become zeroes.
+    /// Zeroes a range.
     Zero {
-        /// How many.
+        /// The length, in bytes.
         len: u64,
-        /// Their storage may be given back.
+        /// Whether the image may free the storage of the range.
         unmap: bool,
     },
 }
 
-/// Something to be done to an image.
+/// A task for an image.
 pub(crate) struct Operation {
-    /// The caller's, to know the completion by.
+    /// A number of the caller's, which identifies the completion.
     pub(crate) id: usize,
-    /// Where it begins, in bytes.
+    /// Start of the range, in bytes.
     pub(crate) offset: u64,
     pub(crate) action: Action,
 }
 
-/// An operation that is over.
+/// A completed operation.
 pub(crate) struct Completion {
     pub(crate) operation: Operation,
     pub(crate) result: io::Result<()>,
-    /// What serves the image has failed in a way that leaves its state unknown: nothing may be asked of it
-    /// any more.
-    pub(crate) lost: bool,
+    /// Whether the server of the image has failed and left the image in an unknown state. No more operations
+    /// may follow.
+    pub(crate) is_lost: bool,
 }
 
-/// Operations cannot be carried out any more. Those under way may be.
+/// The channel cannot carry out operations any more. Operations in progress may still complete.
 #[derive(Debug, thiserror::Error)]
 #[error("serve a disk: {0}; restart the VM")]
 pub(crate) struct ChannelLost(pub(crate) String);
 
-/// Carries operations of one queue out.
+/// Carries out the operations of one queue.
 ///
-/// Dropping it waits for the operations under way: afterwards nothing touches their memory.
+/// Dropping the channel waits for the operations in progress. Nothing accesses their memory afterwards.
 pub(crate) trait Channel: Send {
-    /// Takes an operation. It may not begin before [`kick`](Self::kick).
+    /// Accepts an operation. The operation may not begin before [`kick`](Self::kick).
     fn submit(&mut self, operation: Operation);
 
-    /// Begins all operations taken.
+    /// Begins all accepted operations.
     fn kick(&mut self) -> Result<(), ChannelLost>;
 
-    /// Appends what is over to `completions`.
+    /// Appends the completed operations to `completions`.
     fn reap(&mut self, completions: &mut Vec<Completion>) -> Result<(), ChannelLost>;
 
-    /// Operations taken and not yet reaped.
+    /// Returns the number of operations that were accepted and not yet reaped.
     fn in_flight(&self) -> usize;
 
-    /// Waits until an operation under way is over, if any is.
+    /// Waits until an operation completes, if there are any.
     fn wait(&mut self) -> Result<(), ChannelLost>;
 
-    /// Becomes readable when operations are over.
+    /// Returns a file that becomes readable when operations complete.
     fn event(&self) -> RawFd;
 }

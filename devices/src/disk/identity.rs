@@ -1,14 +1,14 @@
-//! By what the blocks of an image are known, so that equal identities mean equal contents.
+//! Identities for the blocks of images, such that equal identities mean equal contents.
 //!
-//! An [`ImageId`] names all that decides the content of a block which lies in an image: the file, a version
-//! of its content, and the format that it is read in. The images that back it are not part of it, since
-//! blocks that lie in those have those images' identities.
+//! An [`ImageId`] contains everything that decides the content of a block in an image: the file, a version of
+//! the file's content, and the format. It does not contain the backing images, because blocks in a backing
+//! image have the identity of that image.
 //!
-//! The version of a file that has rested is its time of change, which every write and every change of size
-//! moves. File systems note that time in steps of up to [`STEP`], so for a file that changed a moment ago the
-//! time proves nothing yet. Nothing tells when a block device was written last, and the clocks and caches of
-//! network file systems are others'. In these cases the version is a number of this process's own, which
-//! holds only while somebody here has the file open, and so its locks.
+//! If a file has been unmodified for a while, its version is its time of last change. Every write and every
+//! change of size updates that time. File systems record the time in steps of up to [`STEP`], so the time of
+//! a recently changed file proves nothing yet. A block device has no time of its last write, and network file
+//! systems use the clocks and caches of other hosts. In these cases the version is a number of this process.
+//! The number is valid only while this process has the file open and locked.
 
 #![expect(unsafe_code, reason = "fstatfs has no safe form")]
 
@@ -23,11 +23,11 @@ use std::time::{Duration, SystemTime};
 use super::Format;
 use super::cache::ImageId;
 
-/// The longest step of the time of change on file systems of this host, two seconds on FAT, and some more.
+/// The longest step of the time of change on this host's file systems (two seconds on FAT), plus a margin.
 const STEP: Duration = Duration::from_secs(3);
-/// File systems whose times of change are not this host's, or not kept: FAT, NFS, SMB and CIFS, FUSE, 9P,
-/// Ceph, AFS and Coda (`statfs(2)`).
-const UNPROVEN: [i64; 9] = [
+/// File systems that do not record times of change, or use other hosts' clocks: FAT, NFS, SMB and CIFS, FUSE,
+/// 9P, Ceph, AFS and Coda (`statfs(2)`).
+const UNRELIABLE: [i64; 9] = [
     0x4d44,
     0x6969,
     0xfe53_4d42,
@@ -38,66 +38,67 @@ const UNPROVEN: [i64; 9] = [
     0x5346_414f,
     0x7375_7245,
 ];
-/// Numbers of this process's own have this bit; times of change in nanoseconds do not before the year 2262.
+/// The bit that marks this process's own numbers. Times of change in nanoseconds have it only from the year
+/// 2262 on.
 const OWN: u64 = 1 << 63;
 
-/// A file at one state of its content, in whatever format it is read.
+/// A file with one state of its content, in any format.
 #[derive(Debug)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
     version: u64,
-    /// Keeps a version of this process's own for those who open the file as well.
+    /// Keeps this process's own version for later users of the same file.
     _open: Option<Arc<u64>>,
 }
 
 impl Identity {
-    /// The identity of a file that was just opened and locked.
+    /// Returns the identity of a file that was just opened and locked.
     pub(super) fn of(file: &File, metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             let own = own_version([metadata.rdev(), 0, 0, 0], || None);
             // No file system has this device number.
             return Self { device: u64::MAX, inode: metadata.rdev(), version: *own.0, _open: own.1 };
         }
-        let rests = has_rested(metadata, SystemTime::now()) && is_proven(file);
+        let is_conclusive = has_conclusive_time(metadata, SystemTime::now()) && has_reliable_times(file);
         let changed = changed(metadata);
         let key = [metadata.dev(), metadata.ino(), changed, metadata.size()];
-        let version = own_version(key, || rests.then_some(changed));
+        let version = own_version(key, || is_conclusive.then_some(changed));
         Self { device: metadata.dev(), inode: metadata.ino(), version: *version.0, _open: version.1 }
     }
 
-    /// What its blocks are known by, read in a format.
+    /// Returns the identity of the file's blocks, read in a format.
     pub(super) fn image(&self, format: Format) -> ImageId {
         ImageId::new(self.device, self.inode, self.version, format)
     }
 }
 
-/// The time of change in nanoseconds.
+/// Returns the time of change in nanoseconds.
 fn changed(metadata: &Metadata) -> u64 {
     let seconds = metadata.ctime() as u64;
     seconds.wrapping_mul(1_000_000_000).wrapping_add(metadata.ctime_nsec() as u64) & !OWN
 }
 
-/// Whether the next change of the file is bound to have another time.
-fn has_rested(metadata: &Metadata, now: SystemTime) -> bool {
+/// Returns whether the next change of the file certainly gets another time.
+fn has_conclusive_time(metadata: &Metadata, now: SystemTime) -> bool {
     let changed = SystemTime::UNIX_EPOCH + Duration::from_nanos(changed(metadata));
-    // A time to come is a clock that was set back.
+    // A time in the future means that the clock was set back.
     now.duration_since(changed).is_ok_and(|age| age >= STEP)
 }
 
-/// Whether the file system keeps times of change by this host's clock.
-fn is_proven(file: &File) -> bool {
+/// Returns whether the file system records times of change with this host's clock.
+fn has_reliable_times(file: &File) -> bool {
     let mut answer = MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: the answer is as large as the kernel takes it to be.
+    // SAFETY: the answer has the size that the kernel expects.
     if unsafe { libc::fstatfs(file.as_raw_fd(), answer.as_mut_ptr()) } < 0 {
         return false;
     }
-    // SAFETY: all zeroes are a value of this type, and so is what the kernel has made of them.
+    // SAFETY: all zeros are a valid value of this type, and so is the kernel's answer.
     let kind = unsafe { answer.assume_init() }.f_type;
-    !UNPROVEN.contains(&(kind & 0xffff_ffff))
+    !UNRELIABLE.contains(&(kind & 0xffff_ffff))
 }
 
-/// Versions of this process's own by what is known of the file, and the last one given out.
+/// This process's own versions of files, and the last number in use.
 #[derive(Default)]
 struct Versions {
     last: u64,
@@ -106,16 +107,16 @@ struct Versions {
 
 static VERSIONS: Mutex<Option<Versions>> = Mutex::new(None);
 
-/// The version that the file has for those who have it open already; else the one that `proven` knows; else
-/// one that it never had.
-fn own_version(key: [u64; 4], proven: impl FnOnce() -> Option<u64>) -> (Arc<u64>, Option<Arc<u64>>) {
+/// Returns the version that present users of the file have. For a new file, returns the version of `known`,
+/// or a new number.
+fn own_version(key: [u64; 4], known: impl FnOnce() -> Option<u64>) -> (Arc<u64>, Option<Arc<u64>>) {
     let mut versions = VERSIONS.lock().unwrap_or_else(PoisonError::into_inner);
     let Versions { last, open } = versions.get_or_insert_default();
     open.retain(|_, version| version.strong_count() > 0);
     if let Some(version) = open.get(&key).and_then(Weak::upgrade) {
         return (version.clone(), Some(version));
     }
-    if let Some(version) = proven() {
+    if let Some(version) = known() {
         return (Arc::new(version), None);
     }
     *last += 1;
@@ -153,8 +154,8 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let metadata = file.metadata().unwrap();
         let changed = SystemTime::UNIX_EPOCH + Duration::from_nanos(changed(&metadata));
-        assert!(!has_rested(&metadata, changed - Duration::from_secs(60)));
-        assert!(!has_rested(&metadata, changed + Duration::from_secs(1)));
-        assert!(has_rested(&metadata, changed + STEP));
+        assert!(!has_conclusive_time(&metadata, changed - Duration::from_secs(60)));
+        assert!(!has_conclusive_time(&metadata, changed + Duration::from_secs(1)));
+        assert!(has_conclusive_time(&metadata, changed + STEP));
     }
 }

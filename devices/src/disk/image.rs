@@ -1,4 +1,4 @@
-//! What a disk's data lies in, whatever its format.
+//! Images: the data of disks, in any format.
 
 use std::io;
 
@@ -6,93 +6,92 @@ use super::cache::ImageId;
 use super::open::ResizeError;
 use super::raw::RawFile;
 
-/// Unit of virtio positions and lengths, in bytes.
+/// Unit of positions and lengths in virtio, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
 
-/// Which image of a chain: 0 is the one that is written, 1 the one that backs it, and so on.
+/// The position of an image in its chain: 0 is the writable image, 1 its backing image, and so on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layer(pub usize);
 
-/// Where a run of bytes of a disk comes from.
+/// The source of a run of bytes of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Location {
-    /// The image to read it from. It shows these bytes at the same offset as the disk does.
+    /// The image that holds the bytes, at the same offset as on the disk.
     pub layer: Layer,
-    /// The identity of that image; none for bytes that no image holds, or none that could be told apart.
+    /// The identity of that image. `None` if no image holds the bytes, or if the image has no identity.
     pub image: Option<ImageId>,
-    /// How many bytes from the offset on come from there: at least one.
+    /// Length of the run in bytes, at least one.
     pub len: u64,
 }
 
 /// A virtual disk: an array of bytes.
 ///
-/// Calls come from several threads at once and may block. An error fails the request that caused it and
-/// nothing else; what the guest was told has succeeded is never taken back. Offsets and lengths are
-/// multiples of [`SECTOR_SIZE`] within the disk.
+/// Calls come from several threads at the same time and may block. An error fails only the request that
+/// caused it. A success that the guest has seen is never revoked. Offsets and lengths are multiples of
+/// [`SECTOR_SIZE`] within the disk.
 pub trait Image: Send + Sync {
-    /// Bytes on the disk: a multiple of [`SECTOR_SIZE`] that [`refresh_size`](Self::refresh_size) alone
-    /// changes.
+    /// Returns the size of the disk in bytes, a multiple of [`SECTOR_SIZE`]. Only
+    /// [`refresh_size`](Self::refresh_size) changes it.
     fn size(&self) -> u64;
 
-    /// Takes over the size that the file has now, where the file's is the disk's. Returns it in bytes.
-    ///
+    /// Adopts the file's present size, if the file's size is the disk's. Returns the size in bytes.
+    ///     ///
     /// # Errors
-    /// Where the disk keeps the size that it had.
+    /// Fails if the disk keeps its earlier size.
     fn refresh_size(&self) -> Result<u64, ResizeError> {
         Ok(self.size())
     }
 
-    /// Nothing can be written.
+    /// Returns whether the image refuses writes.
     fn is_read_only(&self) -> bool;
 
-    /// The size of the pieces that are best read and written whole, in bytes; a power of two from
-    /// [`SECTOR_SIZE`] up.
+    /// Returns the preferred unit of reads and writes, in bytes: a power of two, at least [`SECTOR_SIZE`].
     fn physical_block_size(&self) -> u32;
 
-    /// Can give storage back that is not needed any more.
+    /// Returns whether the image can free unused storage.
     fn can_discard(&self) -> bool;
 
-    /// The identity that what is written to the disk gets; none if there is none.
+    /// Returns the identity for content that is written to the disk, or `None` if there is none.
     fn identity(&self) -> Option<ImageId>;
 
-    /// Where the bytes from `offset` on, `len` of them at most, are now.
-    ///
+    /// Returns the source of at most `len` bytes from `offset` on.
+    ///     ///
     /// # Errors
-    /// Where that cannot be read.
+    /// Fails if the image's tables cannot be read.
     fn locate(&self, offset: u64, len: u64) -> io::Result<Location>;
 
-    /// Fills `data` with what `layer` shows at byte `offset`.
-    ///
+    /// Fills `data` with the bytes at `offset` in the view of `layer`.
+    ///     ///
     /// # Errors
-    /// Where not all of it can be had.
+    /// Fails if not all of the bytes can be read.
     fn read_at(&self, layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()>;
 
     /// Stores all of `data` at byte `offset`.
     ///
     /// # Errors
-    /// Where not all of it could be stored; part of it may be.
+    /// Fails if not all of it could be stored. A part may be stored nevertheless.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
-    /// Returns once all writes that have returned are on the medium.
-    ///
+    /// Returns when all completed writes are on the medium.
+    ///     ///
     /// # Errors
-    /// Where some may not be.
+    /// Fails if some of the writes may not be on the medium.
     fn flush(&self) -> io::Result<()>;
 
-    /// The content of these bytes does not matter any more.
-    ///
+    /// Discards the content of a range.
+    ///     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] where the image keeps them.
+    /// Fails with [`io::ErrorKind::Unsupported`] if the image cannot discard.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
-    /// These bytes become zeroes. With `unmap` their storage may be given back.
-    ///
+    /// Zeroes a range. With `unmap`, the image may free the storage of the range.
+    ///     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] where zeroes have to be written.
+    /// Fails with [`io::ErrorKind::Unsupported`] if the caller must write zeros.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 
-    /// The file whose bytes are the disk's, if it is that simple: the kernel can then be given requests
-    /// without a thread that waits for them.
+    /// Returns the file, if the file's bytes are the disk's. The kernel can then serve requests without a
+    /// thread that waits for them.
     fn raw(&self) -> Option<&RawFile> {
         None
     }

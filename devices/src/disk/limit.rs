@@ -1,8 +1,8 @@
-//! Limits on how much a disk does: bytes and operations a second.
+//! Limits for a disk: bytes and operations per second.
 //!
-//! Each limit is a token bucket that holds what may be done in [`BURST`]. A request takes its tokens when it
-//! begins, if the bucket is not in debt; it may leave a debt behind, so that requests of any size pass and
-//! the rate holds on average. The next one waits until the debt is paid.
+//! Each limit is a token bucket. A full bucket holds the tokens of [`BURST`]. A request takes its tokens when
+//! it begins, provided that the bucket has no debt. The request may leave a debt, so that requests of any
+//! size pass and the average rate holds. The next request waits until the debt is paid.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,20 +13,20 @@ use super::wakers::Wakers;
 /// The time whose share of a rate may be used at once.
 pub const BURST: Duration = Duration::from_millis(100);
 
-/// What a disk may do a second.
+/// The limits of a disk per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RateLimits {
-    /// Bytes read and written; none for as many as there are. 0 counts as 1.
+    /// Bytes read and written; `None` for no limit. 0 counts as 1.
     pub bytes: Option<u64>,
-    /// Requests; none for as many as there are. 0 counts as 1.
+    /// Requests; `None` for no limit. 0 counts as 1.
     pub operations: Option<u64>,
 }
 
 #[derive(Debug)]
 struct Bucket {
-    /// Tokens a second.
+    /// Tokens per second.
     rate: f64,
-    /// Negative while in debt.
+    /// Negative while the bucket has a debt.
     tokens: f64,
     filled: Duration,
 }
@@ -37,7 +37,7 @@ impl Bucket {
         Self { rate, tokens: rate * BURST.as_secs_f64(), filled: now }
     }
 
-    /// How long until the bucket is out of debt.
+    /// Returns the time until the debt is paid.
     fn wait(&mut self, now: Duration) -> Duration {
         let passed = now.saturating_sub(self.filled).as_secs_f64();
         self.filled = self.filled.max(now);
@@ -45,7 +45,7 @@ impl Bucket {
         if self.tokens >= 0.0 {
             return Duration::ZERO;
         }
-        // Never zero, and rounded up: the wait must not end before the debt.
+        // Round up, and never return zero: the wait must not end before the debt.
         Duration::try_from_secs_f64(-self.tokens / self.rate)
             .unwrap_or(Duration::MAX)
             .max(Duration::from_micros(1))
@@ -76,8 +76,8 @@ impl fmt::Debug for RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limiter by the host's clock; workers that wait for it are woken through `wakers` when the limits
-    /// change.
+    /// Returns a limiter that uses the host's clock. When the limits change, it wakes waiting workers through
+    /// `wakers`.
     pub(crate) fn new(limits: RateLimits, wakers: Arc<Wakers>) -> Self {
         let start = Instant::now();
         Self::with_clock(limits, wakers, Box::new(move || start.elapsed()))
@@ -94,12 +94,12 @@ impl RateLimiter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The limits now.
+    /// Returns the present limits.
     pub fn limits(&self) -> RateLimits {
         self.state().limits
     }
 
-    /// Changes the limits, from the next request on. Debts are forgiven.
+    /// Changes the limits, from the next request on. Cancels debts.
     pub fn set(&self, limits: RateLimits) {
         let now = (self.clock)();
         *self.state() = State {
@@ -110,7 +110,7 @@ impl RateLimiter {
         self.wakers.wake();
     }
 
-    /// Lets a request of `bytes` bytes begin, or says how long it has to wait at least.
+    /// Lets a request of `bytes` bytes begin, or returns the least time that it must wait.
     pub(crate) fn begin(&self, bytes: u64) -> Result<(), Duration> {
         let mut state = self.state();
         if state.bytes.is_none() && state.operations.is_none() {
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn a_burst_passes_and_then_the_rate_holds() {
         let (limiter, time) = limiter(None, Some(100));
-        // What is allowed in a tenth of a second, and the one that leaves the debt.
+        // The requests of a tenth of a second, and the one that leaves the debt.
         assert_eq!((0..20).take_while(|_| limiter.begin(0).is_ok()).count(), 11);
         let wait = limiter.begin(0).unwrap_err();
         assert_eq!(wait, Duration::from_millis(10));

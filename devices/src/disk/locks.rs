@@ -1,12 +1,13 @@
-//! The locks by which programs that use the same image keep out of each other's way: QEMU's.
+//! Locks that keep programs from using the same image in conflicting ways, compatible with QEMU's.
 //!
-//! They are open file description locks on single bytes of the file (QEMU, `block/file-posix.c`). A lock on
-//! byte 100 + n says "I use permission n", one on byte 200 + n says "I do not share permission n". All are
-//! locks for reading, so that any number of programs can hold the same byte. Whoever has taken its own looks
-//! for others on the bytes that exclude them, and gives up where there are any.
+//! The locks are open file description locks on single bytes of the file (QEMU, `block/file-posix.c`). A lock
+//! on byte 100 + n means "I use permission n", and a lock on byte 200 + n means "I do not share permission
+//! n". All of them are read locks, so any number of programs can hold the same byte. A program takes its own
+//! locks first. It then checks the bytes that conflict with them, and gives up if another program holds one.
 //!
-//! The data itself is not locked, and `flock` is not used: network file systems make byte ranges of it, which
-//! would conflict with these, and the device manager takes it on block devices for moments at a time.
+//! The locks do not cover the data itself. `flock` is not used for two reasons. Network file systems
+//! implement it as locks on byte ranges, which would conflict with these locks. And the device manager takes
+//! it briefly on block devices.
 
 #![expect(unsafe_code, reason = "open file description locks have no safe form")]
 
@@ -19,13 +20,13 @@ use std::sync::{Mutex, PoisonError};
 const USED: i64 = 100;
 const NOT_SHARED: i64 = 200;
 
-/// QEMU's permissions (`BLK_PERM_*`), by number. That for writes which change nothing is shared by all and
-/// used by none.
+/// QEMU's permissions (`BLK_PERM_*`), by number. All programs share the permission for writes that change
+/// nothing, and none uses it.
 const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
-/// What is done with a file.
+/// The use of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
     Reading,
@@ -41,7 +42,7 @@ impl Access {
         }
     }
 
-    /// Whoever reads wants no other to write, and so does whoever writes.
+    /// Readers and writers both exclude other writers.
     fn not_shared() -> &'static [i64] {
         &[WRITE, RESIZE]
     }
@@ -51,26 +52,29 @@ impl Access {
         used.chain(Self::not_shared().iter().map(|permission| NOT_SHARED + permission))
     }
 
-    /// Bytes on which nobody else may have a lock; those first that say most of what the other does.
+    /// Returns the bytes that no other program may have locked. The bytes that describe the conflict best
+    /// come first.
     fn excluded(self) -> impl Iterator<Item = i64> {
         let not_shared = Self::not_shared().iter().map(|permission| USED + permission);
         not_shared.chain(self.used().iter().map(|permission| NOT_SHARED + permission))
     }
 }
 
-/// Why a file could not be locked.
+/// The reason why a file could not be locked.
 #[derive(Debug)]
 pub(super) enum LockError {
-    /// Somebody else uses it: who, and how, as the end of a sentence that begins with "it is in use".
+    /// Another program uses the file. The text says which program and how, and completes the sentence "it is
+    /// in use: …".
     InUse(String),
-    /// The file system has no such locks.
+    /// The file system does not support these locks.
     Io(io::Error),
 }
 
-/// Of two disks of this process that are opened at a time, one is to be refused and not both.
+/// Serialises locking in this process. Otherwise two disks that open the same file at the same time could
+/// both be refused.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Locks a file for as long as it is open.
+/// Locks a file until it is closed.
 pub(super) fn lock(file: &File, access: Access) -> Result<(), LockError> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let conflict = match take(file, access) {
@@ -78,7 +82,7 @@ pub(super) fn lock(file: &File, access: Access) -> Result<(), LockError> {
         Ok(Some(byte)) => Ok(byte),
         Err(error) => Err(error),
     };
-    // What was taken would be in others' way for as long as the file stays open.
+    // Release the locks, which would otherwise exclude others until the file is closed.
     unlock(file, access);
     drop(turn);
     match conflict {
@@ -87,20 +91,20 @@ pub(super) fn lock(file: &File, access: Access) -> Result<(), LockError> {
     }
 }
 
-/// Gives all locks up. Closing the file does so too, but later where a process that is being started still has
-/// a copy of it.
+/// Releases all locks. Closing the file also releases them, but later if a starting child process still has a
+/// copy.
 pub(super) fn unlock(file: &File, access: Access) {
     for byte in access.bytes() {
-        // What cannot be given up ends with the file.
+        // A lock that cannot be released ends with the file.
         let _ = set(file, byte, libc::F_UNLCK);
     }
 }
 
-/// Takes all locks. Returns a byte on which somebody else has one that excludes them.
+/// Takes all locks. Returns a byte on which another program has a conflicting lock.
 fn take(file: &File, access: Access) -> io::Result<Option<i64>> {
     for byte in access.bytes() {
         match set(file, byte, libc::F_RDLCK) {
-            // Somebody has locked the whole file for writing.
+            // Another program has locked the whole file for writing.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
                 return Ok(Some(byte));
             }
@@ -137,7 +141,7 @@ fn is_locked_by_others(file: &File, byte: i64) -> io::Result<bool> {
     Ok(i32::from(request.l_type) != libc::F_UNLCK)
 }
 
-/// Who has the lock on a byte, and what it means.
+/// Returns the holder of the lock on a byte, and what the lock means.
 fn describe(file: &File, byte: i64) -> String {
     let who = holder(file, byte).unwrap_or_else(|| "another VM or program".to_owned());
     let does = match byte {
@@ -149,7 +153,7 @@ fn describe(file: &File, byte: i64) -> String {
     format!("{who} {does}")
 }
 
-/// The program that has a lock on a byte of a file, among those that this process may look at.
+/// Returns the program that holds a lock on a byte of a file, if this process has the right to see it.
 fn holder(file: &File, byte: i64) -> Option<String> {
     let metadata = file.metadata().ok()?;
     let numbers = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
@@ -175,8 +179,8 @@ fn holder(file: &File, byte: i64) -> Option<String> {
     None
 }
 
-/// Whether what the kernel tells of an open file (`/proc/PID/fdinfo`) has a lock on a byte. A line of a lock
-/// ends in its first and last byte: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:17 100 100`.
+/// Returns whether the text of `/proc/PID/fdinfo` about an open file contains a lock on a byte. The line of a
+/// lock ends with its first and last byte: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:17 100 100`.
 fn locks_byte(text: &str, byte: i64) -> bool {
     let locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
     let mut ranges = locks.filter_map(|lock| {

@@ -1,10 +1,9 @@
 //! Memory that host I/O reads from and writes to.
 //!
-//! A buffer belongs to the operation that is under way with it and moves along with it, so it cannot go
-//! away, or be used otherwise, before the kernel has finished. Reads go to memory of the host's alone
-//! ([`Bounce`], [`Fetch`]): a read into guest memory would pin pages that the host may be remapping.
-//! Writes may come straight from guest memory ([`GuestSlices`]): the kernel only reads there, and a page
-//! that is remapped meanwhile keeps its content.
+//! An operation owns its buffer until the kernel has finished, so the buffer cannot be freed or reused
+//! before. Reads go to memory that only the host accesses ([`Bounce`], [`Fetch`]). A read into guest memory
+//! would pin pages that the engine may be remapping. Writes may come directly from guest memory
+//! ([`GuestSlices`]): the kernel only reads there, and a remapped page keeps its content.
 
 #![expect(unsafe_code, reason = "buffers are shared with the kernel by address")]
 
@@ -20,22 +19,22 @@ use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
 use super::cache::Fetch;
 use crate::GuestMemory;
 
-/// Alignment of bounce buffers: enough for direct I/O on any device.
+/// Alignment of bounce buffers, in bytes: sufficient for direct I/O on any device.
 pub(crate) const BUFFER_ALIGNMENT: usize = 4096;
-/// Sizes of bounce buffers, in bytes. The largest is what one operation moves through a buffer at most: as
-/// much as the kernel reads ahead.
+/// Sizes of bounce buffers, in bytes. The largest is the limit for one operation through a buffer, and equals
+/// the kernel's readahead.
 const CLASSES: [usize; 3] = [4 << 10, 32 << 10, MAX_BOUNCE];
 const LARGEST: usize = CLASSES.len() - 1;
-/// Most bytes of one bounce buffer.
+/// Upper limit for a bounce buffer, in bytes.
 pub(crate) const MAX_BOUNCE: usize = 128 << 10;
 
-/// Memory of the host's for bounce buffers, backed by a huge page where the kernel has one: what is contiguous
-/// in physical memory is one segment for the device, and scattered pages are one each, which some devices
-/// take as so many requests.
+/// Host memory for bounce buffers, backed by a huge page if the kernel has one. Physically contiguous memory
+/// is one segment for the device. Scattered pages are one segment each, and some devices serve each segment
+/// as a separate request.
 #[derive(Debug)]
 struct Slab(NonNull<u8>);
 
-// SAFETY: the memory belongs to the buffers that were cut from it, and to each its own part.
+// SAFETY: each buffer that was cut from the slab owns its own part of the memory.
 unsafe impl Send for Slab {}
 // SAFETY: as above; the slab itself gives access to nothing.
 unsafe impl Sync for Slab {}
@@ -54,8 +53,8 @@ impl Slab {
         }
         let lead = mapped.cast::<u8>().align_offset(Self::BYTES);
         let base = mapped.cast::<u8>().wrapping_add(lead);
-        // SAFETY: both parts are of the mapping that was just made, and outside the slab; the advice changes
-        // no content. A part of no length, or a kernel that has no advice, changes nothing.
+        // SAFETY: both parts belong to the new mapping and lie outside the slab. The advice changes no
+        // content. An empty part changes nothing, nor does a kernel that ignores the advice.
         unsafe {
             if lead > 0 {
                 libc::munmap(mapped, lead);
@@ -71,12 +70,12 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`; the buffers that were cut from it are gone, since each keeps it.
+        // SAFETY: mapped by `new`. Each buffer keeps the slab, so no buffer exists any more.
         unsafe { libc::munmap(self.0.as_ptr().cast(), Self::BYTES) };
     }
 }
 
-/// Aligned memory of the host's that data goes through between image and guest.
+/// Aligned host memory that data passes through between image and guest.
 #[derive(Debug)]
 pub(crate) struct Bounce {
     memory: NonNull<u8>,
@@ -103,7 +102,7 @@ impl Bounce {
             .expect("sizes are multiples of the alignment")
     }
 
-    /// The largest buffers, as many as a slab has room for; none where there is no memory for it.
+    /// Returns as many of the largest buffers as a slab holds, or none if there is no memory for a slab.
     fn of_slab() -> Vec<Self> {
         let Some(slab) = Slab::new().map(Arc::new) else { return Vec::new() };
         let cut = |index: usize| {
@@ -114,14 +113,14 @@ impl Bounce {
         (0..Slab::BYTES / MAX_BOUNCE).map(cut).collect()
     }
 
-    /// The bytes in use.
+    /// Returns the bytes in use.
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: `len` is at most the size of the allocation, which was initialised to zeroes and belongs
-        // to this value alone; no I/O is under way, since that would own this value.
+        // SAFETY: `len` is at most the size of the allocation, which was initialised with zeros and belongs
+        // to this value alone. No I/O is in progress, because I/O would own this value.
         unsafe { slice::from_raw_parts(self.memory.as_ptr(), self.len) }
     }
 
-    /// The bytes in use.
+    /// Returns the bytes in use.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and this value is borrowed mutably.
         unsafe { slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
@@ -137,7 +136,8 @@ impl Drop for Bounce {
     }
 }
 
-/// The bounce buffers of one queue: so many bytes at most, of which few are kept for the next request.
+/// The bounce buffers of one queue. Their total size is limited, and few free buffers are kept for the next
+/// request.
 #[derive(Debug)]
 pub(crate) struct BouncePool {
     free: [Vec<Bounce>; CLASSES.len()],
@@ -147,12 +147,12 @@ pub(crate) struct BouncePool {
 }
 
 impl BouncePool {
-    /// A pool of `limit` bytes at most, or of one buffer.
+    /// Returns a pool of at most `limit` bytes, and at least one buffer.
     pub(crate) fn new(limit: usize) -> Self {
         Self { free: Default::default(), total: 0, limit: limit.max(MAX_BOUNCE) }
     }
 
-    /// A buffer of `len` bytes, [`MAX_BOUNCE`] at most; none while too many are in use.
+    /// Returns a buffer of `len` bytes, at most [`MAX_BOUNCE`], or `None` if too many buffers are in use.
     pub(crate) fn take(&mut self, len: usize) -> Option<Bounce> {
         let class = CLASSES.iter().position(|&size| len <= size)?;
         let mut buffer = match self.free[class].pop() {
@@ -178,12 +178,12 @@ impl BouncePool {
         Some(buffer)
     }
 
-    /// Takes a buffer back.
+    /// Returns a buffer to the pool.
     pub(crate) fn give(&mut self, buffer: Bounce) {
         self.free[buffer.class].push(buffer);
     }
 
-    /// Gives the host back what is not in use, but for one small buffer: an idle disk costs little.
+    /// Frees all unused buffers except one small one, so that an idle disk costs little.
     pub(crate) fn trim(&mut self) {
         let kept = self.free[0].pop();
         self.drop_free();
@@ -209,8 +209,9 @@ pub(crate) struct GuestSlices {
 unsafe impl Send for GuestSlices {}
 
 impl GuestSlices {
-    /// The ranges `pieces`, if each begins at a host address aligned to `address_alignment`, has a length
-    /// that is a multiple of `length_alignment`, and lies in guest memory. Both are powers of two.
+    /// Returns the ranges `pieces`. Fails with `None` unless each begins at a host address aligned to
+    /// `address_alignment`, has a length that is a multiple of `length_alignment`, and lies in guest memory.
+    /// Both alignments are powers of two.
     pub(crate) fn new(
         memory: &GuestMemory,
         pieces: &[(GuestAddress, usize)],
@@ -238,7 +239,7 @@ impl GuestSlices {
 }
 
 impl GuestSlices {
-    /// Reads a byte of each page, so that one that the host cannot supply is noticed.
+    /// Reads a byte of each page, which reveals pages that the host cannot supply.
     pub(crate) fn touch(&self) {
         const PAGE: usize = 4096;
         for vector in &self.vectors {
@@ -254,18 +255,18 @@ fn address_of<B: Bitmap + BitmapSlice>(slice: &VolatileSlice<'_, B>) -> *mut u8 
     slice.ptr_guard().as_ptr().cast_mut()
 }
 
-/// What an operation reads into or writes from.
+/// The source or the target of an operation.
 pub(crate) enum Memory {
     /// A bounce buffer.
     Bounce(Bounce),
-    /// A buffer of the cache's, to read into.
+    /// A buffer of the cache, to read into.
     Fetch(Fetch),
     /// Guest memory, to write from.
     Guest(GuestSlices),
 }
 
 impl Memory {
-    /// Bytes to be moved.
+    /// Returns the number of bytes to transfer.
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Bounce(bounce) => bounce.len,
@@ -274,22 +275,22 @@ impl Memory {
         }
     }
 
-    /// The bytes to read into; none where that is forbidden.
+    /// Returns the bytes to read into, or `None` for guest memory.
     pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         match self {
             Self::Bounce(bounce) => Some(bounce.bytes_mut()),
             Self::Fetch(fetch) => {
                 let (start, len) = (fetch.buffer().as_ptr(), fetch.bytes());
-                // SAFETY: whoever made the fetch vouched that its buffer can be written and that nobody else
-                // touches it while the fetch lives, which is borrowed here.
+                // SAFETY: the maker of the fetch guarantees that the buffer is writable and that only the
+                // fetch's holder accesses it. The fetch is borrowed here.
                 Some(unsafe { slice::from_raw_parts_mut(start, len) })
             }
             Self::Guest(_) => None,
         }
     }
 
-    /// The vectors that remain after the first `done` bytes. They are valid as long as this value lives and
-    /// is not borrowed otherwise.
+    /// Returns the vectors that remain after the first `done` bytes. They are valid while this value lives
+    /// and is not borrowed otherwise.
     pub(crate) fn vectors(&self, done: usize) -> Vec<libc::iovec> {
         let whole =
             |base: NonNull<u8>, len| vec![libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len }];
@@ -302,7 +303,7 @@ impl Memory {
     }
 }
 
-/// Cuts the first `done` bytes off.
+/// Removes the first `done` bytes.
 fn skip(mut vectors: Vec<libc::iovec>, mut done: usize) -> Vec<libc::iovec> {
     let whole = vectors
         .iter()
@@ -322,7 +323,7 @@ fn skip(mut vectors: Vec<libc::iovec>, mut done: usize) -> Vec<libc::iovec> {
     vectors
 }
 
-/// The range of whole pieces of `alignment` bytes that `range` touches.
+/// Returns the range of whole pieces of `alignment` bytes that overlap `range`.
 pub(crate) fn widen(range: &Range<u64>, alignment: u64) -> Range<u64> {
     range.start - range.start % alignment..range.end.next_multiple_of(alignment)
 }

@@ -1,18 +1,20 @@
-//! What lies behind a disk: images, the ways to read and write them, and the cache of their blocks.
+//! The back end of a disk: images, the channels to them, and the cache of their blocks.
 //!
-//! - [`image::Image`] is an array of bytes in some format. [`raw`] images are files and block devices whose
-//!   bytes are the disk's; qcow2 images hold what differs from others that back them.
-//! - A channel carries operations of one queue to an image, many at a time: by io_uring where the image is
-//!   raw and the kernel allows it, by a few threads otherwise.
-//! - [`cache::BlockCache`] is asked before whole blocks are read, and told before any are written.
-//! - [`limit::RateLimiter`] bounds what the disk does a second.
+//! - [`image::Image`] is an array of bytes in some format. [`raw`] images are files and block devices with
+//!   the same bytes as the disk. A qcow2 image holds only differences from its backing image.
+//! - A channel carries the operations of one queue to an image, many at a time. It uses io_uring if the image
+//!   is raw and the kernel allows io_uring, and a few threads otherwise.
+//! - A disk asks the [`cache::BlockCache`] before it reads whole blocks, and tells it of writes before they
+//!   begin.
+//! - [`limit::RateLimiter`] limits the bytes and operations of a disk per second.
 //!
-//! # What holds data
-//! With [`CachePolicy::Buffered`] the kernel's page cache does. All other policies go past it (`O_DIRECT`).
-//! A file system that cannot do that is used through its page cache; [`Disk::notices`] says so.
+//! # Caches of data
+//! With [`CachePolicy::Buffered`], data is in the kernel's page cache. All other policies bypass it
+//! (`O_DIRECT`). If the file system does not support that, its page cache is used, and [`Disk::notices`] says
+//! so.
 //!
-//! Host I/O never reads into guest memory. It reads into the cache's memory or into bounce buffers, and
-//! writes from either or from guest memory.
+//! Host I/O never reads into guest memory. It reads into the cache's memory or into bounce buffers. It writes
+//! from these or from guest memory.
 
 use std::fmt;
 use std::io;
@@ -50,33 +52,34 @@ use threads::{ThreadChannel, ThreadPool};
 use uring::UringChannel;
 use wakers::Wakers;
 
-/// What carries operations out.
+/// The mechanism that carries out operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
-    /// io_uring where it is to be had and the image is raw; threads otherwise.
+    /// io_uring if the image is raw and io_uring is available, otherwise threads.
     #[default]
     Auto,
     /// Threads in any case.
     Threads,
 }
 
-/// What a disk is made from.
+/// The description of a disk.
 #[derive(Clone, Debug)]
 pub struct DiskOptions {
     /// An image file or a block device.
     pub path: PathBuf,
-    /// Nothing is to be written.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// The image's format; none to have it found out, which is refused where it would be dangerous.
+    /// The image's format, or `None` to detect it. Detection is refused where a wrong guess would be
+    /// dangerous.
     pub format: Option<Format>,
-    /// Who keeps blocks in host memory.
+    /// The cache that keeps blocks in host memory.
     pub policy: CachePolicy,
-    /// What carries operations out.
+    /// The mechanism that carries out operations.
     pub engine: Engine,
 }
 
 impl DiskOptions {
-    /// A disk on the image at `path` that can be written, with the default policy.
+    /// Returns a writable disk on the image at `path`, with the default policy.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -88,7 +91,7 @@ impl DiskOptions {
     }
 }
 
-/// An open image with all that its queues have in common.
+/// An open image, with everything that its queues share.
 pub struct Disk {
     image: Arc<dyn Image>,
     use_uring: bool,
@@ -99,7 +102,7 @@ pub struct Disk {
     threads: Mutex<Weak<ThreadPool>>,
     notices: Vec<String>,
     lost: AtomicBool,
-    zeroes_have_to_be_written: AtomicBool,
+    must_write_zeros: AtomicBool,
 }
 
 impl fmt::Debug for Disk {
@@ -109,10 +112,10 @@ impl fmt::Debug for Disk {
 }
 
 impl Disk {
-    /// Opens the image and all that back it, and locks them.
-    ///
+    /// Opens and locks the image and its backing images.
+    ///     ///
     /// # Errors
-    /// Where a file cannot be opened, is in use, or is no image of the format.
+    /// Fails if a file cannot be opened, is in use, or is not an image of the format.
     pub fn open(options: &DiskOptions) -> Result<Self, OpenError> {
         let file = ImageFile::open(&options.path, options.read_only)?;
         let looks_like_qcow2 = file.looks_like_qcow2()?;
@@ -156,7 +159,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// A disk on any image, without limits and without a cache.
+    /// Returns a disk on any image, without limits and without a cache.
     pub fn new(image: Arc<dyn Image>, engine: Engine) -> Self {
         let wakers = Arc::<Wakers>::default();
         Self {
@@ -169,31 +172,31 @@ impl Disk {
             threads: Mutex::default(),
             notices: Vec::new(),
             lost: AtomicBool::new(false),
-            zeroes_have_to_be_written: AtomicBool::new(false),
+            must_write_zeros: AtomicBool::new(false),
         }
     }
 
-    /// Has reads of whole blocks go through `cache`.
+    /// Makes reads of whole blocks go through `cache`.
     pub fn set_cache(&mut self, cache: Arc<dyn BlockCache>) {
         self.cache = Some(cache);
     }
 
-    /// The image.
+    /// Returns the image.
     pub fn image(&self) -> &dyn Image {
         self.image.as_ref()
     }
 
-    /// The cache, if there is one.
+    /// Returns the cache, if there is one.
     pub fn cache(&self) -> Option<&Arc<dyn BlockCache>> {
         self.cache.as_ref()
     }
 
-    /// The limits, to be changed at any time.
+    /// Returns the limits, which may change at any time.
     pub fn limiter(&self) -> &Arc<RateLimiter> {
         &self.limiter
     }
 
-    /// What the user should know about how the disk is accessed, in sentences.
+    /// Returns sentences for the user about how the disk is accessed.
     pub fn notices(&self) -> &[String] {
         &self.notices
     }
@@ -206,9 +209,9 @@ impl Disk {
         &self.wakers
     }
 
-    /// A way to the image for one queue. Threads that it may need are called `name`.
+    /// Returns a channel to the image for one queue. Threads that it may need get the name `name`.
     pub(crate) fn channel(&self, name: &str) -> io::Result<Box<dyn Channel>> {
-        // Where there is no memory for a ring, there may be for threads.
+        // If there is not enough memory for a ring, there may be enough for threads.
         if self.use_uring
             && let Ok(ring) = UringChannel::new(self.image.clone())
         {
@@ -223,7 +226,7 @@ impl Disk {
         Ok(Box::new(ThreadChannel::new(pool)?))
     }
 
-    /// The image cannot be used any more.
+    /// Returns whether the image has become unusable.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
@@ -232,12 +235,12 @@ impl Disk {
         self.lost.store(true, Ordering::Release);
     }
 
-    /// The image was found unable to make zeroes by itself.
-    pub(crate) fn zeroes_have_to_be_written(&self) -> bool {
-        self.zeroes_have_to_be_written.load(Ordering::Relaxed)
+    /// Returns whether the image turned out to be unable to zero ranges itself.
+    pub(crate) fn must_write_zeros(&self) -> bool {
+        self.must_write_zeros.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn write_zeroes_from_now_on(&self) {
-        self.zeroes_have_to_be_written.store(true, Ordering::Relaxed);
+    pub(crate) fn set_must_write_zeros(&self) {
+        self.must_write_zeros.store(true, Ordering::Relaxed);
     }
 }

@@ -1,7 +1,7 @@
-//! Opens the files that images lie in: what they are, who else uses them, how they can be accessed.
+//! Opens the files of images: finds their kind, their other users and the possible ways of access.
 //!
-//! A file is [locked](super::locks) as long as it is open: it has one writer or any number of readers. A block
-//! device opened for writing is claimed from the kernel as well (`O_EXCL`), so a mounted one is refused.
+//! A file stays [locked](super::locks) while it is open: it has one writer or any number of readers. A block
+//! device opened for writing is also claimed from the kernel (`O_EXCL`), so a mounted device is refused.
 
 #![expect(unsafe_code, reason = "statx, fcntl and ioctl have no safe form for what is asked here")]
 
@@ -18,30 +18,30 @@ use super::identity::Identity;
 use super::image::SECTOR_SIZE;
 use super::locks::{self, Access, LockError};
 
-/// Why a file cannot be a disk, or part of one.
+/// The reason why a file cannot be a disk, or part of a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The file cannot be opened as asked.
+    /// The file cannot be opened for this access.
     #[error("open disk {path} for {access}: {source}")]
     Open {
         /// The file.
         path: PathBuf,
         /// "reading" or "reading and writing".
         access: &'static str,
-        /// Error of the system call.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// The file's kind, size or content could not be found out, or it could not be locked.
+    /// The file's kind, size or content could not be found out, or the file could not be locked.
     #[error("{action} disk {path}: {source}")]
     Io {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Error of the system call.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Somebody else uses the file in a way that excludes this one.
+    /// Another program uses the file in a conflicting way.
     #[error(
         "lock disk {path} for {access}: it is in use: {user}; end that use first, or make a copy or an overlay \
          for this VM. A disk has one writer or any number of readers"
@@ -51,7 +51,7 @@ pub enum OpenError {
         path: PathBuf,
         /// "reading" or "reading and writing".
         access: &'static str,
-        /// Who uses it, and how.
+        /// The other user, and how it uses the file.
         user: String,
     },
     /// A directory, a pipe, a socket or a character device.
@@ -59,10 +59,10 @@ pub enum OpenError {
     NotADisk {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The kind of the file.
         kind: &'static str,
     },
-    /// Not a whole number of sectors, or none.
+    /// The size is zero or not a whole number of sectors.
     #[error(
         "open disk {path}: its size of {size} bytes is not a positive multiple of 512; resize it (truncate -s)"
     )]
@@ -72,33 +72,33 @@ pub enum OpenError {
         /// Its size in bytes.
         size: u64,
     },
-    /// A disk whose format was not given, and which it would be dangerous to guess.
+    /// The user gave no format, and a wrong guess would be dangerous.
     #[error("open disk {path}: {reason}; add format=qcow2 or format=raw")]
     Format {
         /// The file.
         path: PathBuf,
-        /// Why it is not guessed.
+        /// The reason why the format is not guessed.
         reason: &'static str,
     },
-    /// A qcow2 image that is damaged or uses what is not supported.
+    /// A qcow2 image that is damaged or uses unsupported features.
     #[error("open qcow2 image {path}: {reason}")]
     Qcow2 {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault of the image.
         reason: String,
     },
-    /// Something that an image refers to.
+    /// A fault of a backing image.
     #[error("{path} is backed by another image: {source}")]
     Backing {
-        /// The image that refers to it.
+        /// The image that refers to the backing image.
         path: PathBuf,
-        /// What is wrong with the other one.
+        /// The fault of the backing image.
         source: Box<OpenError>,
     },
 }
 
-/// Why a disk keeps the size that it had.
+/// The reason why a disk keeps its earlier size.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
     /// The file's size cannot be found out.
@@ -106,19 +106,19 @@ pub enum ResizeError {
     Io {
         /// The file.
         path: PathBuf,
-        /// Error of the system call.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Another file has its name.
+    /// The path now refers to another file.
     #[error(
         "resize disk {path}: the path leads to another file now, but the VM uses the earlier file; stop the \
          VM and start it again to use the new file"
     )]
     Replaced {
-        /// The file's name.
+        /// The path.
         path: PathBuf,
     },
-    /// Not a whole number of the pieces that the disk is accessed in.
+    /// The size is zero or not a multiple of the disk's unit of access.
     #[error(
         "resize disk {path}: its size of {size} bytes is not a positive multiple of {unit}; \
          resize it again (truncate -s)"
@@ -128,17 +128,17 @@ pub enum ResizeError {
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
-        /// In bytes.
+        /// The unit of access, in bytes.
         unit: u64,
     },
 }
 
-/// What direct I/O on a file has to keep to, in bytes; powers of two.
+/// The alignment that direct I/O on a file requires, in bytes. Both values are powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DirectAlignment {
-    /// Of addresses in memory.
+    /// Alignment of addresses in memory.
     pub(crate) memory: u32,
-    /// Of offsets and lengths.
+    /// Alignment of offsets and lengths.
     pub(crate) offset: u32,
 }
 
@@ -148,7 +148,7 @@ pub(crate) struct ImageFile {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     pub(crate) metadata: Metadata,
-    /// In bytes.
+    /// The size in bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     identity: Identity,
@@ -161,8 +161,7 @@ impl ImageFile {
         let in_use = |user| OpenError::InUse { path: path.to_owned(), access, user };
         let failed = |action| move |source| OpenError::Io { action, path: path.to_owned(), source };
 
-        // Opening a pipe must not wait for its other end. O_EXCL without O_CREAT concerns block devices
-        // alone.
+        // Opening a pipe must not wait for its other end. O_EXCL without O_CREAT affects only block devices.
         let exclusive = if read_only { 0 } else { libc::O_EXCL };
         let mut file = File::options()
             .read(true)
@@ -187,22 +186,22 @@ impl ImageFile {
             LockError::Io(source) => failed("lock")(source),
         })?;
 
-        // O_NONBLOCK has done its work, and io_uring would take it for a wish to fail early.
+        // O_NONBLOCK is no longer needed, and io_uring would take it as a request to fail early.
         set_flags(&file, |flags| flags & !libc::O_NONBLOCK).map_err(failed("inspect"))?;
-        // From here on nobody else writes it. The end of a block device is found by seeking; its metadata
-        // has no size.
+        // From here on no other program writes the file. The end of a block device is found by seeking,
+        // because its metadata has no size.
         let metadata = file.metadata().map_err(failed("inspect"))?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed("measure"))?;
         let identity = Identity::of(&file, &metadata);
         Ok(Self { path: path.to_owned(), file, metadata, size, read_only, identity })
     }
 
-    /// What blocks that lie in it are known by, read in a format.
+    /// Returns the identity of blocks in this file, read in a format.
     pub(crate) fn id(&self, format: Format) -> ImageId {
         self.identity.image(format)
     }
 
-    /// Whether the file begins as qcow2 images do.
+    /// Returns whether the file begins like a qcow2 image.
     pub(crate) fn looks_like_qcow2(&self) -> Result<bool, OpenError> {
         let mut magic = [0; 4];
         match self.file.read_exact_at(&mut magic, 0) {
@@ -212,8 +211,8 @@ impl ImageFile {
         }
     }
 
-    /// What reads and writes past the page cache have to keep to; none where the file system has no such
-    /// thing.
+    /// Returns the alignment that direct I/O requires, or `None` if the file system does not support direct
+    /// I/O.
     pub(crate) fn direct_alignment(&self) -> Result<Option<DirectAlignment>, OpenError> {
         let failed = |source| OpenError::Io { action: "inspect", path: self.path.clone(), source };
         Ok(match stated_alignment(&self.file).map_err(failed)? {
@@ -226,7 +225,7 @@ impl ImageFile {
         })
     }
 
-    /// Has reads and writes go past the page cache from now on, if the file system can do that.
+    /// Makes reads and writes bypass the page cache, if the file system supports it. Returns whether it does.
     pub(crate) fn use_direct_io(&self) -> Result<bool, OpenError> {
         match set_flags(&self.file, |flags| flags | libc::O_DIRECT) {
             Ok(()) => Ok(true),
@@ -235,7 +234,7 @@ impl ImageFile {
         }
     }
 
-    /// Bytes of the file now, if it is still the one that its name refers to.
+    /// Returns the present size of the file in bytes, if the path still refers to this file.
     pub(crate) fn measure(&self) -> Result<u64, ResizeError> {
         let failed = |source| ResizeError::Io { path: self.path.clone(), source };
         let named = std::fs::metadata(&self.path).map_err(failed)?;
@@ -246,7 +245,7 @@ impl ImageFile {
         if number(&named) != number(&self.metadata) {
             return Err(ResizeError::Replaced { path: self.path.clone() });
         }
-        // Reads and writes say where; nothing else depends on the file's position.
+        // Reads and writes give their own offset, so nothing depends on the file's position.
         (&self.file).seek(SeekFrom::End(0)).map_err(failed)
     }
 
@@ -258,7 +257,7 @@ impl ImageFile {
         Ok(())
     }
 
-    /// The file system's preferred block, as far as it is fit to be told to a guest.
+    /// Returns the file system's preferred block size in bytes, or 4096 if a guest cannot use that size.
     pub(crate) fn preferred_block_size(&self) -> u32 {
         match u32::try_from(self.metadata.blksize()) {
             Ok(size) if size.is_power_of_two() && (512..=65536).contains(&size) => size,
@@ -266,7 +265,7 @@ impl ImageFile {
         }
     }
 
-    /// Whether storage can be given back, found out without a change to the file.
+    /// Returns whether storage can be freed, without a change to the file.
     pub(crate) fn can_discard(&self) -> bool {
         if self.read_only {
             return false;
@@ -284,7 +283,7 @@ impl ImageFile {
 }
 
 impl Drop for ImageFile {
-    /// What reads and writes the file through a copy of the descriptor is gone by now: images drop it last.
+    /// Users of a copy of the descriptor have finished by now, because images drop the file last.
     fn drop(&mut self) {
         locks::unlock(&self.file, lock_for(self.read_only));
     }
@@ -294,7 +293,7 @@ fn lock_for(read_only: bool) -> Access {
     if read_only { Access::Reading } else { Access::Writing }
 }
 
-/// `fallocate(2)`.
+/// Calls `fallocate(2)`, again after an interruption.
 pub(crate) fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let position = |value| i64::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
     let (offset, len) = (position(offset)?, position(len)?);
@@ -320,11 +319,11 @@ fn set_flags(file: &File, change: impl FnOnce(i32) -> i32) -> io::Result<()> {
     Ok(())
 }
 
-/// What the file system says about direct I/O on a file; an offset alignment of 0 if there is none. Linux
-/// before 6.1 and some file systems say nothing.
+/// Returns the file system's statement about direct I/O on a file. An offset alignment of 0 means no direct
+/// I/O. `None` if there is no statement, as in Linux before 6.1 and on some file systems.
 fn stated_alignment(file: &File) -> io::Result<Option<DirectAlignment>> {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path is an empty C string, and the answer is as large as the kernel takes it to be.
+    // SAFETY: the path is an empty C string, and the answer has the size that the kernel expects.
     let result = unsafe {
         libc::statx(
             file.as_raw_fd(),
@@ -337,7 +336,7 @@ fn stated_alignment(file: &File) -> io::Result<Option<DirectAlignment>> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: all zeroes are a value of this type, and so is what the kernel has made of them.
+    // SAFETY: all zeros are a valid value of this type, and so is the kernel's answer.
     let answer = unsafe { answer.assume_init() };
     let stated = answer.stx_mask & libc::STATX_DIOALIGN != 0;
     Ok(stated.then_some(DirectAlignment {
@@ -346,7 +345,7 @@ fn stated_alignment(file: &File) -> io::Result<Option<DirectAlignment>> {
     }))
 }
 
-/// The unit of a block device, or for a file what suits every device that it may lie on.
+/// Returns the block size of a block device, or for a file a size that suits any device below it.
 fn logical_block_size(file: &File, metadata: &Metadata) -> u32 {
     let mut size: libc::c_int = 0;
     // SAFETY: the kernel writes an int there.

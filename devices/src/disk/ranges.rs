@@ -1,8 +1,8 @@
-//! Keeps writes that read what surrounds them from losing other writes.
+//! Prevents read-modify-write cycles from losing other writes.
 //!
-//! Where a device takes whole blocks only, a write of part of one reads the block, changes it and writes it
-//! back. Another write to the same block must not come between. Requests take the range that they touch
-//! before they begin and give it back when they are complete; one that does not get its range waits.
+//! If a device accepts only whole blocks, a write of part of a block reads the block, changes it and writes
+//! it back. No other write to the block may happen in between. Each request locks its range before it begins
+//! and unlocks it when it completes. A request that cannot lock its range waits.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,8 +20,8 @@ struct Held {
 struct State {
     held: Vec<Held>,
     next_key: u64,
-    /// Somebody was refused since ranges were last given back.
-    awaited: bool,
+    /// Whether a request was refused since the last unlock.
+    is_awaited: bool,
 }
 
 /// The ranges of one disk that are being written, in bytes.
@@ -32,19 +32,20 @@ pub(crate) struct RangeLocks {
 }
 
 impl RangeLocks {
-    /// No range is taken. Whoever has to wait for one is woken through `wakers`.
+    /// Returns an object without locked ranges. Waiting requests are woken through `wakers`.
     pub(crate) fn new(wakers: Arc<Wakers>) -> Self {
         Self { state: Mutex::default(), wakers }
     }
 
-    /// Takes `range`; with others, unless it or theirs is `exclusive`. None if it has to wait.
+    /// Locks `range`. Ranges may overlap unless one of them is `exclusive`. Returns `None` if the request
+    /// must wait.
     pub(crate) fn try_take(self: &Arc<Self>, range: Range<u64>, exclusive: bool) -> Option<RangeGuard> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let conflicts = |held: &Held| {
             (exclusive || held.exclusive) && held.range.start < range.end && range.start < held.range.end
         };
         if state.held.iter().any(conflicts) {
-            state.awaited = true;
+            state.is_awaited = true;
             return None;
         }
         let key = state.next_key;
@@ -54,7 +55,7 @@ impl RangeLocks {
     }
 }
 
-/// A range taken. Dropping it gives it back.
+/// A locked range. Dropping the guard unlocks it.
 #[derive(Debug)]
 pub(crate) struct RangeGuard {
     locks: Arc<RangeLocks>,
@@ -65,7 +66,7 @@ impl Drop for RangeGuard {
     fn drop(&mut self) {
         let mut state = self.locks.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.held.retain(|held| held.key != self.key);
-        if std::mem::take(&mut state.awaited) {
+        if std::mem::take(&mut state.is_awaited) {
             drop(state);
             self.locks.wakers.wake();
         }

@@ -1,4 +1,4 @@
-//! Raw images: a file or a block device whose bytes are the disk's.
+//! Raw images: files and block devices with the same bytes as the disk.
 
 #![expect(unsafe_code, reason = "vectors of addresses are handed to preadv and pwritev")]
 
@@ -15,28 +15,28 @@ use super::image::{Image, Layer, Location, SECTOR_SIZE};
 use super::memory::Memory;
 use super::open::{DirectAlignment, ImageFile, OpenError, ResizeError, fallocate};
 
-/// A raw image file or a block device. It is locked as long as it is open.
+/// A raw image file or a block device. It stays locked while it is open.
 #[derive(Debug)]
 pub struct RawFile {
     image: ImageFile,
-    /// In bytes.
+    /// The size in bytes.
     size: AtomicU64,
-    /// With direct I/O.
+    /// The alignment of direct I/O; `None` if the page cache is used.
     direct: Option<DirectAlignment>,
     can_discard: bool,
     flush_failed: AtomicBool,
 }
 
 impl RawFile {
-    /// Opens and locks the disk at `path`, to be accessed through the page cache.
-    ///
+    /// Opens and locks the disk at `path` for access through the page cache.
+    ///     ///
     /// # Errors
-    /// Where the file cannot be a disk.
+    /// Fails if the file cannot be a disk.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, OpenError> {
         Self::new(ImageFile::open(path, read_only)?, false)
     }
 
-    /// A disk on an open file, past the page cache (`direct`) where that is possible.
+    /// Returns a disk on an open file. With `direct`, it bypasses the page cache if possible.
     pub(crate) fn new(image: ImageFile, direct: bool) -> Result<Self, OpenError> {
         image.check_sectors()?;
         let can_discard = image.can_discard();
@@ -48,8 +48,8 @@ impl RawFile {
         Ok(raw)
     }
 
-    /// A block that reaches beyond the end cannot be read and written directly as a whole: such a file goes
-    /// through the page cache.
+    /// Direct I/O cannot access a block that reaches beyond the end of the file. Such a file uses the page
+    /// cache.
     fn direct_alignment(&self) -> Result<Option<DirectAlignment>, OpenError> {
         match self.image.direct_alignment()? {
             Some(alignment) if self.image.size.is_multiple_of(alignment.offset.into()) => {
@@ -59,7 +59,7 @@ impl RawFile {
         }
     }
 
-    /// A disk that takes whole pieces of `alignment` bytes only, as some devices do.
+    /// Opens a disk that accepts only whole pieces of `alignment` bytes, as some devices do.
     #[cfg(test)]
     pub(crate) fn open_in_blocks(path: &Path, alignment: u32) -> Result<Self, OpenError> {
         let direct = DirectAlignment { memory: alignment.min(4096), offset: alignment };
@@ -69,7 +69,7 @@ impl RawFile {
         Ok(raw)
     }
 
-    /// The alignment of direct I/O; none where requests go through the page cache.
+    /// Returns the alignment of direct I/O, or `None` if requests go through the page cache.
     pub(crate) fn direct(&self) -> Option<DirectAlignment> {
         self.direct
     }
@@ -78,7 +78,7 @@ impl RawFile {
         &self.image.file
     }
 
-    /// Carries `memory` to or from byte `offset` on, all of it, waiting for it.
+    /// Transfers all of `memory` from or to the disk at byte `offset`, and waits for the end.
     pub(crate) fn transfer(&self, memory: &mut Memory, offset: u64, write: bool) -> io::Result<()> {
         let fd = self.image.file.as_raw_fd();
         let mut done = 0;
@@ -108,10 +108,10 @@ impl RawFile {
         Ok(())
     }
 
-    /// The result of a flush, given what `fdatasync` said.
-    ///
-    /// After a failed write-back the kernel drops the data, marks the pages clean, and the next `fdatasync`
-    /// succeeds. Success would be a lie from then on.
+    /// Returns the result of a flush, given the result of `fdatasync`.
+    ///     ///
+    /// After a failed write-back the kernel drops the data and marks the pages clean, and the next
+    /// `fdatasync` succeeds. So a flush after a failure must not report success.
     pub(crate) fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         if self.flush_failed.load(Ordering::Acquire) {
             return Err(io::Error::other("an earlier flush failed and may have lost data"));
@@ -120,7 +120,7 @@ impl RawFile {
     }
 }
 
-/// What a transfer failed with that moved nothing more.
+/// Returns the error of a transfer that ended before all bytes were transferred.
 pub(crate) fn ended_early(write: bool) -> io::Error {
     if write {
         io::Error::new(io::ErrorKind::WriteZero, "the host took part of the data only")
@@ -129,16 +129,16 @@ pub(crate) fn ended_early(write: bool) -> io::Error {
     }
 }
 
-/// How `fallocate` gives storage back.
+/// The mode in which `fallocate` frees storage.
 pub(crate) const DISCARD_MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// How `fallocate` makes zeroes.
+/// Returns the mode in which `fallocate` zeroes a range.
 pub(crate) fn zero_mode(unmap: bool) -> i32 {
     let how = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
     how | libc::FALLOC_FL_KEEP_SIZE
 }
 
-/// File systems and devices say in several ways that they cannot.
+/// Translates the different errors by which file systems and devices refuse a mode.
 pub(crate) fn fallocated(result: io::Result<()>) -> io::Result<()> {
     result.map_err(|error| match error.raw_os_error() {
         Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS | libc::ENODEV) => {

@@ -1,5 +1,4 @@
-//! Operations carried out by threads that wait for them: for images that are no plain files, and where
-//! io_uring is not to be had.
+//! Operations that threads carry out, for images other than plain files and for hosts without io_uring.
 //!
 //! The threads belong to one disk and serve all its queues. They run as long as any queue does.
 
@@ -16,9 +15,9 @@ use super::channel::{Action, Channel, ChannelLost, Completion, Operation};
 use super::image::Image;
 use super::memory::Memory;
 
-/// Threads of one disk: as many requests reach the image at once.
+/// Number of threads of one disk, and so of simultaneous requests to its image.
 const THREADS: usize = 4;
-/// Address space of a thread's stack: a chain of images is walked by recursion.
+/// Address space of a thread's stack, in bytes. Access to a chain of images is recursive.
 const STACK_SIZE: usize = 512 << 10;
 
 struct Job {
@@ -26,7 +25,7 @@ struct Job {
     reply: Arc<Reply>,
 }
 
-/// Where the completions of one queue arrive.
+/// The completions of one queue.
 struct Reply {
     completions: Mutex<Vec<Completion>>,
     arrived: Condvar,
@@ -51,14 +50,14 @@ impl Shared {
     }
 }
 
-/// The threads of one disk. Dropping it waits for their end.
+/// The threads of one disk. Dropping the pool waits for their end.
 pub(super) struct ThreadPool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl ThreadPool {
-    /// Starts threads called `name` that serve `image`.
+    /// Starts threads with the name `name` that serve `image`.
     pub(super) fn start(name: &str, image: &Arc<dyn Image>) -> io::Result<Self> {
         let mut pool = Self { shared: Arc::default(), threads: Vec::with_capacity(THREADS) };
         for _ in 0..THREADS {
@@ -66,7 +65,7 @@ impl ThreadPool {
             let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK_SIZE);
             match builder.spawn(move || work(&shared, image.as_ref())) {
                 Ok(thread) => pool.threads.push(thread),
-                // One thread is enough to get on.
+                // One thread is enough to continue.
                 Err(_) if !pool.threads.is_empty() => break,
                 Err(error) => return Err(error),
             }
@@ -80,7 +79,7 @@ impl Drop for ThreadPool {
         self.shared.jobs().is_closed = true;
         self.shared.added.notify_all();
         for thread in self.threads.drain(..) {
-            // Panics of images are caught; there is nobody to tell of another.
+            // Panics of images are caught. No other panic could be reported to anybody.
             let _ = thread.join();
         }
     }
@@ -99,15 +98,15 @@ fn work(shared: &Shared, image: &dyn Image) {
         drop(jobs);
         let outcome = catch_unwind(AssertUnwindSafe(|| carry_out(image, &mut operation)));
         let completion = match outcome {
-            Ok(result) => Completion { operation, result, lost: false },
+            Ok(result) => Completion { operation, result, is_lost: false },
             Err(_) => {
                 let error = io::Error::other("the code that serves the image panicked");
-                Completion { operation, result: Err(error), lost: true }
+                Completion { operation, result: Err(error), is_lost: true }
             }
         };
         reply.completions.lock().unwrap_or_else(PoisonError::into_inner).push(completion);
         reply.arrived.notify_one();
-        // The one failure of an event counter is that it is full: then the queue's worker is awake.
+        // Writing fails only if the event counter is full. The queue's worker is awake then.
         let _ = reply.event.write(1);
     }
 }
@@ -134,7 +133,7 @@ fn misplaced() -> io::Error {
     io::Error::other("this image cannot use that memory")
 }
 
-/// One queue's share of the threads.
+/// The connection of one queue to the threads.
 pub(super) struct ThreadChannel {
     pool: Arc<ThreadPool>,
     reply: Arc<Reply>,
@@ -201,7 +200,7 @@ impl Drop for ThreadChannel {
     fn drop(&mut self) {
         self.waiting.clear();
         while self.submitted > 0 {
-            // What was lost does not matter any more.
+            // Lost operations do not matter any more.
             let _ = self.wait();
             let _ = self.reap(&mut Vec::new());
         }

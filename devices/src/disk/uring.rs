@@ -1,7 +1,7 @@
-//! Operations on a raw file through io_uring: one ring per queue.
+//! Operations on a raw file through io_uring, with one ring per queue.
 //!
-//! Entries are collected and handed to the kernel in one call. What the kernel could do at once, such as
-//! reads of what it has in its page cache, is over when that call returns; for the rest the ring's file
+//! One call gives all collected entries to the kernel. Operations that the kernel can finish immediately,
+//! such as reads from its page cache, are complete when that call returns. For the others, the ring's file
 //! descriptor becomes readable.
 
 #![expect(unsafe_code, reason = "the kernel is given addresses of memory and keeps them")]
@@ -17,15 +17,15 @@ use super::image::Image;
 use super::memory::Memory;
 use super::raw::{DISCARD_MODE, RawFile, ended_early, fallocated, zero_mode};
 
-/// Entries of a ring. More operations than that are handed over in several calls.
+/// Entries of a ring. More operations than that need several calls.
 const ENTRIES: u32 = 128;
 
-/// An operation in the kernel's hands, or about to be.
+/// An operation that the kernel has, or is about to get.
 struct Pending {
     operation: Operation,
-    /// Bytes moved so far: the kernel may do part of a transfer.
+    /// Bytes transferred so far. The kernel may transfer only a part.
     done: usize,
-    /// What the entry points to, at an address that stays.
+    /// The vectors that the entry points to. Their address does not change.
     vectors: Vec<libc::iovec>,
 }
 
@@ -36,22 +36,22 @@ unsafe impl Send for Pending {}
 pub(super) struct UringChannel {
     ring: IoUring,
     image: Arc<dyn Image>,
-    /// By the number that the kernel gives back.
+    /// Operations by the number that the kernel returns.
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
-    /// Not yet in the submission queue.
+    /// Operations that are not yet in the submission queue.
     waiting: Vec<usize>,
-    /// Given to the kernel and not yet back.
+    /// Number of operations that the kernel has.
     submitted: usize,
 }
 
-/// Whether the kernel lets this process use io_uring; if not, why.
+/// Returns an error with the reason if the kernel does not let this process use io_uring.
 pub(super) fn probe() -> io::Result<()> {
     IoUring::new(2).map(drop)
 }
 
 impl UringChannel {
-    /// A ring for `image`, which is raw.
+    /// Returns a ring for `image`, which must be raw.
     pub(super) fn new(image: Arc<dyn Image>) -> io::Result<Self> {
         let ring = IoUring::builder().setup_clamp().build(ENTRIES)?;
         let (pending, free, waiting) = (Vec::new(), Vec::new(), Vec::new());
@@ -62,7 +62,7 @@ impl UringChannel {
         self.image.raw().expect("a ring is made for raw images alone")
     }
 
-    /// The entry for what is left of a pending operation.
+    /// Returns the entry for the remaining part of a pending operation.
     fn entry(&mut self, index: usize) -> squeue::Entry {
         let fd = types::Fd(self.raw().file().as_raw_fd());
         let pending = self.pending[index].as_mut().expect("a waiting operation is pending");
@@ -89,14 +89,14 @@ impl UringChannel {
         entry.user_data(index as u64)
     }
 
-    /// Hands what is waiting to the kernel; with `wait`, until something is over.
+    /// Gives waiting operations to the kernel. With `wait`, also waits until one completes.
     fn enter(&mut self, wait: bool) -> Result<(), ChannelLost> {
         loop {
             while let Some(&index) = self.waiting.last() {
                 let entry = self.entry(index);
                 // SAFETY: the entry's vectors lie in `pending[index]` and point to memory that the operation
-                // there owns. Both stay until the kernel has given the number back: `reap` removes them
-                // after that alone, and `drop` waits for it.
+                // there owns. Both stay until the kernel has returned the number: only then does `reap`
+                // remove them, and `drop` waits for it.
                 if unsafe { self.ring.submission().push(&entry) }.is_err() {
                     break;
                 }
@@ -113,7 +113,7 @@ impl UringChannel {
                 Ok(_) if !wait => {}
                 Ok(_) => return Ok(()),
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                // Completions have to be taken before more is accepted.
+                // The kernel accepts more only after completions were taken.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => {
                     if self.ring.completion().is_empty() && error.raw_os_error() == Some(libc::EAGAIN) {
                         return Err(ChannelLost(format!("submit to io_uring: {error}")));
@@ -151,7 +151,8 @@ impl Channel for UringChannel {
             let Some(entry) = self.ring.completion().next() else { break };
             let index = entry.user_data() as usize;
             self.submitted -= 1;
-            let pending = self.pending[index].as_mut().expect("the kernel gives back what it was given");
+            let pending =
+                self.pending[index].as_mut().expect("the kernel returns only numbers that it was given");
             let result = match progress(pending, entry.result()) {
                 Some(result) => result,
                 None => {
@@ -163,7 +164,7 @@ impl Channel for UringChannel {
             self.free.push(index);
             let result =
                 if matches!(operation.action, Action::Flush) { self.raw().flushed(result) } else { result };
-            completions.push(Completion { operation, result, lost: false });
+            completions.push(Completion { operation, result, is_lost: false });
         }
         if self.waiting.is_empty() { Ok(()) } else { self.enter(false) }
     }
@@ -181,7 +182,7 @@ impl Channel for UringChannel {
     }
 }
 
-/// Takes the kernel's answer in. None if the operation has to go on.
+/// Applies the kernel's answer. Returns `None` if the operation must continue.
 fn progress(pending: &mut Pending, answer: i32) -> Option<io::Result<()>> {
     let write = matches!(pending.operation.action, Action::Write(_));
     match &pending.operation.action {
@@ -206,7 +207,7 @@ fn progress(pending: &mut Pending, answer: i32) -> Option<io::Result<()>> {
 
 impl Drop for UringChannel {
     fn drop(&mut self) {
-        // What the kernel has not been given is simply forgotten.
+        // Operations that the kernel does not have yet are simply dropped.
         self.waiting.clear();
         while self.submitted > 0 {
             match self.ring.submit_and_wait(1) {
@@ -214,7 +215,7 @@ impl Drop for UringChannel {
                 Err(error)
                     if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
                 Err(_) => {
-                    // The kernel may still write to this memory: it is never used for anything else.
+                    // The kernel may still write to this memory, so it must never be used again.
                     std::mem::forget(std::mem::take(&mut self.pending));
                     return;
                 }

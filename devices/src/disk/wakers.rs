@@ -1,4 +1,4 @@
-//! Wakes the workers of a disk that wait for something other than their own I/O.
+//! Wakes workers of a disk that wait for an event other than their own I/O.
 
 use std::io;
 use std::sync::{Mutex, PoisonError, Weak};
@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) struct Wakers(Mutex<Vec<Weak<EventFd>>>);
 
 impl Wakers {
-    /// An event that is written whenever the workers are woken, as long as it lives.
+    /// Returns an event that every wake-up writes, as long as the event lives.
     pub(crate) fn register(&self) -> io::Result<std::sync::Arc<EventFd>> {
         let event = std::sync::Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let mut events = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -19,10 +19,10 @@ impl Wakers {
         Ok(event)
     }
 
-    /// Wakes all of them.
+    /// Wakes all workers.
     pub(crate) fn wake(&self) {
         for event in self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
-            // A full event counter is readable, which is all that the worker waits for.
+            // A full event counter is readable, and the worker needs no more than that.
             let _ = event.write(1);
         }
     }

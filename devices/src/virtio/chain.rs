@@ -1,23 +1,23 @@
-//! Descriptor chains, taken apart once into plain lists of memory ranges.
+//! Descriptor chains, converted once into plain lists of memory ranges.
 //!
-//! Each descriptor is read from guest memory once; what the guest does to the table afterwards changes
-//! nothing. The lists are reused from one chain to the next and bounded by the longest chain allowed.
+//! Each descriptor is read from guest memory once, so later changes of the table have no effect. The lists
+//! are reused for the next chain. Their length is at most that of the longest allowed chain.
 //!
-//! Devices must not rely on where one descriptor ends and the next begins (virtio 1.2, section 2.7.4), so a
-//! chain is offered as a stream of bytes to read followed by a stream of bytes to write.
+//! Devices must not rely on the boundaries between descriptors (virtio 1.2, section 2.7.4). So a chain is
+//! offered as a stream of bytes to read followed by a stream of bytes to write.
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
 
 use crate::GuestMemory;
 
-/// Why a chain cannot be used at all, not even to report an error.
+/// The reason why a chain cannot be used at all, not even to report an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
-    /// It loops, leaves its table, or its table is not in guest memory.
+    /// The chain has a loop, leaves its table, or its table is not in guest memory.
     #[error("the chain does not end within its descriptor table")]
     Endless,
-    /// More descriptors than the device allows.
+    /// The chain has more descriptors than the device allows.
     #[error("the chain is longer than the {0} descriptors that the device allows")]
     TooLong(usize),
     /// A device-readable descriptor after a device-writable one.
@@ -29,7 +29,7 @@ pub(crate) enum ChainError {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Segments {
     ranges: Vec<(GuestAddress, usize)>,
-    /// The range that comes next, and how far into it.
+    /// The index of the next range, and the offset within it.
     next: usize,
     offset: usize,
     remaining: u64,
@@ -50,12 +50,12 @@ impl Segments {
         }
     }
 
-    /// Bytes to come.
+    /// Returns the number of remaining bytes.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining
     }
 
-    /// Takes away the last byte, before anything was read or written, and tells where it is.
+    /// Removes the last byte and returns its address. To be called before anything is read or written.
     pub(crate) fn split_last_byte(&mut self) -> Option<GuestAddress> {
         let (address, len) = self.ranges.last_mut()?;
         *len -= 1;
@@ -87,7 +87,7 @@ impl Segments {
         Ok(())
     }
 
-    /// Takes the next `len` bytes, as ranges of which no two neighbours touch.
+    /// Takes the next `len` bytes as ranges, and joins adjacent ranges.
     pub(crate) fn take(&mut self, len: usize) -> Result<Vec<(GuestAddress, usize)>, GuestMemoryError> {
         let mut ranges: Vec<(GuestAddress, usize)> = Vec::new();
         let mut left = len;
@@ -103,7 +103,7 @@ impl Segments {
         Ok(ranges)
     }
 
-    /// The next contiguous range, of `wanted` bytes at most; none when none is wanted.
+    /// Returns the next contiguous range of at most `wanted` bytes. Returns `None` if `wanted` is 0.
     fn advance(&mut self, wanted: usize) -> Result<Option<(GuestAddress, usize)>, GuestMemoryError> {
         if wanted == 0 {
             return Ok(None);
@@ -130,22 +130,22 @@ impl Segments {
 /// The buffers of one chain.
 #[derive(Debug)]
 pub(crate) struct Buffers {
-    /// What the driver has written for the device.
+    /// Data from the driver to the device.
     pub(crate) readable: Segments,
-    /// Where the device writes its answer.
+    /// Memory for the device's answer.
     pub(crate) writable: Segments,
-    /// Every range lies in guest memory.
-    pub(crate) in_memory: bool,
+    /// Whether every range lies in guest memory.
+    pub(crate) is_in_memory: bool,
     limit: usize,
 }
 
 impl Buffers {
-    /// Buffers for chains of up to `limit` descriptors.
+    /// Returns buffers for chains of up to `limit` descriptors.
     pub(crate) fn new(limit: usize) -> Self {
-        Self { readable: Segments::default(), writable: Segments::default(), in_memory: true, limit }
+        Self { readable: Segments::default(), writable: Segments::default(), is_in_memory: true, limit }
     }
 
-    /// Replaces the contents by the descriptors of `chain`, whose buffers lie in `memory`.
+    /// Replaces the contents with the descriptors of `chain`, whose buffers lie in `memory`.
     pub(crate) fn load(
         &mut self,
         memory: &GuestMemory,
@@ -153,11 +153,11 @@ impl Buffers {
     ) -> Result<(), ChainError> {
         self.readable.clear();
         self.writable.clear();
-        self.in_memory = true;
+        self.is_in_memory = true;
 
         let mut count = 0;
-        // The iterator of virtio-queue ends at a broken link as it ends at the end: the chain is whole if
-        // the last descriptor it gave out has no successor.
+        // The iterator of virtio-queue ends in the same way at a broken link and at the end of the chain. The
+        // chain is complete if the last returned descriptor has no successor.
         let mut whole = false;
         for descriptor in chain {
             count += 1;
@@ -175,7 +175,7 @@ impl Buffers {
             } else {
                 return Err(ChainError::Disordered);
             };
-            self.in_memory &= memory.check_range(address, len as usize, access);
+            self.is_in_memory &= memory.check_range(address, len as usize, access);
         }
         if whole { Ok(()) } else { Err(ChainError::Endless) }
     }

@@ -1,12 +1,12 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, section 4.2).
 //!
-//! Registers are 32 bits wide and aligned; any other access below the configuration space reads as zeroes
-//! and is ignored as a write, as are registers that do not exist. Configuration space takes accesses of any
-//! width at any offset.
+//! Registers are 32 bits wide and aligned. Other accesses below the configuration space, and accesses to
+//! unknown registers, read as zeros and ignore writes. The configuration space accepts accesses of any width
+//! at any offset.
 //!
-//! What the driver may do is bounded by the device status: features are fixed at FEATURES_OK, queues at
-//! QueueReady or DRIVER_OK. Writes out of turn are ignored, so the driver reads back what holds. A queue
-//! whose rings are not aligned or not within guest memory does not become ready.
+//! The device status limits what the driver may do. Features are fixed at FEATURES_OK, and queues at
+//! QueueReady or DRIVER_OK. Writes out of order are ignored, so the driver reads back the valid state. A
+//! queue does not become ready if its rings are not aligned or not within guest memory.
 
 use std::io;
 use std::sync::Arc;
@@ -30,38 +30,38 @@ mod tests;
 
 /// Length of the register window in guest-physical memory, in bytes.
 pub const WINDOW_SIZE: u64 = 0x200;
-/// Offset of QueueNotify, where a VMM registers [`MmioTransport::queue_events`] with KVM; the value that
-/// the driver writes is the queue's index.
+/// Offset of QueueNotify. A VMM registers [`MmioTransport::queue_events`] at this offset with KVM. The driver
+/// writes the queue's index there.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// "same", little-endian: no driver cares.
+/// "same", little-endian. Drivers ignore the vendor.
 const VENDOR: u32 = 0x656d_6173;
 
-/// Why a transport could not be made.
+/// The reason why a transport could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// The process could not open a notification event.
     #[error("open the notification event of virtio queue {queue}: {source}; raise the limit of open files")]
     Event {
-        /// Number of the queue.
+        /// The index of the queue.
         queue: usize,
-        /// Error of the system call.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// The device asks for a queue that virtio does not know.
+    /// The device requests a queue size that virtio does not allow.
     #[error("set up virtio queue {queue}: its size {size} is not a power of two up to 32768")]
     QueueSize {
-        /// Number of the queue.
+        /// The index of the queue.
         queue: usize,
-        /// Its size in descriptors.
+        /// The size in descriptors.
         size: u16,
     },
 }
 
-/// What the driver has set up of one queue. Ring positions are not here: they belong to the worker.
+/// The driver's settings of one queue. Ring positions belong to the worker.
 #[derive(Clone, Copy, Debug)]
 struct QueueSetup {
     max_size: u16,
@@ -77,7 +77,7 @@ impl QueueSetup {
         Self { max_size, size: u32::from(max_size), descriptors: 0, available: 0, used: 0, ready: false }
     }
 
-    /// The queue as set up, if the rings are well-formed and within `memory`.
+    /// Returns the queue, if the rings are well-formed and within `memory`.
     fn build(&self, memory: &GuestMemory, event_idx: bool) -> Option<Queue> {
         let mut queue = Queue::new(self.max_size).ok()?;
         queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
@@ -90,16 +90,16 @@ impl QueueSetup {
     }
 }
 
-/// A virtio device at a window of guest-physical memory.
+/// A virtio device behind a window of guest-physical memory.
 ///
-/// Dropping it stops the device.
+/// Dropping the transport stops the device.
 pub struct MmioTransport {
     memory: GuestMemory,
     device: Box<dyn VirtioDevice>,
     interrupt: Arc<Interrupt>,
     events: Vec<EventFd>,
     queues: Vec<QueueSetup>,
-    /// Bits that the driver has set; NEEDS_RESET is kept by `interrupt`.
+    /// Status bits that the driver has set. `interrupt` keeps NEEDS_RESET.
     status: u32,
     driver_features: u64,
     device_features_select: u32,
@@ -108,8 +108,8 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// A transport for `device`, whose rings and buffers lie in `memory`. `interrupt` is written to raise
-    /// the device's interrupt line (an irqfd, edge-triggered).
+    /// Returns a transport for `device`. Rings and buffers lie in `memory`. Writing `interrupt` raises the
+    /// device's interrupt line (an irqfd, edge-triggered).
     pub fn new(
         memory: GuestMemory,
         device: Box<dyn VirtioDevice>,
@@ -138,22 +138,23 @@ impl MmioTransport {
         })
     }
 
-    /// Has the device stop once this flag is set: the host has lost a part of guest memory, which reads as
-    /// zeros since. To be called before the driver starts the device.
+    /// Sets the flag that stops the device. The flag is set when the host has lost a part of guest memory,
+    /// which then reads as zeros. To be called before the driver starts the device.
     pub fn set_memory_lost_flag(&mut self, flag: Arc<AtomicBool>) {
         if let Some(interrupt) = Arc::get_mut(&mut self.interrupt) {
             interrupt.set_memory_lost_flag(flag);
         }
     }
 
-    /// The notification events, one for each queue: to be registered as ioeventfd at [`QUEUE_NOTIFY`] with
-    /// the queue's index as the value to match. Writes that reach the transport itself work as well.
+    /// Returns the notification events, one for each queue. The VMM registers each as ioeventfd at
+    /// [`QUEUE_NOTIFY`], with the queue's index as the matching value. Writes that reach the transport itself
+    /// have the same effect.
     pub fn queue_events(&self) -> &[EventFd] {
         &self.events
     }
 
-    /// Resets the device as the driver does by writing 0 to the status: requests in flight are over on
-    /// return, and all that was negotiated is forgotten. Waits for host I/O that has begun.
+    /// Resets the device, like a write of 0 to the status. On return, no request is in flight, and all
+    /// negotiated state is gone. Waits for host I/O in progress.
     pub fn reset(&mut self) {
         self.device.reset();
         self.interrupt.clear();
@@ -167,7 +168,7 @@ impl MmioTransport {
         self.queue_select = 0;
     }
 
-    /// Stops the device for good; its worker threads are joined on return.
+    /// Stops the device for good. Its worker threads are joined on return.
     pub fn shutdown(&mut self) {
         self.reset();
     }
@@ -184,7 +185,7 @@ impl MmioTransport {
         self.queues.get(usize::try_from(self.queue_select).ok()?)
     }
 
-    /// Changes the selected queue, if the driver may do so now.
+    /// Changes the selected queue, if the driver may do so at present.
     fn set_up_queue(&mut self, change: impl FnOnce(&mut QueueSetup)) {
         let open = !self.has_status(VIRTIO_CONFIG_S_DRIVER_OK) && !self.interrupt.needs_reset();
         if let Ok(index) = usize::try_from(self.queue_select)
@@ -201,8 +202,8 @@ impl MmioTransport {
             let memory = self.memory.clone();
             self.set_up_queue(|queue| queue.ready = queue.build(&memory, false).is_some());
         } else if self.selected_queue().is_some_and(|queue| queue.ready) {
-            // The driver takes a queue back. A device serves all its queues or none, so it stops; where that
-            // leaves other queues unserved the driver is told to reset.
+            // The driver takes a queue back. A device serves all its queues or none, so the device stops. If
+            // other queues are then unserved, the driver is told to reset the device.
             if self.has_status(VIRTIO_CONFIG_S_DRIVER_OK) {
                 self.device.reset();
             }
@@ -218,7 +219,7 @@ impl MmioTransport {
             self.reset();
             return;
         }
-        // A driver sets bits one after the other and clears them by reset alone.
+        // A driver sets bits one after the other. Only a reset clears them.
         if self.status & !value != 0 {
             return;
         }
@@ -282,7 +283,7 @@ impl MmioTransport {
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS if self.interrupt.needs_reset() => self.status | VIRTIO_CONFIG_S_NEEDS_RESET,
             VIRTIO_MMIO_STATUS => self.status,
-            // No device has shared memory regions: length and base of one that does not exist are -1.
+            // The device has no shared memory regions: length and base of a missing region are -1.
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
             | VIRTIO_MMIO_SHM_BASE_LOW
@@ -304,7 +305,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_READY => self.set_queue_ready(value & 1 != 0),
             VIRTIO_MMIO_QUEUE_NOTIFY => {
                 if let Some(event) = usize::try_from(value).ok().and_then(|index| self.events.get(index)) {
-                    // A full event counter means that the worker has yet to look, and it will.
+                    // A full event counter means that the worker is about to check the queue.
                     let _ = event.write(1);
                 }
             }
@@ -362,7 +363,8 @@ fn aligned_register(offset: u64) -> Option<u32> {
     u32::try_from(offset).ok().filter(|register| register % 4 == 0)
 }
 
-/// Word `select` of `value`, counted from the least significant; zero beyond the second.
+/// Returns the 32-bit word `select` of `value`, counted from the least significant, or 0 beyond the second
+/// word.
 fn word(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,

@@ -1,26 +1,26 @@
 //! Virtio devices (virtio 1.2, modern interface only).
 //!
-//! Three parts, kept apart:
-//! - [`mmio::MmioTransport`] speaks to the driver through registers. It owns what lasts: status, negotiated
-//!   features, queue addresses.
-//! - A [`VirtioDevice`] is one kind of device. It starts when the driver is ready ([`VirtioDevice::activate`])
-//!   and forgets the driver at [`VirtioDevice::reset`].
+//! There are three separate parts:
+//! - [`mmio::MmioTransport`] is the registers that the driver uses. It owns the lasting state: status,
+//!   negotiated features and queue addresses.
+//! - A [`VirtioDevice`] is one kind of device. It starts when the driver is ready
+//!   ([`VirtioDevice::activate`]) and drops the driver's state at [`VirtioDevice::reset`].
 //! - The queues (`virtio_queue::Queue`) hold ring positions. They live from activation to reset, and belong
-//!   to the device's worker alone.
+//!   only to the device's worker.
 //!
 //! # Locking
-//! A vCPU holds the transport while it accesses a register, so a worker never asks for the transport. It
-//! tells the driver through [`Interrupt`], which is lock-free. That matters because a worker's write to
-//! guest memory may block for a moment, while the host has the page write-protected.
+//! A vCPU holds the transport while it accesses a register, so a worker never uses the transport. A worker
+//! notifies the driver through [`Interrupt`], which is lock-free. This matters because a worker's write to
+//! guest memory may block briefly while the engine has the page write-protected.
 //!
 //! # Errors
-//! A request that makes no sense is answered with an error status. A ring or chain that makes no sense
-//! (there is nowhere to put a status) breaks the device: DEVICE_NEEDS_RESET is set, the driver is told by a
-//! configuration interrupt, and the device rests until it is reset.
+//! An invalid request gets an error status. An invalid ring or chain has no place for a status, so it breaks
+//! the device. The device sets DEVICE_NEEDS_RESET, notifies the driver with a configuration interrupt, and
+//! stops until the reset.
 //!
-//! Guest memory that the host cannot supply reads as zeros, after a flag was set
-//! ([`mmio::MmioTransport::set_memory_lost_flag`]). It is looked at after guest memory was read and before
-//! that has consequences: no such request goes to a disk's image from a buffer, and none is completed.
+//! If the host cannot supply guest memory, it sets a flag ([`mmio::MmioTransport::set_memory_lost_flag`]),
+//! and the memory then reads as zeros. Workers check the flag between reading guest memory and using the
+//! content. After a loss, no request writes such content to a disk's image, and none completes.
 
 use std::io;
 use std::sync::Arc;
@@ -43,87 +43,89 @@ mod queue;
 mod testing;
 mod worker;
 
-/// Features of every device here, as the transport and the split rings provide them.
+/// Features of every device here. The transport and the split rings provide them.
 pub const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// One kind of virtio device behind a transport.
 ///
-/// All methods are called with the transport held, by a vCPU thread or by the VMM.
+/// The caller of any method holds the transport. Callers are vCPU threads and the VMM.
 pub trait VirtioDevice: Send {
-    /// Device ID (virtio 1.2, section 5).
+    /// Returns the device ID (virtio 1.2, section 5).
     fn device_type(&self) -> u32;
 
-    /// Feature bits that the device offers beyond [`RING_FEATURES`].
+    /// Returns the feature bits that the device offers in addition to [`RING_FEATURES`].
     fn features(&self) -> u64;
 
-    /// Largest size of each queue, in descriptors. Powers of two, 32768 at most.
+    /// Returns the largest size of each queue in descriptors: powers of two, at most 32768.
     fn queue_sizes(&self) -> &[u16];
 
-    /// The device's configuration space, as far as it goes; [`read_config`] serves an access to it.
+    /// Reads the device's configuration space. [`read_config`] helps with bounds.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// The driver writes configuration space. Most devices have nothing writable there.
+    /// Handles a write to the configuration space. Most devices have no writable fields.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// Changes whenever the configuration space does (virtio 1.2, section 2.5).
+    /// Returns a number that changes with the configuration space (virtio 1.2, section 2.5).
     fn config_generation(&self) -> u32 {
         0
     }
 
-    /// The driver is ready (DRIVER_OK): starts to serve the queues. The device was new or reset before.
+    /// Starts to serve the queues, because the driver is ready (DRIVER_OK). The device is new or was reset
+    /// before.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops to serve: on return no thread touches guest memory or the queues for this device. Requests in
-    /// flight have been completed or have failed. A device that is not active has nothing to do.
+    /// Stops serving. On return, no thread accesses guest memory or the queues for this device. Requests in
+    /// flight have completed or failed. Does nothing if the device is not active.
     fn reset(&mut self);
 }
 
-/// What a device gets to work with from DRIVER_OK to reset.
+/// The resources of a device from DRIVER_OK to reset.
 pub struct Activation {
-    /// Guest memory, which the rings and buffers lie in.
+    /// Guest memory, which contains the rings and buffers.
     pub memory: GuestMemory,
-    /// Negotiated feature bits, [`RING_FEATURES`] among them.
+    /// Negotiated feature bits, including [`RING_FEATURES`].
     pub features: u64,
     /// The queues that the driver made ready, by ascending index.
     pub queues: Vec<ActiveQueue>,
-    /// How the device reaches the driver.
+    /// The connection to the driver.
     pub interrupt: Arc<Interrupt>,
 }
 
 /// A queue that the driver has set up.
 pub struct ActiveQueue {
-    /// Its number.
+    /// The index of the queue.
     pub index: usize,
-    /// The rings, found to lie in guest memory.
+    /// The rings, which lie in guest memory.
     pub queue: Queue,
     /// Becomes readable when the driver notifies the queue.
     pub event: EventFd,
 }
 
-/// Why a device could not start.
+/// The reason why a device could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
-    /// The driver said DRIVER_OK without a queue that the device needs.
+    /// The driver set DRIVER_OK without a required queue.
     #[error("start a virtio device: the driver has not set up queue {0}")]
     QueueNotReady(usize),
-    /// A worker thread or its events could not be had.
+    /// A worker thread or its events could not be created.
     #[error("start the worker of a virtio device: {0}")]
     Worker(#[source] io::Error),
-    /// An earlier worker died and took the device's back end along.
+    /// An earlier worker died and took the device's back end with it.
     #[error("start a virtio device: its back end was lost with an earlier worker; restart the VM")]
     BackendLost,
 }
 
-/// How a device and its workers reach the driver: the interrupt line, its cause, and DEVICE_NEEDS_RESET.
+/// The connection from a device and its workers to the driver: the interrupt line, its cause, and
+/// DEVICE_NEEDS_RESET.
 ///
-/// Shared between transport and workers; free of locks.
+/// Transport and workers share it. It has no locks.
 #[derive(Debug)]
 pub struct Interrupt {
     event: EventFd,
     status: AtomicU32,
     needs_reset: AtomicBool,
-    /// Guest memory has lost a part, which reads as zeros until its VM has ended.
+    /// Whether the host has lost a part of guest memory, which reads as zeros until the VM has ended.
     memory_lost: Arc<AtomicBool>,
 }
 
@@ -141,22 +143,22 @@ impl Interrupt {
         self.memory_lost = flag;
     }
 
-    /// Whether what was read from guest memory before may be nobody's content.
+    /// Returns whether data that was read from guest memory may be content that the guest never wrote.
     pub(crate) fn memory_lost(&self) -> bool {
         self.memory_lost.load(Ordering::SeqCst)
     }
 
-    /// Buffers were used in some queue.
+    /// Notifies the driver of used buffers in some queue.
     pub fn signal_used(&self) {
         self.signal(VIRTIO_MMIO_INT_VRING);
     }
 
-    /// The configuration space or the device's status changed.
+    /// Notifies the driver of a change of the configuration space or the device's status.
     pub fn signal_config(&self) {
         self.signal(VIRTIO_MMIO_INT_CONFIG);
     }
 
-    /// The device cannot go on before the driver resets it.
+    /// Tells the driver that the device cannot continue without a reset.
     pub fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
         self.signal_config();
@@ -164,7 +166,7 @@ impl Interrupt {
 
     fn signal(&self, cause: u32) {
         self.status.fetch_or(cause, Ordering::AcqRel);
-        // The one failure of an event counter is that it is full: then an interrupt is pending as it is.
+        // Writing fails only if the event counter is full. Then an interrupt is pending anyway.
         let _ = self.event.write(1);
     }
 
@@ -180,14 +182,14 @@ impl Interrupt {
         self.status.fetch_and(!causes, Ordering::AcqRel);
     }
 
-    /// Only while no worker runs.
+    /// Clears the state. To be called only while no worker runs.
     pub(crate) fn clear(&self) {
         self.status.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
     }
 }
 
-/// Serves a read of configuration space: what lies beyond `config` reads as zeroes.
+/// Serves a read of configuration space. Bytes beyond `config` read as zeros.
 pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let Some(config) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else {

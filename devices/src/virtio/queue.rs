@@ -1,4 +1,4 @@
-//! A queue in service: requests are taken from its available ring and completed into its used ring.
+//! A queue in service: takes requests from the available ring and completes them into the used ring.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,42 +13,42 @@ use super::chain::{Buffers, ChainError};
 use crate::GuestMemory;
 use crate::disk::channel::ChannelLost;
 
-/// Why a queue cannot be served any more.
+/// The reason why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QueueError {
-    /// The rings make no sense.
+    /// The rings are invalid.
     #[error("serve a virtio queue: {0}; the driver must reset the device")]
     Ring(#[from] virtio_queue::Error),
-    /// A request makes so little sense that it cannot be answered.
+    /// A request is so invalid that it cannot be answered.
     #[error("serve a virtio queue: {0}; the driver must reset the device")]
     Chain(#[from] ChainError),
-    /// A request has no status byte that the device could write.
+    /// A request has no status byte that the device can write.
     #[error(
         "serve a virtio queue: a request has no status byte in guest memory; the driver must reset the device"
     )]
     NoStatus,
-    /// Guest memory has lost a part.
+    /// The host has lost a part of guest memory.
     #[error("serve a virtio queue: the host has lost a part of guest memory; the VM must end")]
     MemoryLost,
-    /// What lies behind the device is gone.
+    /// The device's back end is gone.
     #[error(transparent)]
     Channel(#[from] ChannelLost),
 }
 
-/// A request that was taken from the available ring and is owed to the used ring.
+/// A request that was taken from the available ring and not yet put into the used ring.
 ///
-/// It ends in [`ServedQueue::complete`], or in [`Taken::break_queue`] when the whole queue ends with it.
+/// It ends in [`ServedQueue::complete`], or in [`Taken::break_queue`] together with the whole queue.
 #[must_use = "a request must be completed"]
 #[derive(Debug)]
 pub(crate) struct Taken {
     head: u16,
-    settled: bool,
+    is_finished: bool,
 }
 
 impl Taken {
-    /// Gives the request up because the queue cannot be served any more.
+    /// Drops the request, because the queue cannot be served any more.
     pub(crate) fn break_queue(mut self, reason: QueueError) -> QueueError {
-        self.settled = true;
+        self.is_finished = true;
         reason
     }
 }
@@ -56,7 +56,7 @@ impl Taken {
 impl Drop for Taken {
     fn drop(&mut self) {
         debug_assert!(
-            self.settled || thread::panicking(),
+            self.is_finished || thread::panicking(),
             "request {} was dropped without completion",
             self.head
         );
@@ -68,7 +68,7 @@ pub(crate) struct ServedQueue {
     queue: Queue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    /// Requests were completed that the driver has not been told of.
+    /// Whether requests were completed since the last notification of the driver.
     unannounced: bool,
 }
 
@@ -81,12 +81,12 @@ impl ServedQueue {
         &self.memory
     }
 
-    /// Checks that what was read from guest memory so far is the guest's.
+    /// Fails if data that was read from guest memory may be content that the guest never wrote.
     pub(crate) fn check_memory(&self) -> Result<(), QueueError> {
         if self.interrupt.memory_lost() { Err(QueueError::MemoryLost) } else { Ok(()) }
     }
 
-    /// Takes the next request and loads its buffers; none when the available ring is empty.
+    /// Takes the next request and loads its buffers. Returns `None` if the available ring is empty.
     pub(crate) fn take(&mut self, buffers: &mut Buffers) -> Result<Option<Taken>, QueueError> {
         let Some(chain) = self.queue.iter(&self.memory)?.next() else {
             return Ok(None);
@@ -94,20 +94,20 @@ impl ServedQueue {
         let head = chain.head_index();
         buffers.load(&self.memory, chain)?;
         self.check_memory()?;
-        Ok(Some(Taken { head, settled: false }))
+        Ok(Some(Taken { head, is_finished: false }))
     }
 
-    /// Returns a request to the driver; the device wrote `written` bytes into its buffers.
+    /// Returns a request to the driver, with the number of bytes that the device wrote into its buffers.
     pub(crate) fn complete(&mut self, mut taken: Taken, written: u32) -> Result<(), QueueError> {
         if let Err(lost) = self.check_memory() {
             return Err(taken.break_queue(lost));
         }
-        taken.settled = true;
+        taken.is_finished = true;
         self.unannounced = true;
         Ok(self.queue.add_used(&self.memory, taken.head, written)?)
     }
 
-    /// Raises the interrupt, if requests were completed that the driver wants to know of.
+    /// Raises the interrupt, if the driver wants to know of the completed requests.
     pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
         if mem::take(&mut self.unannounced)
             && self.queue.needs_notification(&self.memory)?
@@ -118,7 +118,7 @@ impl ServedQueue {
         Ok(())
     }
 
-    /// Without EVENT_IDX a driver asks for silence by a flag in the available ring.
+    /// Returns whether a driver without EVENT_IDX has set the flag against interrupts in the available ring.
     fn interrupts_are_off(&self) -> Result<bool, QueueError> {
         if self.queue.event_idx_enabled() {
             return Ok(false);
@@ -130,12 +130,12 @@ impl ServedQueue {
         Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0)
     }
 
-    /// Asks the driver not to notify while the queue is looked at anyway.
+    /// Asks the driver not to notify while the worker checks the queue anyway.
     pub(crate) fn silence_driver(&mut self) -> Result<(), QueueError> {
         Ok(self.queue.disable_notification(&self.memory)?)
     }
 
-    /// Asks the driver to notify again. True if requests have come in meanwhile.
+    /// Asks the driver to notify again. Returns true if requests have come in meanwhile.
     pub(crate) fn listen_to_driver(&mut self) -> Result<bool, QueueError> {
         Ok(self.queue.enable_notification(&self.memory)?)
     }

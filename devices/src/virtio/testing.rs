@@ -1,4 +1,4 @@
-//! A driver for tests: sets a device up through its registers and works its first queue.
+//! A driver for tests: sets a device up through its registers and uses its first queue.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{Ordering, fence};
@@ -20,7 +20,7 @@ pub(super) const DESCRIPTORS: u64 = 0x1000;
 pub(super) const AVAILABLE: u64 = 0x2000;
 pub(super) const USED: u64 = 0x3000;
 pub(super) const INDIRECT: u64 = 0x4000;
-/// Buffers for requests from here up to the end of memory.
+/// Buffers for requests, from here to the end of memory.
 pub(super) const BUFFERS: u64 = 0x10000;
 pub(super) const MEMORY_SIZE: u64 = 1 << 20;
 /// A second region, after a gap.
@@ -68,7 +68,7 @@ impl Driver {
         Self { transport, memory, interrupt, next_descriptor: 0, available: 0, used: 0, event_idx: false }
     }
 
-    /// A device that is ready for requests, with the ring features and `features` of its own.
+    /// Returns a driver whose device is ready for requests, with the ring features and `features`.
     pub(super) fn started(device: impl VirtioDevice + 'static, features: u64) -> Self {
         let mut driver = Self::new(device);
         driver.start(RING_FEATURES | features);
@@ -89,7 +89,7 @@ impl Driver {
         self.get(VIRTIO_MMIO_STATUS)
     }
 
-    /// Initialisation up to FEATURES_OK (virtio 1.2, section 3.1.1). Returns the status then.
+    /// Initialises the device up to FEATURES_OK (virtio 1.2, section 3.1.1). Returns the status.
     pub(super) fn negotiate(&mut self, features: u64) -> u32 {
         self.set(VIRTIO_MMIO_STATUS, 0);
         self.set(VIRTIO_MMIO_STATUS, ACKNOWLEDGED);
@@ -102,7 +102,7 @@ impl Driver {
         self.status()
     }
 
-    /// Sets the first queue up. Returns whether the device took it.
+    /// Sets up the first queue. Returns whether the device accepted the queue.
     pub(super) fn set_up_queue(&mut self, size: u32, descriptors: u64, available: u64, used: u64) -> bool {
         self.set(VIRTIO_MMIO_QUEUE_SEL, 0);
         self.set(VIRTIO_MMIO_QUEUE_NUM, size);
@@ -162,7 +162,7 @@ impl Driver {
         self.memory.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16)).unwrap();
     }
 
-    /// Makes the chain that starts at `head` available, without notifying.
+    /// Makes the chain at `head` available without a notification.
     pub(super) fn make_available(&mut self, head: u16) {
         let slot = AVAILABLE + 4 + u64::from(self.available % QUEUE_SIZE) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
@@ -178,7 +178,7 @@ impl Driver {
         self.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     }
 
-    /// Notifies after one chain was made available, if the device has asked for it.
+    /// Notifies the device after one new chain, if the device has asked for it.
     fn notify_if_asked(&mut self) {
         fence(Ordering::SeqCst);
         let is_asked = if self.event_idx {
@@ -233,7 +233,7 @@ impl Driver {
         self.notify_if_asked();
     }
 
-    /// The next completed request, if there is one: its head and the bytes written.
+    /// Returns the head of the next completed request and the number of bytes written, if there is one.
     pub(super) fn poll_used(&mut self) -> Option<(u32, u32)> {
         let index: u16 = self.memory.load(GuestAddress(USED + 2), Ordering::Acquire).unwrap();
         if index == self.used {

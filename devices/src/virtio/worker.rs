@@ -1,4 +1,4 @@
-//! The thread that serves a queue, asleep until the driver notifies or the device stops.
+//! The thread that serves a queue. It sleeps until the driver notifies it or the device stops.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,13 +12,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Interrupt;
 use super::queue::QueueError;
 
-/// Address space of a worker's stack. Workers allocate their buffers and do not recurse, and one process
-/// has hundreds of them.
+/// Address space of a worker's stack, in bytes. Workers allocate their buffers and do not recurse, and one
+/// process has hundreds of workers.
 const STACK_SIZE: usize = 256 << 10;
-/// How long a worker without anything to do keeps what it has at hand, in milliseconds.
-const PATIENCE_MS: i32 = 1000;
+/// Time after which an idle worker frees its spare buffers, in milliseconds.
+const IDLE_MS: i32 = 1000;
 
-/// Asks a worker to stop. Long requests look at it between steps.
+/// Asks a worker to stop. Long requests check the flag between steps.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StopFlag(Arc<AtomicBool>);
 
@@ -40,29 +40,29 @@ pub(crate) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a worker does.
+/// The work of a worker.
 pub(crate) trait Serve {
-    /// Files that become readable with each thing that happens, whether or not anybody has read them.
+    /// Returns files that become readable at each new event, whether or not earlier events were read.
     fn events(&self) -> Vec<RawFd>;
 
-    /// Does what there is to do, and returns when nothing is left or the flag is set.
+    /// Does all available work. Returns when nothing is left or the flag is set.
     ///
     /// # Errors
-    /// Where the worker cannot go on.
+    /// Fails if the worker cannot continue.
     fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError>;
 
-    /// Gives back what was kept for the next request: nothing has happened for a while.
-    fn rest(&mut self);
+    /// Frees resources for the next request, because there was no event for a while.
+    fn on_idle(&mut self);
 }
 
 impl Worker {
-    /// Starts a thread called `name` on which `make` makes what is served: once at first, and again whenever
-    /// something happens to one of its events.
+    /// Starts a thread called `name`, on which `make` makes the service. The service runs once immediately,
+    /// and again at each event.
     ///
-    /// When serving fails or panics the driver is told that the device needs a reset, and the thread ends.
+    /// If serving fails or panics, the driver is told that the device needs a reset, and the thread ends.
     ///
     /// # Errors
-    /// Where `make` fails, or thread or events are not to be had.
+    /// Fails if `make` fails, or if the thread or its events cannot be created.
     pub(crate) fn spawn<S: Serve>(
         name: String,
         interrupt: Arc<Interrupt>,
@@ -86,7 +86,7 @@ impl Worker {
                 let mut service = match made {
                     Ok(service) => service,
                     Err(error) => {
-                        // Whoever started this thread is waiting for it.
+                        // The starter of this thread is waiting for the result.
                         let _ = report.send(Err(error));
                         return;
                     }
@@ -97,9 +97,9 @@ impl Worker {
                     if service.serve(&stop).is_err() {
                         return;
                     }
-                    let waited = match wait(&epoll, PATIENCE_MS) {
+                    let waited = match wait(&epoll, IDLE_MS) {
                         Ok(false) => {
-                            service.rest();
+                            service.on_idle();
                             wait(&epoll, -1)
                         }
                         waited => waited,
@@ -108,7 +108,7 @@ impl Worker {
                         return;
                     }
                 }
-                // Asked to stop between two calls: what is under way is waited for, and given up.
+                // Stopped between two calls: the service waits for requests in progress and drops them.
                 if service.serve(&stop).is_ok() {
                     std::mem::forget(end);
                 }
@@ -123,16 +123,16 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop.set();
-        // A full event counter is readable, which is all that the worker waits for.
+        // A full event counter is readable, and the worker needs no more than that.
         let _ = self.wake.write(1);
         if let Some(thread) = self.thread.take() {
-            // A worker that panicked has told the driver so.
+            // A worker that panicked has already told the driver.
             let _ = thread.join();
         }
     }
 }
 
-/// Tells the driver that the device is broken, unless the worker ends because it was asked to.
+/// Tells the driver that the device is broken, unless the worker ends on request.
 struct NeedsResetOnDrop<'a>(&'a Interrupt);
 
 impl Drop for NeedsResetOnDrop<'_> {
@@ -143,8 +143,8 @@ impl Drop for NeedsResetOnDrop<'_> {
     }
 }
 
-/// Sleeps until something has happened since the last time, or for so many milliseconds; -1 for ever. Returns
-/// whether something has.
+/// Sleeps until a new event or for this many milliseconds; -1 means for ever. Returns whether there was an
+/// event.
 fn wait(epoll: &Epoll, milliseconds: i32) -> io::Result<bool> {
     loop {
         match epoll.wait(milliseconds, &mut [EpollEvent::default(); 8]) {

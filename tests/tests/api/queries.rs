@@ -1,4 +1,4 @@
-//! What is asked for by queries and headers, and consoles that end with their guests.
+//! Queries and headers of requests, and consoles that end with their guests.
 
 use std::io::{Read, Write};
 use std::process::Stdio;
@@ -68,10 +68,10 @@ pub(crate) fn unknown() {
         ("GET", "/vms?state=running&x", "x", "state, group and name"),
         ("POST", "/vms?start=true", "start", "no parameters"),
         ("GET", "/vms/a?verbose=1", "verbose", "no parameters"),
-        ("GET", "/vms/a/console?until_end=true", "until_end", "known: tail"),
+        ("GET", "/vms/a/console?until_end=true", "until_end", "use tail"),
         ("GET", "/vms/a/console/stream?follow=1", "follow", "tail, lifeline and until_end"),
         ("PATCH", "/vms/a/sharing?mode=off", "mode", "no parameters"),
-        ("GET", "/sharing/pairs?limit=1&Limit=2", "Limit", "known: limit"),
+        ("GET", "/sharing/pairs?limit=1&Limit=2", "Limit", "use limit"),
         ("GET", "/metrics?name=up", "name", "no parameters"),
         ("GET", "/host?x=1", "x", "no parameters"),
         ("DELETE", "/vms/a?force=true", "force", "no parameters"),
@@ -84,13 +84,13 @@ pub(crate) fn unknown() {
             "{method} {path}: {problem}"
         );
     }
-    // Also of what is not described, and of requests for heads alone.
+    // Also for resources without a description, and for HEAD requests.
     let answer = host.raw(b"GET /openapi.json?x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", false);
     assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
     let answer = host.raw(b"HEAD /vms?state=running HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", false);
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     assert_eq!(host.ask("GET", "/nothing?x", None).0, 404);
-    // What was refused has had no effect.
+    // Refused requests had no effect.
     assert_eq!(host.done("GET", "/vms/a", None)["state"], "created");
     host.end().assert_code(0);
 }
@@ -140,12 +140,12 @@ pub(crate) fn console() {
         attach.arg(host.socket()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Running::start_as_is(attach)
     };
-    // Until the VM is deleted, for those who say nothing else.
+    // By default, the stream ends when the VM is deleted.
     let mut stays = connect(&host.socket());
     stays.write_all(b"GET /vms/a/console/stream HTTP/1.0\r\nHost: x\r\n\r\n").expect("ask");
     let attached = attach();
     attached.stdout().wait_for_line("ready");
-    // A reset is no end: the guest that boots then is on the same console.
+    // A reset does not end the stream: the next guest uses the same console.
     host.act("a", "reset");
     attached.stdout().wait_for_line("ready");
     host.wait_for_console("a", "round=");
@@ -154,11 +154,11 @@ pub(crate) fn console() {
     finished.assert_code(0);
     assert!(finished.stdout.contains("corrupt=0"), "{}", finished.stdout);
     assert_eq!(finished.stderr, "samepage: VM a: the guest reset the machine\n");
-    // Of a VM that has ended there is what it wrote last, and why it ended.
+    // For a VM that has ended, there is its last output and the reason of its end.
     let finished = attach().wait();
     assert!(finished.assert_code(0).stdout.contains("corrupt=0"), "{}", finished.stdout);
     assert!(finished.stderr.contains("VM a: the guest reset the machine"), "{}", finished.stderr);
-    // A guest that is started is read along again, and a VM can be deleted meanwhile.
+    // A stream also follows a guest that is started later, and a VM can be deleted meanwhile.
     host.act("a", "start");
     let attached = attach();
     attached.stdout().wait_for_line("round=");
@@ -168,7 +168,7 @@ pub(crate) fn console() {
     assert!(finished.stderr.starts_with("samepage: VM a"), "{}", finished.stderr);
     let mut seen = String::new();
     stays.read_to_string(&mut seen).expect("a stream that ends");
-    // Three boots: it has gone on over the guest's end.
+    // Three boots: the stream continued after the guest's end.
     assert!(seen.matches("start ram=").count() >= 3, "{seen}");
     host.end().assert_code(0);
 }

@@ -1,4 +1,4 @@
-//! Hosts that lack something, as other devices and users show them.
+//! Hosts that lack a resource, simulated with other devices and users.
 
 use std::fs;
 use std::process::Command;
@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::scratch::{KERNEL, Scratch, assert_verified, short};
 
-/// The program with a `/dev` that holds what `prepare` puts there. Nobody else sees that, and it is
-/// gone when the program ends. `"$@"` is the program with its arguments.
+/// Returns a command of the program with a `/dev` that contains what `prepare` puts there. No other process
+/// sees that `/dev`, and it disappears with the program. `"$@"` is the program with its arguments.
 fn on_another_host(scratch: &Scratch, prepare: &str) -> Command {
     let program = scratch.run(short(), &[]);
     let mut command = Command::new("unshare");
@@ -35,13 +35,13 @@ pub(crate) fn without_kvm() {
 }
 
 pub(crate) fn not_kvm() {
-    // As container engines hide devices: this is /dev/null.
-    refused(r#"mknod /dev/kvm c 1 3; exec "$@""#, &["/dev/kvm is not KVM's device", "--device"]);
+    // Container engines hide devices in this way: the file is /dev/null.
+    refused(r#"mknod /dev/kvm c 1 3; exec "$@""#, &["/dev/kvm has the name of KVM's device", "--device"]);
 }
 
-/// Runs the program as nobody, with a KVM device of this mode.
+/// Runs the program as the user nobody, with a KVM device of this mode.
 fn as_nobody_with_kvm_of_mode(mode: &str) -> String {
-    // The way to the program may be closed to nobody.
+    // The user nobody may lack access to the program's folder.
     let program = program::path().display();
     format!(
         "mknod -m {mode} /dev/kvm c 10 232; touch /dev/samepage; mount --bind '{program}' /dev/samepage
@@ -88,7 +88,7 @@ pub(crate) fn userfaultfd_not_permitted() {
     }
     assert_eq!(rest, "samepage: VM vm: the guest reset the machine\n");
 
-    // A server has another option for that, and says of its VMs what is true.
+    // A server has another option for that, and its message fits its own VMs.
     let run = on_another_host(&scratch, &as_nobody_with_kvm_of_mode("666"));
     let mut serve = Command::new(run.get_program());
     serve.args(run.get_args().take_while(|argument| *argument != "run"));

@@ -57,7 +57,7 @@ fn built(error: &VmError, text: String) -> Refusal {
         VmError::Boot(BootError::Initrd { .. }) => "/initrd",
         VmError::Disk { .. } => "/disks",
         VmError::Console { .. } => "/console/file",
-        // The host is out of something.
+        // The host lacks a resource.
         _ => return Refusal::new(Kind::Unavailable, text),
     };
     Refusal::new(Kind::InvalidConfiguration, text).at(at)

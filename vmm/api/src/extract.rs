@@ -1,4 +1,4 @@
-//! What is taken out of requests, each with problems of its own where it is wrong.
+//! Extractors for the parts of requests. Each has its own problems for invalid parts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,16 +20,16 @@ use samepage_host::record::Record;
 
 /// Longest body of a request, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
-/// How long a body may take.
+/// Time limit for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The whole body.
+/// Returns the whole body.
 pub(super) async fn read_body(body: Body) -> Result<Bytes, Refusal> {
     let whole = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
     let seconds = BODY_TIMEOUT.as_secs();
     let collected = whole.map_err(|_| {
-        Refusal::new(Kind::Timeout, format!("the body did not come within {seconds} seconds"))
-            .help("send it at once")
+        Refusal::new(Kind::Timeout, format!("the body did not arrive within {seconds} seconds"))
+            .help("send the whole body without pauses")
     })?;
     match collected {
         Ok(collected) => Ok(collected.to_bytes()),
@@ -61,20 +61,20 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     }
 }
 
-/// JSON as a value of this type.
+/// Parses JSON as a value of this type.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let pointer = pointer(error.path());
-        Refusal::new(Kind::BadRequest, format!("the body is not what it should be: {}", error.inner()))
+        Refusal::new(Kind::BadRequest, format!("the body is invalid: {}", error.inner()))
             .at(pointer)
-            .help("GET /openapi.json says what it should be")
+            .help("GET /openapi.json describes valid bodies")
     })?;
     json.end().map_err(|error| Refusal::new(Kind::BadRequest, format!("after the body: {error}")))?;
     Ok(value)
 }
 
-/// A JSON pointer (RFC 6901).
+/// Returns a JSON pointer (RFC 6901).
 fn pointer(path: &serde_path_to_error::Path) -> String {
     use serde_path_to_error::Segment;
     path.iter()
@@ -95,15 +95,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Parameters<T> 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
         let query = Query::try_from_uri(&parts.uri);
         query.map(|Query(value)| Self(value)).map_err(|error| {
-            Refusal::new(
-                Kind::BadRequest,
-                format!("the query is not what it should be: {}", error.body_text()),
-            )
+            Refusal::new(Kind::BadRequest, format!("the query is invalid: {}", error.body_text()))
         })
     }
 }
 
-/// The parts of the path that are names.
+/// Returns the names in the path.
 async fn names<T: DeserializeOwned + Send>(parts: &mut Parts) -> Result<T, Refusal> {
     let names = Path::<T>::from_request_parts(parts, &()).await;
     names.map(|Path(names)| names).map_err(|error| {
@@ -111,7 +108,7 @@ async fn names<T: DeserializeOwned + Send>(parts: &mut Parts) -> Result<T, Refus
     })
 }
 
-/// The VM that the path names.
+/// The VM in the path.
 pub(super) struct Vm(pub(super) Arc<Record>);
 
 impl FromRequestParts<Arc<Api>> for Vm {
@@ -123,7 +120,7 @@ impl FromRequestParts<Arc<Api>> for Vm {
     }
 }
 
-/// The VM that the path names, and the name of a disk.
+/// The VM and the disk's name in the path.
 pub(super) struct VmAndDisk(pub(super) Arc<Record>, pub(super) String);
 
 impl FromRequestParts<Arc<Api>> for VmAndDisk {
@@ -135,18 +132,18 @@ impl FromRequestParts<Arc<Api>> for VmAndDisk {
     }
 }
 
-/// A value as JSON.
+/// Returns a value as JSON.
 pub(super) fn to_json(value: &impl Serialize) -> Result<Bytes, Refusal> {
     let written = serde_json::to_vec(value).map(Bytes::from);
     written.map_err(|error| Refusal::new(Kind::Internal, format!("write the response: {error}")))
 }
 
-/// A response of JSON.
+/// Returns a response of JSON.
 pub(super) fn json(bytes: Bytes) -> Response {
     ([(CONTENT_TYPE, "application/json")], bytes).into_response()
 }
 
-/// Does what takes time, on a thread of its own, and to its end even if the client is gone.
+/// Runs slow work on its own thread. The work completes even if the client disconnects.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, HostError> + Send + 'static,
 ) -> Result<T, Refusal> {

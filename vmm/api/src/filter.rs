@@ -6,7 +6,7 @@ use utoipa::IntoParams;
 use samepage_api_types::lifecycle::State;
 use samepage_host::record::Record;
 
-/// Filters for a list of VMs, which has the VMs that match all of them.
+/// Filters for a list of VMs. The list contains the VMs that match all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -21,12 +21,12 @@ pub(crate) struct VmFilter {
 }
 
 impl VmFilter {
-    /// Whether nothing is left out.
+    /// Returns whether all VMs match.
     pub(super) fn is_all(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Whether a VM is meant.
+    /// Returns whether a VM matches.
     pub(super) fn fits(&self, record: &Record) -> bool {
         let fits = |pattern: &Option<String>, text: &str| {
             pattern.as_deref().is_none_or(|pattern| fits_pattern(pattern, text))
@@ -37,13 +37,13 @@ impl VmFilter {
     }
 }
 
-/// Whether a text is what a pattern says, in which each `*` stands for any letters. Takes time in proportion to
-/// the text.
+/// Returns whether a text matches a pattern, in which each `*` stands for any letters. The time is
+/// proportional to the text.
 fn fits_pattern(pattern: &str, text: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return pattern == text };
     let Some(mut text) = text.strip_prefix(start) else { return false };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
-    // Each part is best found as early as it can be.
+    // Searching each part as early as possible never misses a match.
     for part in middle.split('*') {
         let Some(at) = text.find(part) else { return false };
         text = &text[at + part.len()..];

@@ -1,15 +1,15 @@
 //! The API and its page over TCP, for browsers.
 //!
-//! Whoever can open the Unix socket may do anything; a port is open to every user of the host, and to every
-//! page that one of them has in a browser. So:
+//! A user who can open the Unix socket may do anything. A port is open to every user of the host, and to
+//! every web page in one of their browsers. Therefore:
 //!
-//! - Without a token the API can be looked at, but for consoles, and nothing can be changed; the server
-//!   listens to the host itself alone, and answers only to names of the host itself, since any name can be
-//!   made to lead here (DNS rebinding).
-//! - With one, every request of the API has to bring it (`Authorization: Bearer`). Browsers do not send it
-//!   by themselves, as they do cookies, so that no other page can act for the user.
-//! - Requests that browsers say come from other origins are refused either way, and no answer can be read
-//!   or framed by them.
+//! - Without a token, clients can watch VMs, except for consoles, and change nothing. The server listens only
+//!   to the host itself. It responds only to names of the host itself, because DNS can resolve any name to
+//!   this address (DNS rebinding).
+//! - With a token, every API request must contain it (`Authorization: Bearer`). Browsers do not send it
+//!   automatically, unlike cookies, so no other page can act for the user.
+//! - In both cases, requests from other origins are refused, and pages of other origins can neither read nor
+//!   frame a response.
 
 use std::fs;
 use std::io::{self, Read};
@@ -32,32 +32,32 @@ use crate::problem::Refusal;
 use samepage_api_types::problem::Kind;
 use samepage_web as web;
 
-/// Characters of a token at least, and at most.
+/// Limits for the length of a token, in characters.
 const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=512;
 
-/// What of the page's own is executed, shown and asked for: nothing else is.
+/// Allows only content of the page's own origin.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Where the server listens, and whom it lets in.
+/// The address of the server, and the condition for access.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpOptions {
     /// The address.
     pub address: SocketAddr,
-    /// What every request of the API has to bring; without one nothing can be changed.
+    /// The token that every API request must contain. Without one, nothing can be changed.
     pub token: Option<Token>,
 }
 
-/// Why there is no server for browsers.
+/// The reason why the server for browsers could not start.
 #[derive(Debug, Error)]
 pub enum HttpError {
-    /// The address is open to others than the host itself.
+    /// Other hosts can reach the address.
     #[error(
-        "{0} can be reached from other hosts: give --http-token as well, or an address of this host's own, as \
-         in 127.0.0.1:8080"
+        "{0} can be reached from other hosts: also give --http-token, or use a loopback address, as in \
+         127.0.0.1:8080"
     )]
     Open(SocketAddr),
-    /// The address cannot be had.
+    /// The address cannot be bound.
     #[error("listen at http://{address}: {source}")]
     Listen {
         /// The address.
@@ -73,17 +73,17 @@ pub enum HttpError {
         /// The error of the system call.
         source: io::Error,
     },
-    /// The token is none.
+    /// The token is invalid.
     #[error("the token {path} {reason}")]
     Token {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and what to do.
+        /// The fault and the remedy.
         reason: &'static str,
     },
 }
 
-/// A secret that requests bring.
+/// The secret that requests must contain.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(Box<str>);
 
@@ -94,38 +94,40 @@ impl std::fmt::Debug for Token {
 }
 
 impl Token {
-    /// Reads a token from a file of its owner's.
+    /// Reads a token from a file of its owner.
     ///
     /// # Errors
-    /// Where others can read the file, or there is no token in it.
+    /// Fails if other users can read the file, or if it contains no valid token.
     pub fn read(path: &Path) -> Result<Self, HttpError> {
         let failed = |source| HttpError::TokenFile { path: path.to_owned(), source };
         let wrong = |reason| HttpError::Token { path: path.to_owned(), reason };
         let file = fs::File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if metadata.is_file() && metadata.mode() & 0o077 != 0 {
-            return Err(wrong("can be read by others than its owner: chmod 600 it, and write a new one"));
+            return Err(wrong(
+                "can be read by other users: restrict it with chmod 600, and write a new token",
+            ));
         }
         let mut text = String::new();
-        // One byte more than a token with the end of its line.
+        // One byte more than a token with a line ending.
         file.take(*TOKEN_LENGTH.end() as u64 + 3).read_to_string(&mut text).map_err(failed)?;
         let token = text.trim_end_matches(['\r', '\n']);
         if !TOKEN_LENGTH.contains(&token.len()) {
-            return Err(wrong("has to have 16 to 512 characters, as `openssl rand -hex 32` makes them"));
+            return Err(wrong("must have 16 to 512 characters, like the output of `openssl rand -hex 32`"));
         }
         if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(wrong("has to be one line of letters, digits and signs, without blanks"));
+            return Err(wrong("must be one line of letters, digits and punctuation, without spaces"));
         }
         Ok(Self(token.into()))
     }
 
-    /// Whether a request brings the token. How long this takes tells nothing about where it differs.
-    fn is_brought(&self, headers: &HeaderMap) -> bool {
+    /// Returns whether a request contains the token. The duration does not reveal the position of a
+    /// difference.
+    fn is_in(&self, headers: &HeaderMap) -> bool {
         let value = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let Some((scheme, brought)) = value.and_then(|value| value.split_once(' ')) else { return false };
-        let same_length = brought.len() == self.0.len();
-        let differences =
-            self.0.bytes().zip(brought.bytes()).fold(0, |all, (one, other)| all | (one ^ other));
+        let Some((scheme, given)) = value.and_then(|value| value.split_once(' ')) else { return false };
+        let same_length = given.len() == self.0.len();
+        let differences = self.0.bytes().zip(given.bytes()).fold(0, |all, (one, other)| all | (one ^ other));
         scheme.eq_ignore_ascii_case("bearer") && same_length && std::hint::black_box(differences) == 0
     }
 }
@@ -134,7 +136,7 @@ impl HttpOptions {
     /// Opens the port.
     ///
     /// # Errors
-    /// Where others could reach it, or it cannot be had.
+    /// Fails if other hosts could reach the port, or if the address cannot be bound.
     pub(super) fn listen(&self) -> Result<std::net::TcpListener, HttpError> {
         let address = self.address;
         if self.token.is_none() && !address.ip().is_loopback() {
@@ -146,13 +148,13 @@ impl HttpOptions {
     }
 }
 
-/// Whom the server lets in.
+/// The check of every request to the port.
 #[derive(Debug)]
 pub(super) struct Guard {
     pub(super) token: Option<Token>,
 }
 
-/// Lets through what may be asked, and answers with the page's parts.
+/// Passes on permitted requests, and responds with the files of the page.
 pub(super) async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     let answer = match guard.check(&request) {
         Err(problem) => problem.into_response(),
@@ -163,14 +165,14 @@ pub(super) async fn guard(State(guard): State<Arc<Guard>>, request: Request, nex
 }
 
 impl Guard {
-    /// Returns the part of the page that is asked for, if it is one.
+    /// Returns the requested file of the page, or `None` for an API request.
     fn check(&self, request: &Request) -> Result<Option<&'static web::Asset>, Refusal> {
         let headers = request.headers();
         let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
         if self.token.is_none() && !is_own_name(host) {
-            let detail = format!("{host:?} is no name of this host's own");
+            let detail = format!("{host:?} is not a local name of this host");
             return Err(Refusal::new(Kind::Forbidden, detail)
-                .help("ask for 127.0.0.1 or localhost; other names need a server with --http-token"));
+                .help("use 127.0.0.1 or localhost; other names require --http-token"));
         }
         let text = |name: &HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
         let foreign = text(&ORIGIN).is_some_and(|origin| {
@@ -179,35 +181,35 @@ impl Guard {
         });
         let asset = web::asset(request.uri().path());
         let site = text(&HeaderName::from_static("sec-fetch-site"));
-        // A link elsewhere may lead to the page; that shows nothing to who made it.
+        // A link on another site may lead to the page. The other site learns nothing from that.
         let followed = asset.is_some_and(|asset| asset.is_page)
             && text(&HeaderName::from_static("sec-fetch-mode")) == Some("navigate");
         if foreign || (matches!(site, Some("cross-site" | "same-site")) && !followed) {
-            return Err(Refusal::new(Kind::Forbidden, "this comes from a page of another origin")
-                .help("only the page of this server itself, and programs, may ask"));
+            return Err(Refusal::new(Kind::Forbidden, "the request comes from a page of another origin")
+                .help("only the page of this server, and programs, may send requests"));
         }
         let reads = matches!(*request.method(), Method::GET | Method::HEAD);
         if let Some(asset) = asset.filter(|_| reads) {
             return Ok(Some(asset));
         }
         match &self.token {
-            Some(token) if token.is_brought(headers) => Ok(None),
-            Some(_) => Err(Refusal::new(Kind::Unauthorized, "the request does not bring the token").help(
-                "send the header Authorization: Bearer TOKEN, with what is in the file of --http-token",
+            Some(token) if token.is_in(headers) => Ok(None),
+            Some(_) => Err(Refusal::new(Kind::Unauthorized, "the request does not contain the token").help(
+                "send the header Authorization: Bearer TOKEN, with the token in the file of --http-token",
             )),
             None if reads && !is_console(request.uri().path()) => Ok(None),
-            None => Err(Refusal::new(Kind::Forbidden, "without a token, VMs can be watched, and no more")
+            None => Err(Refusal::new(Kind::Forbidden, "without a token, clients can only watch VMs")
                 .help("start the server with --http-token, or use the Unix socket")),
         }
     }
 }
 
-/// Whether a path is, or may be taken for, a console's.
+/// Returns whether a path is, or could be taken for, that of a console.
 fn is_console(path: &str) -> bool {
     path.split('/').any(|part| part == "console") || path.contains('%')
 }
 
-/// Whether a `Host` header is a name that leads to the host itself whoever resolves it.
+/// Returns whether a `Host` header is a name that always means the host itself.
 fn is_own_name(host: &str) -> bool {
     let (name, port) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((name, rest)) => (name, rest.strip_prefix(':').or(rest.is_empty().then_some("0"))),
@@ -226,11 +228,11 @@ fn is_own_name(host: &str) -> bool {
 }
 
 fn asset_response(asset: &'static web::Asset) -> Response {
-    // What it is belongs to this version of the program.
+    // The files belong to this version of the program.
     ([(CONTENT_TYPE, asset.media_type), (CACHE_CONTROL, "no-cache")], asset.content).into_response()
 }
 
-/// Has browsers keep the answer to this origin.
+/// Adds headers that keep the response from other origins.
 fn harden(mut response: Response) -> Response {
     let unauthorized = response.extensions().get::<Refusal>().is_some_and(|p| p.is(Kind::Unauthorized));
     let headers = response.headers_mut();

@@ -1,10 +1,10 @@
-//! The control socket: VMs of this process made, watched and steered over HTTP.
+//! The control socket: creates, shows and controls VMs of this process over HTTP.
 //!
-//! [`server`] listens to the socket, and with [`http`] to a port for browsers. `routes` has the resources, `views`
-//! what they answer and `problem` what they answer when something is wrong.
+//! [`server`] listens to the socket, and with [`http`] to a port for browsers. `routes` has the resources,
+//! `views` their responses, and `problem` the responses to errors.
 //!
-//! The description that clients get is generated from the types of `samepage-api-types`: [`openapi`]. For people it
-//! is in `docs/api.md`.
+//! The OpenAPI description is generated from the types of `samepage-api-types`: [`openapi`]. `docs/api.md`
+//! describes the API for people.
 
 mod error_mapping;
 mod extract;

@@ -1,5 +1,4 @@
-//! The socket that clients connect to: made so that nobody but who may can, and nobody loses one that is
-//! in use.
+//! The control socket. Only authorised users can connect, and a socket in use is never replaced.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,52 +11,52 @@ use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use thiserror::Error;
 
-/// Connections that wait to be accepted.
+/// Number of connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// The socket, as its owner wants it.
+/// The options of the socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketOptions {
-    /// Where it is.
+    /// The path.
     pub path: PathBuf,
-    /// Who may connect, as permission bits: who may write.
+    /// Permission bits. Users with write permission can connect.
     pub mode: u32,
-    /// The group that it belongs to, by name or number.
+    /// The group of the socket, by name or number.
     pub group: Option<String>,
 }
 
-/// Why there is no socket.
+/// The reason why the socket could not be opened.
 #[derive(Debug, Error)]
 pub enum SocketError {
-    /// Another process listens there.
-    #[error("{0} is the socket of a process that runs; end that one, or give this one another --socket")]
+    /// Another process listens to the socket.
+    #[error("{0} is the socket of a running process; end that process, or use another --socket")]
     Live(PathBuf),
-    /// There is something else.
-    #[error("{0} is there and is no socket; remove it, or give another --socket")]
+    /// The path exists and is not a socket.
+    #[error("{0} exists and is not a socket; remove it, or use another --socket")]
     NotASocket(PathBuf),
-    /// The path is longer than sockets can have.
-    #[error("{0}: a socket's path has 107 bytes at most; give a shorter --socket")]
+    /// The path is longer than the kernel's limit for sockets.
+    #[error("{0}: a socket's path can have at most 107 bytes; use a shorter --socket")]
     PathTooLong(PathBuf),
-    /// There is no such group.
-    #[error("there is no group {0}; give --socket-group one of /etc/group, or a number")]
+    /// The group does not exist.
+    #[error("there is no group {0}; use a group of /etc/group or a number for --socket-group")]
     NoSuchGroup(String),
-    /// The socket may not be given to the group.
+    /// The process may not give the socket to the group.
     #[error(
         "give {path} to the group {group}: {source}; start the process as a member of the group \
          (SupplementaryGroups= in a unit of systemd), or with CAP_CHOWN"
     )]
     Group {
-        /// The group, as it was given.
+        /// The group, by name or number.
         group: String,
         /// The socket.
         path: PathBuf,
         /// The error of the system call.
         source: io::Error,
     },
-    /// The kernel refused something.
+    /// Another system call failed.
     #[error("{what} {path}: {source}")]
     Io {
-        /// What was being done.
+        /// The action that failed.
         what: &'static str,
         /// The socket.
         path: PathBuf,
@@ -66,25 +65,25 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket, which is removed when dropped.
+/// A listening socket. Dropping it removes the file.
 #[derive(Debug)]
 pub struct Socket {
     path: PathBuf,
-    /// The file's device and number: what is there later may be another's.
+    /// Device and inode of the file. A later file at the path may belong to another process.
     identity: (u64, u64),
 }
 
-/// Opens the socket. What is left of a process that is gone is replaced.
+/// Opens the socket. Replaces the socket of a process that has ended.
 ///
 /// # Errors
-/// Where another process uses it, or it cannot be made.
+/// Fails if another process uses the socket, or if the socket cannot be created.
 pub fn open(options: &SocketOptions) -> Result<(UnixListener, Socket), SocketError> {
     let path = &options.path;
     let failed = |what| move |source: io::Error| SocketError::Io { what, path: path.clone(), source };
     let address = SocketAddrUnix::new(path).map_err(|_| SocketError::PathTooLong(path.clone()))?;
     let group = options.group.as_deref().map(|group| Ok((group, group_id(group)?))).transpose()?;
 
-    // Two processes that start at the same time do not take a socket away from each other.
+    // The lock keeps two starting processes from taking the socket away from each other.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = File::open(folder).map_err(failed("open the folder of"))?;
     flock(&folder, FlockOperation::LockExclusive).map_err(|e| failed("lock the folder of")(e.into()))?;
@@ -93,7 +92,7 @@ pub fn open(options: &SocketOptions) -> Result<(UnixListener, Socket), SocketErr
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
         .map_err(|e| failed("open")(e.into()))?;
-    // The file gets these permissions as it is made, less what the umask takes away.
+    // The file is created with these permissions, minus the umask.
     fchmod(&socket, Mode::from_raw_mode(options.mode & 0o600)).map_err(|e| failed("open")(e.into()))?;
     bind(&socket, &address).map_err(|e| failed("make")(e.into()))?;
     let metadata = fs::symlink_metadata(path).map_err(failed("look at"))?;
@@ -127,10 +126,10 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed("remove what is left of"))
+            fs::remove_file(path).map_err(failed("remove the old socket"))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // Also where we may not connect, or its queue is full: somebody uses it.
+        // A refused permission or a full queue also means that a process uses the socket.
         Ok(_) | Err(_) => Err(SocketError::Live(path.to_owned())),
     }
 }
@@ -152,7 +151,7 @@ impl Drop for Socket {
         let same = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if same {
-            // Who comes next replaces what is left.
+            // The next process replaces a socket that cannot be removed.
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -1,9 +1,9 @@
-//! Maps of VMs' memory for many clients from few looks at it.
+//! Maps of VMs' memory for many clients from few scans.
 //!
-//! A map takes time in proportion to the VM's memory. It is therefore made when somebody asks, one at a time,
-//! by another thread, and given to all who ask for the next second; those of all VMs together take a twentieth
-//! of the time at most, since where they take longer they are made less often. Who asks for fewer cells than a
-//! map has gets neighbours added up.
+//! The time for a map is proportional to the VM's memory. So another thread makes maps on request, one at a
+//! time. Each map serves all requests of the next second. Making the maps of all VMs takes at most a
+//! twentieth of the time: slow maps are made less often. A request for fewer cells gets sums of neighbouring
+//! cells.
 
 use crate::views;
 use std::io;
@@ -18,22 +18,22 @@ use samepage_api_types::views::pages::MapView;
 use samepage_host::record::Record;
 use samepage_machine::vm::Vm;
 
-/// Most cells that a map has.
+/// Upper limit for the cells of a map.
 pub(super) const MOST_CELLS: u32 = 16_384;
-/// Cells that a map is made with at least, for those who ask next.
+/// Least number of cells of a new map, for later requests.
 const LEAST_CELLS: u32 = 1024;
-/// For how long a map counts as what is.
+/// The time during which a map counts as present.
 const FRESH: Duration = Duration::from_secs(1);
-/// The part of the time that looks may take, as a divisor.
+/// The limit for the share of time that maps may take, as a divisor.
 const SHARE: u32 = 20;
-/// Maps that are kept.
+/// Number of kept maps.
 const MOST_MAPS: usize = 16;
 
-/// The maps that were made last.
+/// The latest maps.
 #[derive(Debug)]
 pub(super) struct Maps {
     pagemap: Arc<Pagemap>,
-    /// The one made last comes last.
+    /// The maps by age, the latest last.
     made: Mutex<Vec<Made>>,
 }
 
@@ -59,7 +59,7 @@ impl Maps {
         Ok(Self { pagemap: Arc::new(Pagemap::open()?), made: Mutex::default() })
     }
 
-    /// A VM's memory in so many cells at most; none of a VM that has ended.
+    /// Returns a map of a VM's memory with at most `cells` cells, and no cells for a VM that has ended.
     pub(super) async fn map(&self, record: &Arc<Record>, cells: u32) -> Result<MapView, String> {
         let map = self.latest(record, cells).await?;
         let Some(map) = map else { return Ok(MapView::default()) };
@@ -73,7 +73,7 @@ impl Maps {
     }
 
     async fn latest(&self, record: &Arc<Record>, cells: u32) -> Result<Option<Arc<Map>>, String> {
-        // Whoever asks meanwhile waits, and gets what was made.
+        // Simultaneous requests wait for the lock, and get the new map.
         let mut made = self.made.lock().await;
         made.retain(|made| made.of.upgrade().is_some_and(|record| record.vm().is_some()));
         let of_this = |made: &Made| made.of.as_ptr() == Arc::as_ptr(record);
@@ -91,9 +91,9 @@ impl Maps {
             let map = look_at.inspect(|vm| look(vm, &pagemap, wanted)).transpose();
             (map, started.elapsed())
         };
-        let looked = tokio::task::spawn_blocking(work).await;
-        let (map, took) = looked.map_err(|_| "look at the VM's memory: the operation panicked".to_owned())?;
-        let map = map.map_err(|error| format!("look at the memory of VM {}: {error}", record.name()))?;
+        let scanned = tokio::task::spawn_blocking(work).await;
+        let (map, took) = scanned.map_err(|_| "scan the VM's memory: the operation panicked".to_owned())?;
+        let map = map.map_err(|error| format!("scan the memory of VM {}: {error}", record.name()))?;
         let Some(map) = map.map(Arc::new) else { return Ok(None) };
         made.retain(|made| !of_this(made));
         if made.len() >= MOST_MAPS {
@@ -105,7 +105,7 @@ impl Maps {
     }
 }
 
-/// Neighbours as one cell.
+/// Returns the sum of neighbouring cells.
 fn sum(cells: &[MapCell]) -> MapCell {
     let mut all = MapCell { first_page: cells[0].first_page, ..MapCell::default() };
     for cell in cells {
@@ -125,7 +125,7 @@ fn look(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Map> {
     Ok(Map { time, publishing, cells: membership.map(cells)? })
 }
 
-/// The cells of a VM whose memory no engine shares: what was touched is its own.
+/// Returns the cells of a VM whose memory no engine shares: all touched pages are private.
 fn own_pages(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Vec<MapCell>> {
     let ram = vm.ram();
     let pages = ram.pages();

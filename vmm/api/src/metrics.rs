@@ -1,4 +1,4 @@
-//! Metrics in the text format of OpenMetrics, and in Prometheus' own.
+//! Metrics in the text formats of OpenMetrics and Prometheus.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use samepage_sharing::PAGE_SIZE;
 
-use crate::sampling::Seen;
+use crate::sampling::CachedSample;
 use crate::views::{self, saved_bytes};
 use samepage_api_types::by_type::TypeSample;
 use samepage_api_types::lifecycle::State;
@@ -18,15 +18,15 @@ use samepage_api_types::views::DiskStatistics;
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
 
-/// Everything at one moment.
+/// The state of the process at one moment.
 #[derive(Debug)]
 struct Metrics {
     records: Vec<Arc<Record>>,
-    seen: Arc<Seen>,
+    seen: Arc<CachedSample>,
 }
 
-/// All metrics as text.
-pub(super) fn text(vms: Vec<Arc<Record>>, seen: Arc<Seen>) -> Result<String, fmt::Error> {
+/// Returns all metrics as text.
+pub(super) fn text(vms: Vec<Arc<Record>>, seen: Arc<CachedSample>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("samepage");
     registry.register_collector(Box::new(Metrics { records: vms, seen }));
     let mut text = String::new();
@@ -34,8 +34,8 @@ pub(super) fn text(vms: Vec<Arc<Record>>, seen: Arc<Seen>) -> Result<String, fmt
     Ok(text)
 }
 
-/// The same as Prometheus' own text format has it. It differs in the names of counters, which their types and
-/// help have as well, and knows no units and no end.
+/// Converts metrics to Prometheus' text format. In this format, the counters' names in types and help texts
+/// have the suffix `_total`, and there are no units and no end mark.
 ///
 /// Source: Prometheus' documentation, "Exposition formats"; the specification of OpenMetrics.
 pub(super) fn for_prometheus(openmetrics: &str) -> String {
@@ -48,7 +48,7 @@ pub(super) fn for_prometheus(openmetrics: &str) -> String {
         };
         let mut words = comment.splitn(3, ' ');
         match (words.next(), words.next(), words.next()) {
-            // The type comes next, and tells what the family is called.
+            // The type comes next, and decides the name of the family.
             (Some("HELP"), Some(_), Some(what)) => help = what,
             (Some("TYPE"), Some(name), Some(kind)) => {
                 let total = if kind == "counter" { "_total" } else { "" };
@@ -62,7 +62,7 @@ pub(super) fn for_prometheus(openmetrics: &str) -> String {
     text
 }
 
-/// Reads a figure off what was counted.
+/// Returns a number from a sample.
 type Count<T> = fn(&T) -> u64;
 
 type Labels<'a> = [(&'static str, &'a str)];
@@ -126,12 +126,12 @@ impl Metrics {
         let bytes = || Some(Unit::Bytes);
         let gauges = [
             ("guest_memory", "Sum of the VMs' memory", sample.guest_bytes as f64),
-            ("resident", "Memory that the process takes, each frame once", sample.resident_bytes as f64),
+            ("resident", "Memory of the process, with each frame counted once", sample.resident_bytes as f64),
             ("private", "Private pages of the process", sample.private_bytes as f64),
-            ("saved", "What sharing saves, less what it takes itself", sample.saved_bytes as f64),
-            ("overhead", "What sharing takes itself", sample.overhead_bytes as f64),
+            ("saved", "Memory that sharing saves, minus the overhead", sample.saved_bytes as f64),
+            ("overhead", "Overhead of sharing", sample.overhead_bytes as f64),
             ("frames_stored", "Memory charged for frames", engine.store_bytes as f64),
-            ("engine_books", "What the engine's books take", engine.metadata_bytes as f64),
+            ("engine_books", "Memory of the engine's metadata", engine.metadata_bytes as f64),
         ];
         for (name, help, value) in gauges {
             writer.gauge(name, help, bytes(), one(value))?;
@@ -139,9 +139,9 @@ impl Metrics {
         let gauges = [
             ("pages_shared", "Frames in use by two or more guest pages", engine.pages_shared),
             ("pages_sharing", "Further guest pages mapped to those frames", engine.pages_sharing),
-            ("pages_unshared", "Pages looked at and found unique", engine.pages_unshared),
-            ("pages_volatile", "Pages that changed since the pass before", engine.pages_volatile),
-            ("zero_pages", "Guest pages of zeros whose memory was given back", engine.zero_pages),
+            ("pages_unshared", "Scanned pages with unique content", engine.pages_unshared),
+            ("pages_volatile", "Pages that changed since the previous scan", engine.pages_volatile),
+            ("zero_pages", "Guest pages of zeros whose memory is freed", engine.zero_pages),
             ("groups_stopped", "Groups for which sharing has stopped", engine.groups_stopped),
             ("mappings", "Mappings of the process", engine.mappings),
             ("mappings_limit", "The kernel's limit on mappings", engine.mappings_limit),
@@ -150,11 +150,11 @@ impl Metrics {
             writer.gauge(name, help, None, one(value as f64))?;
         }
         let counters = [
-            ("pages_scanned", "Pages looked at", engine.pages_scanned),
+            ("pages_scanned", "Scanned pages", engine.pages_scanned),
             ("merges", "Pages mapped to frames", engine.merges),
-            ("breaks", "Merged pages that were written to and left their frames", engine.breaks),
-            ("mappings_denied", "Runs not merged for want of mappings", engine.mappings_denied),
-            ("refusals", "Calls of the kernel that failed", engine.refusals),
+            ("breaks", "Merged pages that got private memory again after a write", engine.breaks),
+            ("mappings_denied", "Runs not merged because of the limit on mappings", engine.mappings_denied),
+            ("refusals", "System calls that failed", engine.refusals),
         ];
         for (name, help, value) in counters {
             writer.counter(name, help, None, one(value as f64))?;
@@ -167,9 +167,9 @@ impl Metrics {
         let cache = views::cache(&self.seen.sample);
         let one = |value: u64| [([] as [(&str, &str); 0], value as f64)];
         let gauges = [
-            ("cache", "Blocks of disks that the host alone holds", cache.cached_bytes),
-            ("cache_limit", "Most that those may take", cache.limit_bytes),
-            ("cache_in_guests", "Blocks of disks in frames that guests map", cache.in_guests_bytes),
+            ("cache", "Disk blocks that only the host holds", cache.cached_bytes),
+            ("cache_limit", "Upper limit for cached disk blocks that no guest holds", cache.limit_bytes),
+            ("cache_in_guests", "Disk blocks in frames that guests map", cache.in_guests_bytes),
         ];
         for (name, help, value) in gauges {
             writer.gauge(name, help, Some(Unit::Bytes), one(value))?;
@@ -180,17 +180,17 @@ impl Metrics {
             ("disk", cache.sources.disk_bytes),
         ];
         let values = sources.map(|(source, bytes)| ([("source", source)], bytes as f64));
-        let help = "What guests read through the block cache, by where it came from";
+        let help = "Data that guests read through the block cache, by source";
         writer.counter("cache_read", help, Some(Unit::Bytes), values)?;
-        let help = "Cached blocks that were dropped for others or for want of memory";
+        let help = "Cached blocks that were evicted for others or because of a lack of memory";
         writer.counter("cache_evictions", help, None, one(cache.statistics.evicted))
     }
 
     fn vms(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let page = PAGE_SIZE as u64;
         let memory: [(&str, &str, Count<VmSample>); 3] = [
-            ("vm_resident", "What a VM takes: private pages and its share of frames", |vm| vm.resident_bytes),
-            ("vm_saved", "What sharing saves by a VM, pages of zeros included", saved_bytes),
+            ("vm_resident", "Memory of a VM: private pages and its share of frames", |vm| vm.resident_bytes),
+            ("vm_saved", "Memory that sharing saves for a VM, including pages of zeros", saved_bytes),
             ("vm_private", "A VM's private pages", |vm| vm.pages.pages_private * PAGE_SIZE as u64),
         ];
         let all = self.records.iter().map(|record| ([("vm", record.name())], record.spec().memory.0 as f64));
@@ -209,13 +209,13 @@ impl Metrics {
             let sent = vm.serial_stats().sent.load(std::sync::atomic::Ordering::Relaxed);
             ([("vm", record.name())], sent as f64)
         });
-        writer.counter("vm_console", "What a guest wrote to its console", Some(Unit::Bytes), sent)?;
+        writer.counter("vm_console", "Output of a guest to its console", Some(Unit::Bytes), sent)?;
         let cpu = consoles.iter().map(|(record, vm)| ([("vm", record.name())], vm.cpu_time().as_secs_f64()));
         writer.counter("vm_cpu", "CPU time of a VM's vCPUs", Some(Unit::Seconds), cpu)?;
         let wanted = self.seen.sample.vms.iter().filter_map(|vm| {
             Some(([("vm", vm.name.as_str())], vm.working_set.as_ref()?.wanted_bytes as f64))
         });
-        let help = "So much more memory would spare a VM 95 % of the reads that any could";
+        let help = "Additional memory that would save 95 % of the reads that more memory can save";
         writer.gauge("vm_wanted", help, Some(Unit::Bytes), wanted)?;
         let read = consoles.iter().flat_map(|(record, vm)| {
             let io = IoSample::of(vm);
@@ -226,11 +226,11 @@ impl Metrics {
             ];
             sources.map(|(source, bytes)| ([("vm", record.name()), ("source", source)], bytes as f64))
         });
-        let help = "What a VM's disks read, by where it came from";
+        let help = "Data that a VM's disks read, by source";
         writer.counter("vm_disk_read", help, Some(Unit::Bytes), read)
     }
 
-    /// Of VMs in whose guests an agent says what pages are used for.
+    /// Writes metrics of VMs with an agent that publishes page types.
     fn types(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let vms: Vec<(&str, &ClaimedSample)> = self
             .seen
@@ -246,23 +246,28 @@ impl Metrics {
                 types.map(move |(one, counted)| ([("vm", *vm), ("type", one.name())], value(counted)))
             })
         };
-        let help = "A VM's pages by what its guest uses them for, as an agent in it says";
+        let help = "Pages of a VM by type, as published by the agent in the guest";
         writer.gauge("vm_type_pages", help, None, by_type(|one| one.pages as f64))?;
-        let help = "Of a type's pages, the ones that are mapped to frames";
+        let help = "Pages of a type that are mapped to frames";
         writer.gauge("vm_type_merged_pages", help, None, by_type(|one| one.pages_merged as f64))?;
-        let help = "Pages that sharing saves by a type, those that were given back included";
+        let help = "Pages of a type that sharing saves, including freed pages";
         writer.gauge("vm_type_saved_pages", help, None, by_type(|one| one.saved() as f64))?;
         let help = "Pages of a type that were mapped to frames";
         writer.counter("vm_type_merges", help, None, by_type(|one| one.merges as f64))?;
         let help = "Merged pages of a type that were written to";
         writer.counter("vm_type_breaks", help, None, by_type(|one| one.broken as f64))?;
-        let help = "For how long pages of a type were on frames, all pages together";
+        let help = "Total time that pages of a type were mapped to frames";
         writer.counter("vm_type_merged", help, Some(Unit::Seconds), by_type(|one| one.merged_seconds))?;
         let given_back = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.given_back as f64));
-        let help = "Free pages of a VM that were given back to the host";
+        let help = "Free pages of a VM that were freed on the host";
         writer.counter("vm_given_back_pages", help, None, given_back)?;
         let passes = vms.iter().map(|(vm, claimed)| ([("vm", *vm)], claimed.passes as f64));
-        writer.counter("vm_agent_passes", "Passes of the agent in a VM that were taken in", None, passes)
+        writer.counter(
+            "vm_agent_passes",
+            "Passes of the agent in a VM that the engine has read",
+            None,
+            passes,
+        )
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {

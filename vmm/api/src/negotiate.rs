@@ -1,4 +1,4 @@
-//! In which of two text formats who asks wants metrics (RFC 9110, section 12.5.1).
+//! Chooses the text format of metrics that a client wants (RFC 9110, section 12.5.1).
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;
@@ -8,12 +8,12 @@ use axum::http::header::ACCEPT;
 pub(super) enum TextFormat {
     /// OpenMetrics 1.0.0.
     OpenMetrics,
-    /// Prometheus' own, 0.0.4.
+    /// Prometheus' own format, 0.0.4.
     Prometheus,
 }
 
 impl TextFormat {
-    /// Its media type.
+    /// Returns the media type.
     pub(super) fn media_type(self) -> &'static str {
         match self {
             TextFormat::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -23,13 +23,13 @@ impl TextFormat {
 
     fn versions(self) -> (&'static str, &'static [&'static str]) {
         match self {
-            // What differs from the draft 0.0.1 is not used.
+            // The text uses nothing that differs from the draft 0.0.1.
             TextFormat::OpenMetrics => ("application/openmetrics-text", &["1.0.0", "0.0.1"]),
             TextFormat::Prometheus => ("text/plain", &["0.0.4"]),
         }
     }
 
-    /// The format that the headers of a request prefer; OpenMetrics where neither is preferred, or wanted.
+    /// Returns the format that the headers of a request prefer, and OpenMetrics if they prefer none.
     pub(super) fn preferred(headers: &HeaderMap) -> Self {
         let accepted: Vec<&str> =
             headers.get_all(ACCEPT).iter().filter_map(|accept| accept.to_str().ok()).collect();
@@ -39,7 +39,7 @@ impl TextFormat {
         if prometheus > openmetrics { TextFormat::Prometheus } else { TextFormat::OpenMetrics }
     }
 
-    /// How much the format is wanted, from 0 to 1: what the range says that fits it most closely.
+    /// Returns the preference for the format, from 0 to 1: that of the range that matches it most closely.
     fn quality(self, accepted: &str) -> f64 {
         let (own, versions) = self.versions();
         let own_kind = own.split('/').next().unwrap_or_default();

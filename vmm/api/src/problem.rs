@@ -1,4 +1,4 @@
-//! Problems as responses: each gets its body once the whole answer is known.
+//! Problems as responses. Each gets its body when the whole response is known.
 
 use std::ops::Deref;
 
@@ -10,22 +10,22 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use samepage_api_types::problem::{Kind, PROBLEM_JSON, Problem};
 
-/// A request that is refused, and why.
+/// A refused request, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Refusal(Problem);
 
 impl Refusal {
-    /// A problem of this kind.
+    /// Returns a problem of this kind.
     pub(crate) fn new(kind: Kind, detail: impl Into<Box<str>>) -> Self {
         Self(Problem::new(kind, detail))
     }
 
-    /// Says what to do about it.
+    /// Adds advice.
     pub(crate) fn help(self, help: impl Into<Box<str>>) -> Self {
         Self(self.0.help(help))
     }
 
-    /// Says where in the body the cause is.
+    /// Adds the place of the cause in the body.
     pub(crate) fn at(self, pointer: impl Into<Box<str>>) -> Self {
         Self(self.0.at(pointer))
     }
@@ -51,8 +51,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Gives each problem its body and says which path it is about. What the HTTP library refuses by itself
-/// becomes a problem as well.
+/// Gives each problem its body and the path of the request. Errors of the HTTP library become problems too.
 pub(super) async fn write_problems(request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
@@ -61,7 +60,7 @@ pub(super) async fn write_problems(request: Request, next: Next) -> Response {
     let mut problem = match response.extensions_mut().remove::<Refusal>() {
         Some(problem) => problem,
         None if status == StatusCode::METHOD_NOT_ALLOWED => {
-            let help = "GET /openapi.json says what it has, as does the header Allow";
+            let help = "the header Allow and GET /openapi.json list the methods";
             Refusal::new(Kind::MethodNotAllowed, format!("{path} has no {method}")).help(help)
         }
         None if status.is_client_error() => {
@@ -81,8 +80,8 @@ pub(super) async fn write_problems(request: Request, next: Next) -> Response {
     response
 }
 
-/// A path without a resource.
+/// Responds to a path without a resource.
 pub(super) async fn no_such_resource(request: Request) -> Refusal {
     Refusal::new(Kind::NoSuchResource, format!("there is nothing at {}", request.uri().path()))
-        .help("GET /openapi.json lists what there is")
+        .help("GET /openapi.json lists the resources")
 }

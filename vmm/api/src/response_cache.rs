@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use parking_lot::Mutex;
 
-use crate::sampling::Seen;
+use crate::sampling::CachedSample;
 
 /// How old a cached response may be.
 const MAX_AGE: Duration = Duration::from_millis(20);
@@ -20,7 +20,7 @@ pub(super) struct ResponseCache(Mutex<Option<CachedResponse>>);
 
 #[derive(Debug)]
 struct CachedResponse {
-    seen: Option<Arc<Seen>>,
+    seen: Option<Arc<CachedSample>>,
     revision: u64,
     at: Instant,
     bytes: Bytes,
@@ -34,7 +34,7 @@ impl ResponseCache {
     /// Fails if `write` fails; then nothing is cached.
     pub(super) fn get<E>(
         &self,
-        seen: Option<&Arc<Seen>>,
+        seen: Option<&Arc<CachedSample>>,
         revision: u64,
         write: impl FnOnce() -> Result<Bytes, E>,
     ) -> Result<Bytes, E> {
@@ -44,7 +44,7 @@ impl ResponseCache {
     fn get_at<E>(
         &self,
         now: Instant,
-        seen: Option<&Arc<Seen>>,
+        seen: Option<&Arc<CachedSample>>,
         revision: u64,
         write: impl FnOnce() -> Result<Bytes, E>,
     ) -> Result<Bytes, E> {

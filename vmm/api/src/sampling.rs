@@ -1,10 +1,10 @@
-//! Statistics for many clients from few looks at the memory.
+//! Statistics for many clients from few samples.
 //!
-//! To look at a VM takes time in proportion to its memory (the engine's books and the kernel's page map
-//! are gone through), so this is done at most once in [`FRESH`], only when somebody asks, and by another
-//! thread. Who asks meanwhile gets what is there unless that is older than [`STALE`]. A look takes a
-//! twentieth of the time at most: where it takes long, the next one comes later. VMs that were made since the
-//! last look are looked at without the wait of [`FRESH`], so that lists have no gaps.
+//! The time for a sample is proportional to the VMs' memory, because it reads the engine's metadata and the
+//! kernel's page map. So another thread takes a sample on request, at most once in [`FRESH`]. Requests
+//! meanwhile get the previous sample, unless it is older than [`STALE`]. Sampling takes at most a twentieth
+//! of the time: after a slow sample, the next one comes later. If VMs have been created since the last
+//! sample, the next one does not wait for [`FRESH`], so lists have no gaps.
 
 use std::io;
 use std::sync::Arc;
@@ -17,16 +17,16 @@ use samepage_host::record::Record;
 use samepage_host::registry::Registry;
 use samepage_host::statistics::{Sample, Sampler, VmSample};
 
-/// For how long what was seen counts as what is.
+/// The time during which a sample counts as present.
 const FRESH: Duration = Duration::from_secs(1);
-/// After how long nobody is given it any more.
+/// The age from which a sample is not used any more.
 const STALE: Duration = Duration::from_secs(5);
-/// The part of the time that looks may take, as a divisor.
+/// The limit for the share of time that sampling may take, as a divisor.
 const SHARE: u32 = 20;
-/// How long who asks for all VMs waits until those are looked at that have just been made.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// The longest time that a request for all VMs waits for a sample that covers new VMs.
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What was seen last, and who looks.
+/// The last sample, and the state of sampling.
 #[derive(Debug)]
 pub(super) struct Sampling {
     sampler: Sampler,
@@ -36,34 +36,34 @@ pub(super) struct Sampling {
 
 #[derive(Debug, Default)]
 struct Latest {
-    seen: Option<Arc<Seen>>,
+    seen: Option<Arc<CachedSample>>,
     error: Option<String>,
     is_sampling: bool,
 }
 
-/// The process at one moment.
+/// A sample of the process at one moment.
 #[derive(Debug)]
-pub(super) struct Seen {
-    /// What was seen, with the VMs by name.
+pub(super) struct CachedSample {
+    /// The sample, with the VMs by name.
     pub(super) sample: Sample,
     at: Instant,
     took: Duration,
 }
 
-impl Seen {
-    /// What was seen of one VM.
+impl CachedSample {
+    /// Returns the sample of one VM.
     pub(super) fn vm(&self, name: &str) -> Option<&VmSample> {
         let vms = &self.sample.vms;
         vms.binary_search_by(|vm| vm.name.as_str().cmp(name)).ok().map(|at| &vms[at])
     }
 
-    /// Whether it tells of these VMs, as far as they have memory.
-    fn tells_of(&self, records: &[Arc<Record>]) -> bool {
+    /// Returns whether the sample covers those of these VMs that have memory.
+    fn covers(&self, records: &[Arc<Record>]) -> bool {
         records.iter().all(|record| record.vm().is_none() || self.vm(record.name()).is_some())
     }
 
-    /// How long it still is until there may be another look.
-    fn rest(&self) -> Duration {
+    /// Returns the time until the next sample may be taken.
+    fn time_to_next(&self) -> Duration {
         (self.took * SHARE).saturating_sub(self.at.elapsed())
     }
 
@@ -77,13 +77,13 @@ impl Seen {
 }
 
 impl Sampling {
-    /// Nothing has been seen yet.
+    /// Returns an object without a sample.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self { sampler: Sampler::new()?, state: Mutex::default(), seen: Notify::new() })
     }
 
-    /// What was seen last, without any wait; and has it looked again where that is not fresh.
-    pub(super) fn latest(self: &Arc<Self>, registry: &Arc<Registry>) -> Option<Arc<Seen>> {
+    /// Returns the last sample without waiting. Starts another one if that is not fresh.
+    pub(super) fn latest(self: &Arc<Self>, registry: &Arc<Registry>) -> Option<Arc<CachedSample>> {
         let mut state = self.state.lock();
         let fresh = state.seen.as_ref().is_some_and(|seen| seen.is_fresh());
         if !fresh {
@@ -92,52 +92,55 @@ impl Sampling {
         state.seen.clone()
     }
 
-    /// Has somebody look, unless somebody does.
+    /// Starts a sample, unless one is in progress.
     fn begin(self: &Arc<Self>, state: &mut Latest, registry: &Arc<Registry>) {
         if !std::mem::replace(&mut state.is_sampling, true) {
             let (sampling, registry) = (Arc::clone(self), Arc::clone(registry));
-            tokio::task::spawn_blocking(move || sampling.look(&registry));
+            tokio::task::spawn_blocking(move || sampling.take_sample(&registry));
         }
     }
 
-    /// What was seen last. Where that is old or does not tell of VMs that have just been made, another look is waited for,
-    /// as long as that does not take long.
+    /// Returns the last sample. If that is old or does not cover new VMs, waits for another one, but not
+    /// longer than [`SAMPLE_TIMEOUT`].
     pub(super) async fn of(
         self: &Arc<Self>,
         records: &[Arc<Record>],
         registry: &Arc<Registry>,
-    ) -> Option<Arc<Seen>> {
-        let looked_at = async {
+    ) -> Option<Arc<CachedSample>> {
+        let sampled = async {
             loop {
-                let seen_again = self.seen.notified();
-                tokio::pin!(seen_again);
-                seen_again.as_mut().enable();
-                let rest = match self.latest(registry) {
-                    Some(seen) if seen.tells_of(records) && !seen.is_stale() => return,
-                    seen => seen.map_or(Duration::ZERO, |seen| seen.rest()),
+                let next_sample = self.seen.notified();
+                tokio::pin!(next_sample);
+                next_sample.as_mut().enable();
+                let time_to_next = match self.latest(registry) {
+                    Some(seen) if seen.covers(records) && !seen.is_stale() => return,
+                    seen => seen.map_or(Duration::ZERO, |seen| seen.time_to_next()),
                 };
-                tokio::time::sleep(rest).await;
+                tokio::time::sleep(time_to_next).await;
                 self.begin(&mut self.state.lock(), registry);
-                seen_again.await;
+                next_sample.await;
                 if self.state.lock().error.is_some() {
                     return;
                 }
             }
         };
-        // Who has waited long enough gets what there is.
-        let _ = tokio::time::timeout(PATIENCE, looked_at).await;
+        // After the timeout, use the available sample.
+        let _ = tokio::time::timeout(SAMPLE_TIMEOUT, sampled).await;
         self.state.lock().seen.clone()
     }
 
-    /// What was seen a short while ago.
-    pub(super) async fn current(self: &Arc<Self>, registry: &Arc<Registry>) -> Result<Arc<Seen>, String> {
+    /// Returns a recent sample.
+    pub(super) async fn current(
+        self: &Arc<Self>,
+        registry: &Arc<Registry>,
+    ) -> Result<Arc<CachedSample>, String> {
         loop {
-            let seen_again = self.seen.notified();
-            tokio::pin!(seen_again);
-            seen_again.as_mut().enable();
+            let next_sample = self.seen.notified();
+            tokio::pin!(next_sample);
+            next_sample.as_mut().enable();
             match self.latest(registry) {
                 Some(seen) if !seen.is_stale() => return Ok(seen),
-                _ => seen_again.await,
+                _ => next_sample.await,
             }
             if let Some(error) = &self.state.lock().error {
                 return Err(error.clone());
@@ -145,8 +148,8 @@ impl Sampling {
         }
     }
 
-    fn look(&self, registry: &Registry) {
-        /// Somebody waits, whatever becomes of the look.
+    fn take_sample(&self, registry: &Registry) {
+        /// Wakes the waiting requests, whether the sample succeeds or not.
         struct Done<'a>(&'a Sampling);
         impl Drop for Done<'_> {
             fn drop(&mut self) {
@@ -160,11 +163,11 @@ impl Sampling {
         let mut state = self.state.lock();
         match sample {
             Ok(sample) => {
-                let seen = Seen { sample, at: Instant::now(), took: started.elapsed() };
+                let seen = CachedSample { sample, at: Instant::now(), took: started.elapsed() };
                 state.seen = Some(Arc::new(seen));
                 state.error = None;
             }
-            Err(error) => state.error = Some(format!("look at the VMs' memory: {error}")),
+            Err(error) => state.error = Some(format!("sample the VMs' memory: {error}")),
         }
     }
 }

@@ -1,7 +1,8 @@
-//! The server: HTTP/1.1 over a Unix socket, and over a port where browsers are wanted, on one thread, with few more for what takes time.
+//! The server: HTTP/1.1 over a Unix socket, and optionally over a port for browsers. It runs on one thread,
+//! plus a few threads for slow operations.
 //!
-//! Clients are few and local, and yet nothing that they do or leave undone may harm VMs: connections are
-//! bounded in number, requests in size and time, and what is written has to be taken.
+//! Clients are few and local, but none of them may harm VMs. So the number of connections, and the size and
+//! duration of requests, are limited. A client that does not read is disconnected.
 
 use std::future::{self, Future};
 use std::io;
@@ -34,38 +35,38 @@ use crate::write_timeout::with_write_timeout;
 use samepage_api_types::problem::{Kind, PROBLEM_JSON};
 use samepage_host::registry::Registry;
 
-/// Connections at a time; each that only listens to events or a console counts as well.
+/// Limit for simultaneous connections, including those that only follow events or a console.
 const MAX_CONNECTIONS: usize = 256;
-/// Those that come by the port.
+/// Limit for simultaneous connections to the port.
 const MAX_HTTP_CONNECTIONS: usize = 64;
-/// How long a request's head may take, and a connection without requests may stay.
+/// Time limit for a request's head, and for a connection without requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// What is buffered of a connection, in bytes; a request's head has to fit.
+/// Buffer size of a connection, in bytes. A request's head must fit.
 const BUFFER_BYTES: usize = 64 << 10;
-/// Threads for what takes time: to build VMs, to wait for their ends, to look at their memory.
+/// Number of threads for slow operations: building VMs, waiting for their ends, sampling their memory.
 const WORKERS: usize = 8;
-/// How long an idle one of those stays.
+/// Time after which an idle thread of these ends.
 const WORKER_REST: Duration = Duration::from_secs(1);
-/// How long connections may take to end when the server does.
+/// Time limit for connections to end when the server ends.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long to wait when the process is out of files.
+/// Pause when the process is out of files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Why there is no server.
+/// The reason why the server could not start.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// Its socket.
+    /// The socket could not be opened.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// Its port.
+    /// The port could not be opened.
     #[error(transparent)]
     Http(#[from] HttpError),
-    /// What else it needs.
+    /// Another resource is missing.
     #[error("start the server of the control socket: {0}")]
     Start(#[from] io::Error),
 }
 
-/// Where a server can be reached.
+/// The addresses of a server.
 #[derive(Clone, Debug, Default)]
 pub struct Listeners {
     /// The control socket.
@@ -74,18 +75,18 @@ pub struct Listeners {
     pub http: Option<HttpOptions>,
 }
 
-/// What requests are answered from.
+/// The state for responding to requests.
 #[derive(Debug)]
 pub(super) struct Api {
     pub(super) registry: Arc<Registry>,
     pub(super) sampling: Arc<Sampling>,
     pub(super) maps: Maps,
     pub(super) caches: ResponseCaches,
-    /// Becomes true when the server is to end.
+    /// Becomes true when the server must end.
     pub(super) ending: watch::Receiver<bool>,
 }
 
-/// What was answered last about all VMs.
+/// The last responses about all VMs.
 #[derive(Debug, Default)]
 pub(super) struct ResponseCaches {
     pub(super) vms: ResponseCache,
@@ -93,10 +94,10 @@ pub(super) struct ResponseCaches {
     pub(super) metrics: ResponseCache,
 }
 
-/// A connection counts as long as somebody holds this.
+/// Keeps a connection counted while it exists.
 pub(super) type Permit = Arc<OwnedSemaphorePermit>;
 
-/// A server at work. It ends when dropped, and its socket is gone then.
+/// A running server. Dropping it ends the server and removes the socket.
 #[derive(Debug)]
 pub struct Server {
     end: watch::Sender<bool>,
@@ -131,7 +132,7 @@ impl Server {
         Ok(Self { end, thread: Some(thread), address, _socket: socket })
     }
 
-    /// The port's address.
+    /// Returns the port's address, if there is one.
     pub fn http_address(&self) -> Option<SocketAddr> {
         self.address
     }
@@ -141,7 +142,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end.send_replace(true);
         if let Some(thread) = self.thread.take() {
-            // A panic has been told by itself.
+            // The panic has already been reported.
             let _ = thread.join();
         }
     }
@@ -158,7 +159,7 @@ fn serve(
         let mut ending = api.ending.clone();
         let (router, guarded) = routes::routers(api, guard);
         let unix = Acceptor::new(router, MAX_CONNECTIONS, &ending, unix.map(UnixListener::from_std));
-        // Those who come by the port take nobody's place at the socket.
+        // Connections to the port do not use up the limit of the socket.
         let tcp = guarded.map(|router| {
             Acceptor::new(router, MAX_HTTP_CONNECTIONS, &ending, tcp.map(TcpListener::from_std))
         });
@@ -167,7 +168,7 @@ fn serve(
             () = unix.accept() => {}
             () = async { if let Some(tcp) = &tcp { tcp.accept().await } else { future::pending().await } } => {}
         }
-        // All permits are back once all connections have ended.
+        // All permits are free when all connections have ended.
         let all = async {
             unix.empty().await;
             if let Some(tcp) = &tcp {
@@ -179,13 +180,13 @@ fn serve(
     runtime.shutdown_timeout(GRACE);
 }
 
-/// What connections are accepted from.
+/// A listener.
 trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     fn accept(&self) -> impl Future<Output = io::Result<Self::Stream>>;
 
-    /// Writes what the stream takes without a wait.
+    /// Writes what the stream accepts without waiting.
     fn write(stream: &Self::Stream, bytes: &[u8]);
 }
 
@@ -197,7 +198,7 @@ impl Accept for UnixListener {
     }
 
     fn write(stream: &UnixStream, bytes: &[u8]) {
-        // A new connection has room for this; who does not hear it finds the connection closed.
+        // A new connection has room for this. A client that does not read it finds the connection closed.
         let _ = stream.try_write(bytes);
     }
 }
@@ -207,7 +208,7 @@ impl Accept for TcpListener {
 
     async fn accept(&self) -> io::Result<TcpStream> {
         let (stream, _) = TcpListener::accept(self).await?;
-        // ResponseCaches are short, and written as a whole; without this they are only later.
+        // Responses are short and written as a whole, so waiting for more data would only delay them.
         let _ = stream.set_nodelay(true);
         Ok(stream)
     }
@@ -218,7 +219,7 @@ impl Accept for TcpListener {
     }
 }
 
-/// Accepts connections from a listener, up to a number at a time.
+/// Accepts connections from a listener, up to a limit.
 struct Acceptor<L> {
     listener: Option<L>,
     router: Router,
@@ -241,11 +242,11 @@ impl<L: Accept> Acceptor<L> {
 
     /// Waits until all connections have ended.
     async fn empty(&self) {
-        // Permits are never taken away.
+        // The semaphore is never closed.
         let _ = self.connections.acquire_many(self.most as u32).await;
     }
 
-    /// Accepts for good.
+    /// Accepts connections for ever.
     async fn accept(&self) {
         let Some(listener) = &self.listener else { return future::pending().await };
         loop {
@@ -257,16 +258,16 @@ impl<L: Accept> Acceptor<L> {
                     }
                     Err(_) => L::write(&stream, &refusal(self.most)),
                 },
-                // Out of files, most likely: no event tells when there are some again.
+                // Probably out of files. No event tells when files are free again.
                 Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
             }
         }
     }
 }
 
-/// What says that there are too many.
+/// Returns the response for a connection above the limit.
 fn refusal(most: usize) -> Vec<u8> {
-    let problem = Refusal::new(Kind::Unavailable, format!("there are {most} connections already"))
+    let problem = Refusal::new(Kind::Unavailable, format!("there are already {most} connections"))
         .help("close some, or wait")
         .to_json();
     let head = format!(
@@ -292,7 +293,7 @@ async fn connection(
         .serve_connection(TokioIo::new(with_write_timeout(stream)), service)
         .with_upgrades();
     let mut connection = pin!(connection);
-    // What goes wrong on a connection ends it, and concerns nobody else.
+    // An error ends only its own connection.
     tokio::select! {
         _ = connection.as_mut() => {}
         () = is_ending(&mut ending) => {
@@ -303,13 +304,13 @@ async fn connection(
     drop(permit);
 }
 
-/// Waits until the server is to end.
+/// Waits until the server must end.
 pub(super) async fn is_ending(ending: &mut watch::Receiver<bool>) {
-    // Where nobody can say so any more it is over as well.
+    // If the sender is gone, the server is ending too.
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
-/// The routes, for requests that carry their connection's permit.
+/// Returns the routes as a service for requests that carry their connection's permit.
 fn tower_service(
     router: Router,
     permit: Permit,

@@ -1,4 +1,4 @@
-//! What the API answers, from what is known of VMs and of the process.
+//! Builds the API's responses from the state of VMs and of the process.
 
 pub(super) mod pages;
 
@@ -23,13 +23,13 @@ use samepage_host::limits;
 use samepage_host::record::Record;
 use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
 
-/// What clients are shown as something else than what it is here.
+/// Conversion of an internal type to the API's type.
 trait Shown<View> {
-    /// As clients are shown it.
+    /// Returns the value as clients see it.
     fn shown(self) -> View;
 }
 
-/// Says what the API says of a structure of the engine's, field by field.
+/// Implements [`Shown`] field by field.
 macro_rules! mirror {
     ($view:ident of $source:ident: $($field:ident),+) => {
         impl Shown<$view> for &$source {
@@ -60,7 +60,7 @@ mirror!(
     demoted_copied, refuted, evicted, overwritten, metadata_bytes
 );
 
-/// The host's cache of disk blocks.
+/// Returns the view of the host's block cache.
 pub(super) fn cache(sample: &Sample) -> CacheView {
     let statistics: CacheCounters = (&sample.cache).shown();
     let bytes = |blocks: u64| blocks * BLOCK_SIZE;
@@ -79,7 +79,7 @@ pub(super) fn cache(sample: &Sample) -> CacheView {
     }
 }
 
-/// What more memory would bring a VM.
+/// Returns the effect of more memory on a VM.
 pub(super) fn working_set(record: &Record, sample: Option<(f64, &VmSample)>) -> WorkingSetView {
     let sample = sample.filter(|_| record.vm().is_some());
     let known = sample.and_then(|(_, sample)| sample.working_set.as_ref());
@@ -93,7 +93,7 @@ pub(super) fn working_set(record: &Record, sample: Option<(f64, &VmSample)>) -> 
     }
 }
 
-/// The pairs with most in common.
+/// Returns the pairs of VMs that share most.
 pub(super) fn most_pairs(sample: &Sample, count: usize) -> Vec<PairView> {
     let pairs = sample.pairs.iter().take(count);
     pairs
@@ -104,7 +104,7 @@ pub(super) fn most_pairs(sample: &Sample, count: usize) -> Vec<PairView> {
         .collect()
 }
 
-/// A VM, with what was last counted of it.
+/// Returns a VM's summary, with the last sample.
 pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
     let spec = record.spec();
     let vm = record.vm();
@@ -131,16 +131,16 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
     }
 }
 
-/// What sharing saves by a VM, in bytes.
+/// Returns the memory that sharing saves for a VM, in bytes.
 pub(super) fn saved_bytes(sample: &VmSample) -> u64 {
     (sample.pages.pages_sharing + sample.pages.zero_pages) * PAGE_SIZE as u64
 }
 
-/// A VM with everything about it.
+/// Returns the full view of a VM.
 pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     let mut config = record.spec().clone();
     config.sharing.mode = record.mode();
-    // A wish of whoever made it, and no property of the VM.
+    // This field is an option of the request, not a property of the VM.
     config.start = None;
     let vm = record.vm();
     let console = vm.map(|vm| {
@@ -156,7 +156,7 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     VmView { summary, actions, config, console, disks: disks(record) }
 }
 
-/// The disks of a VM.
+/// Returns the disks of a VM.
 pub(super) fn disks(record: &Record) -> Vec<DiskView> {
     let vm = record.vm();
     let disks = record.disks().iter().map(|disk| {
@@ -173,7 +173,7 @@ pub(super) fn disks(record: &Record) -> Vec<DiskView> {
     disks.collect()
 }
 
-/// How a VM takes part in sharing memory.
+/// Returns how a VM shares memory.
 pub(super) fn vm_sharing(record: &Record, sample: Option<(f64, &VmSample)>) -> VmSharingView {
     let sample = sample.filter(|_| record.vm().is_some());
     VmSharingView {
@@ -185,7 +185,7 @@ pub(super) fn vm_sharing(record: &Record, sample: Option<(f64, &VmSample)>) -> V
     }
 }
 
-/// What was seen, and CPU time of the moment.
+/// Returns the last sample with the present CPU time.
 pub(super) fn sharing(sample: &Sample, settings: &Settings, sharing: Option<&Sharing>) -> SharingView {
     let mut statistics: EngineView = (&sample.engine).shown();
     if let Some(sharing) = sharing {

@@ -1,4 +1,4 @@
-//! Connections whose clients have to read.
+//! Disconnects clients that do not read.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_io_timeout::TimeoutStream;
 
-/// How long a write may make no progress.
+/// Longest time without progress of a write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns a stream on which a write fails if it makes no progress for a minute. Without this, clients that

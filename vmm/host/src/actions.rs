@@ -53,7 +53,7 @@ impl Registry {
                 if state == State::Paused {
                     self.run(record, action)?;
                 }
-                // Who does not listen is given the time as well: it may end for other reasons.
+                // A guest that ignores the keys gets the time too, because it may end for other reasons.
                 self.machine(record, action)?.press_ctrl_alt_del();
             }
             Action::Kill => self.end(record, Cause::Killed),
@@ -129,7 +129,7 @@ impl Registry {
 
     /// Deletes a VM and frees all that it holds.
     pub fn delete(&self, turn: &Turn) {
-        // What watches the process hears of the end of this, and of memory that it leaves behind.
+        // This notifies the main loop of the end of the operation, which leaves memory to free.
         let _operation = self.operation();
         let record = turn.record();
         self.end(record, Cause::Deleted);

@@ -1,4 +1,4 @@
-//! What VMs cannot have in common: names, disks that are written, files of consoles.
+//! Resources that VMs cannot share: names, writable disks, and console files.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -96,7 +96,7 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
         {
             tell(Part::Console, HostError::ConsoleFolder { vm: vm(), path: path.to_owned(), source });
         }
-        // Consoles may have a pipe or a terminal in common.
+        // Consoles may share a pipe or a terminal.
         if file.map_or(true, |file| file.is_file())
             && let Some(first) = consoles.insert(path, &uses.name)
         {

@@ -1,4 +1,4 @@
-//! Disk errors on the host's side. The operator of the host gets them, and not the guest alone.
+//! Errors of the host about disks. They go to the operator of the host, and not only to the guest.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -7,7 +7,7 @@ use crate::events::EventLog;
 use samepage_api_types::events::Happening;
 use samepage_machine::vm::Vm;
 
-/// Is called with each disk error, a sentence. A disk's worker waits until the call returns.
+/// A handler of disk errors. It is called with a sentence, and a disk's worker waits until it returns.
 pub type DiskErrorHandler = Box<dyn Fn(&str) + Send + Sync>;
 
 /// Passes disk errors on to the event log and to a handler.
@@ -37,7 +37,7 @@ impl DiskErrors {
     pub(crate) fn watch(self: &Arc<Self>, vm: &Vm) {
         for disk in vm.disks() {
             let (disk_errors, vm, id) = (Arc::clone(self), vm.name().to_owned(), disk.id.clone());
-            disk.stats.observe_trouble(Box::new(move |message| disk_errors.tell(&vm, &id, message)));
+            disk.stats.observe_host_errors(Box::new(move |message| disk_errors.tell(&vm, &id, message)));
         }
     }
 

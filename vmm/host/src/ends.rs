@@ -46,7 +46,7 @@ impl Ends {
     }
 
     pub(crate) fn forget(&self, vm: &Vm) {
-        // Fails only where the file is not watched, which is what is wanted.
+        // The call fails only if the file is not watched, and then there is nothing to do.
         let _ = self.epoll.ctl(ControlOperation::Delete, vm.end_event().as_raw_fd(), EpollEvent::default());
     }
 

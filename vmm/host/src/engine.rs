@@ -6,8 +6,8 @@ use samepage_process::tell::tell;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 
-/// Starts the engine that shares memory. Where the host cannot share memory, prints why, and which option
-/// `silently` avoids the message, and returns `None`.
+/// Starts the engine that shares memory. If the host cannot share memory, prints the reason and the option
+/// `silently` that avoids the message, and returns `None`.
 pub fn start_sharing(settings: &Settings, silently: Option<&str>) -> Option<Arc<Sharing>> {
     match Sharing::start(settings.clone()) {
         Ok(sharing) => Some(Arc::new(sharing)),

@@ -1,4 +1,4 @@
-//! Why a VM cannot be made, or cannot do what a client asks for.
+//! The reasons why a VM cannot be created, or cannot carry out a client's request.
 
 use std::io;
 use std::path::PathBuf;

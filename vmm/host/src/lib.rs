@@ -1,7 +1,7 @@
 //! All VMs of a process: created, acted on, counted, and listed also when they have ended.
 //!
 //! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
-//!   outlives its machines. What a VM is asked to do is in `actions`.
+//!   outlives its machines. `actions` has the actions on VMs.
 //! - [`conflicts`] finds files that VMs cannot have in common, [`error`] has the errors of all of these.
 //! - [`validated`] turns the description of a VM into a configuration, [`config_file`] reads descriptions.
 //! - [`events`] is the log of events, [`statistics`] counts what VMs use and share.

@@ -305,7 +305,7 @@ impl Record {
     pub async fn ended(&self) {
         loop {
             self.collected().await;
-            // A reset builds the next machine in the turn in which it ended this one.
+            // A reset ends the old machine and builds the next one in the same turn.
             drop(self.turn.lock().await);
             if !self.is_taking() {
                 return;
@@ -353,7 +353,7 @@ impl Body {
             VmState::Running => State::Running,
             VmState::Held if self.has_run => State::Paused,
             VmState::Held => State::Created,
-            // Until its vCPUs have stopped, a machine does not say how it ended.
+            // A machine has no end until its vCPUs have stopped.
             VmState::Ended => vm.end().as_ref().map_or(State::Stopped, state_after),
         }
     }
@@ -373,7 +373,7 @@ impl Turn {
     }
 }
 
-/// Returns the state of a VM that has ended so.
+/// Returns the state of a VM whose machine ended in this way.
 fn state_after(end: &VmEnd) -> State {
     match end {
         VmEnd::Reset | VmEnd::PowerOff | VmEnd::Stopped => State::Stopped,

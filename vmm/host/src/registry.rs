@@ -1,10 +1,10 @@
 //! The VMs of a process: one record for each, listed also when its machine has ended.
 //!
 //! Each VM has a [`Record`] that outlives its machine. Lengthy work (building, waiting for vCPUs, freeing
-//! memory) runs on the caller's thread, one operation at a time for each VM; whoever asks for another
-//! meanwhile waits for a [`Turn`](crate::record::Turn).
+//! memory) runs on the caller's thread, with one operation at a time for each VM. Other operations on the VM
+//! wait for a [`Turn`](crate::record::Turn).
 //!
-//! One thread of the process collects machines that have ended, with [`Registry::collect`]; operations that
+//! One thread of the process collects machines that have ended, with [`Registry::collect`]. Operations that
 //! end a machine wait for that.
 
 use std::collections::BTreeMap;
@@ -197,7 +197,7 @@ impl Registry {
         all.extend_from_slice(new);
         conflicts::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
-            // Memory that present VMs use is part of what was promised to them.
+            // Memory that present VMs use is part of their promised memory.
             let taken = statistics::rss_anon().unwrap_or(0);
             memory.available = memory.available.saturating_add(taken);
             let requested = all.iter().map(|record| record.spec.memory.0);
@@ -268,7 +268,7 @@ impl Registry {
         self.ends.forget(&vm);
         let end = vm.wait();
         let console_lost = vm.serial_stats().lost.load(Ordering::Relaxed);
-        // The record's is the last reference, but for those who still use the machine.
+        // The record's reference is the last one, unless other threads still use the machine.
         drop(vm);
         let is_reset = record.is_reset(&end);
         record.finish(&end, || self.note_change());
@@ -276,7 +276,7 @@ impl Registry {
         if let VmEnd::Crashed(report) = &end {
             self.events.tell(Happening::Crash { vm: name.clone(), report: report.to_string() });
         }
-        // The state after a reset is told once the next machine is there.
+        // After a reset, the state is reported when the next machine exists.
         if !is_reset {
             self.tell_state(&record);
         }
@@ -364,7 +364,7 @@ impl Registry {
 
     /// Makes [`Registry::settled`] unreadable until another operation has ended.
     pub fn clear_settled(&self) {
-        // Where there is nothing to be read nothing is to be cleared.
+        // If the event is not readable, there is nothing to clear.
         let _ = self.settled.read();
     }
 
@@ -374,13 +374,13 @@ impl Registry {
     }
 }
 
-/// A machine is being built or a VM is being deleted. The process does not end meanwhile.
+/// A machine being built, or a VM being deleted. The process does not end meanwhile.
 pub(crate) struct Operation<'a>(&'a Registry);
 
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
         self.0.operations.fetch_sub(1, Ordering::SeqCst);
-        // The one failure of an event counter is that it is full: then it is readable as it is.
+        // Writing fails only if the event counter is full. Then it is readable anyway.
         let _ = self.0.settled.write(1);
     }
 }

@@ -5,14 +5,14 @@ use utoipa::{PartialSchema, ToSchema};
 
 use crate::config_file::ConfigFile;
 
-/// Where OpenAPI keeps schemas, and where JSON Schema does.
+/// The prefixes of references to schemas in OpenAPI and in JSON Schema.
 const PREFIXES: (&str, &str) = ("#/components/schemas/", "#/$defs/");
 
-/// What a group is in a file, where `{index}` and `{name}` stand for each VM's number and name. Only what they
-/// come to has to be a name.
+/// The pattern for a group in a file. `{index}` and `{name}` are replaced by each VM's number and name, so
+/// only the result must be a name.
 const GROUP: &str = r"^(\.*([A-Za-z0-9_-]|\{(index|name)\})([A-Za-z0-9._-]|\{(index|name)\})*|\.{3,})$";
 
-/// The schema, for editors and checkers (JSON Schema, draft 2020-12), as text.
+/// Returns the schema for editors and checkers (JSON Schema, draft 2020-12), as text.
 #[must_use]
 pub fn config_schema() -> String {
     let mut named = Vec::new();
@@ -30,9 +30,9 @@ pub fn config_schema() -> String {
     }
     let group = &mut schema["$defs"]["SharingSpec"]["properties"]["group"];
     group["pattern"] = GROUP.into();
-    // A name has as many letters, and each may be written as the longest template.
+    // A name has at most this number of letters, and each may come from the longest template.
     group["maxLength"] = json!(group["maxLength"].as_u64().map(|letters| letters * "{index}".len() as u64));
-    // Values of constant types can always be written.
+    // Values of constant types can always be serialised.
     let text = serde_json::to_string_pretty(&schema).unwrap_or_default();
     text.replace(PREFIXES.0, PREFIXES.1) + "\n"
 }

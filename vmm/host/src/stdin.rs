@@ -84,7 +84,7 @@ impl Input {
                 Err(_) => self.is_at_end = true,
             }
         } else {
-            // A room event that was written meanwhile has done its work.
+            // A room event that was written meanwhile has had its effect.
             let _ = self.room.read();
         }
         if let Some(vm) = self.record.vm() {

@@ -20,20 +20,20 @@ pub(crate) struct FileSink {
     file: Arc<Mutex<File>>,
     /// Readable once the VM is ending; `None` for files whose writers never wait.
     closing: Option<EventFd>,
-    /// Whether the file still has its previous content.
+    /// Whether the first write must truncate the file.
     to_be_emptied: bool,
 }
 
 impl FileSink {
-    /// A sink to this process's standard output.
+    /// Returns a sink to this process's standard output.
     pub(crate) fn stdout(closing: &EventFd) -> io::Result<Self> {
         let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         Self::new(file, closing)
     }
 
-    /// Returns a sink to a file, a FIFO or a terminal. A file is created, or truncated by the first byte: a VM
-    /// that cannot start leaves previous output alone. Each write goes to the present end of the file, so that
-    /// other programs may truncate it (`copytruncate` of logrotate).
+    /// Returns a sink to a file, a FIFO or a terminal. A missing file is created. The first byte truncates an
+    /// existing file, so a VM that cannot start preserves previous output. Each write goes to the present end
+    /// of the file, so other programs may truncate it (`copytruncate` of logrotate).
     pub(crate) fn create(path: &Path, closing: &EventFd) -> io::Result<Self> {
         let sink = Self::new(File::options().append(true).create(true).open(path)?, closing)?;
         Ok(Self { to_be_emptied: sink.closing.is_none(), ..sink })
@@ -78,14 +78,14 @@ fn wait_for_room(file: &File, closing: &EventFd) -> io::Result<()> {
         libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
         libc::pollfd { fd: closing.as_raw_fd(), events: libc::POLLIN, revents: 0 },
     ];
-    // The signal by which a vCPU is told to pause is not heeded here: that waits for the reader.
+    // The signal that asks a vCPU to pause has no effect here: the pause waits for the reader.
     poll::wait(&mut files)?;
     if files[0].revents == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
 }
 
 impl Write for FileSink {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        // Where a writer has to wait there is no log, and nobody else who locks the file.
+        // A file whose writers wait is not a log, so no other thread locks it.
         let mut file = self.file.lock();
         if std::mem::take(&mut self.to_be_emptied) {
             file.set_len(0)?;
@@ -94,7 +94,7 @@ impl Write for FileSink {
             if let Some(closing) = &self.closing {
                 wait_for_room(&file, closing)?;
             }
-            // What a pipe with room takes without waiting.
+            // The part that a pipe with room takes without waiting.
             let part = &data[..data.len().min(libc::PIPE_BUF)];
             match file.write(part) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -158,7 +158,7 @@ impl<W: Write> Write for PrefixSink<W> {
 impl<W: Write> Drop for PrefixSink<W> {
     fn drop(&mut self) {
         if !self.line.is_empty() {
-            // Nobody is left to tell; the VM is gone.
+            // The VM has ended, so nobody needs the error.
             let _ = self.end_line();
         }
     }
@@ -179,7 +179,7 @@ impl CopySink {
 impl Write for CopySink {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.copy.write_all(data)?;
-        // The copy has all of it; a part that is not taken would be copied again.
+        // The copy already has all of the data. A partial write here would copy the rest again.
         self.to.write_all(data).map(|()| data.len())
     }
 
@@ -276,11 +276,11 @@ mod tests {
         sink.write_all(b"three").unwrap();
         assert_eq!(std::fs::read_to_string(&renamed).unwrap(), "one and two");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three");
-        // Opened again without having been renamed, it keeps what it has.
+        // A file that is opened again without a rename keeps its content.
         log.reopen().unwrap();
         sink.write_all(b", four").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three, four");
-        // Where that fails, the sink goes on with what it had.
+        // If that fails, the sink continues with the earlier file.
         std::fs::remove_file(&path).unwrap();
         std::fs::create_dir(&path).unwrap();
         assert!(log.reopen().is_err());

@@ -1,4 +1,4 @@
-//! Huge pages for guest memory: whether this host has them.
+//! Tells whether this host has huge pages for guest memory.
 //!
 //! Source: Linux' Documentation/admin-guide/mm/transhuge.rst.
 
@@ -9,7 +9,8 @@ const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// The host's setting for pages of 2 MiB, since Linux 6.8.
 const SWITCH_2M: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/enabled";
 
-/// Returns why guests get no huge pages on this host, and how to change that; `None` if they do.
+/// Returns the reason why guests get no huge pages on this host, and how to change that. Returns `None` if
+/// they do.
 #[must_use]
 pub fn unavailable() -> Option<String> {
     let read = |path| fs::read_to_string(path).ok();
@@ -37,7 +38,7 @@ fn missing(all: Option<&str>, of_2m: Option<&str>) -> Option<String> {
     }
 }
 
-/// The word in brackets.
+/// Returns the word in brackets.
 fn chosen(text: &str) -> Option<&str> {
     text.split_once('[')?.1.split_once(']').map(|(word, _)| word)
 }

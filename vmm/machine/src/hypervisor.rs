@@ -24,7 +24,7 @@ const REQUIRED: [(Cap, &str); 7] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
-/// Why KVM cannot be used.
+/// The reason why KVM cannot be used.
 #[derive(Debug, Error)]
 pub enum HypervisorError {
     /// The device is missing.
@@ -49,12 +49,12 @@ pub enum HypervisorError {
     },
     /// The file at the device's path is not KVM.
     #[error(
-        "{0} is not KVM's device, though it has its name; a container needs to be given it: --device {0}"
+        "{0} has the name of KVM's device, but is another file; in a container, pass the device with --device {0}"
     )]
     NotKvm(PathBuf),
     /// The device has another version of the API.
     #[error(
-        "{path} speaks version {version} of the KVM API and samepage speaks {API_VERSION}; use a Linux kernel of 5.10 or later"
+        "{path} has version {version} of the KVM API, and samepage needs {API_VERSION}; use a Linux kernel of 5.10 or later"
     )]
     Version {
         /// The device.
@@ -137,8 +137,8 @@ impl Hypervisor {
 
     /// Returns a new, empty VM of KVM.
     ///
-    /// KVM takes all locks of the address space, and gives up if the thread has other work for the kernel meanwhile,
-    /// such as completions of io_uring. Then this function tries again.
+    /// KVM takes all locks of the address space. It gives up if the kernel has other work for the thread
+    /// meanwhile, such as completions of io_uring. Then this function tries again.
     pub(crate) fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         loop {
             match self.kvm.create_vm() {
@@ -148,7 +148,7 @@ impl Hypervisor {
         }
     }
 
-    /// Returns how many bits of guest physical addresses guests can use.
+    /// Returns the number of bits in guest physical addresses that guests can use.
     pub(crate) fn address_bits(&self) -> u32 {
         cpuid::address_bits(&self.supported_cpuid)
     }

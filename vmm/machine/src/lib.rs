@@ -1,11 +1,11 @@
-//! One virtual machine on KVM: what it is made from, how its kernel is booted, how it runs and how it ends.
+//! One virtual machine on KVM: its configuration, the boot of its kernel, its run and its end.
 //!
 //! - [`Hypervisor`] is the host's KVM, opened once.
-//! - [`VmConfig`] says what a VM is to be like, [`Vm`] is one.
-//! - [`huge_pages`] says whether its memory can be backed with huge pages.
+//! - [`VmConfig`] describes a VM, and [`Vm`] is a VM.
+//! - [`huge_pages`] tells whether the host can back a VM's memory with huge pages.
 //!
-//! Guests are not trusted: what they send (registers, descriptors, requests) and the images they boot
-//! from are checked, and what is wrong ends the one VM it belongs to. Nothing here knows of other VMs, of
+//! Guests are not trusted. All data from guests (registers, descriptors, requests) and from kernel images is
+//! checked. Invalid data ends only the VM that it belongs to. This crate knows nothing of other VMs, of
 //! clients or of HTTP.
 
 pub mod boot;

@@ -45,7 +45,7 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     if disk.path.as_os_str().is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
 }
 
-/// The fields between commas. A comma that is written twice stands for itself, as in QEMU's options.
+/// Splits text at commas. A double comma stands for one comma in a field, as in QEMU's options.
 fn fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut letters = text.chars().peekable();
@@ -59,10 +59,10 @@ fn fields(text: &str) -> Vec<String> {
     fields
 }
 
-/// A limit for each second, of which something must be left.
+/// Checks a limit per second, which must not be zero.
 fn parse_limit(text: &str, limit: Result<u64, String>) -> Result<u64, String> {
     match limit {
-        Ok(0) => Err(format!("a limit of {text:?} lets nothing through")),
+        Ok(0) => Err(format!("a limit of {text:?} would stop all requests")),
         Ok(limit) => Ok(limit),
         Err(reason) => Err(format!("a limit of {text:?}: {reason}")),
     }

@@ -11,12 +11,12 @@ use samepage_host::statistics::{Sample, VmSample};
 
 /// Cells of a VM's bar, so that a line fits into 80 columns.
 const BAR: usize = 22;
-/// VMs that are shown one by one, so that the picture fits into 24 lines.
+/// Number of VMs with a line of their own, so that the picture fits into 24 lines.
 const SHOWN: usize = 14;
 /// How often a plain line is printed.
 const PLAIN_EVERY: Duration = Duration::from_secs(1);
 
-/// Where the demo shows what happens.
+/// The display of the demo's progress.
 pub(super) struct Display {
     mode: Mode,
     can_save: u64,
@@ -43,7 +43,7 @@ impl Display {
         Self { mode, can_save, ..Self::off() }
     }
 
-    /// Says what happens from now on.
+    /// Sets the description of the present phase.
     pub(super) fn phase(&mut self, phase: &'static str) {
         self.phase = phase;
         self.last_plain = None;
@@ -61,11 +61,11 @@ impl Display {
             }
             Mode::Terminal => self.screen(elapsed, sample, progress),
         };
-        // A closed standard output takes the picture, not the demo.
+        // The demo continues without a picture if standard output is closed.
         let _ = io::stdout().lock().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
     }
 
-    /// Leaves the last picture where it is.
+    /// Keeps the last picture on the screen.
     pub(super) fn finish(&mut self) {
         self.drawn = 0;
     }
@@ -135,7 +135,7 @@ fn gross_saved(sample: &Sample) -> u64 {
     (sample.engine.pages_sharing + sample.engine.zero_pages) * PAGE_SIZE as u64
 }
 
-/// A VM's memory in cells: own pages, shared ones, zero pages, and what was never touched.
+/// Returns a VM's memory as a bar: own pages, shared pages, zero pages, and untouched pages.
 fn bar(vm: &VmSample) -> String {
     let pages = vm.pages.pages.max(1);
     let cells = |count: u64| (count * BAR as u64).div_ceil(pages) as usize;
@@ -152,12 +152,12 @@ fn bar(vm: &VmSample) -> String {
     )
 }
 
-/// Bytes as MiB with one digit behind the point.
+/// Returns bytes as MiB with one decimal.
 pub(super) fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// Bytes as MiB, in few letters.
+/// Returns bytes as whole MiB, in few letters.
 fn short(bytes: u64) -> String {
     format!("{}M", (bytes + (1 << 19)) >> 20)
 }

@@ -1,10 +1,9 @@
-//! `samepage demo`: four VMs of the embedded guest whose memory is partly alike and partly their
-//! own, merged while they run and verify every word of it.
+//! `samepage demo`: VMs of the embedded guest with partly identical memory. The engine merges the memory while the
+//! guests run and verify every word of it.
 //!
-//! The guests fill their memory while the engine is paused, so that the memory they take without
-//! sharing can be measured; then it goes to work. Pages that are alike or zero are never
-//! rewritten, so what can be saved is known to the page; pages of a guest's own are rewritten all
-//! the time.
+//! The guests fill their memory while the engine is paused, so that the demo can measure their memory without
+//! sharing. Then the engine starts. Identical pages and pages of zeros are never rewritten, so the savings are known
+//! exactly. A guest's own pages are rewritten all the time.
 
 mod display;
 mod patience;
@@ -45,7 +44,7 @@ const ROUNDS_AFTER: u64 = 3;
 /// How often the screen is drawn.
 const REFRESH: Duration = Duration::from_millis(200);
 
-/// What happens to a VM, as the demo sees it.
+/// The progress of a VM.
 #[derive(Clone, Debug, Default)]
 struct Progress {
     ready: bool,
@@ -53,12 +52,12 @@ struct Progress {
     verified: u64,
     writes: u64,
     corrupt: u64,
-    /// Wrong pages in all verifications, once the guest says that it is done.
+    /// Wrong pages in all verifications, after the guest has reported its end.
     done: Option<u64>,
 }
 
-/// Runs the demo and prints its summary. The status is 0 only if every guest verified its memory and
-/// sharing saved what can be saved.
+/// Runs the demo and prints its summary. The status is 0 only if every guest verified its memory and sharing saved
+/// all identical pages.
 pub(crate) fn main(args: &DemoArgs) -> Result<ExitCode> {
     let summary = run(args)?;
     let text =
@@ -153,7 +152,7 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     Ok(Summary::new(&demo.progress, &ends, &last, before_bytes, can_save, merged_in))
 }
 
-/// The guests fill their memory before any of it is shared.
+/// Checks that the host has memory for the guests before any of it is shared.
 fn check_host(vms: u64) -> Result<()> {
     let needed = vms * ARENA_PAGES * PAGE_SIZE as u64;
     if let Some(HostMemory { available, limited_by }) = HostMemory::measure() {
@@ -167,8 +166,7 @@ fn check_host(vms: u64) -> Result<()> {
     Ok(())
 }
 
-/// What each guest does: the classes in runs of 256 KiB, its own pages rewritten, until told to
-/// quit.
+/// Returns the plan of each guest: pages of all classes in runs of 256 KiB, own pages rewritten until the demo ends.
 fn plan() -> Plan {
     Plan {
         pages: Some(ARENA_PAGES),
@@ -202,7 +200,7 @@ fn start(
     Ok(vm)
 }
 
-/// The console of one guest: lines become reports.
+/// The console of one guest. Turns lines into reports.
 struct Lines {
     index: usize,
     line: Vec<u8>,
@@ -219,7 +217,7 @@ impl Write for Lines {
             if let Some(report) =
                 std::str::from_utf8(&self.line).ok().and_then(|line| Report::parse(line).ok())
             {
-                // Nobody listens any more once the demo has ended.
+                // The receiver is gone when the demo has ended.
                 let _ = self.reports.send((self.index, report));
             }
             self.line.clear();
@@ -253,8 +251,8 @@ impl Demo {
         self.sampler.sample(Some(&self.sharing), &self.vms).context("take statistics")
     }
 
-    /// Takes reports in and draws until the phase is finished, and returns the sample with which it was. Returns
-    /// `None` when the phase stands still.
+    /// Processes reports and draws until the phase is finished. Returns the last sample, or `None` if the phase makes no
+    /// progress.
     fn until(
         &mut self,
         display: &mut Display,
@@ -278,7 +276,7 @@ impl Demo {
                 return Ok(Some(sample));
             }
             let ends: Vec<_> = self.vms.iter().map(Vm::end).collect();
-            // What a guest said before its end has been sent by now.
+            // A guest's reports before its end have been sent by now.
             while let Ok((index, report)) = self.reports.try_recv() {
                 self.progress[index].take(&report);
             }

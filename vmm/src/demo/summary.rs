@@ -1,4 +1,4 @@
-//! What the demo showed, in figures.
+//! The figures of a demo.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::display::mebibytes;
 use samepage_host::statistics::Sample;
 use samepage_machine::vm::VmEnd;
 
-/// The end of a demo.
+/// The result of a demo.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Summary {
     /// Number of VMs.
@@ -26,14 +26,14 @@ pub(super) struct Summary {
     pub pages_shared: u64,
     /// Further guest pages mapped to them.
     pub pages_sharing: u64,
-    /// Guest pages of zeros given back.
+    /// Guest pages of zeros whose memory is freed.
     pub zero_pages: u64,
-    /// What sharing saved, in bytes, before the cost of its books and mappings.
+    /// Memory that sharing saved, in bytes, without the overhead of metadata and mappings.
     pub saved_bytes: u64,
-    /// What can be saved at least, in bytes: what the guests fill alike or with zeros. Their programs and what
-    /// their boot leaves behind are alike as well, so that more is saved in the end.
+    /// Lower limit for the saved memory, in bytes: the pages that the guests fill with identical content or zeros.
+    /// Their programs and their boot leave more identical pages, so more is saved in the end.
     pub can_save_at_least_bytes: u64,
-    /// Memory that the engine's books take, in bytes.
+    /// Memory of the engine's metadata, in bytes.
     pub metadata_bytes: u64,
     /// From the start of sharing until everything was shared, in seconds.
     pub merged_in_seconds: f64,
@@ -49,9 +49,9 @@ pub(super) struct Summary {
     pub pages_written: u64,
     /// Verifications of all memory by the guest that did the fewest.
     pub rounds: u64,
-    /// Pages that were not what their guest had written.
+    /// Pages with other content than their guest had written.
     pub corrupt: u64,
-    /// VMs that ended otherwise than by their guest's reset, or without a last verification.
+    /// VMs that did not end with a reset by their guest, or lacked a last verification.
     pub unfinished: Vec<String>,
 }
 
@@ -96,7 +96,7 @@ impl Summary {
         }
     }
 
-    /// Whether every guest verified its memory and sharing saved what can be saved.
+    /// Returns whether every guest verified its memory and sharing saved at least the lower limit.
     #[must_use]
     pub(super) fn passed(&self) -> bool {
         self.corrupt == 0 && self.unfinished.is_empty() && self.saved_bytes >= self.can_save_at_least_bytes
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_saved_beyond_what_was_known_is_no_contradiction() {
+    fn saving_more_than_the_lower_limit_passes() {
         let sample = samepage_host::statistics::Sampler::new().unwrap().sample(None, []).unwrap();
         let mut summary = Summary::new(&[], &[], &sample, 386 << 20, 192 << 20, (Duration::ZERO, 0.0));
         (summary.guest_bytes, summary.saved_bytes) = (512 << 20, 193 << 20);

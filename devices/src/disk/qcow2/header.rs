@@ -1,8 +1,7 @@
-//! The header of a qcow2 image, read before anything else of it is: what it asks for that is not understood
-//! refuses the image, as its specification demands (QEMU, `docs/interop/qcow2.txt`).
+//! The header of a qcow2 image, which is read before the rest of the image. An image that requires unknown
+//! features is refused, as the specification demands (QEMU, `docs/interop/qcow2.txt`).
 //!
-//! An image that is refused is not changed. The sentence that refuses it has the command that makes one of it
-//! which can be opened.
+//! A refused image is not changed. The error contains the command that makes a supported image from it.
 
 use std::path::Path;
 
@@ -10,10 +9,10 @@ use super::super::open::{ImageFile, OpenError};
 use super::refused;
 
 const MAGIC: &[u8] = b"QFI\xfb";
-/// Bytes of the header of version 2, and least bytes of that of version 3.
+/// Length of the version 2 header, and least length of the version 3 header, in bytes.
 const LEN_V2: usize = 72;
 const LEN_V3: usize = 104;
-/// QEMU's bounds of a cluster, as a power of two.
+/// QEMU's limits for the size of a cluster, as a power of two.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_REFCOUNT_ORDER: u32 = 6;
 const MAX_NAME: usize = 1023;
@@ -24,7 +23,7 @@ const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
-/// A bit of those that a writer clears: the bitmaps are up to date.
+/// The bit of the autoclear features for up-to-date bitmaps. Writers clear it.
 const BITMAPS: u64 = 1 << 0;
 
 /// Kinds of header extensions.
@@ -33,25 +32,25 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
 const ENCRYPTION: u32 = 0x0537_be77;
 
-/// What is to be known of an image that can be opened.
+/// The facts about an image that can be opened.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Header {
-    /// The name of the file that backs it, as it is written in the image.
+    /// The name of the backing file, as written in the image.
     pub(super) backing: Option<String>,
     pub(super) backing_format: Option<String>,
-    /// In bytes.
+    /// The size of a cluster in bytes.
     pub(super) cluster_size: u64,
-    /// Its clusters can be marked as zeroes.
+    /// Whether clusters can be marked as zeros.
     pub(super) has_zero_clusters: bool,
-    /// It has bitmaps for incremental backups, which lose their meaning with the first write.
+    /// Whether the image has bitmaps for incremental backups. The first write makes them invalid.
     pub(super) has_bitmaps: bool,
 }
 
 impl Header {
-    /// Reads the header of `file`, and refuses what is not understood.
+    /// Reads the header of `file`. Fails if it requires an unknown feature.
     pub(super) fn read(file: &ImageFile) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Io { action: "read the header of", path: file.path.clone(), source };
-        // All of it lies in the first cluster.
+        // The whole header lies in the first cluster.
         let most = 1_u64 << CLUSTER_BITS.end();
         let mut bytes = vec![0; file.size.min(most) as usize];
         std::os::unix::fs::FileExt::read_exact_at(&file.file, &mut bytes, 0).map_err(failed)?;
@@ -59,7 +58,7 @@ impl Header {
     }
 }
 
-/// Reads an image's first cluster. An error is the end of a sentence about the image.
+/// Parses an image's first cluster. An error completes a sentence about the image.
 fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
     let u32_at = |at: usize| u32::from_be_bytes(array(bytes, at));
     let u64_at = |at: usize| u64::from_be_bytes(array(bytes, at));
@@ -89,7 +88,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
         return Err("its header is damaged".to_owned());
     }
     let bytes = &bytes[..cluster];
-    // The list of extensions ends where the name of the backing file begins, if not before.
+    // The list of extensions ends at the name of the backing file, if not before.
     let name_at = u64_at(8);
     let extensions_end = if name_at == 0 { cluster as u64 } else { name_at.min(cluster as u64) };
     let extensions = extensions(bytes, len, extensions_end as usize)?;
@@ -105,7 +104,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
     if version == 3 {
         let names = extension(FEATURE_NAMES).unwrap_or_default();
         check_features(u64_at(72), names, path)?;
-        // What follows the fields of the first version 3: the type of compression, then what nobody knows.
+        // The fields after the first version 3 are the type of compression and unknown fields.
         if bytes[LEN_V3..len].iter().any(|&byte| byte != 0) {
             return Err(format!("its header has unknown fields; {}", convert(path, "qcow2")));
         }
@@ -128,7 +127,7 @@ fn text(bytes: &[u8]) -> Result<String, String> {
     String::from_utf8(bytes.to_owned()).map_err(|_| "a name in its header is not UTF-8".to_owned())
 }
 
-/// The extensions of the header: kind and content.
+/// Returns kind and content of the header's extensions.
 fn extensions(bytes: &[u8], start: usize, end: usize) -> Result<Vec<(u32, &[u8])>, String> {
     let mut found = Vec::new();
     let mut at = start;
@@ -151,7 +150,7 @@ fn backing_name(bytes: &[u8], at: u64, len: u32) -> Result<String, String> {
     text(name.ok_or("its header is damaged: the name of its backing file lies outside")?)
 }
 
-/// Refuses what the incompatible features ask for: none of them is understood.
+/// Refuses all incompatible features, because none is supported.
 fn check_features(features: u64, names: &[u8], path: &Path) -> Result<(), String> {
     if features & CORRUPT != 0 {
         return Err(format!("it is marked as corrupt; {}", repair(path)));
@@ -172,7 +171,8 @@ fn check_features(features: u64, names: &[u8], path: &Path) -> Result<(), String
     Err(format!("it {what}, which is not supported; {}", convert(path, "qcow2")))
 }
 
-/// What the image itself calls one of its incompatible features. An entry is kind, bit and 46 bytes of text.
+/// Returns the image's own name for an incompatible feature. An entry consists of kind, bit and 46 bytes of
+/// text.
 fn feature_name(bit: u32, names: &[u8]) -> Option<String> {
     let entry = names.chunks_exact(48).find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)?;
     let name = entry[2..].split(|&byte| byte == 0).next()?;
@@ -183,7 +183,7 @@ fn repair(path: &Path) -> String {
     format!("repair it: qemu-img check -r all -f qcow2 {}", quoted(path))
 }
 
-/// How an image becomes one that stands alone and can be opened.
+/// Returns the instruction that makes a standalone image that can be opened.
 pub(super) fn convert(path: &Path, format: &str) -> String {
     format!("convert it: qemu-img convert -f {format} -O qcow2 {} NEW.qcow2", quoted(path))
 }
@@ -197,7 +197,7 @@ fn decrypt(path: &Path) -> String {
     )
 }
 
-/// A path as a shell takes it.
+/// Returns a path quoted for a shell.
 pub(super) fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-=,+:@%".contains(c);

@@ -1,13 +1,13 @@
-//! qcow2 images and the images that back them.
+//! qcow2 images and their backing images.
 //!
-//! What is where in them is imago's knowledge; here is who may open what, and which image of the chain a
-//! block comes from. Each image of a chain has its own view of the disk, down from itself, and a block that
-//! comes from a backing image is read through that image's view: whatever is written to the overlay
-//! meanwhile, what was read is the backing image's.
+//! The crate imago knows the format. This module decides which files may be opened, and which image of the
+//! chain holds a block. Each image of a chain has its own view of the disk, from itself downwards. A block of
+//! a backing image is read through that image's view. So a simultaneous write to the overlay cannot change
+//! the content that is read.
 //!
 //! # Trust
-//! An image names the files that back it, so whoever can write an image can have any file of the host shown
-//! to a guest. An image whose format was guessed may therefore refer to no other file.
+//! An image names its backing files. So a user who can write an image could show any file of the host to a
+//! guest. For this reason, an image whose format was guessed may not refer to another file.
 
 use std::fmt;
 use std::io;
@@ -36,26 +36,27 @@ const MAX_LAYERS: usize = 32;
 type View = FormatAccess<ImagoFile>;
 type Overlay = Qcow2<ImagoFile, Arc<View>>;
 
-/// An image that backs another one.
+/// A backing image.
 struct Backing {
     view: Arc<View>,
     file: ImageFile,
     format: Format,
-    /// Bytes of the file when it was looked at last.
+    /// The file's length in bytes at the last check.
     len: AtomicU64,
 }
 
-/// A disk on a qcow2 image. What accesses the files is dropped before them, since their locks end with them.
+/// A disk on a qcow2 image. The views are dropped before the files, because dropping a file releases its
+/// locks.
 pub(super) struct Qcow2Image {
-    /// Reads and writes share it; what takes storage away from under them has it alone.
+    /// Reads and writes share the lock. Operations that free storage take it exclusively.
     top: RwLock<View>,
-    /// From the image that backs the top one downwards.
+    /// The backing images, from the top one downwards.
     backing: Vec<Backing>,
     file: ImageFile,
-    /// Bytes of the file when it was looked at last.
+    /// The file's length in bytes at the last check.
     len: AtomicU64,
     size: u64,
-    /// Clusters can be made zeroes by a mark. If not, zeroes have to be written.
+    /// Whether a mark can zero a cluster. If not, zeros must be written.
     can_zero: bool,
     notice: Option<String>,
 }
@@ -67,8 +68,8 @@ impl fmt::Debug for Qcow2Image {
 }
 
 impl Qcow2Image {
-    /// The disk on the open image `file`. `direct` has it bypass the page cache where that is possible;
-    /// `trusted` lets it refer to other files.
+    /// Returns the disk on the open image `file`. With `direct`, it bypasses the page cache if possible.
+    /// `trusted` allows it to refer to other files.
     pub(super) fn open(file: ImageFile, direct: bool, trusted: bool) -> Result<Self, OpenError> {
         let mut backing = Vec::new();
         let header = Header::read(&file)?;
@@ -91,13 +92,13 @@ impl Qcow2Image {
         // They were opened from the bottom up.
         backing.reverse();
         let len = AtomicU64::new(file.size);
-        // Imago 0.2.6 miscounts on disks that are smaller than a cluster, and zeroes too much.
+        // Imago 0.2.6 miscounts on disks smaller than a cluster, and zeros too much.
         let can_zero = has_zero_clusters && size >= cluster_size;
         let top = RwLock::new(FormatAccess::new(overlay));
         Ok(Self { top, backing, file, len, size, can_zero, notice })
     }
 
-    /// What the user should know, as a sentence.
+    /// Returns a sentence for the user, if there is one.
     pub(super) fn notice(&self) -> Option<String> {
         self.notice.clone()
     }
@@ -111,7 +112,7 @@ impl Qcow2Image {
     }
 }
 
-/// Fails if somebody has cut the file: what it has lost would be read as zeroes.
+/// Fails if the file has been truncated: the lost part would read as zeros.
 fn check_length(file: &ImageFile, len: &AtomicU64) -> io::Result<()> {
     let metadata = file.file.metadata()?;
     if metadata.is_file() && metadata.len() < len.fetch_max(metadata.len(), Ordering::Relaxed) {
@@ -128,7 +129,7 @@ fn refused(path: &Path, reason: impl ToString) -> OpenError {
     OpenError::Qcow2 { path: path.to_owned(), reason: reason.to_string() }
 }
 
-/// Opens an image and all that back it; these end up in `backing`, the lowest first.
+/// Opens an image and its backing images. The backing images are appended to `backing`, the lowest first.
 fn open_layer(
     file: &ImageFile,
     header: Header,
@@ -170,7 +171,7 @@ fn open_backing(
             format!("it is backed by {name:?}, which is not a plain file; {how}"),
         ));
     };
-    // A name is relative to the image that it is written in.
+    // A name is relative to the image that contains it.
     let path: PathBuf = overlay.path.parent().unwrap_or(Path::new("")).join(name);
     if depth >= MAX_LAYERS {
         return Err(refused(&path, format!("its chain of backing files has more than {MAX_LAYERS} images")));
@@ -212,8 +213,8 @@ fn open_backing(
     Ok(view)
 }
 
-/// The path of a backing file, as QEMU reads a name: what comes before a colon in the first part of a path
-/// says how the file is reached. `None` where it is no plain file.
+/// Returns the path of a backing file. QEMU takes the text before a colon in the first part of a path as a
+/// protocol. `None` if the name has one.
 fn file_name(name: &str) -> Option<&str> {
     match name.split_once(':') {
         Some((protocol, _)) if protocol.contains('/') => Some(name),
@@ -225,7 +226,7 @@ fn file_name(name: &str) -> Option<&str> {
 
 fn storage(file: &ImageFile, direct: bool) -> Result<ImagoFile, OpenError> {
     if direct {
-        // Where it cannot be, the page cache does it.
+        // If direct I/O is impossible, the page cache is used.
         file.use_direct_io()?;
     }
     let failed = |source| OpenError::Io { action: "open", path: file.path.clone(), source };
@@ -238,7 +239,7 @@ impl Image for Qcow2Image {
         self.size
     }
 
-    /// The image itself says how large its disk is, and others are locked out of it.
+    /// The image's own header decides the size of the disk, and locks keep other writers out.
     fn refresh_size(&self) -> Result<u64, ResizeError> {
         self.file.measure().map(|_| self.size)
     }
@@ -272,7 +273,7 @@ impl Image for Qcow2Image {
                     continue;
                 }
                 ShallowMapping::Raw { .. } | ShallowMapping::Special { .. } if mapped > 0 => Some(image),
-                // Zeroes, or beyond the end of a backing image that is smaller: no image holds them.
+                // Zeros, or beyond the end of a smaller backing image: no image holds the bytes.
                 _ => None,
             };
             let mapped = if mapped == 0 { len } else { len.min(mapped) };
@@ -303,7 +304,8 @@ impl Image for Qcow2Image {
 
     fn flush(&self) -> io::Result<()> {
         let top = self.top()?;
-        // Tables first: they must not be on the medium before what they refer to, which imago sees to.
+        // Flush the tables first: they must not be on the medium before the data that they refer to. Imago
+        // takes care of the order.
         top.flush()?;
         top.sync()
     }
@@ -316,8 +318,8 @@ impl Image for Qcow2Image {
         if !self.can_zero {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        // Zeroing makes whole clusters zero whose other parts it has found to be zeroes, which a write must
-        // not change meanwhile.
+        // Zeroing a whole cluster requires that its other parts are zeros. No write may change them
+        // meanwhile.
         self.exclusively(
             |top| {
                 if unmap { top.discard_to_zero(offset, len) } else { top.write_zeroes(offset, len) }
@@ -331,7 +333,7 @@ impl Drop for Qcow2Image {
         if !self.file.read_only
             && let Ok(top) = self.top.get_mut()
         {
-            // Whatever the guest wanted kept it has flushed. What was not can only be tried.
+            // The guest has flushed the data that it needs. The rest is only attempted.
             let _ = top.flush();
         }
     }

@@ -1,20 +1,20 @@
 //! Virtio block device (virtio 1.2, section 5.2) on a [`Disk`]: up to [`MAX_QUEUES`] queues, each with a
 //! worker thread of its own.
 //!
-//! Requests of a queue are under way together and complete in any order. Host I/O never reads into guest
-//! memory, so nothing pins a page of it for writing; a page that the host write-protects for a moment just
-//! delays the copy.
+//! Requests of a queue are in progress at the same time and complete in any order. Host I/O never reads into
+//! guest memory, so it never pins a guest page for writing. If the engine write-protects a page briefly, the
+//! copy to that page just waits.
 //!
-//! # What a completed request means
-//! A read or write that succeeded moved all of its data. A flush that succeeded put all writes that were
-//! complete before it on the medium (`fdatasync`). A driver that does not know flushes gets writes that are
-//! on the medium when they complete.
+//! # Meaning of a completed request
+//! A successful read or write has transferred all of its data. A successful flush has put all writes that
+//! completed before it on the medium (`fdatasync`). If the driver does not support flushes, each write is on
+//! the medium when it completes.
 //!
 //! # Errors
-//! Host errors, requests beyond the end of the disk, of no or of part of a sector, with buffers outside
-//! guest memory or of the wrong direction end in VIRTIO_BLK_S_IOERR; unknown types and flags in
-//! VIRTIO_BLK_S_UNSUPP. A request without a place for the status breaks the device until it is reset.
-//! Either way it is counted in [`BlockStats`].
+//! VIRTIO_BLK_S_IOERR is the answer to errors of the host and to invalid requests: beyond the end of the
+//! disk, of no or partial sectors, with buffers outside guest memory or of the wrong direction. Unknown types
+//! and flags get VIRTIO_BLK_S_UNSUPP. A request without a place for the status breaks the device until it is
+//! reset. [`BlockStats`] counts all of them.
 
 use std::sync::Arc;
 
@@ -43,22 +43,22 @@ mod transfer;
 
 pub use crate::disk::image::SECTOR_SIZE;
 pub use size::DiskSize;
-pub use stats::{BlockStats, TroubleObserver};
+pub use stats::{BlockStats, HostErrorObserver};
 
 use request::Rules;
 use service::{Common, Service};
 
-/// Longest serial number that virtio can carry, in bytes.
+/// Longest serial number in virtio, in bytes.
 pub const MAX_ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Most queues of a disk.
 pub const MAX_QUEUES: usize = 16;
 
 const MAX_QUEUE_SIZE: u16 = 256;
-/// Descriptors of one request: as many data segments as the driver is told, a header and a status.
+/// Descriptors of one request: the largest number of data segments, a header and a status.
 const MAX_DESCRIPTORS: usize = MAX_QUEUE_SIZE as usize;
-/// Most ranges of a request that discards or zeroes.
+/// Most ranges of one request to discard or zero.
 const MAX_CLEAR_RANGES: u32 = 16;
-/// Longest of them, in bytes.
+/// Length limit of such a range, in bytes.
 const MAX_CLEAR_BYTES: u64 = 1 << 30;
 
 /// A disk of one VM.
@@ -66,15 +66,15 @@ const MAX_CLEAR_BYTES: u64 = 1 << 30;
 pub struct BlockConfig {
     /// The VM's name, for the workers' thread names.
     pub vm: String,
-    /// The disk's name within the VM, which the guest sees as its serial number: 1 to 20 bytes.
+    /// The disk's name within the VM: 1 to 20 bytes. The guest sees the name as the serial number.
     pub id: String,
-    /// How many queues the driver is offered: 1 to [`MAX_QUEUES`].
+    /// Number of queues offered to the driver: 1 to [`MAX_QUEUES`].
     pub queues: usize,
-    /// What the disk is on.
+    /// The disk's image and the way to access it.
     pub disk: DiskOptions,
 }
 
-/// Why a disk could not be made.
+/// The reason why a disk could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// The name does not fit into a serial number.
@@ -83,10 +83,10 @@ pub enum BlockError {
         /// The name as given.
         id: String,
     },
-    /// So many queues are not to be had.
+    /// The number of queues is out of range.
     #[error("give a disk {queues} queues: it can have 1 to {MAX_QUEUES}")]
     Queues {
-        /// As many as were asked for.
+        /// The requested number.
         queues: usize,
     },
     /// The file cannot be a disk.
@@ -94,10 +94,10 @@ pub enum BlockError {
     Open(#[from] OpenError),
 }
 
-/// Is told what reads put into guest memory without the block cache.
+/// Receives reads that put data into guest memory without the block cache.
 pub trait ReadObserver: Send + Sync {
-    /// Guest memory at `address` now holds `bytes` bytes of `image`, from its byte `offset` on. Called by
-    /// the disk's workers before the request completes; the guest may have written there since.
+    /// Reports that guest memory at `address` now holds `bytes` bytes of `image` from byte `offset` on. The
+    /// disk's workers call this before the request completes. The guest may have written to the memory since.
     fn filled(&self, image: ImageId, address: GuestAddress, bytes: usize, offset: u64);
 }
 
@@ -107,7 +107,7 @@ pub struct Block {
     id: [u8; MAX_ID_LEN],
     disk: Arc<Disk>,
     features: u64,
-    /// Its capacity is kept by `size`.
+    /// Configuration space. `size` provides the capacity.
     config: [u8; 60],
     size: Arc<DiskSize>,
     queue_sizes: Vec<u16>,
@@ -117,10 +117,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk on the image of `config`, which it locks for its own life. `cache` serves the reads of whole
-    /// blocks, if the disk's policy wants one.
+    /// Opens the image of `config` and locks it for the life of the disk. If the disk's policy uses the
+    /// cache, `cache` serves reads of whole blocks.
     pub fn open(config: &BlockConfig, cache: Option<Arc<dyn BlockCache>>) -> Result<Self, BlockError> {
-        // Bad values are found before the file is touched.
+        // Check the values before touching the file.
         serial_number(&config.id)?;
         check_queues(config.queues)?;
         let mut disk = Disk::open(&config.disk)?;
@@ -130,7 +130,7 @@ impl Block {
         Self::new(&config.vm, &config.id, config.queues, disk)
     }
 
-    /// A disk called `id` of the VM `vm` on an open image.
+    /// Returns a disk with the name `id` of the VM `vm`, on an open image.
     pub fn new(vm: &str, id: &str, queues: usize, disk: Disk) -> Result<Self, BlockError> {
         let serial = serial_number(id)?;
         check_queues(queues)?;
@@ -151,7 +151,7 @@ impl Block {
         }
         let disk = Arc::new(disk);
         Ok(Self {
-            // The kernel keeps 15 bytes of a thread's name; a zero byte would end it early.
+            // The kernel keeps 15 bytes of a thread's name, and a zero byte would end the name early.
             thread_name: format!("block-{vm}-{id}").replace('\0', "?"),
             id: serial,
             features,
@@ -165,42 +165,42 @@ impl Block {
         })
     }
 
-    /// Has `observer` told of reads from the next activation on.
+    /// Sets the observer of reads from the next activation on.
     pub fn set_read_observer(&mut self, observer: Arc<dyn ReadObserver>) {
         self.observer = Some(observer);
     }
 
-    /// The counters of this disk; they outlive it.
+    /// Returns the counters of this disk. They outlive the disk.
     pub fn stats(&self) -> Arc<BlockStats> {
         self.stats.clone()
     }
 
-    /// The limits of this disk, to be changed at any time.
+    /// Returns the limits of this disk, which may change at any time.
     pub fn limiter(&self) -> Arc<RateLimiter> {
         self.disk.limiter().clone()
     }
 
-    /// The size of this disk, which can follow the image's at any time.
+    /// Returns the size of this disk. Its owner can make it follow the image's size at any time.
     pub fn size(&self) -> Arc<DiskSize> {
         self.size.clone()
     }
 
-    /// What the user should know about how the disk is accessed, in sentences.
+    /// Returns sentences for the user about how the disk is accessed.
     pub fn notices(&self) -> &[String] {
         self.disk.notices()
     }
 }
 
 impl Drop for Block {
-    /// However a VM ends, what its guest has written gets to the medium: who cuts its power off may cut off the
-    /// host's next.
+    /// Puts the guest's writes on the medium, in whichever way the VM ends. A user who cuts the VM's power
+    /// may cut the host's power next.
     fn drop(&mut self) {
         self.workers.clear();
         if self.disk.image().is_read_only() || self.disk.is_lost() || !self.stats.unflushed() {
             return;
         }
         if let Err(error) = self.disk.image().flush() {
-            self.stats.record_trouble(format!("flush as the disk is closed: {error}"));
+            self.stats.record_host_error(format!("flush as the disk is closed: {error}"));
         }
     }
 }
@@ -248,7 +248,7 @@ impl VirtioDevice for Block {
             stats: self.stats.clone(),
             observer: self.observer.clone(),
         });
-        // If one cannot be had, dropping those before it stops them.
+        // If a worker cannot be started, dropping the earlier ones stops them.
         let mut workers = Vec::with_capacity(queues.len());
         for active in queues {
             let served = ServedQueue::new(active.queue, memory.clone(), interrupt.clone());
@@ -282,7 +282,8 @@ fn serial_number(id: &str) -> Result<[u8; MAX_ID_LEN], BlockError> {
     Ok(serial)
 }
 
-/// `struct virtio_blk_config` without the capacity, up to what zeroing may do (virtio 1.2, section 5.2.4).
+/// Returns `struct virtio_blk_config` without the capacity, up to the fields about zeroing (virtio 1.2,
+/// section 5.2.4).
 fn config_space(image: &dyn Image, features: u64, queues: usize) -> [u8; 60] {
     let segments = MAX_DESCRIPTORS as u32 - 2;
     let logical = SECTOR_SIZE as u32;
@@ -294,7 +295,7 @@ fn config_space(image: &dyn Image, features: u64, queues: usize) -> [u8; 60] {
     let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
     put(12, &segments.to_le_bytes());
     put(20, &logical.to_le_bytes());
-    // Logical blocks in a physical one, as a power of two; the first of them is aligned.
+    // Logical blocks per physical block, as a power of two. The first block is aligned.
     put(24, &[in_physical.ilog2() as u8]);
     put(26, &u16::try_from(in_physical).unwrap_or(u16::MAX).to_le_bytes());
     if features & (1 << VIRTIO_BLK_F_MQ) != 0 {

@@ -1,4 +1,5 @@
-//! Requests as the driver words them (virtio 1.2, section 5.2.6), checked and put into the device's terms.
+//! Requests of the driver (virtio 1.2, section 5.2.6): checks them and translates them into the device's
+//! terms.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,12 +16,12 @@ use super::{MAX_CLEAR_BYTES, MAX_CLEAR_RANGES, SECTOR_SIZE};
 use crate::GuestMemory;
 use crate::virtio::chain::Buffers;
 
-/// Type, reserved, sector.
+/// Length of type, reserved field and sector, in bytes.
 const HEADER_LEN: usize = 16;
-/// Sector, number of sectors, flags.
+/// Length of sector, number of sectors and flags, in bytes.
 const RANGE_LEN: usize = 16;
 
-/// Why a request failed; the guest sees a status byte.
+/// The reason why a request failed. The guest sees a status byte.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     #[error("{action} {len} bytes at sector {sector}: {source}")]
@@ -42,8 +43,8 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// The host is at fault, and whoever runs it should know.
-    pub(super) fn is_trouble(&self) -> bool {
+    /// Returns whether the host caused the failure, so that the operator should know.
+    pub(super) fn is_host_error(&self) -> bool {
         matches!(self, Self::Host { .. } | Self::Flush(_))
     }
 
@@ -52,14 +53,14 @@ impl Failure {
     }
 }
 
-/// How the content of a range is given up.
+/// The way in which the content of a range is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Clearing {
     Discard,
     Zero { unmap: bool },
 }
 
-/// What is left to be begun of a request. Positions are bytes on the disk.
+/// The parts of a request that have not begun. Positions are bytes on the disk.
 #[derive(Debug)]
 pub(super) enum Job {
     Read(Range<u64>),
@@ -69,12 +70,12 @@ pub(super) enum Job {
     Clear {
         how: Clearing,
         ranges: VecDeque<Range<u64>>,
-        /// Ranges that zeroes are to be written to.
+        /// Ranges to fill with zeros.
         fill: VecDeque<Range<u64>>,
     },
 }
 
-/// What requests are checked against.
+/// The rules for checking requests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
     pub(super) read_only: bool,
@@ -83,15 +84,15 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Reads the header, and the ranges if there are any, and checks the request as a whole, on a disk of
-    /// `capacity` bytes. What is left in `buffers` is the data.
+    /// Reads the header and the ranges, if there are any, and checks the whole request for a disk of
+    /// `capacity` bytes. `buffers` then contains only the data.
     pub(super) fn parse(
         &self,
         buffers: &mut Buffers,
         memory: &GuestMemory,
         capacity: u64,
     ) -> Result<Job, Failure> {
-        if !buffers.in_memory {
+        if !buffers.is_in_memory {
             return Err(Failure::Malformed("a buffer is outside guest memory"));
         }
         if buffers.readable.remaining() < HEADER_LEN as u64 {
@@ -139,7 +140,7 @@ impl Rules {
         }
         let mut how = match kind {
             VIRTIO_BLK_T_DISCARD => Clearing::Discard,
-            // All ranges have to allow it.
+            // Unmapping requires that all ranges allow it.
             _ => Clearing::Zero { unmap: true },
         };
         let mut ranges = VecDeque::new();
@@ -173,7 +174,7 @@ impl Rules {
     }
 }
 
-/// Where `len` bytes at `sector` are, if all of them are on a disk of `capacity` bytes.
+/// Returns the bytes of `len` bytes at `sector`, if all of them are on a disk of `capacity` bytes.
 fn bytes_of(sector: u64, len: u64, capacity: u64) -> Result<Range<u64>, Failure> {
     if len == 0 || !len.is_multiple_of(SECTOR_SIZE) {
         return Err(Failure::Malformed("the data is not a positive number of whole sectors"));
@@ -186,7 +187,7 @@ fn bytes_of(sector: u64, len: u64, capacity: u64) -> Result<Range<u64>, Failure>
 }
 
 impl Job {
-    /// Nothing is left to be begun.
+    /// Returns whether all parts have begun.
     pub(super) fn is_begun(&self) -> bool {
         match self {
             Self::Read(range) | Self::Write(range) => range.is_empty(),
@@ -195,7 +196,7 @@ impl Job {
         }
     }
 
-    /// The ranges that the request changes.
+    /// Returns the ranges that the request changes.
     pub(super) fn changes(&self) -> Vec<Range<u64>> {
         match self {
             Self::Write(range) => vec![range.clone()],
@@ -204,7 +205,7 @@ impl Job {
         }
     }
 
-    /// Bytes that count against the disk's limit.
+    /// Returns the number of bytes that count towards the disk's limit.
     pub(super) fn cost(&self) -> u64 {
         match self {
             Self::Read(range) | Self::Write(range) => range.end - range.start,

@@ -1,8 +1,8 @@
-//! The worker's side of one queue: takes requests, has them carried out, completes them in any order.
+//! Serves one queue: takes requests, has them carried out, and completes them in any order.
 //!
-//! Requests are begun one after the other; one that has to wait, for memory or for a range that another one
-//! is writing, holds those behind it up. Once begun they are under way together. How a request becomes
-//! operations is [`transfer`](super::transfer)'s part.
+//! Requests begin in order. If a request must wait for memory, or for a range that another request writes,
+//! the following requests wait too. After their start, requests proceed in parallel.
+//! [`transfer`](super::transfer) turns requests into operations.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -28,25 +28,26 @@ use crate::virtio::chain::Buffers;
 use crate::virtio::queue::{QueueError, ServedQueue, Taken};
 use crate::virtio::worker::{Serve, StopFlag};
 
-/// Most requests under way: a driver that makes the same chain available again and again gets no further.
+/// Limit for requests in progress. A driver that makes the same chain available again and again gets no
+/// further.
 const MAX_REQUESTS: usize = MAX_DESCRIPTORS;
-/// Requests that are begun before those that are complete are looked at.
+/// Number of requests to begin before the completed ones are processed.
 const BATCH: usize = 32;
-/// Most bytes of bounce buffers.
+/// Limit for bounce buffers of one queue, in bytes.
 const BOUNCE_BYTES: usize = 4 << 20;
 
-/// What all queues of a disk have in common.
+/// The state that all queues of a disk share.
 pub(super) struct Common {
     pub(super) disk: Arc<Disk>,
     pub(super) id: [u8; MAX_ID_LEN],
     pub(super) rules: Rules,
-    /// Writes go to the medium before they complete.
+    /// Whether writes must be on the medium before they complete.
     pub(super) write_through: bool,
     pub(super) stats: Arc<BlockStats>,
     pub(super) observer: Option<Arc<dyn ReadObserver>>,
 }
 
-/// Blocks that the cache has been told are changing. Dropping it says that they have changed.
+/// Blocks whose change was announced to the cache. Dropping this value announces the end of the change.
 pub(super) struct Change {
     cache: Arc<dyn BlockCache>,
     image: ImageId,
@@ -59,29 +60,29 @@ impl Drop for Change {
     }
 }
 
-/// A request that was taken from the queue and is owed to the driver.
+/// A request that was taken from the queue and has not completed.
 pub(super) struct Request {
     taken: Taken,
     status: GuestAddress,
     pub(super) buffers: Buffers,
     pub(super) job: Job,
     kind: Kind,
-    /// Bytes of the data, for the statistics.
+    /// Length of the data in bytes, for the statistics.
     bytes: u64,
-    /// Parts under way.
+    /// Number of operations in progress.
     pub(super) in_flight: usize,
     pub(super) failure: Option<Failure>,
-    /// Bytes put into guest memory, if all goes well.
+    /// Number of bytes put into guest memory if the request succeeds.
     written: u64,
     is_prepared: bool,
-    /// Waits to be begun.
+    /// Whether the request waits to begin.
     is_queued: bool,
     needs_flush: bool,
     changes: Vec<Change>,
     range: Option<RangeGuard>,
 }
 
-/// What a request is counted as.
+/// The counter for a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -92,16 +93,16 @@ enum Kind {
     Zero,
 }
 
-/// Whether a request can be begun.
+/// The result of an attempt to begin a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flow {
-    /// All of it is under way or over.
+    /// All of it is in progress or complete.
     Begun,
-    /// It has to wait for something to be given back.
+    /// The request must wait until another one frees memory or a range.
     Blocked,
 }
 
-/// Everything that serving one queue takes.
+/// The resources for serving one queue.
 pub(super) struct Service {
     pub(super) common: Arc<Common>,
     pub(super) channel: Box<dyn Channel>,
@@ -111,22 +112,22 @@ pub(super) struct Service {
     free_requests: Vec<usize>,
     parts: Vec<Option<Part>>,
     free_parts: Vec<usize>,
-    /// Requests of which something is left to be begun, in the order of their turns.
+    /// Requests with parts that have not begun, in order.
     turns: VecDeque<usize>,
-    /// A request that has to wait for the disk's limits.
+    /// A request that waits because of the disk's limits.
     throttled: Option<usize>,
     timer: TimerFd,
     notified: EventFd,
-    /// Written when ranges are given back or limits change.
+    /// Written when a range is unlocked or limits change.
     wake: Arc<EventFd>,
     completions: Vec<Completion>,
-    /// Buffers of requests that are complete.
+    /// Unused buffers of completed requests.
     spare: Vec<Buffers>,
 }
 
 impl Service {
-    /// The service of a queue whose driver notifies through `notified`. A ring for host I/O belongs to the
-    /// thread that makes it.
+    /// Returns the service of a queue. `notified` is the driver's notification event. To be called on the
+    /// thread that serves, because a ring for host I/O belongs to its thread.
     pub(super) fn new(
         common: Arc<Common>,
         queue: ServedQueue,
@@ -152,29 +153,29 @@ impl Service {
         })
     }
 
-    fn in_use(&self) -> usize {
+    fn in_progress(&self) -> usize {
         self.requests.len() - self.free_requests.len()
     }
 
     fn has_room(&self) -> bool {
-        self.throttled.is_none() && self.in_use() < MAX_REQUESTS
+        self.throttled.is_none() && self.in_progress() < MAX_REQUESTS
     }
 
-    /// Ends all requests: what is under way is waited for, what is not is given up.
-    fn wind_up(&mut self) -> Result<(), QueueError> {
+    /// Ends all requests: waits for those in progress and drops the others.
+    fn end_all(&mut self) -> Result<(), QueueError> {
         self.turns.extend(self.throttled.take());
         for index in mem::take(&mut self.turns) {
             self.request(index).failure.get_or_insert(Failure::Stopped);
             self.request(index).is_queued = false;
-            self.settle(index)?;
+            self.finish_request(index)?;
         }
-        while self.in_use() > 0 {
+        while self.in_progress() > 0 {
             self.channel.wait()?;
             self.reap()?;
             for index in mem::take(&mut self.turns) {
                 self.request(index).failure.get_or_insert(Failure::Stopped);
                 self.request(index).is_queued = false;
-                self.settle(index)?;
+                self.finish_request(index)?;
             }
             self.channel.kick()?;
         }
@@ -185,7 +186,7 @@ impl Service {
         self.requests[index].as_mut().expect("a request stays until it is complete")
     }
 
-    /// Takes requests from the queue and begins them. True if there were any.
+    /// Takes requests from the queue and begins them. Returns true if there were any.
     fn take(&mut self) -> Result<bool, QueueError> {
         if let Some(index) = self.throttled {
             let cost = self.request(index).job.cost();
@@ -208,7 +209,7 @@ impl Service {
             };
             let index = self.accept(chain, status, buffers);
             if self.request(index).failure.is_some() {
-                self.settle(index)?;
+                self.finish_request(index)?;
                 continue;
             }
             let cost = self.request(index).job.cost();
@@ -223,12 +224,13 @@ impl Service {
         Ok(taken > 0)
     }
 
-    /// Whether the disk's limits let a request of `cost` bytes begin. If not, the worker is woken when they
-    /// may.
+    /// Returns whether the disk's limits let a request of `cost` bytes begin. If not, the worker wakes when
+    /// they do.
     fn is_allowed(&mut self, cost: u64) -> bool {
         match self.common.disk.limiter().begin(cost) {
             Ok(()) => true,
-            // A timer that cannot be set leaves the request to go on unlimited rather than to hang.
+            // If the timer cannot be set, the request continues without a limit, because otherwise it would
+            // hang.
             Err(wait) => self.timer.reset(wait.max(Duration::from_nanos(1)), None).is_err(),
         }
     }
@@ -277,14 +279,14 @@ impl Service {
         }
     }
 
-    /// Gives a request its turn, behind those that wait for theirs.
+    /// Puts a request at the end of the requests that wait to begin.
     fn enqueue(&mut self, index: usize) {
         if !mem::replace(&mut self.request(index).is_queued, true) {
             self.turns.push_back(index);
         }
     }
 
-    /// Begins requests until one has to wait.
+    /// Begins requests until one must wait.
     fn begin(&mut self) -> Result<(), QueueError> {
         while let Some(&index) = self.turns.front() {
             if !self.prepare(index) || self.begin_parts(index) == Flow::Blocked {
@@ -292,13 +294,13 @@ impl Service {
             }
             self.turns.pop_front();
             self.request(index).is_queued = false;
-            self.settle(index)?;
+            self.finish_request(index)?;
         }
         Ok(())
     }
 
-    /// Takes what the request has to have to itself, and tells the cache of what it changes. False if it has
-    /// to wait.
+    /// Locks the ranges of the request and announces its changes to the cache. Returns false if the request
+    /// must wait.
     fn prepare(&mut self, index: usize) -> bool {
         if self.request(index).is_prepared {
             return true;
@@ -329,13 +331,13 @@ impl Service {
         true
     }
 
-    /// What offsets and lengths, and addresses, have to be multiples of.
+    /// Returns the alignment of offsets and lengths, and that of addresses.
     pub(super) fn alignment(&self) -> (u64, usize) {
         let direct = self.common.disk.image().raw().and_then(|raw| raw.direct());
         direct.map_or((1, 1), |direct| (direct.offset.into(), direct.memory as usize))
     }
 
-    /// Submits an operation on behalf of a request.
+    /// Submits an operation for a request.
     pub(super) fn submit(&mut self, part: Part, offset: u64, action: Action) {
         self.request(part.request).in_flight += 1;
         let id = match self.free_parts.pop() {
@@ -351,29 +353,29 @@ impl Service {
         self.channel.submit(Operation { id, offset, action });
     }
 
-    /// Takes in what is over. True if there was anything.
+    /// Processes completed operations. Returns true if there were any.
     fn reap(&mut self) -> Result<bool, QueueError> {
         let mut completions = mem::take(&mut self.completions);
         self.channel.reap(&mut completions)?;
         let any = !completions.is_empty();
         let mut outcome = Ok(());
         for completion in completions.drain(..) {
-            let lost = completion.lost;
-            let index = self.take_in(completion);
-            if lost {
+            let is_lost = completion.is_lost;
+            let index = self.process_completion(completion);
+            if is_lost {
                 self.common.disk.set_lost();
                 outcome = Err(ChannelLost("the code that serves the image has failed".to_owned()).into());
             }
             if outcome.is_ok() {
-                outcome = self.settle(index);
+                outcome = self.finish_request(index);
             }
         }
         self.completions = completions;
         outcome.map(|()| any)
     }
 
-    /// Takes one completion in. Returns the request that it belongs to.
-    fn take_in(&mut self, completion: Completion) -> usize {
+    /// Processes one completion. Returns the request that it belongs to.
+    fn process_completion(&mut self, completion: Completion) -> usize {
         let Completion { operation, result, .. } = completion;
         let part = self.parts[operation.id].take().expect("a part stays until its operation is over");
         self.free_parts.push(operation.id);
@@ -386,8 +388,8 @@ impl Service {
         index
     }
 
-    /// Completes a request of which nothing is left to do.
-    fn settle(&mut self, index: usize) -> Result<(), QueueError> {
+    /// Completes the request if all of its parts are complete.
+    fn finish_request(&mut self, index: usize) -> Result<(), QueueError> {
         let request = self.request(index);
         if request.in_flight > 0
             || request.is_queued
@@ -402,7 +404,8 @@ impl Service {
         let Some(request) = self.requests[index].take() else { return Ok(()) };
         self.free_requests.push(index);
         let Request { taken, status, buffers, failure, kind, bytes, written, changes, range, .. } = request;
-        // Before the guest can know, and before others may write there.
+        // Drop the changes before the guest learns of the completion, and before other requests may write
+        // there.
         drop(changes);
         drop(range);
         self.spare.push(buffers);
@@ -413,12 +416,12 @@ impl Service {
         self.queue.complete(taken, u32::try_from(written + 1).unwrap_or(u32::MAX))
     }
 
-    /// Counts a request that is over. Returns its status and the bytes written before that.
+    /// Counts a completed request. Returns its status and the number of bytes written before the status.
     fn account(&self, kind: Kind, bytes: u64, written: u64, failure: Option<Failure>) -> (u32, u64) {
         let stats = &self.common.stats;
         if let Some(failure) = failure {
-            if failure.is_trouble() {
-                stats.record_trouble(failure.to_string());
+            if failure.is_host_error() {
+                stats.record_host_error(failure.to_string());
             } else {
                 stats.record_error(failure.to_string());
             }
@@ -454,13 +457,13 @@ impl Service {
         request.job = Job::Read(0..0);
     }
 
-    /// Gives a buffer back to whoever it came from, without use for what is in it.
-    pub(super) fn give_back(&mut self, memory: Memory) {
+    /// Returns a buffer to its owner and discards the content.
+    pub(super) fn return_buffer(&mut self, memory: Memory) {
         match memory {
             Memory::Bounce(bounce) => self.bounces.give(bounce),
             Memory::Fetch(fetch) => {
                 if let Some(cache) = self.common.disk.cache() {
-                    // What the request comes to is known already.
+                    // The result of the request is already known.
                     let _ = cache.end_fetch(fetch, Err(()));
                 }
             }
@@ -480,8 +483,8 @@ impl Serve for Service {
         self.work(stop).inspect_err(|error| self.common.stats.record_error(error.to_string()))
     }
 
-    fn rest(&mut self) {
-        if self.in_use() == 0 {
+    fn on_idle(&mut self) {
+        if self.in_progress() == 0 {
             self.bounces.trim();
             self.spare.truncate(1);
         }
@@ -489,18 +492,18 @@ impl Serve for Service {
 }
 
 impl Service {
-    /// Serves what there is to serve, until it has to wait for something or the device stops.
+    /// Does all available work, until it must wait or the device stops.
     fn work(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
         self.queue.silence_driver()?;
         loop {
             if stop.is_set() {
-                return self.wind_up();
+                return self.end_all();
             }
             let mut progress = self.reap()?;
             self.begin()?;
             progress |= self.take()?;
             self.channel.kick()?;
-            // What the host had at hand is over already.
+            // Operations that the host could do immediately are complete already.
             progress |= self.reap()?;
             self.queue.notify_driver()?;
             if progress {
@@ -515,7 +518,7 @@ impl Service {
 }
 
 impl Drop for Service {
-    /// Waits for what is under way, and gives up the requests that are still there: the queue broke.
+    /// Waits for operations in progress, and drops remaining requests, because the queue is broken.
     fn drop(&mut self) {
         while self.channel.in_flight() > 0 {
             let mut completions = Vec::new();
@@ -524,7 +527,7 @@ impl Drop for Service {
             }
             for completion in completions {
                 if let Action::Read(_, memory) | Action::Write(memory) = completion.operation.action {
-                    self.give_back(memory);
+                    self.return_buffer(memory);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The size of a disk while its guest runs: it follows the image's when somebody asks for that.
+//! The size of a disk while its guest runs. It follows the image's size on request.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -6,70 +6,71 @@ use super::SECTOR_SIZE;
 use crate::disk::{Disk, ResizeError};
 use crate::virtio::Interrupt;
 
-/// The size of a disk, as requests are checked against it and as its driver is told.
+/// The size of a disk, for the checks of requests and for the driver.
 pub struct DiskSize {
     disk: Arc<Disk>,
-    told: Mutex<Told>,
+    announced: Mutex<Announced>,
 }
 
-/// What the driver is told.
-struct Told {
+/// The size that the driver sees.
+struct Announced {
     bytes: u64,
     /// Changes with the size.
     generation: u32,
-    /// How the driver is reached, while there is one.
+    /// The connection to the driver, while there is one.
     interrupt: Option<Arc<Interrupt>>,
 }
 
 impl DiskSize {
     pub(super) fn new(disk: Arc<Disk>) -> Self {
-        let told = Told { bytes: disk.image().size(), generation: 0, interrupt: None };
-        Self { disk, told: Mutex::new(told) }
+        let announced = Announced { bytes: disk.image().size(), generation: 0, interrupt: None };
+        Self { disk, announced: Mutex::new(announced) }
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    fn announced(&self) -> MutexGuard<'_, Announced> {
+        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// In bytes.
+    /// Returns the size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.told().bytes
+        self.announced().bytes
     }
 
-    /// Takes over the size that the image has now, and tells the driver of it. Returns it in bytes. Requests
-    /// beyond the end fail from then on.
+    /// Adopts the image's present size, and notifies the driver. Returns the size in bytes. Requests beyond
+    /// the new end fail from then on.
     ///
     /// # Errors
-    /// Where the disk keeps the size that it had.
+    /// Fails if the disk keeps its earlier size.
     pub fn refresh(&self) -> Result<u64, ResizeError> {
-        let mut told = self.told();
+        let mut announced = self.announced();
         let bytes = self.disk.image().refresh_size()?;
-        // What was cut off is zeroes if it is there again, and nobody says whether it was.
+        // If the image shrank and then grew again, the lost part is zeros now, and nothing reveals whether
+        // that happened. So drop all cached blocks.
         if let (Some(cache), Some(image)) = (self.disk.cache(), self.disk.image().identity()) {
             cache.begin_write(image, 0..u64::MAX);
             cache.end_write(image, 0..u64::MAX);
         }
-        if bytes != told.bytes {
-            told.bytes = bytes;
-            told.generation = told.generation.wrapping_add(1);
-            if let Some(interrupt) = &told.interrupt {
+        if bytes != announced.bytes {
+            announced.bytes = bytes;
+            announced.generation = announced.generation.wrapping_add(1);
+            if let Some(interrupt) = &announced.interrupt {
                 interrupt.signal_config();
             }
         }
         Ok(bytes)
     }
 
-    /// The capacity field of the configuration space.
+    /// Returns the capacity field of the configuration space.
     pub(super) fn capacity(&self) -> [u8; 8] {
         (self.bytes() / SECTOR_SIZE).to_le_bytes()
     }
 
     pub(super) fn generation(&self) -> u32 {
-        self.told().generation
+        self.announced().generation
     }
 
-    /// A driver has come or gone.
+    /// Sets the connection to the driver, or removes it.
     pub(super) fn set_driver(&self, interrupt: Option<Arc<Interrupt>>) {
-        self.told().interrupt = interrupt;
+        self.announced().interrupt = interrupt;
     }
 }

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The least time between two reports of trouble with one disk.
+/// Least time between two reports of host errors for one disk.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 
-/// Hears of errors of the host's, in words.
-pub type TroubleObserver = Box<dyn Fn(&str) + Send + Sync>;
+/// Receives messages about errors of the host.
+pub type HostErrorObserver = Box<dyn Fn(&str) + Send + Sync>;
 
-/// Counters of one disk since it was opened. They go on over resets of the guest.
+/// Counters of one disk since it was opened. A reset of the guest does not reset them.
 #[derive(Debug, Default)]
 pub struct BlockStats {
     /// Read requests that succeeded.
@@ -26,44 +26,44 @@ pub struct BlockStats {
     pub write_zeroes: AtomicU64,
     /// Bytes of successful reads.
     pub read_bytes: AtomicU64,
-    /// Bytes of successful writes, those of zeroes not among them.
+    /// Bytes of successful writes, without requests to write zeros.
     pub written_bytes: AtomicU64,
-    /// Blocks that were read from what guests held.
+    /// Blocks that were read from guests' memory.
     pub blocks_from_guests: AtomicU64,
-    /// Blocks that were read from what the host held.
+    /// Blocks that were read from the host's cached blocks.
     pub blocks_from_host: AtomicU64,
     /// Blocks that the cache had read from the image.
     pub blocks_fetched: AtomicU64,
-    /// Requests that were held back to keep to the disk's limits.
+    /// Requests that were delayed by the disk's limits.
     pub throttled: AtomicU64,
-    /// Requests that failed, on account of guest or host, and queues that broke.
+    /// Requests that failed because of the guest or the host, and queues that broke.
     pub errors: AtomicU64,
     last_error: Mutex<Option<String>>,
-    trouble: Trouble,
+    host_errors: HostErrors,
 }
 
-/// Errors of the host's, and who hears of them.
+/// Errors of the host, and their observer.
 #[derive(Default)]
-struct Trouble {
-    observer: Mutex<Option<TroubleObserver>>,
+struct HostErrors {
+    observer: Mutex<Option<HostErrorObserver>>,
     reported: Mutex<Reported>,
 }
 
-impl fmt::Debug for Trouble {
+impl fmt::Debug for HostErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Trouble").field("reported", &self.reported).finish_non_exhaustive()
+        f.debug_struct("HostErrors").field("reported", &self.reported).finish_non_exhaustive()
     }
 }
 
 #[derive(Debug, Default)]
 struct Reported {
     last: Option<Instant>,
-    /// Errors since then.
+    /// Number of errors since that report.
     withheld: u64,
 }
 
 impl Reported {
-    /// How many errors were withheld before one that is to be reported now; none if it is not.
+    /// Returns the number of withheld errors if an error may be reported now, otherwise `None`.
     fn turn(&mut self, now: Instant) -> Option<u64> {
         if self.last.is_some_and(|last| now.saturating_duration_since(last) < REPORT_EVERY) {
             self.withheld += 1;
@@ -75,17 +75,18 @@ impl Reported {
 }
 
 impl BlockStats {
-    /// Has `observer` told of errors of the host's from now on, at most one in ten seconds. It is called by
-    /// the disk's workers, which wait for it.
-    pub fn observe_trouble(&self, observer: TroubleObserver) {
-        *self.trouble.observer.lock().unwrap_or_else(PoisonError::into_inner) = Some(observer);
+    /// Sets the observer of host errors. The observer gets at most one error in ten seconds. The disk's
+    /// workers call it and wait for it.
+    pub fn observe_host_errors(&self, observer: HostErrorObserver) {
+        *self.host_errors.observer.lock().unwrap_or_else(PoisonError::into_inner) = Some(observer);
     }
 
-    /// Counts an error of the host's, and has it reported.
-    pub(super) fn record_trouble(&self, error: String) {
-        let turn = self.trouble.reported.lock().unwrap_or_else(PoisonError::into_inner).turn(Instant::now());
+    /// Counts an error of the host, and reports it.
+    pub(super) fn record_host_error(&self, error: String) {
+        let turn =
+            self.host_errors.reported.lock().unwrap_or_else(PoisonError::into_inner).turn(Instant::now());
         if let Some(withheld) = turn
-            && let Some(observer) = &*self.trouble.observer.lock().unwrap_or_else(PoisonError::into_inner)
+            && let Some(observer) = &*self.host_errors.observer.lock().unwrap_or_else(PoisonError::into_inner)
         {
             match withheld {
                 0 => observer(&error),
@@ -96,12 +97,12 @@ impl BlockStats {
         self.record_error(error);
     }
 
-    /// Whether there may be anything that the medium does not have.
+    /// Returns whether some changes may not be on the medium yet.
     pub(super) fn unflushed(&self) -> bool {
         [&self.writes, &self.discards, &self.write_zeroes].iter().any(|counter| counter.load(Relaxed) > 0)
     }
 
-    /// What went wrong last, in words.
+    /// Returns the message of the last error.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_in_trouble_does_not_flood_the_log() {
+    fn errors_of_the_host_do_not_flood_the_log() {
         let mut reported = Reported::default();
         let start = Instant::now();
         assert_eq!(reported.turn(start), Some(0));

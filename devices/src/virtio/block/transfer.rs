@@ -1,11 +1,11 @@
-//! How a request becomes operations on the image, and what becomes of their results.
+//! Turns requests into operations on the image, and handles the results.
 //!
-//! - Reads of whole blocks are asked of the cache, if there is one. What the cache wants fetched is read into its
-//!   memory. All other reads go through bounce buffers, and so does a read of which the cache wants a part.
-//! - Writes go straight from guest memory where the image can take them from there and all is aligned as
-//!   direct I/O demands, and through bounce buffers otherwise.
-//! - Where the host takes larger pieces only, what surrounds the data is read first and written back with
-//!   it; [`ranges`](crate::disk::ranges) keeps other writes out meanwhile.
+//! - Reads of whole blocks go through the cache, if there is one. Missing blocks are read into the cache's
+//!   memory. All other reads use bounce buffers, and so does a read of which the cache wants only a part.
+//! - Writes come directly from guest memory if the image supports that and direct I/O's alignment fits.
+//!   Otherwise they use bounce buffers.
+//! - If the host accepts only larger pieces, the surrounding data is read first and written back with the
+//!   request's data. [`ranges`](crate::disk::ranges) excludes other writes meanwhile.
 
 use std::io;
 use std::ops::Range;
@@ -23,13 +23,13 @@ use crate::disk::channel::{Action, Operation};
 use crate::disk::image::{Layer, Location};
 use crate::disk::memory::{GuestSlices, MAX_BOUNCE, Memory, widen};
 
-/// Most bytes of one operation straight from guest memory. Bounds the vectors that it takes.
+/// Limit for one operation directly from guest memory, in bytes. It bounds the number of vectors.
 const MAX_DIRECT: u64 = 1 << 20;
 
-/// Where in guest memory the bytes of a part are, in order.
+/// The guest memory for the bytes of a part, in order.
 type Pieces = Vec<(GuestAddress, usize)>;
 
-/// Which bytes of a buffer go where in guest memory.
+/// The targets in guest memory for ranges of a buffer.
 type Copies = Vec<(GuestAddress, Range<usize>)>;
 
 /// An operation of a request.
@@ -39,25 +39,25 @@ pub(super) struct Part {
 }
 
 pub(super) enum PartKind {
-    /// Bytes of the buffer are copied to the guest, or to the cache's memory, when they have been read.
+    /// Copies bytes of the buffer to the guest, or to the cache's memory, after the read.
     Copy {
-        /// For the observer.
+        /// The image, for the observer.
         image: Option<ImageId>,
-        /// Which bytes of the buffer go where.
+        /// The target of each range of the buffer.
         copies: Copies,
-        /// What the cache wants of them, and delivers.
+        /// The parts that the cache wants and delivers.
         fetches: Vec<Fetch>,
     },
-    /// The cache delivers what has been read into its memory.
+    /// The cache delivers the data that was read into its memory.
     Fetch,
-    /// The data is put into the buffer when what surrounds it has been read.
+    /// Puts the request's data into the buffer after the surrounding data was read.
     Surround(Source, Range<usize>),
     Write,
     Flush,
     Clear(Clearing, Range<u64>),
 }
 
-/// What is written.
+/// The data of a write.
 pub(super) enum Source {
     Guest(Pieces),
     Zeroes,
@@ -80,14 +80,14 @@ impl Source {
     }
 }
 
-/// The end of the piece of at most `size` bytes that begins at `range.start`: pieces end where the disk is
-/// aligned.
+/// Returns the end of the piece of at most `size` bytes that begins at `range.start`. Pieces end at multiples
+/// of `size`.
 fn piece_end(range: &Range<u64>, size: u64) -> u64 {
     range.end.min((range.start / size + 1).saturating_mul(size))
 }
 
 impl Service {
-    /// Submits all operations of the request that can be submitted now.
+    /// Submits all operations of the request that are possible now.
     pub(super) fn begin_parts(&mut self, index: usize) -> Flow {
         while self.request(index).failure.is_none() && !self.request(index).job.is_begun() {
             let flow = match &mut self.request(index).job {
@@ -135,7 +135,7 @@ impl Service {
         let (alignment, _) = self.alignment();
         let has_cache = self.common.disk.cache().is_some() && alignment <= BLOCK_SIZE;
         let image = location.image.filter(|_| has_cache);
-        // Whole blocks apart from what comes before and after them.
+        // Separate the whole blocks from the bytes before and after them.
         let first_block = range.start.next_multiple_of(BLOCK_SIZE);
         let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
         let is_whole = first_block == range.start && last_block > first_block;
@@ -181,18 +181,19 @@ impl Service {
         Ok(Flow::Begun)
     }
 
-    /// Checks that what was read from guest memory is the guest's, before it goes to an image.
+    /// Fails if data that was read from guest memory may be content that the guest never wrote. To be called
+    /// before the data goes to an image.
     fn check_memory(&self) -> Result<(), Failure> {
         self.queue.check_memory().map_err(|_| Failure::MemoryLost)
     }
 
-    /// Where the bytes are; for plain files that is known.
+    /// Returns the source of the bytes. For raw images it is known without a call.
     fn locate(&self, offset: u64, len: u64) -> Result<Location, Failure> {
         self.common.disk.image().locate(offset, len).map_err(host_failure("locate", offset, len))
     }
 
-    /// Asks the cache for whole blocks from byte `start` on, whose data goes to `pieces`. Returns what is left to be
-    /// copied from there to the guest, and what the cache wants fetched.
+    /// Asks the cache for whole blocks from byte `start` on, for the targets `pieces`. Returns the remaining copies to
+    /// the guest, and the fetches that the cache requests.
     fn begin_cached(
         &self,
         image: ImageId,
@@ -211,7 +212,7 @@ impl Service {
             let offset = i * BLOCK_SIZE as usize;
             match block[..] {
                 [(address, _)] => run.push(address),
-                // A block in several places is nothing that the cache could deliver.
+                // The cache cannot deliver a block to several places.
                 _ => copies.extend(copies_of(&block, offset)),
             }
             if (block.len() > 1 || i + 1 == count) && !run.is_empty() {
@@ -235,7 +236,7 @@ impl Service {
         (copies, fetches)
     }
 
-    /// Begins to write the first piece of `range` with what the guest has given.
+    /// Begins to write the first piece of `range` with the guest's data.
     fn begin_write(&mut self, index: usize, range: Range<u64>) -> Result<Flow, Failure> {
         let (alignment, memory_alignment) = self.alignment();
         if self.common.disk.image().raw().is_some() && range.start.is_multiple_of(alignment) {
@@ -265,7 +266,7 @@ impl Service {
         Ok(flow)
     }
 
-    /// Begins to write zeroes over the first piece of `range`, the first that the request has to fill.
+    /// Begins to write zeros to the first piece of `range`, the first range that the request must fill.
     fn begin_fill(&mut self, index: usize, range: Range<u64>) -> Result<Flow, Failure> {
         let piece = range.start..piece_end(&range, MAX_BOUNCE as u64);
         let flow = self.begin_buffered(index, piece.clone(), Source::Zeroes)?;
@@ -308,7 +309,7 @@ impl Service {
         let len = range.end - range.start;
         let action = match how {
             Clearing::Discard => Action::Discard(len),
-            Clearing::Zero { .. } if self.common.disk.zeroes_have_to_be_written() => {
+            Clearing::Zero { .. } if self.common.disk.must_write_zeros() => {
                 return self.fill(index, range);
             }
             Clearing::Zero { unmap } => Action::Zero { len, unmap },
@@ -323,7 +324,7 @@ impl Service {
         }
     }
 
-    /// Takes in how an operation of a part ended.
+    /// Handles the end of an operation.
     pub(super) fn finish_part(&mut self, part: Part, operation: Operation, result: io::Result<()>) {
         let index = part.request;
         if let Err(failure) = self.try_finish_part(part, operation, result) {
@@ -381,17 +382,17 @@ impl Service {
                 if let (Memory::Guest(slices), Err(error)) = (&memory, &result)
                     && matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON))
                 {
-                    // The kernel could not read the guest's data. That it is lost comes to light by a touch.
+                    // The kernel could not read the guest's data. A read of each page detects a loss.
                     slices.touch();
                 }
-                self.give_back(memory);
+                self.return_buffer(memory);
                 result.map_err(host_failure("write", offset, len))
             }
             (PartKind::Flush, _) => result.map_err(Failure::Flush),
             (PartKind::Clear(how, range), _) => match (result, how) {
                 (Err(error), Clearing::Discard) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
                 (Err(error), Clearing::Zero { .. }) if error.kind() == io::ErrorKind::Unsupported => {
-                    self.common.disk.write_zeroes_from_now_on();
+                    self.common.disk.set_must_write_zeros();
                     self.fill(index, range);
                     Ok(())
                 }
@@ -400,10 +401,10 @@ impl Service {
                     result.map_err(host_failure(action, offset, range.end - range.start))
                 }
             },
-            // An operation comes back as it was submitted.
+            // The operation differs from the submitted one.
             (_, action) => {
                 if let Action::Read(_, memory) | Action::Write(memory) = action {
-                    self.give_back(memory);
+                    self.return_buffer(memory);
                 }
                 Err(Failure::Malformed("it came back as another one"))
             }
@@ -435,7 +436,7 @@ impl Service {
     }
 }
 
-/// Where `pieces` are to be copied from, given that the first comes from byte `offset` of a buffer.
+/// Returns the sources of `pieces` in a buffer. The first piece is at byte `offset` of the buffer.
 fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Copies {
     let copy = |&(address, len): &(GuestAddress, usize)| {
         offset += len;
@@ -444,7 +445,7 @@ fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Copies {
     pieces.iter().map(copy).collect()
 }
 
-/// The places of each block of data that goes to `pieces`.
+/// Returns the parts of each block of data that goes to `pieces`.
 fn split_blocks(pieces: &[(GuestAddress, usize)]) -> Vec<Pieces> {
     let mut blocks: Vec<Pieces> = Vec::new();
     let mut room = 0;
@@ -458,7 +459,7 @@ fn split_blocks(pieces: &[(GuestAddress, usize)]) -> Vec<Pieces> {
             if let Some(block) = blocks.last_mut() {
                 block.push((address, step));
             }
-            // The ranges were found to lie in guest memory.
+            // The ranges lie in guest memory, as was checked.
             address = GuestAddress(address.0.wrapping_add(step as u64));
             (len, room) = (len - step, room - step);
         }

@@ -1,13 +1,15 @@
-//! Control messages (virtio 1.2, section 5.3.6.2): what the driver says of ports, and what it is owed.
+//! Control messages (virtio 1.2, section 5.3.6.2): the driver's events, and the messages that the device
+//! still has to send.
 //!
-//! A driver may say anything as often as it likes and never give a buffer for an answer. So answers are not
-//! queued: what is kept is which of three messages are owed, and they are made when there is a buffer.
+//! A driver may send any number of events and never provide a buffer for an answer. So answers are not
+//! queued. The device stores which of three messages are outstanding, and composes them when there is a
+//! buffer.
 
 use samepage_hole::port::NAME;
 
 use super::PORT;
 
-/// Bytes of a message but for a name: the port, the event, its value.
+/// Length of a message without the name, in bytes: the port, the event and its value.
 pub(super) const CONTROL_BYTES: usize = 8;
 
 const DEVICE_READY: u16 = 0;
@@ -16,14 +18,14 @@ const PORT_READY: u16 = 3;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
-/// What the driver says that is of interest.
+/// The driver's events that matter here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// It knows the device.
+    /// The driver has found the device.
     DeviceReady,
-    /// It knows the port.
+    /// The driver has found the port.
     PortReady,
-    /// A program of the guest's has opened the port, or closed it.
+    /// A program of the guest has opened (`true`) or closed the port.
     PortOpen(bool),
 }
 
@@ -33,7 +35,7 @@ impl Event {
         let port = u32::from_le_bytes([a, b, c, d]);
         let value = u16::from_le_bytes([value, value_high]);
         match u16::from_le_bytes([event, event_high]) {
-            // Of the device, whatever the port.
+            // This event concerns the device, whatever its port number.
             DEVICE_READY if value == 1 => Some(Self::DeviceReady),
             PORT_READY if (port, value) == (PORT, 1) => Some(Self::PortReady),
             PORT_OPEN if port == PORT => Some(Self::PortOpen(value != 0)),
@@ -42,15 +44,15 @@ impl Event {
     }
 }
 
-/// Messages that the driver is owed, in the order in which it gets them.
+/// Outstanding messages to the driver, in order.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Owed {
+pub(super) struct Outstanding {
     add: bool,
     name: bool,
     open: bool,
 }
 
-/// One of them.
+/// A message to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Message {
     Add,
@@ -58,18 +60,18 @@ pub(super) enum Message {
     Open,
 }
 
-impl Owed {
+impl Outstanding {
     pub(super) fn add(&mut self) {
         self.add = true;
     }
 
-    /// All that a driver has to know of a port that it knows.
+    /// Adds the messages that describe a port.
     pub(super) fn describe(&mut self) {
         self.name = true;
         self.open = true;
     }
 
-    /// Whether the host's end is open.
+    /// Adds the message about the host's end.
     pub(super) fn open(&mut self) {
         self.open = true;
     }
@@ -78,10 +80,10 @@ impl Owed {
         let Self { add, name, open } = self;
         [(add, Message::Add), (name, Message::Name), (open, Message::Open)]
             .into_iter()
-            .find_map(|(owed, message)| owed.then_some(message))
+            .find_map(|(is_outstanding, message)| is_outstanding.then_some(message))
     }
 
-    pub(super) fn settle(&mut self, message: Message) {
+    pub(super) fn remove(&mut self, message: Message) {
         match message {
             Message::Add => self.add = false,
             Message::Name => self.name = false,
@@ -91,7 +93,7 @@ impl Owed {
 }
 
 impl Message {
-    /// The message, where the host's end is open or not.
+    /// Returns the bytes of the message. `is_open` tells whether the host's end is open.
     pub(super) fn bytes(self, is_open: bool) -> Vec<u8> {
         let (event, value, name) = match self {
             Self::Add => (DEVICE_ADD, 1, ""),

@@ -1,23 +1,24 @@
-//! Virtio console device (virtio 1.2, section 5.3) with one port, over which a guest that cannot map its
-//! memory hole says what its pages are for. Stock kernels drive it: Linux shows the port as a character
-//! device, `/dev/vport0p1`, and its name below `/sys/class/virtio-ports`.
+//! Virtio console device (virtio 1.2, section 5.3) with one port, the substitute for a memory hole. A guest
+//! that cannot map its memory hole sends its page flags through the port. Standard kernels support the
+//! device: Linux shows the port as a character device, `/dev/vport0p1`, and its name below
+//! `/sys/class/virtio-ports`.
 //!
-//! The stream is that of [`samepage_hole::port`]. What the guest sends is written into the [`Hole`], as the
-//! guest itself would have written it, and read there by the same engine. There is no console: port 0, which
-//! the numbers of queues provide for, is never added.
+//! The stream has the format of [`samepage_hole::port`]. The device writes the guest's data into the
+//! [`Hole`], as the guest would, and the same engine reads it there. There is no console: port 0, which the
+//! numbering of queues requires, is never added.
 //!
-//! | queue | what |
+//! | queue | purpose |
 //! | --- | --- |
 //! | 0, 1 | port 0; not served |
-//! | 2, 3 | control messages, to the driver and from it |
-//! | 4, 5 | port 1, to the driver and from it |
+//! | 2, 3 | control messages to and from the driver |
+//! | 4, 5 | port 1, to and from the driver |
 //!
-//! One worker thread serves them all. It holds a few KiB, whatever the guest does.
+//! One worker thread serves all queues. It needs a few KiB of memory, whatever the guest does.
 //!
 //! # Errors
-//! A stream that makes no sense closes the port: the driver is told so, and what comes after is thrown away
-//! until the guest opens the port again. Control messages that make no sense are ignored. A ring or chain
-//! that makes no sense, or a buffer outside guest memory, breaks the device until it is reset.
+//! An invalid stream closes the port. The driver is told, and later data is dropped until the guest opens the
+//! port again. Invalid control messages are ignored. An invalid ring or chain, or a buffer outside guest
+//! memory, breaks the device until it is reset.
 
 use std::sync::Arc;
 
@@ -37,9 +38,9 @@ mod tests;
 
 use service::{Ends, Service};
 
-/// The driver knows several ports and control messages.
+/// The driver supports several ports and control messages.
 const VIRTIO_CONSOLE_F_MULTIPORT: u32 = 1;
-/// Ports that there could be: numbers 0 and 1.
+/// Number of possible ports: 0 and 1.
 const PORTS: u32 = 2;
 /// Number of the port.
 const PORT: u32 = 1;
@@ -48,20 +49,20 @@ const CONTROL_IN: usize = 2;
 const CONTROL_OUT: usize = 3;
 const PORT_IN: usize = 4;
 const PORT_OUT: usize = 5;
-/// Drivers fill the queues to them with a page for each descriptor, so these are short.
+/// Queues are short, because drivers fill them with a page for each descriptor.
 const QUEUE_SIZES: [u16; 6] = [2, 2, 8, 8, 4, 8];
 
-/// What lies behind the port.
+/// The back end of the port.
 pub trait PortHole: Send + Sync {
-    /// The memory for what the guest says. The guest itself does not reach it.
+    /// Returns the memory for the guest's page flags. The guest cannot access this memory.
     fn hole(&self) -> Hole<'_>;
 
-    /// Tells that there is news in it. Guests make that happen as often as they like: it must not wait, and
-    /// cost no more the more often it is called.
+    /// Notifies the engine of new page flags. Guests can cause this at any rate. So the call must not wait,
+    /// and frequent calls must not cost more in total.
     fn ring(&self);
 }
 
-/// A virtio console device with a port to a memory hole.
+/// A virtio console device with a port that serves as a memory hole.
 pub struct Console {
     thread_name: String,
     hole: Arc<dyn PortHole>,
@@ -70,8 +71,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// The device of the VM `vm`. `news` is to be written whenever the host's header in the hole changes, so
-    /// that the guest is told.
+    /// Returns the device of the VM `vm`. Whoever changes the host's header in the hole must write `news`, so
+    /// that the device tells the guest.
     pub fn new(vm: &str, hole: Arc<dyn PortHole>, news: EventFd) -> Self {
         // A zero byte would end the thread's name early.
         Self { thread_name: format!("port-{vm}").replace('\0', "?"), hole, news, worker: None }
@@ -92,7 +93,7 @@ impl VirtioDevice for Console {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // `struct virtio_console_config`: a size in characters, which no port here has, then the number of
+        // `struct virtio_console_config`: a size in characters, which no port has here, then the number of
         // ports.
         let mut config = [0; 8];
         config[4..].copy_from_slice(&PORTS.to_le_bytes());
@@ -102,7 +103,7 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, mut queues, interrupt } = activation;
         if features & (1 << VIRTIO_CONSOLE_F_MULTIPORT) == 0 {
-            // Without control messages there is no port.
+            // A port requires control messages.
             return Err(ActivateError::QueueNotReady(CONTROL_IN));
         }
         let mut end = |index| {
@@ -128,7 +129,7 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         if self.worker.take().is_some() {
-            // Whoever comes next has said nothing yet.
+            // The next user of the port has sent nothing yet.
             self.hole.hole().clear_guest_header();
             self.hole.ring();
         }

@@ -1,4 +1,4 @@
-//! The worker's side: takes what comes on four queues, and answers as far as the driver gives buffers.
+//! Serves the four queues, and answers as far as the driver provides buffers.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -7,20 +7,21 @@ use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PortHole;
-use super::control::{CONTROL_BYTES, Event, Owed};
+use super::control::{CONTROL_BYTES, Event, Outstanding};
 use super::stream::Stream;
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::{QueueError, ServedQueue, Taken};
 use crate::virtio::worker::{Serve, StopFlag};
 
-/// Most descriptors of a chain.
+/// Limit for descriptors in a chain.
 const MAX_DESCRIPTORS: usize = 64;
-/// Chains that are taken from a queue before the others are looked at: as many as fit into the longest.
+/// Number of chains to take from a queue before the other queues are checked: the length of the longest
+/// queue.
 const BATCH: usize = 8;
-/// Bytes that are taken from a chain at once.
+/// Number of bytes to take from a chain at once.
 const STEP: usize = 4096;
 
-/// The queues, each with the event by which the driver notifies it.
+/// The queues, each with the driver's notification event.
 pub(super) struct Ends {
     pub(super) control_in: (ServedQueue, EventFd),
     pub(super) control_out: (ServedQueue, EventFd),
@@ -28,13 +29,13 @@ pub(super) struct Ends {
     pub(super) port_out: (ServedQueue, EventFd),
 }
 
-/// Everything that serving takes.
+/// The resources for serving the device.
 pub(super) struct Service {
     hole: Arc<dyn PortHole>,
     ends: Ends,
     news: EventFd,
-    owed: Owed,
-    /// Where a program of the guest's listens and has made sense so far.
+    outstanding: Outstanding,
+    /// The open stream; `None` if the port is closed or its stream was invalid.
     stream: Option<Stream>,
     /// Whether the host's end of the port is open.
     is_open: bool,
@@ -48,7 +49,7 @@ impl Service {
             hole,
             ends,
             news,
-            owed: Owed::default(),
+            outstanding: Outstanding::default(),
             stream: None,
             is_open: true,
             buffers: Buffers::new(MAX_DESCRIPTORS),
@@ -56,7 +57,7 @@ impl Service {
         }
     }
 
-    /// Takes control messages. True if there were any.
+    /// Takes control messages. Returns true if there were any.
     fn take_control(&mut self, stop: &StopFlag) -> Result<bool, QueueError> {
         for done in 0..BATCH {
             let (queue, _) = &mut self.ends.control_out;
@@ -70,7 +71,7 @@ impl Service {
                     Err(error) => return Err(broken(taken, error)),
                 }
             };
-            // The driver goes on when the message is complete, and what it does then is to come later.
+            // The driver continues when the message is complete, so handle the message first.
             match event.map_or(Ok(()), |event| self.handle(event, stop)) {
                 Ok(()) => self.ends.control_out.0.complete(taken, 0)?,
                 Err(error) => return Err(taken.break_queue(error)),
@@ -81,21 +82,21 @@ impl Service {
 
     fn handle(&mut self, event: Event, stop: &StopFlag) -> Result<(), QueueError> {
         match event {
-            Event::DeviceReady => self.owed.add(),
-            Event::PortReady => self.owed.describe(),
+            Event::DeviceReady => self.outstanding.add(),
+            Event::PortReady => self.outstanding.describe(),
             Event::PortOpen(is_open) => {
-                // What was sent before belongs to who has had the port open.
+                // Earlier data belongs to the previous user of the port.
                 self.take_data(stop)?;
                 self.stream = is_open.then(Stream::default);
                 if is_open && !std::mem::replace(&mut self.is_open, true) {
-                    self.owed.open();
+                    self.outstanding.open();
                 }
             }
         }
         Ok(())
     }
 
-    /// Takes what the guest sends on the port. True if there was anything.
+    /// Takes data from the guest. Returns true if there was any.
     fn take_data(&mut self, stop: &StopFlag) -> Result<bool, QueueError> {
         for done in 0..BATCH {
             let (queue, _) = &mut self.ends.port_out;
@@ -110,10 +111,10 @@ impl Service {
                     return Err(broken(taken, error));
                 }
                 if stream.take(bytes, &*self.hole).is_err() {
-                    // Nobody knows where the next message begins.
+                    // The start of the next message is unknown.
                     self.stream = None;
                     self.is_open = false;
-                    self.owed.open();
+                    self.outstanding.open();
                 }
             }
             queue.complete(taken, 0)?;
@@ -121,22 +122,22 @@ impl Service {
         Ok(true)
     }
 
-    /// Sends the control messages that are owed, as far as there are buffers.
+    /// Sends outstanding control messages, as far as there are buffers.
     fn send_control(&mut self) -> Result<(), QueueError> {
         let (queue, _) = &mut self.ends.control_in;
-        while let Some(message) = self.owed.next() {
+        while let Some(message) = self.outstanding.next() {
             let Some(taken) = queue.take(&mut self.buffers)? else { return Ok(()) };
             let bytes = message.bytes(self.is_open);
             if let Err(error) = self.buffers.writable.write(queue.memory(), &bytes) {
                 return Err(broken(taken, error));
             }
             queue.complete(taken, bytes.len() as u32)?;
-            self.owed.settle(message);
+            self.outstanding.remove(message);
         }
         Ok(())
     }
 
-    /// Sends what the host says, as far as there are buffers.
+    /// Sends the host's data, as far as there are buffers.
     fn send_data(&mut self) -> Result<(), QueueError> {
         let (queue, _) = &mut self.ends.port_in;
         let Some(stream) = &mut self.stream else { return Ok(()) };
@@ -147,8 +148,8 @@ impl Service {
                 return Ok(());
             }
             let Some(taken) = queue.take(&mut self.buffers)? else { return Ok(()) };
-            // Of a buffer without any room one byte is wanted too: a driver that gives such without end would
-            // keep the worker busy with nothing.
+            // Require one byte even from an empty buffer. Otherwise a driver that provides empty buffers
+            // without end would keep the worker busy.
             let room = self.buffers.writable.remaining().clamp(1, pending.len() as u64) as usize;
             if let Err(error) = self.buffers.writable.write(queue.memory(), &pending[..room]) {
                 return Err(broken(taken, error));
@@ -158,15 +159,15 @@ impl Service {
         }
     }
 
-    /// Whether there is something to be sent that waits for a buffer.
+    /// Returns whether control messages and data wait for a buffer.
     fn waits(&mut self) -> (bool, bool) {
         let hole = self.hole.hole();
         let data = self.stream.as_mut().is_some_and(|stream| !stream.pending(&hole).is_empty());
-        (self.owed.next().is_some(), data)
+        (self.outstanding.next().is_some(), data)
     }
 }
 
-/// A chain has no room for a message, or lies outside guest memory.
+/// Returns the error for a chain that has no room for a message or lies outside guest memory.
 fn broken(taken: Taken, error: GuestMemoryError) -> QueueError {
     taken.break_queue(QueueError::Ring(virtio_queue::Error::GuestMemory(error)))
 }
@@ -199,7 +200,7 @@ impl Serve for Service {
                     queue.notify_driver()?;
                 }
             }
-            // Buffers are of interest where something waits for them.
+            // Ask for buffers only where something waits for them.
             let (control, data) = self.waits();
             let mut more = self.ends.control_out.0.listen_to_driver()?;
             more |= self.ends.port_out.0.listen_to_driver()?;
@@ -212,5 +213,5 @@ impl Serve for Service {
         Ok(())
     }
 
-    fn rest(&mut self) {}
+    fn on_idle(&mut self) {}
 }

@@ -28,19 +28,19 @@ const OPEN: (u32, u16, u16) = (PORT, 6, 1);
 const CLOSE: (u32, u16, u16) = (PORT, 6, 0);
 const IS_NAMED: (u32, u16, u16) = (PORT, 7, 1);
 
-/// A hole that tells a test when it is rung.
-struct Told {
+/// A hole that notifies a test at each ring.
+struct TestHole {
     words: Vec<AtomicU32>,
     rung: Mutex<Sender<()>>,
 }
 
-impl Told {
+impl TestHole {
     fn new() -> (Arc<Self>, Receiver<()>) {
         let (sender, rung) = mpsc::channel();
         let words = (0..bytes_for(FRAMES) / 4).map(|_| AtomicU32::new(0)).collect();
-        let told = Self { words, rung: Mutex::new(sender) };
-        told.hole().set_host_header(&header());
-        (Arc::new(told), rung)
+        let hole = Self { words, rung: Mutex::new(sender) };
+        hole.hole().set_host_header(&header());
+        (Arc::new(hole), rung)
     }
 
     fn word(&self, frame: u32) -> u32 {
@@ -48,13 +48,13 @@ impl Told {
     }
 }
 
-impl PortHole for Told {
+impl PortHole for TestHole {
     fn hole(&self) -> Hole<'_> {
         Hole::new(&self.words, FRAMES).unwrap()
     }
 
     fn ring(&self) {
-        // Nobody listens where a test is not about that.
+        // Not every test listens.
         let _ = self.rung.lock().unwrap().send(());
     }
 }
@@ -90,7 +90,7 @@ impl Ring {
 struct Guest {
     driver: Driver,
     rings: [Ring; 6],
-    told: Arc<Told>,
+    hole: Arc<TestHole>,
     rung: Receiver<()>,
     news: EventFd,
 }
@@ -101,18 +101,18 @@ const USED_OFFSET: u64 = 0x800;
 impl Guest {
     /// A guest whose driver is ready.
     fn started() -> Self {
-        let (told, rung) = Told::new();
+        let (hole, rung) = TestHole::new();
         let news = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let console = Console::new("vm", told.clone(), news.try_clone().unwrap());
+        let console = Console::new("vm", hole.clone(), news.try_clone().unwrap());
         let rings = [0, 1, 2, 3, 4, 5].map(|queue| Ring { queue, available: 0, used: 0 });
-        let mut guest = Self { driver: Driver::new(console), rings, told, rung, news };
+        let mut guest = Self { driver: Driver::new(console), rings, hole, rung, news };
         guest.start();
         guest
     }
 
     /// Resets the device and starts it with clean rings.
     fn start(&mut self) {
-        // Without EVENT_IDX each buffer is told of.
+        // Without EVENT_IDX the device notifies for each buffer.
         let features = RING_FEATURES & !(1 << 29) | 1 << VIRTIO_CONSOLE_F_MULTIPORT;
         assert_eq!(self.driver.negotiate(features), FEATURES_OK);
         self.driver.memory.write_slice(&[0; 0x7000], GuestAddress(0x1000)).unwrap();
@@ -134,7 +134,7 @@ impl Guest {
         self.driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     }
 
-    /// Does what Linux does up to the opening of the port.
+    /// Returns a guest that has done the steps of Linux up to the opening of the port.
     fn opened() -> Self {
         let mut guest = Self::started();
         guest.fill(CONTROL_IN, 4096);
@@ -163,7 +163,7 @@ impl Guest {
         self.driver.notify_queue(queue as u32);
     }
 
-    /// Gives buffers of so many bytes for all descriptors of a queue.
+    /// Provides buffers of this length for all descriptors of a queue.
     fn fill(&mut self, queue: usize, length: u32) {
         for index in 0..self.rings[queue].size() {
             let address = self.rings[queue].buffer(index);
@@ -171,7 +171,7 @@ impl Guest {
         }
     }
 
-    /// The next buffer that the device has used: its index and the bytes written.
+    /// Returns the next used buffer, if there is one: its index and the bytes written.
     fn poll(&mut self, queue: usize) -> Option<(u16, u32)> {
         let memory = &self.driver.memory;
         let ring = &mut self.rings[queue];
@@ -195,7 +195,7 @@ impl Guest {
         }
     }
 
-    /// Takes what the device has put into a buffer of a queue, and gives the buffer back.
+    /// Returns the content of the next used buffer of a queue, and makes the buffer available again.
     fn take(&mut self, queue: usize) -> Vec<u8> {
         let (index, length) = self.wait(queue);
         let address = self.rings[queue].buffer(index);
@@ -205,7 +205,7 @@ impl Guest {
         bytes
     }
 
-    /// Sends bytes in one buffer and waits until they are taken.
+    /// Sends bytes in one buffer and waits until the device has taken them.
     fn send(&mut self, queue: usize, bytes: &[u8]) {
         let address = self.rings[queue].buffer(0);
         self.driver.memory.write_slice(bytes, GuestAddress(address)).unwrap();
@@ -219,7 +219,7 @@ impl Guest {
         self.send(CONTROL_OUT, &message);
     }
 
-    /// The next control message, and what follows it.
+    /// Returns the next control message, and the text after it.
     fn hear(&mut self) -> ((u32, u16, u16), String) {
         let bytes = self.take(CONTROL_IN);
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
@@ -227,7 +227,7 @@ impl Guest {
         ((id, half(4), half(6)), String::from_utf8(bytes[8..].to_vec()).unwrap())
     }
 
-    /// The next message of the host.
+    /// Returns the next message of the host.
     fn read_header(&mut self) -> (HostHeader, bool) {
         let mut decoder = Decoder::new();
         loop {
@@ -239,7 +239,7 @@ impl Guest {
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        // Longer ones than a buffer of memory here holds.
+        // A buffer here holds at most that many bytes.
         for bytes in bytes.chunks(4096) {
             self.send(PORT_OUT, bytes);
         }
@@ -250,7 +250,7 @@ impl Guest {
     }
 
     fn request(&self, number: u32) {
-        self.told.hole().set_requested(number);
+        self.hole.hole().set_requested(number);
         self.news.write(1).unwrap();
     }
 }
@@ -267,8 +267,8 @@ fn pass(generation: u32) -> GuestHeader {
 
 #[test]
 fn the_configuration_describes_two_ports() {
-    let (told, _rung) = Told::new();
-    let console = Console::new("vm", told, EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let (hole, _rung) = TestHole::new();
+    let console = Console::new("vm", hole, EventFd::new(libc::EFD_NONBLOCK).unwrap());
     assert_eq!((console.device_type(), console.features()), (3, 2));
     assert_eq!(console.queue_sizes().len(), 2 * (PORTS as usize + 1));
     let mut config = [0xaa; 12];
@@ -282,10 +282,10 @@ fn words_that_a_guest_sends_lie_in_the_hole() {
     let words: Vec<u32> = (1..=1500).collect();
     guest.write(&flags(600, &words));
     guest.write(&flags(FRAMES - 1, &[77]));
-    assert!(guest.told.hole().guest_header().is_err() && guest.rung.try_recv().is_err());
+    assert!(guest.hole.hole().guest_header().is_err() && guest.rung.try_recv().is_err());
     guest.write(&port::pass(&pass(9)));
     guest.wait_rung();
-    let hole = guest.told.hole();
+    let hole = guest.hole.hole();
     assert_eq!(hole.guest_header(), Ok(pass(9)));
     for (frame, word) in (0..).zip(hole.flags()) {
         let expected = match frame {
@@ -297,10 +297,10 @@ fn words_that_a_guest_sends_lie_in_the_hole() {
     }
     let counters: Vec<_> = (0..hole.blocks()).map(|block| hole.counter(block)).collect();
     assert_eq!(counters, [1, 1, 1, 0, 1]);
-    // The longest message that there can be.
+    // The longest possible message.
     let words = vec![5; MAX_FLAGS];
     guest.write(&flags(0, &words));
-    assert_eq!((guest.told.word(0), guest.told.word(MAX_FLAGS as u32 - 1)), (5, 5));
+    assert_eq!((guest.hole.word(0), guest.hole.word(MAX_FLAGS as u32 - 1)), (5, 5));
 }
 
 #[test]
@@ -310,11 +310,11 @@ fn a_guest_hears_of_requests() {
         guest.request(number);
         assert_eq!(guest.read_header(), (HostHeader { requested: number, ..header() }, false));
     }
-    guest.told.hole().set_interval_ms(500);
+    guest.hole.hole().set_interval_ms(500);
     guest.request(0);
     let news = HostHeader { requested: 0, interval_ms: 500, ..header() };
     assert_eq!(guest.read_header(), (news, false));
-    // Nothing is said twice, and nothing to a guest that does not listen.
+    // Nothing is sent twice, and nothing to a guest that does not listen.
     guest.request(0);
     guest.say(CLOSE);
     guest.request(8);
@@ -331,28 +331,28 @@ fn a_message_that_has_begun_ends_with_the_opening() {
     let message = flags(10, &[1, 2, 3]);
     guest.write(&message[..14]);
     guest.say(CLOSE);
-    // A closed port throws away what comes.
+    // A closed port drops data.
     guest.write(&flags(20, &[9]));
     guest.say(OPEN);
     assert!(guest.read_header().1);
     guest.write(&message);
     guest.write(&port::pass(&pass(1)));
     guest.wait_rung();
-    assert_eq!([10, 11, 12, 20].map(|frame| guest.told.word(frame)), [1, 2, 3, 0]);
+    assert_eq!([10, 11, 12, 20].map(|frame| guest.hole.word(frame)), [1, 2, 3, 0]);
 }
 
 #[test]
 fn what_was_sent_before_the_port_closes_counts() {
     let mut guest = Guest::opened();
-    // As Linux does, which sends and closes without waiting; the worker may see the latter first.
+    // Linux sends and closes without waiting. The worker may see the closing first.
     for round in 1..200 {
         let message = [flags(5, &[round]), port::pass(&pass(round)).to_vec()].concat();
         let address = guest.rings[PORT_OUT].buffer(0);
         guest.driver.memory.write_slice(&message, GuestAddress(address)).unwrap();
         guest.give(PORT_OUT, 0, address, message.len() as u32, false);
         guest.say(CLOSE);
-        assert_eq!(guest.told.hole().guest_header(), Ok(pass(round)));
-        assert_eq!(guest.told.word(5), round);
+        assert_eq!(guest.hole.hole().guest_header(), Ok(pass(round)));
+        assert_eq!(guest.hole.word(5), round);
         assert_eq!(guest.wait(PORT_OUT), (0, 0));
         guest.say(OPEN);
         assert!(guest.read_header().1);
@@ -373,7 +373,7 @@ fn a_stream_that_makes_no_sense_closes_the_port_alone() {
     for (round, garbage) in (1..).zip(garbage) {
         guest.write(&garbage);
         assert_eq!(guest.hear(), (CLOSE, String::new()), "{garbage:x?}");
-        // Until it is opened again, nothing is taken in; then all is.
+        // No data is accepted until the port is opened again. Then all data is.
         guest.write(&flags(1, &[u32::MAX]));
         guest.write(&garbage);
         guest.say(CLOSE);
@@ -381,7 +381,7 @@ fn a_stream_that_makes_no_sense_closes_the_port_alone() {
         assert_eq!(guest.hear(), (OPEN, String::new()));
         assert!(guest.read_header().1);
         guest.write(&flags(1, &[round]));
-        assert_eq!(guest.told.word(1), round);
+        assert_eq!(guest.hole.word(1), round);
     }
     assert_eq!(guest.driver.status(), DRIVER_OK);
 }
@@ -406,7 +406,7 @@ fn control_messages_that_make_no_sense_are_ignored() {
     guest.send(CONTROL_OUT, &[1, 0, 0]);
     guest.send(CONTROL_OUT, &[]);
     assert!(guest.poll(CONTROL_IN).is_none());
-    // Longer ones are read as far as they are known.
+    // Longer messages are read up to their known length.
     let long = [&PORT.to_le_bytes()[..], &[3, 0, 1, 0], &[9; 4000]].concat();
     guest.send(CONTROL_OUT, &long);
     assert_eq!((guest.hear().0, guest.hear().0), (IS_NAMED, OPEN));
@@ -428,7 +428,7 @@ fn a_driver_without_buffers_is_owed_each_message_once() {
     guest.say(OPEN);
     guest.fill(CONTROL_IN, 4096);
     assert_eq!([guest.hear().0, guest.hear().0, guest.hear().0], [ADD, IS_NAMED, OPEN]);
-    // Buffers for a header may be as short as the driver likes.
+    // Buffers for a header may have any length.
     let address = guest.rings[PORT_IN].buffer(0);
     let mut bytes = Vec::new();
     while bytes.len() < HOST_BYTES {
@@ -447,7 +447,8 @@ fn a_driver_without_buffers_is_owed_each_message_once() {
     assert!(guest.poll(PORT_IN).is_none(), "there is nothing more to say");
 }
 
-/// Starts a device, lets `misbehave` spoil a queue, and expects it to need a reset and to work after one.
+/// Starts a device, lets `misbehave` spoil a queue, and expects that the device needs a reset and works after
+/// one.
 fn breaks(misbehave: impl FnOnce(&mut Guest)) {
     let mut guest = Guest::opened();
     misbehave(&mut guest);
@@ -457,7 +458,7 @@ fn breaks(misbehave: impl FnOnce(&mut Guest)) {
     guest.say(OPEN);
     assert!(guest.read_header().1);
     guest.write(&flags(3, &[4]));
-    assert_eq!(guest.told.word(3), 4);
+    assert_eq!(guest.hole.word(3), 4);
 }
 
 #[test]
@@ -467,7 +468,7 @@ fn senseless_chains_break_the_device() {
         breaks(|guest| guest.give(PORT_OUT, 0, address, length, false));
     }
     breaks(|guest| guest.give(CONTROL_OUT, 0, MEMORY_SIZE, 8, false));
-    // No room for a message, and a chain that refers to nothing.
+    // Chains without room for a message, and a chain that refers to nothing.
     for length in [0, 7] {
         breaks(|guest| {
             guest.start();
@@ -491,7 +492,7 @@ fn senseless_chains_break_the_device() {
 }
 
 impl Guest {
-    /// Sends a control message at which the device breaks.
+    /// Sends a control message that breaks the device.
     fn say_and_break(&mut self, (id, event, value): (u32, u16, u16)) {
         let message = [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
         let address = self.rings[CONTROL_OUT].buffer(0);
@@ -505,17 +506,17 @@ fn a_reset_takes_back_what_was_said() {
     let mut guest = Guest::opened();
     guest.write(&port::pass(&pass(1)));
     guest.wait_rung();
-    assert!(guest.told.hole().guest_header().is_ok());
+    assert!(guest.hole.hole().guest_header().is_ok());
     guest.start();
     guest.wait_rung();
-    assert!(guest.told.hole().guest_header().is_err());
+    assert!(guest.hole.hole().guest_header().is_err());
 }
 
 #[test]
 fn a_driver_without_control_messages_has_no_port() {
-    let (told, _rung) = Told::new();
+    let (hole, _rung) = TestHole::new();
     let news = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let mut driver = Driver::new(Console::new("vm", told, news));
+    let mut driver = Driver::new(Console::new("vm", hole, news));
     assert_eq!(driver.negotiate(RING_FEATURES), FEATURES_OK);
     driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     driver.wait_needs_reset();
@@ -524,8 +525,8 @@ fn a_driver_without_control_messages_has_no_port() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// However a stream is cut into buffers, and whatever stands in it, the same words arrive; a stream that
-    /// makes no sense counts up to there.
+    /// The same words arrive for any division of a stream into buffers. An invalid stream counts up to its
+    /// first fault.
     #[test]
     fn streams_are_cut_anywhere(
         words in prop::collection::vec((0..FRAMES + 50, 1..u32::MAX), 1..40),
@@ -553,7 +554,7 @@ proptest! {
             guest.write(piece);
             rest = behind;
         }
-        let words: Vec<_> = (0..FRAMES).map(|frame| guest.told.word(frame)).collect();
+        let words: Vec<_> = (0..FRAMES).map(|frame| guest.hole.word(frame)).collect();
         prop_assert_eq!(words, expected);
         prop_assert_eq!(guest.driver.status(), DRIVER_OK);
     }
@@ -587,7 +588,7 @@ proptest! {
         for queue in 0..6 {
             guest.driver.notify_queue(queue);
         }
-        // Whether it broke is not the question: it works after a reset.
+        // The device may have broken or not. It must work after a reset.
         guest.start();
         guest.fill(PORT_IN, 4096);
         guest.say(OPEN);

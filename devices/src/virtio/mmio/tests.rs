@@ -10,7 +10,7 @@ use crate::virtio::{read_config, testing};
 const OWN_FEATURE: u64 = 1 << 5;
 const QUEUES: [u16; 2] = [256, 64];
 
-/// What the transport did to the device.
+/// The transport's calls to the device.
 #[derive(Default)]
 struct Record {
     active: Option<Activation>,
@@ -119,7 +119,7 @@ fn features_are_checked_and_then_fixed() {
     assert_eq!(driver.negotiate(RING_FEATURES | 1 << 50), DRIVER, "not offered");
     assert_eq!(driver.negotiate(1 << VIRTIO_F_VERSION_1), FEATURES_OK);
 
-    // What comes after FEATURES_OK changes nothing.
+    // Writes after FEATURES_OK have no effect.
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES, 0xffff_ffff);
     assert_eq!(driver.transport.driver_features, 1 << VIRTIO_F_VERSION_1);
@@ -174,7 +174,7 @@ fn a_ready_queue_does_not_change() {
         assert_eq!((queue.size(), queue.desc_table()), (16, DESCRIPTORS));
     }
 
-    // A queue that was not set up in time stays out.
+    // A queue that was not set up in time stays unused.
     driver.set(VIRTIO_MMIO_QUEUE_SEL, 1);
     driver.set(VIRTIO_MMIO_QUEUE_READY, 1);
     assert_eq!(driver.get(VIRTIO_MMIO_QUEUE_READY), 0);
@@ -311,8 +311,8 @@ fn access() -> impl Strategy<Value = Access> {
 }
 
 proptest! {
-    /// Whatever a driver does to the registers, the device runs exactly when the status says so, with
-    /// features and queues that were checked.
+    /// Whatever a driver does to the registers, the device runs exactly if the status says so, with checked
+    /// features and queues.
     #[test]
     fn any_sequence_of_accesses_leaves_a_consistent_device(
         accesses in prop::collection::vec(access(), 0..200),

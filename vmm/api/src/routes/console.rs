@@ -1,4 +1,4 @@
-//! `/vms/{vm}/console`: what guests wrote, what they write, and what is typed to them.
+//! `/vms/{vm}/console`: reads, follows and types to consoles.
 
 #![expect(unsafe_code, reason = "has the runtime watch an event of its own")]
 
@@ -39,7 +39,7 @@ use samepage_text::counted::counted;
 
 const OCTETS: &str = "application/octet-stream";
 
-/// Bytes as they are. Generators of clients know them by their format.
+/// Raw bytes. Generators of clients recognise them by their format.
 struct Octets;
 
 impl PartialSchema for Octets {
@@ -110,7 +110,7 @@ pub(super) async fn stream(
     mut request: Request,
 ) -> Result<Response, Refusal> {
     let tail = record.backlog.tail(tail.unwrap_or(usize::MAX));
-    // To begin with nothing is lost: what was before is not asked for.
+    // At the start nothing is lost: the client does not ask for earlier output.
     let from = tail.next - tail.bytes.len() as u64;
     let lifeline = lifeline.unwrap_or(false);
     let until = match (lifeline, until_end) {
@@ -121,7 +121,7 @@ pub(super) async fn stream(
     let reader = Reader { record, from, until, ending: api.ending.clone() };
     if !asks_for_upgrade(request.headers()) {
         if lifeline {
-            let detail = "a connection that is not upgraded is no lifeline";
+            let detail = "only an upgraded connection can be a lifeline";
             let help = format!("send Connection: upgrade and Upgrade: {PROTOCOL}");
             return Err(Refusal::new(Kind::BadRequest, detail).help(help));
         }
@@ -140,7 +140,7 @@ pub(super) async fn stream(
             .help("raise the limit of open files (ulimit -n)")
     })?;
     tokio::spawn(async move {
-        // The connection counts until the console is left.
+        // The connection counts until the client leaves the console.
         let _permit = permit;
         if let Ok(upgraded) = upgrade.await {
             let (record, ending) = (reader.record.clone(), api.ending.clone());
@@ -160,17 +160,17 @@ fn asks_for_upgrade(headers: &HeaderMap) -> bool {
     headers.get(UPGRADE).is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(PROTOCOL.as_bytes()))
 }
 
-/// For how long one reads along.
+/// The end of a console stream.
 enum Until {
-    /// Until the VM is deleted.
+    /// Ends when the VM is deleted.
     Deleted,
-    /// Until its machine has ended, whatever comes then.
+    /// Ends when the VM's machine has ended, whatever comes next.
     Collected,
-    /// Until its machine has ended for good, or until somebody starts the VM.
+    /// Ends when the VM's machine has ended for good, or when a client starts the VM.
     Ended,
 }
 
-/// Reads along.
+/// Follows a console.
 struct Reader {
     record: Arc<Record>,
     from: u64,
@@ -179,10 +179,10 @@ struct Reader {
 }
 
 impl Reader {
-    /// What comes next; `None` at the end.
+    /// Returns the next output, or `None` at the end.
     async fn next(&mut self) -> Option<Vec<u8>> {
         let piece = tokio::select! {
-            // What there is comes before the end.
+            // Deliver the output before the end.
             biased;
             piece = self.record.backlog.read(self.from) => piece?,
             () = has_ended(&self.record, &self.until) => return None,
@@ -199,7 +199,7 @@ impl Reader {
     }
 }
 
-/// Waits until there is nothing more to wait for.
+/// Waits for the end of the stream.
 async fn has_ended(record: &Record, until: &Until) {
     match until {
         Until::Deleted => std::future::pending().await,
@@ -208,12 +208,12 @@ async fn has_ended(record: &Record, until: &Until) {
     }
 }
 
-/// Is readable when the console takes more.
+/// An event that is readable when the console accepts more input.
 struct Room(EventFd);
 
 fn watch_room(room: EventFd) -> io::Result<AsyncFd<Room>> {
-    // SAFETY: the file is open, belongs to the value that is moved in, and is neither closed nor replaced
-    // before that is dropped.
+    // SAFETY: the file is open and belongs to the value that is moved in. It is neither closed nor replaced
+    // before that value is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(Room(room), Interest::READABLE) }?)
 }
 
@@ -223,11 +223,11 @@ impl AsRawFd for Room {
     }
 }
 
-/// For how long a VM that has ended stays for the client whose connection was its lifeline, to ask why.
+/// The time for which a VM that has ended stays, so that its lifeline's client can ask for the reason.
 const LAST_QUESTIONS: Duration = Duration::from_secs(10);
 
-/// Passes bytes on both ways until either side has enough; where the connection is a lifeline, until the
-/// client has, or the server ends.
+/// Passes bytes on in both directions until either side ends. If the connection is a lifeline, only the
+/// client or the end of the server ends it.
 async fn attach(
     upgraded: Upgraded,
     reader: Reader,
@@ -250,7 +250,7 @@ async fn attach(
     }
 }
 
-/// Deletes a VM whose lifeline has ended. When the server ends, its VMs do by other means.
+/// Deletes a VM whose lifeline has ended. When the server ends, other code ends the VMs.
 async fn let_go(api: &Api, record: &Arc<Record>) {
     let mut ending = api.ending.clone();
     loop {
@@ -259,7 +259,7 @@ async fn let_go(api: &Api, record: &Arc<Record>) {
             () = is_ending(&mut ending) => return,
         };
         match removed {
-            // Somebody else was at it for long.
+            // Another operation took long.
             Err(problem) if problem.is(Kind::Busy) => {}
             _ => return,
         }
@@ -280,7 +280,7 @@ async fn take(record: Arc<Record>, mut client: ReadHalf<TokioIo<Upgraded>>, room
     loop {
         let Ok(count @ 1..) = client.read(&mut buffer).await else { return };
         let mut typed = buffer[..count].to_vec();
-        // What is typed to a VM that does not run goes nowhere, as at a machine that is off.
+        // Input to a VM that does not run is dropped, like typing at a machine that is off.
         while let Some(rest) = type_to(&record, typed).await.filter(|rest| !rest.is_empty()) {
             typed = rest;
             match room.readable().await {
@@ -291,7 +291,7 @@ async fn take(record: Arc<Record>, mut client: ReadHalf<TokioIo<Upgraded>>, room
     }
 }
 
-/// Types, and returns what was not taken; `None` where there is no machine.
+/// Types, and returns the bytes that were not accepted. Returns `None` if there is no machine.
 async fn type_to(record: &Arc<Record>, mut typed: Vec<u8>) -> Option<Vec<u8>> {
     let record = record.clone();
     // The console is locked while a guest's output waits for a slow reader of its file.
@@ -326,7 +326,7 @@ pub(super) async fn input(Vm(record): Vm, request: Request) -> Result<Json<Typed
         Some(rest) => Ok(Json(Typed { taken: count - rest.len() })),
         None => {
             let state: VmState = record.state();
-            let detail = format!("VM {} is {}, and nobody reads its console", record.name(), state.name());
+            let detail = format!("VM {} is {}, so nothing reads its console", record.name(), state.name());
             Err(Refusal::new(Kind::IllegalTransition, detail).help("start the VM first"))
         }
     }

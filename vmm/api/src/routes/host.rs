@@ -1,4 +1,4 @@
-//! `/host` and `/version`: where the process runs, and what it is.
+//! `/host` and `/version`: the host and the program.
 
 use std::fs;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::sharing::unseen;
+use super::sharing::sampling_failed;
 use crate::extract::blocking;
 use crate::problem::Refusal;
 use crate::server::Api;
@@ -72,7 +72,7 @@ pub(crate) struct FeaturesView {
 /// Show the host
 #[utoipa::path(get, path = "/host", operation_id = "get_host", tag = "process", responses((status = 200, body = HostView)))]
 pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let engine = &seen.sample.engine;
     let (mappings, mappings_limit, sharing) = (engine.mappings, engine.mappings_limit, seen.sample.sharing);
     let view = blocking(move || {
@@ -98,12 +98,12 @@ pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, 
     Ok(Json(view.await?))
 }
 
-/// A file of the kernel's; nothing where there is none.
+/// Returns a file of the kernel, or an empty text if the file does not exist.
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
-/// The first number on the line that begins so.
+/// Returns the first number on the line with this start.
 fn number_after(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
 }

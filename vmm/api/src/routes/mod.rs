@@ -1,4 +1,4 @@
-//! The resources, and the description of them.
+//! The resources and their OpenAPI description.
 
 mod console;
 mod host;
@@ -29,7 +29,7 @@ use super::server::Api;
 use samepage_api_types::events::Event;
 use samepage_api_types::problem::{PROBLEM_JSON, Problem};
 
-/// The parts of the description that all paths have in common.
+/// The parts of the description that all paths share.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -49,10 +49,10 @@ use samepage_api_types::problem::{PROBLEM_JSON, Problem};
 )]
 struct Description;
 
-/// How clients of the port show that they may steer. The socket asks nobody.
+/// Returns how clients of the port prove their authorisation. The socket requires none.
 fn token() -> SecurityScheme {
-    let description = "The token of the file that --http-token names, for requests that come by --http. Requests by \
-                       the socket need none, since its permissions say who may connect.";
+    let description = "The token in the file of --http-token, for requests to the port of --http. Requests to the socket \
+                       need no token, because the socket's permissions decide who may connect.";
     let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description));
     SecurityScheme::Http(scheme.build())
 }
@@ -82,7 +82,7 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(watch::metrics))
 }
 
-/// The description of the API, as OpenAPI 3.1 has it.
+/// Returns the OpenAPI 3.1 description of the API.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
     describe(described()).1
@@ -102,25 +102,25 @@ fn operations(path: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
     [&mut path.get, &mut path.put, &mut path.post, &mut path.delete, &mut path.patch].into_iter().flatten()
 }
 
-/// Each response has to have a description.
+/// Gives each response a description.
 fn describe_response(response: &mut RefOr<utoipa::openapi::Response>) {
     if let RefOr::T(response) = response
         && response.description.is_empty()
     {
-        "What was asked for, or what has come of it".clone_into(&mut response.description);
+        "The requested data, or the result of the action".clone_into(&mut response.description);
     }
 }
 
-/// Whatever is not as it should be is a problem.
+/// Adds problems as the response to all errors.
 fn add_problem(operation: &mut Operation) {
     let schema = RefOr::Ref(Ref::from_schema_name("Problem"));
     let content = ContentBuilder::new().schema(Some(schema)).build();
     let response =
-        ResponseBuilder::new().description("What went wrong, and what to do").content(PROBLEM_JSON, content);
+        ResponseBuilder::new().description("The error and the remedy").content(PROBLEM_JSON, content);
     operation.responses.responses.insert("default".into(), RefOr::T(response.build()));
 }
 
-/// The routes, for clients of the Unix socket, and behind a guard for those of a port.
+/// Returns the routes for clients of the Unix socket, and the guarded routes for clients of the port.
 pub(super) fn routers(api: Arc<Api>, guard: Option<Guard>) -> (Router, Option<Router>) {
     let router = router(api);
     let finish = |router: Router| router.layer(middleware::from_fn(problem::write_problems));

@@ -1,4 +1,4 @@
-//! `/pages`: what VMs' pages are used for, what of that is shared, and memory as a picture.
+//! `/pages`: the use of VMs' pages, how much of it is shared, and maps of memory.
 
 use crate::views;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use axum::response::Response;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::sharing::unseen;
+use super::sharing::sampling_failed;
 use crate::extract::{Parameters, Vm, json, to_json};
 use crate::maps::MOST_CELLS;
 use crate::problem::Refusal;
@@ -24,7 +24,7 @@ use samepage_api_types::views::pages::{MapView, PagesView, VmPagesView};
 /// Pages of guests without an agent are of type `unknown`.
 #[utoipa::path(get, path = "/pages", operation_id = "get_pages", tag = "sharing", responses((status = 200, body = PagesView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<PagesView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     Ok(Json(views::pages::of_all(&seen.sample)))
 }
 
@@ -37,7 +37,7 @@ pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Json<Pages
     responses((status = 200, body = VmPagesView))
 )]
 pub(super) async fn of_vm(State(api): State<Arc<Api>>, Vm(record): Vm) -> Result<Json<VmPagesView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::pages::of_vm(&record, sample)))
 }
@@ -75,6 +75,6 @@ pub(super) async fn map(
         let problem = Refusal::new(Kind::BadRequest, format!("there is no map of {cells} cells"));
         return Err(problem.help(format!("ask for 1 to {MOST_CELLS} cells")));
     }
-    let map = api.maps.map(&record, cells).await.map_err(unseen)?;
+    let map = api.maps.map(&record, cells).await.map_err(sampling_failed)?;
     Ok(json(to_json(&map)?))
 }

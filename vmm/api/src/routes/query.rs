@@ -1,5 +1,4 @@
-//! Refuses parameters of queries that a resource does not know: one that is ignored looks like one that
-//! was heeded.
+//! Refuses unknown query parameters. An ignored parameter would look as if it had an effect.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use utoipa::openapi::path::{Operation, ParameterIn, PathItem};
 use crate::problem::Refusal;
 use samepage_api_types::problem::Kind;
 
-/// The parameters that each operation knows, as the description of the API has them.
+/// The parameters that each operation knows, from the description of the API.
 pub(super) struct Known(HashMap<(String, Method), Vec<String>>);
 
 impl Known {
@@ -28,7 +27,7 @@ impl Known {
         Self(known)
     }
 
-    /// The parameters of an operation; none where it is not described, as the description itself is not.
+    /// Returns the parameters of an operation; none if the operation is not described.
     fn of_operation(&self, path: &str, method: &Method) -> &[String] {
         let method = if *method == Method::HEAD { &Method::GET } else { method };
         self.0.get(&(path.to_owned(), method.clone())).map_or(&[], Vec::as_slice)
@@ -56,7 +55,7 @@ fn names(operation: &Operation) -> Vec<String> {
     of_query.map(|parameter| parameter.name.clone()).collect()
 }
 
-/// Lets requests through whose parameters are known.
+/// Passes on requests with known parameters.
 pub(super) async fn check(State(known): State<Arc<Known>>, request: Request, next: Next) -> Response {
     match unknown(&known, &request) {
         Some(problem) => problem.into_response(),
@@ -67,15 +66,15 @@ pub(super) async fn check(State(known): State<Arc<Known>>, request: Request, nex
 fn unknown(known: &Known, request: &Request) -> Option<Refusal> {
     let path = request.extensions().get::<MatchedPath>()?.as_str();
     let known = known.of_operation(path, request.method());
-    // What cannot be read at all is told by who reads it.
+    // The extractor of the parameters reports an unreadable query.
     let Query(given) = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).ok()?;
     let (unknown, _) = given.iter().find(|(name, _)| !known.contains(name))?;
-    let detail = format!("the query has a parameter {unknown:?}, which is not known here");
+    let detail = format!("the query has the unknown parameter {unknown:?}");
     let help = match known {
-        [] => "leave it out: no parameters are known here".to_owned(),
-        [one] => format!("leave it out, or use the one that is known: {one}"),
+        [] => "remove it: there are no parameters here".to_owned(),
+        [one] => format!("remove it, or use {one}"),
         [rest @ .., last] => {
-            format!("leave it out, or use those that are known: {} and {last}", rest.join(", "))
+            format!("remove it, or use {} and {last}", rest.join(", "))
         }
     };
     Some(Refusal::new(Kind::BadRequest, detail).help(help))

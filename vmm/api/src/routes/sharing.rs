@@ -1,4 +1,4 @@
-//! `/sharing`, `/cache`: what VMs share, and what the host holds of their disks.
+//! `/sharing`, `/cache`: the memory that VMs share, and the disk blocks that the host caches.
 
 use crate::views;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(super) async fn of_vm(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
 ) -> Result<Json<VmSharingView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::vm_sharing(&record, sample)))
 }
@@ -64,7 +64,7 @@ pub(super) async fn change_vm(
 /// a second old, or some seconds old after a time without requests.
 #[utoipa::path(get, path = "/sharing", operation_id = "get_sharing", tag = "sharing", responses((status = 200, body = SharingView)))]
 pub(super) async fn of_process(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let (settings, sharing) = (api.registry.settings(), api.registry.sharing().map(Arc::as_ref));
     let write = || to_json(&views::sharing(&seen.sample, settings, sharing));
     Ok(json(api.caches.sharing.get(Some(&seen), 0, write)?))
@@ -100,7 +100,7 @@ pub(super) async fn pairs(
         let problem = Refusal::new(Kind::BadRequest, format!("there is no list of {limit} pairs"));
         return Err(problem.help(format!("ask for {MOST_PAIRS} at most")));
     }
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     Ok(Json(views::most_pairs(&seen.sample, limit as usize)))
 }
 
@@ -109,7 +109,7 @@ pub(super) async fn pairs(
 /// Returns which disk blocks the host caches, and where guests' reads came from.
 #[utoipa::path(get, path = "/cache", operation_id = "get_cache", tag = "sharing", responses((status = 200, body = CacheView)))]
 pub(super) async fn cache(State(api): State<Arc<Api>>) -> Result<Json<CacheView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     Ok(Json(views::cache(&seen.sample)))
 }
 
@@ -125,12 +125,12 @@ pub(super) async fn working_set(
     State(api): State<Arc<Api>>,
     Vm(record): Vm,
 ) -> Result<Json<WorkingSetView>, Refusal> {
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let sample = seen.vm(record.name()).map(|vm| (seen.sample.time_seconds, vm));
     Ok(Json(views::working_set(&record, sample)))
 }
 
-/// Memory cannot be sampled.
-pub(super) fn unseen(error: String) -> Refusal {
+/// Returns the problem of a failed sample.
+pub(super) fn sampling_failed(error: String) -> Refusal {
     Refusal::new(Kind::Unavailable, error)
 }

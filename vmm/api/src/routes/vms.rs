@@ -47,7 +47,7 @@ pub(super) async fn list(
         let meant = vms.iter().filter(|record| filter.fits(record));
         to_json(&meant.map(|record| views::summary(record, sample(record))).collect::<Vec<_>>())
     };
-    // What is asked for by many is all of them.
+    // Most clients ask for all VMs, so that response is cached.
     let vms = if filter.is_all() { api.caches.vms.get(seen.as_ref(), revision, write)? } else { write()? };
     Ok(json(vms))
 }
@@ -67,7 +67,7 @@ pub(super) async fn create(
     let record = blocking(move || {
         let start = spec.start.unwrap_or(false);
         let record = registry.create(vec![Validated::of(spec, None).map_err(HostError::from)?])?.remove(0);
-        // Nobody else can have had a turn that matters: what was asked for is done or undone by them.
+        // If the turn is taken, another client has already acted on the VM, and that action wins.
         if start && let Some(turn) = record.try_turn() {
             registry.act(&turn, Action::Start)?;
         }
@@ -106,9 +106,9 @@ pub(super) async fn delete(State(api): State<Arc<Api>>, Vm(record): Vm) -> Resul
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Ends a VM, and lets it go.
+/// Ends and deletes a VM.
 pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusal> {
-    // Whoever waits for the VM in a turn of theirs need not wait any longer.
+    // Another operation that waits for the VM can stop waiting.
     if let Some(vm) = record.vm() {
         record.note_cause(Cause::Deleted);
         vm.handle().request_stop();
@@ -134,9 +134,9 @@ pub(crate) struct ActionRequest {
     pub timeout_seconds: Option<u32>,
 }
 
-/// How long a guest that is asked to stop may take, where the request does not say.
+/// Default time for a guest to stop, in seconds.
 const STOP_TIMEOUT: u32 = 30;
-/// And how long it may take at most.
+/// Longest time for a guest to stop, in seconds.
 pub(super) const LONGEST_STOP_TIMEOUT: u32 = 86_400;
 
 /// Act on a VM
@@ -155,7 +155,7 @@ pub(super) async fn act(
     check_timeout(action, timeout_seconds)?;
     if action == Action::Kill {
         api.registry.check(&record, action)?;
-        // Whoever waits for the VM in a turn of theirs need not wait any longer.
+        // Another operation that waits for the VM can stop waiting.
         if let Some(vm) = record.vm() {
             record.note_cause(Cause::Killed);
             vm.handle().request_stop();
@@ -187,13 +187,14 @@ fn check_timeout(action: Action, seconds: Option<u32>) -> Result<(), Refusal> {
     Err(Refusal::new(Kind::BadRequest, reason).at("/timeout_seconds"))
 }
 
-/// Asks a guest to end, and kills it where it does not in time. Goes on even if the client is gone.
+/// Asks a guest to stop, and kills the VM if it does not stop in time. Continues even if the client
+/// disconnects.
 async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), Refusal> {
     let work = async move {
         let asked = registry.clone();
         let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
         let record = turn.record().clone();
-        // However this ends, what is left is ended.
+        // Whatever happened, end what is left.
         let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
         let end = move || {
             registry.end(turn.record(), Cause::NotInTime(seconds));
@@ -219,14 +220,14 @@ pub(super) async fn put_action(
     act(api, vm, body).await
 }
 
-/// The right to do something to a VM that still is.
+/// Returns the right to operate on a VM that still exists.
 pub(super) async fn turn(api: &Api, record: &Arc<Record>) -> Result<Turn, Refusal> {
     let busy = || {
         Refusal::new(Kind::Busy, format!("another operation on VM {} is in progress", record.name()))
             .help("try again")
     };
     let turn = record.turn().await.ok_or_else(busy)?;
-    // It may have been deleted meanwhile, and another may have its name.
+    // The VM may have been deleted meanwhile, and another VM may have its name.
     match api.registry.find(record.name()) {
         Ok(present) if Arc::ptr_eq(&present, record) => Ok(turn),
         _ => Err(HostError::NoSuchVm(record.name().to_owned()).into()),
@@ -285,7 +286,7 @@ pub(super) async fn change_disk(
     let vm = running(&record, &id)?;
     let disk = open_disk(&record, &vm, &id)?;
     if let Some(cache) = cache {
-        // What can be refused comes first: all of the change is made or nothing.
+        // Check first what can be refused, so that the whole change is made or nothing.
         disk.set_cache(cache).map_err(|error| {
             Refusal::new(Kind::IllegalTransition, error.to_string())
                 .at("/cache")

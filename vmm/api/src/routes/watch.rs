@@ -1,4 +1,4 @@
-//! `/events` and `/metrics`: for those who watch.
+//! `/events` and `/metrics`.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,7 +15,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use utoipa::IntoParams;
 
-use super::sharing::unseen;
+use super::sharing::sampling_failed;
 use crate::extract::Parameters;
 use crate::metrics;
 use crate::negotiate::TextFormat;
@@ -24,7 +24,7 @@ use crate::server::{Api, is_ending};
 use samepage_api_types::events::Event;
 use samepage_api_types::problem::Kind;
 
-/// How often who listens to events hears at least something.
+/// Longest time between two messages to a client that listens to events.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// The first event.
@@ -67,7 +67,7 @@ pub(super) async fn events(
     Ok((headers, Body::from_stream(events)).into_response())
 }
 
-/// Reads along.
+/// Follows events.
 struct Reader {
     api: Arc<Api>,
     after: u64,
@@ -77,15 +77,15 @@ struct Reader {
 }
 
 impl Reader {
-    /// What comes next; `None` at the end.
+    /// Returns the next message, or `None` at the end.
     async fn next(&mut self) -> Option<String> {
         if !std::mem::replace(&mut self.begun, true) {
-            // Who has this hears everything that happens from now on.
+            // After this message, the client receives all events.
             return Some(": listening\n\n".to_owned());
         }
         if self.ready.is_empty() {
             tokio::select! {
-                // What there is comes before the end.
+                // Deliver events before the end.
                 biased;
                 new = self.api.registry.events.after(self.after) => self.ready.extend(new),
                 () = tokio::time::sleep(KEEP_ALIVE) => return Some(": nothing new\n\n".to_owned()),
@@ -102,7 +102,7 @@ impl Reader {
 /// Read metrics
 ///
 /// Counters and gauges in the text format of OpenMetrics, which Prometheus reads; in Prometheus' own text format
-/// for those who prefer `text/plain` by the header `Accept`.
+/// for clients that prefer `text/plain` in the header `Accept`.
 #[utoipa::path(
     get, path = "/metrics", operation_id = "get_metrics", tag = "process",
     responses((
@@ -112,7 +112,7 @@ impl Reader {
 )]
 pub(super) async fn metrics(State(api): State<Arc<Api>>, headers: HeaderMap) -> Result<Response, Refusal> {
     let revision = api.registry.revision();
-    let seen = api.sampling.current(&api.registry).await.map_err(unseen)?;
+    let seen = api.sampling.current(&api.registry).await.map_err(sampling_failed)?;
     let text = api.caches.metrics.get(Some(&seen), revision, || {
         let text = metrics::text(api.registry.list(), seen.clone()).map(Bytes::from);
         text.map_err(|error| Refusal::new(Kind::Internal, format!("write metrics: {error}")))

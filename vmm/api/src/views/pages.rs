@@ -1,4 +1,4 @@
-//! What VMs' pages are used for, and memory as a picture, from what is known of them.
+//! Views of the use of VMs' pages, and maps of memory.
 
 use samepage_api_types::by_type::ByType;
 use samepage_api_types::views::pages::{AgentView, CellView, PagesView, StatesView, TypeView, VmPagesView};
@@ -8,7 +8,7 @@ use samepage_sharing::map::MapCell;
 use samepage_host::record::Record;
 use samepage_host::statistics::{Sample, VmSample};
 
-/// What a VM's pages are used for.
+/// Returns the use of a VM's pages.
 pub(crate) fn of_vm(record: &Record, sample: Option<(f64, &VmSample)>) -> VmPagesView {
     let sample = sample.filter(|_| record.vm().is_some());
     let claimed = sample.and_then(|(_, vm)| vm.claimed.as_ref());
@@ -26,7 +26,7 @@ pub(crate) fn of_vm(record: &Record, sample: Option<(f64, &VmSample)>) -> VmPage
     }
 }
 
-/// What the pages of all VMs together are used for.
+/// Returns the use of the pages of all VMs together.
 pub(crate) fn of_all(sample: &Sample) -> PagesView {
     let mut types = ByType::default();
     sample.vms.iter().for_each(|vm| types += vm.types());
@@ -41,7 +41,7 @@ pub(crate) fn of_all(sample: &Sample) -> PagesView {
     }
 }
 
-/// A run of pages, summed up.
+/// Returns a cell of a map.
 pub(crate) fn cell(cell: &MapCell, publishing: bool) -> CellView {
     let [shared, private, zero, absent] = cell.states;
     CellView {

@@ -1,4 +1,4 @@
-//! What is wrong with the VMs of a file, each by itself and all together.
+//! Validates the VMs of a file, each alone and all together.
 
 use super::{Loading, Place, Planned};
 use crate::conflicts::{self, Part};
@@ -42,7 +42,7 @@ impl Loading {
     fn fault(&mut self, vm: &Planned, fault: &HostError) {
         match fault {
             HostError::Spec { place, .. } => self.vm_mistake(vm, place, fault.to_string()),
-            // What is not there has been told.
+            // The missing name has already been reported.
             HostError::Config { source: ConfigError::Name(NameError::Vm(_)), .. } if vm.is_unnamed => {}
             HostError::Config { source: ConfigError::Boot(BootError::Kernel { .. }), .. }
                 if vm.has_no_kernel => {}
@@ -57,14 +57,14 @@ impl Loading {
         }
     }
 
-    /// Notes what is wrong with a VM, at a place in its description.
+    /// Records a mistake in a VM, at a place in its description.
     fn vm_mistake(&mut self, vm: &Planned, pointer: &str, text: String) {
         let place = self.entries[vm.entry].place_of(pointer);
         self.mistake(&place, Some(&vm.spec.name), text);
     }
 }
 
-/// Where in a VM's description the cause of an error is, as a JSON pointer.
+/// Returns the place of an error's cause in a VM's description, as a JSON pointer.
 fn place(error: &ConfigError, spec: &VmSpec) -> String {
     match error {
         ConfigError::Name(NameError::Disk(id)) | ConfigError::DuplicateDiskId(id) => {
@@ -75,19 +75,19 @@ fn place(error: &ConfigError, spec: &VmSpec) -> String {
     }
 }
 
-/// An entry for VMs, and where its fields come from.
+/// The places of an entry for VMs and of its fields.
 #[derive(Debug)]
 pub(super) struct EntryPlaces {
-    /// The entry itself.
+    /// The entry.
     pub(super) entry: Place,
-    /// Each field that it or its defaults have.
+    /// The fields of the entry and of its defaults.
     pub(super) fields: Vec<(&'static str, Place)>,
-    /// The places of its disks in the list of the file.
+    /// The indexes of its disks in the list of the file.
     pub(super) disks: Vec<usize>,
 }
 
 impl EntryPlaces {
-    /// Where a part of a VM's description comes from.
+    /// Returns the place of a part of a VM's description.
     fn place_of(&self, pointer: &str) -> Place {
         let mut parts = pointer.split('/').skip(1);
         let field = parts.next().unwrap_or_default();
@@ -96,7 +96,7 @@ impl EntryPlaces {
         };
         let mut place = place.clone();
         for (depth, part) in parts.enumerate() {
-            // Disks that are wrong in their form are not among the VM's.
+            // Disks with invalid syntax are not among the VM's disks.
             let number = part.parse::<usize>().ok().filter(|_| field == "disks" && depth == 0);
             let part =
                 number.and_then(|number| self.disks.get(number)).map_or(part.to_owned(), usize::to_string);

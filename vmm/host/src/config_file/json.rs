@@ -1,11 +1,11 @@
-//! Where the parts of a JSON text are, which the parser of values does not tell.
+//! Line numbers of the parts of a JSON text, which the JSON parser does not provide.
 
 use std::collections::HashMap;
 
 use super::source::escape;
 
-/// The line of each value, counted from 1, by its JSON pointer, and the keys that an object has twice with
-/// the line of the second. The text has to be JSON.
+/// Returns the line of each value by its JSON pointer, and the duplicate keys of objects with the line of the
+/// second. Lines count from 1. The text must be valid JSON.
 pub(super) fn lines(text: &str) -> (HashMap<String, usize>, Vec<(usize, String)>) {
     let mut scan = Scan { text: text.as_bytes(), at: 0, line: 1, lines: HashMap::new(), doubled: Vec::new() };
     scan.value("");
@@ -21,7 +21,7 @@ struct Scan<'a> {
 }
 
 impl Scan<'_> {
-    /// The next byte that is no space; 0 at the end.
+    /// Returns the next byte that is not a space, or 0 at the end.
     fn peek(&mut self) -> u8 {
         while let Some(byte) = self.text.get(self.at).copied() {
             match byte {
@@ -58,7 +58,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Goes through what lies between brackets.
+    /// Calls `part` for each element between brackets.
     fn each(&mut self, end: u8, mut part: impl FnMut(&mut Self, usize)) {
         self.at += 1;
         for index in 0.. {
@@ -68,14 +68,14 @@ impl Scan<'_> {
                 b',' => self.at += 1,
                 _ => {}
             }
-            // After a comma something follows.
+            // An element follows a comma.
             self.peek();
             part(self, index);
         }
         self.at += 1;
     }
 
-    /// A string, without its quotes.
+    /// Reads a string, without its quotes.
     fn string(&mut self) -> String {
         let start = self.at;
         self.at += 1;

@@ -1,7 +1,7 @@
-//! Configuration files: VMs written down, in TOML or JSON.
+//! Configuration files: descriptions of VMs in TOML or JSON.
 //!
-//! A file names VMs in the shape of the API's body, defaults for them, and other files to include. All that is
-//! wrong with it is told at once, with the numbers of lines: what cannot be read is left out, and the rest is
+//! A file contains VMs in the form of the API's body, defaults for them, and the names of other files to
+//! include. All mistakes are reported together, with line numbers: invalid parts are skipped, and the rest is
 //! checked.
 
 mod check;
@@ -27,20 +27,20 @@ use source::Source;
 
 use crate::validated::Validated;
 
-/// How deep files may include each other.
+/// Limit for the depth of includes.
 const MAX_DEPTH: usize = 8;
-/// Most VMs that one entry stands for.
+/// Upper limit for the VMs of one entry.
 const MAX_COUNT: u32 = 4096;
 
 /// A configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ConfigFile {
-    /// Files whose VMs and defaults are taken first. Relative paths begin at the folder of this file.
+    /// Files whose VMs and defaults come first. Relative paths begin at the folder of this file.
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub include: Vec<PathBuf>,
-    /// What VMs of this file have where they do not say otherwise, and those of files included after it.
+    /// Defaults for the VMs of this file, and for those of files included after it.
     #[serde(default)]
     pub defaults: VmEntry,
     /// The VMs.
@@ -48,14 +48,14 @@ pub struct ConfigFile {
     pub vms: Vec<VmEntry>,
 }
 
-/// One or several VMs, or what VMs have by default. In texts and paths `{index}` and `{name}` stand for
-/// each VM's number and name; relative paths begin at the folder of the file.
+/// One or several VMs, or the defaults for VMs. In texts and paths, `{index}` and `{name}` are replaced by
+/// each VM's number and name. Relative paths begin at the folder of the file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmEntry {
     /// The VM's name; with `count`, VMs are named NAME-0, NAME-1 and so on.
     pub name: Option<String>,
-    /// How many such VMs there are.
+    /// The number of VMs.
     #[schema(minimum = 1, maximum = 4096)]
     pub count: Option<u32>,
     /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage.
@@ -66,22 +66,21 @@ pub struct VmEntry {
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: Option<String>,
-    /// Memory.
+    /// The size of the memory.
     #[schema(schema_with = optional_memory_schema)]
     pub memory: Option<Size>,
-    /// What the host backs memory with.
+    /// The host's pages for the memory.
     pub hugepages: Option<HugePages>,
-    /// Disks, in the order in which the guest finds them.
+    /// Disks, in the guest's order.
     #[schema(max_items = 8)]
     pub disks: Option<Vec<DiskSpec>>,
-    /// Where the console goes besides the backlog that is kept for clients.
+    /// The file for console output, in addition to the backlog for clients.
     pub console: Option<ConsoleSpec>,
-    /// How memory is shared.
+    /// How the memory is shared.
     pub sharing: Option<SharingSpec>,
-    /// The guests' memory hole, in which an agent of theirs may say what pages are for; it is on where
-    /// nothing is said.
+    /// How an agent in the guest publishes page types. By default through a memory hole.
     pub memory_hole: Option<MemoryHole>,
-    /// Whether the VM is started once it is made; it is where nothing is said.
+    /// Whether the VM starts after its creation. By default it does.
     pub start: Option<bool>,
 }
 
@@ -106,7 +105,7 @@ macro_rules! with_fields {
 }
 
 impl VmEntry {
-    /// This entry, and what it leaves out from another.
+    /// Returns this entry, with missing fields from another entry.
     fn or(self, other: &Self) -> Self {
         macro_rules! each {
             ($($field:ident),+) => { Self { $($field: self.$field.or_else(|| other.$field.clone())),+ } };
@@ -114,7 +113,7 @@ impl VmEntry {
         with_fields!(each)
     }
 
-    /// The names of the fields that it has.
+    /// Returns the names of the present fields.
     fn fields(&self) -> impl Iterator<Item = &'static str> {
         macro_rules! each {
             ($($field:ident),+) => { [$(self.$field.is_some().then_some(stringify!($field))),+] };
@@ -122,7 +121,7 @@ impl VmEntry {
         with_fields!(each).into_iter().flatten()
     }
 
-    /// The VM of this number.
+    /// Returns the VM with this number.
     fn vm(&self, name: &str, kernel: &Path, index: u32, folder: &Path) -> VmSpec {
         let name = if self.count.is_some() { format!("{name}-{index}") } else { name.to_owned() };
         let text = |text: &str| expand(text, index, &name);
@@ -152,7 +151,7 @@ impl VmEntry {
 /// Replaces `{index}` and `{name}`.
 #[must_use]
 pub fn expand(text: &str, index: u32, name: &str) -> String {
-    // In one pass, so that a name that contains "{index}" would not be expanded again.
+    // In one pass, so that "{index}" in a name is not expanded again.
     let mut expanded = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find('{') {
@@ -173,14 +172,14 @@ pub fn expand(text: &str, index: u32, name: &str) -> String {
     expanded
 }
 
-/// One thing that is wrong.
+/// A mistake in a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistake {
     /// The file.
     pub file: PathBuf,
-    /// The line, counted from 1, where it is known.
+    /// The line, counted from 1, if it is known.
     pub line: Option<usize>,
-    /// What is wrong, and what to do.
+    /// The mistake and the remedy.
     pub text: String,
 }
 
@@ -194,7 +193,7 @@ impl fmt::Display for Mistake {
     }
 }
 
-/// Everything that is wrong with a configuration file and those it includes.
+/// All mistakes of a configuration file and of the files that it includes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistakes(pub Vec<Mistake>);
 
@@ -217,11 +216,11 @@ pub fn load(path: &Path) -> Result<Vec<Validated>, Mistakes> {
     let mut loading = Loading::default();
     loading.file(path, None, &mut Defaults::default(), 0);
     let vms = loading.check();
-    if loading.mistakes.is_empty() { Ok(vms) } else { Err(told(loading.mistakes)) }
+    if loading.mistakes.is_empty() { Ok(vms) } else { Err(collect(loading.mistakes)) }
 }
 
-/// All mistakes in the order of files and lines, those that many VMs have in common once.
-fn told(mut found: Vec<Found>) -> Mistakes {
+/// Returns all mistakes, ordered by file and line. A mistake that several VMs have in common appears once.
+fn collect(mut found: Vec<Found>) -> Mistakes {
     found.sort_by_key(|found| (found.source, found.mistake.line));
     let mistakes = found.into_iter().map(|Found { mut mistake, more, .. }| {
         match more {
@@ -234,37 +233,37 @@ fn told(mut found: Vec<Found>) -> Mistakes {
     Mistakes(mistakes.collect())
 }
 
-/// Where something is: a file's number, and a JSON pointer.
+/// A place: the number of a file, and a JSON pointer.
 type Place = (usize, String);
 
-/// A VM that a file asks for, as far as it is right.
+/// A VM of a file, without its invalid parts.
 #[derive(Debug)]
 struct Planned {
     spec: VmSpec,
-    /// The number of its entry.
+    /// The number of the entry.
     entry: usize,
-    /// It has no name, or no kernel, which has been told.
+    /// Whether the name is missing. That has been reported, like a missing kernel.
     is_unnamed: bool,
     has_no_kernel: bool,
 }
 
-/// What VMs have where they do not say otherwise.
+/// The defaults for VMs.
 #[derive(Clone, Debug, Default)]
 struct Defaults {
     entry: Entry,
-    /// Where each field comes from.
+    /// The source of each field.
     fields: Vec<(&'static str, Place)>,
 }
 
-/// Something that is wrong.
+/// A mistake, with its place.
 #[derive(Debug)]
 struct Found {
     source: usize,
     pointer: String,
-    /// The text without what differs between VMs of an entry.
+    /// The text without the parts that differ between the VMs of an entry.
     shape: String,
     mistake: Mistake,
-    /// As many VMs more have the same.
+    /// Number of further VMs with the same mistake.
     more: usize,
 }
 
@@ -277,12 +276,12 @@ struct Loading {
 }
 
 impl Loading {
-    /// Takes a file in, with all that it includes.
+    /// Reads a file and all files that it includes.
     fn file(&mut self, path: &Path, included_from: Option<Place>, defaults: &mut Defaults, depth: usize) {
         let text = match fs::read_to_string(path) {
-            Ok(_) if depth > MAX_DEPTH => {
-                Err(format!("files include each other more than {MAX_DEPTH} deep; is it a circle?"))
-            }
+            Ok(_) if depth > MAX_DEPTH => Err(format!(
+                "includes are nested more than {MAX_DEPTH} levels deep; do files include each other?"
+            )),
             Ok(text) => Ok(text),
             Err(error) => Err(format!("read {}: {error}", path.display())),
         };
@@ -297,7 +296,7 @@ impl Loading {
         let number = self.sources.len();
         let (source, value, wrong) = Source::parse(path, &text);
         self.sources.push(source);
-        // What could not be parsed may be all that is there.
+        // If parsing failed, there may be no value.
         let readable = wrong.is_empty() || !value.is_null();
         for mistake in wrong {
             self.found(number, String::new(), None, mistake);
@@ -315,7 +314,7 @@ impl Loading {
             self.file(&folder.join(include), Some(place), defaults, depth + 1);
         }
         for field in own.vm.fields().filter(|field| matches!(*field, "name" | "count")) {
-            let text = format!("{field} is each VM's own, and there is no default for it");
+            let text = format!("{field} has no default, because each VM has its own");
             self.mistake(&(number, format!("/defaults/{field}")), None, text);
         }
         defaults.take(own, number);
@@ -339,11 +338,11 @@ impl Loading {
         self.entries.push(EntryPlaces { entry: place.clone(), fields, disks });
         let vm = entry.vm.or(&defaults.entry.vm);
         for (field, given) in [("name", vm.name.is_some()), ("kernel", vm.kernel.is_some())] {
-            // One that cannot be read has been told.
-            let told = faults.iter().any(|(fault, _)| {
+            // An invalid value has already been reported.
+            let is_reported = faults.iter().any(|(fault, _)| {
                 *fault == format!("{}/{field}", place.1) || *fault == format!("/defaults/{field}")
             });
-            if !given && !told {
+            if !given && !is_reported {
                 let help =
                     if field == "name" { "give it one" } else { "give it, or one in [defaults] for all" };
                 self.mistake(&place, None, format!("a VM needs a {field}; {help}"));
@@ -355,7 +354,7 @@ impl Loading {
             self.mistake(&(place.0, place.1.clone() + "/count"), None, text);
             count = 1;
         }
-        // What has no name is checked all the same, under one that nobody can have given.
+        // A VM without a name is checked too, under a name that no VM can have.
         let unnamed = format!("without a name ({})", self.entries.len());
         for index in 0..count {
             let name = vm.name.as_deref().unwrap_or(&unnamed);
@@ -369,7 +368,7 @@ impl Loading {
         }
     }
 
-    /// Notes what is wrong at a place, with a VM if it is about one.
+    /// Records a mistake at a place, and its VM if there is one.
     fn mistake(&mut self, place: &Place, vm: Option<&str>, text: String) {
         let (source, pointer) = place;
         let file = &self.sources[*source];
@@ -390,7 +389,7 @@ impl Loading {
 }
 
 impl Defaults {
-    /// Takes those of another file in, which come first.
+    /// Adds the defaults of another file, which take precedence.
     fn take(&mut self, own: Entry, source: usize) {
         let mut fields: Vec<_> =
             own.vm.fields().map(|field| (field, (source, format!("/defaults/{field}")))).collect();

@@ -1,4 +1,5 @@
-//! From what a file says to its entries: each part by itself, so that one that is wrong hides no other.
+//! Reads the entries of a file, each part separately, so that an invalid part does not hide mistakes in
+//! others.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -8,28 +9,28 @@ use super::source::escape;
 use super::{ConfigFile, VmEntry};
 use samepage_api_types::disk_spec::DiskSpec;
 
-/// Mistakes of one file that are told at most.
+/// Limit for the mistakes that are reported for one file.
 const MOST: usize = 200;
 
-/// What is wrong in the form of a file: a JSON pointer, and the reason.
+/// A mistake in the structure of a file: a JSON pointer, and the reason.
 pub(super) type Fault = (String, String);
 
-/// A file, as far as it is right.
+/// A file, without its invalid parts.
 #[derive(Debug, Default)]
 pub(super) struct Read {
-    /// The files to include, with their places in the list.
+    /// The files to include, with their indexes in the list.
     pub(super) include: Vec<(usize, std::path::PathBuf)>,
     pub(super) defaults: Entry,
-    /// The entries for VMs, with their places in the list.
+    /// The entries for VMs, with their indexes in the list.
     pub(super) vms: Vec<(usize, Entry)>,
     pub(super) faults: Vec<Fault>,
 }
 
-/// An entry, as far as it is right.
+/// An entry, without its invalid parts.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Entry {
     pub(super) vm: VmEntry,
-    /// The place of each disk in the file's list: one that is wrong is left out.
+    /// The index of each disk in the file's list, which may also contain invalid disks.
     pub(super) disks: Vec<usize>,
 }
 
@@ -37,7 +38,7 @@ pub(super) struct Entry {
 pub(super) fn read(value: Value) -> Read {
     let mut read = Read::default();
     let Value::Object(mut file) = value else {
-        // Tells what it has to be.
+        // Produces an error that says what is expected.
         let _: Option<ConfigFile> = read.part("", value);
         return read;
     };
@@ -58,13 +59,13 @@ pub(super) fn read(value: Value) -> Read {
             }
         }
     }
-    // Whatever else there is.
+    // Reports all remaining fields.
     let _: Option<ConfigFile> = read.part("", Value::Object(file));
     read
 }
 
 impl Read {
-    /// The elements of a list, if it is one and there.
+    /// Returns the elements of a list, if the value is present and a list.
     fn list(&mut self, place: &str, value: Option<Value>) -> Option<Vec<Value>> {
         match value? {
             Value::Array(values) => Some(values),
@@ -85,20 +86,20 @@ impl Read {
         let place = format!("{place}/disks");
         let mut places = Vec::new();
         if disks.is_some() {
-            let mut right = Vec::new();
+            let mut valid = Vec::new();
             for (index, disk) in self.list(&place, disks).into_iter().flatten().enumerate() {
                 if let Some(disk) = self.part::<DiskSpec>(&format!("{place}/{index}"), disk) {
-                    right.push(disk);
+                    valid.push(disk);
                     places.push(index);
                 }
             }
-            vm.disks = Some(right);
+            vm.disks = Some(valid);
         }
         Some(Entry { vm, disks: places })
     }
 
-    /// A part of the file. Fields of it that are wrong are told and left out; `None` where it is wrong as a
-    /// whole.
+    /// Parses a part of the file. Reports and skips invalid fields. Returns `None` if the whole part is
+    /// invalid.
     fn part<T: DeserializeOwned>(&mut self, place: &str, mut value: Value) -> Option<T> {
         let mut wrong: Vec<Vec<String>> = Vec::new();
         loop {
@@ -107,12 +108,12 @@ impl Read {
                 Err(error) => error,
             };
             let (keys, text) = (keys(error.path()), error.inner().to_string());
-            // What is missing now may have been wrong, which has been told.
-            let told = wrong.iter().any(|wrong| {
+            // A missing field may have been invalid, which has already been reported.
+            let is_reported = wrong.iter().any(|wrong| {
                 let field = wrong.strip_prefix(keys.as_slice());
                 field.is_some_and(|field| text == format!("missing field `{}`", field.join("/")))
             });
-            if told || self.faults.len() == MOST {
+            if is_reported || self.faults.len() == MOST {
                 return None;
             }
             let pointer = keys.iter().fold(place.to_owned(), |all, key| format!("{all}/{}", escape(key)));
@@ -125,7 +126,7 @@ impl Read {
     }
 }
 
-/// The keys that lead to what is wrong, as far as they are keys of tables.
+/// Returns the keys that lead to the mistake, as far as they are keys of tables.
 fn keys(path: &Path) -> Vec<String> {
     let keys = path.iter().map_while(|segment| match segment {
         Segment::Map { key } => Some(key.clone()),
@@ -134,7 +135,7 @@ fn keys(path: &Path) -> Vec<String> {
     keys.collect()
 }
 
-/// Takes the value of a key out; whether there was one.
+/// Removes the value of a key. Returns whether there was one.
 fn remove(value: &mut Value, keys: &[String]) -> bool {
     let Some((last, tables)) = keys.split_last() else { return false };
     let mut at: Option<&mut Map<String, Value>> = value.as_object_mut();

@@ -1,4 +1,4 @@
-//! The text of a configuration file: what it says, and on which line each part of it is.
+//! The text of a configuration file: its values and their line numbers.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,12 +14,12 @@ use super::json;
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) path: PathBuf,
-    /// The line of each part, counted from 1, by its JSON pointer.
+    /// The line of each value, counted from 1, by its JSON pointer.
     lines: HashMap<String, usize>,
 }
 
 impl Source {
-    /// What a file says, as far as it can be read, and what in its syntax cannot be.
+    /// Parses a file. Returns its line numbers, its valid values, and the mistakes in its syntax.
     pub(super) fn parse(path: &Path, text: &str) -> (Self, Value, Vec<Mistake>) {
         let mut source = Self { path: path.to_owned(), lines: HashMap::new() };
         let is_json = path.extension().is_some_and(|extension| extension == "json");
@@ -27,7 +27,7 @@ impl Source {
         (source, value, mistakes)
     }
 
-    /// The line of what a JSON pointer points to, or of what is nearest around it.
+    /// Returns the line of the value at a JSON pointer, or that of the nearest value around it.
     pub(super) fn line_of(&self, pointer: &str) -> Option<usize> {
         let mut pointer = pointer;
         loop {
@@ -80,7 +80,7 @@ impl Source {
             DeValue::Float(float) => {
                 float.as_str().parse().ok().and_then(Number::from_f64).map_or(Value::Null, Value::Number)
             }
-            // Nothing in a configuration is a date; the text names it where it is refused.
+            // No field of a configuration is a date. The text appears in the error.
             DeValue::Datetime(date) => {
                 Value::Object(Map::from_iter([("date".to_owned(), date.to_string().into())]))
             }
@@ -121,7 +121,7 @@ impl Source {
     }
 }
 
-/// A key as a part of a JSON pointer (RFC 6901).
+/// Returns a key as a part of a JSON pointer (RFC 6901).
 pub(super) fn escape(key: &str) -> String {
     key.replace('~', "~0").replace('/', "~1")
 }

@@ -1,8 +1,8 @@
-//! Names files that are given as a kernel and are none that boots, and says what makes one of them.
+//! Names files that were given as a kernel but cannot boot, and tells how to get a kernel from them.
 //!
-//! The file is foreign input: a bounded part of its beginning is read, and every offset is checked.
+//! The file is untrusted: a limited part of its start is read, and every offset is checked.
 //!
-//! Sources: the formats' own descriptions; Linux' Documentation/arch/{arm64,riscv,x86}; the PE format.
+//! Sources: the descriptions of the formats; Linux' Documentation/arch/{arm64,riscv,x86}; the PE format.
 
 use std::io;
 
@@ -13,20 +13,20 @@ const USE_ANOTHER: &str = "give a vmlinux (x86-64 ELF) or a bzImage";
 const FOR_X86_64: &str = "give one that is built for x86-64";
 const NOT_A_DISK: &str = "give it as a disk, and the kernel in it as a file of its own";
 
-/// Compressed files, by what they begin with, and what unpacks them to standard output.
+/// Compressed formats: the first bytes, the name, and the command that unpacks to standard output.
 const COMPRESSED: [(&[u8], &str, &str); 8] = [
     (b"\x1f\x8b", "gzip", "zcat"),
     (b"\xfd7zXZ\0", "xz", "xzcat"),
     (b"\x28\xb5\x2f\xfd", "zstd", "zstdcat"),
     (b"\x04\x22\x4d\x18", "lz4", "lz4cat"),
-    // What the kernel's build makes.
+    // The format of the kernel's own build.
     (b"\x02\x21\x4c\x18", "lz4", "lz4cat"),
     (b"BZh", "bzip2", "bzcat"),
     (b"\x5d\x00\x00", "lzma", "lzcat"),
     (b"\x89LZO\0\r\n\x1a\n", "lzo", "lzop -dc"),
 ];
 
-/// What else is told by what is at one place of a file: the place, the bytes, what it is, and what to do.
+/// Other formats: an offset, the bytes there, the name, and the advice.
 const KNOWN: [(usize, &[u8], &str, &str); 23] = [
     (0x38, b"ARM\x64", "a Linux kernel for 64-bit ARM", FOR_X86_64),
     (0x30, b"RISCV\0\0\0", "a Linux kernel for RISC-V", FOR_X86_64),
@@ -53,13 +53,13 @@ const KNOWN: [(usize, &[u8], &str, &str); 23] = [
     (0, b"#!", "a script", USE_ANOTHER),
 ];
 
-/// At the end of a boot sector.
+/// The end of a boot sector.
 const BOOT_SIGNATURE: (usize, &[u8]) = (0x1fe, b"\x55\xaa");
 
-/// As much of the file as tells what it is.
+/// Number of bytes that suffice to recognise a format.
 const HEAD: usize = 0x9000;
 
-/// Names a file that is neither ELF nor bzImage and begins with these bytes.
+/// Names a file that is neither ELF nor bzImage and starts with these bytes.
 pub(super) fn name(image: &mut OpenImage<'_>, head: &[u8]) -> io::Result<ImageError> {
     if head.is_empty() {
         return Ok(not_a_kernel("empty", USE_ANOTHER));
@@ -78,7 +78,7 @@ pub(super) fn name(image: &mut OpenImage<'_>, head: &[u8]) -> io::Result<ImageEr
         let what = "a compressed kernel in an EFI program (zboot)";
         return Ok(not_a_kernel(what, "give the vmlinux that it was made from, built for x86-64"));
     }
-    // Kernels for ARM and RISC-V are EFI programs as well.
+    // Kernels for ARM and RISC-V are also EFI programs.
     if let Some((.., what, help)) = KNOWN.iter().find(|(at, bytes, ..)| has(*at, bytes)) {
         return Ok(not_a_kernel(*what, *help));
     }
@@ -91,12 +91,12 @@ pub(super) fn name(image: &mut OpenImage<'_>, head: &[u8]) -> io::Result<ImageEr
     Ok(not_a_kernel("neither ELF nor bzImage", USE_ANOTHER))
 }
 
-/// Names an ELF that is no kernel for x86-64. The head holds the ELF header.
+/// Names an ELF file that is not a kernel for x86-64. The head contains the ELF header.
 pub(super) fn name_elf(head: &[u8]) -> Option<ImageError> {
     const EM_X86_64: u16 = 62;
     const ET_EXEC: u16 = 2;
     const ET_DYN: u16 = 3;
-    // EI_DATA says in which order the bytes of a number are.
+    // EI_DATA gives the byte order of numbers.
     let half = |at: usize| if head[5] == 2 { u16_at(head, at).swap_bytes() } else { u16_at(head, at) };
     let (kind, machine) = (half(16), half(18));
     let machine = match machine {
@@ -124,7 +124,7 @@ pub(super) fn name_elf(head: &[u8]) -> Option<ImageError> {
     }
 }
 
-/// Names an EFI program, which this is where it is a PE file.
+/// Names an EFI program. Returns `None` if the file is not a PE file.
 fn name_efi(head: &[u8]) -> Option<ImageError> {
     const PE_HEADER: usize = 24;
     const SECTION: usize = 40;

@@ -1,4 +1,4 @@
-//! Recognises kernel images and checks what their headers claim, before anything is loaded.
+//! Recognises kernel images and checks the values in their headers before anything is loaded.
 //!
 //! Sources: the ELF-64 object file format; Linux' Documentation/arch/x86/boot.rst; the PVH boot ABI
 //! (Xen's docs/misc/pvh.pandoc).
@@ -11,59 +11,59 @@ use crate::x86::layout::{COMMAND_LINE_MAX, HIMEM_START};
 
 const ELF_HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
-/// More program headers than any kernel has; bounds the work a hostile image can ask for.
+/// Limit for program headers, above the number in any kernel. It bounds the work for a hostile image.
 const MAX_PROGRAM_HEADERS: usize = 128;
-/// More notes than any kernel has, those of all segments together.
+/// Limit for the notes of all segments together, above the size in any kernel.
 const MAX_NOTE_BYTES: u64 = 1 << 20;
 
 const SETUP_HEADER: usize = 0x1f1;
 const SETUP_MAGIC_AT: usize = 0x202;
 const SETUP_MAGIC: &[u8] = b"HdrS";
 const SECTOR: u64 = 512;
-/// What `syssize` counts in, rounded up: the file may end within the last one.
+/// The unit of `syssize`, rounded up: the file may end within the last unit.
 const PARAGRAPH: u64 = 16;
-/// The boot protocol that brought `xloadflags`, and with it the 64-bit entry.
+/// The first boot protocol with `xloadflags`, and so with the 64-bit entry.
 const PROTOCOL_WITH_64_BIT_ENTRY: u16 = 0x20c;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
-/// The 64-bit entry lies this far behind the start of the protected-mode kernel.
+/// Offset of the 64-bit entry from the start of the protected-mode kernel.
 pub(crate) const BZIMAGE_64_BIT_ENTRY: u64 = 0x200;
 
-/// A kernel image whose headers hold true.
+/// A kernel image with valid headers.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Inspected {
     pub(crate) format: Format,
-    /// The first address behind everything the kernel needs at its start, uninitialized data included.
+    /// The first address after the memory that the kernel needs at its start, including uninitialized data.
     pub(crate) end: u64,
-    /// Longest command line in bytes, NUL included.
+    /// Longest command line in bytes, including NUL.
     pub(crate) command_line_max: usize,
-    /// The address that an initrd must end at, if the image says.
+    /// The address at which an initrd must end, if the image has a limit.
     pub(crate) initrd_end_max: Option<u64>,
 }
 
-/// What kind of kernel it is.
+/// The kind of the kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// ELF, which is loaded by its segments.
+    /// An ELF file, loaded by segments.
     Elf { segments: Vec<Segment>, entry: Entry },
-    /// bzImage, to be loaded at `load`.
+    /// A bzImage, which must be loaded at `load`.
     BzImage { load: u64 },
 }
 
-/// A part of an ELF that is loaded.
+/// A loaded part of an ELF file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Segment {
-    /// Its physical address.
+    /// The physical address.
     pub(crate) start: u64,
-    /// The address behind its last. What the file has nothing for is zero.
+    /// The address after the last byte. Bytes beyond the file's part are zero.
     pub(crate) end: u64,
-    /// Where it is in the file.
+    /// Offset in the file.
     pub(crate) offset: u64,
-    /// How much of it is in the file.
+    /// Length in the file.
     pub(crate) file_bytes: u64,
 }
 
-/// Checks a kernel image against its file and against RAM below 4 GiB that ends at `ram_end`.
+/// Checks a kernel image against its file, and against RAM below 4 GiB that ends at `ram_end`.
 pub(crate) fn inspect(image: &mut OpenImage<'_>, ram_end: u64) -> Result<Inspected, ImageError> {
     let head = image.read_at(0, 4096)?;
     if head.starts_with(b"\x7fELF") {
@@ -147,7 +147,7 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
 
 fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
     let length = image.length();
-    // The header's last field ends at 0x26c in every protocol checked for below.
+    // The header's last field ends at 0x26c in every protocol that is accepted below.
     if head.len() < 0x26c {
         return Err(truncated("the setup header", 0x26c, length));
     }
@@ -198,7 +198,7 @@ fn inside_file(what: &str, offset: u64, bytes: u64, length: u64) -> Result<(), I
     if end > length { Err(truncated(what, end, length)) } else { Ok(()) }
 }
 
-/// Checks that a part of the kernel lies in RAM clear of the boot structures; returns its end.
+/// Checks that a part of the kernel lies in RAM and outside the boot structures. Returns its end.
 fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, ImageError> {
     if start < HIMEM_START {
         return Err(ImageError::OverBootStructures { what: what.into(), start });
@@ -212,7 +212,7 @@ fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, I
     Ok(end)
 }
 
-// The callers have checked the lengths of what they pass.
+// The callers have checked the lengths of the slices.
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])

@@ -1,5 +1,4 @@
-//! Loads kernel, initrd and command line, and writes the boot structures that the kernel's protocol
-//! wants.
+//! Loads kernel, initrd and command line, and writes the boot structures of the kernel's boot protocol.
 
 use std::io::{Seek, SeekFrom};
 
@@ -17,7 +16,7 @@ use crate::x86::layout::{
 };
 use crate::x86::mptable;
 
-/// How the first vCPU starts.
+/// The start of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// 32-bit protected mode without paging, start info in EBX (PVH boot ABI).
@@ -26,23 +25,23 @@ pub(crate) enum Entry {
     Linux64(u64),
 }
 
-/// An error about one of the two images, or about what they share.
+/// An error of one of the two images, or of both together.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel, or the command line it takes.
+    /// The kernel, or its command line.
     #[error("kernel {image}: {source}")]
     Kernel {
-        /// Path or name.
+        /// The path or the name.
         image: String,
-        /// What is wrong with it.
+        /// The error.
         source: ImageError,
     },
     /// The initrd.
     #[error("initrd {image}: {source}")]
     Initrd {
-        /// Path or name.
+        /// The path or the name.
         image: String,
-        /// What is wrong with it.
+        /// The error.
         source: ImageError,
     },
 }
@@ -59,8 +58,8 @@ impl BootError {
     }
 }
 
-/// Returns all that keeps the images from booting in a VM of `ram_bytes` with this command line, of which `added` bytes
-/// are parameters for devices. Nothing is loaded.
+/// Returns all faults that keep the images from booting in a VM with `ram_bytes` of RAM and this command
+/// line. `added` bytes of the command line are parameters for devices. Loads nothing.
 pub(crate) fn faults(
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
@@ -75,7 +74,7 @@ pub(crate) fn faults(
     let initrd = initrd.map(|initrd| {
         let placed = match &inspected {
             Ok(inspected) => place(initrd, inspected, ram_bytes).map(drop),
-            // Whether it fits beside the kernel cannot be told.
+            // Without a valid kernel, the room for the initrd is unknown.
             Err(_) => open_initrd(initrd).map(drop),
         };
         placed.map_err(BootError::initrd(initrd))
@@ -86,8 +85,8 @@ pub(crate) fn faults(
     faults
 }
 
-/// Fills fresh guest memory of `ram_bytes` with all that the guest needs to start, among it the memory map of
-/// a machine that has this memory hole.
+/// Fills fresh guest memory of `ram_bytes` with everything that the guest needs to start. This includes the
+/// memory map of a machine with this memory hole.
 pub(crate) fn load(
     memory: &GuestMemory,
     ram_bytes: u64,
@@ -126,7 +125,7 @@ fn inspect_kernel(kernel: &ImageSource, ram_bytes: u64) -> Result<(Inspected, Op
     Ok((inspected, image))
 }
 
-/// Checks a command line against the most bytes that a kernel takes, NUL included.
+/// Checks a command line against the kernel's limit in bytes, including NUL.
 fn check_command_line(command_line: &str, added: usize, max: usize) -> Result<(), ImageError> {
     if let Some(odd) = command_line.chars().find(|c| !matches!(c, ' '..='~' | '\t')) {
         return Err(ImageError::CommandLineCharacter(odd));
@@ -166,7 +165,7 @@ fn open_initrd(source: &ImageSource) -> Result<OpenImage<'_>, ImageError> {
     if image.length() == 0 { Err(ImageError::EmptyInitrd) } else { Ok(image) }
 }
 
-/// Chooses the initrd's address: as high as possible, on a page boundary.
+/// Chooses the initrd's address: the highest possible page boundary.
 fn place<'a>(
     source: &'a ImageSource,
     kernel: &Inspected,
@@ -204,7 +203,7 @@ fn write_parameters(
     initrd: Option<Initrd>,
     command_line: &str,
 ) -> Result<(), ImageError> {
-    // Fresh guest memory is zero, so the text ends where its bytes end.
+    // Fresh guest memory is zero, so the text needs no explicit NUL.
     memory
         .write_slice(command_line.as_bytes(), GuestAddress(COMMAND_LINE))
         .map_err(|source| ImageError::GuestMemory { what: "the command line", source })?;

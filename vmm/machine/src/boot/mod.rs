@@ -1,8 +1,9 @@
 //! Puts a kernel, its initrd and its boot structures into guest memory.
 //!
-//! Three kinds of image boot: an ELF with a PVH note, a plain 64-bit ELF, and a bzImage through its
-//! 64-bit entry. What is known and does not boot is named, with what makes a kernel of it. Images are foreign input: every field that names an address or a length is checked
-//! against the file and against guest RAM before anything is copied.
+//! Three kinds of image boot: an ELF file with a PVH note, a plain 64-bit ELF file, and a bzImage with a
+//! 64-bit entry. Errors name other known formats, and tell how to get a kernel from them. Images are
+//! untrusted: every address and length is checked against the file and against guest RAM before anything is
+//! copied.
 
 mod foreign;
 pub(crate) mod image;
@@ -24,16 +25,16 @@ use thiserror::Error;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-/// Where the bytes of a kernel or an initrd come from.
+/// The source of the bytes of a kernel or an initrd.
 #[derive(Debug, Clone)]
 pub enum ImageSource {
-    /// A file, read straight into guest memory when the VM is built.
+    /// A file, read directly into guest memory when the VM is built.
     Path(PathBuf),
-    /// Bytes held by the program itself.
+    /// Bytes in the program itself.
     Bytes {
-        /// What error texts call them.
+        /// The name in error messages.
         name: &'static str,
-        /// The image, as a file would hold it.
+        /// The image, with the same bytes as a file.
         bytes: Cow<'static, [u8]>,
     },
 }
@@ -53,54 +54,54 @@ impl From<PathBuf> for ImageSource {
     }
 }
 
-/// What is wrong with an image, or with it in a VM of this size. Sizes are in bytes.
+/// A fault of an image, or of an image in a VM of this size. Sizes are in bytes.
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// The file could not be opened or read.
     #[error("cannot read it: {0}")]
     Read(#[from] io::Error),
-    /// The file is no kernel of a supported kind.
+    /// The file is not a kernel of a supported kind.
     #[error("it is {what}: {help}")]
     NotAKernel {
-        /// What it is.
+        /// The kind of the file.
         what: String,
-        /// How to get one.
+        /// How to get a kernel.
         help: String,
     },
     /// A header contradicts itself.
     #[error("its headers are damaged: {0}")]
     Malformed(String),
-    /// The file ends before something its headers speak of.
+    /// The file ends before data that its headers refer to.
     #[error("it is truncated: {what} ends at byte {end}, the file at {length}; copy the file again")]
     Truncated {
-        /// What should be in the file.
+        /// The missing data.
         what: String,
-        /// Where that would end.
+        /// The end of that data.
         end: u64,
-        /// Where the file ends.
+        /// The end of the file.
         length: u64,
     },
-    /// Part of the kernel would lie outside RAM.
+    /// A part of the kernel would lie outside RAM.
     #[error(
-        "{what} is to lie at {start:#x}-{end:#x}, and RAM that can hold it ends at {ram_end:#x}; \
+        "{what} must lie at {start:#x}-{end:#x}, but usable RAM ends at {ram_end:#x}; \
          give the VM more memory"
     )]
     OutsideRam {
-        /// Which part.
+        /// The part.
         what: String,
-        /// Its first address.
+        /// The first address.
         start: u64,
-        /// The address behind its last.
+        /// The address after the last byte.
         end: u64,
         /// The end of RAM below 4 GiB.
         ram_end: u64,
     },
-    /// Part of the kernel would overwrite the boot structures.
-    #[error("{what} is to lie at {start:#x}, below 1 MiB, where the boot structures are")]
+    /// A part of the kernel would overwrite the boot structures.
+    #[error("{what} must lie at {start:#x}, below 1 MiB, where the boot structures are")]
     OverBootStructures {
-        /// Which part.
+        /// The part.
         what: String,
-        /// Its first address.
+        /// The first address.
         start: u64,
     },
     /// The initrd does not fit above the kernel.
@@ -109,41 +110,41 @@ pub enum ImageError {
          give the VM more memory"
     )]
     InitrdTooLarge {
-        /// Its size.
+        /// The size in bytes.
         size: u64,
-        /// The first address behind the kernel.
+        /// The first address after the kernel.
         kernel_end: u64,
-        /// The address it has to end at.
+        /// The address at which the initrd must end.
         limit: u64,
     },
     /// The initrd has no content.
     #[error("it is empty; leave out --initrd to boot without one")]
     EmptyInitrd,
-    /// The command line is longer than the kernel takes.
+    /// The command line is longer than the kernel's limit.
     #[error(
-        "the kernel takes a command line of {limit} bytes at most, this one has {length}, and parameters for devices \
+        "the kernel accepts a command line of at most {limit} bytes; this one has {length}, and parameters for devices \
          add {added}; shorten it"
     )]
     CommandLineTooLong {
-        /// Its length as configured, in bytes.
+        /// Length of the configured command line, in bytes.
         length: usize,
-        /// Bytes that parameters for devices add.
+        /// Length of the parameters for devices, in bytes.
         added: usize,
-        /// Bytes that fit.
+        /// The limit in bytes.
         limit: usize,
     },
-    /// The command line has bytes that no kernel parameter can hold.
+    /// The command line contains characters that no kernel parameter can contain.
     #[error("the kernel's command line contains {0:?}; it can hold printable ASCII only")]
     CommandLineCharacter(char),
-    /// The loader refused what the checks before it let pass, or the file changed meanwhile.
+    /// The loader refused an image that passed the checks before, or the file changed meanwhile.
     #[error("cannot load it: {0}")]
     Load(#[from] linux_loader::loader::Error),
     /// Guest memory could not be written.
     #[error("cannot write {what} to guest memory: {source}")]
     GuestMemory {
-        /// What was to be written.
+        /// The data to write.
         what: &'static str,
-        /// What vm-memory said.
+        /// The error of vm-memory.
         source: vm_memory::GuestMemoryError,
     },
 }
@@ -163,7 +164,7 @@ impl ImageSource {
     pub(crate) fn open(&self) -> Result<OpenImage<'_>, ImageError> {
         match self {
             ImageSource::Path(path) => {
-                // Asked before opening: opening a FIFO would wait for its writer.
+                // Check this before opening: opening a FIFO would wait for its writer.
                 let metadata = fs::metadata(path)?;
                 if !metadata.is_file() {
                     return Err(io::Error::other("it is not a regular file").into());
@@ -182,7 +183,7 @@ impl OpenImage<'_> {
         self.length
     }
 
-    /// Up to `length` bytes from `offset` on; fewer at the end of the image.
+    /// Reads up to `length` bytes from `offset` on, and fewer at the end of the image.
     pub(crate) fn read_at(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         let length = self.length.saturating_sub(offset).min(length as u64) as usize;
         let mut buffer = vec![0; length];

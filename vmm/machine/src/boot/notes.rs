@@ -1,26 +1,26 @@
-//! Finds the PVH entry point in the notes of an ELF.
+//! Finds the PVH entry point in the notes of an ELF file.
 //!
 //! Sources: the System V ABI, chapter 5 (note sections); the PVH boot ABI (Xen's docs/misc/pvh.pandoc).
 
 use super::ImageError;
 use super::image::u32_at;
 
-/// The words in front of a note: lengths of name and content, and type.
+/// Length of the words before a note: lengths of name and content, and type.
 const HEADER: usize = 12;
 const OWNER: &[u8] = b"Xen\0";
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
-/// The entry point that the notes of a segment give, which is aligned to so many bytes. What cannot be
-/// a note ends the search of the segment.
+/// Returns the entry point in the notes of a segment with this alignment in bytes. The search ends at invalid
+/// notes.
 ///
 /// # Errors
-/// Where the note is too short for an address.
+/// Fails if the note is too short for an address.
 pub(super) fn pvh_entry(mut notes: &[u8], alignment: u64) -> Result<Option<u64>, ImageError> {
-    // 64-bit ELFs may align notes to 8 bytes, and mostly do not.
+    // 64-bit ELF files may align notes to 8 bytes, but rarely do.
     let alignment = if alignment == 8 { 8 } else { 4 };
     while let Some((header, rest)) = notes.split_at_checked(HEADER) {
         let [name_bytes, content_bytes] = [u32_at(header, 0), u32_at(header, 4)].map(|bytes| bytes as usize);
-        // The content begins at the alignment, as does the next note.
+        // The content begins at the alignment, like the next note.
         let content_at = (HEADER + name_bytes).next_multiple_of(alignment) - HEADER;
         let Some(content) = rest.get(content_at..).and_then(|rest| rest.get(..content_bytes)) else { break };
         if u32_at(header, 8) == XEN_ELFNOTE_PHYS32_ENTRY && rest[..name_bytes] == *OWNER {

@@ -1,4 +1,4 @@
-//! What a kernel is told at its start: PVH's start info, or Linux' boot parameters ("zero page").
+//! The kernel's parameters at its start: PVH's start info, or Linux' boot parameters ("zero page").
 //!
 //! Sources: Xen's public/arch-x86/hvm/start_info.h; Linux' Documentation/arch/x86/zero-page.rst.
 
@@ -14,10 +14,10 @@ use crate::x86::layout::{COMMAND_LINE, MapEntry, PVH_MEMORY_MAP, PVH_MODULES, PV
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_WITHOUT_NUMBER: u8 = 0xff;
-/// Alignment that kernels without a setup header are built for.
+/// The alignment of kernels without a setup header.
 const KERNEL_ALIGNMENT: u32 = 16 << 20;
 
-/// Where the initrd lies, in guest physical addresses below 4 GiB.
+/// The range of the initrd, in guest physical addresses below 4 GiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Initrd {
     pub(crate) start: u64,
@@ -57,7 +57,7 @@ pub(crate) fn write_start_info(
     Ok(())
 }
 
-/// Writes Linux' boot parameters. `header` comes from a bzImage; an ELF has none.
+/// Writes Linux' boot parameters. `header` comes from a bzImage; an ELF file has none.
 pub(crate) fn write_zero_page(
     memory: &GuestMemory,
     map: &[MapEntry],

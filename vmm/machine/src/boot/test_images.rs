@@ -3,17 +3,17 @@
 const CODE_AT: usize = 0x1000;
 const LOAD_ADDRESS: u64 = 0x10_0000;
 
-/// An ELF whose one segment holds `code` at its entry, 1 MiB, and 8 KiB of memory in all.
+/// Returns an ELF file with one segment of 8 KiB, which has `code` at the entry point, 1 MiB.
 pub fn elf64(code: &[u8]) -> Vec<u8> {
     elf(code, &[])
 }
 
-/// The same with a PVH note, for code that starts in 32-bit mode.
+/// Returns the same ELF file with a PVH note, for code that starts in 32-bit mode.
 pub fn pvh_elf(code: &[u8]) -> Vec<u8> {
     elf_with_notes(code, &[&xen_note(18, &(LOAD_ADDRESS as u32).to_le_bytes())])
 }
 
-/// A note of Xen's. Its content is whole words, or the last note of its segment.
+/// Returns a note of Xen. Its content is whole words, unless it is the last note of its segment.
 pub fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
     for word in [4, content.len() as u32, kind] {
@@ -24,7 +24,7 @@ pub fn xen_note(kind: u32, content: &[u8]) -> Vec<u8> {
     note
 }
 
-/// The same with a segment for each of these notes.
+/// Returns the same ELF file with a segment for each of these notes.
 pub fn elf_with_notes(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
     elf(code, notes)
 }
@@ -43,7 +43,7 @@ fn elf(code: &[u8], notes: &[&[u8]]) -> Vec<u8> {
     for half in [64, 56, 1 + notes.len() as u16, 0, 0, 0] {
         image.extend(u16::to_le_bytes(half));
     }
-    // The code is last, so that a file that is cut short lacks some of it.
+    // The code comes last, so that a truncated file lacks some of it.
     let note_bytes: usize = notes.iter().map(|note| note.len()).sum();
     let code_at = (0x800 + note_bytes).next_multiple_of(CODE_AT);
     program_header(&mut image, 1, code_at, LOAD_ADDRESS, code.len(), 0x2000);
@@ -67,7 +67,7 @@ fn program_header(image: &mut Vec<u8>, kind: u32, offset: usize, address: u64, f
     }
 }
 
-/// A bzImage of one setup sector with `code` at its 64-bit entry, to be loaded at 16 MiB.
+/// Returns a bzImage of one setup sector with `code` at its 64-bit entry, for loading at 16 MiB.
 pub fn bzimage(code: &[u8]) -> Vec<u8> {
     let mut image = vec![0; 1024 + 0x200];
     image.extend(code);

@@ -1,5 +1,5 @@
-//! A VM's disks and the blocks that its sharing group holds: guest addresses become pages, and what is
-//! copied is written through the VM's view of its memory, so that its change log hears of it.
+//! Connects a VM's disks to the blocks that its sharing group holds. Guest addresses become page numbers.
+//! Copies are written through the VM's view of its memory, so that its change log records them.
 
 #![expect(unsafe_code, reason = "hands memory of the frame store to disks")]
 
@@ -21,20 +21,20 @@ use vm_memory::{Bytes, GuestAddress};
 use super::memory::MemorySlot;
 use super::provenance::page_of;
 
-/// The way of one disk to the cache of its VM's group.
+/// The access of one disk to the block cache of its VM's group.
 pub(super) struct DiskBlocks {
     client: BlockClient,
     policy: Mutex<CachePolicy>,
-    /// What of an exclusive disk goes through the cache.
+    /// Decides which reads of a disk with the policy "exclusive" go through the cache.
     admission: Admission,
     memory: GuestMemory,
     slots: Vec<MemorySlot>,
-    /// Where the blocks of fetches under way go, by token.
+    /// The targets for the blocks of fetches in progress, by token.
     targets: Mutex<HashMap<u64, Vec<GuestAddress>>>,
 }
 
 impl DiskBlocks {
-    /// The way of a VM's disk with this number among its disks.
+    /// Returns the access for the disk with this number in its VM.
     pub(super) fn new(
         client: BlockClient,
         policy: CachePolicy,
@@ -47,17 +47,17 @@ impl DiskBlocks {
         Self { client, policy: Mutex::new(policy), admission, memory, slots, targets: Mutex::default() }
     }
 
-    /// Who keeps the blocks that are read from now on.
+    /// Returns the policy for new reads.
     pub(super) fn policy(&self) -> CachePolicy {
         *self.policy.lock()
     }
 
-    /// Changes that for reads that begin from now on. What is cached stays until it has to go.
+    /// Changes the policy for new reads. Cached blocks stay until they are evicted.
     pub(super) fn set_policy(&self, policy: CachePolicy) {
         *self.policy.lock() = policy;
     }
 
-    /// The page that an address begins, if it does.
+    /// Returns the page that begins at an address, or `None` if the address is not aligned.
     fn page(&self, address: GuestAddress) -> Option<u32> {
         address.0.is_multiple_of(4096).then(|| page_of(&self.slots, address.0, 1)).flatten()
     }
@@ -68,7 +68,7 @@ impl DiskBlocks {
 }
 
 impl DiskBlocks {
-    /// Asks for a read, or for a part of it that is in the sample.
+    /// Begins a read, or a part of a read that is in the sample.
     fn begin(&self, read: &BlockRead<'_>, keep: Keep, sampled: bool) -> ReadPlan {
         let targets: Vec<_> = read.targets.iter().map(|&address| self.page(address)).collect();
         let image = image(read.image);
@@ -95,7 +95,7 @@ impl DiskBlocks {
             }
             plan
         };
-        // A disk that delivers these itself finds out why it cannot.
+        // The disk delivers these blocks itself, and then finds out why the delivery fails.
         let failed = failed.into_iter().map(|index| read.first + index..read.first + index + 1);
         let past = plan.past.into_iter().chain(failed).collect();
         let mut targets = self.targets.lock();
@@ -103,8 +103,8 @@ impl DiskBlocks {
             let from = (fetch.first - read.first) as usize;
             targets.insert(fetch.token, read.targets[from..from + fetch.blocks as usize].to_vec());
             let lease = Arc::new(self.client.clone());
-            // SAFETY: the landing place of a fetch is whole pages that nobody else touches until the fetch
-            // has ended, and lasts as long as the group, which the client keeps.
+            // SAFETY: the landing place of a fetch is whole pages. Nothing else accesses them until the fetch
+            // ends. They exist as long as the group, which the client keeps.
             unsafe { Fetch::new(fetch.first, fetch.blocks, fetch.landing, fetch.token, lease) }
         });
         let fetches = fetches.collect();
@@ -167,7 +167,8 @@ impl BlockCache for DiskBlocks {
             Fetched::Delivered => copied,
             Fetched::ToBeCopied => targets.iter().enumerate().try_for_each(|(index, &target)| {
                 let mut page: Page = [0; BLOCK_SIZE as usize];
-                // SAFETY: the fetch was read in full, and its memory lasts and is nobody else's while it lives.
+                // SAFETY: the fetch was read in full. Its memory exists and belongs to nothing else while the
+                // fetch lives.
                 unsafe {
                     fetch.buffer().cast::<Page>().add(index).copy_to_nonoverlapping((&mut page).into(), 1)
                 };
@@ -187,7 +188,7 @@ impl BlockCache for DiskBlocks {
     }
 }
 
-/// How the block cache keeps the blocks of a disk, where it does.
+/// Returns how the block cache keeps blocks under a policy, or `None` if it keeps none.
 pub(super) fn keep(policy: CachePolicy) -> Option<Keep> {
     match policy {
         CachePolicy::Exclusive => Some(Keep::Exclusive),

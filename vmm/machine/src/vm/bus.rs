@@ -1,11 +1,11 @@
-//! Finds the device behind a port or an address of one VM.
+//! Finds a VM's device at a port or an address.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use samepage_devices::BusDevice;
 
-/// A device that several threads may reach: vCPUs through the bus, others directly.
+/// A device that several threads can access: vCPUs through the bus, other threads directly.
 pub(crate) type SharedDevice = Arc<Mutex<dyn BusDevice>>;
 
 struct Range {
@@ -14,17 +14,17 @@ struct Range {
     device: SharedDevice,
 }
 
-/// Devices by ascending, disjoint address ranges: the ports of a VM, or its MMIO space.
+/// Devices by ascending, disjoint address ranges: a VM's ports, or its MMIO space.
 #[derive(Default)]
 pub(crate) struct Bus {
     ranges: Vec<Range>,
 }
 
 impl Bus {
-    /// Puts a device at `base`.
+    /// Adds a device at `base`.
     ///
     /// # Panics
-    /// When the range overlaps another: the VMM chooses all addresses, the guest none.
+    /// Panics if the range overlaps another. The VMM chooses all addresses; the guest chooses none.
     pub(crate) fn insert(&mut self, base: u64, bytes: u64, device: SharedDevice) {
         let at = self.ranges.partition_point(|range| range.base < base);
         let clear = self.ranges.get(at).is_none_or(|next| base + bytes <= next.base)
@@ -33,7 +33,8 @@ impl Bus {
         self.ranges.insert(at, Range { base, bytes, device });
     }
 
-    /// Reads from the device at `address`. Where there is none, the bus floats: all ones.
+    /// Reads from the device at `address`. An address without a device reads as all ones, like a floating
+    /// bus.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
             Some((device, offset)) => device.lock().read(offset, data),

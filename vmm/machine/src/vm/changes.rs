@@ -1,8 +1,8 @@
-//! Writes to guest memory, as KVM's dirty log and the VMM's own bitmap note them.
+//! Writes to guest memory, from KVM's dirty log and the VMM's own bitmap.
 //!
-//! KVM is asked for manual protection with all pages noted at first
-//! (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, `Documentation/virt/kvm/api.rst` 4.125 and 7.18 on): a page is
-//! write-protected only when it is armed, so a guest that nobody follows pays nothing.
+//! KVM uses manual protection, with all pages marked as written at first
+//! (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, `Documentation/virt/kvm/api.rst` 4.125 and 7.18 on). It
+//! write-protects a page only when the page is armed, so a guest whose writes are not followed pays nothing.
 
 #![expect(unsafe_code, reason = "ioctls of the dirty log that work on buffers of the caller's")]
 
@@ -26,7 +26,7 @@ use super::memory::{MemorySlot, VmMemory};
 const GET_DIRTY_LOG: libc::c_ulong = 0x4010_ae42;
 /// `_IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)`.
 const CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
-/// Pages armed by one call: KVM holds its lock for about 0.03 µs a page.
+/// Number of pages that one call arms. KVM holds its lock for about 0.03 µs a page.
 const ARM_PAGES: usize = 16384;
 
 #[repr(C)]
@@ -44,8 +44,8 @@ struct ClearDirtyLog {
     bitmap: *const u64,
 }
 
-/// Asks KVM to note writes by pages that are armed one by one. Returns whether it can: where not, guest
-/// memory is registered without a log, and the engine goes over all of it again and again.
+/// Makes KVM log writes to pages that are armed one by one. Returns whether KVM can do so. If not, guest
+/// memory is registered without a log, and the engine scans all of it in a loop.
 pub(super) fn enable(vm: &VmFd) -> bool {
     let wanted = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
     let mut capability = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
@@ -53,7 +53,7 @@ pub(super) fn enable(vm: &VmFd) -> bool {
     vm.enable_cap(&capability).is_ok()
 }
 
-/// The log of one VM.
+/// The dirty log of one VM.
 pub(super) struct DirtyLog {
     kvm: Arc<VmFd>,
     memory: VmMemory,
@@ -62,18 +62,18 @@ pub(super) struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// The log of a VM whose memory slots were registered with logging.
+    /// Returns the log of a VM whose memory slots were registered with logging.
     pub(super) fn new(kvm: Arc<VmFd>, memory: VmMemory) -> Self {
         Self { kvm, memory, bitmap: Vec::new() }
     }
 
-    /// Adds what vCPUs and KVM itself wrote to a slot.
+    /// Adds the pages of a slot that vCPUs and KVM itself have written.
     fn collect_slot(&mut self, slot: MemorySlot, written: &mut PageSet) -> io::Result<()> {
         let words = slot_words(slot);
         self.bitmap.clear();
         self.bitmap.resize(words, 0);
         let mut argument = GetDirtyLog { slot: slot.slot, padding: 0, bitmap: self.bitmap.as_mut_ptr() };
-        // SAFETY: the bitmap has a bit for every page of the slot, rounded up to 64 as KVM writes it.
+        // SAFETY: the bitmap has a bit for every page of the slot, rounded up to 64, as KVM expects.
         if unsafe { libc::ioctl(self.kvm.as_raw_fd(), GET_DIRTY_LOG as _, &raw mut argument) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -116,7 +116,7 @@ impl ChangeLog for DirtyLog {
                     first_page: first as u64,
                     bitmap: chunk[start..end].as_ptr(),
                 };
-                // SAFETY: the bitmap has a bit for each of the pages named; KVM reads it.
+                // SAFETY: the bitmap has a bit for each of the pages. KVM reads it.
                 if unsafe { libc::ioctl(self.kvm.as_raw_fd(), CLEAR_DIRTY_LOG as _, &raw const argument) } < 0
                 {
                     return Err(io::Error::last_os_error());
@@ -129,7 +129,7 @@ impl ChangeLog for DirtyLog {
     fn set_noting(&mut self, noting: bool) -> io::Result<()> {
         for (index, slot) in self.memory.slots().iter().enumerate() {
             if let Err(error) = self.memory.set_slot(&self.kvm, slot, noting) {
-                // All or none. To go back is what a guest can live without.
+                // Change all slots or none. If the reversal fails too, the guest still works.
                 for slot in &self.memory.slots()[..index] {
                     let _ = self.memory.set_slot(&self.kvm, slot, !noting);
                 }
@@ -140,7 +140,7 @@ impl ChangeLog for DirtyLog {
     }
 }
 
-/// The VMM's own writes to a region since the last call.
+/// Returns the VMM's own writes to a region since the last call.
 fn own_writes(region: &GuestRegionMmap<AtomicBitmap>) -> Vec<u64> {
     let region: &MmapRegion<AtomicBitmap> = region;
     region.bitmap().get_and_reset()
@@ -150,7 +150,8 @@ fn slot_words(slot: MemorySlot) -> usize {
     (slot.range.bytes as usize / PAGE_SIZE).div_ceil(64)
 }
 
-/// The slot's first word in a set of all pages: slots start at multiples of 64 pages in the reservation.
+/// Returns the slot's first word in a set of all pages. Slots start at multiples of 64 pages in the
+/// reservation.
 fn first_word(slot: MemorySlot) -> usize {
     slot.range.ram_offset as usize / PAGE_SIZE / 64
 }

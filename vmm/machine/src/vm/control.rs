@@ -8,13 +8,13 @@
 //!   └───────────────────────────┘
 //! ```
 //!
-//! The VM has a *goal*; each vCPU thread has a *phase* and follows the goal: it is held, it runs, or it
-//! is gone for good. Why a VM ended is decided once, by whoever ends it first. A VM has ended when its
-//! goal is END and every vCPU is gone; [`Control::ended`] becomes readable then and stays so.
+//! The VM has a *goal*. Each vCPU thread has a *phase* and follows the goal: it is held, it runs, or it has
+//! ended for good. The first thread that ends the VM decides the reason, once. A VM has ended when its goal
+//! is END and every vCPU thread has ended. [`Control::ended`] then becomes readable and stays so.
 //!
-//! A vCPU in KVM_RUN is kicked: `immediate_exit` is set, so that KVM_RUN returns at once if it has not
-//! begun, and a signal makes it return if it has. Both happen under the lock under which the vCPU
-//! thread clears `immediate_exit` before it enters KVM_RUN, so that no kick is lost.
+//! Kicking a vCPU makes it leave KVM_RUN. `immediate_exit` is set, so that KVM_RUN returns immediately if it
+//! has not begun. A signal makes it return if it has. Both happen under the lock under which the vCPU thread
+//! clears `immediate_exit` before it enters KVM_RUN, so no kick is lost.
 
 #![expect(unsafe_code, reason = "signals vCPU threads and writes to the page they share with KVM")]
 
@@ -31,7 +31,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::{VmEnd, VmState};
 
-/// What all vCPUs of the VM are to do.
+/// The common goal of all vCPUs of the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Goal {
     Hold,
@@ -39,7 +39,7 @@ enum Goal {
     End,
 }
 
-/// What one vCPU thread does.
+/// The phase of one vCPU thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Held,
@@ -47,20 +47,20 @@ enum Phase {
     Gone,
 }
 
-/// How to reach a vCPU thread: its id, and `immediate_exit` in the page it shares with KVM.
+/// The means to kick a vCPU thread: its id, and `immediate_exit` in the page it shares with KVM.
 struct KickTarget {
     thread: pthread_t,
     immediate_exit: NonNull<u8>,
 }
 
-// SAFETY: the pointer is used through atomic accesses only, and only while its vCPU thread lives: the
-// thread takes the target back, under the lock, before it gives up the page.
+// SAFETY: the pointer is used only with atomic accesses, and only while its vCPU thread lives. The thread
+// removes the target under the lock before it unmaps the page.
 unsafe impl Send for KickTarget {}
 
 impl KickTarget {
     fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: the byte is in the vCPU's shared page, which the vCPU's thread keeps mapped as long as
-        // this target exists; everybody, the kernel included, accesses it as a single byte.
+        // SAFETY: the byte is in the vCPU's shared page, which the vCPU's thread keeps mapped as long as this
+        // target exists. All users, including the kernel, access it as a single byte.
         unsafe { AtomicU8::from_ptr(self.immediate_exit.as_ptr()) }
     }
 
@@ -70,7 +70,7 @@ impl KickTarget {
         unsafe { libc::pthread_kill(self.thread, kick_signal()) };
     }
 
-    /// CPU time that the thread has used, in the guest and for it.
+    /// Returns the CPU time of the thread, in the guest and on its behalf.
     fn cpu_time(&self) -> Duration {
         let mut clock = 0;
         // SAFETY: the thread lives as long as this target exists.
@@ -79,7 +79,7 @@ impl KickTarget {
     }
 }
 
-/// The time of a clock of the kernel's; none where there is no such clock.
+/// Returns the time of a kernel clock, or zero if the clock does not exist.
 fn read_clock(clock: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is a valid place for the answer.
@@ -97,7 +97,7 @@ struct State {
     goal: Goal,
     vcpus: Vec<Vcpu>,
     end: Option<VmEnd>,
-    /// CPU time of the vCPUs that are gone.
+    /// CPU time of the vCPUs that have ended.
     spent: Duration,
 }
 
@@ -111,18 +111,18 @@ impl State {
     }
 }
 
-/// Shared by a VM, its vCPU threads and everyone who may end it.
+/// The control of a VM, shared with its vCPU threads and with every thread that may end it.
 pub(super) struct Control {
     state: Mutex<State>,
     changed: Condvar,
-    /// Written when the goal becomes END: who waits in a vCPU's stead gives up.
+    /// Written when the goal becomes END. Threads that wait on behalf of a vCPU then stop waiting.
     closing: EventFd,
     /// Written when the VM has ended.
     ended: EventFd,
 }
 
 impl Control {
-    /// A held VM with no vCPUs yet. Fails when the process is out of files.
+    /// Returns the control of a held VM without vCPUs. Fails if the process is out of files.
     pub(super) fn new() -> io::Result<Self> {
         install_kick_handler()?;
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
@@ -147,19 +147,19 @@ impl Control {
         &self.ended
     }
 
-    /// Counts one more vCPU, held; returns its number. Its thread has to [`Control::join`].
+    /// Adds a held vCPU and returns its number. The vCPU's thread must [`Control::join`].
     pub(super) fn add_vcpu(&self) -> usize {
         let mut state = self.state.lock();
         state.vcpus.push(Vcpu { phase: Phase::Held, target: None });
         state.vcpus.len() - 1
     }
 
-    /// A vCPU's thread could not be had: counts it as gone.
+    /// Counts a vCPU as ended, because its thread could not be created.
     pub(super) fn forget_vcpu(&self, number: usize) {
         self.leave(number);
     }
 
-    /// Lets a held VM run. One that runs or has ended stays as it is.
+    /// Runs a held VM. Has no effect on a running or ended VM.
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
         if state.goal == Goal::Hold {
@@ -168,7 +168,7 @@ impl Control {
         }
     }
 
-    /// Holds a running VM; on return no vCPU is in KVM_RUN or at a device.
+    /// Holds a running VM. On return no vCPU is in KVM_RUN or in a device model.
     pub(super) fn hold(&self) {
         let mut state = self.state.lock();
         if state.goal == Goal::Run {
@@ -180,7 +180,7 @@ impl Control {
         });
     }
 
-    /// Ends the VM for this reason, unless it is ending already. Does not wait.
+    /// Ends the VM for this reason, unless it is already ending. Does not wait.
     pub(super) fn finish(&self, end: VmEnd) {
         let mut state = self.state.lock();
         if state.goal == Goal::End {
@@ -193,7 +193,7 @@ impl Control {
         self.note_change(&mut state);
     }
 
-    /// What the VM is to do now.
+    /// Returns the present state of the VM.
     pub(super) fn state(&self) -> VmState {
         match self.state.lock().goal {
             Goal::Hold => VmState::Held,
@@ -202,14 +202,14 @@ impl Control {
         }
     }
 
-    /// CPU time of all vCPUs so far, those that are gone included.
+    /// Returns the CPU time of all vCPUs so far, including those that have ended.
     pub(super) fn cpu_time(&self) -> Duration {
         let state = self.state.lock();
         let running = state.vcpus.iter().filter_map(|vcpu| vcpu.target.as_ref());
         running.map(KickTarget::cpu_time).sum::<Duration>() + state.spent
     }
 
-    /// How the VM ended, if it has.
+    /// Returns how the VM ended, or `None` if it has not ended.
     pub(super) fn end(&self) -> Option<VmEnd> {
         let state = self.state.lock();
         if state.all(|phase| phase == Phase::Gone) { state.end.clone() } else { None }
@@ -228,12 +228,13 @@ impl Control {
         }
     }
 
-    /// Called by a vCPU's thread at its beginning; when what it returns is dropped, the vCPU is gone.
+    /// Registers the calling thread as the thread of a vCPU. The vCPU ends when the returned value is
+    /// dropped.
     ///
     /// # Safety
     /// `immediate_exit` stays valid until the returned value is dropped.
     pub(super) unsafe fn join(&self, number: usize, immediate_exit: NonNull<u8>) -> Member<'_> {
-        // SAFETY: always succeeds, it names the calling thread.
+        // SAFETY: the call always succeeds and names the calling thread.
         let thread = unsafe { libc::pthread_self() };
         self.state.lock().vcpus[number].target = Some(KickTarget { thread, immediate_exit });
         Member { control: self, number }
@@ -257,19 +258,19 @@ impl Control {
 }
 
 fn raise(event: &EventFd) {
-    // The one failure of an event counter is that it is full: then it is readable as it is.
+    // Writing fails only if the event counter is full. Then it is readable anyway.
     let _ = event.write(1);
 }
 
-/// A vCPU thread's part in the VM.
+/// The membership of a vCPU thread in the VM.
 pub(super) struct Member<'a> {
     control: &'a Control,
     number: usize,
 }
 
 impl Member<'_> {
-    /// Waits while the VM is held. Returns whether the vCPU is to run: `false` means that it ends.
-    /// A vCPU calls this whenever KVM_RUN was interrupted.
+    /// Waits while the VM is held. Returns `true` if the vCPU may run, and `false` if it must end. A vCPU
+    /// calls this after each interruption of KVM_RUN.
     pub(super) fn may_run(&self) -> bool {
         let mut state = self.control.state.lock();
         loop {
@@ -311,7 +312,7 @@ pub(super) fn kick_signal() -> c_int {
     SIGRTMIN() + 1
 }
 
-/// Gives the kick signal its handler, once for the process.
+/// Installs the handler of the kick signal, once for the process.
 fn install_kick_handler() -> io::Result<()> {
     extern "C" fn interrupted(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();

@@ -1,4 +1,4 @@
-//! What is told of a guest that cannot go on.
+//! The report about a guest that cannot continue.
 
 use std::fmt;
 
@@ -12,14 +12,14 @@ const PAGE_MASK: u64 = 0xfff;
 /// Where a processor starts after a reset: its RIP and the base of its code segment (Intel's manual, volume 3A, 11.1.1).
 const RESET: (u64, u64) = (0xfff0, 0xffff_0000);
 
-/// Why the guest cannot go on. Numbers are KVM's and the hardware's own.
+/// The reason why the guest cannot continue. The numbers are those of KVM and of the hardware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CrashKind {
     /// KVM_EXIT_SHUTDOWN.
     TripleFault,
     /// KVM_EXIT_INTERNAL_ERROR.
     InternalError {
-        /// Its suberror: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected exit.
+        /// KVM's suberror: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected exit.
         suberror: u32,
     },
     /// KVM_EXIT_FAIL_ENTRY.
@@ -27,7 +27,7 @@ pub enum CrashKind {
         /// The hardware's reason.
         reason: u64,
     },
-    /// Any other exit that no guest should cause.
+    /// Any other exit that a guest should not cause.
     Unexpected(String),
 }
 
@@ -48,49 +48,48 @@ impl CrashKind {
     fn meaning(&self) -> &'static str {
         match self {
             CrashKind::TripleFault => {
-                "The guest took an exception that it could not handle, nor the exception that followed: its \
-                 exception handlers, stack or page tables are unusable. Kernels told to reboot this way \
-                 (reboot=t) end so as well; reboot=k gives a clean end."
+                "The guest took an exception that it could not handle, and then could not handle the next exception \
+                 either. Its exception handlers, stack or page tables are unusable. A reboot with reboot=t \
+                 looks the same; reboot=k gives a clean end."
             }
             CrashKind::InternalError { suberror: 1 } => {
-                "KVM had to interpret the instruction at RIP and does not know it. On hardware KVM the guest \
-                 most likely jumped into data; KVM without hardware support lacks some kernel-mode instructions, \
-                 which a guest can be kept from using (clearcpuid= on Linux' command line)."
+                "KVM had to interpret the instruction at RIP and does not know it. With hardware KVM, the guest \
+                 most likely jumped into data. KVM without hardware support lacks some kernel-mode instructions; \
+                 clearcpuid= on Linux' command line stops a guest from using them."
             }
             CrashKind::InternalError { suberror: 2 } => {
-                "Two exceptions came at once in a combination that no processor produces."
+                "Two exceptions occurred at the same time in a combination that no processor produces."
             }
             CrashKind::InternalError { suberror: 3 } => {
-                "The guest's memory failed while KVM delivered an interrupt or exception: the tables or the \
-                 stack it points to are not in RAM."
+                "The guest's memory failed while KVM delivered an interrupt or exception: its tables or its \
+                 stack are not in RAM."
             }
             CrashKind::InternalError { .. } => {
-                "KVM itself could not go on with this guest; the kernel log (dmesg) may say more."
+                "KVM itself could not continue with this guest; the kernel log (dmesg) may say more."
             }
             CrashKind::FailEntry { .. } => {
-                "The guest brought its registers into a state that is not allowed; the kernel log (dmesg) may \
-                 say more."
+                "The guest's registers are in an invalid state; the kernel log (dmesg) may say more."
             }
             CrashKind::Unexpected(_) => "KVM reported something that no guest of this machine should cause.",
         }
     }
 }
 
-/// A crash, where it happened and what it means.
+/// A crash, its place and its meaning.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CrashReport {
-    /// What happened.
+    /// The kind of the crash.
     pub kind: CrashKind,
     /// Number of the vCPU.
     pub vcpu: u32,
-    /// Its instruction pointer, if it could be read. After a triple fault KVM for AMD's processors has reset it.
+    /// The instruction pointer, if it could be read. After a triple fault, KVM for AMD's processors has reset it.
     pub rip: Option<u64>,
     /// The bytes at the instruction pointer, as far as they lie in mapped RAM.
     pub instruction: Vec<u8>,
 }
 
 impl CrashReport {
-    /// Looks at the vCPU where it stopped.
+    /// Takes a report of the stopped vCPU.
     pub(super) fn take(kind: CrashKind, number: u32, vcpu: &VcpuFd, memory: &GuestMemory) -> Self {
         let at = vcpu.get_regs().ok().zip(vcpu.get_sregs().ok());
         let at = at.filter(|(registers, system)| !was_reset(&kind, registers.rip, system.cs.base));
@@ -108,12 +107,12 @@ impl CrashReport {
     }
 }
 
-/// Whether the registers are those of a vCPU that KVM has reset, so that they tell nothing about the guest.
+/// Returns whether KVM has reset the vCPU, so that the registers reveal nothing about the guest.
 fn was_reset(kind: &CrashKind, rip: u64, code_base: u64) -> bool {
     *kind == CrashKind::TripleFault && (rip, code_base) == RESET
 }
 
-/// Up to one instruction's bytes from a linear address on; fewer where a page is not mapped.
+/// Returns the bytes of at most one instruction from a linear address on. It returns fewer if a page is not mapped.
 fn read_linear(linear: u64, memory: &GuestMemory, translate: impl Fn(u64) -> Option<u64>) -> Vec<u8> {
     let in_first_page = INSTRUCTION_MAX.min(PAGE_MASK + 1 - (linear & PAGE_MASK));
     let parts =

@@ -120,8 +120,8 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices and wires them to KVM's interrupt lines and write notifications. They stop when the flag
-    /// beside the memory says that a part of the memory was lost.
+    /// Makes the devices and connects them to KVM's interrupt lines and write notifications. They stop when
+    /// the flag beside the memory says that a part of the memory was lost.
     pub(super) fn new(
         vm: &str,
         kvm: &VmFd,
@@ -175,7 +175,7 @@ impl Devices {
                 id: disk.id.clone(),
                 source,
             };
-            // Whatever a qcow2 image has from another one is read by others as well.
+            // Other VMs also read the part of a qcow2 image that comes from a backing image.
             let alone = !disk.read_only && disk.format != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
             let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
@@ -205,7 +205,7 @@ impl Devices {
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }
-        // The configuration has seen to it that there is a place.
+        // The configuration has made sure that there is a free slot.
         if let Some((console, (base, irq))) = port.zip(mmio_slots().nth(disks.len())) {
             let interrupt = new_event()?;
             wire_interrupt(kvm, &interrupt, irq)?;
@@ -234,7 +234,7 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Whether the write to `port` just made was the keyboard controller's reset command.
+    /// Returns whether the last write to `port` was the keyboard controller's reset command.
     pub(super) fn reset_requested(&self, port: u16) -> bool {
         let controller = i8042::BASE_PORT..i8042::BASE_PORT + i8042::PORTS;
         controller.contains(&port) && self.reset.read().is_ok()

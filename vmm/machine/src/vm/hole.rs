@@ -1,9 +1,9 @@
-//! The memory hole of one VM: memory outside RAM in which the guest says what its pages are for.
+//! The memory hole of one VM: memory outside RAM in which the guest publishes what its pages are for.
 //!
-//! It is anonymous memory in a KVM slot of its own, without a dirty log: what the guest writes there makes
-//! it leave for nothing, and the engine never shares it. Untouched it costs address space, and one page for
-//! the header; a guest that fills it makes the host hold a thousandth of its RAM besides. Devices cannot
-//! reach it, since it is no part of [`GuestMemory`](samepage_devices::GuestMemory).
+//! The hole is anonymous memory in its own KVM slot, without a dirty log. So a guest's writes cause no VM
+//! exits, and the engine never shares this memory. An untouched hole costs address space, and one page for
+//! the header. A full hole costs a thousandth of the guest's RAM. Devices cannot access it, because it is not
+//! part of [`GuestMemory`](samepage_devices::GuestMemory).
 
 #![expect(unsafe_code, reason = "maps memory, looks at it as words, and hands its address to KVM")]
 
@@ -23,28 +23,29 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::x86::layout::{HoleRange, frame_ranges};
 
-/// Memory of a hole. Whoever gives its address to others drops it after them.
+/// Memory of a hole. Users of its address must be dropped before it.
 #[derive(Debug)]
 pub(super) struct HoleMemory {
     base: NonNull<AtomicU32>,
     range: HoleRange,
     frames: Vec<FrameRange>,
-    /// Written when the host has something new to say, where the guest does not see it by itself.
+    /// Written when the host's header has changed, if the guest cannot see the change itself.
     news: Option<EventFd>,
-    /// None once the memory goes. Zeros in the place of what was lost say nothing of any page.
+    /// `None` while the memory is being unmapped. Lost memory reads as zeros, which say nothing about any
+    /// page.
     watch: Option<Watch>,
 }
 
-// SAFETY: the struct is an address and a length; what lies there is reached as atomic words alone.
+// SAFETY: the struct is an address and a length. The memory there is accessed only as atomic words.
 unsafe impl Send for HoleMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HoleMemory {}
 
 impl HoleMemory {
-    /// The hole of a guest with RAM of the given length, described in its header.
+    /// Returns the hole of a guest with RAM of this length, with a header that describes it.
     ///
     /// # Errors
-    /// What mmap said: address space, the commit limit or mappings ran out.
+    /// Fails with the error of mmap if address space, the commit limit or mappings run out.
     pub(super) fn reserve(ram_bytes: u64, range: HoleRange) -> io::Result<Self> {
         let bytes = range.bytes as usize;
         let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -56,28 +57,29 @@ impl HoleMemory {
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mut memory = Self { base, range, frames: frame_ranges(ram_bytes), news: None, watch: None };
-        // SAFETY: the range is this value's own. Of a huge page the guest would fill one word, and the host
-        // hold all; a kernel without huge pages has none to refuse.
+        // SAFETY: the range belongs to this value. With huge pages, a guest could fill one word and make the
+        // host hold a whole huge page. A kernel without huge pages returns an error, which does not matter.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
-        // SAFETY: the range was just mapped for this value alone, which ends the watch before it unmaps it.
+        // SAFETY: the range was just mapped for this value, which ends the watch before it unmaps the range.
         memory.watch = Some(unsafe { loss::watch(base.as_ptr().addr(), bytes) }?);
         memory.describe();
         Ok(memory)
     }
 
-    /// Has `tell` called, once, from another thread, when the host cannot supply a part of it.
+    /// Sets a function for the case that the host cannot supply a part of the memory. Another thread calls
+    /// it, once.
     ///
     /// # Errors
-    /// Where that thread cannot be had.
+    /// Fails if that thread cannot be created.
     pub(super) fn on_loss(&self, tell: impl FnOnce(Loss) + Send + 'static) -> io::Result<()> {
         self.watch.as_ref().map_or(Ok(()), |watch| watch.on_loss(tell))
     }
 
-    /// A hole for a guest that reaches it by a port alone. `news` is written when there is something new in
-    /// the host's header.
+    /// Returns a hole for a guest that accesses it only through a port. `news` is written when the host's
+    /// header changes.
     ///
     /// # Errors
-    /// As for [`HoleMemory::reserve`].
+    /// Fails like [`HoleMemory::reserve`].
     pub(super) fn behind_port(ram_bytes: u64, news: EventFd) -> io::Result<Self> {
         let mut memory = Self::reserve(ram_bytes, HoleRange::of(ram_bytes))?;
         memory.news = Some(news);
@@ -99,12 +101,12 @@ impl HoleMemory {
         self.frames.last().map_or(0, |range| range.first + range.count)
     }
 
-    /// Guest physical address of the page behind the hole, a write to which says that there is news in it.
+    /// Returns the guest physical address of the doorbell, the page after the hole.
     pub(super) fn doorbell(&self) -> u64 {
         self.range.doorbell()
     }
 
-    /// Gives the hole to KVM as the memory slot of this number.
+    /// Registers the hole with KVM as the memory slot with this number.
     pub(super) fn register(&self, vm: &VmFd, slot: u32) -> Result<(), kvm_ioctls::Error> {
         let region = kvm_userspace_memory_region {
             slot,
@@ -113,16 +115,16 @@ impl HoleMemory {
             memory_size: self.range.bytes,
             userspace_addr: self.base.as_ptr() as u64,
         };
-        // SAFETY: the memory outlives the vCPUs, which alone reach it through the slot: `Vm` drops it after
-        // KVM's file. It lies where no RAM is, so slots do not overlap.
+        // SAFETY: the memory outlives the vCPUs, the only users of the slot: `Vm` drops it after KVM's file.
+        // It lies outside RAM, so slots do not overlap.
         unsafe { vm.set_user_memory_region(region) }
     }
 }
 
 impl ClaimSource for HoleMemory {
     fn hole(&self) -> Hole<'_> {
-        // SAFETY: the mapping is of so many bytes, begins at a page and lives as long as `self`. The guest
-        // writes there at any time, which is what atomics are for; any bits are a valid word.
+        // SAFETY: the mapping has this length, begins at a page and lives as long as `self`. The guest writes
+        // there at any time, which atomics allow. Any bits are a valid word.
         let words = unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.range.bytes as usize / 4) };
         Hole::new(words, self.frame_count()).expect("it is as long as its page frames need")
     }
@@ -134,13 +136,13 @@ impl ClaimSource for HoleMemory {
     fn request(&self, number: u32) {
         self.hole().set_requested(number);
         if let Some(news) = &self.news {
-            // A full event counter is readable, which is all that whoever waits for it wants.
+            // A full event counter is readable, and the waiting thread needs no more than that.
             let _ = news.write(1);
         }
     }
 }
 
-/// A hole behind a port, and who listens to it.
+/// A hole behind a port, and the engine that receives its notifications.
 pub(super) struct HeardHole {
     pub(super) memory: Arc<HoleMemory>,
     pub(super) bell: Bell,
@@ -159,7 +161,7 @@ impl PortHole for HeardHole {
 impl Drop for HoleMemory {
     fn drop(&mut self) {
         self.watch = None;
-        // SAFETY: the mapping is this value's own, and what borrowed it is gone.
+        // SAFETY: the mapping belongs to this value, and no borrow of it is left.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.range.bytes as usize) };
     }
 }
@@ -193,16 +195,16 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_that_the_host_cannot_supply_says_nothing_and_is_told_of() {
+    fn a_hole_that_the_host_cannot_supply_reads_as_zeros_and_is_reported() {
         let memory = reserve(GIB);
-        let (sender, told) = mpsc::channel();
+        let (sender, losses) = mpsc::channel();
         memory.on_loss(move |loss| sender.send(loss).unwrap_or_default()).unwrap();
         memory.hole().flags()[77_777].store(1, Ordering::Relaxed);
-        // SAFETY: the mapping is of this length; the watch answers for whoever touches it.
+        // SAFETY: the mapping has this length. The watch handles later accesses.
         unsafe { libc::munmap(memory.base.as_ptr().cast(), memory.range.bytes as usize) };
         assert_eq!(memory.hole().flags()[77_777].load(Ordering::Relaxed), 0);
         assert!(memory.hole().guest_header().is_err());
-        assert_eq!(told.recv_timeout(Duration::from_secs(120)).unwrap().cause, Cause::Unmapped);
+        assert_eq!(losses.recv_timeout(Duration::from_secs(120)).unwrap().cause, Cause::Unmapped);
     }
 
     /// Pages of the hole that have memory.

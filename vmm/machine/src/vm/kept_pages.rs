@@ -1,5 +1,5 @@
-//! Pages that KVM writes to by itself: merged again and again while it does. What KVM has written is there
-//! afterwards, and in no other VM. See the table in docs/design.md.
+//! Tests of pages that KVM writes itself: they are merged repeatedly while KVM writes. Afterwards, KVM's
+//! writes must be there, and in no other VM. See the table in docs/design.md.
 
 #![expect(unsafe_code, reason = "reads and copies guest pages by address")]
 
@@ -23,7 +23,7 @@ use crate::hypervisor::Hypervisor;
 use crate::x86::registers;
 
 const BYTES: u64 = 4 << 20;
-/// Pages, by number: what KVM fills with the time, and with how long vCPUs had to wait.
+/// Page numbers: the page for the time, and the page for the vCPUs' waiting time.
 const CLOCK: u32 = 0x200;
 const STEAL: u32 = 0x201;
 /// `MSR_KVM_SYSTEM_TIME_NEW` and `MSR_KVM_STEAL_TIME` (Documentation/virt/kvm/x86/msr.rst).
@@ -31,7 +31,7 @@ const MSRS: [(u32, u32); 2] = [(0x4b56_4d01, CLOCK), (0x4b56_4d03, STEAL)];
 const SECOND: u64 = 1_000_000_000;
 const ROUNDS: u64 = 2000;
 
-/// A VM whose vCPU leaves the guest again and again, by an access to a port.
+/// A VM whose vCPU leaves the guest in a loop, by an access to a port.
 struct Machine {
     vcpu: VcpuFd,
     kvm: Arc<VmFd>,
@@ -53,7 +53,7 @@ impl Machine {
         Self { vcpu, kvm, memory }
     }
 
-    /// Has KVM keep its pages. Returns whether it can.
+    /// Makes KVM use its pages. Returns whether it can.
     fn keep_pages(&self) -> bool {
         MSRS.iter().all(|&(index, page)| {
             let data = (u64::from(page) * PAGE_SIZE as u64) | 1;
@@ -74,22 +74,22 @@ impl Machine {
 
     fn word(&self, page: u32, offset: usize) -> u64 {
         let address = self.memory.ram().range(page, 1).page(0).wrapping_add(offset);
-        // SAFETY: within the page, at a multiple of eight bytes; KVM writes there, but not now.
+        // SAFETY: within the page, at a multiple of eight bytes. KVM writes there, but not at this moment.
         unsafe { address.cast::<u64>().read_volatile() }
     }
 
-    /// Versions of both pages, and the time of the clock's.
+    /// Returns the versions of both pages, and the time in the clock page.
     fn read(&self) -> (u32, u32, u64) {
         (self.word(CLOCK, 0) as u32, self.word(STEAL, 8) as u32, self.word(CLOCK, 16))
     }
 }
 
-/// Makes pages of another VM what those of the machine are.
+/// Copies the machine's pages to another VM.
 fn copy(from: &Ram, to: &Ram) {
     for page in [CLOCK, STEAL] {
         let (from, to) = (from.range(page, 1).page(0), to.range(page, 1).page(0).cast_mut());
         for offset in (0..PAGE_SIZE).step_by(8) {
-            // SAFETY: both are pages of guest RAM; KVM may write to the first meanwhile.
+            // SAFETY: both are pages of guest RAM. KVM may write to the first meanwhile.
             unsafe {
                 to.add(offset).cast::<u64>().write_volatile(from.add(offset).cast::<u64>().read_volatile())
             };
@@ -133,7 +133,7 @@ fn pages_that_kvm_writes_to_lose_no_write_when_they_are_merged() {
     }
     let mut merged = 0;
     let pass = |engine: &mut Engine| while engine.pass_step().is_none() {};
-    // One after the other: both pages are merged whenever KVM writes.
+    // First in turns: both pages are merged after each write of KVM.
     for round in 1..=50 {
         copy(&ram, &other);
         pass(&mut engine);
@@ -146,7 +146,7 @@ fn pages_that_kvm_writes_to_lose_no_write_when_they_are_merged() {
         assert!(!moves || now.1 > steal, "round {round}: steal time was {steal}, is {now:?}");
     }
     assert!(merged >= 50, "the pages were hardly ever merged");
-    // At the same time.
+    // Then at the same time.
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (machine, done) = (&mut machine, &done);

@@ -1,5 +1,5 @@
-//! Guest memory of one VM: one reservation of the host, seen three ways: by the sharing engine as
-//! pages ([`Ram`]), by device models as guest addresses ([`GuestMemory`]), by KVM as memory slots.
+//! Guest memory of one VM: one reservation of the host with three views. The sharing engine sees pages
+//! ([`Ram`]), device models see guest addresses ([`GuestMemory`]), and KVM sees memory slots.
 
 #![expect(unsafe_code, reason = "hands the addresses of guest RAM to vm-memory and to KVM")]
 
@@ -24,14 +24,14 @@ use crate::x86::layout::{RamRange, ram_ranges};
 pub struct MemorySlot {
     /// KVM's number of the slot.
     pub slot: u32,
-    /// Where it lies for the guest and in the reservation.
+    /// The range in the guest's address space and in the reservation.
     pub range: RamRange,
 }
 
 /// The RAM of one VM.
 ///
-/// [`GuestMemory`] is a view without ownership: whoever holds a clone of it gives it up before the
-/// last share of [`Ram`] goes. `Vm` sees to that by dropping devices and memory guard first.
+/// [`GuestMemory`] is a view without ownership. All clones of it must be dropped before the last share of
+/// [`Ram`]. `Vm` guarantees that by dropping devices and memory guard first.
 #[derive(Debug, Clone)]
 pub struct VmMemory {
     view: GuestMemory,
@@ -40,11 +40,10 @@ pub struct VmMemory {
 }
 
 impl VmMemory {
-    /// Reserves RAM of the given length, a multiple of the page size.
+    /// Reserves RAM of this length in bytes, a multiple of the page size.
     ///
-    /// Memory that is to be shared page by page (`small_pages`) is kept from becoming huge pages: a partly
-    /// remapped huge page frees nothing. Where huge pages are wanted all the same (`huge`), the sharing
-    /// engine splits those that it needs parts of.
+    /// With `small_pages`, the memory does not become huge pages: a partly remapped huge page frees nothing.
+    /// With `huge`, it does nevertheless, and the sharing engine splits the huge pages that it shares partly.
     pub(crate) fn reserve(bytes: u64, small_pages: bool, huge: HugePages) -> io::Result<Self> {
         let length = usize::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let ram = Arc::new(Ram::reserve(length)?);
@@ -56,7 +55,7 @@ impl VmMemory {
         let mut regions = Vec::with_capacity(2);
         let mut slots = Vec::with_capacity(2);
         for (slot, range) in (0..).zip(ram_ranges(bytes)) {
-            // Where the guest has 2 MiB, so has the host: KVM maps huge pages only then.
+            // Align the host address like the guest address, modulo 2 MiB. KVM maps huge pages only then.
             let offset = (host_address(&ram, range) as u64).wrapping_sub(range.gpa);
             debug_assert!(offset.is_multiple_of(HUGE_BYTES as u64), "{range:x?}");
             regions.push(region(&ram, range)?);
@@ -66,12 +65,12 @@ impl VmMemory {
         Ok(Self { view, slots, ram })
     }
 
-    /// Tells KVM of all RAM, which is to note writes where `logged`.
+    /// Registers all RAM with KVM, with a dirty log if `logged`.
     pub(crate) fn register(&self, vm: &VmFd, logged: bool) -> Result<(), kvm_ioctls::Error> {
         self.slots.iter().try_for_each(|slot| self.set_slot(vm, slot, logged))
     }
 
-    /// Tells KVM of a slot, or whether writes to it are to be noted from now on.
+    /// Registers a slot with KVM, or switches its dirty log on or off.
     pub(super) fn set_slot(
         &self,
         vm: &VmFd,
@@ -85,22 +84,22 @@ impl VmMemory {
             memory_size: range.bytes,
             userspace_addr: host_address(&self.ram, *range) as u64,
         };
-        // SAFETY: the slot lies within the reservation, which outlives the VM's file: `Vm` closes
-        // that first. Slots do not overlap, `ram_ranges` splits the length once.
+        // SAFETY: the slot lies within the reservation, which outlives the VM's file: `Vm` closes the file
+        // first. Slots do not overlap, because `ram_ranges` splits the length once.
         unsafe { vm.set_user_memory_region(region) }
     }
 
-    /// The reservation; page index = offset in it / 4096.
+    /// Returns the reservation. A page's index is its offset there / 4096.
     pub fn ram(&self) -> &Arc<Ram> {
         &self.ram
     }
 
-    /// RAM by guest physical address, with a dirty bitmap of what the VMM wrote itself.
+    /// Returns RAM by guest physical address, with a dirty bitmap of the VMM's own writes.
     pub fn view(&self) -> &GuestMemory {
         &self.view
     }
 
-    /// KVM's memory slots, by ascending address.
+    /// Returns KVM's memory slots, by ascending address.
     pub fn slots(&self) -> &[MemorySlot] {
         &self.slots
     }
@@ -115,7 +114,7 @@ fn region(ram: &Ram, range: RamRange) -> io::Result<GuestRegionMmap<AtomicBitmap
     const PAGE: NonZeroUsize = NonZeroUsize::new(PAGE_SIZE).expect("pages are not empty");
     let bytes = range.bytes as usize;
     // SAFETY: the range lies within the reservation, which outlives every user of the region (see
-    // `VmMemory`); the region is not the owner, so it unmaps nothing.
+    // `VmMemory`). The region does not own the memory, so it unmaps nothing.
     let mapping = unsafe {
         MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::new(bytes, PAGE))
             .with_raw_mmap_pointer(host_address(ram, range) as *mut u8)

@@ -99,13 +99,13 @@ impl VmState {
     }
 }
 
-/// Why a VM could not be built. The caller adds the VM's name.
+/// The reason why a VM could not be built. The caller adds the VM's name.
 #[derive(Debug, Error)]
 pub enum VmError {
     /// The configuration has a fault.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Kernel, initrd or command line.
+    /// The kernel, the initrd or the command line has a fault.
     #[error(transparent)]
     Boot(#[from] BootError),
     /// The memory could not be reserved.
@@ -165,7 +165,7 @@ pub enum VmError {
 }
 
 impl From<Infallible> for VmError {
-    /// A validated configuration stays one.
+    /// A validated configuration has no errors.
     fn from(never: Infallible) -> Self {
         match never {}
     }
@@ -222,7 +222,7 @@ pub struct Vm {
     threads: Vec<JoinHandle<()>>,
     notices: Vec<String>,
     console_log: Option<Log>,
-    // Fields are dropped in this order: what uses guest memory goes before it.
+    // Fields are dropped in this order: users of guest memory come before it.
     devices: Arc<Devices>,
     membership: Option<Membership>,
     _kvm: Arc<VmFd>,
@@ -433,13 +433,14 @@ impl Vm {
         log.reopen().map_err(|source| VmError::Console { path: log.path().display().to_string(), source })
     }
 
-    /// Asks the guest to shut down, by Ctrl-Alt-Del on its keyboard. Returns `false` if it reads nothing from there.
+    /// Asks the guest to shut down, with Ctrl-Alt-Del on its keyboard. Returns `false` if the guest does not
+    /// read its keyboard.
     pub fn ask_to_end(&self) -> bool {
         self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
     }
 
-    /// Types to the guest's console. Returns how many bytes were accepted, from the start. Once there is room for
-    /// more, the event given to [`Vm::set_serial_room_event`] is written.
+    /// Types to the guest's console. Returns how many bytes from the start were accepted. When there is room
+    /// again, the event of [`Vm::set_serial_room_event`] is written.
     pub fn serial_input(&self, data: &[u8]) -> usize {
         self.devices.serial_input(data)
     }
@@ -469,7 +470,7 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.handle.request_stop();
         for thread in self.threads.drain(..) {
-            // A panic has been told to standard error and is the VM's end; there is no more to do.
+            // A panic was reported on standard error and has ended the VM, so there is no more to do.
             let _ = thread.join();
         }
     }
@@ -512,8 +513,9 @@ fn create_machine(hypervisor: &Hypervisor) -> Result<VmFd, VmError> {
     Ok(kvm)
 }
 
-/// Adds interrupt controllers and timer to a machine that has its memory. In the other order, KVM would wait some
-/// milliseconds before it accepts the memory, until no processor can see the machine without these devices.
+/// Adds interrupt controllers and timer to a machine that already has its memory. In the other order, KVM
+/// would wait some milliseconds before it accepts the memory, until no processor sees the machine without
+/// these devices.
 fn add_interrupt_controllers(kvm: &VmFd) -> Result<(), VmError> {
     kvm.create_irq_chip().map_err(VmError::kvm("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -525,7 +527,7 @@ fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> 
     let topology = Topology {
         vcpu: number,
         vcpus: count,
-        // Hosts without a stable counter have no frequency to tell; guests then measure it.
+        // Hosts without a stable counter report no frequency. Guests then measure it.
         tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
         tsc_deadline: hypervisor.has_tsc_deadline,
     };

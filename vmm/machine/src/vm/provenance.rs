@@ -1,4 +1,4 @@
-//! Where the content of guest pages came from: reads of disks become hints to the sharing engine.
+//! The origin of guest pages: turns reads of disks into hints for the sharing engine.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -20,7 +20,7 @@ pub(super) struct DiskHints {
 }
 
 impl DiskHints {
-    /// Hints about what is read into the guest memory of `slots`.
+    /// Returns an object that reports reads into the guest memory of `slots`.
     pub(super) fn new(hints: HintSender, slots: Vec<MemorySlot>) -> Self {
         Self { hints, slots }
     }
@@ -37,15 +37,16 @@ impl ReadObserver for DiskHints {
     }
 }
 
-/// A number for an image. That two images may have the same costs an attempt at sharing, no more.
+/// Returns a number for an image. If two images have the same number, an attempt at sharing fails, and there
+/// is no other effect.
 fn image_number(image: ImageId) -> u32 {
     let mut hasher = DefaultHasher::new();
     image.hash(&mut hasher);
     hasher.finish() as u32
 }
 
-/// The whole pages within a range of guest memory that hold whole blocks: address, number of pages and
-/// number of the first block.
+/// Returns the whole pages within a range of guest memory that hold whole blocks: address, number of pages
+/// and number of the first block.
 fn whole_pages(address: u64, bytes: u64, offset: u64) -> Option<(u64, u32, u64)> {
     let skipped = address.next_multiple_of(PAGE) - address;
     let pages = bytes.checked_sub(skipped)? / PAGE;
@@ -54,7 +55,7 @@ fn whole_pages(address: u64, bytes: u64, offset: u64) -> Option<(u64, u32, u64)>
     aligned.then_some((address + skipped, u32::try_from(pages).ok()?, offset / PAGE))
 }
 
-/// The number of the page at a guest-physical address, where so many pages of RAM follow.
+/// Returns the number of the page at a guest physical address, if at least `pages` pages of RAM begin there.
 pub(super) fn page_of(slots: &[MemorySlot], address: u64, pages: u32) -> Option<u32> {
     let range = slots
         .iter()

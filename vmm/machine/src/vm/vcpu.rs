@@ -1,4 +1,4 @@
-//! A virtual CPU: its thread, and what happens each time it leaves the guest.
+//! A virtual CPU: its thread, and the handling of its VM exits.
 
 #![expect(unsafe_code, reason = "reads the page that a vCPU shares with KVM")]
 
@@ -18,7 +18,8 @@ use super::control::{Control, kick_signal};
 use super::crash::{CrashKind, CrashReport};
 use super::devices::Devices;
 
-/// Enough for device models that write to a console; only touched pages cost memory.
+/// Size of a thread's stack in bytes: enough for device models that write to a console. Untouched pages cost
+/// no memory.
 const STACK_BYTES: usize = 256 << 10;
 
 /// One vCPU, before and while it runs.
@@ -45,12 +46,12 @@ impl Vcpu {
     }
 
     fn run(mut self, member: usize, control: &Control) {
-        // The kick has to get through even if whoever started the VM blocks signals. It cannot fail:
-        // the signal is a valid one.
+        // The kick must arrive even if the thread that started the VM blocks signals. The call cannot fail,
+        // because the signal is valid.
         let _ = unblock_signal(kick_signal());
         let page = NonNull::from(self.fd.get_kvm_run()).cast::<u8>();
-        // SAFETY: the field lies within the shared page. `self`, and with it the mapping, is dropped
-        // after `member`, which is declared later.
+        // SAFETY: the field lies within the shared page. `self`, and with it the mapping, is dropped after
+        // `member`, which is declared later.
         let member = unsafe { control.join(member, page.add(offset_of!(kvm_run, immediate_exit))) };
         while member.may_run() {
             if let Some(end) = self.run_until_kicked() {
@@ -60,14 +61,14 @@ impl Vcpu {
         }
     }
 
-    /// Runs the guest until it ends (`Some`) or the vCPU was interrupted (`None`).
+    /// Runs the guest until the VM ends (`Some`) or the vCPU is interrupted (`None`).
     fn run_until_kicked(&mut self) -> Option<VmEnd> {
         loop {
             let crash = match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     let (data, bytes) = (data.as_ptr(), data.len());
                     let width = self.port_access_width();
-                    // SAFETY: KVM points to `bytes` bytes in the shared page, which nobody changes until
+                    // SAFETY: KVM points to `bytes` bytes in the shared page. Nothing changes them until
                     // KVM_RUN is entered again.
                     let data = unsafe { std::slice::from_raw_parts(data, bytes) };
                     // A string instruction makes several accesses to the same port.
@@ -80,7 +81,7 @@ impl Vcpu {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     let (data, bytes) = (data.as_mut_ptr(), data.len());
                     let width = self.port_access_width();
-                    // SAFETY: as above; the vCPU's thread alone writes there.
+                    // SAFETY: as above. Only the vCPU's thread writes there.
                     let data = unsafe { std::slice::from_raw_parts_mut(data, bytes) };
                     data.chunks_mut(width).for_each(|access| self.devices.port_read(port, access));
                     continue;
@@ -99,7 +100,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => CrashKind::TripleFault,
                 Ok(VcpuExit::FailEntry(reason, _)) => CrashKind::FailEntry { reason },
                 Ok(VcpuExit::InternalError) => {
-                    // SAFETY: KVM said by its exit reason that this is the union's field.
+                    // SAFETY: KVM's exit reason says that this field of the union is valid.
                     let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
                     CrashKind::InternalError { suberror }
                 }
@@ -121,9 +122,9 @@ impl Vcpu {
         }
     }
 
-    /// Bytes of one access of the port instruction that made KVM_RUN return.
+    /// Returns the width in bytes of one access of the port instruction that made KVM_RUN return.
     fn port_access_width(&mut self) -> usize {
-        // SAFETY: the callers have seen a port exit, for which this is the union's field.
+        // SAFETY: the callers have seen a port exit, so this field of the union is valid.
         let width = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
         usize::from(width).max(1)
     }

@@ -1,5 +1,4 @@
-//! What the CPUID instruction tells the guest: what KVM can run on this host, with each vCPU's own
-//! number and topology filled in.
+//! The guest's CPUID: the features that KVM supports on this host, with each vCPU's number and topology.
 //!
 //! Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E; Linux'
 //! Documentation/virt/kvm/x86/cpuid.rst.
@@ -9,7 +8,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 const HYPERVISOR_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_STEAL_TIME: u32 = 1 << 5;
-/// Asks for what is in the page of steal time.
+/// The TLB flush that uses the page of steal time.
 const KVM_PV_TLB_FLUSH: u32 = 1 << 9;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const LEAF_1_ECX_VMX: u32 = 1 << 5;
@@ -19,27 +18,27 @@ const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_MULTITHREADING: u32 = 1 << 28;
 const EXTENDED_1_ECX_SVM: u32 = 1 << 2;
 const EXTENDED_1_ECX_SKINIT: u32 = 1 << 12;
-/// What the processor's own virtualization of AMD can do.
+/// Features of AMD's virtualization.
 const SVM_FEATURES: u32 = 0x8000_000a;
-/// Encryption of guests' memory, of AMD.
+/// AMD's encryption of guest memory.
 const ENCRYPTION: u32 = 0x8000_001f;
 /// Frequency of the APIC bus that KVM emulates.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
-/// What differs between vCPUs, VMs and hosts.
+/// The values that differ between vCPUs, VMs and hosts.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Topology {
-    /// Number of the vCPU, which is its APIC id as well.
+    /// Number of the vCPU, which is also its APIC id.
     pub(crate) vcpu: u32,
     /// Number of vCPUs: cores of one package, one thread each.
     pub(crate) vcpus: u32,
-    /// Frequency of the guest's time stamp counter, if KVM knows.
+    /// Frequency of the guest's time stamp counter in kHz, if KVM knows it.
     pub(crate) tsc_khz: Option<u32>,
-    /// KVM emulates the APIC timer's deadline mode.
+    /// Whether KVM emulates the APIC timer's deadline mode.
     pub(crate) tsc_deadline: bool,
 }
 
-/// The CPUID entries of one vCPU, from those that KVM supports.
+/// Returns the CPUID entries of one vCPU, made from the entries that KVM supports.
 pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, String> {
     let mut entries = supported.as_slice().to_vec();
     for entry in &mut entries {
@@ -60,7 +59,7 @@ pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, S
 
 fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     let Topology { vcpu, vcpus, tsc_deadline, .. } = topology;
-    // The number of bits that tell the cores of the package apart.
+    // The number of bits that distinguish the cores of the package.
     let core_bits = vcpus.next_power_of_two().trailing_zeros();
     match entry.function {
         1 => {
@@ -71,7 +70,7 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
             }
             set_bit(&mut entry.edx, LEAF_1_EDX_MULTITHREADING, vcpus > 1);
         }
-        // Caches, on Intel and on AMD: levels 1 and 2 belong to a core, level 3 to the package.
+        // Caches on Intel and on AMD: levels 1 and 2 belong to a core, level 3 to the package.
         4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = (entry.eax >> 5) & 7;
             let sharers = if level >= 3 { vcpus } else { 1 };
@@ -101,9 +100,9 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     }
 }
 
-/// Keeps guests from guests of their own: for these KVM pins pages (virtual-APIC page, posted-interrupt
-/// descriptor) that sharing remaps. Without the bits KVM refuses the guest the instructions, and the MSRs that
-/// describe them (IA32_FEATURE_CONTROL's VMX bits, IA32_VMX_*, EFER.SVME, VM_CR, VM_HSAVE_PA).
+/// Prevents nested guests. For them, KVM pins pages (virtual-APIC page, posted-interrupt descriptor) that
+/// sharing remaps. Without these bits, KVM refuses the instructions, and the MSRs that describe them
+/// (IA32_FEATURE_CONTROL's VMX bits, IA32_VMX_*, EFER.SVME, VM_CR, VM_HSAVE_PA).
 fn hide_virtualization(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         1 => entry.ecx &= !(LEAF_1_ECX_VMX | LEAF_1_ECX_SMX),
@@ -123,9 +122,9 @@ fn set_bit(word: &mut u32, bit: u32, on: bool) {
     }
 }
 
-/// Adds the leaf that tells the frequencies of TSC and APIC, so that a guest need not measure them.
+/// Adds the leaf with the frequencies of TSC and APIC, so that a guest need not measure them.
 fn add_timing(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
-    // Without KVM's own leaves nothing leads a guest to this one.
+    // Guests find this leaf only through KVM's own leaves.
     let Some(signature) = entries.iter_mut().find(|e| e.function == HYPERVISOR_SIGNATURE) else { return };
     signature.eax = signature.eax.max(HYPERVISOR_TIMING);
     entries.retain(|entry| entry.function != HYPERVISOR_TIMING);
@@ -137,7 +136,7 @@ fn add_timing(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
     });
 }
 
-/// Keeps guests from asking for a page of steal time: what KVM offers by its own leaf.
+/// Removes the page of steal time from the features in KVM's own leaf.
 pub(crate) fn without_steal_time(supported: &CpuId) -> Result<CpuId, String> {
     let mut entries = supported.as_slice().to_vec();
     for entry in entries.iter_mut().filter(|entry| entry.function == KVM_FEATURES) {
@@ -146,9 +145,9 @@ pub(crate) fn without_steal_time(supported: &CpuId) -> Result<CpuId, String> {
     CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
 }
 
-/// Whether KVM of this kernel keeps the page of steal time by its frame, and hears of no remap: Linux 5.6 to
-/// 5.15. What it writes there would be lost once the page was merged. Earlier kernels are not told apart: some
-/// were given the same.
+/// Returns whether this kernel's KVM keeps the frame of the page of steal time and does not notice a remap:
+/// Linux 5.6 to 5.15. Its writes would be lost after a merge of the page. Earlier kernels count as affected
+/// too, because some of them have the same code.
 pub(crate) fn holds_steal_time(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().ok());
     match (numbers.next().flatten(), numbers.next().flatten()) {
@@ -157,8 +156,8 @@ pub(crate) fn holds_steal_time(release: &str) -> bool {
     }
 }
 
-/// Completes what KVM says it supports: older kernels list the topology leaf 0xb once, or not at all
-/// below its second level, and a guest needs both levels.
+/// Completes KVM's list of supported entries. A guest needs both levels of the topology leaf 0xb. Older
+/// kernels list it once, or not at all below its second level.
 pub(crate) fn complete(supported: &CpuId) -> Result<CpuId, String> {
     let mut entries = supported.as_slice().to_vec();
     for leaf in [0xb, 0x1f] {
@@ -175,10 +174,11 @@ pub(crate) fn complete(supported: &CpuId) -> Result<CpuId, String> {
     CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
 }
 
-/// Bits of guest physical addresses that guests can use: those of the processor, or fewer where KVM says so.
+/// Returns the number of bits in guest physical addresses that guests can use: the processor's, or fewer if
+/// KVM says so.
 pub(crate) fn address_bits(supported: &CpuId) -> u32 {
     const SIZES: u32 = 0x8000_0008;
-    /// Of a processor that does not tell.
+    /// The number for a processor that reports none.
     const LEAST: u32 = 36;
     let eax = supported.as_slice().iter().find(|entry| entry.function == SIZES).map_or(0, |entry| entry.eax);
     let told = [eax & 0xff, eax >> 16 & 0xff];

@@ -14,13 +14,13 @@ use samepage_devices::doorbell::DOORBELL_BYTES;
 use samepage_hole::{FrameRange, bytes_for};
 use samepage_sharing::PAGE_SIZE;
 
-/// End of the RAM below 4 GiB; above it lies the gap for devices.
+/// End of the RAM below 4 GiB. The gap for devices begins here.
 pub const LOW_RAM_MAX: u64 = 0xc000_0000;
-/// Where RAM goes on above the gap.
+/// Start of the RAM above the gap.
 pub const HIGH_RAM_START: u64 = 1 << 32;
-/// The smallest RAM a VM can be given: the boot structures and 1 MiB for a kernel.
+/// The smallest RAM of a VM: the boot structures and 1 MiB for a kernel.
 pub const MIN_RAM: u64 = 2 << 20;
-/// The largest RAM of a VM: less pages than 32 bits can number.
+/// The largest RAM of a VM: fewer pages than 32 bits can number.
 pub const MAX_RAM: u64 = (1 << 43) - HIGH_RAM_START;
 
 /// Start of "high memory", where kernels are loaded.
@@ -28,8 +28,8 @@ pub const HIMEM_START: u64 = 0x10_0000;
 /// End of the RAM below 1 MiB that guests may use.
 pub const EBDA_START: u64 = 0x9_fc00;
 
-/// The multiprocessor table and the pointer to it, in the last KiB below 640 KiB, where kernels look
-/// before they search the BIOS's area.
+/// The multiprocessor table and the pointer to it, in the last KiB below 640 KiB. Kernels search there before
+/// the BIOS area.
 pub(crate) const MP_TABLE: u64 = EBDA_START;
 
 pub(crate) const GDT_START: u64 = 0x500;
@@ -43,26 +43,26 @@ pub(crate) const PDPT: u64 = 0xa000;
 /// Four page directories that map the first 4 GiB.
 pub(crate) const PAGE_DIRECTORIES: u64 = 0xb000;
 pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
-/// Longest command line, its terminating NUL included: Linux' COMMAND_LINE_SIZE on x86.
+/// Longest command line, including its terminating NUL: Linux' COMMAND_LINE_SIZE on x86.
 pub const COMMAND_LINE_MAX: usize = 2048;
 
-/// First virtio-mmio device; the others follow, 4 KiB apart.
+/// Address of the first virtio-mmio device. The others follow at steps of 4 KiB.
 pub const MMIO_START: u64 = 0xd000_0000;
 pub(crate) const MMIO_STRIDE: u64 = 0x1000;
-/// Lines of the legacy interrupt controllers that no legacy device claims (0 timer, 1 keyboard,
-/// 2 cascade, 3 and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
+/// Lines of the legacy interrupt controllers that no legacy device uses (0 timer, 1 keyboard, 2 cascade, 3
+/// and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
 pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
 pub(crate) const KEYBOARD_IRQ: u32 = 1;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
 
-/// Registers of KVM's interrupt controllers, where every PC has them.
+/// Registers of KVM's interrupt controllers, at the usual addresses of a PC.
 pub(crate) const IO_APIC: u64 = 0xfec0_0000;
 pub(crate) const LOCAL_APIC: u64 = 0xfee0_0000;
 
-/// One page that Intel hardware without unrestricted guests needs for real mode, out of RAM's way.
+/// A page for real mode on Intel hardware without unrestricted guests, outside RAM.
 pub(crate) const IDENTITY_MAP: u64 = 0xfeff_c000;
-/// Three pages for the same purpose, right behind it.
+/// Three pages for the same purpose, directly after it.
 pub(crate) const TSS: u64 = IDENTITY_MAP + PAGE_SIZE as u64;
 const KVM_PAGES: u64 = 4 * PAGE_SIZE as u64;
 
@@ -75,25 +75,25 @@ const _: () = {
     assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA_START);
 };
 
-/// A run of guest RAM: contiguous for the guest as well as in the host's reservation.
+/// A run of guest RAM that is contiguous for the guest and in the host's reservation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamRange {
-    /// Guest physical address of its first byte.
+    /// Guest physical address of the first byte.
     pub gpa: u64,
-    /// Offset of its first byte in the VM's reservation.
+    /// Offset of the first byte in the VM's reservation.
     pub ram_offset: u64,
-    /// Length.
+    /// Length in bytes.
     pub bytes: u64,
 }
 
-/// Splits RAM of the given length around the gap: one range, or two.
+/// Splits RAM of this length around the gap, into one or two ranges.
 pub fn ram_ranges(bytes: u64) -> Vec<RamRange> {
     let low = RamRange { gpa: 0, ram_offset: 0, bytes: bytes.min(LOW_RAM_MAX) };
     let high = RamRange { gpa: HIGH_RAM_START, ram_offset: LOW_RAM_MAX, bytes: bytes - low.bytes };
     if high.bytes == 0 { vec![low] } else { vec![low, high] }
 }
 
-/// The RAM of the given length by page frames, in the order of the RAM's pages.
+/// Returns RAM of this length as ranges of page frames, in the order of the RAM's pages.
 pub(crate) fn frame_ranges(bytes: u64) -> Vec<FrameRange> {
     // RAM ends below 2^43 bytes, so 31 bits number its page frames.
     let frame = |bytes: u64| (bytes / PAGE_SIZE as u64) as u32;
@@ -101,7 +101,7 @@ pub(crate) fn frame_ranges(bytes: u64) -> Vec<FrameRange> {
     ranges.map(|range| FrameRange { first: frame(range.gpa), count: frame(range.bytes) }).collect()
 }
 
-/// Where the memory hole of a VM lies. The page behind it is its doorbell.
+/// The address range of a VM's memory hole. The page after it is the doorbell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct HoleRange {
     pub(crate) start: u64,
@@ -109,10 +109,10 @@ pub(crate) struct HoleRange {
 }
 
 impl HoleRange {
-    /// The place for the hole of a guest with RAM of the given length: in the gap below 4 GiB where it fits
-    /// in before the devices, otherwise above all RAM.
+    /// Returns the range for a guest with RAM of this length: in the gap below 4 GiB if it fits before the
+    /// devices, otherwise above all RAM.
     pub(crate) fn of(ram_bytes: u64) -> Self {
-        /// Kernels map high memory by pages of this size.
+        /// The page size with which kernels map high memory.
         const ALIGNMENT: u64 = 1 << 30;
         let ram_end = ram_ranges(ram_bytes).last().map_or(0, |range| range.gpa + range.bytes);
         let frames = frame_ranges(ram_bytes).last().map_or(0, |range| range.first + range.count);
@@ -121,18 +121,18 @@ impl HoleRange {
         if low.end() <= MMIO_START { low } else { Self { start: ram_end.next_multiple_of(ALIGNMENT), bytes } }
     }
 
-    /// Address of the doorbell.
+    /// Returns the address of the doorbell.
     pub(crate) fn doorbell(self) -> u64 {
         self.start + self.bytes
     }
 
-    /// The first address behind hole and doorbell.
+    /// Returns the first address after hole and doorbell.
     pub(crate) fn end(self) -> u64 {
         self.doorbell() + DOORBELL_BYTES
     }
 }
 
-/// What the guest is told of a range of its physical addresses.
+/// The type of a range in the guest's memory map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MapKind {
     Ram,
@@ -140,7 +140,7 @@ pub(crate) enum MapKind {
 }
 
 impl MapKind {
-    /// The type's number, the same in e820 and in PVH's memory map.
+    /// Returns the type's number, the same in e820 and in PVH's memory map.
     pub(crate) fn number(self) -> u32 {
         match self {
             MapKind::Ram => 1,
@@ -149,7 +149,7 @@ impl MapKind {
     }
 }
 
-/// One line of the memory map.
+/// An entry of the memory map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MapEntry {
     pub(crate) start: u64,
@@ -157,7 +157,7 @@ pub(crate) struct MapEntry {
     pub(crate) kind: MapKind,
 }
 
-/// The memory map of a guest with RAM of the given length, and with a memory hole or without, by ascending
+/// Returns the memory map of a guest with RAM of this length, with or without a memory hole, by ascending
 /// address.
 pub(crate) fn memory_map(bytes: u64, hole: Option<HoleRange>) -> Vec<MapEntry> {
     let low_end = bytes.min(LOW_RAM_MAX);

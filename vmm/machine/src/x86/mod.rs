@@ -1,5 +1,5 @@
-//! What an x86-64 guest finds at its start: address space, CPU identification, registers, and how
-//! its interrupts are wired.
+//! The state of an x86-64 machine at its start: address space, CPU identification, registers and interrupt
+//! wiring.
 
 pub(crate) mod cpuid;
 pub mod layout;

@@ -1,8 +1,9 @@
-//! The table that tells a kernel without ACPI of its processor and its interrupt controllers.
+//! The multiprocessor table, which describes the processor and the interrupt controllers to a kernel without
+//! ACPI.
 //!
-//! Kernels look for its floating pointer in the last KiB of conventional memory, among other places,
-//! and without one they search all of them and do without the IO-APIC. KVM's default routing leads
-//! interrupt line N to the IO-APIC's pin N, and so says the table.
+//! Kernels search for its floating pointer in several places, first in the last KiB of conventional memory.
+//! Without a pointer, they search all places and then do not use the IO-APIC. KVM's default routing connects
+//! interrupt line N to pin N of the IO-APIC. The table says the same.
 //!
 //! Source: Intel MultiProcessor Specification 1.4, chapter 4. All fields are little-endian.
 
@@ -27,33 +28,33 @@ const LOCAL_INTERRUPT: u8 = 4;
 
 const ENABLED: u8 = 1;
 const BOOT_PROCESSOR: u8 = 2;
-/// Family 6, and the two features that matter here: a floating-point unit and a local APIC. Kernels ask
-/// CPUID for the rest.
+/// Family 6, and the two features that matter here: a floating-point unit and a local APIC. Kernels use CPUID
+/// for the other features.
 const SIGNATURE: u32 = 0x600;
 const FEATURES: u32 = 1 << 9 | 1;
-/// Versions that KVM's controllers give in their registers.
+/// The versions in the registers of KVM's controllers.
 const LOCAL_APIC_VERSION: u8 = 0x14;
 const IO_APIC_VERSION: u8 = 0x11;
 
-/// The one processor's APIC. The IO-APIC's number is to differ from every processor's.
+/// The processor's APIC. The IO-APIC's number must differ from every processor's.
 const BOOT_APIC_ID: u8 = 0;
 const IO_APIC_ID: u8 = 1;
 const ALL_LOCAL_APICS: u8 = 0xff;
 const ISA_BUS: u8 = 0;
-/// The line between the two 8259 controllers, which no device has.
+/// The line between the two 8259 controllers, which has no device.
 const CASCADE: u8 = 2;
 
-/// How an interrupt is delivered.
+/// The delivery of an interrupt.
 const VECTORED: u8 = 0;
 const NMI: u8 = 1;
 const EXTERNAL: u8 = 3;
 
-/// Writes the floating pointer and, behind it, the table of a machine with one processor.
+/// Writes the floating pointer, and after it the table of a machine with one processor.
 pub(crate) fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write_slice(&bytes(), GuestAddress(MP_TABLE))
 }
 
-/// Pointer and table, as they lie at [`MP_TABLE`].
+/// Returns pointer and table, as they lie at [`MP_TABLE`].
 fn bytes() -> Vec<u8> {
     let entries = entries();
     let table_bytes = HEADER_BYTES + entries.iter().map(Vec::len).sum::<usize>();
@@ -78,7 +79,7 @@ fn bytes() -> Vec<u8> {
     bytes
 }
 
-/// The entries, by ascending type as the specification wants them.
+/// Returns the entries by ascending type, as the specification requires.
 fn entries() -> Vec<Vec<u8>> {
     let mut processor = vec![PROCESSOR, BOOT_APIC_ID, LOCAL_APIC_VERSION, ENABLED | BOOT_PROCESSOR];
     processor.extend(SIGNATURE.to_le_bytes());
@@ -89,7 +90,7 @@ fn entries() -> Vec<Vec<u8>> {
     let mut io_apic = vec![IO_APIC_ENTRY, IO_APIC_ID, IO_APIC_VERSION, ENABLED];
     io_apic.extend((IO_APIC as u32).to_le_bytes());
     let lines = (0..16).filter(|&line| line != CASCADE);
-    // Zero flags: polarity and trigger as on the bus, which for ISA is a rising edge.
+    // Zero flags: polarity and trigger of the bus, which for ISA is a rising edge.
     let interrupts = lines.map(|line| vec![IO_INTERRUPT, VECTORED, 0, 0, ISA_BUS, line, IO_APIC_ID, line]);
     let local = [
         vec![LOCAL_INTERRUPT, EXTERNAL, 0, 0, ISA_BUS, 0, BOOT_APIC_ID, 0],
@@ -98,12 +99,12 @@ fn entries() -> Vec<Vec<u8>> {
     [processor, bus, io_apic].into_iter().chain(interrupts).chain(local).collect()
 }
 
-/// The byte that brings the sum of all to zero.
+/// Returns the byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
 }
 
-/// The pointer lies where kernels look for it, on a boundary of 16 bytes, in what is no RAM for them.
+/// The pointer is where kernels search for it, on a boundary of 16 bytes, outside their RAM.
 const _: () = assert!(MP_TABLE.is_multiple_of(16) && MP_TABLE + 1024 <= HIMEM_START);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! State of a vCPU at its first instruction, and the tables in guest memory that it relies on.
+//! The state of a vCPU at its first instruction, and the tables in guest memory that this state needs.
 //!
 //! Sources: PVH boot ABI (Xen's docs/misc/pvh.pandoc); Linux' Documentation/arch/x86/boot.rst, 64-bit
 //! boot protocol; Intel SDM volume 3A.
@@ -19,14 +19,14 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// The one bit of RFLAGS that is always set.
+/// The bit of RFLAGS that is always set.
 const RFLAGS_RESERVED: u64 = 2;
 
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_LARGE: u64 = 1 << 7;
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// Selectors as Linux' boot protocol asks for them.
+/// The selectors of Linux' boot protocol.
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
@@ -45,7 +45,7 @@ const APIC_DELIVERY_MODE: u32 = 0x700;
 const APIC_DELIVER_NMI: u32 = 0x400;
 const APIC_DELIVER_EXTINT: u32 = 0x700;
 
-/// A flat segment in the form of the processor's hidden registers.
+/// Returns a flat segment in the form of the processor's hidden registers.
 fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     let is_tss = selector == TSS_SELECTOR;
     let is_code = selector == CODE_SELECTOR;
@@ -66,7 +66,7 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// A segment as the 8 bytes of a descriptor.
+/// Returns a segment as the 8 bytes of a descriptor.
 fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
     let flag = |bit: u8, at: u32| u64::from(bit) << at;
@@ -111,7 +111,7 @@ pub(crate) fn write_tables(memory: &GuestMemory, entry: Entry) -> Result<(), Gue
     Ok(())
 }
 
-/// Sets the vCPU that boots to the first instruction of the kernel.
+/// Sets the boot vCPU to the first instruction of the kernel.
 pub(crate) fn set_up(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
     let mut system = vcpu.get_sregs()?;
     set_system_registers(&mut system, entry);
@@ -158,21 +158,21 @@ fn general_registers(entry: Entry) -> kvm_regs {
     }
 }
 
-/// Sets what firmware would have set. All other MSRs are as KVM resets them.
+/// Sets the MSRs that firmware would set. KVM resets the others.
 fn set_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     for (index, data) in
         [(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEFAULT_TYPE, MTRR_ENABLED_WRITE_BACK)]
     {
         let entry = kvm_msr_entry { index, data, ..Default::default() };
         let msrs = Msrs::from_entries(&[entry]).expect("one entry is within KVM's limit");
-        // A kernel that does not know one of them sets none and returns 0: the guest then finds the
-        // register as the kernel left it, and does without fast strings or write-back defaults.
+        // A kernel without support for a register sets none and returns 0. The guest then finds the
+        // register's reset value, and works without fast strings or write-back defaults.
         vcpu.set_msrs(&msrs)?;
     }
     Ok(())
 }
 
-/// Wires the local APIC as firmware does: legacy interrupts on LINT0, NMI on LINT1.
+/// Connects the local APIC as firmware does: legacy interrupts on LINT0, NMI on LINT1.
 fn set_local_interrupts(lapic: &mut kvm_lapic_state) {
     for (register, mode) in [(APIC_LVT_LINT0, APIC_DELIVER_EXTINT), (APIC_LVT_LINT1, APIC_DELIVER_NMI)] {
         let bytes = &mut lapic.regs[register..register + 4];

@@ -1,4 +1,4 @@
-//! A cache that checks what it was promised.
+//! A cache that checks the calls of disks.
 
 #![expect(unsafe_code, reason = "a cache hands out memory by address")]
 
@@ -19,7 +19,7 @@ struct UnderWay {
     image: ImageId,
     first: u64,
     targets: Vec<GuestAddress>,
-    /// Blocks that were written meanwhile.
+    /// Blocks that were written during the fetch.
     stale: Vec<bool>,
 }
 
@@ -33,13 +33,13 @@ struct State {
     begun_writes: usize,
 }
 
-/// Keeps every block but each seventh, which it has no place for.
+/// Keeps all blocks except each seventh, for which it has no room.
 pub(super) struct FakeCache {
     guest: GuestMemory,
     state: Mutex<State>,
 }
 
-/// Pages of the host's.
+/// Memory of the host.
 struct Pages(Mutex<Vec<u8>>);
 
 impl FakeCache {
@@ -58,7 +58,7 @@ impl FakeCache {
         let stale = vec![false; targets.len()];
         state.fetches.insert(token, UnderWay { image: read.image, first, targets, stale });
         let lease: Arc<dyn Any + Send + Sync> = pages;
-        // SAFETY: aligned, within the allocation that the lease keeps, and used by nobody else.
+        // SAFETY: aligned, within the allocation that the lease keeps, and unused by others.
         unsafe { Fetch::new(first, blocks.len() as u32, NonNull::new(aligned).unwrap(), token, lease) }
     }
 }
@@ -99,7 +99,7 @@ impl BlockCache for FakeCache {
             state.failed_fetches += 1;
             return Ok(());
         }
-        // SAFETY: the fetch is over, so nobody writes there; its lease keeps the memory.
+        // SAFETY: the fetch has ended, so nothing writes there. The lease keeps the memory.
         let data = unsafe { std::slice::from_raw_parts(fetch.buffer().as_ptr(), fetch.bytes()) };
         for (i, block) in data.chunks(BLOCK).enumerate() {
             self.guest.write_slice(block, under_way.targets[i]).map_err(io::Error::other)?;
@@ -124,7 +124,7 @@ impl BlockCache for FakeCache {
 
     fn end_write(&self, image: ImageId, blocks: Range<u64>) {
         let mut state = self.state.lock().unwrap();
-        // Whatever was read while it was being written may be either.
+        // A block that was read during a write may have the old or the new content.
         for fetch in state.fetches.values_mut().filter(|fetch| fetch.image == image) {
             for (i, stale) in fetch.stale.iter_mut().enumerate() {
                 *stale |= blocks.contains(&(fetch.first + i as u64));
@@ -145,7 +145,7 @@ impl Drop for FakeCache {
     }
 }
 
-/// An image that notices whether the cache knows of what it is asked to write.
+/// An image that checks whether the cache knows of each write.
 struct Watched {
     disk: MemoryDisk,
     cache: Arc<FakeCache>,
@@ -244,16 +244,16 @@ fn blocks_are_read_once_and_partly_read_blocks_go_past_the_cache() {
 
     let counts =
         |stats: &BlockStats| (stats.blocks_fetched.load(Relaxed), stats.blocks_from_host.load(Relaxed));
-    // Two sectors, eight blocks of which one is not wanted, one sector.
+    // Two sectors, eight blocks (one is not wanted), one sector.
     assert_eq!(driver.read_sectors(6, 67).unwrap(), data[6 * SECTOR..73 * SECTOR]);
     assert_eq!(counts(&stats), (7, 0));
     assert_eq!(driver.read_sectors(6, 67).unwrap(), data[6 * SECTOR..73 * SECTOR]);
     assert_eq!(counts(&stats), (7, 7));
-    // A block in two places of guest memory cannot be delivered.
+    // The cache cannot deliver a block to two places of guest memory.
     assert_eq!(driver.request(READ, 80, &[(DATA, 1000, true), (DATA + 0x2000, 3096, true)]).0, OK);
     assert_eq!(counts(&stats), (7, 7));
 
-    // The file gets shorter: what is cached is there, what is not is an error, and no fetch is left.
+    // The file is truncated: cached blocks can be read, others give an error, and no fetch is left.
     fs_truncate(&path, 64 * SECTOR as u64);
     assert_eq!(driver.read_sectors(64, 8).unwrap(), data[64 * SECTOR..72 * SECTOR], "as it was");
     assert_eq!(driver.read_sectors(200, 32), Err(IO_ERROR));

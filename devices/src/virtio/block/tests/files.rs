@@ -60,7 +60,7 @@ fn a_file_that_shrinks_under_direct_io_does_so_too() {
         assert!(driver.read_sectors(0, 16).is_ok());
         assert_eq!(driver.read_sectors(16, 1), Err(IO_ERROR));
         assert_eq!(driver.read_sectors(40, 8), Err(IO_ERROR));
-        // Nor is there anything that part of a block could be written back with.
+        // There is also no data with which part of a block could be written back.
         assert_eq!(driver.write_sectors(41, &[1; SECTOR]), if align.is_some() { IO_ERROR } else { OK });
         assert_eq!(driver.write_sectors(48, &[1; 16 * SECTOR]), OK, "whole blocks make the file longer");
         assert_eq!(driver.read_sectors(48, 16).unwrap(), [1; 16 * SECTOR]);
@@ -100,7 +100,7 @@ fn a_file_that_ends_within_a_block_goes_through_the_page_cache() {
 
 #[test]
 fn a_file_system_without_direct_io_is_used_all_the_same() {
-    // Files in memory may know direct I/O or not, by the kernel's age.
+    // Files in memory support direct I/O or not, depending on the kernel's age.
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else { return };
     let path = directory.path().join("raw");
     let disk = super::targets::raw(&path, &[0x11; 64 * SECTOR], CachePolicy::None, Engine::Auto, None);
@@ -117,7 +117,7 @@ fn a_file_system_without_direct_io_is_used_all_the_same() {
 fn threads_do_the_work_where_io_uring_is_denied() {
     use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
 
-    // A filter holds for the thread that asks for it and for those that it starts.
+    // A filter applies to the thread that sets it and to the threads that this thread starts.
     let denied = std::thread::spawn(|| {
         let refuse = SeccompAction::Errno(libc::EPERM as u32);
         let rules = [(libc::SYS_io_uring_setup, Vec::new())].into_iter().collect();

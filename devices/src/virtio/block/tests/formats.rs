@@ -1,4 +1,4 @@
-//! Images with features of QEMU's: each works, or is refused with the command that makes one which does.
+//! Images with features of QEMU: each works, or is refused with a command that makes an image that works.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -10,7 +10,7 @@ use super::*;
 
 const SIZE: usize = 1 << 20;
 
-/// A folder with a raw image in it, `source`; none where qemu-img is not there.
+/// A folder with a raw image, `source`; `None` if qemu-img is missing.
 struct Folder {
     directory: tempfile::TempDir,
     data: Vec<u8>,
@@ -30,7 +30,7 @@ impl Folder {
         self.directory.path().join(name)
     }
 
-    /// An image that holds the data, made with options of qemu-img's.
+    /// Returns an image that holds the data, made with options of qemu-img.
     fn image(&self, name: &str, options: &str) -> Option<PathBuf> {
         self.convert(name, &["-o", options])
     }
@@ -61,8 +61,8 @@ fn open(path: &Path, read_only: bool) -> Result<Disk, OpenError> {
     Disk::open(&DiskOptions { format: Some(Format::Qcow2), read_only, ..DiskOptions::new(path) })
 }
 
-/// Checks that an image is refused both ways and not changed, and that the command in the sentence makes one
-/// that holds `data`.
+/// Checks that an image is refused for reading and writing and is not changed. The command in the error must
+/// make an image that holds `data`.
 fn refused(path: &Path, part: &str, data: &[u8]) -> String {
     let before = fs::read(path).unwrap();
     let [error, other] = [true, false].map(|read_only| open(path, read_only).unwrap_err().to_string());
@@ -91,7 +91,7 @@ fn holds(disk: &Disk, data: &[u8]) {
     assert!(found == data, "the disk holds something else");
 }
 
-/// Writes here and there, zeroes a part, and has qemu-img look at the result.
+/// Writes in several places, zeros a range, and checks the result with qemu-img.
 fn writes_well(path: &Path, mut data: Vec<u8>) -> Vec<u8> {
     {
         let disk = open(path, false).unwrap();
@@ -124,7 +124,7 @@ fn set_feature(path: &Path, bit: u32) {
     file.write_all_at(&features.to_be_bytes(), 72).unwrap();
 }
 
-/// Makes the record of the backing file's format one of something unknown.
+/// Replaces the recorded format of the backing file with an unknown one.
 fn forget_backing_format(path: &Path) {
     let mut image = fs::read(path).unwrap();
     let kind = 0xe279_2aca_u32.to_be_bytes();
@@ -160,7 +160,7 @@ fn features_that_are_not_understood_are_refused() {
     let path = folder.image("extended", "extended_l2=on,cluster_size=64k").unwrap();
     refused(&path, "extended L2 entries", &folder.data);
 
-    // Of what nobody knows there is no command that would help for sure.
+    // For an unknown feature there is no command that certainly helps.
     let path = folder.image("unknown", "compat=1.1").unwrap();
     set_feature(&path, 40);
     let error = open(&path, true).unwrap_err().to_string();
@@ -197,7 +197,7 @@ fn backing_files_are_checked_as_well() {
     {
         assert!(error.contains(part), "{error}");
     }
-    // Other formats are named, and so are files that are none.
+    // The error names other formats, and files without a format.
     qemu_img(
         &["convert", "-q", "-f", "raw", "-O", "vmdk", folder.path("source").to_str().unwrap()],
         &folder.path("vmdk"),
@@ -216,7 +216,7 @@ fn backing_files_are_checked_as_well() {
 #[test]
 fn a_backing_format_that_is_not_recorded_is_guessed_where_that_is_safe() {
     let Some(folder) = Folder::new() else { return };
-    // Version 2 records it too, where QEMU puts it.
+    // Version 2 also records the format, in QEMU's place for it.
     for (name, options, recorded) in
         [("recorded", "compat=0.10", true), ("missing", "compat=1.1", false), ("lost", "compat=0.10", false)]
     {
@@ -227,7 +227,7 @@ fn a_backing_format_that_is_not_recorded_is_guessed_where_that_is_safe() {
         holds(&open(&path, true).unwrap(), &folder.data);
         writes_well(&path, folder.data.clone());
     }
-    // What looks like an image and refers to another file may have been written by a guest.
+    // A guest may have written a file that looks like an image and refers to another file.
     folder.overlay("middle", "source", ",backing_fmt=raw");
     let path = folder.overlay("top", "middle", ",backing_fmt=qcow2");
     forget_backing_format(&path);
@@ -236,7 +236,7 @@ fn a_backing_format_that_is_not_recorded_is_guessed_where_that_is_safe() {
     let run = Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(run.status.success(), "{command}: {run:?}");
     holds(&open(&path, true).unwrap(), &folder.data);
-    // A version 2 overlay that says raw of what looks like an image gets its bytes.
+    // If a version 2 overlay says that a base with an image's header is raw, the disk shows the base's bytes.
     let middle = fs::read(folder.path("middle")).unwrap();
     let path = folder.overlay("bytes", "middle", ",compat=0.10,backing_fmt=raw");
     holds(&open(&path, true).unwrap(), &middle[..4096]);
@@ -292,7 +292,7 @@ fn bitmaps_are_given_up_with_a_word() {
     assert!(disk.notices()[0].contains("make the next backup a full one"), "{:?}", disk.notices());
     disk.image().write_at(0, &[7; 4096]).unwrap();
     drop(disk);
-    // Their clusters are in nobody's way.
+    // Leaked clusters do no harm.
     let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().unwrap();
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     let found = String::from_utf8_lossy(&output.stdout);

@@ -33,11 +33,11 @@ fn senseless_requests_are_io_errors() {
         (READ, u64::MAX, &[(DATA, 512, true)]),
         (WRITE, 1 << 55, &[(DATA, 512, false)]),
         (WRITE, (1 << 55) - 1, &[(DATA, 512, false)]),
-        // Wrong direction.
+        // The wrong direction.
         (READ, 0, &[(DATA, 512, false)]),
         (WRITE, 0, &[(DATA, 512, true)]),
         (READ, 0, &[(DATA, 512, false), (DATA, 512, true)]),
-        // Outside memory: in the gap, across its edge, at the end of the address space.
+        // Outside memory: in the gap, across its edge, and at the end of the address space.
         (READ, 0, &[(MEMORY_SIZE, 512, true)]),
         (WRITE, 0, &[(MEMORY_SIZE - 256, 512, false)]),
         (READ, 0, &[(DATA, 512, true), (u64::MAX - 511, 512, true)]),
@@ -69,7 +69,7 @@ fn senseless_ranges_are_refused() {
             (&[(1 << 55, 1, 0)], IO_ERROR),
             (&[((1 << 55) - 1, u32::MAX, 0)], IO_ERROR),
             (&[(0, u32::MAX, 0)], IO_ERROR),
-            // One that is wrong spoils those before it.
+            // One wrong range spoils the earlier ones.
             (&[(0, 8, 0), (8, 8, 0), (end - 1, 2, 0)], IO_ERROR),
             (&[(0, 1, 0); 17], IO_ERROR),
             (&[(0, 8, 2)], UNSUPPORTED),
@@ -78,7 +78,7 @@ fn senseless_ranges_are_refused() {
         ] {
             assert_eq!(driver.clear_sectors(kind, ranges), status, "{kind} {ranges:?}");
         }
-        // Parts of ranges, none, ranges that the device is to write, and more than memory holds.
+        // Incomplete ranges, no range, ranges that the device should write, and more than memory holds.
         for data in [
             &[][..],
             &[(DATA, 15, false)],
@@ -96,7 +96,7 @@ fn senseless_ranges_are_refused() {
     assert_eq!(driver.clear_sectors(WRITE_ZEROES, &[(0, 1, 1); 16]), OK);
     assert_eq!(disk.medium().data[..SECTOR], [0; SECTOR]);
 
-    // Who has not negotiated them cannot use them, nor can anybody on a read-only disk.
+    // The requests fail if they were not negotiated, and always on a read-only disk.
     driver.start(RING_FEATURES | FLUSH_FEATURE);
     for kind in [DISCARD, WRITE_ZEROES] {
         assert_eq!(driver.clear_sectors(kind, &[(0, 8, 0)]), UNSUPPORTED);
@@ -126,7 +126,8 @@ fn a_chain_made_available_again_and_again_is_bounded() {
     assert!(driver.read_sectors(0, 1).is_ok());
 }
 
-/// Starts a device, lets `misbehave` spoil its queue, and expects it to need a reset and to work after one.
+/// Starts a device, lets `misbehave` spoil the queue, and expects that the device needs a reset and works
+/// after one.
 fn breaks(misbehave: impl FnOnce(&mut Driver)) {
     let disk = MemoryDisk::new();
     let block = disk.block();
@@ -188,7 +189,7 @@ fn senseless_indirect_tables_break_the_device() {
             driver.make_available(0);
         });
     }
-    // A table that refers to a table, and one longer than any request.
+    // A table that refers to a table, and a table longer than any request.
     breaks(|driver| {
         driver.put_descriptor(DESCRIPTORS, 0, Descriptor::new(INDIRECT, 16, IN_TABLE, 0));
         driver.put_descriptor(INDIRECT, 0, Descriptor::new(INDIRECT, 16, IN_TABLE, 0));
@@ -212,7 +213,7 @@ fn senseless_available_rings_break_the_device() {
     breaks(|driver| driver.publish_available(driver.available.wrapping_sub(1)));
 }
 
-/// An image that reports each read and waits to be let through.
+/// An image that reports each read and waits for permission to continue.
 struct Gate {
     disk: MemoryDisk,
     entered: mpsc::Sender<()>,
@@ -246,7 +247,7 @@ impl Image for Gate {
 
     fn read_at(&self, layer: Layer, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let _ = self.entered.send(());
-        // A closed gate's channel lets everything through.
+        // A closed channel lets all reads through.
         let _ = self.pass.lock().unwrap().recv();
         self.disk.read_at(layer, offset, data)
     }
@@ -289,7 +290,7 @@ fn a_reset_in_the_middle_of_io_ends_it() {
         let driver = resetting.join().unwrap();
         assert_eq!(driver.status(), 0);
 
-        // Nothing of the device touches memory any more.
+        // The device no longer accesses memory.
         driver.memory.write_slice(&vec![0x55; len as usize], GuestAddress(DATA)).unwrap();
         assert_eq!(driver.poll_used().map(|used| used.0), Some(0));
         let status: u8 = driver.memory.read_obj(GuestAddress(STATUS)).unwrap();
@@ -303,7 +304,7 @@ fn a_reset_in_the_middle_of_io_ends_it() {
     assert!(driver.read_sectors(0, 1).is_ok());
 }
 
-/// Serves the rings in `memory` on this thread until they are empty or broken, and stops.
+/// Serves the rings in `memory` on this thread until they are empty or broken, then stops.
 fn serve(memory: &crate::GuestMemory, event_idx: bool) {
     let mut queue = Queue::new(QUEUE_SIZE).unwrap();
     queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
@@ -328,8 +329,8 @@ fn serve(memory: &crate::GuestMemory, event_idx: bool) {
         Service::new(Arc::new(common), queue, EventFd::new(libc::EFD_NONBLOCK).unwrap(), "block-test")
             .unwrap();
     let stop = StopFlag::default();
-    // Whether the rings made sense is not the question here. A queue that wraps around may be served for
-    // ever, so it is stopped at some point.
+    // The rings may be valid or not. A queue that wraps around may be served for ever, so stop it at some
+    // point.
     for _ in 0..64 {
         if service.serve(&stop).is_err() || service.channel.in_flight() == 0 {
             break;
@@ -362,7 +363,7 @@ fn table() -> impl Strategy<Value = Table> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Descriptor tables that look like some, with every mistake there is.
+    /// Descriptor tables that resemble valid ones, with every possible mistake.
     #[test]
     fn any_descriptors_are_survived(
         direct in table(),

@@ -1,4 +1,4 @@
-//! Limits on what a disk does, and several queues.
+//! The limits of a disk, and disks with several queues.
 
 use super::*;
 use crate::disk::limit::RateLimits;
@@ -8,7 +8,7 @@ use crate::virtio::RING_FEATURES;
 fn a_disk_over_its_limit_waits_until_it_may_go_on() {
     let block = MemoryDisk::new().block();
     let (limiter, stats) = (block.limiter(), block.stats());
-    // One request passes, and leaves a debt for the time of this test.
+    // One request passes. Its debt lasts for the whole test.
     limiter.set(RateLimits { bytes: Some(1), operations: None });
     let mut driver = Driver::started(block, ALL_FEATURES);
     assert!(driver.read_sectors(0, 64).is_ok());
@@ -57,7 +57,7 @@ fn every_queue_is_served() {
     assert_ne!(block.features() & several, 0);
     let stats = block.stats();
     let mut driver = Driver::new(block);
-    // Each queue gets rings of its own and one request.
+    // Each queue gets its own rings and one request.
     let rings = |queue: u64| (0x40000 + queue * 0x4000, 0x41000 + queue * 0x4000, 0x42000 + queue * 0x4000);
     for (features, served) in [(several, 3), (0, 1)] {
         assert_eq!(driver.negotiate(RING_FEATURES | FLUSH_FEATURE | features), FEATURES_OK);

@@ -1,4 +1,4 @@
-//! One image, samepage and QEMU: whoever comes second is refused where both would be wrong.
+//! One image, used by samepage and QEMU: the second user is refused if sharing the image would be wrong.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -19,7 +19,7 @@ fn name(format: Format) -> &'static str {
     }
 }
 
-/// Images to try: a raw one, and a qcow2 overlay of it.
+/// Images for the tests: a raw image, and a qcow2 overlay of it.
 fn images(directory: &Path) -> Option<[(std::path::PathBuf, Format); 2]> {
     let mut data = MemoryDisk::new().medium().data.clone();
     let top = chain(directory, &[65536], &mut data)?;
@@ -32,7 +32,7 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new(program).args(arguments).output().unwrap()
 }
 
-/// Checks that QEMU's tools refuse what conflicts with a lock of ours, and do what does not.
+/// Checks that QEMU's tools refuse uses that conflict with our lock, and accept others.
 fn tools_refuse(path: &Path, format: Format, reads: bool) {
     let (path, format) = (path.to_str().unwrap(), name(format));
     for (program, arguments) in [
@@ -58,7 +58,8 @@ fn qemu_sees_our_locks() {
     for (path, format) in images {
         let size = fs::metadata(&path).unwrap().len();
         let writer = open(&path, format, false).unwrap();
-        // Its tools read raw images while others write; where there is metadata they do not.
+        // QEMU's tools read a raw image while another program writes it. They do not read a format with
+        // metadata then.
         tools_refuse(&path, format, format == Format::Raw);
         if format == Format::Qcow2 {
             tools_refuse(&directory.path().join("base"), Format::Raw, true);
@@ -73,11 +74,11 @@ fn qemu_sees_our_locks() {
     }
 }
 
-/// A program of QEMU's that has an image open.
+/// A program of QEMU that has an image open.
 struct Holder(Child);
 
 impl Holder {
-    /// `qemu-io` with the image open, which waits for a command.
+    /// Starts `qemu-io` with the image open. It waits for a command.
     fn tool(path: &Path, format: Format, read_only: bool) -> Self {
         let access: &[&str] = if read_only { &["-r"] } else { &[] };
         let mut child = Command::new("qemu-io")
@@ -94,7 +95,7 @@ impl Holder {
         Self(child)
     }
 
-    /// A machine with the image as its disk; none where there is no QEMU.
+    /// Starts a machine with the image as its disk; `None` if QEMU is missing.
     fn machine(path: &Path, format: Format) -> Option<Self> {
         let drive = format!("if=none,id=disk,file={},format={}", path.display(), name(format));
         let child = Command::new("qemu-system-x86_64")
@@ -118,7 +119,7 @@ impl Holder {
             println!("skipped: there is no qemu-system-x86_64");
             return None;
         };
-        // It answers when all its devices are there.
+        // The machine answers when all of its devices exist.
         child.stdin.as_mut().unwrap().write_all(b"{\"execute\":\"qmp_capabilities\"}\n").unwrap();
         let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().contains("return")), "it has started");
@@ -169,7 +170,7 @@ fn we_see_the_locks_of_qemu() {
                 open(&base, Format::Raw, true).unwrap();
             }
         }
-        // A base that somebody writes to is no base.
+        // An image with a writer cannot back another one.
         if format == Format::Qcow2 {
             let writer = Holder::tool(&base, Format::Raw, false);
             let error = open(&path, format, true).unwrap_err().to_string();
@@ -199,7 +200,7 @@ fn a_machine_of_qemus_cannot_start_on_an_image_of_ours() {
         assert!(error.contains("Failed to get \"write\" lock"), "{error}");
         drop(disk);
     }
-    // Two programs may read one base.
+    // Two programs may read the same base.
     let base = directory.path().join("base");
     let [ours, theirs] = [directory.path().join("ours"), directory.path().join("theirs")];
     let backing = format!("backing_file={},backing_fmt=raw", base.display());

@@ -1,5 +1,5 @@
-//! Guest memory that the host cannot supply, touched by a disk's thread: the process goes on, the device stops,
-//! and nothing of it gets to the image or counts as done.
+//! A disk's thread accesses guest memory that the host cannot supply. The process survives, the device stops,
+//! and no data from there reaches the image or counts as done.
 #![expect(unsafe_code, reason = "takes guest memory away")]
 
 use std::sync::mpsc;
@@ -11,19 +11,20 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use super::*;
 use crate::virtio::RING_FEATURES;
 
-/// Has the first region of guest memory watched, as a VM's RAM is.
+/// Watches the first region of guest memory, as a VM does with its RAM.
 fn watch(driver: &mut Driver) -> Watch {
     let start = driver.memory.get_host_address(GuestAddress(0)).unwrap();
-    // SAFETY: the region is the test's own, accessed through vm-memory alone, and unmapped after the watch ends.
+    // SAFETY: the test owns the region, accesses it only through vm-memory, and unmaps it after the watch
+    // ends.
     let watch = unsafe { loss::watch(start.addr(), MEMORY_SIZE as usize) }.unwrap();
     driver.transport.set_memory_lost_flag(watch.flag());
     watch
 }
 
-/// Takes a page of guest memory away.
+/// Unmaps a page of guest memory.
 fn unmap(memory: &crate::GuestMemory, address: u64) {
     let page = memory.get_host_address(GuestAddress(address)).unwrap();
-    // SAFETY: a page of the test's guest memory, under watch.
+    // SAFETY: a watched page of the test's guest memory.
     assert_eq!(unsafe { libc::munmap(page.cast(), 4096) }, 0);
 }
 
@@ -57,7 +58,7 @@ fn a_device_that_touches_lost_memory_stops_and_writes_nothing() {
     }
 }
 
-/// Writes straight from guest memory: there the kernel finds the hole.
+/// The kernel detects the missing page in a write directly from guest memory.
 #[test]
 fn a_write_that_the_kernel_cannot_read_ends_the_vm_as_well() {
     let file = tempfile::NamedTempFile::new().unwrap();

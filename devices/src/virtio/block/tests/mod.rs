@@ -42,7 +42,7 @@ const NO_STATUS: u8 = 0xee;
 const FLUSH_FEATURE: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const DISCARD_FEATURE: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const ZEROES_FEATURE: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-/// What a modern driver accepts of a disk that can be written.
+/// The features that a modern driver accepts for a writable disk.
 const ALL_FEATURES: u64 = FLUSH_FEATURE | DISCARD_FEATURE | ZEROES_FEATURE;
 const SECTOR: usize = SECTOR_SIZE as usize;
 const SECTORS: usize = 1024;
@@ -53,7 +53,7 @@ const DATA: u64 = BUFFERS + 0x1000;
 
 const MEMORY_IMAGE: ImageId = ImageId::new(1, 2, 3, Format::Raw);
 
-/// A disk in memory that fails as it is told to, seen from outside.
+/// A disk in memory that fails on request, as the test sees it.
 #[derive(Default)]
 struct Medium {
     data: Vec<u8>,
@@ -62,9 +62,9 @@ struct Medium {
     flush_fails: bool,
     flushes: usize,
     panics: bool,
-    /// There is no space from this sector on.
+    /// From this sector on there is no space.
     full_from: Option<u64>,
-    /// Zeroes have to be written.
+    /// Whether zeros must be written.
     no_zeroes: bool,
 }
 
@@ -102,7 +102,7 @@ impl MemoryDisk {
         if full { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
     }
 
-    /// Where an access lies in the medium's data, unless the medium fails.
+    /// Returns the range of an access in the medium's data, or the medium's failure.
     fn range(&self, offset: u64, len: usize) -> io::Result<std::ops::Range<usize>> {
         let medium = self.medium();
         assert!(!medium.panics, "a test made the medium panic");
@@ -161,7 +161,7 @@ impl Image for MemoryDisk {
         Ok(())
     }
 
-    /// What is discarded gets a content that nobody could have written.
+    /// Gives discarded sectors a content that no driver writes.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let range = self.range(offset, len as usize)?;
         self.medium().data[range].fill(0xdd);
@@ -191,7 +191,7 @@ impl Driver {
         self.memory.write_obj(sector, GuestAddress(address + 8)).unwrap();
     }
 
-    /// A request with ranges of sectors: start, number, flags.
+    /// Makes a request with ranges of sectors: start, number, flags.
     fn clear_sectors(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
         for (i, (sector, sectors, flags)) in (0..).zip(ranges) {
             self.memory.write_obj(*sector, GuestAddress(DATA + i * 16)).unwrap();
@@ -201,7 +201,7 @@ impl Driver {
         self.request(kind, 0, &[(DATA, ranges.len() as u32 * 16, false)]).0
     }
 
-    /// A request with `data` between header and status. Returns the status and the bytes written.
+    /// Makes a request with `data` between header and status. Returns the status and the bytes written.
     fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
         self.put_header(kind, sector);
         let buffers = [&[(HEADER, 16, false)], data, &[(STATUS, 1, true)]].concat();

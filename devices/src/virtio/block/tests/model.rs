@@ -1,4 +1,5 @@
-//! Random requests against a model of the disk: sectors that are known, or may be one of two things.
+//! Random requests against a model of the disk. The model knows the content of each sector, or its possible
+//! contents.
 
 use proptest::prelude::*;
 
@@ -10,9 +11,9 @@ struct Request {
     kind: u32,
     sector: u64,
     sectors: usize,
-    /// First byte of the pattern that a write brings.
+    /// First byte of the written pattern.
     seed: u8,
-    /// Lengths of the buffers that the data is spread over; the last takes the rest.
+    /// Lengths of the data's buffers. The last buffer takes the rest.
     pieces: Vec<usize>,
     is_indirect: bool,
 }
@@ -40,7 +41,7 @@ fn request() -> impl Strategy<Value = Request> {
         })
 }
 
-/// Spreads `len` bytes over buffers from `address` on that do not touch; aligned to sectors or not.
+/// Spreads `len` bytes over separate buffers from `address` on, aligned to sectors or not.
 fn spread(len: usize, pieces: &[usize], is_written: bool, mut address: u64, aligned: bool) -> Vec<Buffer> {
     let (mut left, mut buffers) = (len, Vec::new());
     if !aligned {
@@ -69,7 +70,7 @@ fn for_each_piece(buffers: &[Buffer], data: &mut [u8], mut copy: impl FnMut(Gues
     }
 }
 
-/// What a sector may hold; nothing for one that was discarded.
+/// The possible contents of a sector; empty for a discarded sector.
 type Sector = Vec<Vec<u8>>;
 
 struct Model(Vec<Sector>);
@@ -109,7 +110,7 @@ impl Model {
     }
 }
 
-/// Header, status and data of one request of several that are made together.
+/// Header, status and data of one of several simultaneous requests.
 #[derive(Clone, Copy)]
 struct Slot(u64);
 
@@ -133,7 +134,7 @@ impl Slot {
     }
 }
 
-/// Makes a request. Returns the buffers of its data.
+/// Submits a request. Returns the buffers of its data.
 fn submit(driver: &mut Driver, slot: Slot, request: &Request, aligned: bool) -> Vec<Buffer> {
     let Request { kind, sector, sectors, seed, pieces, is_indirect } = request;
     let clears = [DISCARD, WRITE_ZEROES].contains(kind);
@@ -168,7 +169,7 @@ fn submit(driver: &mut Driver, slot: Slot, request: &Request, aligned: bool) -> 
     buffers
 }
 
-/// Applies a request that is over to the model. Returns whether it failed.
+/// Applies a completed request to the model. Returns whether the request failed.
 fn apply(
     model: &mut Model,
     driver: &Driver,
@@ -205,7 +206,7 @@ fn apply(
     Ok(!is_good)
 }
 
-/// Several requests made together, to neighbouring sectors.
+/// Several simultaneous requests for neighbouring sectors.
 fn batch() -> impl Strategy<Value = Vec<Request>> {
     let one = (prop::sample::select(vec![READ, WRITE, WRITE, WRITE_ZEROES]), 1usize..12, request());
     (0..SECTORS as u64 - 12 * Slot::COUNT, prop::collection::vec(one, 1..=Slot::COUNT as usize)).prop_map(

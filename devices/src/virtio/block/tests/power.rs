@@ -1,18 +1,18 @@
-//! The host loses power: what was flushed is there, whatever became of the rest.
+//! The host loses power: flushed data is there, whatever happened to the rest.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::virtio::RING_FEATURES;
 
-/// What an image was asked to do, as the medium sees it.
+/// An operation on an image, as the medium sees it.
 #[derive(Clone)]
 enum Event {
     Write(u64, Vec<u8>),
     Flush,
 }
 
-/// An image whose writes are volatile until it is flushed. It remembers everything.
+/// An image whose writes are volatile until a flush. It records everything.
 #[derive(Clone)]
 struct Recorder {
     disk: MemoryDisk,
@@ -58,14 +58,14 @@ impl Image for Recorder {
     }
 }
 
-/// What the driver did, and how many events the medium had seen when it knew of it.
+/// A step of the driver, and the number of events that the medium had seen by then.
 enum Done {
     Write { sector: usize, data: Vec<u8>, seen: usize },
     Flush { seen: usize },
 }
 
-/// The medium after a power cut behind the first `cut` events: what was written before the last flush is
-/// there; of what came after, each sector may or may not be.
+/// Returns the medium after a power cut behind the first `cut` events. Writes before the last flush are
+/// there. Of later writes, each sector may or may not be there.
 fn cut(initial: &[u8], events: &[Event], cut: usize, mut survives: impl FnMut() -> bool) -> Vec<u8> {
     let flushed = events[..cut].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
     let mut medium = initial.to_vec();
@@ -123,7 +123,7 @@ proptest! {
         };
         for point in 0..=events.len() {
             let medium = cut(&initial, &events, point, &mut survives);
-            // Each sector holds what was last made stable, or something that was written later.
+            // Each sector holds its last stable content, or a later write.
             let stable = if knows_flush {
                 done.iter().rposition(|done| matches!(done, Done::Flush { seen } if *seen <= point))
             } else {
@@ -148,7 +148,7 @@ proptest! {
     }
 }
 
-/// What a medium has seen by the time that a disk is gone whose guest never flushed.
+/// Returns the events of the medium when a disk is gone whose guest never flushed.
 fn seen_at_the_end(requests: impl FnOnce(&mut Driver)) -> Vec<Event> {
     let recorder = Recorder { disk: MemoryDisk::new(), events: Arc::default() };
     let events = recorder.events.clone();

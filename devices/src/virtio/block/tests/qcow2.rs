@@ -1,4 +1,4 @@
-//! qcow2 images: chains, identities, what is refused.
+//! qcow2 images: chains, identities and refusals.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -24,7 +24,7 @@ fn blocks_have_the_identity_of_the_image_that_they_lie_in() {
     let backing = format!("backing_file={},backing_fmt=qcow2", middle.display());
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", &backing], &second).unwrap();
 
-    // Two overlays of one image name what they have in common alike.
+    // Two overlays of one image give common blocks the same identity.
     let [first, second] = [&top, &second].map(|path| open(path, Some(Format::Qcow2), false).unwrap());
     let (first, second) = (first.image(), second.image());
     assert_ne!(first.identity(), second.identity());
@@ -36,15 +36,15 @@ fn blocks_have_the_identity_of_the_image_that_they_lie_in() {
     assert!(base.image.is_some() && base.image != before.image);
     assert_eq!(base.image, place(first, 700).image);
 
-    // A write moves blocks to the overlay, and to it alone.
+    // A write moves blocks to the overlay, and only to that overlay.
     first.write_at(616 * SECTOR_SIZE, &[7; 4096]).unwrap();
     assert_eq!(place(first, 616).image, first.identity());
     assert_eq!(place(second, 616), base);
-    // What the base holds is read from it, whatever the overlay holds by now.
+    // Blocks of the base are read from the base, whatever the overlay holds by now.
     let mut found = vec![0; 4096];
     first.read_at(base.layer, 616 * SECTOR_SIZE, &mut found).unwrap();
     assert_eq!(found, data[616 * SECTOR..624 * SECTOR]);
-    // Zeroes are nobody's.
+    // Zeros have no identity.
     first.write_zeroes(0, 65536, true).unwrap();
     assert_eq!(place(first, 0).image, None);
     first.read_at(Layer(0), 0, &mut found).unwrap();
@@ -93,13 +93,13 @@ fn what_changed_while_it_was_closed_has_another_identity() {
     let shared = identity();
     assert_eq!(first.image().identity(), Some(shared));
     drop(first);
-    // As fast as can be: the clock of the file system may not have moved.
+    // As fast as possible: the file system's clock may not have advanced.
     let mut known = vec![shared];
     for change in 0..50_u8 {
         match change % 3 {
             0 => fs::write(&path, [change; 8192]).unwrap(),
             1 => File::options().write(true).open(&path).unwrap().set_len(4096).unwrap(),
-            // Another file, by the same name and often the same number.
+            // Another file with the same name and often the same number.
             _ => {
                 fs::remove_file(&path).unwrap();
                 fs::write(&path, [change; 8192]).unwrap();
@@ -140,20 +140,20 @@ fn a_format_is_not_guessed_where_a_guest_could_have_chosen_it() {
     assert!(refused(&overlay, None, false).contains("add format=qcow2 or format=raw"));
     let error = refused(&overlay, None, true);
     assert!(error.contains("refers to another file") && error.contains("add format="), "{error}");
-    // As raw it is what its bytes are, and a disk that is no qcow2 image needs no format.
+    // Opened as raw, the disk shows the file's bytes. A disk that is not a qcow2 image needs no format.
     let whole = fs::metadata(&overlay).unwrap().len().next_multiple_of(SECTOR_SIZE);
     File::options().write(true).open(&overlay).unwrap().set_len(whole).unwrap();
     let raw = open(&overlay, Some(Format::Raw), false).unwrap();
     assert_eq!(raw.image().size(), whole);
     open(&directory.path().join("base"), None, false).unwrap();
 
-    // One that refers to nothing else may be recognised, but not be written.
+    // An image without references may be detected, but not written.
     let alone = directory.path().join("alone");
     let source = directory.path().join("base");
     qemu_img(&["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", source.to_str().unwrap()], &alone).unwrap();
     assert!(refused(&alone, None, false).contains("format="));
     let disk = open(&alone, None, true).unwrap();
-    // It is compressed, so that there is no place to read it from.
+    // The data is compressed, so there is no raw place to read it from.
     let mut found = vec![0; 100 * SECTOR];
     disk.image().read_at(Layer(0), 51 * SECTOR_SIZE, &mut found).unwrap();
     assert_eq!(found, MemoryDisk::new().medium().data[51 * SECTOR..151 * SECTOR]);

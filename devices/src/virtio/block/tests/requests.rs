@@ -1,4 +1,4 @@
-//! Requests that a well-behaved driver makes, and what becomes of host errors.
+//! Requests of a well-behaved driver, and errors of the host.
 
 use super::*;
 
@@ -54,7 +54,7 @@ fn data_is_read_and_written_in_several_segments() {
     assert_eq!(disk.medium().data[100 * SECTOR..103 * SECTOR], data);
 }
 
-/// Notes what it is told: image, address, bytes, offset.
+/// Records its calls: image, address, bytes, offset.
 #[derive(Default)]
 struct Notes(Mutex<Vec<(ImageId, u64, usize, u64)>>);
 
@@ -77,7 +77,7 @@ fn an_observer_is_told_what_reads_put_where() {
         [(MEMORY_IMAGE, DATA, 4096, 4096), (MEMORY_IMAGE, FAR_REGION, 1024, 8192)]
     );
 
-    // Of writes, of reads that fail and of memory that is not there, nothing.
+    // There is no report of writes, of failed reads, or of addresses outside memory.
     notes.0.lock().unwrap().clear();
     driver.request(WRITE, 8, &[(DATA, 4096, false)]);
     disk.medium().bad_sectors.insert(16);
@@ -123,7 +123,7 @@ fn the_layout_of_descriptors_does_not_matter() {
 #[test]
 fn requests_queued_together_all_complete() {
     let disk = MemoryDisk::new();
-    // With EVENT_IDX and without it (VERSION_1 alone).
+    // With EVENT_IDX and without (VERSION_1 alone).
     for features in [RING_FEATURES_WITH_FLUSH, 1 << 32] {
         let mut driver = Driver::new(disk.block());
         driver.start(features);
@@ -171,7 +171,7 @@ fn host_errors_fail_the_request_and_no_other() {
     let stats = block.stats();
     let told = Arc::new(Mutex::new(Vec::new()));
     let heard = told.clone();
-    stats.observe_trouble(Box::new(move |trouble| heard.lock().unwrap().push(trouble.to_owned())));
+    stats.observe_host_errors(Box::new(move |message| heard.lock().unwrap().push(message.to_owned())));
     let mut driver = Driver::started(block, FLUSH_FEATURE);
 
     assert_eq!(driver.read_sectors(SECTORS as u64, 1), Err(IO_ERROR), "that is the guest's fault");
@@ -230,7 +230,7 @@ fn a_driver_may_poll_without_interrupts() {
     while driver.poll_used().is_none() {
         std::thread::yield_now();
     }
-    // The worker has passed the point of interrupting once it is joined.
+    // A joined worker has passed the point where it raises the interrupt.
     driver.transport.shutdown();
     assert!(driver.interrupt().read().is_err());
 }

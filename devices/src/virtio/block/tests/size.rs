@@ -1,4 +1,4 @@
-//! Images that grow and shrink while a guest has them.
+//! Images that grow and shrink while a guest uses them.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -14,7 +14,7 @@ fn set_len(path: &Path, len: u64) {
     File::options().write(true).open(path).unwrap().set_len(len).unwrap();
 }
 
-/// A disk of 16 blocks, each full of its number and one.
+/// A disk of 16 blocks. Each is filled with its number plus one.
 fn disk(path: &Path, policy: CachePolicy) -> Disk {
     let data: Vec<u8> = (0..16 * BLOCK).map(|i| (i / BLOCK + 1) as u8).collect();
     raw(path, &data, policy, Engine::Auto, None)
@@ -27,8 +27,8 @@ impl Driver {
         (low | high << 32, self.get(0xfc))
     }
 
-    /// Reads one block, the first request of this driver. Returns its status when the interrupt has come as well,
-    /// which a device raises after the request is in the used ring.
+    /// Reads one block; the first request of this driver. Returns the status after the interrupt, which a
+    /// device raises after the request is in the used ring.
     fn read_and_wait_for_interrupt(&mut self, sector: u64) -> u8 {
         self.put_header(READ, sector);
         self.submit(&[(HEADER, 16, false), (DATA, BLOCK as u32, true), (STATUS, 1, true)]);
@@ -59,7 +59,7 @@ fn a_driver_is_told_of_an_image_that_grew() {
         assert_eq!(driver.read_sectors(128, 8).unwrap(), [0; BLOCK]);
         assert_eq!(driver.write_sectors(248, &[9; BLOCK]), OK);
         assert_eq!(driver.read_sectors(256, 1), Err(IO_ERROR));
-        // Nothing has changed: nobody is told.
+        // Nothing has changed, so there is no notification.
         size.refresh().unwrap();
         assert_eq!(driver.size(), (256, 1));
         assert_eq!(driver.get(0x60) & 2, 0);
@@ -96,7 +96,7 @@ fn what_was_cut_off_is_not_served_from_the_cache() {
     let mut driver = Driver::with_memory(block, guest);
     driver.start(RING_FEATURES | ALL_FEATURES);
     assert_eq!(driver.read_sectors(12 * 8, 8).unwrap(), [13; BLOCK]);
-    // It is as large as it was when somebody asks.
+    // When the size is refreshed, the file is as large as before.
     set_len(&path, 8 * BLOCK as u64);
     set_len(&path, 16 * BLOCK as u64);
     size.refresh().unwrap();
@@ -115,7 +115,7 @@ fn sizes_that_cannot_be_are_refused_and_change_nothing() {
         let error = size.refresh().unwrap_err().to_string();
         assert!(error.contains(&format!("its size of {len} bytes is not a positive multiple of")), "{error}");
     }
-    // The file by that name is another one.
+    // The path refers to another file.
     fs::rename(&path, directory.path().join("old")).unwrap();
     assert!(size.refresh().unwrap_err().to_string().contains("No such file"));
     fs::write(&path, [0; BLOCK]).unwrap();

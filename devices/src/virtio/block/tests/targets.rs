@@ -29,18 +29,18 @@ pub(super) enum Target {
     },
 }
 
-/// A disk and what is on it.
+/// A disk and its content.
 pub(super) struct Test {
     pub(super) disk: Disk,
     pub(super) initial: Vec<u8>,
     pub(super) memory: Option<MemoryDisk>,
-    /// What its driver has to use.
+    /// Guest memory that the disk's driver must use.
     pub(super) guest: crate::GuestMemory,
     pub(super) _directory: tempfile::TempDir,
 }
 
 impl Target {
-    /// Makes one; none if the host lacks a tool for it, which it says.
+    /// Makes the disk; `None` with a message if the host lacks a tool for it.
     pub(super) fn make(self) -> Option<Test> {
         let directory = tempfile::tempdir().unwrap();
         let mut initial = MemoryDisk::new().medium().data.clone();
@@ -72,7 +72,7 @@ impl Target {
     }
 }
 
-/// A raw image that holds `data`; `align` has direct I/O keep to larger blocks than it must.
+/// Makes a raw image that holds `data`. With `align`, direct I/O uses larger blocks than necessary.
 pub(super) fn raw(path: &Path, data: &[u8], policy: CachePolicy, engine: Engine, align: Option<u32>) -> Disk {
     fs::write(path, data).unwrap();
     let options = DiskOptions { policy, engine, ..DiskOptions::new(path) };
@@ -82,7 +82,7 @@ pub(super) fn raw(path: &Path, data: &[u8], policy: CachePolicy, engine: Engine,
     }
 }
 
-/// Runs qemu-img; none if there is none.
+/// Runs qemu-img; `None` if it is missing.
 pub(super) fn qemu_img(arguments: &[&str], path: &Path) -> Option<()> {
     let output = match Command::new("qemu-img").args(arguments).arg(path).output() {
         Ok(output) => output,
@@ -95,8 +95,8 @@ pub(super) fn qemu_img(arguments: &[&str], path: &Path) -> Option<()> {
     Some(())
 }
 
-/// Makes a chain of qcow2 images over a raw one that holds `data`, the lowest first. Where there are several,
-/// each but the last holds some sectors of its own, which are entered into `data`.
+/// Makes a chain of qcow2 images over a raw image that holds `data`, the lowest first. If there are several,
+/// each except the last holds some sectors of its own, which are also written to `data`.
 pub(super) fn chain(directory: &Path, clusters: &[u32], data: &mut Vec<u8>) -> Option<PathBuf> {
     let mut below = (directory.join("base"), "raw");
     fs::write(&below.0, &*data).unwrap();
