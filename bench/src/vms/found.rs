@@ -150,5 +150,5 @@ fn kernels(
 
 /// Pages that KSM counts as merged once it has merged everything.
 fn mergeable(report: &oracle::Report) -> u64 {
-    report.total.alike() + report.total.zero
+    report.total.duplicated() + report.total.zero
 }

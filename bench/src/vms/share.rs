@@ -61,7 +61,8 @@ fn with_limit(bench: &Bench, hypervisor: &Hypervisor, limit: Option<u64>) -> Res
     let best = best_by_length(&oracle, capacity);
     for (index, (&length, best)) in LENGTHS.iter().zip(best).enumerate() {
         let pair = index * ALIKE as usize..(index + 1) * ALIKE as usize;
-        let could: u64 = oracle.images[pair.clone()].iter().map(|i| i.classes.alike() + i.classes.zero).sum();
+        let could: u64 =
+            oracle.images[pair.clone()].iter().map(|i| i.classes.duplicated() + i.classes.zero).sum();
         let mut merged = 0;
         for guest in &guests[pair] {
             let member = guest.vm.membership().context("the VM shares its memory")?;

@@ -54,7 +54,7 @@ pub(crate) enum ImageFormatArg {
     Lime,
 }
 
-/// Addresses in hexadecimal, as the kernel writes them in `/proc/PID/maps`.
+/// Parses addresses in hexadecimal, in the form of `/proc/PID/maps`.
 fn parse_range(text: &str) -> Result<Range<u64>, String> {
     let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok();
     let range = text.split_once('-').and_then(|(start, end)| Some(address(start)?..address(end)?));

@@ -1,13 +1,14 @@
-//! ELF cores: which parts of a file hold memory.
+//! Finds memory in ELF cores.
 //!
-//! Two kinds of cores are of use here. QEMU (`dump-guest-memory`, `virsh dump --memory-only`)
-//! writes guest memory with physical addresses. The kernel and gcore write the memory of a process; of
-//! that, the large read-write mappings are guest memory. Source: the System V ABI, chapters 4 and 5.
+//! Two kinds of cores contain guest memory. QEMU (`dump-guest-memory`, `virsh dump --memory-only`) writes
+//! guest memory with physical addresses. The kernel and gcore write the memory of a process, in which the
+//! large read-write mappings are guest memory. Source: the System V ABI, chapters 4 and 5.
 //!
-//! QEMU's dumps by virtual addresses (`paging: true`) describe only what the guest maps, and that in part.
-//! All of its RAM is in the file nonetheless, behind the notes, and is read from there (QEMU's dump/dump.c).
+//! QEMU's dumps by virtual addresses (`paging: true`) describe only a part of the memory that the guest maps.
+//! The file nevertheless contains all RAM after the notes, and this module reads it from there (QEMU's
+//! dump/dump.c).
 //!
-//! The file is not trusted: counts are bounded, sums are checked, and only headers are kept.
+//! The file is not trusted: counts are limited, sums are checked, and only headers are kept in memory.
 
 use std::fs::File;
 use std::io;
@@ -20,24 +21,24 @@ use super::file::Region;
 use super::xen;
 use samepage_text::units::bytes;
 
-/// What an ELF file begins with.
+/// The first bytes of an ELF file.
 pub(super) const MAGIC: &[u8] = b"\x7fELF";
 
 const PAGE: u64 = PAGE_SIZE as u64;
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const SECTION_HEADER: usize = 64;
-/// The number of segments is in the first section header.
+/// With this value, the first section header contains the number of segments.
 const PN_XNUM: u64 = 0xffff;
-/// More than any dump has: Linux gives a process 65,530 mappings unless told otherwise.
+/// Above the number in any dump: a process in Linux has 65,530 mappings by default.
 const MOST_SEGMENTS: u64 = 1 << 20;
 const ET_CORE: u64 = 4;
 const EM_X86_64: u64 = 62;
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
-/// As much of the notes as is searched: they have some hundred bytes for each vCPU.
+/// Limit for searching notes, in bytes. They have some hundred bytes for each vCPU.
 const MOST_NOTES: u64 = 1 << 20;
-/// And of the segments that hold some; a dump has one.
+/// Limit for segments with notes. A dump has one.
 const MOST_NOTE_SEGMENTS: usize = 16;
 const PF_WRITE: u64 = 2;
 const PF_READ: u64 = 4;
@@ -45,7 +46,7 @@ const PF_READ: u64 = 4;
 /// A raw image may begin with the ELF header of the guest's kernel.
 const RAW: &str = "; for raw memory that begins with a program, use --format raw";
 
-/// Why a file is no core to work with.
+/// The reason why a core cannot be used.
 #[derive(Debug, Error)]
 pub(super) enum CoreError {
     #[error("the file ends within its {0}: it is truncated; dump it again")]
@@ -85,7 +86,7 @@ pub(super) enum CoreError {
 /// A segment to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Segment {
-    /// Among all program headers.
+    /// The index among all program headers.
     index: u64,
     flags: u64,
     offset: u64,
@@ -95,8 +96,8 @@ struct Segment {
     bytes: u64,
 }
 
-/// Finds guest memory in a core of `length` bytes. Of the core of a process, mappings below
-/// `least` bytes are left out.
+/// Returns the guest memory in a core of `length` bytes. In the core of a process, mappings below `least`
+/// bytes are ignored.
 pub(super) fn regions(file: &File, length: u64, least: u64) -> Result<Vec<Region>, CoreError> {
     let Headers { elf, segments, notes } = headers(file, length)?;
     if segments.is_empty()
@@ -121,7 +122,8 @@ pub(super) fn regions(file: &File, length: u64, least: u64) -> Result<Vec<Region
     if of_process { process(segments, least) } else { physical(&segments) }
 }
 
-/// All RAM of a guest in a dump of QEMU's: what follows its notes. Nothing where the notes are not QEMU's.
+/// Returns all RAM of a guest in a dump of QEMU: the data after the notes. Returns `None` if the notes are
+/// not QEMU's.
 fn all_of_qemu(file: &File, length: u64, notes: &[Segment]) -> Result<Option<Region>, CoreError> {
     for Segment { offset, stored, .. } in notes.iter().take(MOST_NOTE_SEGMENTS) {
         let mut bytes = vec![0; (*stored).min(MOST_NOTES) as usize];
@@ -148,12 +150,12 @@ fn has_note_of(owner: &[u8], mut notes: &[u8]) -> bool {
     false
 }
 
-/// What a core says of itself.
+/// The headers of a core.
 struct Headers {
     elf: [u8; HEADER],
-    /// Those to load.
+    /// Segments to load.
     segments: Vec<Segment>,
-    /// Those of notes.
+    /// Segments of notes.
     notes: Vec<Segment>,
 }
 
@@ -166,7 +168,7 @@ fn headers(file: &File, length: u64) -> Result<Headers, CoreError> {
     };
     let mut header = [0; HEADER];
     read(0, &mut header, "ELF header")?;
-    // EI_CLASS is ELFCLASS64, EI_DATA is ELFDATA2LSB.
+    // EI_CLASS must be ELFCLASS64, EI_DATA must be ELFDATA2LSB.
     if header[4..6] != [2, 1] {
         return Err(CoreError::Class);
     }
@@ -215,8 +217,7 @@ fn headers(file: &File, length: u64) -> Result<Headers, CoreError> {
     Ok(Headers { elf: header, segments, notes })
 }
 
-/// All that is stored. Segments without contents are devices' memory or were filtered out by who
-/// made the dump.
+/// Returns all stored memory. Segments without contents are device memory, or were filtered out for the dump.
 fn physical(segments: &[Segment]) -> Result<Vec<Region>, CoreError> {
     let mut regions = Vec::new();
     for segment in segments.iter().filter(|segment| segment.stored > 0) {
@@ -229,7 +230,7 @@ fn physical(segments: &[Segment]) -> Result<Vec<Region>, CoreError> {
     Ok(once(regions))
 }
 
-/// Large read-write mappings. What was not dumped of them is absent.
+/// Returns the large read-write mappings. Parts that were not dumped count as absent.
 fn process(mut segments: Vec<Segment>, least: u64) -> Result<Vec<Region>, CoreError> {
     segments.retain(|segment| segment.flags & (PF_READ | PF_WRITE) == PF_READ | PF_WRITE);
     segments.sort_by_key(|segment| segment.virtual_address);
@@ -252,8 +253,8 @@ fn process(mut segments: Vec<Segment>, least: u64) -> Result<Vec<Region>, CoreEr
     Ok(once(regions))
 }
 
-/// The regions in the order of the file, each byte of it in one region alone, so that a file
-/// cannot make for more work than it has bytes.
+/// Returns the regions in file order, with each byte in only one region. So a file cannot cause more work
+/// than its size.
 fn once(mut regions: Vec<Region>) -> Vec<Region> {
     regions.sort_by_key(|region| region.offset);
     let mut taken = 0;
@@ -278,7 +279,7 @@ fn once(mut regions: Vec<Region>) -> Vec<Region> {
     regions
 }
 
-/// The little-endian number of `size` bytes at `offset`, which is within the header.
+/// Returns the little-endian number of `size` bytes at `offset`, which must be within the header.
 pub(super) fn number(header: &[u8], offset: usize, size: usize) -> u64 {
     header[offset..offset + size].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
@@ -388,7 +389,7 @@ mod tests {
     /// Bytes of the notes in the next.
     const NOTES: u64 = 24 + 28;
 
-    /// A core with notes of this owner in front of its segments, and so many bytes.
+    /// Returns a core of this size, with notes of this owner before its segments.
     fn core_with_notes(owner: &[u8; 5], segments: &[Segment], length: usize) -> Vec<u8> {
         let note = Segment { stored: NOTES, ..segment(0, 0, 1024, 0) };
         let mut file = core(&[&[note][..], segments].concat());

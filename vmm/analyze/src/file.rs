@@ -1,7 +1,7 @@
-//! Memory images in files: raw ones, ELF cores, and what LiME writes.
+//! Memory images in files: raw images, ELF cores, and files of LiME.
 //!
-//! A hole in a sparse file is never read and counts as untouched memory. Files are not trusted:
-//! what is wrong with one is an error that says so.
+//! A hole in a sparse file is never read and counts as untouched memory. Files are not trusted: each fault is
+//! an error that names it.
 
 use std::fs::File;
 use std::io;
@@ -20,10 +20,10 @@ use super::progress::Progress;
 use crate::args::ImageFormatArg;
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// How much is read at a time, in bytes: whole pages.
+/// Bytes to read at a time: whole pages.
 const CHUNK: usize = 1 << 20;
 
-/// Why an image cannot be read.
+/// The reason why an image cannot be read.
 #[derive(Debug, Error)]
 pub(super) enum ImageError {
     #[error("it cannot be opened: {0}")]
@@ -54,42 +54,42 @@ pub(super) enum ImageError {
 /// A part of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Region {
-    /// Where it is in memory.
+    /// The address in memory.
     pub(super) address: u64,
-    /// Where it is in the file.
+    /// The offset in the file.
     pub(super) offset: u64,
-    /// How much of it is there, in bytes.
+    /// The number of stored bytes.
     pub(super) stored: u64,
-    /// How much follows that is not in the file, in bytes.
+    /// The number of following bytes that are not in the file.
     pub(super) absent: u64,
 }
 
-/// How memory lies in the file.
+/// The format of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
-    /// As it is.
+    /// Raw memory.
     Raw,
-    /// In an ELF core.
+    /// An ELF core.
     Core,
-    /// In ranges with headers.
+    /// Ranges with headers.
     Lime,
 }
 
-/// An image, opened and found to be in order.
+/// An open and valid image.
 #[derive(Debug)]
 pub(super) struct FileImage {
     file: File,
     format: Format,
     regions: Vec<Region>,
-    /// The file's device and number.
+    /// Device and inode of the file.
     identity: (u64, u64),
 }
 
 impl FileImage {
-    /// Opens an image and reads its headers, as what it is said to be. `least` is the size of the smallest mapping that
-    /// counts where the file is the core of a process, in bytes.
+    /// Opens an image and reads its headers, in the given format. `least` is the size in bytes of the
+    /// smallest mapping that counts in the core of a process.
     pub(super) fn open(path: &Path, said: ImageFormatArg, least: u64) -> Result<Self, ImageError> {
-        // A FIFO would block when opened, so the kind is asked for first.
+        // Opening a FIFO would block, so check the kind first.
         let metadata = std::fs::metadata(path).map_err(ImageError::Open)?;
         if metadata.is_dir() {
             return Err(ImageError::Kind("a directory"));
@@ -116,17 +116,17 @@ impl FileImage {
         Ok(Self { file, format, regions, identity })
     }
 
-    /// What only the same file has as well.
+    /// Returns a value that only the same file has.
     pub(super) fn identity(&self) -> (u64, u64) {
         self.identity
     }
 
-    /// How memory lies in the file.
+    /// Returns the format of the file.
     pub(super) fn format(&self) -> Format {
         self.format
     }
 
-    /// How much memory there is to go through, in bytes.
+    /// Returns the amount of memory to process, in bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.stored).sum()
     }
@@ -140,7 +140,7 @@ impl FileImage {
                 image.gap();
             }
             self.stored(region, &mut buffer, image, progress)?;
-            // A page that is there in part was not dumped as a page.
+            // An incomplete page counts as not dumped.
             let unread = (region.stored % PAGE).saturating_add(region.absent).div_ceil(PAGE);
             image.unread(unread);
             end = region.address.checked_add(region.stored).and_then(|end| end.checked_add(region.absent));
@@ -167,7 +167,7 @@ impl FileImage {
                 break;
             }
             let hole = self.next(SeekFrom::Hole(data.max(position)), end)?.clamp(position + 1, end);
-            // Pages need not be aligned in the file: one may end within the hole.
+            // Pages need not be aligned in the file, so a page may end within the hole.
             let data_end = position + (hole - position).next_multiple_of(PAGE);
             while position < data_end {
                 let buffer = &mut buffer[..(data_end - position).min(CHUNK as u64) as usize];
@@ -182,12 +182,13 @@ impl FileImage {
         Ok(())
     }
 
-    /// Where data or a hole begins; `end` where there is none, or holes are unknown to the file system.
+    /// Returns the next start of data or of a hole, or `end` if there is none or the file system does not
+    /// support holes.
     fn next(&self, what: SeekFrom, end: u64) -> Result<u64, ImageError> {
         let (SeekFrom::Data(from) | SeekFrom::Hole(from)) = what else { return Ok(end) };
         match seek(&self.file, what) {
             Ok(found) => Ok(found),
-            // No data from here on.
+            // No data follows.
             Err(Errno::NXIO) => Ok(end),
             Err(Errno::INVAL | Errno::OPNOTSUPP) => {
                 Ok(if matches!(what, SeekFrom::Data(_)) { from } else { end })
@@ -197,7 +198,7 @@ impl FileImage {
     }
 }
 
-/// How memory lies in a file that begins with these bytes, and is said to be of a format.
+/// Returns the format of a file with these first bytes, given the format that the user chose.
 fn recognise(head: &[u8], said: ImageFormatArg) -> Result<Format, ImageError> {
     let (is_elf, is_lime) = (head.starts_with(elf::MAGIC), head.starts_with(lime::MAGIC));
     match said {

@@ -1,6 +1,6 @@
-//! Names files that hold memory in a form that cannot be read here, with the command that makes one that can.
+//! Names files with memory in unsupported formats, with the command that converts them.
 
-/// What such files begin with, what they are, and what to do.
+/// The first bytes, the name, and the advice.
 const FORMATS: [(&[u8], &str, &str); 18] = [
     (b"KDUMP   ", "a kdump", AS_ELF),
     (b"makedumpfile", "a kdump in makedumpfile's flattened form", AS_ELF),
@@ -30,10 +30,10 @@ const FROM_XEN: &str = "restore it and dump it: `xl restore -p FILE`, then `xl d
 const FROM_VIRTUALBOX: &str =
     "start the VM, and dump it: `VBoxManage debugvm VM dumpvmcore --filename=NEW-FILE`";
 
-/// As many bytes as tell all of these.
+/// Number of bytes that suffice to recognise all formats.
 pub(super) const HEAD: usize = 32;
 
-/// What a file is that begins with these bytes, and what to do; nothing where it is none of these.
+/// Returns the name of a format with these first bytes, and the advice, or `None` for others.
 pub(super) fn name(head: &[u8]) -> Option<(&'static str, &'static str)> {
     FORMATS.iter().find(|(magic, ..)| head.starts_with(magic)).map(|(_, what, help)| (*what, *help))
 }

@@ -1,8 +1,8 @@
-//! `samepage analyze`: what sharing would save in memory images, or in the memory of running VMs of
-//! this or another monitor, which is read and never changed.
+//! `samepage analyze`: estimates the savings of sharing in memory images, or in the memory of running VMs of
+//! this or another monitor. The memory is read and never changed.
 //!
-//! All inputs are opened and checked before the first is read, so that what is wrong with the last
-//! is known at once. Each file and each process is one VM. See `docs/analyze.md`.
+//! All inputs are opened and checked before the first is read, so that all faults are reported early. Each
+//! file and each process is one VM. See `docs/analyze.md`.
 
 pub mod args;
 mod elf;
@@ -34,26 +34,26 @@ use process::Process;
 use progress::Progress;
 use samepage_process::tell::tell;
 
-/// The program that holds several VMs in one process.
+/// The name of the program that holds several VMs in one process.
 const OWN_NAME: &str = "samepage";
 
-/// What `--json` prints: the inputs, and the [`Report`] beside them.
+/// The output of `--json`: the inputs and the [`Report`].
 #[derive(Debug, Serialize)]
 struct Analysis {
-    /// What was read, a VM each, in the order of the report's images.
+    /// The inputs, one for each VM, in the order of the report's images.
     inputs: Vec<Input>,
-    /// How long reading and counting took, in seconds.
+    /// Time for reading and counting, in seconds.
     seconds: f64,
     #[serde(flatten)]
     report: Report,
 }
 
-/// Where a VM's memory was found.
+/// The source of a VM's memory.
 #[derive(Debug, Serialize)]
 struct Input {
-    /// As in the report.
+    /// The name in the report.
     name: String,
-    /// The input before it that is the same file or process.
+    /// The earlier input that is the same file or process.
     #[serde(skip_serializing_if = "Option::is_none")]
     same_as: Option<String>,
     #[serde(flatten)]
@@ -67,24 +67,24 @@ enum Origin {
     Raw { path: PathBuf },
     /// An ELF core.
     Core { path: PathBuf },
-    /// What LiME writes.
+    /// A file of LiME.
     Lime { path: PathBuf },
     /// A running process.
     Process { pid: u32, mappings: Vec<Part> },
 }
 
-/// A part of a process's memory that was taken for guest memory.
+/// A part of a process's memory that counts as guest memory.
 #[derive(Debug, Serialize)]
 struct Part {
-    /// What it is.
+    /// The name.
     what: String,
-    /// Addresses in hexadecimal, as in `/proc/PID/maps`.
+    /// The addresses in hexadecimal, as in `/proc/PID/maps`.
     range: String,
     /// Size in bytes.
     bytes: u64,
 }
 
-/// A VM's memory, opened.
+/// The open source of a VM's memory.
 enum Source {
     File(PathBuf, FileImage),
     Process { pid: u32, process: Process },
@@ -148,7 +148,7 @@ impl Source {
         }
     }
 
-    /// The one of these that is the same file or process.
+    /// Returns the input among these that is the same file or process.
     fn same_as<'a>(&self, others: &'a [Source]) -> Option<&'a Source> {
         others.iter().find(|other| match (self, other) {
             (Self::File(_, one), Self::File(_, other)) => one.identity() == other.identity(),
@@ -157,7 +157,7 @@ impl Source {
         })
     }
 
-    /// Reads all of it, as one VM or as several.
+    /// Reads all memory of the input, as one VM or as several.
     fn feed(
         &self,
         each_mapping: bool,

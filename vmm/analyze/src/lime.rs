@@ -1,6 +1,6 @@
-//! Memory as LiME writes it: ranges of physical addresses, each behind a header of its own.
+//! Memory in LiME's format: ranges of physical addresses, each after a header.
 //!
-//! The file is not trusted: ranges are bounded in number, and have to lie in the file. Source: LiME's
+//! The file is not trusted: the number of ranges is limited, and they must lie in the file. Source: LiME's
 //! documentation of its format (`lime_mem_range_header`).
 
 use std::fs::File;
@@ -12,18 +12,18 @@ use thiserror::Error;
 
 use super::file::Region;
 
-/// What each range begins with.
+/// The first bytes of each range.
 pub(super) const MAGIC: &[u8] = b"EMiL";
 
 const HEADER: usize = 32;
 const VERSION: u32 = 1;
-/// The version of AVML, which compresses ranges.
+/// AVML's version of the format, which compresses ranges.
 const COMPRESSED: u32 = 2;
-/// More ranges of RAM than any machine has.
+/// Limit for ranges, above the number in any machine.
 const MOST_RANGES: usize = 1 << 16;
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Why a file is no memory of LiME's to work with.
+/// The reason why a file of LiME cannot be used.
 #[derive(Debug, Error)]
 pub(super) enum LimeError {
     #[error("the file ends within the range at offset {0}: it is truncated; copy it again")]
@@ -40,7 +40,7 @@ pub(super) enum LimeError {
     Read(#[from] io::Error),
 }
 
-/// Finds memory in a file of `length` bytes.
+/// Returns the memory in a file of `length` bytes.
 pub(super) fn regions(file: &File, length: u64) -> Result<Vec<Region>, LimeError> {
     let mut regions = Vec::new();
     let mut at = 0;
@@ -58,7 +58,7 @@ pub(super) fn regions(file: &File, length: u64) -> Result<Vec<Region>, LimeError
             COMPRESSED => return Err(LimeError::Compressed),
             other => return Err(LimeError::Version(other)),
         }
-        // The last address is within the range.
+        // The last address is inclusive.
         let (first, last) = (number(&header[8..16]), number(&header[16..24]));
         let bytes = last.checked_sub(first).and_then(|bytes| bytes.checked_add(1));
         let bytes = bytes.ok_or(LimeError::Damaged(at))?;
@@ -69,7 +69,7 @@ pub(super) fn regions(file: &File, length: u64) -> Result<Vec<Region>, LimeError
         if regions.len() == MOST_RANGES {
             return Err(LimeError::Ranges);
         }
-        // Pages begin where the guest has them.
+        // Align pages to the guest's addresses.
         let skipped = (first.wrapping_neg() % PAGE).min(bytes);
         regions.push(Region {
             address: first.saturating_add(skipped),
@@ -82,7 +82,7 @@ pub(super) fn regions(file: &File, length: u64) -> Result<Vec<Region>, LimeError
     Ok(regions)
 }
 
-/// A little-endian number.
+/// Returns a little-endian number.
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }

@@ -1,38 +1,37 @@
-//! `/proc/PID/maps`, and which of a process's mappings are guest memory.
+//! Parses `/proc/PID/maps` and finds the mappings that are guest memory.
 //!
-//! A monitor maps guest memory readable and writable: private and anonymous, or shared from a
-//! memfd, `/dev/shm`, hugetlbfs or a file, or privately from a snapshot's file. Such mappings of at
-//! least a given size count; the heap, stacks and devices' memory do not. The kernel splits
-//! mappings where attributes differ, so neighbours are taken together. Source: Linux'
-//! Documentation/filesystems/proc.rst.
+//! A monitor maps guest memory readable and writable. The mapping is private and anonymous, or shared from a
+//! memfd, `/dev/shm`, hugetlbfs or a file, or private from a snapshot's file. Such mappings count from a
+//! given size on. The heap, stacks and device memory do not count. The kernel splits mappings where
+//! attributes differ, so adjacent mappings count together. Source: Linux' Documentation/filesystems/proc.rst.
 
 use std::ops::Range;
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mapping {
-    /// Addresses.
+    /// The addresses.
     pub(super) range: Range<u64>,
     read_write: bool,
     shared: bool,
     offset: u64,
-    /// Device and inode as the kernel writes them, of a mapping of a file.
+    /// Device and inode of a file mapping, in the kernel's form.
     file: Option<String>,
-    /// What the kernel calls it.
+    /// The kernel's name of the mapping.
     name: String,
 }
 
-/// Neighbouring mappings of one kind: a part of guest memory.
+/// Adjacent mappings of one kind: a part of guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GuestMemory {
-    /// What it is, for people.
+    /// The name for users.
     pub(super) name: String,
-    /// Its mappings, in the order of addresses.
+    /// The mappings by ascending address.
     pub(super) mappings: Vec<Mapping>,
 }
 
 impl GuestMemory {
-    /// All addresses, from the first to the last.
+    /// Returns the addresses from the first to the last mapping.
     pub(super) fn range(&self) -> Range<u64> {
         match (self.mappings.first(), self.mappings.last()) {
             (Some(first), Some(last)) => first.range.start..last.range.end,
@@ -40,7 +39,7 @@ impl GuestMemory {
         }
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     pub(super) fn bytes(&self) -> u64 {
         let range = self.range();
         range.end - range.start
@@ -48,7 +47,7 @@ impl GuestMemory {
 }
 
 impl Mapping {
-    /// Reads a line of `/proc/PID/maps`.
+    /// Parses a line of `/proc/PID/maps`.
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.splitn(6, ' ');
         let (start, end) = fields.next()?.split_once('-')?;
@@ -66,7 +65,8 @@ impl Mapping {
         })
     }
 
-    /// A private mapping of samepage's frames: its pages are there even where the page table has none.
+    /// Returns whether this is a private mapping of samepage's frames. Its pages exist even if the page table
+    /// has none.
     pub(super) fn on_frames(&self) -> bool {
         !self.shared && self.name.starts_with("/memfd:samepage-frames")
     }
@@ -82,7 +82,7 @@ impl Mapping {
         self.read_write && memory && !name.starts_with("anon_inode:")
     }
 
-    /// Whether this mapping goes on where `last` ends.
+    /// Returns whether this mapping continues `last`.
     fn continues(&self, last: &Self) -> bool {
         let samepage = |one: &Self, other: &Self| one.on_frames() && other.file.is_none() && !other.shared;
         self.range.start == last.range.end
@@ -104,18 +104,18 @@ impl Mapping {
     }
 }
 
-/// Reads `/proc/PID/maps`; lines that make no sense are left out.
+/// Parses `/proc/PID/maps`. Invalid lines are skipped.
 pub(super) fn parse(maps: &str) -> Vec<Mapping> {
     maps.lines().filter_map(Mapping::parse).collect()
 }
 
-/// What is likely to be guest memory: at least `least` bytes of neighbouring mappings.
+/// Returns the mappings that are probably guest memory: at least `least` bytes of adjacent mappings.
 pub(super) fn guess(maps: &[Mapping], least: u64) -> Vec<GuestMemory> {
     let candidates: Vec<_> = maps.iter().filter(|mapping| mapping.can_be_guest_memory()).cloned().collect();
     candidates
         .chunk_by(|last, next| next.continues(last))
         .map(|group| GuestMemory {
-            // The frames that parts of a guest's memory were merged into are not what it is.
+            // Do not name guest memory after the frames that parts of it were merged into.
             name: group.iter().find(|part| !part.on_frames()).unwrap_or(&group[0]).describe(),
             mappings: group.to_vec(),
         })
@@ -123,7 +123,7 @@ pub(super) fn guess(maps: &[Mapping], least: u64) -> Vec<GuestMemory> {
         .collect()
 }
 
-/// The mappings within `range`, cut to it; none where nothing readable is mapped there.
+/// Returns the mappings within `range`, cut to it. Returns `None` if nothing readable is mapped there.
 pub(super) fn within(maps: &[Mapping], range: &Range<u64>) -> Option<GuestMemory> {
     let mappings: Vec<_> = maps
         .iter()

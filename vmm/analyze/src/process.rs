@@ -1,9 +1,9 @@
-//! The guest memory of a running process, read without touching it: its mappings from
-//! `/proc/PID/maps`, which pages are there from `/proc/PID/pagemap`, and those from `/proc/PID/mem`.
+//! Reads the guest memory of a running process without changing it. The mappings come from `/proc/PID/maps`,
+//! the present pages from `/proc/PID/pagemap`, and their content from `/proc/PID/mem`.
 //!
-//! A page that is not there is not read, since reading would populate it; one that is swapped out is
-//! not read either and counts as such. The guest goes on running, so a page may change between two
-//! looks: the outcome is an estimate. Source: Linux' Documentation/admin-guide/mm/pagemap.rst.
+//! Absent pages are not read, because reading would populate them. Swapped pages are not read either and
+//! count as swapped. The guest continues meanwhile, so a page may change between two reads: the result is an
+//! estimate. Source: Linux' Documentation/admin-guide/mm/pagemap.rst.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,14 +19,14 @@ use super::progress::Progress;
 use samepage_text::units::bytes;
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// How many pages are looked up, and read at most, at a time.
+/// Number of pages to look up, and at most to read, at a time.
 const CHUNK: usize = 256;
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FRAME: u64 = (1 << 55) - 1;
 
-/// Why a process cannot be read.
+/// The reason why a process cannot be read.
 #[derive(Debug, Error)]
 pub(super) enum ProcessError {
     #[error("there is no such process")]
@@ -54,22 +54,22 @@ pub(super) enum ProcessError {
     TooManyPages(#[from] TooManyPages),
 }
 
-/// A process, opened and found to have guest memory.
+/// An open process with guest memory.
 #[derive(Debug)]
 pub(super) struct Process {
     memory: File,
     pagemap: File,
-    /// The frame of zeros that untouched memory shows where it was only read, if it can be known.
+    /// The kernel's frame of zeros, if it is known. Untouched memory that was only read shows this frame.
     zero_frame: Option<u64>,
-    /// What the kernel calls the program.
+    /// The kernel's name of the program.
     pub(super) program: String,
-    /// Guest memory.
+    /// The guest memory.
     pub(super) guest: Vec<GuestMemory>,
 }
 
 impl Process {
-    /// Opens process `pid` and finds its guest memory: at `ranges`, or if there are none, mappings
-    /// of at least `least` bytes.
+    /// Opens process `pid` and finds its guest memory: at `ranges`, or without ranges in mappings of at least
+    /// `least` bytes.
     pub(super) fn open(pid: u32, ranges: &[Range<u64>], least: u64) -> Result<Self, ProcessError> {
         let folder = format!("/proc/{pid}");
         let failed = |what: &str, error: io::Error| match error.kind() {
@@ -83,7 +83,7 @@ impl Process {
             |what: &str| fs::read_to_string(format!("{folder}/{what}")).map_err(|error| failed(what, error));
 
         let program = text("comm")?.trim_end().to_owned();
-        // The map of mappings alone would not say that memory cannot be read.
+        // The map of mappings can be readable even if the memory is not.
         let (memory, pagemap) = (open("mem")?, open("pagemap")?);
         let maps = maps::parse(&text("maps")?);
         if maps.is_empty() {
@@ -127,7 +127,7 @@ struct Reader<'a> {
     buffer: Vec<u8>,
 }
 
-/// What is to become of a page.
+/// The handling of a page.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Page {
     Untouched,
@@ -184,7 +184,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads `count` pages, some of which may vanish meanwhile.
+    /// Reads `count` pages. Some of them may disappear meanwhile.
     fn read(&mut self, mut address: u64, count: usize, image: &mut Image<'_>) -> Result<(), ProcessError> {
         let mut left = count * PAGE_SIZE;
         while left > 0 {
@@ -198,7 +198,7 @@ impl Reader<'_> {
             for page in self.buffer[..read].as_chunks::<PAGE_SIZE>().0 {
                 image.page(page)?;
             }
-            // What cannot be read stops a read, or lets it fail if it comes first.
+            // An unreadable page stops a read, or makes it fail if it comes first.
             let skipped = if read == 0 { PAGE_SIZE } else { 0 };
             image.unread((skipped / PAGE_SIZE) as u64);
             left -= read + skipped;
@@ -208,9 +208,9 @@ impl Reader<'_> {
     }
 }
 
-/// The kernel's frame of zeros, if this process may know the numbers of frames.
+/// Returns the kernel's frame of zeros, if this process may see the numbers of frames.
 fn zero_frame() -> Option<u64> {
-    // Large enough to be mapped on its own, and never written: all of its pages are untouched.
+    // The vector is large enough for its own mapping and never written, so all of its pages are untouched.
     let untouched = vec![0_u8; 64 * PAGE_SIZE];
     let page = &untouched[32 * PAGE_SIZE];
     std::hint::black_box(*page);
@@ -219,7 +219,7 @@ fn zero_frame() -> Option<u64> {
     Some(entry[0].physical()).filter(|&frame| frame != 0)
 }
 
-/// What Linux' Yama module keeps users from, and how to allow it.
+/// Returns advice about the restrictions of Linux' Yama module.
 fn yama() -> &'static str {
     match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").as_deref().map(str::trim) {
         Ok("1") => " with `sysctl kernel.yama.ptrace_scope=0`",

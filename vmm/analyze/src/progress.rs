@@ -1,17 +1,17 @@
-//! How far the work has come, on standard error: a line that is redrawn on a terminal, and lines
-//! from time to time elsewhere.
+//! Reports progress on standard error: one line that is redrawn on a terminal, and occasional lines
+//! otherwise.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use samepage_text::units::bytes;
 
-/// How often a terminal's line is redrawn.
+/// Time between two updates of the line on a terminal.
 const REDRAW: Duration = Duration::from_millis(100);
-/// How often a line is written elsewhere: short work says nothing.
+/// Time between two lines otherwise. Short work prints nothing.
 const LINE: Duration = Duration::from_secs(10);
 
-/// Where work is reported. It goes silent when dropped.
+/// The progress display. It ends when dropped.
 #[derive(Debug)]
 pub(super) struct Progress {
     mode: Mode,
@@ -29,19 +29,19 @@ enum Mode {
 }
 
 impl Progress {
-    /// Reports work on `total` bytes.
+    /// Returns a display for work on `total` bytes.
     pub(super) fn new(total: u64) -> Self {
         let mode = if io::stderr().is_terminal() { Mode::Terminal } else { Mode::Lines };
         Self { mode, total, ..Self::off() }
     }
 
-    /// Says nothing.
+    /// Returns a display that prints nothing.
     pub(super) fn off() -> Self {
         let now = Instant::now();
         Self { mode: Mode::Off, total: 0, done: 0, started: now, shown: now }
     }
 
-    /// Some more bytes are done.
+    /// Adds processed bytes.
     pub(super) fn add(&mut self, done: u64) {
         self.done += done;
         let every = match self.mode {
@@ -54,7 +54,7 @@ impl Progress {
         }
         self.shown = Instant::now();
         let line = line(self.done, self.total, self.started.elapsed());
-        // Who closes standard error does not want to know.
+        // A closed standard error needs no progress.
         let _ = match self.mode {
             Mode::Terminal => write!(io::stderr(), "\r\x1b[K{line}"),
             _ => writeln!(io::stderr(), "{line}"),

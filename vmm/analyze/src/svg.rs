@@ -1,4 +1,4 @@
-//! The result as a picture: each VM's memory by class, runs by length, and what mappings buy.
+//! Draws the result: each VM's memory by class, runs by length, and savings by the number of mappings.
 //!
 //! Lengths are in SVG user units.
 
@@ -12,17 +12,17 @@ use samepage_text::units::{bytes, count, pages, percent};
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 240.0;
 const RIGHT: f64 = 900.0;
-/// Height of a VM's bar, and from one to the next.
+/// Height of a VM's bar, and distance to the next.
 const BAR: f64 = 18.0;
 const BAR_STEP: f64 = 26.0;
 /// Height of a chart.
 const CHART: f64 = 220.0;
-/// More bars than this cannot be read: the rest are one bar.
+/// Limit for readable bars. The other VMs share one bar.
 const MOST_BARS: usize = 64;
-/// The longest name beside a bar.
+/// Longest name beside a bar, in letters.
 const NAME: usize = 27;
 
-/// Of the classes of pages, and the curve.
+/// The style of the classes of pages and of the curve.
 const STYLE: &str = "\
 .curve { fill: none; stroke: #1f7a4d; stroke-width: 2.5; } \
 .untouched { fill: #e6e9ef; } .zero { fill: #a9b4c6; } .between { fill: #1f7a4d; } .within { fill: #68bb8c; } \
@@ -46,9 +46,9 @@ pub(super) fn draw(report: &Report) -> String {
     canvas.finish([WIDTH, bottom + 20.0], STYLE, &saved)
 }
 
-/// A bar for each VM.
+/// Draws a bar for each VM.
 fn bars(canvas: &mut Canvas, report: &Report, top: f64) -> f64 {
-    canvas.text(20.0, top, "title", "Memory by what is in it");
+    canvas.text(20.0, top, "title", "Memory by class of pages");
     let legend = [
         ("between", "duplicates between VMs"),
         ("within", "within a VM"),
@@ -97,7 +97,7 @@ fn bars(canvas: &mut Canvas, report: &Report, top: f64) -> f64 {
     bottom + 36.0
 }
 
-/// The VMs, or as many as can be shown and one for all others.
+/// Returns the VMs, or as many as fit and a sum of the others.
 fn shown(report: &Report) -> Vec<ImageReport> {
     let mut images = report.images.clone();
     if images.len() > MOST_BARS {
@@ -112,7 +112,7 @@ fn shown(report: &Report) -> Vec<ImageReport> {
     images
 }
 
-/// Duplicate pages by the length of the run they are in.
+/// Draws duplicate pages by the length of their run.
 fn histogram(canvas: &mut Canvas, report: &Report, top: f64) -> f64 {
     canvas.text(20.0, top, "title", "Duplicate pages by the length of their run");
     let (first, bottom) = (top + 30.0, top + 30.0 + CHART);
@@ -148,9 +148,14 @@ fn histogram(canvas: &mut Canvas, report: &Report, top: f64) -> f64 {
     bottom + 40.0
 }
 
-/// What duplicates save over the number of mappings, longest runs first.
+/// Draws the savings of duplicates over the number of mappings, longest runs first.
 fn curve(canvas: &mut Canvas, report: &Report, top: f64) -> f64 {
-    canvas.text(20.0, top, "title", "What mappings buy: longest runs first, without pages of zeros");
+    canvas.text(
+        20.0,
+        top,
+        "title",
+        "Savings by number of mappings: longest runs first, without pages of zeros",
+    );
     let (first, bottom) = (top + 30.0, top + 30.0 + CHART);
     let last = report.curve.last().copied();
     let most = last.map_or(0, |point| point.saved_bytes);
@@ -184,7 +189,7 @@ fn vertical_axis(canvas: &mut Canvas, scale: &Scale, title: &str) {
     canvas.text(20.0, (scale.from + scale.to) / 2.0, "", title);
 }
 
-/// The end of a name says more than its start.
+/// Shortens a name at its start, because the end says more.
 fn shorten(name: &str) -> String {
     let length = name.chars().count();
     if length <= NAME {

@@ -1,4 +1,4 @@
-//! The result as tables for people.
+//! Formats the result as tables.
 
 use std::fmt::Write;
 
@@ -7,10 +7,10 @@ use crate::oracle::{Classes, PAGE_SIZE, Report};
 use super::{Analysis, Input, Origin};
 use samepage_text::units::{bytes, count, pages, percent};
 
-/// The widest that a VM's name may be.
+/// Longest name of a VM, in letters.
 const NAME: usize = 40;
 
-/// The result, as it is printed.
+/// Returns the result as text.
 pub(super) fn format(analysis: &Analysis) -> String {
     let report = &analysis.report;
     let sections = [inputs(analysis), classes(analysis), savings(report), runs(report), budgets(report)];
@@ -28,7 +28,7 @@ pub(super) fn format(analysis: &Analysis) -> String {
     text
 }
 
-/// Where the memory of processes was found, since that is a guess.
+/// Returns the sources of processes' memory, because finding them is a guess.
 fn inputs(analysis: &Analysis) -> String {
     let mut lines = String::new();
     for input in &analysis.inputs {
@@ -67,10 +67,8 @@ fn classes(analysis: &Analysis) -> String {
     if report.images.len() != 1 {
         rows.push(row("all", &report.total));
     }
-    let mut text = aligned(
-        "Memory by what is in it (pages with the same content elsewhere: between or within VMs)",
-        &rows,
-    );
+    let mut text =
+        aligned("Memory by class (pages with the same content elsewhere: between or within VMs)", &rows);
     line(
         &mut text,
         format_args!(
@@ -97,7 +95,7 @@ fn savings(report: &Report) -> String {
         row("duplicates between VMs", saved.between),
         row("together", report.saved_pages),
     ];
-    aligned("What can be saved (of each content, one frame stays)", &rows)
+    aligned("Possible savings (one frame for each content stays)", &rows)
 }
 
 fn runs(report: &Report) -> String {
@@ -136,10 +134,10 @@ fn budgets(report: &Report) -> String {
             format!("{:.1} %", budget.saved_percent),
         ]);
     }
-    aligned("What a budget of mappings buys, longest runs first (pages of zeros need none)", &rows)
+    aligned("Savings for budgets of mappings, longest runs first (pages of zeros need none)", &rows)
 }
 
-/// A title, and rows with columns: the first to the left, the others to the right.
+/// Returns a title and rows. The first column is aligned to the left, the others to the right.
 fn aligned(title: &str, rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<_> = (0..columns)
@@ -165,7 +163,7 @@ fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
     let _ = writeln!(text, "{line}");
 }
 
-/// The end of a name says more than its start: most are paths.
+/// Shortens a name at its start, because most names are paths.
 fn shorten(name: &str) -> String {
     let length = name.chars().count();
     if length <= NAME {

@@ -1,6 +1,6 @@
-//! Cores of Xen's guests (`xl dump-core`): memory lies in sections, and there are no segments.
+//! Cores of Xen's guests (`xl dump-core`): the memory is in sections, and there are no segments.
 //!
-//! The file is not trusted: sections are bounded in number, and have to lie in the file. Source: Xen's
+//! The file is not trusted: the number of sections is limited, and they must lie in the file. Source: Xen's
 //! docs/misc/dump-core-format.txt.
 
 use std::fs::File;
@@ -10,12 +10,12 @@ use super::elf::{CoreError, number};
 use super::file::Region;
 
 const SECTION_HEADER: usize = 64;
-/// A core has ten.
+/// Limit for sections. A core has ten.
 const MOST_SECTIONS: u64 = 256;
-/// The section with the guest's pages, in the order of their numbers as a rule.
+/// The section with the guest's pages, usually in the order of their numbers.
 const PAGES: &[u8] = b".xen_pages\0";
 
-/// Finds memory in a core of `length` bytes with this ELF header; nothing where it is none of Xen's.
+/// Returns the memory in a core of `length` bytes with this ELF header, or `None` if it is not a core of Xen.
 pub(super) fn regions(file: &File, length: u64, header: &[u8]) -> Result<Option<Region>, CoreError> {
     let (table, count, names) = (number(header, 40, 8), number(header, 60, 2), number(header, 62, 2));
     if !(1..=MOST_SECTIONS).contains(&count) || names >= count {
@@ -34,7 +34,7 @@ pub(super) fn regions(file: &File, length: u64, header: &[u8]) -> Result<Option<
     for section in sections {
         let mut name = [0; PAGES.len()];
         let at = names_at.saturating_add(number(section, 0, 4));
-        // Names may be shorter than this one, and the last in the file.
+        // Names may be shorter than this one, and be the last in the file.
         if read(at, &mut name, "names of sections").is_err() || name != *PAGES {
             continue;
         }
@@ -54,7 +54,7 @@ mod tests {
 
     const PAGE: usize = 4096;
 
-    /// A core of Xen's with so many bytes of memory, of which the header says `stored`.
+    /// Returns a core of Xen with this number of bytes of memory. The header says that it has `stored` bytes.
     fn core(memory: usize, stored: u64) -> Vec<u8> {
         let names = b"\0.shstrtab\0.xen_pages\0.xen_pfn\0";
         let (names_at, table_at, pages_at) = (64, 128, PAGE);

@@ -48,7 +48,7 @@ pub enum ClientCommand {
     Report(ReportArgs),
 }
 
-/// Where to ask, and how to answer.
+/// The socket of a request, and the form of the output.
 #[derive(Debug, Args)]
 pub struct Connection {
     /// Path of the control socket
@@ -60,7 +60,7 @@ pub struct Connection {
     pub(crate) json: bool,
 }
 
-/// The arguments of commands about everything.
+/// The arguments of commands about the whole process.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     #[command(flatten)]
@@ -239,7 +239,7 @@ pub struct ReportArgs {
     pub(crate) output: Option<PathBuf>,
 }
 
-/// A report of something else than the run as a whole.
+/// Another report than that of the whole run.
 #[derive(Debug, Subcommand)]
 pub enum ReportCommand {
     /// Print what guests use their pages for, and how much of each use is shared

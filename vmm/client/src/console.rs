@@ -18,7 +18,7 @@ use super::args::ConsoleArgs;
 use super::vm_path;
 use samepage_process::tell::tell;
 
-/// What is shown for Ctrl-A h.
+/// The text for Ctrl-A h.
 const HELP: &str = "\n\
     Ctrl-A x       leave the console; the VM keeps running\n\
     Ctrl-A h       this help\n\
@@ -30,7 +30,7 @@ pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
     if args.backlog {
         let answer = client.raw(Method::GET, &path, Vec::new())?;
         if answer.status >= 300 {
-            // The same question again, for its refusal.
+            // Repeats the request, to get the server's refusal.
             client.get::<serde_json::Value>(&path)?;
         }
         return show(&answer.body).context("write to standard output");
@@ -40,7 +40,7 @@ pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
     pass_on(&client, &args.vm, &stream, &first, &signals)
 }
 
-/// Puts a VM's console onto this terminal until the user leaves it, or the VM has ended.
+/// Connects a VM's console to this terminal until the user leaves it or the VM has ended.
 pub(super) fn attach(client: &Client, vm: &str, signals: &ShutdownSignals) -> anyhow::Result<()> {
     let (stream, first) = client.attach(vm)?;
     pass_on(client, vm, &stream, &first, signals)
@@ -68,7 +68,7 @@ fn pass_on(
     Ok(())
 }
 
-/// What became of a VM whose console has ended.
+/// Returns a message about a VM whose console has ended.
 fn end_of(client: &Client, vm: &str) -> String {
     match client.get::<VmView>(&format!("/vms/{vm}")) {
         Ok(VmView { summary: VmSummary { reason: Some(reason), .. }, .. }) => format!("VM {vm}: {reason}"),
@@ -80,7 +80,7 @@ fn end_of(client: &Client, vm: &str) -> String {
     }
 }
 
-/// Who has had enough.
+/// The side that ended the connection.
 #[derive(Debug, PartialEq, Eq)]
 enum Left {
     ByUser,
@@ -95,7 +95,7 @@ fn show(bytes: &[u8]) -> io::Result<()> {
 fn exchange(stream: &UnixStream, signals: &ShutdownSignals, keys: bool) -> io::Result<Left> {
     let stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut filter = EscapeFilter::default();
-    // Of what is no terminal the end is no wish to leave.
+    // The end of a file or pipe does not end the connection.
     let mut typing = terminal::stdin_kind() != StdinKind::BackgroundTerminal;
     let mut buffer = [0; 4096];
     loop {
@@ -130,7 +130,7 @@ fn exchange(stream: &UnixStream, signals: &ShutdownSignals, keys: bool) -> io::R
     }
 }
 
-/// What of the keys is meant for the guest; `None` when the user leaves.
+/// Returns the keys for the guest, or `None` if the user leaves.
 fn sort(filter: &mut EscapeFilter, keys: &[u8]) -> Option<Vec<u8>> {
     let mut to_guest = Vec::with_capacity(keys.len());
     for key in keys {
@@ -138,7 +138,7 @@ fn sort(filter: &mut EscapeFilter, keys: &[u8]) -> Option<Vec<u8>> {
             Key::Guest(byte) => to_guest.push(byte),
             Key::Quit => return None,
             Key::Help => {
-                // Who does not see the help can still type.
+                // Typing works without the help text.
                 let _ = io::stderr().write_all(HELP.as_bytes());
             }
             Key::Nothing => {}

@@ -1,4 +1,4 @@
-//! `samepage events`: a line for each thing that happens.
+//! `samepage events`: prints a line for each event.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -26,7 +26,7 @@ pub(super) fn follow(args: &EventsArgs) -> anyhow::Result<()> {
         ControlFlow::Continue(())
     })?;
     match failed {
-        // Who reads no more has what they want.
+        // If the reader closes the output, it has what it needs.
         Some(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -38,7 +38,7 @@ fn write(text: &str) -> io::Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush())
 }
 
-/// Puts lines together, and takes the data out of them.
+/// Assembles lines and extracts their data.
 #[derive(Default)]
 struct Lines {
     rest: Vec<u8>,
@@ -54,7 +54,7 @@ impl Lines {
     }
 }
 
-/// An event for people; `None` for what this program does not know.
+/// Returns an event as text, or `None` for an unknown event.
 fn tell(data: &str) -> Option<String> {
     let Event { id, what, .. } = serde_json::from_str(data).ok()?;
     let text = match what {

@@ -1,7 +1,7 @@
-//! The commands for people that talk to a control socket.
+//! The commands that talk to a control socket.
 //!
-//! Each asks for what it needs, prints it as a table, or as JSON for programs, and says what went wrong
-//! on standard error.
+//! Each command sends requests, prints the response as a table or as JSON, and reports errors on standard
+//! error.
 
 pub mod args;
 mod console;
@@ -29,13 +29,14 @@ use args::{ClientCommand, Connection, CreateArgs, ResizeArgs, VmsArgs};
 use samepage_process::tell::{self, tell};
 use socket::Client;
 
-/// Reads the VMs of a configuration file. Whoever makes VMs knows how they are checked.
+/// Reads the VMs of a configuration file. The caller provides this function, because validation needs other
+/// crates.
 pub type Load<'a> = &'a dyn Fn(&Path) -> anyhow::Result<Vec<VmSpec>>;
 
-/// Does what a command asks for.
+/// Runs a command.
 ///
 /// # Errors
-/// What could not be done, and why.
+/// Fails with the reason if the command cannot be carried out.
 pub fn main(command: &ClientCommand, load: Load<'_>) -> anyhow::Result<ExitCode> {
     match command {
         ClientCommand::Ps(args) => show::list(args)?,
@@ -73,7 +74,7 @@ fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {
     ask(args, action, &json!({ "action": action.name() }))
 }
 
-/// Asks each VM that is named for an action; where all are, those whose state allows it.
+/// Requests an action for each named VM. With `--all`, only for VMs whose state allows the action.
 fn ask(args: &VmsArgs, action: Action, body: &Value) -> anyhow::Result<ExitCode> {
     let can = |vm: &VmSummary| vm.state.after(action).is_some();
     each_that(args, can, |client, path| {
@@ -82,11 +83,10 @@ fn ask(args: &VmsArgs, action: Action, body: &Value) -> anyhow::Result<ExitCode>
     })
 }
 
-/// VMs that something is done to at a time.
+/// Number of simultaneous requests.
 const AT_ONCE: usize = 128;
 
-/// Does something to each VM that is named, several at a time. One that cannot be done keeps the others from
-/// nothing.
+/// Runs an operation for each named VM, several at a time. A failure for one VM does not stop the others.
 fn each(
     args: &VmsArgs,
     work: impl Fn(&Client, &str) -> anyhow::Result<Option<VmSummary>> + Sync,
@@ -94,7 +94,7 @@ fn each(
     each_that(args, |_| true, work)
 }
 
-/// The same, but where all are meant for those alone that `can`.
+/// Like [`each`], but with `--all` only for the VMs for which `can` returns true.
 fn each_that(
     args: &VmsArgs,
     can: impl Fn(&VmSummary) -> bool,
@@ -131,13 +131,13 @@ fn each_that(
     Ok(code)
 }
 
-/// The path of a VM. What is no name is none of a VM.
+/// Returns the path of a VM. Fails if the name is invalid.
 fn vm_path(name: &str) -> anyhow::Result<String> {
     samepage_text::names::check_name(name)?;
     Ok(format!("/vms/{name}"))
 }
 
-/// Has a disk take over its image's size.
+/// Makes a disk adopt its image's size.
 fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
     let path = format!("{}/disks/{}/resize", vm_path(&args.vm)?, args.disk);
     samepage_text::names::check_disk_id(&args.disk)?;
@@ -149,12 +149,12 @@ fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Creates the VMs of a configuration file, each by itself.
+/// Creates the VMs of a configuration file one by one.
 fn create(args: &CreateArgs, load: Load<'_>) -> anyhow::Result<ExitCode> {
     let client = client(&args.connection);
     let mut created: Vec<Value> = Vec::new();
     for mut spec in load(&args.config)? {
-        // The server was started somewhere else.
+        // The server has another working directory.
         spec.make_absolute()?;
         let start = spec.start.unwrap_or(true) && !args.hold;
         let mut body = serde_json::to_value(&spec).context("write the VM as JSON")?;
@@ -175,13 +175,13 @@ fn create(args: &CreateArgs, load: Load<'_>) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints for programs.
+/// Prints JSON.
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(value).context("write JSON")?;
     print(&(text + "\n"))
 }
 
-/// Prints. Who reads no more has what they want.
+/// Prints text. If the reader closes the output, it has what it needs.
 fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -1,4 +1,4 @@
-//! Commands that show how things are.
+//! Commands that show the present state.
 
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,7 +20,7 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }
 
-/// Prints what is at a path: as it is for programs, and as `text` has it for people.
+/// Prints the resource at a path: as JSON, or as formatted by `text`.
 fn answer<T: DeserializeOwned + Serialize>(
     connection: &Connection,
     path: &str,
@@ -37,7 +37,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
     let state = args.state.map(|state| ("state", state.name()));
     let group = args.group.as_deref().map(|group| ("group", group));
     let name = args.name.as_deref().map(|name| ("name", name));
-    // The values are of letters that a query holds as they are.
+    // The values contain only letters that need no escaping in a query.
     let query: Vec<_> =
         [state, group, name].into_iter().flatten().map(|(key, value)| format!("{key}={value}")).collect();
     let path = if query.is_empty() { "/vms".to_owned() } else { format!("/vms?{}", query.join("&")) };
@@ -70,7 +70,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
     })
 }
 
-/// The word that JSON has for a value.
+/// Returns a value's name in JSON.
 fn word(value: &impl Serialize) -> String {
     let json = serde_json::to_value(value).unwrap_or_default();
     json.as_str().unwrap_or_default().to_owned()
@@ -124,7 +124,7 @@ pub(super) fn stats(args: &ListArgs) -> anyhow::Result<()> {
     let vms: Vec<VmSummary> = client.get("/vms")?;
     let mut all = Vec::new();
     for vm in vms {
-        // It may have been deleted meanwhile.
+        // The VM may have been deleted meanwhile.
         if let Ok(sharing) = client.get::<VmSharingView>(&format!("/vms/{}/sharing", vm.name)) {
             all.push((vm, sharing));
         }

@@ -1,4 +1,4 @@
-//! A small client of the control socket, which waits for its answers.
+//! A small blocking client of the control socket.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -19,79 +19,79 @@ use tokio::net::UnixStream;
 use samepage_api_types::CONSOLE_PROTOCOL;
 use samepage_api_types::problem::Problem;
 
-/// Why there is no good answer.
+/// The reason why a request failed.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// Nobody answers at the socket.
+    /// The socket cannot be connected to.
     #[error("connect to {path}: {source}; is `samepage serve --socket {path}` running?")]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// Error of the system call.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The connection broke.
     #[error("talk to the control socket: {0}")]
     Connection(#[from] hyper::Error),
-    /// The server refused.
+    /// The server refused the request.
     #[error(transparent)]
     Problem(Box<Problem>),
-    /// The answer is not what this client knows.
+    /// This client cannot parse the response.
     #[error("cannot understand the control socket's answer with status {status}: {reason}")]
     Answer {
-        /// Its status.
+        /// The status.
         status: u16,
-        /// What is wrong.
+        /// The fault.
         reason: String,
     },
-    /// The request cannot be made.
+    /// The request is invalid.
     #[error("send a request to the control socket: {0}")]
     Request(String),
-    /// The process is out of something.
+    /// The process lacks a resource.
     #[error("send a request to the control socket: {0}")]
     Io(#[from] io::Error),
 }
 
-/// An answer as it is.
+/// A raw response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// Its status.
+    /// The status.
     pub status: u16,
-    /// Its media type.
+    /// The media type.
     pub media_type: String,
-    /// Its body.
+    /// The body.
     pub body: Vec<u8>,
 }
 
-/// A client; each request has a connection of its own.
+/// A client. Each request uses its own connection.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
 }
 
 impl Client {
-    /// A client of the socket at this path.
+    /// Returns a client of the socket at this path.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self { socket: socket.into() }
     }
 
-    /// The socket.
+    /// Returns the path of the socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// What is at a path.
+    /// Returns the resource at a path.
     ///
     /// # Errors
-    /// Where there is no such answer.
+    /// Fails if the request or the parsing of the response fails.
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         understand(&self.raw(Method::GET, path, Vec::new())?)
     }
 
-    /// Sends JSON, and returns the answer.
+    /// Sends JSON and returns the response.
     ///
     /// # Errors
-    /// Where there is no such answer.
+    /// Fails if the request or the parsing of the response fails.
     pub fn send<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -102,19 +102,19 @@ impl Client {
         understand(&self.raw(method, path, body)?)
     }
 
-    /// Deletes what is at a path.
+    /// Deletes the resource at a path.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// Fails if the request fails.
     pub fn delete(&self, path: &str) -> Result<(), ClientError> {
         let answer = self.raw(Method::DELETE, path, Vec::new())?;
         if answer.status < 300 { Ok(()) } else { Err(refusal(&answer)) }
     }
 
-    /// Sends bytes and returns the answer, whatever its status.
+    /// Sends bytes and returns the response, whatever its status.
     ///
     /// # Errors
-    /// Where there is none.
+    /// Fails if there is no response.
     pub fn raw(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Answer, ClientError> {
         self.run(async {
             let request = self.request(method, path)?.header(CONTENT_TYPE, "application/json");
@@ -122,10 +122,11 @@ impl Client {
         })
     }
 
-    /// Hands the parts of an answer on as they come, until it ends or `take` has enough.
+    /// Passes the parts of a response to `take` as they arrive, until the response ends or `take` returns
+    /// false.
     ///
     /// # Errors
-    /// Where the server refuses, or the connection breaks.
+    /// Fails if the server refuses the request, or if the connection breaks.
     pub fn stream(
         &self,
         path: &str,
@@ -147,19 +148,20 @@ impl Client {
         })
     }
 
-    /// Attaches to a VM's console until the VM ends. Returns a connection of its bytes, both ways, and the first
-    /// of them.
+    /// Attaches to a VM's console until the VM ends. Returns a connection for bytes in both directions, and
+    /// the first bytes.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// Fails if the server refuses the request.
     pub fn attach(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
         self.upgrade(&format!("/vms/{vm}/console/stream?until_end=true"))
     }
 
-    /// The same for a VM that is to end with the connection, and whose end is that of the connection.
+    /// Attaches to the console of a VM that must end with the connection. The connection also ends with the
+    /// VM.
     ///
     /// # Errors
-    /// Where the server refuses.
+    /// Fails if the server refuses the request.
     pub fn attach_for_life(&self, vm: &str) -> Result<(StdStream, Vec<u8>), ClientError> {
         self.upgrade(&format!("/vms/{vm}/console/stream?lifeline=true"))
     }
@@ -197,7 +199,7 @@ impl Client {
             .await
             .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // What goes wrong on the connection is told to who waits for the answer.
+        // The code that waits for the response gets errors of the connection.
         tokio::spawn(connection.with_upgrades());
         Ok(sender.send_request(request).await?)
     }

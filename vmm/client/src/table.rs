@@ -1,14 +1,14 @@
 //! Tables of text.
 
-/// Rows of cells, in columns as wide as they have to be.
+/// Rows of cells, in columns of the necessary width.
 pub(super) struct Table {
-    /// Which columns are aligned to the right.
+    /// Whether each column is aligned to the right.
     right: Vec<bool>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// A table with these headings. Columns whose heading begins with `>` are aligned to the right.
+    /// Returns a table with these headings. A column is aligned to the right if its heading begins with `>`.
     pub(super) fn new(headings: &[&str]) -> Self {
         let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
         let headings = headings.iter().map(|heading| heading.strip_prefix('>').unwrap_or(heading).to_owned());
@@ -17,7 +17,7 @@ impl Table {
 
     /// Adds a row.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        // What guests and files call themselves does not steer the terminal.
+        // Names from guests and files must not contain control characters for the terminal.
         let plain = |text: String| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         self.rows.push(cells.into_iter().map(plain).collect());
     }
@@ -45,17 +45,17 @@ impl std::fmt::Display for Table {
     }
 }
 
-/// An amount of memory for people.
+/// Returns a size in MiB.
 pub(super) fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// The same where it may be unknown.
+/// Returns a size in MiB, or a dash if it is unknown.
 pub(super) fn maybe_mebibytes(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "-".to_owned(), mebibytes)
 }
 
-/// How long ago a moment is, given in seconds since 1970.
+/// Returns how long ago a time was. Both times are in seconds since 1970.
 pub(super) fn ago(seconds: f64, now: f64) -> String {
     let past = (now - seconds).max(0.0) as u64;
     match past {

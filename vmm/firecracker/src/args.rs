@@ -8,9 +8,9 @@ use clap::{ArgAction, Args, Parser};
 
 use super::VERSION;
 
-/// The name under which the program is Firecracker.
+/// The name under which the program acts as Firecracker.
 const NAME: &str = "firecracker";
-/// What Firecracker ends with where its arguments are wrong.
+/// Firecracker's exit status for wrong arguments.
 pub(super) const WRONG_ARGUMENTS: u8 = 153;
 
 /// Run one VM behind the API of Firecracker. If a link with the name `firecracker` starts the program, it is
@@ -83,7 +83,8 @@ pub struct FirecrackerArgs {
 }
 
 impl FirecrackerArgs {
-    /// Why the arguments ask for something that Firecracker has and samepage lacks, if they do.
+    /// Returns the reason why the arguments are refused, if they request a feature of Firecracker that
+    /// samepage lacks.
     pub(super) fn refusal(&self) -> Option<&'static str> {
         if self.enable_pci {
             return Some(
@@ -98,7 +99,7 @@ impl FirecrackerArgs {
     }
 }
 
-/// What is accepted and makes no difference.
+/// Arguments that are accepted without effect.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Accepted without effect")]
 pub struct AcceptedArgs {
@@ -143,7 +144,7 @@ pub struct AcceptedArgs {
     more: Vec<String>,
 }
 
-/// The whole command line, where the program is called by Firecracker's name.
+/// The command line of a program with Firecracker's name.
 #[derive(Debug, Parser)]
 #[command(name = NAME, disable_version_flag = true, max_term_width = 100)]
 struct Cli {
@@ -151,23 +152,23 @@ struct Cli {
     args: FirecrackerArgs,
 }
 
-/// The arguments, where the program was called by Firecracker's name; `Err` where they are wrong, or help is
-/// all that is asked for, with what to end with.
+/// Returns the arguments if the program was called by Firecracker's name. `Err` contains the exit status if
+/// the arguments are wrong, or if they only ask for help.
 pub fn of_process() -> Option<Result<FirecrackerArgs, ExitCode>> {
     let program = std::env::args_os().next()?;
     (Path::new(&program).file_name() == Some(OsStr::new(NAME))).then(|| {
         Cli::try_parse().map(|cli| cli.args).map_err(|error| {
-            // Who does not see it has closed the output.
+            // If the output is closed, nobody needs the message.
             let _ = error.print();
             ExitCode::from(if error.use_stderr() { WRONG_ARGUMENTS } else { 0 })
         })
     })
 }
 
-/// Prints the version in the way in which clients look for it.
+/// Prints the version in the form that clients expect.
 pub(super) fn print_version() {
     use std::io::Write;
-    // Who has closed the output does not want to know.
+    // If the output is closed, nobody needs the version.
     let _ = writeln!(
         std::io::stdout(),
         "Firecracker v{VERSION}\n\nThis is samepage {}, which speaks Firecracker's API.",

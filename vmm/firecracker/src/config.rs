@@ -1,4 +1,4 @@
-//! Firecracker's configuration files: what a client would say, in one JSON object.
+//! Firecracker's configuration files: the requests of a client in one JSON object.
 
 use std::fs;
 use std::path::Path;
@@ -10,13 +10,13 @@ use super::controller::Controller;
 use super::fault::Fault;
 use super::requests::{missing, put};
 
-/// The parts that are requests of their own, in the order in which they are made.
+/// The parts that correspond to requests, in the order of the requests.
 const PARTS: [&str; 5] = ["logger", "metrics", "machine-config", "boot-source", "serial"];
 
-/// Configures the VM from a file, and starts it.
+/// Configures the VM from a file and starts it.
 ///
 /// # Errors
-/// What is wrong, with the part where it is.
+/// Fails with the fault and its part of the file.
 pub(super) fn apply(path: &Path, controller: &mut Controller) -> anyhow::Result<()> {
     let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     apply_text(&text, controller).with_context(|| format!("configure the VM from {}", path.display()))
@@ -24,7 +24,7 @@ pub(super) fn apply(path: &Path, controller: &mut Controller) -> anyhow::Result<
 
 fn apply_text(text: &str, controller: &mut Controller) -> anyhow::Result<()> {
     let mut config: serde_json::Map<String, Value> = serde_json::from_str(text)?;
-    // What is null or an empty list asks for nothing.
+    // Null and an empty list request nothing.
     config.retain(|_, value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty()));
     let refused = |part: &str, fault: Fault| anyhow!("{part}: {}", fault.message);
     for part in PARTS {

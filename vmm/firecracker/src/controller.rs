@@ -1,7 +1,7 @@
-//! What a client has configured, and what it asks of the VM.
+//! The configuration by clients, and their actions on the VM.
 //!
-//! Before the start everything can be said again and replaces what was said; what is wrong is refused when it
-//! is said, as far as that can be known. After the start some of it can be changed.
+//! Before the start, a setting can be repeated and replaces the earlier one. Invalid settings are refused
+//! immediately, as far as possible. After the start, some settings can still change.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -26,18 +26,18 @@ use super::model::{
     MachineConfig, MachineConfigUpdate, MetricsConfig, SerialConfig, WantedState,
 };
 
-/// The kernel's command line where none is given; as with Firecracker it has no console.
+/// The default command line of the kernel. As with Firecracker, it has no console.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                                  i8042.dumbkbd swiotlb=noforce";
 
-/// The one VM, before and after its start.
+/// The VM, before and after its start.
 pub(super) struct Controller {
     id: String,
     machine: Arc<dyn Machine>,
     log: Arc<Log>,
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
-    /// The root device first, then in the order in which they were added.
+    /// The root device first, then the others in the order of their creation.
     drives: Vec<Drive>,
     serial_out: Option<PathBuf>,
     logger: Option<LoggerConfig>,
@@ -59,7 +59,7 @@ impl Controller {
         }
     }
 
-    /// Checks that the VM is still to be started.
+    /// Checks that the VM has not started.
     pub(super) fn before_start(&self) -> Result<(), Fault> {
         if self.machine.activity().is_some() { Err(Fault::started()) } else { Ok(()) }
     }
@@ -141,9 +141,9 @@ impl Controller {
         Ok(())
     }
 
-    /// Checks that no other drive uses the same image, where one of both writes to it.
+    /// Checks that no other drive uses the same image if one of the two writes to it.
     fn check_image(&self, drive: &Drive, path: &Path) -> Result<(), Fault> {
-        // A path that leads nowhere has been refused already.
+        // An invalid path has already been refused.
         let file = |path: &Path| path.metadata().map(|file| (file.dev(), file.ino())).ok();
         let written = |drive: &Drive| drive.is_read_only != Some(true);
         let same = self.drives.iter().find(|other| {
@@ -171,7 +171,7 @@ impl Controller {
             return Err(Fault::missing("way to exchange the image of a drive while the guest runs"));
         }
         if change.path_on_host.is_some() {
-            // Clients say so when the image has another size.
+            // Clients send this request after the image has another size.
             self.machine.resize(&disk_name(&self.drives[at], at))?;
         }
         let Some(limiter) = change.rate_limiter else { return Ok(()) };
@@ -216,7 +216,7 @@ impl Controller {
         self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(&drives))
     }
 
-    /// Makes the VM and starts it.
+    /// Creates and starts the VM.
     pub(super) fn start(&mut self) -> Result<(), Fault> {
         self.before_start()?;
         let Some(source) = self.boot_source.clone() else {
@@ -243,7 +243,7 @@ impl Controller {
         self.machine.start(spec, self.serial_out.clone())
     }
 
-    /// The kernel's command line, with what names the root device before what is meant for init.
+    /// Returns the kernel's command line. The root device comes before the arguments for init.
     fn command_line(&self, source: &BootSource) -> String {
         let given = source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS);
         let root =
@@ -262,7 +262,7 @@ impl Controller {
         match (self.after_start()?, state) {
             (Activity::Running, WantedState::Paused) => self.machine.pause(),
             (Activity::Paused, WantedState::Resumed) => self.machine.resume(),
-            // As it is.
+            // No change is necessary.
             _ => Ok(()),
         }
     }
@@ -272,7 +272,7 @@ impl Controller {
         self.machine.ctrl_alt_del()
     }
 
-    /// Everything that was configured.
+    /// Returns the complete configuration.
     pub(super) fn configuration(&self) -> Value {
         json!({
             "boot-source": self.boot_source.clone().unwrap_or_default(),
@@ -292,7 +292,7 @@ impl Controller {
     }
 }
 
-/// The name of a drive as a disk's: its own where that can be one.
+/// Returns the disk name of a drive: the drive's own name if it is valid.
 fn disk_name(drive: &Drive, at: usize) -> String {
     if check_disk_id(&drive.drive_id).is_ok() { drive.drive_id.clone() } else { format!("drive{at}") }
 }

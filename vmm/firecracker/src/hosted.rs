@@ -1,8 +1,8 @@
-//! The VM in a process of `samepage serve`, and this process in its place.
+//! The VM in a process of `samepage serve`, with this process as its representative.
 //!
-//! The VM is made for a connection to its console: what the guest writes comes from there, what is typed
-//! goes there, and when the connection ends, however this process does, the host deletes the VM. When the VM
-//! ends, so does the connection.
+//! The VM is bound to a connection to its console, which carries the guest's output and the user's input.
+//! When the connection ends, for any reason, the host deletes the VM. When the VM ends, the connection ends
+//! too.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -36,39 +36,39 @@ use super::log::Log;
 use super::machine::{Activity, DriveCounts, Machine};
 use super::server::Server;
 
-/// The connection to the VM's console, and what came with its answer.
+/// The connection to the VM's console, and the bytes that came with the response.
 struct Console {
     stream: UnixStream,
     first: Vec<u8>,
-    /// It goes to a file of the host's as well, and is not shown here.
+    /// Whether the console also goes to a file on the host, so that it is not shown here.
     is_shown_elsewhere: bool,
 }
 
-/// The VM's stand-in.
+/// The representative of the VM.
 pub(super) struct Hosted {
     name: String,
     client: Client,
     is_started: AtomicBool,
-    /// Handed over to whoever waits for the VM's end.
+    /// The connection, until the thread that waits for the VM's end takes it.
     console: Mutex<Option<Console>>,
-    /// Written when that is there.
+    /// Written when the connection exists.
     attached: EventFd,
 }
 
-/// Waits for the VM's end.
+/// The thread's state for waiting for the VM's end.
 pub(super) struct Watch {
     hosted: Arc<Hosted>,
     log: Arc<Log>,
 }
 
-/// Gets ready for a VM in the process that has this control socket.
+/// Prepares for a VM in the process with this control socket.
 pub(super) fn start(
     socket: &Path,
     args: &FirecrackerArgs,
     log: Arc<Log>,
 ) -> anyhow::Result<(Arc<Hosted>, Watch)> {
     let client = Client::new(socket);
-    // Whoever listens there, before clients count on it.
+    // Fails early if no server listens there.
     client.get::<Value>("/version")?;
     let hosted = Arc::new(Hosted {
         name: args.id.clone(),
@@ -97,7 +97,7 @@ impl Hosted {
     }
 
     fn delete(&self) {
-        // The host deletes it as well when the connection ends.
+        // The host also deletes the VM when the connection ends.
         let _ = self.client.delete(&self.path());
     }
 }
@@ -117,7 +117,7 @@ impl Machine for Hosted {
             Ok(console) => {
                 *self.console.lock() = Some(console);
                 self.is_started.store(true, Ordering::SeqCst);
-                // The one failure of an event counter is that it is full: then it is readable as it is.
+                // Writing fails only if the event counter is full. Then it is readable anyway.
                 let _ = self.attached.write(1);
                 Ok(())
             }
@@ -179,7 +179,7 @@ impl From<DiskStatistics> for DriveCounts {
 }
 
 impl Watch {
-    /// Passes the console on both ways until the VM has ended, or a signal ends it.
+    /// Passes the console on in both directions until the VM has ended, or a signal ends it.
     pub(super) fn until_the_end(
         self,
         signals: &ShutdownSignals,
@@ -198,7 +198,7 @@ impl Watch {
                 break Exit::Ok;
             }
             if attached {
-                // Readable as it is.
+                // The event is readable.
                 let _ = hosted.attached.read();
                 if let Some(new) = hosted.console.lock().take() {
                     raw = type_along(&new.stream, &quit)?;
@@ -210,12 +210,12 @@ impl Watch {
                 match (&open.stream).read(&mut buffer) {
                     Ok(count @ 1..) => open.show(&buffer[..count]),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    // The VM has ended, or the host has.
+                    // The VM or the host has ended.
                     Ok(0) | Err(_) => break self.end(&mut raw),
                 }
             }
         };
-        // The terminal is the user's again before anything is told, and clients get their answers.
+        // Restore the terminal before printing anything, and let clients get their responses.
         drop((raw, server));
         if console.is_some() {
             hosted.delete();
@@ -223,7 +223,7 @@ impl Watch {
         Ok(exit)
     }
 
-    /// Asks how the VM ended.
+    /// Finds out how the VM ended.
     fn end(&self, raw: &mut Option<RawTerminal>) -> Exit {
         *raw = None;
         match self.hosted.client.get::<VmSummary>(&self.hosted.path()) {
@@ -233,7 +233,7 @@ impl Watch {
                 self.log.info(reason);
                 Exit::Ok
             }
-            // Stopped by somebody else, for instance because its host is about to end.
+            // Another client stopped the VM, or the host is about to end.
             Ok(VmSummary { state: State::Stopped, reason, .. }) => {
                 let reason = reason.unwrap_or_default();
                 self.log.error(format_args!("the host stopped the VM: {reason}"));
@@ -255,14 +255,14 @@ impl Console {
     fn show(&self, bytes: &[u8]) {
         if !self.is_shown_elsewhere {
             let mut out = io::stdout().lock();
-            // Who has closed the output does not want it; the VM goes on.
+            // The VM continues if the output is closed.
             let _ = out.write_all(bytes).and_then(|()| out.flush());
         }
     }
 }
 
-/// Passes on what is typed, by a thread that lasts as long as the process: a guest that takes nothing holds it
-/// up. Writes `quit` when the user wants to end the VM.
+/// Passes typed input on, on a thread that lasts as long as the process, because a guest that reads nothing
+/// blocks it. Writes `quit` when the user wants to end the VM.
 fn type_along(stream: &UnixStream, quit: &EventFd) -> anyhow::Result<Option<RawTerminal>> {
     let kind = terminal::stdin_kind();
     if kind == StdinKind::BackgroundTerminal {
@@ -274,7 +274,7 @@ fn type_along(stream: &UnixStream, quit: &EventFd) -> anyhow::Result<Option<RawT
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let (stream, quit) = (stream.try_clone()?, quit.try_clone()?);
         thread::Builder::new().name("stdin".into()).spawn(move || {
-            // What goes wrong ends the typing alone.
+            // An error ends only the typing.
             let _ = pass_on(&stdin, &stream, keys, &quit);
         })
     };

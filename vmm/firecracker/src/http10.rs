@@ -1,9 +1,8 @@
-//! Clients that speak HTTP/1.0 and mean HTTP/1.1.
+//! Clients that send HTTP/1.0 but expect the behaviour of HTTP/1.1.
 //!
-//! Firecracker keeps a connection whatever version a request names, so there are clients that send
-//! `HTTP/1.0`, without asking for the connection to stay, and send the next request on it. HTTP has such
-//! connections closed. This stream therefore names the version that is meant in lines by which a request
-//! begins.
+//! Firecracker keeps connections open whatever the version of a request. So some clients send `HTTP/1.0`
+//! without asking for a persistent connection, and send the next request on the same one. According to HTTP,
+//! such connections are closed. So this stream replaces the version in the first line of each request.
 
 use std::io;
 use std::pin::Pin;
@@ -11,7 +10,7 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The longest line of a request that is looked at; Firecracker's paths are short.
+/// Longest request line to check. Firecracker's paths are short.
 const LONGEST_LINE: usize = 256;
 const METHODS: [&[u8]; 4] = [b"GET ", b"PUT ", b"PATCH ", b"DELETE "];
 const VERSION: &[u8] = b" HTTP/1.0";
@@ -28,7 +27,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for AsHttp11<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.0).poll_read(cx, buffer);
-        // Whatever is read first, a request or part of a body: what begins like this is no JSON.
+        // The data may be a request or part of a body. No JSON begins like a request line.
         raise_version(&mut buffer.filled_mut()[before..]);
         read
     }

@@ -1,12 +1,12 @@
 //! `samepage firecracker`: one VM behind the API of Firecracker, for clients of Firecracker.
 //!
-//! - `args` is Firecracker's command line, `model` has the types of its requests and responses.
-//! - `controller` keeps what a client has configured, `requests` leads each request there.
+//! - `args` is Firecracker's command line, and `model` has the types of its requests and responses.
+//! - `controller` stores the configuration, and `requests` passes each request to it.
 //! - `machine` is the interface to the VM: `local` runs the VM in this process, `hosted` in a process of
 //!   `samepage serve`, where it shares memory with other VMs.
-//! - `server` speaks HTTP.
+//! - `server` serves HTTP.
 //!
-//! Features that samepage lacks are refused with a fault, and never ignored. Settings whose lack does no harm (a
+//! Requests for missing features get a fault and are never ignored. Harmless settings without an effect (a
 //! log's format, a seccomp filter) are accepted. The table is in `docs/firecracker.md`.
 
 pub mod args;
@@ -39,10 +39,10 @@ use machine::Machine;
 use samepage_process::tell::{self, tell};
 use server::Server;
 
-/// The version of Firecracker's API that is implemented. Clients check for a version that they know.
+/// The version of Firecracker's API that is implemented. Clients check for a known version.
 pub(crate) const VERSION: &str = "1.16.1";
 
-/// The exit status of the process, as of Firecracker.
+/// The exit status of the process, the same as Firecracker's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Exit {
     /// The guest reset the machine or powered off, or a signal ended the process.
@@ -61,7 +61,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// The one VM of the process, which clients configure and act on.
+/// The VM of the process, which clients configure and control.
 type Shared = Arc<Mutex<Controller>>;
 
 /// Runs a VM until it has ended, or a signal ends the process.
@@ -86,7 +86,7 @@ pub fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
         }
     };
     log.info(format_args!("samepage {} runs as Firecracker v{VERSION}", env!("CARGO_PKG_VERSION")));
-    // Before any thread is started, so that all threads leave them alone.
+    // Before any thread starts, so that all threads block the signals.
     let signals = ShutdownSignals::catch().context("catch the signals that end the process")?;
     let exit = match &args.host {
         None => {

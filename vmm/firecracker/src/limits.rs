@@ -1,4 +1,4 @@
-//! From Firecracker's token buckets to what a disk may do a second.
+//! Converts Firecracker's token buckets to a disk's limits per second.
 
 use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::spec::Size;
@@ -6,20 +6,21 @@ use samepage_api_types::spec::Size;
 use super::model::{RateLimiter, TokenBucket};
 
 impl RateLimiter {
-    /// The rates. A burst at the beginning is left out.
+    /// Returns the rates. The initial burst is ignored.
     pub(super) fn limits(self) -> LimitsSpec {
         let a_second = |bucket: Option<TokenBucket>| bucket.and_then(TokenBucket::a_second);
         LimitsSpec { rate: a_second(self.bandwidth).map(Size), iops: a_second(self.ops) }
     }
 
-    /// These limits where a change names some, and what was where it does not.
+    /// Returns the limits after a change. Limits that the change does not name stay.
     pub(super) fn changed(self, change: Self) -> Self {
         Self { bandwidth: change.bandwidth.or(self.bandwidth), ops: change.ops.or(self.ops) }
     }
 }
 
 impl TokenBucket {
-    /// Tokens a second, at least one. A bucket that is empty or filled at once limits nothing.
+    /// Returns tokens per second, at least one. A bucket of size zero or with an immediate refill has no
+    /// limit.
     fn a_second(self) -> Option<u64> {
         if self.size == 0 || self.refill_time == 0 {
             return None;

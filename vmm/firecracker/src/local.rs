@@ -30,19 +30,19 @@ use super::server::Server;
 use samepage_host::engine::start_sharing;
 use samepage_host::stdin::{Input, Typed};
 
-/// The VM, once there is one, and what it needs.
+/// The VM, after its creation, and its resources.
 pub(super) struct Local {
     name: String,
     registry: Arc<Registry>,
 }
 
-/// Waits for the VM's end.
+/// The thread's state for waiting for the VM's end.
 pub(super) struct Watch {
     registry: Arc<Registry>,
     log: Arc<Log>,
 }
 
-/// Gets ready for a VM in this process.
+/// Prepares for a VM in this process.
 pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Arc<Local>, Watch)> {
     let hypervisor = Hypervisor::open()?;
     samepage_host::host_limits::raise_open_files();
@@ -52,7 +52,7 @@ pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Ar
         let log = log.clone();
         sharing.on_notice(move |notice| log.info(notice));
     }
-    // How much the VMs of a host may be promised together is known to whoever starts the processes.
+    // Each process has one VM, so the starter of the processes must decide about overcommitment.
     let common = Common { sharing, settings, overcommit: f64::INFINITY };
     let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VM")?);
     Ok((Arc::new(Local { name: args.id.clone(), registry: registry.clone() }), Watch { registry, log }))
@@ -96,7 +96,7 @@ impl Machine for Local {
         match self.record().ok()?.state() {
             State::Created => None,
             State::Paused => Some(Activity::Paused),
-            // The process ends with it.
+            // The process ends with the VM.
             State::Running | State::Stopped | State::Crashed | State::Failed => Some(Activity::Running),
         }
     }
@@ -147,7 +147,7 @@ impl Machine for Local {
 }
 
 impl Watch {
-    /// Passes on what is typed until the VM has ended, or a signal ends it.
+    /// Passes typed input on until the VM has ended, or a signal ends it.
     pub(super) fn until_the_end(
         self,
         signals: &ShutdownSignals,
@@ -175,7 +175,7 @@ impl Watch {
                 registry.close();
             }
             if end && let Some(vm) = registry.collect().context("wait for the VM")?.first() {
-                // The terminal is the user's again before anything is told, and clients get their answers.
+                // Restore the terminal before printing anything, and let clients get their responses.
                 drop((input, server));
                 return Ok(self.tell_end(vm));
             }

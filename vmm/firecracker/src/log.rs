@@ -88,7 +88,7 @@ impl Log {
                     _ => ":INFO",
                 };
                 let line = format!("{:.6} [{}{word}] {text}\n", since.as_secs_f64(), self.id);
-                // A log that cannot be written is no reason to stop.
+                // The VM continues if the log cannot be written.
                 let _ = file.write_all(line.as_bytes());
             }
             None if level == Level::Error => tell(text),
@@ -108,7 +108,7 @@ fn parse_level(text: &str) -> anyhow::Result<Level> {
 
 /// Opens a file, and creates it if it is missing, or opens a FIFO without waiting for its reader.
 pub(super) fn open(path: &Path) -> anyhow::Result<File> {
-    // Open for reading as well, a FIFO needs no reader yet, and later none that stays.
+    // A FIFO that is also open for reading needs no reader now, and survives the end of a reader.
     OpenOptions::new()
         .read(true)
         .append(true)

@@ -1,4 +1,4 @@
-//! What requests and answers consist of: the part of Firecracker's published API that is spoken.
+//! The types of requests and responses: the supported part of Firecracker's published API.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ impl Default for MachineConfig {
     }
 }
 
-/// What the host backs memory with.
+/// The host's pages for the memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum HugePagesConfig {
     #[default]
@@ -89,7 +89,7 @@ pub(super) struct Drive {
     pub(super) socket: Option<PathBuf>,
 }
 
-/// Whether the guest is told to flush. It is always.
+/// Whether the guest flushes its writes. In samepage it always does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum CacheType {
     #[default]
@@ -98,7 +98,7 @@ pub(super) enum CacheType {
     Writeback,
 }
 
-/// How images are read. samepage finds out what is best.
+/// The way of reading images. samepage chooses the best one itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum IoEngine {
     Sync,
@@ -116,7 +116,7 @@ pub(super) struct DriveUpdate {
     pub(super) rate_limiter: Option<RateLimiter>,
 }
 
-/// What a drive may do.
+/// The limits of a drive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RateLimiter {
@@ -180,7 +180,7 @@ pub(super) struct ActionInfo {
     pub(super) action_type: ActionType,
 }
 
-/// What the VM is asked for.
+/// The action on the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(super) enum ActionType {
     InstanceStart,
@@ -195,7 +195,7 @@ pub(super) struct VmUpdate {
     pub(super) state: WantedState,
 }
 
-/// What the VM is to do.
+/// The requested state of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(super) enum WantedState {
     Paused,
@@ -211,7 +211,7 @@ pub(super) struct InstanceInfo {
     pub(super) app_name: &'static str,
 }
 
-/// What the VM does.
+/// The present state of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) enum InstanceState {
     #[serde(rename = "Not started")]

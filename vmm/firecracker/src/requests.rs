@@ -1,4 +1,4 @@
-//! The requests of the API, and where each leads.
+//! The requests of the API, and their handling.
 
 use hyper::{Method, StatusCode};
 use serde::Serialize;
@@ -10,11 +10,11 @@ use super::controller::Controller;
 use super::fault::Fault;
 use super::model::{ActionInfo, ActionType, Drive, DriveUpdate, VmUpdate};
 
-/// What a client is answered.
+/// The response to a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) status: StatusCode,
-    /// JSON, if there is anything to be said.
+    /// A JSON body, if there is one.
     pub(super) body: Option<Vec<u8>>,
 }
 
@@ -39,7 +39,7 @@ impl From<Fault> for Answer {
     }
 }
 
-/// Does what a request asks for.
+/// Carries out a request.
 pub(super) fn answer(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) -> Answer {
     route(controller, method, path, body).unwrap_or_else(Answer::from)
 }
@@ -81,7 +81,8 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
     }
 }
 
-/// What samepage lacks for a resource of Firecracker's, or a part of its configuration file.
+/// Returns the feature that samepage lacks for a resource of Firecracker's, or for a part of its
+/// configuration file.
 pub(super) fn missing(resource: &str) -> Option<&'static str> {
     Some(match resource {
         "network-interfaces" => "network devices",
@@ -124,7 +125,7 @@ fn check_id(path: &str, body: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// A part of a configuration file, as if a client had sent it.
+/// Applies a part of a configuration file like a client's request.
 pub(super) fn put(controller: &mut Controller, path: &str, value: &Value) -> Result<(), Fault> {
     route(controller, &Method::PUT, path, value.to_string().as_bytes()).map(drop)
 }

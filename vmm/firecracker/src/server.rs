@@ -1,7 +1,7 @@
 //! The API over HTTP, on a Unix socket and a thread of its own.
 //!
-//! As with Firecracker, requests are answered one after the other, and a connection stays until its client
-//! leaves. Connections are bounded in number, requests in size.
+//! As in Firecracker, requests are answered in order, and a connection stays until its client closes it. The
+//! number of connections and the size of requests are limited.
 
 use std::convert::Infallible;
 use std::os::unix::net::UnixListener as StdListener;
@@ -30,13 +30,13 @@ use super::http10::AsHttp11;
 use super::log::Log;
 use super::requests::{self, Answer};
 
-/// Connections at a time.
+/// Limit for simultaneous connections.
 const MAX_CONNECTIONS: usize = 16;
-/// How long a body may take.
+/// Time limit for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long pending requests may take when the process ends.
+/// Time limit for pending requests when the process ends.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long to wait when the process is out of files.
+/// Pause when the process is out of files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A running server. Dropping it ends the server and removes its socket.
@@ -46,7 +46,7 @@ pub(super) struct Server {
     _socket: Socket,
 }
 
-/// What requests are answered with.
+/// The state for responding to requests.
 #[derive(Clone)]
 struct Api {
     controller: Shared,
@@ -85,7 +85,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end.send_replace(true);
         if let Some(thread) = self.thread.take() {
-            // A panic has been told by itself.
+            // The panic has already been reported.
             let _ = thread.join();
         }
     }
@@ -98,7 +98,7 @@ async fn serve(listener: StdListener, api: Api, ending: watch::Receiver<bool>) {
         () = is_ending(&mut over) => {}
         () = accept(listener, &api, &connections, &ending) => {}
     }
-    // All permits are back once all connections have ended.
+    // All permits are free when all connections have ended.
     let all = connections.acquire_many(MAX_CONNECTIONS as u32);
     let _ = tokio::time::timeout(GRACE, all).await;
 }
@@ -109,10 +109,10 @@ async fn accept(
     connections: &Arc<Semaphore>,
     ending: &watch::Receiver<bool>,
 ) {
-    // Fails only outside of a runtime.
+    // The call fails only outside of a runtime.
     let Ok(listener) = UnixListener::from_std(listener) else { return };
     loop {
-        // Who comes when there are too many waits until one of them leaves.
+        // Above the limit, a client waits until another one disconnects.
         let Ok(permit) = connections.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -122,15 +122,15 @@ async fn accept(
                     drop(permit);
                 });
             }
-            // Out of files, most likely: no event tells when there are some again.
+            // Probably out of files. No event tells when files are free again.
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
         }
     }
 }
 
-/// Waits until the server is to end.
+/// Waits until the server must end.
 async fn is_ending(ending: &mut watch::Receiver<bool>) {
-    // Where nobody can say so any more it is over as well.
+    // If the sender is gone, the server is ending too.
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
@@ -141,7 +141,7 @@ async fn connection(stream: UnixStream, api: Api, mut ending: watch::Receiver<bo
     });
     let stream = TokioIo::new(AsHttp11(with_write_timeout(stream)));
     let mut connection = pin!(http1::Builder::new().serve_connection(stream, service));
-    // What goes wrong on a connection ends it, and concerns nobody else.
+    // An error ends only its own connection.
     tokio::select! {
         _ = connection.as_mut() => {}
         () = is_ending(&mut ending) => {

@@ -10,7 +10,7 @@ use std::path::Path;
 /// # Errors
 /// Fails if the path cannot be opened, or is no longer a file.
 pub fn open_again(path: &Path) -> io::Result<File> {
-    // A FIFO without a reader would hold up everything that waits for this.
+    // Opening a FIFO without a reader would otherwise block the caller.
     let file = File::options().append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if file.metadata()?.is_file() {
         Ok(file)

@@ -8,21 +8,21 @@ use std::time::Duration;
 
 use libc::{POLLIN, POLLOUT, c_int, c_short, pollfd};
 
-/// Waits until at least one of the files is readable, at its end or in error, and returns for each file whether it
-/// is. `None` is never readable.
+/// Waits until at least one of the files is readable, at its end or in error. Returns for each file whether
+/// it is. `None` is never readable.
 pub fn wait_readable<const N: usize>(files: [Option<RawFd>; N]) -> io::Result<[bool; N]> {
-    // A negative number is one that poll leaves out.
+    // poll ignores negative numbers.
     let mut polled = files.map(|file| pollfd { fd: file.unwrap_or(-1), events: POLLIN, revents: 0 });
     wait(&mut polled)?;
     Ok(polled.map(|file| file.revents != 0))
 }
 
-/// Whether the file is readable at this moment.
+/// Returns whether the file is readable at this moment.
 pub fn is_readable_now(file: RawFd) -> io::Result<bool> {
     is_ready(file, POLLIN, Duration::ZERO)
 }
 
-/// Whether the file becomes writable, or fails, within this time.
+/// Returns whether the file becomes writable, or fails, within this time.
 pub fn is_writable_within(file: RawFd, wait: Duration) -> io::Result<bool> {
     is_ready(file, POLLOUT, wait)
 }
@@ -40,7 +40,7 @@ fn is_ready(file: RawFd, events: c_short, wait: Duration) -> io::Result<bool> {
 /// Calls poll(2) without a timeout, again after interruptions by signals.
 pub fn wait(files: &mut [pollfd]) -> io::Result<()> {
     loop {
-        // SAFETY: the slice is valid for as many entries as it has.
+        // SAFETY: the pointer and the length are those of the slice.
         let ready = unsafe { libc::poll(files.as_mut_ptr(), files.len() as libc::nfds_t, -1) };
         if ready >= 0 {
             return Ok(());

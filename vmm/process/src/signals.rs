@@ -30,7 +30,7 @@ impl Hangup {
         Self { ends_with_terminal: !is_ignored(libc::SIGHUP) && has_terminal() }
     }
 
-    /// Whether the SIGHUP that just arrived asks the process to end.
+    /// Returns whether the SIGHUP that just arrived asks the process to end.
     #[must_use]
     pub fn is_end(&self) -> bool {
         self.ends_with_terminal && !has_terminal()
@@ -43,7 +43,8 @@ impl Default for Hangup {
     }
 }
 
-/// Whether the process belongs to a session with a terminal. The kernel removes the terminal before it sends SIGHUP.
+/// Returns whether the process belongs to a session with a terminal. The kernel removes the terminal before
+/// it sends SIGHUP.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }
@@ -82,7 +83,7 @@ impl ResizeSignal {
         Ok(Self { file: catch(&[libc::SIGWINCH])? })
     }
 
-    /// Whether the signal arrived.
+    /// Returns whether the signal arrived.
     pub fn take(&self) -> bool {
         take(&self.file).is_some()
     }
@@ -107,14 +108,14 @@ fn catch(signals: &[c_int]) -> io::Result<OwnedFd> {
     if file < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the file was just opened and belongs to nobody else.
+    // SAFETY: the file was just opened and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(file) })
 }
 
 fn take(file: &OwnedFd) -> Option<c_int> {
     let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
     let size = size_of_val(&info);
-    // SAFETY: the buffer is as large as told; a read of signalfd fills it as a whole or fails.
+    // SAFETY: the buffer has the given size. A read of signalfd fills it completely or fails.
     unsafe {
         let count = libc::read(file.as_raw_fd(), info.as_mut_ptr().cast(), size);
         (count == size as isize).then(|| info.assume_init().ssi_signo.cast_signed())
@@ -129,7 +130,7 @@ impl AsRawFd for ShutdownSignals {
 
 fn is_ignored(signal: c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: asks for the action without changing it; zeroes are a valid value of the structure.
+    // SAFETY: reads the action without changing it. Zeros are a valid value of the structure.
     unsafe {
         libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
         action.assume_init().sa_sigaction == libc::SIG_IGN

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Prints one line. If standard error is closed, the message is lost and VMs run on.
+/// Prints one line. If standard error is closed, the message is lost and VMs continue.
 pub fn tell(text: impl Display) {
     let _ = writeln!(io::stderr(), "samepage: {text}");
 }

@@ -1,4 +1,4 @@
-//! The terminal in raw mode: each key goes to the guest at once, and the guest echoes it.
+//! The terminal in raw mode: each key goes to the guest immediately, and the guest echoes it.
 //!
 //! The terminal's previous settings are restored however the process ends: when the guard is dropped (also in a
 //! panic), or in a handler of the signals that kill a faulty process.
@@ -23,8 +23,8 @@ struct Saved {
     settings: UnsafeCell<MaybeUninit<termios>>,
 }
 
-// SAFETY: `settings` is written by `RawTerminal::enter` alone, and only while `valid` is false; it is read
-// by whoever takes `valid` from true to false, which no two threads can.
+// SAFETY: only `RawTerminal::enter` writes `settings`, and only while `valid` is false. Only the thread that
+// changes `valid` from true to false reads it, and no two threads can do that.
 unsafe impl Sync for Saved {}
 
 static SAVED: Saved =
@@ -43,7 +43,7 @@ pub enum StdinKind {
 
 /// Returns the kind of standard input.
 pub fn stdin_kind() -> StdinKind {
-    // SAFETY: these calls ask about a file descriptor, whether or not it is open, and about the process.
+    // SAFETY: the calls query a file descriptor, which may be closed, and the process.
     unsafe {
         if libc::isatty(STDIN_FILENO) == 0 {
             StdinKind::Stream
@@ -55,7 +55,7 @@ pub fn stdin_kind() -> StdinKind {
     }
 }
 
-/// Whether standard output is a terminal.
+/// Returns whether standard output is a terminal.
 pub fn stdout_is_terminal() -> bool {
     io::stdout().is_terminal()
 }
@@ -71,19 +71,19 @@ impl RawTerminal {
             return Err(io::Error::other("standard input is in raw mode already"));
         }
         let mut settings = MaybeUninit::uninit();
-        // SAFETY: the structure is large enough, and initialized where the call succeeds.
+        // SAFETY: the structure has the required size, and a successful call initialises it.
         let before = unsafe {
             if libc::tcgetattr(STDIN_FILENO, settings.as_mut_ptr()) != 0 {
                 return Err(io::Error::last_os_error());
             }
             settings.assume_init()
         };
-        // SAFETY: nobody reads the settings while `valid` is false.
+        // SAFETY: no thread reads the settings while `valid` is false.
         unsafe { (*SAVED.settings.get()).write(before) };
         SAVED.valid.store(true, Ordering::Release);
         let guard = Self(());
 
-        // Faults in guest memory end a VM, and not the process.
+        // Faults in guest memory end a VM, not the process.
         loss::on_other_faults(die)?;
         for signal in FATAL {
             register_signal_handler(signal, die).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
@@ -111,15 +111,15 @@ impl Drop for RawTerminal {
 /// Restores the settings of the terminal, if they were changed. Safe to call from a signal handler.
 fn restore() {
     if SAVED.valid.swap(false, Ordering::AcqRel) {
-        // SAFETY: `valid` was true, so the settings are initialized, and nobody else got them.
+        // SAFETY: `valid` was true, so the settings are initialised, and no other thread reads them.
         unsafe { libc::tcsetattr(STDIN_FILENO, libc::TCSANOW, (*SAVED.settings.get()).as_ptr()) };
     }
 }
 
 extern "C" fn die(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     restore();
-    // SAFETY: both calls are allowed in signal handlers; the signal is blocked until the handler
-    // returns and then ends the process as if there had been no handler.
+    // SAFETY: both calls are allowed in signal handlers. The signal is blocked until the handler returns. It
+    // then ends the process as if there had been no handler.
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);

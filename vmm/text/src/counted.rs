@@ -1,8 +1,8 @@
-//! Numbers of things, for people.
+//! Numbers of things for messages.
 
 use std::fmt::Display;
 
-/// So many of something: `counted(1, "VM")` is `1 VM`, and `counted(2, "VM")` is `2 VMs`.
+/// Returns a number and a noun: `counted(1, "VM")` is `1 VM`, and `counted(2, "VM")` is `2 VMs`.
 pub fn counted<N: Display + PartialEq + From<u8>>(number: N, one: &str) -> String {
     let plural = if number == N::from(1) { "" } else { "s" };
     format!("{number} {one}{plural}")

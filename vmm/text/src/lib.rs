@@ -1,6 +1,6 @@
-//! What people write and read: names and sizes as typed, figures and pictures as shown.
+//! Text for people: names and sizes as typed, numbers and pictures as shown.
 //!
-//! All of it is text: nothing here touches files, VMs or the network.
+//! This crate only handles text. It does not access files, VMs or the network.
 
 pub mod counted;
 pub mod names;

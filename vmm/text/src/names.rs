@@ -2,12 +2,12 @@
 
 use thiserror::Error;
 
-/// Longest name of a VM, in bytes: it becomes part of thread names, file names and messages.
+/// Longest name of a VM in bytes. The name becomes part of thread names, file names and messages.
 pub const MAX_NAME: usize = 64;
-/// Longest name of a disk, in bytes: its guest sees it as a serial number (virtio-blk).
+/// Longest name of a disk in bytes. The guest sees the name as a serial number (virtio-blk).
 pub const MAX_DISK_ID: usize = 20;
 
-/// What is no name.
+/// An invalid name.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NameError {
     /// The name of a VM.
@@ -24,7 +24,7 @@ pub enum NameError {
 /// Checks the name of a VM.
 ///
 /// # Errors
-/// What a name is, where this is none.
+/// Fails with the rules for names if the name is invalid.
 pub fn check_name(name: &str) -> Result<(), NameError> {
     if is_name(name, MAX_NAME) { Ok(()) } else { Err(NameError::Vm(name.to_owned())) }
 }
@@ -32,7 +32,7 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
 /// Checks the name of a group of VMs that share memory.
 ///
 /// # Errors
-/// What a name is, where this is none.
+/// Fails with the rules for names if the name is invalid.
 pub fn check_group(name: &str) -> Result<(), NameError> {
     if is_name(name, MAX_NAME) { Ok(()) } else { Err(NameError::Group(name.to_owned())) }
 }
@@ -40,13 +40,13 @@ pub fn check_group(name: &str) -> Result<(), NameError> {
 /// Checks the name of a disk.
 ///
 /// # Errors
-/// What a name is, where this is none.
+/// Fails with the rules for names if the name is invalid.
 pub fn check_disk_id(id: &str) -> Result<(), NameError> {
     if is_name(id, MAX_DISK_ID) { Ok(()) } else { Err(NameError::Disk(id.to_owned())) }
 }
 
 fn is_name(text: &str, max: usize) -> bool {
     let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    // These two mean folders wherever names become parts of paths.
+    // These two would mean folders in a path.
     (1..=max).contains(&text.len()) && text.chars().all(letter) && !matches!(text, "." | "..")
 }

@@ -1,4 +1,4 @@
-//! Pictures: SVG documents that stand alone and follow the viewer's light or dark scheme.
+//! Standalone SVG pictures that follow the viewer's light or dark scheme.
 //!
 //! Lengths are in SVG user units. Source: the SVG 1.1 recommendation.
 
@@ -6,7 +6,7 @@ use std::fmt::{Display, Write};
 
 use crate::units::PAGE_SIZE;
 
-/// What all pictures have. Plain rules rather than variables, which many viewers lack.
+/// The common style. It uses plain rules, because many viewers lack variables.
 const STYLE: &str = "\
 text { font: 13px system-ui, sans-serif; fill: #1c2330; } .title { font-size: 16px; font-weight: 600; } \
 .end { text-anchor: end; } .middle { text-anchor: middle; } .ground { fill: #ffffff; } \
@@ -14,20 +14,20 @@ text { font: 13px system-ui, sans-serif; fill: #1c2330; } .title { font-size: 16
 @media (prefers-color-scheme: dark) { \
 text { fill: #e4e8ef; } .ground { fill: #14181f; } .grid { stroke: #363d4a; } .axis { stroke: #e4e8ef; } }";
 
-/// Maps sizes in bytes to places.
+/// Maps sizes in bytes to positions.
 #[derive(Debug)]
 pub struct Scale {
-    /// Bytes from one tick to the next: a power of two, as people count memory.
+    /// Bytes between two ticks: a power of two, as is usual for memory.
     tick: f64,
     most: f64,
-    /// Where nothing is.
+    /// The position of 0.
     pub from: f64,
-    /// Where the most is.
+    /// The position of the maximum.
     pub to: f64,
 }
 
 impl Scale {
-    /// From nothing to at least `most` bytes, between two places.
+    /// Returns a scale from 0 to at least `most` bytes, between two positions.
     pub fn linear(most: f64, from: f64, to: f64) -> Self {
         let most = most.max(PAGE_SIZE as f64);
         // 4 to 8 ticks.
@@ -35,32 +35,32 @@ impl Scale {
         Self { tick, most, from, to }
     }
 
-    /// The place of an amount in bytes; more than the most is at the end.
+    /// Returns the position of a size in bytes. Larger sizes than the maximum are at the end.
     #[must_use]
     pub fn at(&self, bytes: f64) -> f64 {
         self.from + bytes.min(self.most) / self.most * (self.to - self.from)
     }
 
-    /// The place of so many pages.
+    /// Returns the position of this number of pages.
     #[must_use]
     pub fn at_pages(&self, pages: u64) -> f64 {
         self.at(pages as f64 * PAGE_SIZE as f64)
     }
 
-    /// Amounts in bytes to draw lines at.
+    /// Returns the sizes in bytes at which to draw lines.
     pub fn ticks(&self) -> impl Iterator<Item = f64> {
         (0..=(self.most / self.tick) as u32).map(|index| f64::from(index) * self.tick)
     }
 }
 
-/// A picture that is being drawn.
+/// A picture under construction.
 #[derive(Debug, Default)]
 pub struct Canvas {
     elements: String,
 }
 
 impl Canvas {
-    /// Adds an element as it is.
+    /// Adds an element without changes.
     pub fn element(&mut self, element: impl Display) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.elements, "{element}");
@@ -79,7 +79,7 @@ impl Canvas {
         ));
     }
 
-    /// A rectangle, with a note that viewers show at the pointer.
+    /// Adds a rectangle, with a note that viewers show at the pointer.
     pub fn rect(&mut self, [x, y, width, height]: [f64; 4], class: &str, note: &str) {
         let note = escape(note);
         self.element(format_args!(
@@ -88,7 +88,7 @@ impl Canvas {
         ));
     }
 
-    /// The document, `size` wide and high, with rules of its own besides those that all have.
+    /// Returns the document with this width and height, and with `style` in addition to the common style.
     pub fn finish(self, [width, height]: [f64; 2], style: &str, title: &str) -> String {
         format!(
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
@@ -101,7 +101,7 @@ impl Canvas {
     }
 }
 
-/// Text as XML allows it; names of files and processes may hold anything.
+/// Returns text escaped for XML. Names of files and processes may contain any character.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

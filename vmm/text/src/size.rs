@@ -1,10 +1,10 @@
-//! Amounts of memory as typed.
+//! Sizes of memory as typed.
 
-/// An amount of memory in bytes, or with K, M, G or T, which may be followed by `i`, `B` or `iB` and always mean
+/// Parses a size in bytes, or with K, M, G or T. These may be followed by `i`, `B` or `iB`, and always mean
 /// powers of 1,024.
 ///
 /// # Errors
-/// What to write instead.
+/// Fails with the correct form.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let upper = text.to_ascii_uppercase();
     let number_end = upper.find(|c: char| !c.is_ascii_digit()).unwrap_or(upper.len());

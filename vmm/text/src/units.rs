@@ -1,9 +1,9 @@
-//! Figures for people.
+//! Numbers for people.
 
-/// Bytes of a page.
+/// The size of a page in bytes.
 pub(crate) const PAGE_SIZE: usize = 4096;
 
-/// A size with a binary unit.
+/// Returns a size with a binary unit.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
@@ -12,7 +12,7 @@ pub fn bytes(bytes: u64) -> String {
     let mut size = bytes as f64 / 1024.0;
     let mut units = UNITS.iter();
     let mut unit = units.next().copied().unwrap_or_default();
-    // Figures that would be rounded to 1024.0 take the next unit.
+    // Sizes that would be rounded to 1024.0 take the next unit.
     while size >= 1023.95 {
         let Some(next) = units.next() else { break };
         size /= 1024.0;
@@ -21,7 +21,7 @@ pub fn bytes(bytes: u64) -> String {
     format!("{size:.1} {unit}")
 }
 
-/// A count with separators between thousands.
+/// Returns a count with separators between thousands.
 pub fn count(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
@@ -34,12 +34,12 @@ pub fn count(count: u64) -> String {
     text
 }
 
-/// Memory of so many pages.
+/// Returns the memory of this number of pages.
 pub fn pages(pages: u64) -> String {
     bytes(pages.saturating_mul(PAGE_SIZE as u64))
 }
 
-/// `part` of `whole`, in percent; 0 of nothing.
+/// Returns `part` of `whole` in percent, and 0 if `whole` is 0.
 pub fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 }
 }

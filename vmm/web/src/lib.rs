@@ -1,23 +1,23 @@
-//! The page that shows VMs and what they share, live in a browser or as a report in one file.
+//! The page that shows VMs and their shared memory, live in a browser or as a report in one file.
 //!
-//! It is plain HTML, CSS and JavaScript, embedded as it is here. `format.js` writes figures and makes
-//! elements, `charts.js` draws, `page.js` shows frames (what is known at one moment), `live.js` gets them
-//! from the API.
+//! The page is plain HTML, CSS and JavaScript, embedded without changes. `format.js` formats numbers and
+//! makes elements, `charts.js` draws, `page.js` shows frames (the state at one moment), and `live.js` gets
+//! frames from the API.
 
 use std::fmt::Write;
 
 use serde::Serialize;
 
-/// A file that browsers get.
+/// A file for browsers.
 #[derive(Debug)]
 pub struct Asset {
-    /// Its path on the server.
+    /// The path on the server.
     pub path: &'static str,
-    /// What it is.
+    /// The media type.
     pub media_type: &'static str,
-    /// Its text.
+    /// The text.
     pub content: &'static str,
-    /// It is the page itself, which users may follow links to.
+    /// Whether this is the page itself, which other pages may link to.
     pub is_page: bool,
 }
 
@@ -45,18 +45,18 @@ const fn part(path: &'static str, media_type: &'static str, content: &'static st
     Asset { path, media_type, content, is_page: false }
 }
 
-/// The file at a path, if there is one.
+/// Returns the file at a path, if there is one.
 #[must_use]
 pub fn asset(path: &str) -> Option<&'static Asset> {
     ASSETS.iter().find(|asset| asset.path == path)
 }
 
-/// The page with everything in it, showing `data`: a file that needs nothing else.
+/// Returns the page with `data` as a single file that needs no other files.
 ///
 /// # Errors
-/// Where the data cannot be written as JSON.
+/// Fails if the data cannot be serialised as JSON.
 pub fn alone(title: &str, data: &impl Serialize) -> serde_json::Result<String> {
-    // Nothing in the data can end the element that it is in.
+    // The data cannot end the element that contains it.
     let data = serde_json::to_string(data)?.replace('<', "\\u003c");
     let mut scripts = String::new();
     for script in [FORMAT, CHARTS, SHOW] {
@@ -77,7 +77,7 @@ pub fn alone(title: &str, data: &impl Serialize) -> serde_json::Result<String> {
     ))
 }
 
-/// Text as HTML has it.
+/// Returns text escaped for HTML.
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
 }

@@ -1,5 +1,5 @@
 'use strict';
-// Asks the API once a second for what is shown, while somebody looks.
+// Polls the API once a second while the page is visible.
 (function () {
   const byId = (id) => document.getElementById(id);
   /** Milliseconds from one answer to the next question. */
@@ -39,7 +39,7 @@
   async function frame() {
     const [sharing, cache, pairs] = await Promise.all(
       ['/sharing', '/cache', '/sharing/pairs?limit=496'].map((path) => ask(path)));
-    // Afterwards, so that it says what the others have just had looked at.
+    // Request the VMs last, so that their figures are from the sample that the other requests have caused.
     const vms = await ask('/vms');
     const asked = performance.now() / 1000;
     return {
@@ -172,7 +172,7 @@
     poll();
   });
 
-  byId('where').textContent = location.host + (token ? '' : ' · can be looked at');
+  byId('where').textContent = location.host + (token ? '' : ' · read-only');
   ask('/version').then(({ version, pid }) => {
     byId('where').textContent = `${location.host} · version ${version} · process ${pid}`;
   }).catch(() => {});

@@ -1,11 +1,10 @@
-//! What sharing could save at most, worked out from the contents of several VMs' memory: the offline
-//! oracle that the engine's results are measured against.
+//! The upper limit for the savings of sharing, computed from the contents of several VMs' memory. The
+//! engine's results are measured against this offline oracle.
 //!
-//! Pages of 4 KiB are fed VM by VM in guest order; of each only a keyed 64-bit digest stays. Two
-//! different contents count as one where their digests collide: for 64 GiB of distinct pages the
-//! chance that this happens even once is below 1 in 100,000, and nobody can prepare such pages
-//! without the key. That is good enough for an estimate. The engine, which acts on what it finds,
-//! always compares contents.
+//! Pages of 4 KiB are fed VM by VM in guest order. The oracle keeps only a keyed 64-bit digest of each page.
+//! Different contents with the same digest count as one. For 64 GiB of distinct pages, the probability of
+//! even one such collision is below 1 in 100,000. Without the key, no guest can prepare collisions. This
+//! suffices for an estimate. The engine acts on its findings, so it always compares contents.
 //!
 //! ```
 //! use samepage_analyze::oracle::{Oracle, PAGE_SIZE};
@@ -22,8 +21,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Memory: 17 to 22 bytes for each page that is neither untouched nor zero (for a moment 28, where
-//! the table of contents grows): below 450 MiB for 64 GiB.
+//! Memory: 17 to 22 bytes for each page that is neither untouched nor zero, and 28 bytes while the table of
+//! contents grows. For 64 GiB, this is below 450 MiB.
 
 mod report;
 mod runs;
@@ -41,14 +40,14 @@ use twox_hash::xxhash3_64;
 pub use report::{Bucket, Budget, Classes, CurvePoint, ImageReport, Report, Runs, Saved};
 pub use samepage_sharing::PAGE_SIZE;
 
-/// Bytes of key material: the secret that XXH3 takes.
+/// Length of the key, which is XXH3's secret, in bytes.
 const KEY_BYTES: usize = 192;
-/// Pages that are neither untouched nor zero are numbered with 32 bits.
+/// Limit for pages that are neither untouched nor zero: their numbers have 32 bits.
 const MOST_PAGES: usize = u32::MAX as usize;
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-/// There is more to count than 32-bit page numbers allow.
+/// There are more pages than 32-bit page numbers allow.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("there are more than 16 TiB of pages that are not zero, the most that can be counted at a time")]
 pub struct TooManyPages;
@@ -56,31 +55,31 @@ pub struct TooManyPages;
 /// Collects pages; see the [module](self).
 pub struct Oracle {
     key: [u8; KEY_BYTES],
-    /// All pages that are neither untouched nor zero, in the order in which they came. The first
-    /// page with its content has the content's digest here, each other one the number of that first page.
+    /// All pages that are neither untouched nor zero, in the order of feeding. The first page with a content
+    /// has the content's digest here. Each other page has the number of that first page.
     pages: Vec<u64>,
-    /// What is known of each of them.
+    /// A mark for each of these pages.
     marks: Vec<Mark>,
-    /// The first page with each content, found by digest.
+    /// The first page with each content, by digest.
     contents: HashTable<u32>,
-    /// Pages without a gap between them.
+    /// Ranges of pages without gaps.
     stretches: Vec<Stretch>,
     images: Vec<ImageReport>,
     saved: Saved,
 }
 
-/// What is known of a page, and for the first with its content, of the content.
+/// Facts about a page, and in the first page with a content, about the content.
 #[derive(Clone, Copy)]
 struct Mark(u32);
 
 impl Mark {
-    /// Another page came earlier with this content.
+    /// An earlier page has the same content.
     const REPEAT: u32 = 1 << 31;
-    /// The content was seen at least twice.
-    const ALIKE: u32 = 1 << 30;
-    /// The content was seen in at least two VMs.
+    /// At least two pages have the content.
+    const DUPLICATED: u32 = 1 << 30;
+    /// At least two VMs have the content.
     const BETWEEN: u32 = 1 << 29;
-    /// The rest: the last VM in which the content was seen.
+    /// The other bits: the last VM with the content.
     const IMAGE: u32 = Self::BETWEEN - 1;
 
     fn has(self, flag: u32) -> bool {
@@ -92,22 +91,23 @@ impl Mark {
 #[derive(Clone, Copy)]
 struct Stretch {
     image: u32,
-    /// Index of the first in [`Oracle::pages`]; the next stretch's, or the end, is where this one ends.
+    /// Index of the first page in [`Oracle::pages`]. The stretch ends where the next one begins, or at the
+    /// end.
     first: u32,
 }
 
 impl std::fmt::Debug for Oracle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The key stays out of logs.
+        // The key must not appear in logs.
         f.debug_struct("Oracle").field("images", &self.images.len()).finish_non_exhaustive()
     }
 }
 
 impl Oracle {
-    /// An oracle that has seen nothing, with a fresh random key.
+    /// Returns an empty oracle with a fresh random key.
     ///
     /// # Errors
-    /// Where the kernel's random numbers cannot be read.
+    /// Fails if the kernel's random numbers cannot be read.
     pub fn new() -> io::Result<Self> {
         let mut key = [0; KEY_BYTES];
         File::open("/dev/urandom")?.read_exact(&mut key)?;
@@ -122,10 +122,10 @@ impl Oracle {
         })
     }
 
-    /// Starts the next VM; its pages are to be fed in guest order.
+    /// Starts the next VM. Its pages must be fed in guest order.
     ///
     /// # Panics
-    /// At more than 500 million VMs.
+    /// Panics above 500 million VMs.
     pub fn image(&mut self, name: impl Into<String>) -> Image<'_> {
         let index = self.images.len() as u32;
         assert!(index < Mark::IMAGE, "too many VMs");
@@ -137,11 +137,11 @@ impl Oracle {
         Image { index, adjacent: false, oracle: self }
     }
 
-    /// Counts, once all pages are there.
+    /// Counts all pages. To be called after the last page.
     #[must_use]
     pub fn report(self) -> Report {
         let Self { mut pages, marks, contents, stretches, mut images, mut saved, key: _ } = self;
-        // Memory that the following steps need.
+        // The following steps need this memory.
         drop(contents);
         let mut runs = runs::Collector::default();
         let mut frames: u32 = 0;
@@ -151,7 +151,7 @@ impl Oracle {
             for page in stretch.first as usize..end {
                 let repeat = marks[page].has(Mark::REPEAT);
                 let first = if repeat { pages[page] as usize } else { page };
-                if !marks[first].has(Mark::ALIKE) {
+                if !marks[first].has(Mark::DUPLICATED) {
                     classes.unique += 1;
                     runs.end();
                     continue;
@@ -161,7 +161,7 @@ impl Oracle {
                 } else {
                     classes.within += 1;
                 }
-                // From here on the first page has its frame in place of its digest.
+                // From here on, the first page has its frame in place of its digest.
                 if !repeat {
                     pages[page] = frames.into();
                     frames += 1;
@@ -193,7 +193,7 @@ impl Oracle {
         }
     }
 
-    /// Takes note of a page's digest.
+    /// Records a page's digest.
     fn note(&mut self, digest: u64, image: u32, adjacent: bool) -> Result<(), TooManyPages> {
         let Self { pages, marks, contents, stretches, images, saved, .. } = self;
         let page =
@@ -210,7 +210,7 @@ impl Oracle {
                     saved.between += 1;
                     mark.0 = (mark.0 & !Mark::IMAGE) | Mark::BETWEEN | image;
                 }
-                mark.0 |= Mark::ALIKE;
+                mark.0 |= Mark::DUPLICATED;
                 pages.push(first.into());
                 marks.push(Mark(Mark::REPEAT));
             }
@@ -224,20 +224,20 @@ impl Oracle {
     }
 }
 
-/// One VM's memory while it is fed to an [`Oracle`].
+/// One VM's memory, while it is fed to an [`Oracle`].
 #[derive(Debug)]
 pub struct Image<'a> {
     oracle: &'a mut Oracle,
     index: u32,
-    /// The page before the next one was fed, and was neither untouched nor zero.
+    /// Whether the previous page was fed and was neither untouched nor zero.
     adjacent: bool,
 }
 
 impl Image<'_> {
-    /// The next page.
+    /// Feeds the next page.
     ///
     /// # Errors
-    /// Where no more can be counted.
+    /// Fails if there are too many pages.
     pub fn page(&mut self, page: &[u8; PAGE_SIZE]) -> Result<(), TooManyPages> {
         let index = self.index as usize;
         if *page == ZEROS {
@@ -256,17 +256,17 @@ impl Image<'_> {
         Ok(())
     }
 
-    /// The next pages were never touched: they read as zeros, and take no memory even now.
+    /// Skips pages that were never touched. They read as zeros and take no memory.
     pub fn untouched(&mut self, pages: u64) {
         self.add(pages, Classes { pages, untouched: pages, ..Classes::default() });
     }
 
-    /// The next pages exist, but were not looked at: nothing is said about them.
+    /// Skips pages that exist but were not read. Their content is unknown.
     pub fn unread(&mut self, pages: u64) {
         self.add(pages, Classes { pages, unread: pages, ..Classes::default() });
     }
 
-    /// The next page does not follow the one before in guest memory.
+    /// Records that the next page is not adjacent to the previous one in guest memory.
     pub fn gap(&mut self) {
         self.adjacent = false;
     }

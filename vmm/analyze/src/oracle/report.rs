@@ -1,79 +1,79 @@
-//! What the oracle found. All counts are of pages of [`Report::page_bytes`] bytes unless their name
-//! says bytes; the JSON form has these names.
+//! The oracle's result. All counts are in pages of [`Report::page_bytes`] bytes, unless their name says
+//! bytes. The JSON form uses these names.
 
 use std::ops::AddAssign;
 
 use samepage_sharing::PAGE_SIZE;
 use serde::Serialize;
 
-/// What sharing could save, and what it would take.
+/// The possible savings of sharing, and their cost.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// Size of a page, in bytes.
+    /// Size of a page in bytes.
     pub page_bytes: u64,
-    /// The VMs, in the order in which they were fed.
+    /// The VMs in the order of feeding.
     pub images: Vec<ImageReport>,
     /// Sums over all VMs.
     pub total: Classes,
-    /// Contents, other than zeros, that exist at least twice: frames that merging all would take.
+    /// Contents other than zeros that at least two pages have: the number of frames if all pages are merged.
     pub frames: u64,
-    /// Pages that sharing saves, by where their likes are.
+    /// Pages that sharing saves, by the place of the identical pages.
     pub saved: Saved,
     /// Sum of [`Report::saved`].
     pub saved_pages: u64,
-    /// The same in bytes, before what sharing itself takes (page tables, mappings, metadata).
+    /// The same in bytes, without the overhead of sharing (page tables, mappings, metadata).
     pub saved_bytes: u64,
     /// Runs of consecutive guest pages that lie on consecutive frames.
     pub runs: Runs,
-    /// What a budget of mappings buys, longest runs first; ends with all runs.
+    /// Savings for some budgets of mappings, longest runs first; ends with all runs.
     pub budgets: Vec<Budget>,
-    /// The same at many budgets, for drawing: starts at none, ends with all runs.
+    /// Savings for many budgets, for drawing; starts at zero mappings and ends with all runs.
     pub curve: Vec<CurvePoint>,
 }
 
 /// One VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ImageReport {
-    /// What it was called.
+    /// The name.
     pub name: String,
-    /// Its pages.
+    /// The pages.
     #[serde(flatten)]
     pub classes: Classes,
-    /// What can be saved in it by itself. What it saves together with others (`between`) belongs
-    /// to no single VM and is 0 here.
+    /// Savings within this VM. Savings together with other VMs (`between`) belong to no single VM and are 0
+    /// here.
     pub saved: Saved,
 }
 
-/// Pages by class; each page is in one class.
+/// Pages by class. Each page is in one class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Classes {
     /// All pages.
     pub pages: u64,
-    /// Never touched: they take no memory and save none.
+    /// Never touched: these pages take no memory and save none.
     pub untouched: u64,
-    /// Not looked at, such as swapped out.
+    /// Not read, for example because they are swapped out.
     pub unread: u64,
-    /// In memory, but full of zeros.
+    /// Full of zeros, and in memory.
     pub zero: u64,
-    /// Content that exists in at least two VMs.
+    /// With content that at least two VMs have.
     pub between: u64,
-    /// Content that exists at least twice, but in one VM alone.
+    /// With content that at least two pages of only one VM have.
     pub within: u64,
-    /// Content that exists once.
+    /// With unique content.
     pub unique: u64,
 }
 
 impl Classes {
-    /// Pages with content that exists at least twice: those that would lie on frames.
+    /// Returns the number of pages with content that at least two pages have. They would be mapped to frames.
     #[must_use]
-    pub fn alike(&self) -> u64 {
+    pub fn duplicated(&self) -> u64 {
         self.between + self.within
     }
 
-    /// Pages that take memory, as far as they were looked at.
+    /// Returns the number of pages that take memory, as far as they were read.
     #[must_use]
     pub fn in_use(&self) -> u64 {
-        self.zero + self.alike() + self.unique
+        self.zero + self.duplicated() + self.unique
     }
 }
 
@@ -93,81 +93,81 @@ impl AddAssign for Classes {
 /// Pages that sharing saves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Saved {
-    /// Pages of zeros: they are given back and need neither frame nor mapping.
+    /// Pages of zeros: they are freed and need neither frame nor mapping.
     pub zero: u64,
-    /// Duplicates inside VMs: what is saved even where VMs share nothing with each other.
+    /// Duplicates within VMs: the savings if VMs share nothing with each other.
     pub within: u64,
-    /// What sharing between VMs saves beyond that.
+    /// The additional savings of sharing between VMs.
     pub between: u64,
 }
 
 impl Saved {
-    /// Sum.
+    /// Returns the sum in pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.zero + self.within + self.between
     }
 
-    /// Sum, in bytes.
+    /// Returns the sum in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.pages() * PAGE_SIZE as u64
     }
 }
 
-/// Runs of consecutive guest pages on consecutive frames, where frames are handed out in guest
-/// order: to the first page with each content that exists at least twice, VM after VM.
+/// Runs of consecutive guest pages on consecutive frames. Frames are assigned in guest order, VM after VM, to
+/// the first page with each content that at least two pages have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Runs {
     /// Number of runs.
     pub runs: u64,
-    /// Pages in them: all whose content exists at least twice.
+    /// Pages in runs: all pages with content that at least two pages have.
     pub pages: u64,
-    /// Mappings that merging all of them costs.
+    /// Mappings for merging all runs.
     pub mappings: u64,
-    /// By length, shortest first.
+    /// Runs by length, shortest first.
     pub buckets: Vec<Bucket>,
 }
 
 /// Runs of similar length.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Bucket {
-    /// Length of the shortest, in pages.
+    /// Length of the shortest run, in pages.
     pub from_pages: u64,
-    /// Length of the longest, in pages; none where there is no limit.
+    /// Length of the longest run, in pages; `None` without a limit.
     pub to_pages: Option<u64>,
     /// Number of runs.
     pub runs: u64,
-    /// Pages in them.
+    /// Pages in these runs.
     pub pages: u64,
-    /// Mappings they cost.
+    /// Mappings for these runs.
     pub mappings: u64,
 }
 
-/// What a number of mappings buys.
+/// The savings for a number of mappings.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Budget {
-    /// Mappings allowed; none where all runs are merged.
+    /// Allowed mappings; `None` if all runs are merged.
     pub limit: Option<u64>,
-    /// Mappings used: two for each run merged.
+    /// Used mappings: two for each merged run.
     pub mappings: u64,
-    /// Pages that lie on frames.
+    /// Pages on frames.
     pub pages: u64,
-    /// Of all pages that could, in percent.
+    /// Percentage of all pages that could be on frames.
     pub pages_percent: f64,
-    /// Pages saved: those on frames, less the frames. Pages of zeros are not in it.
+    /// Saved pages: pages on frames minus the frames, without pages of zeros.
     pub saved_pages: u64,
     /// The same in bytes.
     pub saved_bytes: u64,
-    /// Of what all runs together save, in percent.
+    /// Percentage of the savings of all runs.
     pub saved_percent: f64,
 }
 
-/// A point of the curve of savings over mappings. Pages of zeros are not in it.
+/// A point of the curve of savings over mappings, without pages of zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct CurvePoint {
-    /// Mappings used.
+    /// Used mappings.
     pub mappings: u64,
-    /// Bytes saved with them.
+    /// Saved bytes.
     pub saved_bytes: u64,
 }

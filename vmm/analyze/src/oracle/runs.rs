@@ -1,15 +1,15 @@
-//! Runs of pages on frames, and what a budget of mappings buys of them.
+//! Runs of pages on frames, and the savings for budgets of mappings.
 
 use samepage_sharing::PAGE_SIZE;
 
 use super::report::{Bucket, Budget, CurvePoint, Runs};
 
-/// A run splits the mapping around it into three.
+/// A run splits the mapping around it into three mappings.
 const MAPPINGS_PER_RUN: u64 = 2;
 /// Shortest length in each bucket, in pages.
 const BUCKETS: [u32; 5] = [1, 2, 8, 64, 512];
-/// Budgets of mappings. The last is about what the kernel's default limit for a process
-/// (`vm.max_map_count`, 65,530) leaves after a reserve.
+/// Budgets of mappings. The last is about the kernel's default limit for a process (`vm.max_map_count`,
+/// 65,530) minus a reserve.
 const BUDGETS: [u64; 3] = [1_000, 8_000, 60_000];
 /// Points of the curve for each doubling of mappings.
 const POINTS_PER_DOUBLING: f64 = 8.0;
@@ -20,7 +20,7 @@ struct Run {
     first_frame: u32,
 }
 
-/// Cuts pages into runs, as they come in guest order.
+/// Collects runs of pages in guest order.
 #[derive(Default)]
 pub(super) struct Collector {
     runs: Vec<Run>,
@@ -28,10 +28,10 @@ pub(super) struct Collector {
 }
 
 impl Collector {
-    /// The next page lies on this frame.
+    /// Adds the next page, which is on this frame.
     pub(super) fn page(&mut self, frame: u32) {
         match self.runs.last_mut() {
-            // There are fewer than 2^32 frames, so that the sum fits.
+            // There are fewer than 2^32 frames, so the sum does not overflow.
             Some(run) if self.open && run.first_frame + run.pages == frame => {
                 run.pages += 1;
             }
@@ -40,7 +40,7 @@ impl Collector {
         self.open = true;
     }
 
-    /// The next page does not follow the last one, or the next page lies on no frame.
+    /// Ends the run: the next page is not adjacent, or is not on a frame.
     pub(super) fn end(&mut self) {
         self.open = false;
     }
@@ -48,7 +48,7 @@ impl Collector {
     /// Counts the runs over `frames` frames.
     pub(super) fn summarise(self, frames: u32) -> (Runs, Vec<Budget>, Vec<CurvePoint>) {
         let mut runs = self.runs;
-        // Longest first, and runs on the same frames together: one of them alone saves nothing.
+        // Longest first, and runs on the same frames together, because one of them alone saves nothing.
         runs.sort_unstable_by_key(|run| (std::cmp::Reverse(run.pages), run.first_frame));
         let pages = runs.iter().map(|run| u64::from(run.pages)).sum();
         let all = Runs {
@@ -83,7 +83,7 @@ fn buckets(runs: &[Run]) -> Vec<Bucket> {
     buckets
 }
 
-/// Merges run after run and notes what has been saved at each budget.
+/// Merges run after run and records the savings at each budget.
 fn spend(runs: &[Run], frames: u32, all_pages: u64) -> (Vec<Budget>, Vec<CurvePoint>) {
     let all_saved = all_pages - u64::from(frames);
     let mut used = vec![0_u64; frames.div_ceil(64) as usize];
@@ -123,7 +123,7 @@ fn spend(runs: &[Run], frames: u32, all_pages: u64) -> (Vec<Budget>, Vec<CurvePo
     (budgets, curve)
 }
 
-/// `part` of `whole` in percent; nothing of nothing is all of it.
+/// Returns `part` of `whole` in percent, and 100 if `whole` is 0.
 fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 { 100.0 } else { part as f64 * 100.0 / whole as f64 }
 }

@@ -1,4 +1,4 @@
-//! The oracle against a model that keeps every page.
+//! Compares the oracle with a model that keeps every page.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What is fed: a content (0 is zeros), or something without one.
+/// A step of feeding: a page with a content (0 is zeros), or a page without one.
 #[derive(Clone, Copy, Debug)]
 enum Fed {
     Content(u16),
@@ -41,7 +41,7 @@ fn contents(pages: impl IntoIterator<Item = u16>) -> Vec<Fed> {
     pages.into_iter().map(Fed::Content).collect()
 }
 
-/// How often each content other than zeros is in each VM.
+/// Returns how often each VM has each content other than zeros.
 fn model(images: &[Vec<Fed>]) -> BTreeMap<u16, BTreeMap<usize, u64>> {
     let mut model: BTreeMap<u16, BTreeMap<usize, u64>> = BTreeMap::new();
     for (index, fed) in images.iter().enumerate() {
@@ -54,7 +54,7 @@ fn model(images: &[Vec<Fed>]) -> BTreeMap<u16, BTreeMap<usize, u64>> {
     model
 }
 
-/// Lengths of runs, found by walking all pages with frames handed out in guest order.
+/// Returns the lengths of runs, from a walk over all pages that assigns frames in guest order.
 fn model_runs(images: &[Vec<Fed>], model: &BTreeMap<u16, BTreeMap<usize, u64>>) -> Vec<u64> {
     let mut frames = BTreeMap::new();
     let mut runs: Vec<u64> = Vec::new();
@@ -99,7 +99,7 @@ proptest! {
             ),
             0..5,
         ),
-        // Long runs: ascending contents that all VMs have.
+        // Long runs: ascending contents in all VMs.
         file in prop::collection::vec(100_u16..900, 0..300),
     ) {
         let mut images = images;
@@ -117,9 +117,9 @@ proptest! {
         prop_assert_eq!(report.saved_pages, further + report.total.zero);
         prop_assert_eq!(report.saved_bytes, report.saved_pages * 4096);
 
-        let alike: BTreeSet<u16> =
+        let duplicated: BTreeSet<u16> =
             model.iter().filter(|(_, vms)| vms.values().sum::<u64>() > 1).map(|(&content, _)| content).collect();
-        prop_assert_eq!(report.frames, alike.len() as u64);
+        prop_assert_eq!(report.frames, duplicated.len() as u64);
         for (index, fed) in images.iter().enumerate() {
             let mut classes = Classes::default();
             for fed in fed {
@@ -128,7 +128,7 @@ proptest! {
                     Fed::Content(content) => {
                         classes.pages += 1;
                         if model[&content].len() > 1 { classes.between += 1 }
-                        else if alike.contains(&content) { classes.within += 1 }
+                        else if duplicated.contains(&content) { classes.within += 1 }
                         else { classes.unique += 1 }
                     }
                     Fed::Untouched(pages) => { classes.untouched += u64::from(pages); classes.pages += u64::from(pages); }
@@ -141,7 +141,7 @@ proptest! {
 
         let runs = model_runs(&images, &model);
         prop_assert_eq!(report.runs.runs, runs.len() as u64);
-        prop_assert_eq!(report.runs.pages, report.total.alike());
+        prop_assert_eq!(report.runs.pages, report.total.duplicated());
         for bucket in &report.runs.buckets {
             let to = bucket.to_pages.unwrap_or(u64::MAX);
             let inside = runs.iter().filter(|&&run| (bucket.from_pages..=to).contains(&run));
@@ -178,7 +178,7 @@ fn two_like_vms_are_two_runs() {
 
 #[test]
 fn few_mappings_buy_the_longest_runs() {
-    // 2,000 single pages between unique ones, and a run of 500, in both VMs.
+    // Both VMs have 2,000 single pages between unique ones, and a run of 500.
     let image = |own: u16| {
         let singles = (1..=2_000_u16).flat_map(move |page| [page, own + page]);
         contents(singles.chain(40_000..40_500))
@@ -187,7 +187,7 @@ fn few_mappings_buy_the_longest_runs() {
     assert_eq!(report.runs.runs, 4_002);
     let saved: Vec<_> =
         report.budgets.iter().map(|budget| (budget.limit, budget.mappings, budget.saved_pages)).collect();
-    // 1,000 mappings: both long runs, and 498 single ones, which are pairs.
+    // 1,000 mappings suffice for both long runs, and for 498 single pages, which are pairs.
     assert_eq!(
         saved,
         [(Some(1_000), 1_000, 500 + 249), (Some(8_000), 8_000, 500 + 1_999), (None, 8_004, 2_500)]

@@ -1,9 +1,9 @@
-//! What the page shows of one moment: amounts in bytes, times in seconds since 1970.
+//! The page's data about one moment: sizes in bytes, times in seconds since 1970.
 
 use samepage_api_types::views::{CacheView, EngineView, IoView};
 use serde::{Deserialize, Serialize};
 
-/// A moment of the line over time.
+/// A point of the chart over time.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Line {
     pub(super) time: f64,
@@ -16,7 +16,7 @@ pub(super) struct Line {
     pub(super) cache: CacheFrame,
 }
 
-/// All that is known of a moment.
+/// The complete state at a moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Frame {
     #[serde(flatten)]

@@ -1,4 +1,4 @@
-//! A run as a process that hosts it shows it, for some seconds.
+//! Records a run by watching its process for some seconds.
 
 use std::path::Path;
 use std::thread;
@@ -10,7 +10,7 @@ use samepage_api_types::views::{CacheView, PairView, SharingView, VmSummary};
 use super::frame::{CacheFrame, EngineFrame, Frame, IoFrame, Line, PairFrame, VmFrame};
 use super::{Moments, Run};
 
-/// Maps of memory in a report at most.
+/// Upper limit for maps of memory in a report.
 const MOST_MAPS: usize = 64;
 
 pub(super) fn watch(socket: &Path, seconds: u32) -> anyhow::Result<Run> {
@@ -18,7 +18,7 @@ pub(super) fn watch(socket: &Path, seconds: u32) -> anyhow::Result<Run> {
     let mut moments = Moments::default();
     let begun = Instant::now();
     for second in 0..=seconds {
-        // Figures are looked at once a second; no event tells of them.
+        // Statistics are polled once a second, because no event reports them.
         let due = begun + Duration::from_secs(second.into());
         thread::sleep(due.saturating_duration_since(Instant::now()));
         moments.add(frame(&client)?);
@@ -28,7 +28,7 @@ pub(super) fn watch(socket: &Path, seconds: u32) -> anyhow::Result<Run> {
     let vms = run.state.as_ref().map_or(&[][..], |state| &state.vms);
     let cells = if vms.len() > 8 { 512 } else { 2048 };
     for vm in vms.iter().filter(|vm| vm.resident.is_some()).take(MOST_MAPS) {
-        // It may have ended meanwhile.
+        // The VM may have ended meanwhile.
         if let Ok(map) = client.get(&format!("/vms/{}/pages/map?cells={cells}", vm.name)) {
             run.maps.insert(vm.name.clone(), map);
         }

@@ -1,5 +1,5 @@
-//! `samepage report`: one file of HTML that shows a run, from its statistics or from a process that runs; and
-//! in [`types`] what guests use their pages for.
+//! `samepage report`: an HTML file that shows a run, from its statistics or from a running process. [`types`]
+//! reports what guests use their pages for.
 
 mod frame;
 mod live;
@@ -20,17 +20,17 @@ use super::args::{ReportArgs, ReportCommand};
 use frame::{Frame, Line};
 use samepage_process::tell::tell;
 
-/// What the page shows.
+/// The page's data.
 #[derive(Debug, Default, Serialize)]
 struct Run {
     title: String,
     #[serde(rename = "where")]
     place: String,
-    /// The line over time.
+    /// The chart over time.
     frames: Vec<Line>,
-    /// All that is known of the moment with the most VMs, the last such.
+    /// The complete state at the moment with the most VMs, or the last of several such moments.
     state: Option<Frame>,
-    /// The memory of VMs at the end, as the API gives it.
+    /// Maps of the VMs' memory at the end, in the API's form.
     maps: BTreeMap<String, Value>,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn main(args: &ReportArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a file as a whole, or not at all.
+/// Writes a file completely, or not at all.
 fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
@@ -62,24 +62,24 @@ fn write(path: &Path, content: &[u8]) -> io::Result<()> {
         .and_then(|mut file| file.write_all(content))
         .and_then(|()| fs::rename(&partial, path));
     if written.is_err() {
-        // It may not have been made.
+        // The partial file may not exist.
         let _ = fs::remove_file(&partial);
     }
     written
 }
 
-/// Moments of all of a run, few enough to be drawn.
+/// A sample of a run's moments that is small enough to draw.
 #[derive(Debug)]
 struct Thinned<T> {
     kept: Vec<T>,
-    /// Of so many moments one is kept.
+    /// The sample keeps one of this number of moments.
     every: usize,
     seen: usize,
-    /// The last one, where it is not among those that are kept.
+    /// The last moment, if the sample does not keep it.
     last: Option<T>,
 }
 
-/// Moments that are kept: less than this, and more than half of it.
+/// Upper limit for kept moments. After thinning, more than half of it remain.
 const MOST_MOMENTS: usize = 1200;
 
 impl<T> Default for Thinned<T> {
@@ -98,7 +98,7 @@ impl<T> Thinned<T> {
         }
         self.seen += 1;
         if self.kept.len() >= MOST_MOMENTS {
-            // Every other one; the newest is the last for now, if it is not among them.
+            // Keep every other moment. The newest becomes the last moment, unless the sample keeps it.
             let all = std::mem::take(&mut self.kept);
             for (at, moment) in all.into_iter().enumerate() {
                 if at % 2 == 0 {
@@ -112,19 +112,19 @@ impl<T> Thinned<T> {
         }
     }
 
-    /// The one that was added last.
+    /// Returns the latest moment.
     fn newest(&self) -> Option<&T> {
         self.last.as_ref().or(self.kept.last())
     }
 
-    /// From the first to the last.
+    /// Returns the moments in order.
     fn finish(mut self) -> Vec<T> {
         self.kept.extend(self.last);
         self.kept
     }
 }
 
-/// The line over time, and the moment that is shown in full.
+/// The chart over time, and the moment with the complete state.
 #[derive(Debug, Default)]
 struct Moments {
     lines: Thinned<Line>,
@@ -139,7 +139,7 @@ impl Moments {
         }
     }
 
-    /// The moments of a run.
+    /// Returns the data of a run.
     fn finish(self, title: String, place: String) -> Run {
         Run { title, place, frames: self.lines.finish(), state: self.state, maps: BTreeMap::new() }
     }

@@ -1,4 +1,4 @@
-//! A run as its file of statistics tells it (`--stats`): a line of JSON for each second.
+//! Reads a run from its statistics file (`--stats`), which has a line of JSON for each second.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -13,10 +13,11 @@ use serde::de::DeserializeOwned;
 use super::frame::{CacheFrame, EngineFrame, Frame, IoFrame, Line, PairFrame, VmFrame};
 use super::{Moments, Run};
 
-/// Bytes of a block of the cache.
+/// The size of a cached block in bytes.
 const BLOCK_SIZE: u64 = 4096;
 
-/// What a line has that is shown. What an older program did not write is left out of the pictures.
+/// The fields of a line that the page shows. Fields that older programs did not write are missing in the
+/// charts.
 #[derive(Debug, Deserialize)]
 struct Sample {
     time_seconds: f64,
@@ -24,7 +25,7 @@ struct Sample {
     guest_bytes: u64,
     resident_bytes: u64,
     private_bytes: u64,
-    /// Older programs wrote what sharing takes itself as less than nothing.
+    /// Older programs wrote a negative number if the overhead was larger than the savings.
     saved_bytes: i64,
     #[serde(flatten)]
     engine: EngineFrame,
@@ -88,7 +89,7 @@ fn parse(lines: impl BufRead) -> anyhow::Result<Moments> {
     Ok(moments)
 }
 
-/// Takes what each line has of a sample.
+/// Calls a function with each line, parsed as `T`.
 pub(super) fn each<T: DeserializeOwned>(
     mut lines: impl BufRead,
     mut take: impl FnMut(T),
@@ -106,7 +107,7 @@ pub(super) fn each<T: DeserializeOwned>(
                 take(sample);
             }
             Err(_) if line.trim_ascii().is_empty() => {}
-            // The end of a file that is being written.
+            // The incomplete end of a file that is being written.
             Err(_) if !line.ends_with(b"\n") => {}
             Err(error) => bail!("line {number} was not written by --stats: {error}"),
         }

@@ -1,7 +1,7 @@
-//! The picture: how memory is used, the engine and the cache, a line over time, and a row for each VM.
+//! Draws the screen: the use of memory, the engine and the cache, a chart over time, and a row for each VM.
 //!
-//! Everything fits into 80 columns and 24 lines; a larger terminal shows more of the line and of the rows.
-//! Colours are the terminal's own, so that they suit light and dark ones.
+//! Everything fits into 80 columns and 24 lines. A larger terminal shows a larger chart and more rows.
+//! Colours are the terminal's own, so that they suit light and dark terminals.
 
 use ratatui::Frame;
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
@@ -40,10 +40,10 @@ const HELP: &str = "\
 
  any key goes back";
 
-/// Draws what is known.
+/// Draws the screen.
 pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
     let area = frame.area();
-    // A third of what a large terminal has more than a small one goes to the line over time.
+    // The chart gets a third of the additional lines of a large terminal.
     let line = 6 + area.height.saturating_sub(24) / 3;
     let [title, memory, bar, engine, cache, chart, table, keys] = Layout::vertical([
         Constraint::Length(1),
@@ -123,7 +123,7 @@ fn draw_engine(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let (engine, counted) = (&model.engine, &latest.sharing.statistics);
     let mut line = Figures::new("engine", area.width);
     line.add(&[], &format!("{:.1} %", engine.cpu), "CPU");
-    line.add(&[], &count(engine.scanned), "looked at/s");
+    line.add(&[], &count(engine.scanned), "scanned/s");
     line.add(&[], &count(engine.merged), "merged/s");
     line.add(&[], &count(engine.broken), "broken/s");
     line.add(&[], &count(counted.frames as f64), "frames");
@@ -146,7 +146,7 @@ fn draw_cache(frame: &mut Frame<'_>, model: &Model, area: Rect) {
 
 fn draw_chart(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let Some(newest) = model.history.back() else { return };
-    // A dot for each half of a cell, and seconds are about as many.
+    // A cell shows two points, so there is about one point for each second.
     let seconds = f64::from(area.width.saturating_sub(10)).max(60.0);
     let shown = || model.history.iter().filter(|moment| newest.time - moment.time <= seconds);
     let saved: Vec<_> = shown().map(|moment| (moment.time - newest.time, moment.saved)).collect();
@@ -166,10 +166,10 @@ fn draw_chart(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_widget(chart, area);
 }
 
-/// The least width of the column of names, in cells.
+/// Least width of the name column, in cells.
 const NAME_WIDTH: u16 = 12;
 
-/// Headings, and widths in cells.
+/// Returns heading and width in cells.
 fn heading(column: Column) -> (&'static str, Constraint) {
     let (heading, width) = match column {
         Column::Name => return ("NAME", Constraint::Min(NAME_WIDTH)),
@@ -262,7 +262,7 @@ fn draw_help(frame: &mut Frame<'_>, area: Rect) {
     frame.render_widget(Paragraph::new(HELP).block(Block::bordered().title(" samepage top ")), place);
 }
 
-/// What the selected VM's pages are used for, and what of each use is shared.
+/// Draws the selected VM's pages by type, and how much of each type is shared.
 fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let Some(vm) = model.selected() else { return };
     let pages = model.latest.as_ref().and_then(|latest| latest.pages.as_ref());
@@ -273,7 +273,7 @@ fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
         let figures = [one.bytes, one.shared_bytes, one.pages_sharing * 4096, one.zero_bytes];
         let life = match one.mean_life_seconds {
             Some(life) => format!("{} s", count(life)),
-            // Longer than it can be known.
+            // The average lifetime is longer than the time of observation.
             None if one.broken > 0 => format!(">{} s", count(one.watched_seconds.floor())),
             None => "-".to_owned(),
         };
@@ -286,8 +286,8 @@ fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let note = match pages {
         None => "asking",
         Some(pages) if pages.types.is_none() => "the VM has no memory now",
-        Some(pages) if !pages.publishing => "the guest has no agent that says what pages are used for",
-        Some(_) => "as the agent in its guest says",
+        Some(pages) if !pages.publishing => "the guest has no agent that publishes page types",
+        Some(_) => "as published by the agent in the guest",
     };
     let place = Rect { width: 72, height: 12, x: area.x + 4, y: area.y + 5 }.intersection(area);
     let headings = ["MEM", "SHARED", "SAVED", "GIVEN", "BROKEN", "LIFE"];
@@ -302,7 +302,7 @@ fn draw_types(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_widget(Table::new(rows, widths).header(header).column_spacing(1).block(block), place);
 }
 
-/// A line of figures, as far as there is room for them: one that does not fit as a whole is left out.
+/// A line of figures. A figure that does not fit completely is omitted.
 struct Figures {
     spans: Vec<Span<'static>>,
     room: usize,
@@ -315,7 +315,7 @@ impl Figures {
         Self { spans: vec![Span::from(label).bold()], room }
     }
 
-    /// A figure and what it is of, behind a mark.
+    /// Adds a figure with its label, after a mark.
     fn add(&mut self, mark: &[Span<'static>], value: &str, of: &str) {
         let figure = [Span::from(format!("{value} ")), Span::from(of.to_owned()).style(FAINT)];
         self.fit(&[mark, &figure[..]].concat());
@@ -327,13 +327,13 @@ impl Figures {
 
     fn fit(&mut self, part: &[Span<'static>]) {
         let width: usize = part.iter().map(Span::width).sum();
-        // Nothing touches the edge.
+        // Leave one cell free at the edge.
         if width < self.room {
             self.spans.extend_from_slice(part);
             self.spans.push(Span::from("  "));
             self.room = self.room.saturating_sub(width + 2);
         } else {
-            // What comes behind does not take its place.
+            // No later figure may use the remaining room.
             self.room = 0;
         }
     }
@@ -343,7 +343,7 @@ impl Figures {
     }
 }
 
-/// The end of a text, which says more than its start, in so many characters.
+/// Returns the end of a text in this number of characters, because the end says more than the start.
 fn end_of(text: &str, room: usize) -> String {
     let length = text.chars().count();
     if length <= room {
@@ -353,7 +353,8 @@ fn end_of(text: &str, room: usize) -> String {
     std::iter::once('…').chain(end).collect()
 }
 
-/// A name in so many characters, cut in the middle: names mostly differ at their ends.
+/// Returns a name in this number of characters, shortened in the middle, because most names differ at their
+/// ends.
 fn middle_cut(name: &str, room: usize) -> String {
     let letters: Vec<char> = name.chars().collect();
     if letters.len() <= room {
@@ -364,7 +365,7 @@ fn middle_cut(name: &str, room: usize) -> String {
     letters[..start].iter().chain(&['…']).chain(&letters[letters.len() - end..]).collect()
 }
 
-/// An amount of memory in few characters.
+/// Returns a size in few characters.
 fn amount(bytes: u64) -> String {
     let (value, unit) = scaled(bytes);
     match unit {
@@ -374,7 +375,7 @@ fn amount(bytes: u64) -> String {
     }
 }
 
-/// An amount of memory in five characters at most.
+/// Returns a size in at most five characters.
 fn short(bytes: u64) -> String {
     let (value, unit) = scaled(bytes);
     match unit {
@@ -395,7 +396,7 @@ fn scaled(bytes: u64) -> (f64, &'static str) {
     (value, units[unit])
 }
 
-/// A number in five characters at most.
+/// Returns a number in at most five characters.
 fn count(number: f64) -> String {
     match number {
         ..9999.5 => format!("{number:.0}"),
@@ -436,7 +437,7 @@ mod tests {
             "236 MiB saved",
             "54 % less",
             "5.0 % CPU",
-            "1000 looked at/s",
+            "1000 scanned/s",
             "100 merged/s",
             "3 broken/s",
             "32M of 512M held",
@@ -489,7 +490,7 @@ mod tests {
         model.engine = EngineRates { cpu: 100.0, scanned: 99_949.0, merged: 99_949.0, broken: 99_949.0 };
         for width in 40..120 {
             for line in &picture(&model, width, 24)[..5] {
-                // What was cut off would touch the edge.
+                // A figure that was cut off would touch the edge.
                 assert!(line.ends_with(' '), "{width}: {line}");
             }
         }

@@ -1,4 +1,4 @@
-//! Asks the server again and again, on a thread of its own, so that keys never wait for it.
+//! Polls the server on its own thread, so that keys never wait for the server.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,51 +16,51 @@ use samepage_api_types::views::{CacheView, SharingView, VmSummary};
 use serde_json::json;
 use vmm_sys_util::eventfd::EventFd;
 
-/// All that is shown, at one moment.
+/// The data of the screen at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
-    /// When it was asked for.
+    /// The time of the request.
     pub(super) at: Instant,
     pub(super) vms: Vec<VmSummary>,
     pub(super) sharing: SharingView,
     pub(super) cache: CacheView,
-    /// What the pages of one VM, by name, are used for.
+    /// The use of one VM's pages, with the VM's name.
     pub(super) pages: Option<(String, VmPagesView)>,
 }
 
-/// Asks for all that is shown, and what one VM's pages are used for.
+/// Requests the data of the screen, and the use of one VM's pages.
 pub(super) fn snapshot(client: &Client, of: Option<String>) -> Result<Snapshot, ClientError> {
     let at = Instant::now();
-    // The VMs last, so that what is said of their memory is what the others have just had looked at.
+    // Request the VMs last, so that their figures are from the sample that the other requests have caused.
     let (sharing, cache) = (client.get("/sharing")?, client.get("/cache")?);
-    // It may have been deleted meanwhile.
+    // The VM may have been deleted meanwhile.
     let pages = of.and_then(|vm| Some((client.get(&format!("/vms/{vm}/pages")).ok()?, vm)));
     let pages = pages.map(|(pages, vm)| (vm, pages));
     Ok(Snapshot { at, vms: client.get("/vms")?, sharing, cache, pages })
 }
 
-/// What the thread is asked for.
+/// A request to the thread.
 #[derive(Debug)]
 enum Wish {
     Act(String, Action),
-    /// To ask the server at once.
+    /// Poll the server immediately.
     Look,
 }
 
-/// What the thread has to say.
+/// A message from the thread.
 #[derive(Debug)]
 pub(super) enum News {
     Snapshot(Box<Snapshot>),
-    /// Something was done, or refused.
+    /// The result of an action.
     Done(String),
     Failed(ClientError),
 }
 
-/// The thread, which ends when this is dropped.
+/// The thread. It ends when this value is dropped.
 #[derive(Debug)]
 pub(super) struct Fetcher {
     wishes: Sender<Wish>,
-    /// The VM whose pages are asked for.
+    /// The VM whose pages are requested.
     pages_of: Arc<Mutex<Option<String>>>,
     news: Receiver<News>,
     event: EventFd,
@@ -88,20 +88,20 @@ impl Fetcher {
                 if next.is_err() {
                     return;
                 }
-                // The one failure of an event counter is that it is full: then it is readable as it is.
+                // Writing fails only if the event counter is full. Then it is readable anyway.
                 let _ = bell.write(1);
             }
         })?;
         Ok(Self { wishes, pages_of, news, event })
     }
 
-    /// Has a VM do something.
+    /// Requests an action for a VM.
     pub(super) fn ask(&self, vm: String, action: Action) {
-        // The thread lives as long as this.
+        // The thread lives as long as this value.
         let _ = self.wishes.send(Wish::Act(vm, action));
     }
 
-    /// Asks for what a VM's pages are used for as well, from now on.
+    /// Also requests the use of a VM's pages from now on.
     pub(super) fn ask_for_pages(&self, vm: Option<String>) {
         let mut now = self.pages_of.lock();
         if *now != vm {
@@ -113,9 +113,9 @@ impl Fetcher {
         }
     }
 
-    /// What there is to be heard.
+    /// Returns the new messages.
     pub(super) fn take(&self) -> Vec<News> {
-        // Where nothing is to be read nothing is to be cleared.
+        // If the event is not readable, there is nothing to clear.
         let _ = self.event.read();
         self.news.try_iter().collect()
     }

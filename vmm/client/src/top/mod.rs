@@ -1,8 +1,8 @@
-//! `samepage top`: VMs and what they share, live on a terminal.
+//! `samepage top`: shows VMs and their shared memory, live on a terminal.
 //!
-//! - `fetch` asks the server each second, on a thread of its own, and does what VMs are asked to do.
-//! - `model` is what is known: the last answers, rates between them, the order of the rows.
-//! - `draw` makes a picture of it; `screen` puts the terminal into the state for that, and back.
+//! - `fetch` polls the server each second on its own thread, and sends actions for VMs.
+//! - `model` holds the state: the last responses, rates, and the order of the rows.
+//! - `draw` draws the model; `screen` prepares the terminal and restores it.
 
 mod draw;
 mod fetch;
@@ -27,7 +27,7 @@ use fetch::{Fetcher, News};
 use model::Model;
 use screen::Screen;
 
-/// For how long nobody may answer before the program gives up.
+/// Time without a response after which the program ends.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
@@ -35,9 +35,9 @@ pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
         bail!("samepage top needs a terminal; samepage stats --json is for programs");
     }
     let client = Client::new(&args.socket);
-    // Nothing changes on the terminal before it is known that there is something to be shown.
+    // Change the terminal only after the first response.
     let first = fetch::snapshot(&client, None)?;
-    // Before the fetcher's thread, which is to leave the signals alone as well.
+    // Before the fetcher's thread starts, so that the thread also blocks the signals.
     let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
     let resize = ResizeSignal::catch().context("catch the signal of a terminal that changes its size")?;
     let mut model = Model::new(args.socket.display().to_string());
@@ -48,7 +48,7 @@ pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
     top.run()
 }
 
-/// What the user wants.
+/// A command of the user.
 #[derive(Debug, PartialEq, Eq)]
 enum Wish {
     Nothing,
@@ -62,7 +62,7 @@ struct Top {
     fetcher: Fetcher,
     signals: ShutdownSignals,
     resize: ResizeSignal,
-    /// Since when nobody answers.
+    /// The time since which requests fail.
     unanswered: Option<Instant>,
 }
 
@@ -83,7 +83,7 @@ impl Top {
                 return Ok(());
             }
             if resized {
-                // The next picture is drawn for the size that there is then.
+                // The next picture uses the present size.
                 self.resize.take();
             }
             if news {
@@ -98,7 +98,7 @@ impl Top {
                         if let Err(error) = console::attach(&self.client, &vm, &self.signals) {
                             self.model.say(samepage_process::tell::causes(&error));
                         }
-                        // A signal that ended the console is still there, and ends this as well.
+                        // If a signal ended the console, it is still pending and also ends this program.
                         screen = Screen::enter().context("put the terminal into raw mode")?;
                     }
                 }
@@ -106,7 +106,7 @@ impl Top {
         }
     }
 
-    /// Takes what the fetcher brought.
+    /// Processes the fetcher's messages.
     fn hear(&mut self) -> anyhow::Result<()> {
         for news in self.fetcher.take() {
             match news {
@@ -140,7 +140,7 @@ impl Top {
                 }
             }
         }
-        // What stays readable without any key is a terminal that is gone.
+        // If standard input stays readable without a key, the terminal is gone.
         if !any && is_readable_now(io::stdin().as_raw_fd())? {
             return Ok(Wish::Quit);
         }

@@ -1,4 +1,4 @@
-//! What `samepage top` knows: the last answers, rates between them, and the order of the rows.
+//! The state of `samepage top`: the last responses, rates between them, and the order of the rows.
 
 use std::cmp::Ordering;
 use std::collections::VecDeque;
@@ -8,10 +8,10 @@ use samepage_api_types::views::{EngineView, IoView, VmSummary};
 
 use super::fetch::Snapshot;
 
-/// Moments of the line over time.
+/// Number of points in the chart over time.
 const HISTORY: usize = 600;
 
-/// A column that rows can be sorted by.
+/// A column for sorting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Column {
     Name,
@@ -28,7 +28,7 @@ pub(super) enum Column {
 }
 
 impl Column {
-    /// All, as they are shown.
+    /// All columns in order.
     pub(super) const ALL: [Self; 11] = [
         Self::Name,
         Self::State,
@@ -44,7 +44,7 @@ impl Column {
     ];
 }
 
-/// What a VM reads a second, in bytes, by where it comes from.
+/// A VM's reads per second in bytes, by source.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct ReadRates {
     pub(super) guests: f64,
@@ -52,12 +52,12 @@ pub(super) struct ReadRates {
     pub(super) disk: f64,
 }
 
-/// A VM. What is not known is not there.
+/// A VM. Unknown values are `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Row {
     pub(super) name: String,
     pub(super) state: State,
-    /// In percent of one core.
+    /// CPU time in percent of one core.
     pub(super) cpu: Option<f64>,
     pub(super) memory: u64,
     pub(super) resident: Option<u64>,
@@ -67,26 +67,26 @@ pub(super) struct Row {
     pub(super) reads: Option<ReadRates>,
 }
 
-/// What the engine does a second.
+/// The engine's rates per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct EngineRates {
-    /// In percent of one core.
+    /// CPU time in percent of one core.
     pub(super) cpu: f64,
     pub(super) scanned: f64,
     pub(super) merged: f64,
     pub(super) broken: f64,
 }
 
-/// A moment of the line over time, in bytes.
+/// A point of the chart over time, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Moment {
-    /// Seconds since 1970.
+    /// Time in seconds since 1970.
     pub(super) time: f64,
     pub(super) resident: f64,
     pub(super) saved: f64,
 }
 
-/// All that is shown.
+/// The data of the screen.
 #[derive(Debug)]
 pub(super) struct Model {
     pub(super) socket: String,
@@ -97,11 +97,11 @@ pub(super) struct Model {
     pub(super) history: VecDeque<Moment>,
     pub(super) sort: Column,
     pub(super) reversed: bool,
-    /// The keys are explained.
+    /// Whether the help is shown.
     pub(super) help: bool,
-    /// What the selected VM's pages are used for is shown.
+    /// Whether the use of the selected VM's pages is shown.
     pub(super) types: bool,
-    /// What is to be said to the user, until the next answer but one.
+    /// A message for the user, shown until the second next response.
     pub(super) message: Option<String>,
     message_age: u32,
     selected: Option<String>,
@@ -126,7 +126,7 @@ impl Model {
         }
     }
 
-    /// Takes the next answers in.
+    /// Adds the next responses.
     pub(super) fn add(&mut self, snapshot: Snapshot) {
         let before = self.latest.take();
         let seconds = before.as_ref().map_or(0.0, |before| (snapshot.at - before.at).as_secs_f64());
@@ -137,7 +137,7 @@ impl Model {
             if seconds > 0.0 {
                 self.engine.cpu = (now.cpu_seconds - earlier.cpu_seconds).max(0.0) / seconds * 100.0;
             }
-            // Looks at memory come when they can: rates of what they count go by their own time.
+            // Samples have their own times, so use these for rates.
             let seconds = snapshot.sharing.time_seconds - before.sharing.time_seconds;
             if seconds > 0.0 {
                 self.engine.count(earlier, now, seconds);
@@ -165,14 +165,14 @@ impl Model {
         self.order();
     }
 
-    /// Says something to the user.
+    /// Shows a message.
     pub(super) fn say(&mut self, message: String) {
-        // What guests and files call themselves does not steer the terminal.
+        // Names from guests and files must not contain control characters for the terminal.
         self.message = Some(message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect());
         self.message_age = 0;
     }
 
-    /// Its number in the rows.
+    /// Returns the selected VM's row number.
     pub(super) fn selected_row(&self) -> Option<usize> {
         let name = self.selected.as_deref();
         self.rows
@@ -181,17 +181,17 @@ impl Model {
             .or((!self.rows.is_empty()).then_some(0))
     }
 
-    /// The VM that keys are about.
+    /// Returns the selected VM.
     pub(super) fn selected(&self) -> Option<&Row> {
         self.selected_row().map(|row| &self.rows[row])
     }
 
-    /// The VM of which it is to be known what its pages are used for.
+    /// Returns the VM whose pages should be requested.
     pub(super) fn pages_of(&self) -> Option<String> {
         self.selected().filter(|_| self.types).map(|row| row.name.clone())
     }
 
-    /// Goes so many rows down.
+    /// Moves the selection down by this number of rows.
     pub(super) fn select(&mut self, down: isize) {
         let Some(row) = self.selected_row() else { return };
         let row = row.saturating_add_signed(down).min(self.rows.len() - 1);
@@ -219,7 +219,7 @@ impl Model {
     }
 
     fn order(&mut self) {
-        // What is selected stays so, wherever it goes.
+        // The selection stays on its VM.
         self.selected = self.selected().map(|row| row.name.clone());
         let (sort, reversed) = (self.sort, self.reversed);
         self.rows.sort_by(|one, other| {
@@ -230,7 +230,7 @@ impl Model {
 }
 
 impl Column {
-    /// Names from a to z, figures from the largest down, and what is not known at the end.
+    /// Sorts names from a to z, numbers from the largest down, and unknown values to the end.
     fn compare(self, one: &Row, other: &Row) -> Ordering {
         let reads = |of: fn(&ReadRates) -> f64| {
             let value = |row: &Row| row.reads.as_ref().map_or(-1.0, of);
@@ -252,7 +252,7 @@ impl Column {
     }
 }
 
-/// Names in the order in which people count: vm-2 before vm-10.
+/// Compares names in natural order: vm-2 before vm-10.
 fn natural(one: &str, other: &str) -> Ordering {
     let key = |name: &str| {
         let digits = name.bytes().rev().take_while(u8::is_ascii_digit).count();
@@ -290,7 +290,7 @@ impl Row {
 }
 
 impl EngineRates {
-    /// Takes in what was counted between two looks.
+    /// Computes the rates between two samples.
     fn count(&mut self, before: &EngineView, now: &EngineView, seconds: f64) {
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
         self.scanned = rate(now.pages_scanned, before.pages_scanned);
@@ -310,7 +310,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// VMs as a server tells of them, so many seconds after the start.
+    /// Returns a snapshot of a server's VMs at this number of seconds after the start.
     pub(in super::super) fn snapshot(start: Instant, seconds: u64, vms: u64) -> Snapshot {
         let mib = 1 << 20;
         let vm = |index: u64| VmSummary {
@@ -392,7 +392,7 @@ pub(super) mod tests {
         }
     }
 
-    /// What is known after a minute.
+    /// Returns a model after one minute.
     pub(in super::super) fn model(vms: u64) -> Model {
         let start = Instant::now();
         let mut model = Model::new("/run/samepage.sock".into());
@@ -421,7 +421,7 @@ pub(super) mod tests {
         model.add(snapshot(start, 0, 2));
         model.add(snapshot(start, 1, 2));
         let mut between = snapshot(start, 2, 2);
-        // Memory was not looked at again.
+        // There was no new sample.
         between.sharing.time_seconds = 1e9 + 1.0;
         between.sharing.statistics =
             EngineView { cpu_seconds: 0.3, ..snapshot(start, 1, 2).sharing.statistics };

@@ -1,4 +1,4 @@
-//! The terminal while the picture is on it, and as it was afterwards, whichever way that comes about.
+//! The terminal while the screen is shown. It is restored however the program ends.
 
 use std::io::{self, Stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +10,13 @@ use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen};
 use ratatui::{Frame, Terminal};
 use samepage_process::terminal::RawTerminal;
 
-/// The picture is on the terminal. There is one terminal for a process, and a panic hook reaches nothing
-/// but statics.
+/// Whether the screen is shown. A process has one terminal, and a panic hook can access only statics.
 static SHOWN: AtomicBool = AtomicBool::new(false);
 
-/// The terminal with the picture on it, until dropped.
+/// The terminal with the screen, until dropped.
 pub(super) struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
-    /// Goes back last.
+    /// Restored last.
     _raw: RawTerminal,
 }
 
@@ -49,12 +48,12 @@ impl Drop for Screen {
 
 fn leave() {
     if SHOWN.swap(false, Ordering::SeqCst) {
-        // A terminal that is gone needs nothing.
+        // A terminal that is gone needs no restoring.
         let _ = execute!(io::stdout(), Show, LeaveAlternateScreen);
     }
 }
 
-/// Has what a panic says come onto the terminal as it was, where it can be read.
+/// Makes panic messages appear on the restored terminal, where they can be read.
 pub(super) fn restore_on_panic() {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -1,8 +1,8 @@
-//! `samepage report types`: what guests use their pages for, how much of each use is shared, and for how
+//! `samepage report types`: what guests use their pages for, how much of each type is shared, and for how
 //! long.
 //!
-//! - `source` gets it from statistics or from a process that runs.
-//! - `plot` draws it over time.
+//! - `source` reads the data from statistics or from a running process.
+//! - `plot` draws the data over time.
 
 mod plot;
 mod source;
@@ -23,13 +23,13 @@ use crate::table::{Table, mebibytes};
 use crate::{print, print_json};
 use samepage_process::tell::tell;
 
-/// How long a process is watched for a picture where the user does not say, in seconds.
+/// Default time for watching a process, in seconds.
 const WATCHED: u32 = 10;
 
 /// All VMs at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Moment {
-    /// Seconds since 1970.
+    /// Time in seconds since 1970.
     time: f64,
     vms: Vec<VmTypes>,
 }
@@ -38,15 +38,15 @@ struct Moment {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct VmTypes {
     name: String,
-    /// An agent says what pages are used for.
+    /// Whether an agent publishes page types.
     publishing: bool,
-    /// Free pages that were given back since the start, in bytes.
+    /// Free pages that were freed on the host since the start, in bytes.
     given_back_bytes: u64,
     types: ByType<TypeSample>,
 }
 
 impl Moment {
-    /// All VMs together.
+    /// Returns the sums over all VMs.
     fn all(&self) -> ByType<TypeSample> {
         let mut all = ByType::default();
         self.vms.iter().for_each(|vm| all += vm.types);
@@ -58,12 +58,12 @@ impl Moment {
     }
 }
 
-/// A run, by types of pages.
+/// A run, by page type.
 #[derive(Debug, Default)]
 struct Run {
-    /// Over time.
+    /// The moments of the run.
     moments: Thinned<Moment>,
-    /// The moment with the most agents, and of those the one with the most VMs, the last such.
+    /// The moment with the most agents, or of several such moments the last with the most VMs.
     state: Option<Moment>,
 }
 
@@ -73,7 +73,7 @@ impl Run {
         if self.state.as_ref().is_none_or(|state| rank(state) <= rank(&moment)) {
             self.state = Some(moment.clone());
         }
-        // Memory may not have been looked at again since.
+        // There may be no new sample.
         if self.moments.newest().is_none_or(|newest| newest.time < moment.time) {
             self.moments.add(moment);
         }
@@ -101,7 +101,7 @@ pub(super) fn main(args: &TypesArgs) -> anyhow::Result<()> {
     if let Some(output) = &args.output {
         let picture = plot::draw(&moments, &state);
         if output == Path::new("-") {
-            // And no table besides.
+            // Print no table in this case.
             return print(&picture);
         }
         super::write(output, picture.as_bytes())
@@ -111,7 +111,7 @@ pub(super) fn main(args: &TypesArgs) -> anyhow::Result<()> {
     if args.json { print_json(&Json::new(&moments, &state)) } else { print(&text(&state)) }
 }
 
-/// A table for people.
+/// Returns the table as text.
 fn text(state: &Moment) -> String {
     let mut table = Table::new(&[
         "VM",
@@ -134,12 +134,12 @@ fn text(state: &Moment) -> String {
     // Writing to a string does not fail.
     let _ = writeln!(
         text,
-        "\nPages of 4 KiB; merges, breaks and lives since the agent in each guest was first heard of."
+        "\nPages of 4 KiB; merges, breaks and lives since the first message of the agent in each guest."
     );
     let given_back = state.vms.iter().fold(0, |sum: u64, vm| sum.saturating_add(vm.given_back_bytes));
     let _ = writeln!(
         text,
-        "{} of {} guests say what their pages are used for; {} of free pages were freed on the host since \
+        "{} of {} guests publish page types; {} of free pages were freed on the host since \
          the start.",
         state.publishing(),
         state.vms.len(),
@@ -148,7 +148,7 @@ fn text(state: &Moment) -> String {
     text
 }
 
-/// Adds the rows of a VM, those of types that it has.
+/// Adds the rows of a VM, for types with pages.
 fn add(table: &mut Table, name: &str, types: &ByType<TypeSample>) {
     let mut sum = TypeSample::default();
     let mut row = |name: &str, title: &str, one: &TypeSample| {
@@ -157,7 +157,7 @@ fn add(table: &mut Table, name: &str, types: &ByType<TypeSample>) {
         let figures = figures.map(|figure| figure.to_string());
         let life = match one.mean_life_seconds() {
             Some(life) => duration(life),
-            // Longer than it can be known.
+            // The average lifetime is longer than the time of observation.
             None if one.broken > 0 => format!("> {}", duration(one.watched_seconds)),
             None => "-".to_owned(),
         };
@@ -172,7 +172,7 @@ fn add(table: &mut Table, name: &str, types: &ByType<TypeSample>) {
     row(name, "all types", &sum);
 }
 
-/// A time for people.
+/// Returns a duration as text.
 fn duration(seconds: f64) -> String {
     match seconds {
         ..1.0 => format!("{:.0} ms", seconds * 1e3),
@@ -183,14 +183,14 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The report for programs.
+/// The report as JSON.
 #[derive(Debug, Serialize)]
 struct Json<'a> {
-    /// The moment that all but `moments` is of.
+    /// The time of all fields except `moments`.
     time_seconds: f64,
     vms: Vec<JsonVm<'a>>,
     all: ByType<TypeView>,
-    /// All VMs together over time.
+    /// The sums over all VMs at each moment.
     moments: Vec<JsonMoment>,
 }
 
@@ -241,7 +241,7 @@ impl<'a> Json<'a> {
     }
 }
 
-/// VMs by name, over time.
+/// Returns the VMs by name, over time.
 fn series(moments: &[Moment]) -> BTreeMap<&str, Vec<(f64, &ByType<TypeSample>)>> {
     let mut series: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for moment in moments {
@@ -285,14 +285,14 @@ mod tests {
         assert_eq!(words[4], ["other", "anonymous", "3000", "750", "375", "0", "0", "100", "3.0", "s"]);
         assert_eq!(words[7], ["all", "VMs", "anonymous", "4000", "1000", "500", "0", "0", "100", "6.0", "s"]);
         assert_eq!(words[9], ["all", "types", "4200", "1000", "500", "180", "0", "100", "6.0", "s"]);
-        // What is longer than it was watched for is not known.
+        // A life longer than the time of observation is unknown.
         let young = vm("young", 1000, 1);
         let anonymous = TypeSample { watched_seconds: 180.0, ..young.types.anonymous };
         let types = ByType { anonymous, ..ByType::default() };
         let young = super::text(&Moment { time: 0.0, vms: vec![VmTypes { types, ..young }] });
         assert!(young.lines().nth(1).unwrap().ends_with("> 3.0 min"), "{young}");
         assert!(text.contains("2 of 2 guests say") && text.contains("2.0 MiB of free pages"), "{text}");
-        // A guest says what it likes, and the figures stay in their columns.
+        // A guest may publish any figures, and they must stay in their columns.
         let widest = text.lines().take(10).map(|line| line.chars().count()).max().unwrap();
         assert!(widest <= 100, "{text}");
     }

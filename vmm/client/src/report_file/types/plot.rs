@@ -1,5 +1,5 @@
-//! Pages by type over time, one type on the other; of each what is shared in its full colour, what has
-//! memory of its own in half of it, and the rest in a breath of it.
+//! Draws pages by type over time as stacked areas. Each type has three shades: full for shared pages, half
+//! for private memory, and faint for the rest.
 //!
 //! Lengths are in SVG user units.
 
@@ -14,21 +14,21 @@ use samepage_text::picture::{Canvas, Scale};
 use samepage_text::units::pages as amount;
 
 const WIDTH: f64 = 960.0;
-/// The picture of all VMs: left, top, width, height.
+/// The chart of all VMs: left, top, width and height.
 const ALL: [f64; 4] = [80.0, 64.0, 600.0, 320.0];
-/// Where types are named.
+/// The left edge of the legend.
 const LEGEND: f64 = 708.0;
-/// From one type to the next.
+/// The height of a legend entry.
 const LEGEND_STEP: f64 = 38.0;
-/// Pictures of one VM each: width, height, and from one to the next.
+/// Charts of one VM each: width and height, and the distance to the next.
 const ONE: [f64; 2] = [375.0, 130.0];
 const ONE_STEP: [f64; 2] = [465.0, 200.0];
-/// VMs with pictures of their own.
+/// Limit for VMs with a chart.
 const MOST_VMS: usize = 8;
-/// Moments that can be told apart, with all VMs and with one.
+/// Limits for the distinguishable moments, in the chart of all VMs and in a chart of one VM.
 const MOST_MOMENTS: [usize; 2] = [400, 150];
 
-/// From the bottom up: processes' memory, files', the kernel's, and what is not in use.
+/// From the bottom up: memory of processes, of files, of the kernel, and unused memory.
 const STACK: [PageType; 9] = [
     PageType::Anonymous,
     PageType::FileMapped,
@@ -41,7 +41,7 @@ const STACK: [PageType; 9] = [
     PageType::Free,
 ];
 
-/// Colours of the types, as the web page has them, and tints.
+/// Colours of the types, as on the web page, and shades.
 const STYLE: &str = "\
 .anonymous { fill: #dd7f35; } .file_mapped { fill: #1f9d6b; } .file_unmapped { fill: #29a3b5; } \
 .slab { fill: #8a63c9; } .page_table { fill: #d1549b; } .compound { fill: #c9a227; } \
@@ -52,9 +52,9 @@ const STYLE: &str = "\
 .edge { stroke: #14181f; } .muted { fill: #9aa5b5; } .free { fill: #5a6577; } .any { fill: #9aa5b5; } }";
 
 const TINTS: [(&str, &str); 3] =
-    [("shared", "shared"), ("own", "memory of its own"), ("rest", "given back or never touched")];
+    [("shared", "shared"), ("own", "memory of its own"), ("rest", "freed or never touched")];
 
-/// Pages of a type.
+/// The pages of a type.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Parts {
     shared: u64,
@@ -85,7 +85,7 @@ impl AddAssign for Parts {
     }
 }
 
-/// A moment, in seconds from the first.
+/// A moment, in seconds since the first moment.
 type Point = (f64, ByType<Parts>);
 
 /// Draws a run.
@@ -113,7 +113,7 @@ pub(super) fn draw(moments: &[Moment], state: &Moment) -> String {
     }
     let mut top = bottom + 34.0;
     if with_agent > vms.len() && !vms.is_empty() {
-        let text = format!("The first {} of {with_agent} VMs whose guests say it:", vms.len());
+        let text = format!("The first {} of {with_agent} VMs with an agent:", vms.len());
         canvas.text(20.0, top, "muted", &text);
         top += 30.0;
     }
@@ -132,7 +132,7 @@ pub(super) fn draw(moments: &[Moment], state: &Moment) -> String {
     canvas.finish([WIDTH, height], STYLE, &headline)
 }
 
-/// No more moments than can be told apart, the first and the last among them.
+/// Returns at most this number of points, including the first and the last.
 fn thin(points: &[Point], most: usize) -> Vec<Point> {
     let step = points.len().div_ceil(most).max(1);
     let last = points.len().saturating_sub(1);
@@ -144,7 +144,7 @@ fn thin(points: &[Point], most: usize) -> Vec<Point> {
         .collect()
 }
 
-/// Areas over time, with axes.
+/// Draws areas over time, with axes.
 fn panel(canvas: &mut Canvas, [left, top, width, height]: [f64; 4], points: &[Point], seconds: f64) {
     let bottom = top + height;
     let total =
@@ -161,7 +161,7 @@ fn panel(canvas: &mut Canvas, [left, top, width, height]: [f64; 4], points: &[Po
         canvas.line([across(tick), bottom, across(tick), bottom + 4.0], "axis");
         canvas.text(across(tick), bottom + 18.0, "middle small", &clock(tick));
     }
-    // A moment alone lasts.
+    // A single moment is drawn as a short time.
     let points: Vec<Point> = match points {
         [(_, types)] if seconds <= 0.0 => vec![(0.0, *types), (width, *types)],
         points => points.to_vec(),
@@ -212,7 +212,7 @@ fn of(types: &ByType<Parts>, wanted: PageType) -> Parts {
     types.iter().find(|(page_type, _)| *page_type == wanted).map_or_else(Parts::default, |(_, one)| *one)
 }
 
-/// What the colours are, with figures of the moment that is told in full. Returns where it ends.
+/// Draws the legend, with figures of the moment with the complete state. Returns its end.
 fn legend(canvas: &mut Canvas, all: &[Point], state: &Moment) -> f64 {
     let now = state.all();
     let mut y = ALL[1] + 4.0;
@@ -244,7 +244,7 @@ fn legend(canvas: &mut Canvas, all: &[Point], state: &Moment) -> f64 {
     bottom
 }
 
-/// Marks on an axis of time, seconds, minutes or hours apart.
+/// Returns the ticks of a time axis at steps of seconds, minutes or hours.
 fn times(seconds: f64, most: f64) -> impl Iterator<Item = f64> {
     const STEPS: [f64; 15] = [
         1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 14_400.0, 43_200.0,

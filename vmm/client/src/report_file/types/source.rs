@@ -1,4 +1,4 @@
-//! Where types of pages are told: lines of `--stats`, and a process that runs.
+//! The sources of page types: lines of `--stats`, and running processes.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -18,7 +18,7 @@ use super::super::statistics::each;
 use super::{Moment, Run, VmTypes};
 use crate::vm_path;
 
-/// What a line of `--stats` has of this.
+/// The relevant fields of a line of `--stats`.
 #[derive(Debug, Deserialize)]
 struct Sample {
     time_seconds: f64,
@@ -64,7 +64,7 @@ impl From<VmSample> for VmTypes {
     }
 }
 
-/// A run as its file of statistics tells it.
+/// Reads a run from its statistics file.
 pub(super) fn read(path: &Path, vm: Option<&str>) -> anyhow::Result<Run> {
     let file = File::open(path).with_context(|| format!("open the statistics {}", path.display()))?;
     parse(BufReader::new(file), vm).with_context(|| format!("read the statistics {}", path.display()))
@@ -80,13 +80,13 @@ fn parse(lines: impl BufRead, wanted: Option<&str>) -> anyhow::Result<Run> {
     Ok(run)
 }
 
-/// A run as a process that hosts it shows it, for some seconds.
+/// Records a run by watching its process for some seconds.
 pub(super) fn watch(socket: &Path, seconds: u32, vm: Option<&str>) -> anyhow::Result<Run> {
     let client = Client::new(socket);
     let mut run = Run::default();
     let begun = Instant::now();
     for second in 0..=seconds {
-        // Figures are looked at once a second; no event tells of them.
+        // Statistics are polled once a second, because no event reports them.
         let due = begun + Duration::from_secs(second.into());
         thread::sleep(due.saturating_duration_since(Instant::now()));
         run.add(moment(&client, vm)?);
@@ -103,7 +103,7 @@ fn moment(client: &Client, wanted: Option<&str>) -> anyhow::Result<Moment> {
     for name in names {
         let view: VmPagesView = match client.get(&(vm_path(&name)? + "/pages")) {
             Ok(view) => view,
-            // It may have been deleted meanwhile.
+            // The VM may have been deleted meanwhile.
             Err(ClientError::Problem(problem)) if problem.status == 404 && wanted.is_none() => continue,
             Err(error) => return Err(error.into()),
         };
