@@ -1,6 +1,6 @@
-//! What is to be known of the machine that measured.
+//! The machine of the measurements.
 
-use std::fs;
+use std::{fmt, fs};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -8,22 +8,22 @@ use serde::Serialize;
 use super::report::kernel;
 use super::vms::kvm;
 
-/// The machine, in general words.
+/// A description of the machine.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Host {
     /// Processors that this process may use.
     pub(crate) processors: usize,
     /// The kernel's release.
     pub(crate) kernel: String,
-    /// What kind of KVM it has, in words.
+    /// The kind of KVM, in words.
     pub(crate) kvm: String,
-    /// Load averages of the last minute before and after the measurements: more than a processor's worth
-    /// of other work makes times of no use.
+    /// Load averages of the last minute, before and after the measurements. If other work uses more than a processor,
+    /// times mean nothing.
     pub(crate) load: [f64; 2],
 }
 
 impl Host {
-    /// This machine, before anything is measured.
+    /// Returns a description of this machine before the measurements.
     pub(crate) fn look() -> Result<Self> {
         let load = load_average()?;
         Ok(Self {
@@ -34,10 +34,17 @@ impl Host {
         })
     }
 
-    /// Notes the load after everything has been measured.
+    /// Records the load after the measurements.
     pub(crate) fn look_again(&mut self) -> Result<()> {
         self.load[1] = load_average()?;
         Ok(())
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { processors, kernel, kvm, load: [before, after] } = self;
+        write!(f, "{processors} processors, Linux {kernel}, {kvm}; load {before:.2} before, {after:.2} after")
     }
 }
 

@@ -2,6 +2,7 @@
 //! `cargo xtask artifacts` builds.
 
 pub(crate) mod lookahead;
+mod series;
 pub(crate) mod types;
 
 use std::path::PathBuf;
@@ -10,7 +11,12 @@ use std::process::Command;
 use clap::Args;
 use samepage_resources::guest_kernel::COMMAND_LINE;
 
-/// What a Linux guest boots from. `cargo xtask bench` gives all of it.
+/// Number of guests in each run.
+const VMS: usize = 2;
+/// Memory of each guest, in MiB.
+const GUEST_MIB: u32 = 64;
+
+/// The files of a Linux guest. `cargo xtask bench` provides all of them.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LinuxGuest {
     /// The guests' kernel, an ELF image with a PVH entry point
@@ -27,11 +33,12 @@ pub(crate) struct LinuxGuest {
 }
 
 impl LinuxGuest {
-    /// Has a command of samepage run so many of them, which do this work and end, and tell its statistics.
-    fn run(&self, command: &mut Command, vms: usize, mib: u32, work: &str, cpu: f64) {
+    /// Adds arguments to a command of samepage: run [`VMS`] guests that do this work and end, with this limit of CPU
+    /// time for sharing in percent of a core, and print statistics.
+    fn run(&self, command: &mut Command, work: &str, cpu: f64) {
         command.arg("run").arg("--kernel").arg(&self.kernel).arg("--initrd").arg(&self.initrd);
         command.args(["--cmdline", &format!("{COMMAND_LINE} agent={work}"), "--console", "stdio"]);
-        command.args(["--memory", &format!("{mib}M"), "--count", &vms.to_string()]);
+        command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &VMS.to_string()]);
         command.args(["--sharing-cpu", &cpu.to_string(), "--stats", "-"]);
     }
 }

@@ -1,9 +1,9 @@
-//! What lookahead brings: two Linux VMs that boot and then work, shared by engines that differ in how they
-//! find what is alike, under the same ceiling of CPU time. Shared pages over time, and what finding them
-//! took.
+//! Measures the effect of lookahead. Two Linux VMs boot and then work, under engines that differ in how they find
+//! identical pages, with the same limit of CPU time. The report shows shared pages over time, and the effort of
+//! finding them.
 //!
-//! Each engine gets guests of its own, one pair after the other: what guests do takes as long each time,
-//! to within a second or so.
+//! Each engine gets its own guests, one pair after the other. The guests' work takes the same time in each run, to
+//! within a second or so.
 
 mod report;
 mod run;
@@ -16,19 +16,19 @@ use clap::Args;
 use samepage_machine::Hypervisor;
 
 use super::LinuxGuest;
-use crate::curves::{self, Curve};
+use crate::curves;
 use crate::host::Host;
 use crate::program;
 pub(crate) use report::LookaheadReport;
 use run::Engine;
 
-/// What of lookahead to measure.
+/// The arguments of `samepage bench lookahead`.
 #[derive(Args, Debug)]
 pub(crate) struct LookaheadArgs {
     #[command(flatten)]
     guest: LinuxGuest,
 
-    /// Ceiling of CPU time for sharing, in percent of a core; where it is ample all engines keep up
+    /// Limit of CPU time for sharing, in percent of a core. With ample time, all engines keep up
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
     pub(crate) cpu: f64,
 
@@ -49,18 +49,18 @@ const ENGINES: [Engine; 4] = [
     Engine { name: "as KSM works", settings: "lookahead=off,order=content,scan=full" },
 ];
 
-/// Measures all engines, and draws them where that is asked for.
+/// Measures all engines, and draws the result if the arguments ask for a picture.
 pub(crate) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
     Hypervisor::open()?;
     let samepage = program::path()?;
     let mut host = Host::look()?;
-    let curves = ENGINES.map(|engine| {
+    let runs = ENGINES.map(|engine| {
         eprintln!("lookahead: {}", engine.name);
         run::run(&samepage, &args.guest, engine, args.cpu)
     });
-    let curves = curves.into_iter().collect::<Result<_>>()?;
+    let runs = runs.into_iter().collect::<Result<_>>()?;
     host.look_again()?;
-    let report = LookaheadReport::new(host, args.cpu, curves)?;
+    let report = LookaheadReport::new(host, args.cpu, runs);
     if let Some(path) = &args.svg {
         fs::write(path, draw(&report)).with_context(|| format!("writing {}", path.display()))?;
     }
@@ -72,13 +72,6 @@ fn draw(report: &LookaheadReport) -> String {
         "Pages saved by sharing: two Linux guests of {} MiB, {} % of a core for sharing",
         report.guest_mib, report.cpu_percent
     );
-    let curves: Vec<_> = report
-        .curves
-        .iter()
-        .map(|curve| Curve {
-            name: curve.engine.name,
-            points: curve.points.iter().map(|point| (point.seconds, point.pages_sharing as f64)).collect(),
-        })
-        .collect();
+    let curves: Vec<_> = report.runs.iter().map(|run| run.points.curve(run.engine.name)).collect();
     curves::draw(&title, &curves)
 }

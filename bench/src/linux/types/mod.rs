@@ -1,9 +1,9 @@
-//! What it brings to know what pages are for: two Linux guests that boot, read files, write files as a build
-//! does, and use and free memory. Once no agent says what pages are for; once agents do; and once agents do
-//! and only some types are shared: is it worth sharing content of files, which is overwritten?
+//! Measures the effect of page types. Two Linux guests boot, read files, write files as a build does, and use and free
+//! memory: without agents, with agents, and with agents while only some types are shared. The question is whether
+//! sharing the content of files is worth its cost, because that content is overwritten.
 //!
-//! Each gets guests of its own, which do the same, one pair after the other. With several rounds the order
-//! is turned around each time, and figures are medians.
+//! Each scenario gets its own guests, which do the same work, one pair after the other. With several rounds, the order
+//! is reversed each time, and figures are medians.
 
 mod report;
 mod run;
@@ -16,13 +16,13 @@ use clap::Args;
 use samepage_machine::Hypervisor;
 
 use super::LinuxGuest;
-use crate::curves::{self, Curve};
+use crate::curves;
 use crate::host::Host;
 use crate::program;
 pub(crate) use report::TypesReport;
-use run::{Scenario, Told};
+use run::{Round, Scenario};
 
-/// What of types to measure.
+/// The arguments of `samepage bench types`.
 #[derive(Args, Debug)]
 pub(crate) struct TypesArgs {
     #[command(flatten)]
@@ -32,7 +32,7 @@ pub(crate) struct TypesArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) runs: u32,
 
-    /// Ceiling of CPU time for sharing, in percent of a core
+    /// Limit of CPU time for sharing, in percent of a core
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
     pub(crate) cpu: f64,
 
@@ -45,20 +45,20 @@ pub(crate) struct TypesArgs {
     pub(crate) svg: Option<PathBuf>,
 }
 
-/// What is compared, the baseline first.
+/// The scenarios, the baseline first.
 const SCENARIOS: [Scenario; 4] = [
-    Scenario { name: "no agent, all is shared", told: false, engine: "" },
-    Scenario { name: "with agents, all is shared", told: true, engine: "" },
-    Scenario { name: "all but content of files", told: true, engine: "types=not-file" },
-    Scenario { name: "content of files alone", told: true, engine: "types=file" },
+    Scenario { name: "no agent, all is shared", has_agent: false, engine: "" },
+    Scenario { name: "with agents, all is shared", has_agent: true, engine: "" },
+    Scenario { name: "all but content of files", has_agent: true, engine: "types=not-file" },
+    Scenario { name: "content of files alone", has_agent: true, engine: "types=file" },
 ];
 
-/// Measures all of it, and draws it where that is asked for.
+/// Measures all scenarios, and draws the result if the arguments ask for a picture.
 pub(crate) fn measure(args: &TypesArgs) -> Result<TypesReport> {
     Hypervisor::open()?;
     let samepage = program::path()?;
     let mut host = Host::look()?;
-    let mut rounds: Vec<Vec<Told>> = SCENARIOS.iter().map(|_| Vec::new()).collect();
+    let mut rounds: Vec<Vec<Round>> = SCENARIOS.iter().map(|_| Vec::new()).collect();
     for round in 0..args.runs {
         let mut order: Vec<_> = (0..SCENARIOS.len()).collect();
         if round % 2 == 1 {
@@ -81,13 +81,6 @@ pub(crate) fn measure(args: &TypesArgs) -> Result<TypesReport> {
 fn draw(report: &TypesReport) -> String {
     let title =
         format!("Pages saved by sharing, by what is shared: two Linux guests of {} MiB", report.guest_mib);
-    let curve = |row: &report::Row| {
-        let moments = row.rounds.last().map(|told| &told.moments);
-        let points = moments.into_iter().flatten();
-        Curve {
-            name: row.scenario.name,
-            points: points.map(|moment| (moment.seconds, moment.pages_sharing as f64)).collect(),
-        }
-    };
-    curves::draw(&title, &report.rows.iter().map(curve).collect::<Vec<_>>())
+    let curve = |row: &report::Row| Some(row.rounds.last()?.moments.curve(row.scenario.name));
+    curves::draw(&title, &report.rows.iter().filter_map(curve).collect::<Vec<_>>())
 }

@@ -1,4 +1,4 @@
-//! What all policies promise, and the exact order of LRU.
+//! The guarantees of all policies, and the exact order of LRU.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -9,7 +9,7 @@ use samepage_sharing::blocks::replace::History;
 
 use super::*;
 
-/// What happens to a policy.
+/// A call of a policy. The tests of S3-FIFO in `samepage-sharing` have a copy of this type, and say why.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Insert(u16, u8),

@@ -1,4 +1,4 @@
-//! What S3-FIFO promises, and its exact order.
+//! The guarantees of S3-FIFO, and its exact order.
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -8,7 +8,10 @@ use proptest::prelude::*;
 use super::queues::Queues;
 use super::*;
 
-/// What happens to a policy.
+/// A call of a policy.
+///
+/// The benchmarks' policies are tested with the same calls in a copy of this type. A common one would need a feature
+/// of this crate with proptest among the dependencies.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Insert(u16, u8),
@@ -37,42 +40,42 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
 proptest! {
     #[test]
     fn s3_fifo_knows_what_is_cached(events in events()) {
-            let mut order = S3Fifo::new(RandomState::new());
-            let mut cached = HashSet::new();
-            let mut most = 0;
-            for &event in &events {
-                match event {
-                    Event::Insert(key, bits) => {
-                        prop_assert_eq!(order.insert(key, History::from_bits(bits)), cached.insert(key));
-                    }
-                    Event::Take(key) => prop_assert_eq!(order.take(key).is_some(), cached.remove(&key)),
-                    Event::Hit(key) => prop_assert_eq!(order.hit(key), cached.contains(&key)),
-                    Event::Miss(key) => {
-                        order.miss(key);
-                    }
-                    Event::Remove(key) => prop_assert_eq!(order.remove(key), cached.remove(&key)),
-                    Event::Evict => {
-                        let victim = order.evict();
-                        prop_assert_eq!(victim.is_none(), cached.is_empty());
-                        prop_assert!(victim.is_none_or(|key| cached.remove(&key)));
-                        prop_assert!(victim.is_none_or(|key| !order.contains(key)));
-                    }
-                    Event::Shrink => {
-                        order.shrink();
-                        most = cached.len();
-                    }
+        let mut order = S3Fifo::new(RandomState::new());
+        let mut cached = HashSet::new();
+        let mut most = 0;
+        for &event in &events {
+            match event {
+                Event::Insert(key, bits) => {
+                    prop_assert_eq!(order.insert(key, History::from_bits(bits)), cached.insert(key));
                 }
-                most = most.max(cached.len());
-                prop_assert_eq!(order.len(), cached.len());
-                prop_assert!(order.ghosts() <= most, "{} of {most}", order.ghosts());
+                Event::Take(key) => prop_assert_eq!(order.take(key).is_some(), cached.remove(&key)),
+                Event::Hit(key) => prop_assert_eq!(order.hit(key), cached.contains(&key)),
+                Event::Miss(key) => {
+                    order.miss(key);
+                }
+                Event::Remove(key) => prop_assert_eq!(order.remove(key), cached.remove(&key)),
+                Event::Evict => {
+                    let victim = order.evict();
+                    prop_assert_eq!(victim.is_none(), cached.is_empty());
+                    prop_assert!(victim.is_none_or(|key| cached.remove(&key)));
+                    prop_assert!(victim.is_none_or(|key| !order.contains(key)));
+                }
+                Event::Shrink => {
+                    order.shrink();
+                    most = cached.len();
+                }
             }
-            for key in 0..60 {
-                prop_assert_eq!(order.contains(key), cached.contains(&key));
-            }
-            while let Some(key) = order.evict() {
-                prop_assert!(cached.remove(&key));
-            }
-            prop_assert!(cached.is_empty() && order.is_empty());
+            most = most.max(cached.len());
+            prop_assert_eq!(order.len(), cached.len());
+            prop_assert!(order.ghosts() <= most, "{} of {most}", order.ghosts());
+        }
+        for key in 0..60 {
+            prop_assert_eq!(order.contains(key), cached.contains(&key));
+        }
+        while let Some(key) = order.evict() {
+            prop_assert!(cached.remove(&key));
+        }
+        prop_assert!(cached.is_empty() && order.is_empty());
     }
 
     #[test]
