@@ -1,7 +1,7 @@
 //! The checksum in result lines: 64-bit FNV-1a.
 //!
-//! It tells content apart that differs by accident, which is all a report needs, and is short
-//! enough to be written again in any language. See <http://www.isthe.com/chongo/tech/comp/fnv/>.
+//! It detects accidental differences, which is enough for a report. It is also short enough to reimplement in
+//! any language. See <http://www.isthe.com/chongo/tech/comp/fnv/>.
 
 /// A running 64-bit FNV-1a checksum. Printed as 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,24 +11,24 @@ impl Fnv1a {
     const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
 
-    /// The checksum of no bytes.
+    /// Returns the checksum of no bytes.
     pub const fn new() -> Self {
         Self(Self::OFFSET_BASIS)
     }
 
-    /// The checksum of `bytes`.
+    /// Returns the checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         let mut sum = Self::new();
         sum.update(bytes);
         sum
     }
 
-    /// Appends `bytes` to what has been summed so far.
+    /// Appends `bytes` to the summed bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0 = bytes.iter().fold(self.0, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(Self::PRIME));
     }
 
-    /// The checksum as a number.
+    /// Returns the checksum as a number.
     pub const fn value(self) -> u64 {
         self.0
     }

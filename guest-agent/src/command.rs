@@ -1,8 +1,8 @@
-//! The little language that tells the agent what to do.
+//! The command language of the agent.
 //!
-//! A list is `COMMAND,COMMAND,...`; a command is `NAME` or `NAME:ARGUMENT:ARGUMENT...`. Commands
-//! run one after the other; the first that fails ends the list. There is no quoting: an argument
-//! holds neither `,` nor (but for the text of `print`) `:`. [`HELP`] lists the commands.
+//! A list is `COMMAND,COMMAND,...`; a command is `NAME` or `NAME:ARGUMENT:ARGUMENT...`. Commands run in
+//! order, and the first failure ends the list. There is no quoting: an argument contains no `,`, and only the
+//! text of `print` may contain `:`. [`HELP`] lists the commands.
 //!
 //! A *SIZE* is a number of bytes, or of KiB, MiB or GiB with a `K`, `M` or `G` after it. A *SEED*
 //! is a number that chooses [content](crate::content). *MS* are milliseconds.
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Every command with its arguments, for `--help`.
+/// All commands with their arguments, for `--help`.
 pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DEV at DIR
   umount:DIR            unmount it
   sum:FILE              read FILE to its end; report bytes and checksum
@@ -34,19 +34,19 @@ pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DE
   SIZE  bytes, or 64K, 16M, 1G          SEED  a number; 0 stands for zero bytes
   MS    milliseconds";
 
-/// One thing to do.
+/// A command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Mount an ext2 file system.
     Mount {
         /// The block device.
         device: PathBuf,
-        /// Where to; made if it is missing.
+        /// The mount point, created if it is missing.
         dir: PathBuf,
-        /// Whether writing is forbidden.
+        /// Whether the mount is read-only.
         read_only: bool,
     },
-    /// Unmount what is mounted there.
+    /// Unmount a file system.
     Umount {
         /// The mount point.
         dir: PathBuf,
@@ -56,94 +56,94 @@ pub enum Command {
         /// The file.
         path: PathBuf,
     },
-    /// Read the first bytes of a file or device from where they are stored.
+    /// Read the first bytes of a file or device, past the page cache.
     Read {
         /// The file.
         path: PathBuf,
-        /// How many bytes at most.
+        /// Limit for the number of bytes.
         bytes: u64,
     },
     /// Write content to a file or device.
     Write {
         /// The file.
         path: PathBuf,
-        /// How many bytes.
+        /// Number of bytes.
         bytes: u64,
-        /// Which content.
+        /// The seed of the content.
         seed: u64,
     },
     /// Write back all file systems.
     Sync,
     /// Fill new memory with content.
     Fill {
-        /// How many pages.
+        /// Number of pages.
         pages: usize,
-        /// Which content.
+        /// The seed of the content.
         seed: u64,
     },
     /// Overwrite some of the filled pages.
     Change {
         /// The distance of the pages, in pages.
         every: usize,
-        /// Which content.
+        /// The seed of the content.
         seed: u64,
     },
     /// Check all filled memory.
     Verify {
-        /// How often.
+        /// Number of rounds.
         rounds: u32,
         /// The time between two rounds.
         pause: Duration,
     },
-    /// Give all filled memory back to the kernel.
+    /// Free all filled memory.
     Release,
-    /// Tell the host what pages are for, from now on.
+    /// Publish page types from now on.
     Publish {
         /// The time between two passes, if it is given.
         interval: Option<Duration>,
     },
-    /// See whether what the host was told of pages is so.
+    /// Compare published flags with the kernel's.
     Check,
-    /// Report the guest's memory figures.
+    /// Report the guest's memory statistics.
     Meminfo,
     /// Wait.
     Sleep(Duration),
     /// Print a text.
     Print(String),
-    /// Do nothing, for ever.
+    /// Do nothing for ever.
     Idle,
     /// Reset the machine. This ends a virtual machine.
     PowerOff,
 }
 
-/// A command that is not one.
+/// An invalid command.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// No such name.
+    /// The name is unknown.
     #[error("there is no command {0:?}")]
     Unknown(String),
-    /// Too many or too few arguments.
+    /// The number of arguments is wrong.
     #[error("{command:?} does not match {usage}")]
     Arguments {
-        /// The command as given.
+        /// The command as typed.
         command: String,
-        /// How it is to be used.
+        /// The correct usage.
         usage: &'static str,
     },
-    /// An argument is no number, or too large a one.
-    #[error("{value:?} in {command:?} is no {kind}")]
+    /// An argument is not a number, or too large.
+    #[error("{value:?} in {command:?} is not a {kind}")]
     Number {
-        /// The command as given.
+        /// The command as typed.
         command: String,
         /// The argument.
         value: String,
-        /// What it should have been.
+        /// The expected kind of number.
         kind: &'static str,
     },
 }
 
 impl ParseError {
-    /// The name of the command at fault.
+    /// Returns the name of the invalid command.
     pub fn name(&self) -> &str {
         let (Self::Unknown(command) | Self::Arguments { command, .. } | Self::Number { command, .. }) = self;
         command.split(':').next().unwrap_or_default()
@@ -151,7 +151,7 @@ impl ParseError {
 }
 
 impl Command {
-    /// The command's name, as it is written and reported.
+    /// Returns the command's name, as in lists and reports.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Mount { .. } => "mount",
@@ -175,10 +175,10 @@ impl Command {
     }
 }
 
-/// Reads a list of commands. Empty places between commas are ignored.
+/// Parses a list of commands. Empty fields between commas are ignored.
 ///
 /// # Errors
-/// The first command that can't be read; then none is to be run.
+/// Fails with the first invalid command. None of the commands should run then.
 pub fn parse_list(list: &str) -> Result<Vec<Command>, ParseError> {
     list.split(',').filter(|command| !command.is_empty()).map(Command::from_str).collect()
 }
@@ -261,7 +261,8 @@ impl FromStr for Command {
     }
 }
 
-/// A number of bytes such as `512`, `64K`, `16M`, `1G`; `None` if it is none or exceeds 64 bits.
+/// Parses a number of bytes such as `512`, `64K`, `16M` or `1G`. Returns `None` if it is invalid or exceeds
+/// 64 bits.
 fn parse_size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.strip_suffix(['K', 'M', 'G']) {
         Some(digits) if text.ends_with('K') => (digits, 10),

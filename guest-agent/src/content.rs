@@ -1,14 +1,14 @@
-//! Content that depends on nothing but a seed and a position.
+//! Content that depends only on a seed and a position.
 //!
-//! A seed names an endless stream of bytes. Every guest that fills memory or a file from the same
-//! seed holds the same pages, and a host can compute any part of the stream to check it. Seed 0
-//! is the stream of zero bytes; the streams of all other seeds have no two pages alike, neither
-//! within one stream nor between two (short of a collision among 64-bit words).
+//! A seed defines an endless stream of bytes. All guests that fill memory or a file from the same seed hold
+//! identical pages, and a host can compute any part of the stream to check it. Seed 0 is the stream of zero
+//! bytes. The streams of all other seeds contain no two identical pages, within one stream or between two
+//! streams (except after a collision of 64-bit words).
 //!
 //! Byte `8 k + i` of a stream is byte `i`, little-endian, of `mix(mix(seed) + k * 2^64/phi)`,
 //! where `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
-/// Bytes in a page of content, the same as in a page of guest memory.
+/// Size of a page of content in bytes, the same as that of a page of guest memory.
 pub const PAGE_SIZE: usize = 4096;
 
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -19,7 +19,7 @@ const fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Fills `buf` with the stream of `seed` from the start of its page number `page`.
+/// Fills `buf` with the stream of `seed`, from the start of page number `page` on.
 pub fn fill(seed: u64, page: u64, buf: &mut [u8]) {
     if seed == 0 {
         buf.fill(0);
@@ -33,7 +33,7 @@ pub fn fill(seed: u64, page: u64, buf: &mut [u8]) {
     }
 }
 
-/// The first `len` bytes of the stream of `seed`.
+/// Returns the first `len` bytes of the stream of `seed`.
 pub fn bytes(seed: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0; len];
     fill(seed, 0, &mut buf);

@@ -1,4 +1,4 @@
-//! Files and block devices: writing known content, and reading with a checksum.
+//! Files and block devices: writes known content, and reads with a checksum.
 //!
 //! Data passes through a buffer of [`BUFFER`] bytes; sizes are in bytes.
 
@@ -9,10 +9,10 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// Bytes moved by one system call: few calls, as each is dear where the guest's kernel is slow.
+/// Number of bytes for each system call: large, because calls are slow if the guest's kernel is slow.
 pub const BUFFER: usize = 256 * 1024;
 
-/// How much was read or written, and its checksum.
+/// The result of reading or writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summed {
     /// Bytes read or written.
@@ -21,19 +21,19 @@ pub struct Summed {
     pub checksum: Fnv1a,
 }
 
-/// Whether reading may be served from memory.
+/// The source of read data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// From the page cache, where it has the data.
+    /// The page cache, if it has the data.
     Cached,
-    /// The page cache is asked to forget the (clean) data of the file first.
+    /// The device. The page cache is asked to drop the clean data of the file first.
     Device,
 }
 
-/// Reads `path` from its start to its end, but no more than `limit` bytes.
+/// Reads `path` from the start to the end, but at most `limit` bytes.
 ///
 /// # Errors
-/// That of opening or reading.
+/// Fails if the file cannot be opened or read.
 pub fn sum(path: &Path, limit: u64, source: Source) -> io::Result<Summed> {
     let file = File::open(path)?;
     if source == Source::Device {
@@ -55,11 +55,11 @@ pub fn sum(path: &Path, limit: u64, source: Source) -> io::Result<Summed> {
     }
 }
 
-/// Writes the first `bytes` bytes of the stream of `seed` to `path`, from its start. A file is
-/// created, or cut to nothing before; a block device is overwritten.
+/// Writes the first `bytes` bytes of the stream of `seed` to the start of `path`. A file is created or
+/// truncated first; a block device is overwritten.
 ///
 /// # Errors
-/// That of opening or writing. The data may still be on its way to the device on return.
+/// Fails if the file cannot be opened or written. On success, the data may not be on the device yet.
 pub fn write(path: &Path, bytes: u64, seed: u64) -> io::Result<Summed> {
     let mut file = File::create(path)?;
     let mut buf = vec![0; BUFFER];

@@ -1,12 +1,12 @@
-//! Being init: the first process of a guest, which must never end.
+//! The agent as init: the first process of a guest, which must never end.
 //!
-//! The kernel hands every parameter that it doesn't know to init as an environment variable, so
-//! the commands arrive as `agent=LIST` on the kernel's command line. When they have run, whatever
-//! came of them, the machine is reset: with the kernel parameter `reboot=k` through the keyboard
-//! controller (writing 0xfe to port 0x64), which ends a virtual machine of samepage.
+//! The kernel passes unknown parameters to init as environment variables, so commands arrive as `agent=LIST`
+//! on the kernel's command line. After the commands, successful or not, the agent resets the machine. With
+//! the kernel parameter `reboot=k`, the reset uses the keyboard controller (writing 0xfe to port 0x64), which
+//! ends a VM of samepage.
 //!
-//! Ctrl-Alt-Del, by which a host asks a guest to end, does the same before the commands have run: what was
-//! written gets to the disks first.
+//! Ctrl-Alt-Del, with which a host asks a guest to shut down, also resets the machine, before the commands
+//! have run. Written data reaches the disks first.
 
 use crate::asked;
 use crate::command::parse_list;
@@ -16,16 +16,16 @@ use rustix::system::{RebootCommand, reboot, sysinfo};
 use rustix::time::{ClockId, clock_gettime};
 use std::thread;
 
-/// The kernel parameter that holds the commands.
+/// The kernel parameter with the commands.
 pub const PARAMETER: &str = "agent";
 
-/// What init mounts, as (file system, mount point). A kernel may lack any of them.
+/// The file systems and mount points that init mounts. A kernel may lack any of them.
 const MOUNTS: [(&str, &str); 3] = [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")];
 
 /// Runs the commands on the kernel's command line and resets the machine.
 pub fn run() -> ! {
     for (kind, dir) in MOUNTS {
-        // What needs a missing file system says so when it is used.
+        // The user of a missing file system reports the error.
         let _ = mount(kind, dir, kind, MountFlags::empty(), None);
     }
     asked::on_ctrl_alt_del(|| {
@@ -44,19 +44,19 @@ pub fn run() -> ! {
     reset();
 }
 
-/// Resets the machine, once what was written is on the disks.
+/// Resets the machine, after written data is on the disks.
 fn reset() -> ! {
     rustix::fs::sync();
     if let Err(error) = reboot(RebootCommand::Restart) {
         say(format_args!("poweroff failed: {error}"));
     }
-    // The kernel panics when init ends; a machine that did not reset is left standing instead.
+    // The kernel panics if init ends, so wait for ever if the reset fails.
     loop {
         thread::park();
     }
 }
 
-/// The time since the kernel started its clock, and the memory that it manages.
+/// Returns the line with the time since the kernel's start, and the memory of the kernel.
 fn ready_line() -> String {
     let uptime = clock_gettime(ClockId::Boottime);
     let memory = sysinfo();

@@ -1,21 +1,21 @@
 //! The program that runs inside Linux guests of samepage.
 //!
-//! Started by a kernel as init it mounts what it needs, says that it is ready, carries out a
-//! short list of [commands](command) and ends the virtual machine ([`init`]). Started by hand it
-//! carries out the commands given as arguments. It never forks and never executes another
-//! program: where a kernel is slow to do either, one static binary still starts at once.
+//! When a kernel starts it as init, it mounts file systems, reports that it is ready, runs a list of
+//! [commands](command) and ends the VM ([`init`]). When a user starts it, it runs the commands in its
+//! arguments. It never forks and never executes another program, so it starts fast even if the kernel is
+//! slow.
 //!
-//! It also tells the host what the guest's pages are for ([`hole`]), as a service or as a command.
+//! It also publishes page types to the host ([`hole`]), as a service or as a command.
 //!
-//! What it writes and what it reports can be computed again outside the guest: [`content`] gives
-//! the bytes that `fill` and `write` produce, [`checksum`] what `sum` and `read` report.
+//! Its content and its reports can be computed outside the guest: [`content`] defines the bytes of `fill` and
+//! `write`, and [`checksum`] the checksums of `sum` and `read`.
 //!
-//! Every line it prints starts with `samepage-agent: ` and takes one of these forms:
+//! Every line of its output starts with `samepage-agent: ` and has one of these forms:
 //!
 //! ```text
 //! samepage-agent: ready uptime_ms=2310 mem_total_kib=57344
 //! samepage-agent: NAME ok key=value key=value
-//! samepage-agent: NAME failed: what went wrong
+//! samepage-agent: NAME failed: the error
 //! samepage-agent: done ran=4 failed=0
 //! ```
 

@@ -1,4 +1,4 @@
-//! `samepage-agent`: init of a test guest, or a command by itself.
+//! `samepage-agent`: init of a test guest, or a command.
 
 #![forbid(unsafe_code)]
 
@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// This guest cannot publish.
+/// The exit status if this guest cannot publish page types.
 const CANNOT: u8 = 3;
 
 fn publish(options: Options) -> ExitCode {
@@ -99,7 +99,7 @@ fn publish(options: Options) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Returns whether what was to be seen is so.
+/// Returns whether a check found the expected flags.
 fn act(options: Options, publisher: &mut Publisher) -> Result<bool, hole::Error> {
     match options.action {
         Action::Serve => match publisher.serve()? {},

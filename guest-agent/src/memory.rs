@@ -1,7 +1,7 @@
-//! Memory filled with known content, so that it can be checked later.
+//! Memory with known content, which can be verified later.
 //!
-//! Pages of content lie on pages of the machine: two guests filled from the same seed have the
-//! same content in as many page frames. Positions are counted in pages of [`PAGE_SIZE`] bytes.
+//! Pages of content are aligned to pages of the machine, so two guests with the same seed have the same
+//! content in the same number of page frames. Positions count in pages of [`PAGE_SIZE`] bytes.
 
 use crate::content::{self, PAGE_SIZE};
 use std::hint::black_box;
@@ -10,22 +10,22 @@ use std::hint::black_box;
 #[derive(Clone, Copy)]
 struct Page([u8; PAGE_SIZE]);
 
-/// Where content comes from: page `index` of the stream of `seed`.
+/// The source of content: page `index` of the stream of `seed`.
 #[derive(Clone, Copy)]
 struct Origin {
     seed: u64,
     index: u64,
 }
 
-/// All memory filled so far, with the origin of each of its pages.
+/// All filled memory, with the source of each page.
 #[derive(Default)]
 pub struct Memory {
-    // One allocation for each fill: growing one vector would copy, and free, what is there.
+    // One allocation for each fill, because growing a vector would copy and free the earlier pages.
     fills: Vec<Vec<Page>>,
     origins: Vec<Vec<Origin>>,
 }
 
-/// A page does not hold what was written to it.
+/// A page has other content than was written.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "page {page} of fill {fill} (seed {seed}) differs at byte {offset}: expected {expected:#04x}, found {found:#04x}"
@@ -35,19 +35,19 @@ pub struct Mismatch {
     pub fill: usize,
     /// The page's number within its fill.
     pub page: usize,
-    /// The seed its content came from.
+    /// The seed of the content.
     pub seed: u64,
-    /// The first byte of the page that differs.
+    /// The first different byte of the page.
     pub offset: usize,
-    /// What was written there.
+    /// The written byte.
     pub expected: u8,
-    /// What is there now.
+    /// The present byte.
     pub found: u8,
 }
 
 impl Memory {
-    /// Allocates `pages` pages and fills them from the start of the stream of `seed`. Every page
-    /// is written to, also with zeros.
+    /// Allocates `pages` pages and fills them from the start of the stream of `seed`. Every page is written,
+    /// even with zeros.
     pub fn fill(&mut self, pages: usize, seed: u64) {
         let mut fill: Vec<Page> = Vec::with_capacity(pages);
         for index in 0..pages as u64 {
@@ -61,8 +61,8 @@ impl Memory {
         self.origins.push((0..pages as u64).map(|index| Origin { seed, index }).collect());
     }
 
-    /// Overwrites the first of every `every` pages with the same page of the stream of `seed`,
-    /// and returns how many pages that were. An `every` of 0 is taken as 1.
+    /// Overwrites the first of every `every` pages with the same page of the stream of `seed`. Returns the
+    /// number of overwritten pages. An `every` of 0 counts as 1.
     pub fn change(&mut self, every: usize, seed: u64) -> usize {
         let mut changed = 0;
         for (fill, origins) in self.fills.iter_mut().zip(&mut self.origins) {
@@ -76,24 +76,24 @@ impl Memory {
         changed
     }
 
-    /// Gives all of it back, and returns how many pages that were.
+    /// Frees all memory, and returns the number of pages.
     pub fn release(&mut self) -> usize {
         let pages = self.fills.iter().map(Vec::len).sum();
         *self = Self::default();
         pages
     }
 
-    /// Compares every page with what was last written to it, and returns how many there are.
+    /// Compares every page with the last written content, and returns the number of pages.
     ///
     /// # Errors
-    /// The first page that differs.
+    /// Fails with the first page that differs.
     pub fn verify(&self) -> Result<usize, Mismatch> {
         let mut expected = Page([0; PAGE_SIZE]);
         let mut pages = 0;
         for (fill, (contents, origins)) in self.fills.iter().zip(&self.origins).enumerate() {
             for (page, (content, origin)) in contents.iter().zip(origins).enumerate() {
                 content::fill(origin.seed, origin.index, &mut expected.0);
-                // What is compared has to come from memory, whatever is known about the writes.
+                // Prevents the compiler from using what it knows about the writes.
                 let found = black_box(&content.0);
                 if *found != expected.0 {
                     let offset = found.iter().zip(&expected.0).position(|(a, b)| a != b).unwrap_or(0);

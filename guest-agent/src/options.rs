@@ -1,8 +1,8 @@
-//! The options with which the agent publishes page flags instead of carrying out commands.
+//! The options for publishing page flags instead of running commands.
 
 use std::time::Duration;
 
-/// What to do.
+/// The action of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Publish for ever.
@@ -13,10 +13,10 @@ pub enum Action {
     Check,
 }
 
-/// What the arguments ask for.
+/// The parsed options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// What to do.
+    /// The action.
     pub action: Action,
     /// The time between two passes.
     pub interval: Option<Duration>,
@@ -24,10 +24,10 @@ pub struct Options {
     pub verbose: bool,
 }
 
-/// Reads options; `None` where the first argument is none of them: a command.
+/// Parses options. Returns `None` if the first argument is a command instead.
 ///
 /// # Errors
-/// What is wrong with them, in a sentence.
+/// Fails with a sentence about the invalid option.
 pub fn parse(arguments: &[String]) -> Result<Option<Options>, String> {
     if !arguments.first().is_some_and(|first| first.starts_with('-')) {
         return Ok(None);
@@ -49,7 +49,7 @@ pub fn parse(arguments: &[String]) -> Result<Option<Options>, String> {
                 let seconds = value.parse().ok().filter(|&seconds: &f64| seconds > 0.0);
                 let interval = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
                 options.interval =
-                    Some(interval.ok_or_else(|| format!("{value:?} is no interval in seconds"))?);
+                    Some(interval.ok_or_else(|| format!("{value:?} is not an interval in seconds"))?);
             }
             _ => return Err(format!("there is no option {argument:?}")),
         }

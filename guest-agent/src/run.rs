@@ -1,4 +1,4 @@
-//! Carrying out commands and reporting on each in one line.
+//! Runs commands and reports each in one line.
 
 use crate::command::Command;
 use crate::files::{self, Source};
@@ -12,45 +12,45 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Prints one line to standard output. A console that can't be written to is no reason to stop.
+/// Prints one line to standard output. Continues if the console cannot be written.
 pub fn say(line: impl std::fmt::Display) {
     let _ = writeln!(io::stdout(), "samepage-agent: {line}");
 }
 
-/// Why a command failed.
+/// The reason why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system refused something about a path.
+    /// The system refused an operation on a path.
     #[error("{path}: {source}", path = path.display())]
     Path {
         /// The file, device or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// Filled memory has changed.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
-    /// The hole.
+    /// Publishing failed.
     #[error(transparent)]
     Hole(#[from] hole::Error),
-    /// What was published is not what the kernel says.
-    #[error("the host was told otherwise: {0}")]
+    /// Published flags differ from the kernel's.
+    #[error("published flags differ from the kernel's: {0}")]
     Told(Checked),
-    /// Meant for init alone.
+    /// The command is only for init.
     #[error("only the init of a guest may do this, not a process of a running system")]
     NotInit,
 }
 
-/// What to do after a command.
+/// The next step after a command.
 enum Next {
-    /// The next command, after reporting these figures.
+    /// Report these figures, and run the next command.
     Continue(String),
-    /// Nothing more.
+    /// End the list.
     Stop,
 }
 
-/// The state that commands leave behind for those after them.
+/// The state that a command leaves for the next ones.
 pub struct Runner {
     is_init: bool,
     memory: Memory,
@@ -58,13 +58,12 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// A runner with nothing mounted and nothing filled. `is_init`: whether the machine may be
-    /// reset.
+    /// Returns a runner without mounts and filled memory. `is_init` tells whether it may reset the machine.
     pub fn new(is_init: bool) -> Self {
         Self { is_init, memory: Memory::default(), mounts: Vec::new() }
     }
 
-    /// Runs `commands` until one fails or ends the list, and returns whether none failed.
+    /// Runs `commands` until one fails or ends the list. Returns whether none failed.
     pub fn run(&mut self, commands: &[Command]) -> bool {
         let (mut ran, mut failed) = (0, 0);
         for command in commands {
@@ -86,7 +85,7 @@ impl Runner {
         failed == 0
     }
 
-    /// Unmounts what commands have mounted, the last first.
+    /// Unmounts everything that commands have mounted, the last mount first.
     pub fn unmount_all(&mut self) {
         while let Some(dir) = self.mounts.pop() {
             if let Err(error) = unmount(&dir, UnmountFlags::empty()) {
@@ -175,9 +174,9 @@ fn summed(path: &Path, result: io::Result<files::Summed>) -> Result<String, Erro
     Ok(format!("path={} bytes={} fnv1a={}", path.display(), summed.bytes, summed.checksum))
 }
 
-/// Publishes once, and from then on in a thread of its own.
+/// Publishes once, and then continues on its own thread.
 fn publish(interval: Option<Duration>) -> Result<String, Error> {
-    /// Stack of the thread, in bytes: the agent is to be small.
+    /// Stack size of the thread in bytes: small, because the agent should be small.
     const STACK: usize = 64 << 10;
     let mut publisher = Publisher::open(Options { interval, verbose: false })?;
     let first = publisher.pass()?;
@@ -190,7 +189,7 @@ fn publish(interval: Option<Duration>) -> Result<String, Error> {
     Ok(first.to_string())
 }
 
-/// Figures of `/proc/meminfo`, in KiB.
+/// Returns figures of `/proc/meminfo`, in KiB.
 fn meminfo() -> Result<String, Error> {
     let path = Path::new("/proc/meminfo");
     let text = std::fs::read_to_string(path).map_err(at(path))?;

@@ -4,12 +4,12 @@ use std::io::{self, Write};
 
 use crate::demo::content::{SECTOR_BYTES, SECTOR_WORDS, disk_word};
 
-/// Sectors that are made at a time.
+/// Number of sectors to make at a time.
 const SECTORS_AT_ONCE: u64 = 512;
 
-/// Writes what a disk of so many sectors must hold for guests with this seed: the pattern that they verify,
-/// and the content from which a disk's [client](crate::demo::client) starts. Takes little memory, however
-/// large the disk is.
+/// Writes the content that a disk of this size must have for guests with this seed: the pattern that they
+/// verify, which is also the initial content for a disk's [client](crate::demo::client). The memory use does
+/// not depend on the disk's size.
 ///
 /// ```
 /// use samepage_resources::demo::content::disk_word;
@@ -22,7 +22,7 @@ const SECTORS_AT_ONCE: u64 = 512;
 /// ```
 ///
 /// # Errors
-/// Those of the writer.
+/// Fails if the writer fails.
 pub fn write_pattern(writer: &mut impl Write, seed: u32, sectors: u64) -> io::Result<()> {
     let mut bytes = Vec::with_capacity(SECTORS_AT_ONCE.min(sectors) as usize * SECTOR_BYTES);
     for first in (0..sectors).step_by(SECTORS_AT_ONCE as usize) {

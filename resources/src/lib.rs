@@ -1,9 +1,9 @@
-//! What samepage carries with it: so far, the demo guest.
+//! The files that samepage contains: so far, the demo guest.
 //!
-//! The demo guest is a freestanding x86-64 program, a PVH ELF image of some 40 KiB that fills its memory
-//! with known pages, keeps verifying every word of them and can drive a virtio-blk disk. It needs no
-//! distribution, kernel or disk image, starts in milliseconds, and proves that sharing memory never changes
-//! what a guest reads. [`demo`] holds what the host needs to drive it.
+//! The demo guest is a freestanding x86-64 program, a PVH ELF image of about 40 KiB. It fills its memory with
+//! known pages, verifies every word of them repeatedly, and can use a virtio-blk disk. It needs no
+//! distribution, kernel or disk image, and starts in milliseconds. It proves that sharing memory never
+//! changes what a guest reads. [`demo`] contains what the host needs to use it.
 //!
 //! ```
 //! use samepage_resources::{DEMO_GUEST, demo::{layout::Arena, plan::Plan, report::Report}};
@@ -26,8 +26,8 @@ pub mod demo;
 pub mod guest_kernel;
 pub mod image;
 
-/// The demo guest: an ELF image with a PVH entry point (`XEN_ELFNOTE_PHYS32_ENTRY`), linked at 1 MiB, that
-/// needs at least 2 MiB of RAM from address 0 beyond what its arena takes.
+/// The demo guest: an ELF image with a PVH entry point (`XEN_ELFNOTE_PHYS32_ENTRY`), linked at 1 MiB. It
+/// needs at least 2 MiB of RAM from address 0 in addition to its arena.
 pub const DEMO_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo-guest.elf"));
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! What the agent of a Linux guest says on its console.
+//! The output of a Linux guest's agent on its console.
 
 use crate::guests::Guest;
 
-/// Waits for the agent's line on a command, and gives its figures.
+/// Waits for the agent's line about a command, and returns its figures.
 ///
 /// # Panics
-/// Where the command fails, or says nothing for long.
+/// Panics if the command fails, or if no line comes.
 pub fn said(guest: &Guest, command: &str) -> String {
     guest.console.wait_for(command, |line| {
         let said = line.strip_prefix("samepage-agent: ")?;
@@ -14,10 +14,10 @@ pub fn said(guest: &Guest, command: &str) -> String {
     })
 }
 
-/// A figure of the agent's.
+/// Returns a figure of the agent.
 ///
 /// # Panics
-/// Where it is not there.
+/// Panics if the figure is missing.
 pub fn figure(figures: &str, name: &str) -> f64 {
     let value = figures.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let value = value.unwrap_or_else(|| panic!("no {name} in {figures:?}"));

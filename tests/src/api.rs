@@ -1,5 +1,5 @@
-//! A process with a control socket, as its clients see it. Every answer is checked against the description
-//! of the API that the process itself gives.
+//! A process with a control socket, from its clients' view. Every response is checked against the process's
+//! own description of the API.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -21,7 +21,7 @@ use crate::program::{Finished, Running, command};
 /// Memory of each guest, in bytes.
 pub const MEMORY: u64 = 64 << 20;
 
-/// What a process holds that VMs must not leave behind.
+/// Resources of a process that VMs must not leave behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// Open files.
@@ -36,15 +36,15 @@ pub struct Held {
 
 /// Mappings that an allocator may keep.
 const KEPT_MAPPINGS: usize = 32;
-/// Memory that it may keep, in bytes.
+/// Memory that an allocator may keep, in bytes.
 const KEPT_BYTES: u64 = 16 << 20;
 
-/// A process with a control socket in a folder of its own.
+/// A process with a control socket in its own folder.
 #[derive(Debug)]
 pub struct Host {
-    /// Its process.
+    /// The process.
     pub running: Running,
-    /// A client of it.
+    /// A client of the process.
     pub client: Client,
     /// The folder.
     pub folder: TempDir,
@@ -52,10 +52,10 @@ pub struct Host {
 }
 
 impl Host {
-    /// `samepage serve` with more arguments, ready for clients.
+    /// Starts `samepage serve` with more arguments, and waits until it is ready.
     ///
     /// # Panics
-    /// When it does not come up.
+    /// Panics if it does not become ready.
     #[must_use]
     pub fn serve(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("make a folder");
@@ -63,10 +63,10 @@ impl Host {
         Self::serve_in(folder, arguments)
     }
 
-    /// The same in a folder that is there.
+    /// Starts `samepage serve` in an existing folder.
     ///
     /// # Panics
-    /// When it does not come up.
+    /// Panics if it does not become ready.
     #[must_use]
     pub fn serve_in(folder: TempDir, arguments: &[&str]) -> Self {
         let socket = folder.path().join("socket");
@@ -79,23 +79,23 @@ impl Host {
         Self { running, client, folder, openapi }
     }
 
-    /// The socket's path.
+    /// Returns the socket's path.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.client.socket().to_owned()
     }
 
-    /// What creates a VM with the demo guest.
+    /// Returns the body of a request that creates a VM with the demo guest.
     #[must_use]
     pub fn vm(&self, name: &str, plan: &Plan, start: bool) -> Value {
         let kernel = self.folder.path().join("demo.elf");
         json!({ "name": name, "kernel": kernel, "memory": MEMORY, "cmdline": plan.to_string(), "start": start })
     }
 
-    /// Asks for something, checks that the answer is as described, and returns its status and JSON.
+    /// Sends a request, checks the response against the description, and returns its status and JSON.
     ///
     /// # Panics
-    /// Where there is no answer, or it is not as described.
+    /// Panics if there is no response, or if it does not match the description.
     pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
         let bytes = body.map_or_else(Vec::new, |body| body.to_string().into_bytes());
         let answer = self.client.raw(method.parse().expect("a method"), path, bytes);
@@ -103,29 +103,29 @@ impl Host {
         self.check(method, path, &answer)
     }
 
-    /// The same for what has to be done.
+    /// Sends a request that must succeed.
     ///
     /// # Panics
-    /// Where it is refused.
+    /// Panics if the request is refused.
     pub fn done(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
         let (status, json) = self.ask(method, path, body);
         assert!(status < 300, "{method} {path}: {status} {json}");
         json
     }
 
-    /// Asks a VM to do something, and returns its state.
+    /// Requests an action of a VM, and returns its state.
     ///
     /// # Panics
-    /// Where it is refused.
+    /// Panics if the request is refused.
     pub fn act(&self, vm: &str, action: &str) -> String {
         let vm = self.done("POST", &format!("/vms/{vm}/actions"), Some(&json!({ "action": action })));
         vm["state"].as_str().expect("a state").to_owned()
     }
 
-    /// Checks that an answer is as described.
+    /// Checks a response against the description.
     ///
     /// # Panics
-    /// Where it is not.
+    /// Panics if the response does not match.
     pub fn check(&self, method: &str, path: &str, answer: &Answer) -> (u16, Value) {
         let status = answer.status;
         let json = match answer.body.as_slice() {
@@ -146,7 +146,7 @@ impl Host {
         (status, json)
     }
 
-    /// The schema of an answer.
+    /// Returns the schema of a response.
     fn schema(&self, method: &str, path: &str, status: u16, media_type: &str) -> Option<Value> {
         let parts: Vec<_> = path.split('?').next()?.split('/').collect();
         let fits = |template: &str| {
@@ -155,7 +155,7 @@ impl Host {
                 && template.iter().zip(&parts).all(|(one, other)| one.starts_with('{') || one == other)
         };
         let (_, item) = self.openapi["paths"].as_object()?.iter().find(|(template, _)| fits(template))?;
-        // What a resource does not have is described as what others lack.
+        // The description of a missing resource is that of the present ones.
         let operation = match &item[method.to_lowercase()] {
             Value::Null => item.as_object()?.values().next()?,
             operation => operation,
@@ -170,10 +170,10 @@ impl Host {
         Some(schema)
     }
 
-    /// Waits until something holds of what is at a path.
+    /// Waits until a condition holds for the resource at a path.
     ///
     /// # Panics
-    /// Where it does not come about, with what is there.
+    /// Panics with the resource if the condition does not become true.
     pub fn wait_for(&self, path: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -182,15 +182,15 @@ impl Host {
                 return json;
             }
             assert!(Instant::now() < deadline, "{what} did not come about: {json}");
-            // Figures are asked for; there is no event for them.
+            // Statistics have no events, so poll.
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 
-    /// Waits until a VM's console shows something.
+    /// Waits until a VM's console contains a text.
     ///
     /// # Panics
-    /// Where it does not come.
+    /// Panics if the text does not appear.
     pub fn wait_for_console(&self, vm: &str, text: &str) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -199,15 +199,15 @@ impl Host {
                 return;
             }
             assert!(Instant::now() < deadline, "{text} did not come; the console has:\n{console}");
-            // The stream is tested elsewhere.
+            // Other tests cover the stream, so poll.
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 
-    /// The end of a VM's console.
+    /// Returns the end of a VM's console.
     ///
     /// # Panics
-    /// Where there is no such VM.
+    /// Panics if there is no such VM.
     #[must_use]
     pub fn console(&self, vm: &str) -> String {
         let path = format!("/vms/{vm}/console");
@@ -215,38 +215,38 @@ impl Host {
         String::from_utf8_lossy(&answer.expect("a console").body).into_owned()
     }
 
-    /// Writes bytes to the socket, and returns all that comes back.
+    /// Writes bytes to the socket, and returns everything that comes back.
     ///
     /// # Panics
-    /// When nothing comes.
+    /// Panics if nothing comes back.
     #[must_use]
     pub fn raw(&self, bytes: &[u8], then_close: bool) -> String {
         let mut stream = connect(&self.socket());
-        // The server may have had enough before the end.
+        // The server may close the connection before the end.
         let _ = stream.write_all(bytes);
         if then_close {
             let _ = stream.shutdown(Shutdown::Write);
         }
         let mut answer = Vec::new();
-        // A connection that is cut off has brought what it could.
+        // A broken connection has delivered all that it could.
         let _ = stream.read_to_end(&mut answer);
         String::from_utf8_lossy(&answer).into_owned()
     }
 
-    /// Files that the process has open.
+    /// Returns the number of files that the process has open.
     ///
     /// # Panics
-    /// Where it has ended.
+    /// Panics if the process has ended.
     #[must_use]
     pub fn open_files(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.running.pid().as_raw_nonzero());
         fs::read_dir(folder).expect("list open files").count()
     }
 
-    /// What the process holds.
+    /// Returns the resources of the process.
     ///
     /// # Panics
-    /// Where it has ended.
+    /// Panics if the process has ended.
     #[must_use]
     pub fn holdings(&self) -> Held {
         let read = |name: &str| {
@@ -264,11 +264,11 @@ impl Host {
         }
     }
 
-    /// Waits until the process holds no more than before, but for what an allocator keeps. Connections that
-    /// were closed are noticed in a moment, and threads that have nothing to do end after a while.
+    /// Waits until the process has no more resources than before, except those that an allocator keeps.
+    /// Closed connections are noticed after a moment, and idle threads end after a while.
     ///
     /// # Panics
-    /// Where it still holds more in the end.
+    /// Panics if the process still has more in the end.
     pub fn assert_back_to(&self, before: &Held) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -285,14 +285,14 @@ impl Host {
         }
     }
 
-    /// Threads of VMs that the process has.
+    /// Returns the number of the process's threads for VMs.
     #[must_use]
     pub fn vm_threads(&self) -> usize {
         let of_vm = |name: &String| name.starts_with("vcpu-") || name.starts_with("blk-");
         self.running.threads().iter().filter(|name| of_vm(name)).count()
     }
 
-    /// Ends the process as its user does.
+    /// Ends the process as users do.
     #[must_use]
     pub fn end(self) -> Finished {
         self.running.signal(Signal::TERM);
@@ -302,8 +302,8 @@ impl Host {
     }
 }
 
-/// Asserts that figures are what their names say: dates are dates, lengths of time are not, amounts are not below
-/// zero, and no page lives longer than it was watched for.
+/// Asserts that figures have possible values: dates are dates, durations are not dates, amounts are not
+/// negative, and no page lives longer than the time of observation.
 fn assert_possible(json: &Value) {
     let Value::Object(fields) = json else {
         return json.as_array().into_iter().flatten().for_each(assert_possible);
@@ -325,10 +325,10 @@ fn assert_possible(json: &Value) {
     }
 }
 
-/// A connection to a socket, on which an answer has to come in time.
+/// Returns a connection to a socket, with a time limit for responses.
 ///
 /// # Panics
-/// Where nobody listens.
+/// Panics if no server listens.
 #[must_use]
 pub fn connect(socket: &Path) -> UnixStream {
     let stream = UnixStream::connect(socket).expect("connect to the control socket");

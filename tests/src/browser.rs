@@ -1,4 +1,4 @@
-//! A browser without a window: what a page has come to after some time, as a browser has it.
+//! A browser without a window: returns a page's state after some time.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::sync::LazyLock;
 
 use crate::program::Running;
 
-/// Why there is no browser.
+/// The reason for skipping a test without a browser.
 pub const MISSING: &str = "needs Chromium (Debian's package chromium)";
 
-/// The browser's program, if there is one.
+/// Returns the browser's program, if there is one.
 pub fn program() -> Option<&'static Path> {
     static PROGRAM: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
         let folders = env::var_os("PATH").unwrap_or_default();
@@ -22,13 +22,14 @@ pub fn program() -> Option<&'static Path> {
     PROGRAM.as_deref()
 }
 
-/// How wide a page in a file comes out, scrolled or not, on a screen of so many pixels; and its elements.
+/// Returns the width of a page in a file on a screen of this width in pixels, scrolled or not, and its
+/// elements.
 ///
 /// # Panics
-/// Where there is no browser, or it does not come to an end.
+/// Panics if there is no browser, or if it does not end.
 #[must_use]
 pub fn width_on(file: &Path, pixels: u32) -> (u32, String) {
-    // A window cannot be as narrow as a phone; a frame in it can.
+    // A window cannot be as narrow as a phone, but a frame in it can.
     let folder = tempfile::tempdir().expect("make a folder");
     let wrapper = folder.path().join("wrapper.html");
     let html = format!(
@@ -44,11 +45,11 @@ pub fn width_on(file: &Path, pixels: u32) -> (u32, String) {
     (width.expect("a number"), page)
 }
 
-/// Opens a page, and returns its elements as text once it has had so many milliseconds by its own clock,
-/// which does not wait while nothing happens.
+/// Opens a page, and returns its elements as text after this time in milliseconds. The time is virtual: it
+/// passes at once while nothing happens.
 ///
 /// # Panics
-/// Where there is no browser, or it does not come to an end.
+/// Panics if there is no browser, or if it does not end.
 #[must_use]
 pub fn page_after(url: &str, milliseconds: u32) -> String {
     let profile = tempfile::tempdir().expect("make a folder");

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use samepage_resources::demo::report::Report;
 
-/// How long a guest may take for anything. Only a guest that hangs needs so long: a busy host is not to fail a test.
+/// Time limit for any step of a guest. Only a guest that hangs needs this long, because a test must not fail
+/// on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 
-/// What a guest has written so far. Clones see the same console.
+/// The output of a guest so far. Clones share the same console.
 #[derive(Clone, Debug, Default)]
 pub struct Console {
     shared: Arc<Shared>,
@@ -29,22 +30,22 @@ struct Text {
 }
 
 impl Console {
-    /// The end that the VM writes to.
+    /// Returns the sink for the VM.
     #[must_use]
     pub fn sink(&self) -> Box<dyn Write + Send> {
         Box::new(Sink(Arc::clone(&self.shared)))
     }
 
-    /// All complete lines so far.
+    /// Returns all complete lines so far.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         self.shared.text.lock().lines.clone()
     }
 
-    /// Waits for the first line for which `find` gives something.
+    /// Waits for the first line for which `find` returns a value.
     ///
     /// # Panics
-    /// When no such line comes, with all lines that did.
+    /// Panics with all lines if no such line comes.
     pub fn wait_for<T>(&self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         let mut text = self.shared.text.lock();
@@ -60,10 +61,10 @@ impl Console {
         }
     }
 
-    /// Waits for a report of the demo guest for which `find` gives something.
+    /// Waits for a report of the demo guest for which `find` returns a value.
     ///
     /// # Panics
-    /// As [`Console::wait_for`], and when the guest reports a corrupt page.
+    /// Panics like [`Console::wait_for`], and if the guest reports a corrupt page.
     pub fn wait_for_report<T>(&self, what: &str, find: impl Fn(&Report) -> Option<T>) -> T {
         self.wait_for(what, |line| {
             let report = Report::parse(line).ok()?;
@@ -79,7 +80,7 @@ impl Console {
         });
     }
 
-    /// The demo guest's number of the last round, 0 before the first.
+    /// Returns the number of the demo guest's last round, or 0 before the first.
     #[must_use]
     pub fn round(&self) -> u64 {
         let text = self.shared.text.lock();

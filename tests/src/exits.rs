@@ -1,6 +1,6 @@
-//! How often a vCPU leaves its guest, as KVM counts it.
+//! KVM's counts of a vCPU's exits.
 //!
-//! KVM hands out its counters in a binary form that describes itself: `Documentation/virt/kvm/api.rst`, 4.133
+//! KVM provides its counters in a self-describing binary form: `Documentation/virt/kvm/api.rst`, 4.133
 //! (`KVM_GET_STATS_FD`).
 
 #![expect(unsafe_code, reason = "finds vCPUs among this process's files, and asks KVM for another")]
@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-/// Bytes of a descriptor in front of its name.
+/// Size of a descriptor without its name, in bytes.
 const DESCRIPTOR: u64 = 16;
 
 /// The counters of one vCPU.
@@ -25,8 +25,8 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Those of the only vCPU of this process; `None` where there is another number of them, or where KVM does
-    /// not count (before Linux 5.14).
+    /// Returns the counters of this process's only vCPU. Returns `None` if the process has another number of
+    /// vCPUs, or if KVM does not count (before Linux 5.14).
     #[must_use]
     pub fn of_the_vcpu() -> Option<Self> {
         let files = fs::read_dir("/proc/self/fd").ok()?.filter_map(|entry| {
@@ -37,35 +37,36 @@ impl Counters {
         });
         let vcpus: Vec<_> = files.collect();
         let &[vcpu] = vcpus.as_slice() else { return None };
-        // SAFETY: the file is the vCPU's, and the tests that ask let go of no VM meanwhile.
+        // SAFETY: the file belongs to the vCPU, and the calling tests drop no VM meanwhile.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu) };
         // SAFETY: the request takes no argument, and returns a file or an error.
         let file = File::from(unsafe { ioctl(vcpu, GetStatsFd) }.ok()?);
         Some(Self { exits: place(&file, "exits").ok()??, mmio: place(&file, "mmio_exits").ok()??, file })
     }
 
-    /// How often it has left the guest, for whatever reason.
+    /// Returns the number of all exits.
     ///
     /// # Panics
-    /// Where KVM does not say.
+    /// Panics if KVM does not provide it.
     #[must_use]
     pub fn exits(&self) -> u64 {
         number(&self.file, self.exits).expect("KVM counts exits")
     }
 
-    /// How often it has left the guest and the kernel for an access to a device's memory.
+    /// Returns the number of exits to user space for accesses to a device's memory.
     ///
     /// # Panics
-    /// Where KVM does not say.
+    /// Panics if KVM does not provide it.
     #[must_use]
     pub fn mmio(&self) -> u64 {
         number(&self.file, self.mmio).expect("KVM counts accesses to devices")
     }
 }
 
-/// Where the value of a counter lies.
+/// Returns the position of a counter's value.
 fn place(file: &File, name: &str) -> io::Result<Option<u64>> {
-    // Flags, bytes of a name, number of descriptors; where the names, the descriptors and the data begin.
+    // Flags, length of a name and number of descriptors, then the positions of the names, the descriptors and
+    // the data.
     let header = |index: u64| word(file, 4 * index).map(u64::from);
     let (name_bytes, count, descriptors, data) = (header(1)?, header(2)?, header(4)?, header(5)?);
     for index in 0..count {

@@ -16,21 +16,21 @@ use crate::console::Console;
 pub struct Guest {
     /// The VM, started.
     pub vm: Vm,
-    /// What it writes.
+    /// The guest's output.
     pub console: Console,
 }
 
 /// Opens KVM.
 ///
 /// # Panics
-/// Where there is none: the harness has checked.
+/// Panics if there is no KVM. The harness has checked that before.
 #[must_use]
 pub fn hypervisor() -> Hypervisor {
     Hypervisor::open().expect("KVM was there a moment ago")
 }
 
-/// The engine at full speed: no ceiling, no pauses, every page looked for whenever it is seen, however
-/// often it changes.
+/// Returns settings for the engine at full speed: no limit, no pauses, and a search for every scanned page,
+/// however often it changes.
 #[must_use]
 pub fn aggressive() -> Settings {
     Settings {
@@ -46,14 +46,14 @@ pub fn aggressive() -> Settings {
 /// Starts the engine.
 ///
 /// # Panics
-/// Where the host cannot share memory.
+/// Panics if the host cannot share memory.
 #[must_use]
 pub fn sharing(settings: Settings) -> Arc<Sharing> {
     Arc::new(Sharing::start(settings).expect("memory can be shared here"))
 }
 
 impl Guest {
-    /// A configuration of the demo guest.
+    /// Returns a configuration of the demo guest.
     #[must_use]
     pub fn config(name: &str, plan: &Plan, memory_bytes: u64, sharing: Option<&Arc<Sharing>>) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "demo guest", bytes: DEMO_GUEST.into() };
@@ -64,10 +64,10 @@ impl Guest {
         config
     }
 
-    /// Builds a VM with a console of the test's, and starts it.
+    /// Builds a VM with a console for the test, and starts it.
     ///
     /// # Panics
-    /// Where it cannot be built.
+    /// Panics if the VM cannot be built.
     #[must_use]
     pub fn start(hypervisor: &Hypervisor, mut config: VmConfig) -> Self {
         let console = Console::default();
@@ -77,10 +77,10 @@ impl Guest {
         Self { vm, console }
     }
 
-    /// Tells the demo guest to finish, and waits for its last verification and its reset.
+    /// Asks the demo guest to finish, and waits for its last verification and its reset.
     ///
     /// # Panics
-    /// Where it found a corrupt page or ended otherwise.
+    /// Panics if the guest found a corrupt page, or ended in another way.
     pub fn finish(self) {
         assert_eq!(self.vm.serial_input(b"q"), 1);
         let corrupt = self.console.wait_for_report("the end", |report| match report {

@@ -1,5 +1,5 @@
-//! Runs tests one after the other, since many of them measure the process, and says which were left
-//! out and why where the host lacks what they need.
+//! Runs tests in order, because many of them measure the process. Prints which tests were skipped because the
+//! host lacks a resource.
 
 #![expect(unsafe_code, reason = "has signals act as by default")]
 
@@ -16,31 +16,31 @@ use xtask::{node, promtool, python};
 
 use crate::browser;
 
-/// Tests are skipped, visibly, where this is set to 1 and KVM cannot be used.
+/// The variable that, set to 1, skips tests if KVM cannot be used. The skipped tests are listed.
 pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
 
-/// A test: its name and what it does.
+/// A test: its name and its function.
 pub type Test = (&'static str, fn());
 
-/// A test, with what it needs.
+/// A test with its requirements.
 pub type NeedyTest = (&'static str, &'static [Need], fn());
 
-/// Something that not every host gives to tests.
+/// A resource that not every host has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// Virtual machines. Without them a test fails, or is ignored where [`WITHOUT_KVM`] asks for it.
+    /// VMs. Without them, a test fails, or is ignored if [`WITHOUT_KVM`] is set.
     Kvm,
-    /// Mounts and devices that one process alone sees. Without them a test is ignored.
+    /// Mounts and devices that only one process sees. Without them, a test is ignored.
     Mounts,
     /// A browser. Without one a test is ignored.
     Browser,
-    /// Linux guests, which take minutes to build. Without them a test is ignored.
+    /// Linux guests, which take minutes to build. Without them, a test is ignored.
     LinuxGuest,
-    /// Programs in Python from PyPI. Without them a test is ignored.
+    /// Python programs from PyPI. Without them, a test is ignored.
     Python,
-    /// Programs of systemd's, which need not run the host. Without them a test is ignored.
+    /// Programs of systemd, which need not run on the host. Without them, a test is ignored.
     Systemd,
-    /// Programs in JavaScript from npm. Without them a test is ignored.
+    /// JavaScript programs from npm. Without them, a test is ignored.
     Node,
     /// Prometheus' checker of metrics. Without it a test is ignored.
     Promtool,
@@ -53,8 +53,8 @@ pub fn run(tests: &[Test]) -> ExitCode {
     run_all(&tests)
 }
 
-/// Has the process set up what it keeps to its end, so that it does not look like a leak later: the thread
-/// that tells of lost memory, and in the C library an arena of the allocator and a stack for each thread.
+/// Creates the resources that a process keeps to its end, so that they do not look like a leak later. These
+/// are the thread that reports lost memory, and in the C library an arena and a stack for each thread.
 fn warm_up() {
     Ram::reserve(PAGE_SIZE).and_then(|ram| ram.on_loss(drop)).expect("memory can be reserved and watched");
     let all_there = std::sync::Barrier::new(8);
@@ -68,11 +68,11 @@ fn warm_up() {
     });
 }
 
-/// Runs tests, each with what it needs.
+/// Runs tests with their requirements.
 #[must_use]
 pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // Mappings, memory and descriptors of the process are what many tests count.
+    // Many tests count the mappings, memory and descriptors of the process.
     arguments.test_threads = Some(1);
     warm_up();
     heed_signals();
@@ -120,16 +120,16 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// Has programs that tests start hear signals. A shell that starts the tests in the background, or `nohup`, has some
-/// ignored, and programs inherit that.
+/// Sets signals to their default actions for programs that tests start. A shell that starts the tests in the
+/// background, or `nohup`, ignores some signals, and programs inherit that.
 fn heed_signals() {
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
-        // SAFETY: the default action is no code of ours.
+        // SAFETY: the default action calls no code of this program.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
 }
 
-/// Whether a process may have mounts and devices of its own.
+/// Whether a process may have its own mounts and devices.
 static MOUNTS: LazyLock<bool> = LazyLock::new(|| {
     let attempt = "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3";
     let output = Command::new("unshare").args(["--mount", "sh", "-c", attempt]).output();

@@ -1,6 +1,5 @@
-//! What the integration tests share: guests whose consoles can be waited for, the program as its
-//! users run it, counts of what a process holds, and a harness that says when KVM is missing instead
-//! of failing obscurely.
+//! The common parts of the integration tests: guests with consoles to wait for, the program as users run it,
+//! counts of a process's resources, and a harness that reports a missing KVM clearly.
 
 pub mod agent;
 pub mod api;

@@ -1,4 +1,4 @@
-//! What this process holds.
+//! The resources of this process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::console::PATIENCE;
 
-/// Things that a VM must not leave behind.
+/// Resources that a VM must not leave behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holdings {
     /// Open files.
@@ -20,10 +20,10 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// What this process holds now.
+    /// Returns the present resources of this process.
     ///
     /// # Panics
-    /// Where `/proc` cannot be read.
+    /// Panics if `/proc` cannot be read.
     #[must_use]
     pub fn now() -> Self {
         let mut threads: Vec<_> = fs::read_dir("/proc/self/task")
@@ -40,12 +40,11 @@ impl Holdings {
         }
     }
 
-    /// Asserts that this process holds no more than `before`, but for some mappings and memory that
+    /// Asserts that this process has no more resources than `before`, except some mappings and memory that
     /// the allocator keeps.
     ///
     /// # Panics
-    /// Where it still holds more after minutes: the kernel lists a thread for a moment after it
-    /// was joined.
+    /// Panics if it still has more after minutes. The kernel lists a thread for a moment after it was joined.
     pub fn assert_back_to(before: &Self, slack_bytes: u64) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -67,17 +66,17 @@ impl Holdings {
     }
 }
 
-/// What the kernel says that this process takes of the host's memory.
+/// Measures the host's memory that this process uses.
 ///
-/// Where a memory cgroup can be made for the process, it is that cgroup's usage; otherwise what the
-/// host has available, which everything else that runs there moves as well.
+/// If a memory cgroup can be created for the process, this is the cgroup's usage. Otherwise it is the host's
+/// available memory, which depends on all other processes too.
 #[derive(Debug)]
 pub enum Meter {
-    /// A cgroup of the process's own, and the one that it came from.
+    /// The process's own cgroup, and its original cgroup.
     Cgroup {
         /// Folder of the cgroup.
         own: PathBuf,
-        /// File that says the usage, in bytes.
+        /// The file with the usage in bytes.
         usage: &'static str,
         /// Folder of the cgroup to return to.
         home: PathBuf,
@@ -87,7 +86,7 @@ pub enum Meter {
 }
 
 impl Meter {
-    /// A meter for memory that this process allocates from now on.
+    /// Returns a meter for memory that this process allocates from now on.
     #[must_use]
     pub fn start() -> Self {
         Self::cgroup().unwrap_or(Self::Available)
@@ -114,10 +113,10 @@ impl Meter {
         entered.then_some(meter)
     }
 
-    /// Bytes in use; only differences mean something.
+    /// Returns the used bytes. Only differences are meaningful.
     ///
     /// # Panics
-    /// Where the kernel does not say.
+    /// Panics if the kernel does not report the usage.
     #[must_use]
     pub fn used(&self) -> i64 {
         match self {
@@ -138,7 +137,7 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         if let Self::Cgroup { own, home, .. } = self {
-            // What stays behind is an empty cgroup.
+            // An empty cgroup may remain.
             let _ = enter(home).and_then(|()| fs::remove_dir(own));
         }
     }

@@ -1,8 +1,8 @@
-//! The `samepage` program as its users meet it: started with arguments, typed to, signalled, and
-//! judged by what it says and the status that it ends with.
+//! The `samepage` program as users run it: with arguments, input and signals. Tests check its output and its
+//! exit status.
 //!
-//! The program is built on first use, with the profile of the tests, next to them. A program that is
-//! still running when a test lets go of it is killed.
+//! The program is built on first use, with the profile of the tests and next to them. If the test drops a
+//! running program, it is killed.
 
 use std::env;
 use std::ffi::OsStr;
@@ -20,20 +20,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use xtask::suite::PROGRAM;
 
-/// How long the program may take for anything.
+/// Time limit for any step of the program.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A command line of the program.
+/// Returns a command of the program.
 pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(path());
     command.args(arguments);
     command
 }
 
-/// The program's file.
+/// Returns the path of the program.
 ///
 /// # Panics
-/// Where it cannot be built.
+/// Panics if the program cannot be built.
 pub fn path() -> &'static Path {
     static PROGRAM: LazyLock<PathBuf> = LazyLock::new(build);
     &PROGRAM
@@ -53,7 +53,7 @@ fn build() -> PathBuf {
     };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        // With all of the workspace, dependencies have the features that they had for the tests.
+        // Building the whole workspace gives dependencies the same features as for the tests.
         .args(["build", "--quiet", "--workspace", "--bin", "samepage", "--bin", "samepage-bench"])
         .args(["--profile", profile])
         .args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")])
@@ -65,7 +65,7 @@ fn build() -> PathBuf {
     folder.join("samepage")
 }
 
-/// What a stream has brought so far. Clones see the same stream.
+/// The content of a stream so far. Clones share the same stream.
 #[derive(Clone, Debug)]
 pub struct Transcript {
     what: &'static str,
@@ -91,7 +91,7 @@ impl Transcript {
         thread::spawn(move || {
             if let Some(mut stream) = stream {
                 let mut buffer = [0; 4096];
-                // An error is the end as well.
+                // An error counts as the end.
                 while let Ok(count @ 1..) = stream.read(&mut buffer) {
                     to.text.lock().bytes.extend_from_slice(&buffer[..count]);
                     to.more.notify_all();
@@ -103,10 +103,10 @@ impl Transcript {
         Self { what, shared }
     }
 
-    /// Waits for the first line for which `find` gives something.
+    /// Waits for the first line for which `find` returns a value.
     ///
     /// # Panics
-    /// When no such line comes, with all that did.
+    /// Panics with all lines if no such line comes.
     pub fn wait_for<T>(&self, find: impl Fn(&str) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         let mut text = self.shared.text.lock();
@@ -132,12 +132,12 @@ impl Transcript {
     /// Waits for a line that contains `part`.
     ///
     /// # Panics
-    /// As [`Transcript::wait_for`].
+    /// Panics like [`Transcript::wait_for`].
     pub fn wait_for_line(&self, part: &str) -> String {
         self.wait_for(|line| line.contains(part).then(|| line.to_owned()))
     }
 
-    /// All of it, once it has ended.
+    /// Returns the whole content after the end.
     fn whole(&self) -> String {
         let deadline = Instant::now() + PATIENCE;
         let mut text = self.shared.text.lock();
@@ -149,7 +149,7 @@ impl Transcript {
     }
 }
 
-/// The program at work.
+/// The running program.
 #[derive(Debug)]
 pub struct Running {
     child: Child,
@@ -162,9 +162,9 @@ pub struct Running {
 pub struct Finished {
     /// How it ended.
     pub status: ExitStatus,
-    /// What it wrote to standard output, where the test has not put another file there.
+    /// The content of standard output, unless the test has replaced it.
     pub stdout: String,
-    /// What it wrote to standard error, likewise.
+    /// The content of standard error, unless the test has replaced it.
     pub stderr: String,
 }
 
@@ -172,17 +172,17 @@ impl Running {
     /// Starts a program with pipes for its standard input, output and error.
     ///
     /// # Panics
-    /// Where it cannot be started.
+    /// Panics if the program cannot be started.
     #[must_use]
     pub fn start(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self::start_as_is(command)
     }
 
-    /// Starts a program with the files that the command has for it.
+    /// Starts a program with the files of the command.
     ///
     /// # Panics
-    /// Where it cannot be started.
+    /// Panics if the program cannot be started.
     #[must_use]
     pub fn start_as_is(mut command: Command) -> Self {
         let mut child = command.spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
@@ -191,50 +191,50 @@ impl Running {
         Self { child, stdout, stderr }
     }
 
-    /// What it has written to standard output.
+    /// Returns the program's standard output.
     #[must_use]
     pub fn stdout(&self) -> &Transcript {
         &self.stdout
     }
 
-    /// What it has written to standard error.
+    /// Returns the program's standard error.
     #[must_use]
     pub fn stderr(&self) -> &Transcript {
         &self.stderr
     }
 
-    /// Writes to its standard input.
+    /// Writes to the program's standard input.
     ///
     /// # Panics
-    /// Where it does not take that.
+    /// Panics if the program does not read the bytes.
     pub fn write(&mut self, bytes: &[u8]) {
         let stdin = self.child.stdin.as_mut().expect("standard input is a pipe");
         stdin.write_all(bytes).expect("the program reads its standard input");
     }
 
-    /// Ends its standard input.
+    /// Closes the program's standard input.
     pub fn close_stdin(&mut self) {
         self.child.stdin = None;
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the program.
     ///
     /// # Panics
-    /// Where that is not possible.
+    /// Panics if that fails.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).expect("signal the program");
     }
 
-    /// Its process.
+    /// Returns the process ID.
     #[must_use]
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
-    /// The names of its threads.
+    /// Returns the names of the program's threads.
     ///
     /// # Panics
-    /// Where it has none any more.
+    /// Panics if there are none any more.
     #[must_use]
     pub fn threads(&self) -> Vec<String> {
         let tasks = format!("/proc/{}/task", self.child.id());
@@ -245,19 +245,19 @@ impl Running {
             .collect()
     }
 
-    /// Waits for its end.
+    /// Waits for the program's end.
     ///
     /// # Panics
-    /// When it does not end.
+    /// Panics if it does not end in time.
     #[must_use]
     pub fn wait(self) -> Finished {
         self.wait_within(PATIENCE)
     }
 
-    /// The same for what does a lot of work, and tells how it gets on by itself.
+    /// Waits longer for the program's end, for programs that do a lot of work and report their progress.
     ///
     /// # Panics
-    /// When it does not end.
+    /// Panics if it does not end in time.
     #[must_use]
     pub fn wait_for_long(self) -> Finished {
         self.wait_within(12 * PATIENCE)
@@ -268,7 +268,7 @@ impl Running {
         let patience = Timespec::try_from(patience).expect("an hour is a time");
         let mut watched = [PollFd::new(&process, PollFlags::IN)];
         if poll(&mut watched, Some(&patience)).expect("wait for the program") == 0 {
-            // What it said so far tells where it hangs.
+            // The output so far shows where it hangs.
             let _ = self.child.kill();
             panic!("the program does not end\n{}{}", self.stdout.whole(), self.stderr.whole());
         }
@@ -279,17 +279,17 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Both do nothing to one that has ended.
+        // Both calls have no effect after the end.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl Finished {
-    /// Asserts that it ended by itself with this status.
+    /// Asserts that the program exited with this status.
     ///
     /// # Panics
-    /// Where it did not, with all that it wrote.
+    /// Panics with the output if it did not.
     pub fn assert_code(&self, code: i32) -> &Self {
         assert_eq!(self.status.signal(), None, "ended by a signal\n{}{}", self.stdout, self.stderr);
         assert_eq!(self.status.code(), Some(code), "status\n{}{}", self.stdout, self.stderr);

@@ -1,4 +1,4 @@
-//! A TCP port that leads to a Unix socket, for programs that know no others.
+//! A TCP port that forwards to a Unix socket, for programs without support for these.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -6,15 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-/// The port, on the loopback interface, open as long as the process lives.
+/// A port on the loopback interface, open as long as the process lives.
 #[derive(Debug)]
 pub struct Proxy(SocketAddr);
 
 impl Proxy {
-    /// Opens a port that leads to this socket.
+    /// Opens a port that forwards to this socket.
     ///
     /// # Panics
-    /// Where there is no port.
+    /// Panics if no port can be opened.
     #[must_use]
     pub fn to(socket: &Path) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("open a port");
@@ -24,7 +24,7 @@ impl Proxy {
         Self(address)
     }
 
-    /// The URL of a path there.
+    /// Returns the URL of a path.
     #[must_use]
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.0)
@@ -33,7 +33,7 @@ impl Proxy {
 
 fn accept(listener: &TcpListener, socket: &PathBuf) {
     for client in listener.incoming().flatten() {
-        // Whoever is not let in sees the connection close.
+        // If the server refuses, the client sees the connection close.
         if let Ok(server) = UnixStream::connect(socket) {
             let _ = join(client, server);
         }
@@ -44,7 +44,7 @@ fn join(client: TcpStream, server: UnixStream) -> io::Result<()> {
     let (mut from_client, mut to_client) = (client.try_clone()?, client);
     let (mut from_server, mut to_server) = (server.try_clone()?, server);
     thread::spawn(move || {
-        // Either way it is over.
+        // An error also ends the connection.
         let _ = io::copy(&mut from_client, &mut to_server);
         let _ = to_server.shutdown(Shutdown::Write);
     });

@@ -1,4 +1,4 @@
-//! Guests that share memory with each other, and what tests wait for.
+//! Guests that share memory with each other, and conditions to wait for.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,15 +15,15 @@ use crate::guests::Guest;
 /// Memory of each guest, in bytes.
 pub const MEMORY: u64 = 64 << 20;
 
-/// Waits until something holds.
+/// Waits until a condition holds.
 ///
 /// # Panics
-/// Where it does not come about.
+/// Panics if the condition does not become true.
 pub fn wait_until(sharing: &Sharing, what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} did not come about: {:?}", sharing.statistics());
-        // The engine's progress is a figure that is asked for, not an event.
+        // The engine's progress has no events, so poll.
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -33,16 +33,16 @@ pub fn wait_ready(guest: &Guest) {
     guest.console.wait_for_report("ready", |report| matches!(report, Report::Ready { .. }).then_some(()));
 }
 
-/// Has the books checked.
+/// Runs an audit of the engine's metadata.
 ///
 /// # Panics
-/// Where they are wrong.
+/// Panics if the metadata is wrong.
 pub fn audit(sharing: &Sharing) {
     let report = sharing.audit().expect("an audit");
     assert!(report.passed(), "{report:#?}");
 }
 
-/// Starts guests with one plan, numbered from 0 on.
+/// Starts guests with the same plan, numbered from 0 on.
 #[must_use]
 pub fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, plan: &Plan) -> Vec<Guest> {
     (0..count)
@@ -53,8 +53,8 @@ pub fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, pl
         .collect()
 }
 
-/// Guests that rewrite pages as fast as they can, half of them back to what they were, so that they
-/// are merged and broken over and over.
+/// Returns a plan that rewrites pages as fast as possible and restores half of them, so that they are merged
+/// and broken repeatedly.
 #[must_use]
 pub fn churn() -> Plan {
     Plan {

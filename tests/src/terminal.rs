@@ -1,4 +1,4 @@
-//! A pseudo terminal with the program on it, as somebody at a terminal sees it.
+//! A pseudo terminal with the program, as a user sees it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use rustix::termios::{InputModes, LocalModes, OutputModes, Winsize, tcgetattr, t
 
 use crate::program::{Finished, PATIENCE, Running};
 
-/// What of a terminal's settings makes a difference to who uses it.
+/// The settings of a terminal that a user notices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     input: InputModes,
@@ -22,7 +22,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Whether each key goes to the program at once and as it is, without being shown.
+    /// Returns whether each key goes to the program immediately, unchanged and without an echo.
     #[must_use]
     pub fn is_raw(&self) -> bool {
         !self.local.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG | LocalModes::IEXTEN)
@@ -30,18 +30,18 @@ impl Settings {
     }
 }
 
-/// What a terminal shows.
+/// The visible state of a terminal.
 #[derive(Debug, Clone, Copy)]
 pub struct Picture<'a> {
     /// The text, in lines.
     pub text: &'a str,
-    /// A program has a picture of its own on it, which goes when the program does.
+    /// Whether a program shows its own screen, which disappears with the program.
     pub alternate: bool,
-    /// There is no cursor.
+    /// Whether the cursor is hidden.
     pub hidden: bool,
 }
 
-/// The terminal's side that keys go into and text comes out of.
+/// The terminal's side for keys and output.
 pub struct Terminal {
     keyboard_and_screen: File,
     program_side: OwnedFd,
@@ -57,10 +57,10 @@ impl std::fmt::Debug for Terminal {
 }
 
 impl Terminal {
-    /// A new terminal.
+    /// Opens a new terminal.
     ///
     /// # Panics
-    /// Where the host has none left.
+    /// Panics if the host has none left.
     #[must_use]
     pub fn open() -> Self {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -75,10 +75,10 @@ impl Terminal {
         terminal
     }
 
-    /// Starts a program as the leader of a session that has this terminal.
+    /// Starts a program as the leader of a session with this terminal.
     ///
     /// # Panics
-    /// Where it cannot be started.
+    /// Panics if the program cannot be started.
     #[must_use]
     pub fn start(&self, command: &Command) -> Running {
         let side = || Stdio::from(self.program_side.try_clone().expect("pass the terminal on"));
@@ -91,30 +91,30 @@ impl Terminal {
         Running::start_as_is(leader)
     }
 
-    /// The settings now.
+    /// Returns the present settings.
     ///
     /// # Panics
-    /// Where the terminal does not tell.
+    /// Panics if the terminal does not return them.
     #[must_use]
     pub fn settings(&self) -> Settings {
         let termios = tcgetattr(&self.program_side).expect("ask for the terminal's settings");
         Settings { input: termios.input_modes, output: termios.output_modes, local: termios.local_modes }
     }
 
-    /// Gives it a size, in characters, and has the program told.
+    /// Sets the size in characters, and notifies the program.
     ///
     /// # Panics
-    /// Where the terminal does not take it.
+    /// Panics if the terminal refuses the size.
     pub fn resize(&mut self, columns: u16, rows: u16) {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&self.keyboard_and_screen, size).expect("change the terminal's size");
         self.picture.screen_mut().set_size(rows, columns);
     }
 
-    /// Waits until something holds of what the screen shows, and returns that as lines.
+    /// Waits until a condition holds for the content of the screen, and returns the content as lines.
     ///
     /// # Panics
-    /// When it does not come about, with what the screen shows.
+    /// Panics with the content if the condition does not become true.
     pub fn wait_for_picture(&mut self, what: &str, holds: impl Fn(&Picture<'_>) -> bool) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -136,18 +136,18 @@ impl Terminal {
         }
     }
 
-    /// Types.
+    /// Types keys.
     ///
     /// # Panics
-    /// Where the terminal does not take it.
+    /// Panics if the terminal does not accept them.
     pub fn type_keys(&mut self, keys: &[u8]) {
         self.keyboard_and_screen.write_all(keys).expect("type");
     }
 
-    /// Waits until `text` is on the screen, after what was waited for before.
+    /// Waits until `text` appears on the screen, after the previous awaited text.
     ///
     /// # Panics
-    /// When it does not come, with all that did.
+    /// Panics with all output if the text does not appear.
     pub fn wait_for(&mut self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -164,16 +164,16 @@ impl Terminal {
         }
     }
 
-    /// All that was on the screen.
+    /// Returns all output so far.
     #[must_use]
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
-    /// Shows what the program writes until it has ended.
+    /// Shows the program's output until the program has ended.
     ///
     /// # Panics
-    /// When it does not end.
+    /// Panics if it does not end.
     #[must_use]
     pub fn wait_for_end(&mut self, program: Running) -> Finished {
         let process = pidfd_open(program.pid(), PidfdFlags::empty()).expect("watch the program");
@@ -184,7 +184,7 @@ impl Terminal {
                 [PollFd::new(&self.keyboard_and_screen, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
             let ready = poll(&mut watched, Some(&rest)).expect("wait for the program");
             assert!(ready > 0, "the program does not end; the screen has:\n{}", self.screen());
-            // What it wrote before its end is on the screen by then.
+            // The program's last output is on the screen by then.
             if watched[0].revents().is_empty() {
                 return Finished { stdout: self.screen(), ..program.wait() };
             }

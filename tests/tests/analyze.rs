@@ -1,4 +1,4 @@
-//! `samepage analyze`: what it says of images and processes whose contents the test knows.
+//! `samepage analyze` on images and processes with known contents.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 const MIB: u64 = 1 << 20;
-/// Makes `a_process_with_known_memory` one.
+/// The variable that turns `a_process_with_known_memory` into a process with known memory.
 const BE_A_PROCESS: &str = "SAMEPAGE_TESTS_KNOWN_MEMORY";
 
 fn page(content: u64) -> [u8; PAGE_SIZE] {
@@ -28,7 +28,7 @@ fn memory(contents: impl IntoIterator<Item = u64>) -> Vec<u8> {
     contents.into_iter().flat_map(page).collect()
 }
 
-/// An ELF core with one segment for each address, as QEMU writes it.
+/// Returns an ELF core with one segment for each address, in QEMU's form.
 fn core(segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     let mut file = vec![0; 64];
     file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
@@ -80,7 +80,7 @@ fn json(arguments: &[&str], files: &[&Path]) -> Value {
     serde_json::from_str(&finished.stdout).expect("JSON")
 }
 
-/// What is said on an error: one line that names the cause, and nothing as a result.
+/// Returns the error message: one line that names the cause, without a result.
 fn refusal(arguments: &[&str], files: &[&Path]) -> String {
     let finished = analyze(arguments, files);
     finished.assert_code(1);
@@ -161,7 +161,7 @@ fn a_core_and_a_raw_image_of_the_same_memory_are_alike() {
     let result = json(&[], &[&raw, &core]);
     assert_eq!(result["inputs"][1]["kind"], "core");
     assert_counts(&result["total"], &[("pages", 1120), ("zero", 2), ("between", 1118)]);
-    // Where the core has a gap between addresses, a run ends.
+    // A gap between addresses in the core ends a run.
     assert_counts(&result["runs"], &[("runs", 3)]);
 }
 
@@ -235,7 +235,7 @@ fn what_is_no_image_is_refused_by_name() {
     }
     assert!(refusal(&[], &[folder.0.path()]).contains("a directory"));
     assert!(refusal(&[], &[&folder.path("missing.raw")]).contains("missing.raw"));
-    // One that is wrong keeps the others from being read at all.
+    // One invalid file keeps the others from being read at all.
     let good = folder.file("good.core", &good);
     assert!(refusal(&[], &[&good, &folder.path("missing.raw")]).contains("missing.raw"));
 }
@@ -287,7 +287,7 @@ fn the_table_has_units_and_the_picture_is_xml() {
     assert!(said.contains("/no/such/folder/picture.svg"), "{said}");
 }
 
-/// Not a test: what the test below starts, with memory whose contents are known.
+/// Not a test: the test below starts this, as a process with known memory.
 #[test]
 fn a_process_with_known_memory() {
     if std::env::var_os(BE_A_PROCESS).is_none() {
@@ -296,18 +296,18 @@ fn a_process_with_known_memory() {
     let mut memory = vec![0_u8; 64 << 20];
     let first = memory.as_ptr().addr().next_multiple_of(PAGE_SIZE) - memory.as_ptr().addr();
     let start = memory.as_ptr().addr() + first;
-    // Two runs of 100 pages that are alike, one page alone, and untouched memory.
+    // Two identical runs of 100 pages, a single page, and untouched memory.
     for (at, content) in (0..100).chain(1000..1100).zip((1..=100).chain(1..=100)).chain([(5000, 7777)]) {
         memory[first + at * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(&page(content));
     }
     println!("\nmemory at {:x}-{:x}", start, start + (32 << 20));
     io::stdout().flush().expect("tell the test");
-    // Until the test has seen enough.
+    // Wait until the test is done.
     let _ = io::stdin().read_line(&mut String::new());
     drop(memory);
 }
 
-/// Pages of a range, `START-END` in hexadecimal, that another process has in memory.
+/// Returns the number of present pages in a range of another process, `START-END` in hexadecimal.
 fn present_pages(pid: &str, range: &str) -> usize {
     let address = |text| usize::from_str_radix(text, 16).expect("an address");
     let (start, end) = range.split_once('-').expect("a range");
@@ -341,10 +341,10 @@ fn a_process_is_read_and_not_touched() {
         (Some("process"), Some(range))
     );
 
-    // Found without being told where, and like itself when it is read twice.
+    // The range is found automatically, and two readings are identical.
     let result = json(&["--pid", &pid, "--pid", &pid], &[]);
     assert_counts(&result["saved"], &[("within", 200)]);
-    // The kernel may have joined the memory with a few pages of something else.
+    // The kernel may have joined the memory with a few pages of another kind.
     let between = result["saved"]["between"].as_u64().expect("a count");
     assert!((101..200).contains(&between), "{result:#}");
     assert_eq!(result["inputs"][0]["mappings"].as_array().map(Vec::len), Some(1), "{result:#}");

@@ -1,4 +1,4 @@
-//! `samepage bench`: that it measures and leaves the host as it was. What it measures is not judged.
+//! `samepage bench` measures, and leaves the host as it was. The results are not judged.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ fn bench(arguments: &[&str]) -> Finished {
     Running::start(command([&["bench", "sharing"], arguments].concat())).wait()
 }
 
-/// VMs are measured as well, where there can be any.
+/// Also measures VMs, if the host can run them.
 fn vms_are_measured() {
     let finished = bench(&["--quick", "--only", "found", "--json"]);
     finished.assert_code(0);
@@ -48,7 +48,7 @@ fn vms_are_measured() {
     }
 }
 
-/// All tests in one: they would set KSM at the same time.
+/// A single test, because several would set KSM at the same time.
 #[test]
 fn ratios_are_measured_and_ksm_is_put_back() {
     let before = settings();
@@ -72,7 +72,7 @@ fn ratios_are_measured_and_ksm_is_put_back() {
         let measurements = section["measurements"].as_array().expect("measurements");
         measurements.iter().all(|measurement| measurement["ratio"].is_f64())
     };
-    // The first section is KSM's at its fastest, which always gets there.
+    // The first section is that of KSM at its fastest, which always finishes.
     assert!(!result["without_ksm"].is_null() || ratios(&result["sections"][0]), "{result:#}");
 
     vms_are_measured();

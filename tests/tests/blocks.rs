@@ -1,5 +1,5 @@
-//! Guests that read and write disks through page caches of their own, over the host's cache: what they get
-//! is what the disk holds, whoever held it before.
+//! Guests that read and write disks through their own page caches and the host's block cache. They must get
+//! the disk's content, whoever held it before.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -44,7 +44,7 @@ const POLICIES: [CachePolicy; 5] = [
     CachePolicy::Buffered,
 ];
 
-/// An image that guests can verify, in a folder that goes with it.
+/// An image that guests can verify, with its folder.
 struct Image {
     folder: tempfile::TempDir,
     blocks: u32,
@@ -76,7 +76,7 @@ impl Image {
     }
 }
 
-/// A guest that does nothing but use all of the image, until it is told to finish.
+/// Starts a guest that only uses the whole image, until it is asked to finish.
 fn start(sharing: &Arc<Sharing>, vm: u32, image: &Image, policy: CachePolicy, client: ClientPlan) -> Guest {
     let client = ClientPlan { blocks: image.blocks, ..client };
     let disk = DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth: 4, client, ..DiskPlan::new(FIRST) };
@@ -96,20 +96,21 @@ fn start(sharing: &Arc<Sharing>, vm: u32, image: &Image, policy: CachePolicy, cl
     Guest::start(&hypervisor(), config)
 }
 
-/// With a cache of so many blocks for the host.
+/// Starts an engine whose cache has this number of blocks.
 fn with_cache(blocks: u32) -> Arc<Sharing> {
     let block_cache = CacheSize::Bytes(u64::from(blocks) * BLOCK_BYTES);
     sharing(Settings { block_cache, rest_ms: 20, ..Settings::default() })
 }
 
-/// Blocks that a guest's disk gave it: from guests' memory, from the host's cache, from the image.
+/// Returns the number of blocks that a guest's disk read from guests' memory, from the host's cache, and from
+/// the image.
 fn sources(guest: &Guest) -> [u64; 3] {
     let stats = &guest.vm.disks()[0].stats;
     [&stats.blocks_from_guests, &stats.blocks_from_host, &stats.blocks_fetched]
         .map(|counter| counter.load(Ordering::Relaxed))
 }
 
-/// Has guests finish, and checks that they read nothing wrong.
+/// Asks guests to finish, and checks that they read nothing wrong.
 fn finish(guests: Vec<Guest>) {
     for guest in guests {
         let console = guest.console.clone();
@@ -124,7 +125,7 @@ fn finish(guests: Vec<Guest>) {
     }
 }
 
-/// Ways to read: one by one, in runs whose pages follow each other, and in runs whose pages do not.
+/// Ways to read: single blocks, runs in consecutive pages, and runs in scattered pages.
 fn ways() -> [ClientPlan; 3] {
     let base = ClientPlan { pages: 300, units: 1000, ..ClientPlan::default() };
     let runs = ClientPlan { run: 16, units: 150, ..base };
@@ -161,7 +162,7 @@ fn write() {
 fn second_guest() {
     for run in [1, 16] {
         let image = Image::new(640);
-        // The host need not keep anything: what is shared is in guests.
+        // The host need not keep any block, because shared blocks are in guests.
         let sharing = with_cache(0);
         let client = ClientPlan {
             reads: Pattern::Scan,
@@ -181,7 +182,7 @@ fn second_guest() {
     }
 }
 
-/// A loop over what fits into both caches, but into neither alone.
+/// A loop over blocks that fit into both caches together, but into neither alone.
 fn looping(run: u32) -> ClientPlan {
     ClientPlan { reads: Pattern::Scan, pages: 512, run, units: u64::from(960 / run), ..ClientPlan::default() }
 }
@@ -213,14 +214,14 @@ fn cleared() {
     }
 }
 
-/// Blocks that a disk which one VM has to itself reads through the cache before it has shown any hits.
+/// Blocks that a disk of one VM reads through the cache before it has shown any hits.
 const CREDIT: u64 = 1024;
 
 fn past() {
     for run in [1, 16] {
         let image = Image::new(24_000);
         let sharing = with_cache(600);
-        // Each block is used once in a pass; by the next pass the caches have long given it up.
+        // Each block is used once in a pass. By the next pass, the caches have evicted it.
         let scan = ClientPlan { reads: Pattern::Scan, pages: 300, run, ..ClientPlan::default() };
         let units = u64::from(image.blocks / run);
         let guest = start(
@@ -245,7 +246,7 @@ fn through() {
     for run in [1, 16] {
         let image = Image::new(6000);
         let sharing = with_cache(6000);
-        // A loop over all of the disk, which fits into the host's cache.
+        // A loop over the whole disk, which fits into the host's cache.
         let units = u64::from(image.blocks / run);
         let plan = ClientPlan {
             reads: Pattern::Scan,
@@ -257,8 +258,8 @@ fn through() {
             ..ClientPlan::default()
         };
         let guest = start(&sharing, 0, &image, CachePolicy::Exclusive, plan);
-        // The sample shows hits in the second pass, and everything is there in the fourth. On a busy host the
-        // engine may be late to take in what was read.
+        // The sample shows hits in the second pass, and everything is cached in the fourth. On a busy host,
+        // the engine may be late.
         let mut round = 4;
         let (from_host, fetched) = loop {
             guest.console.wait_for_round(round);

@@ -1,4 +1,4 @@
-//! Bounds in the API's description: whatever lies beyond one is refused, with a pointer to it.
+//! Bounds in the API's description: a value beyond a bound is refused, with a pointer to the value.
 
 use std::fs;
 use std::process::ExitCode;
@@ -20,10 +20,10 @@ fn main() -> ExitCode {
     ])
 }
 
-/// What a body is to be given, where, to lie beyond a bound of its description.
+/// A place in a body, and a value for it that violates the description.
 type Violation = (Vec<String>, Value);
 
-/// Follows a reference, and the first of what an optional value may be.
+/// Follows a reference, and takes the first alternative of an optional value.
 fn resolve<'a>(openapi: &'a Value, schema: &'a Value) -> &'a Value {
     if let Some(reference) = schema["$ref"].as_str() {
         return resolve(openapi, openapi.pointer(&reference[1..]).expect("a schema"));
@@ -31,7 +31,7 @@ fn resolve<'a>(openapi: &'a Value, schema: &'a Value) -> &'a Value {
     schema
 }
 
-/// All violations of a schema.
+/// Finds all violations of a schema.
 fn violations(openapi: &Value, schema: &Value, at: &[String], found: &mut Vec<Violation>) {
     let schema = resolve(openapi, schema);
     let mut add = |value: Value| found.push((at.to_vec(), value));
@@ -72,7 +72,7 @@ fn violations(openapi: &Value, schema: &Value, at: &[String], found: &mut Vec<Vi
         violations(openapi, &schema["items"], &below("0"), found);
     }
     for choice in schema["oneOf"].as_array().into_iter().flatten() {
-        // What one choice forbids in a text another may allow.
+        // A text that one alternative forbids may be valid in another.
         if choice["type"] != "string" {
             violations(openapi, choice, at, found);
         }
@@ -178,7 +178,7 @@ fn names() {
     }
 }
 
-/// A file may name a group by templates, so that each VM has a group of its own.
+/// A file may use templates in a group's name, so that each VM has its own group.
 fn groups() {
     let schema: Value = serde_json::from_str(&config_schema()).expect("JSON");
     let validator = jsonschema::validator_for(&schema).expect("a schema");

@@ -1,5 +1,5 @@
-//! What others make of the API's description and of its metrics: clients in two languages, generated and
-//! compiled, and Prometheus' checker.
+//! Uses of the API's description and metrics by other programs: generated clients in two languages, and
+//! Prometheus' checker.
 
 use std::fs;
 use std::io::Write;
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A folder with the description of the API.
+/// Returns a folder with the description of the API.
 fn described() -> TempDir {
     let folder = tempfile::tempdir().expect("make a folder");
     let description = samepage_api::openapi().to_json().expect("the description is JSON");
@@ -55,7 +55,7 @@ def names(token: str) -> list[str]:
 fn python() {
     let folder = described();
     let environment = xtask::python::find().expect("a cache").expect("the harness has found it");
-    // Formatting is nobody's concern here, and the generator knows no OpenMetrics.
+    // Formatting does not matter here, and the generator does not know OpenMetrics.
     let options = "post_hooks: []\ncontent_type_overrides:\n  application/openmetrics-text: text/plain\n";
     fs::write(folder.path().join("options.yaml"), options).expect("write options");
     let mut generate = environment.program("openapi-python-client");
@@ -63,7 +63,7 @@ fn python() {
     generate.args(["--config", "options.yaml"]);
     let generated = done(&folder, generate);
     let said = format!("{}{}", generated.stdout, generated.stderr);
-    // It leaves out what it cannot make anything of.
+    // The generator omits what it does not understand.
     assert!(!said.to_lowercase().contains("warning") && !said.contains("Unable"), "{said}");
     fs::write(folder.path().join("use.py"), PYTHON).expect("write a program");
     let mut check = environment.python();
@@ -74,7 +74,7 @@ fn python() {
     done(&folder, import);
 }
 
-/// The same in another language.
+/// The same program in another language.
 const TYPESCRIPT: &str = "\
 import createClient from 'openapi-fetch';
 import type { components, paths } from './client';
@@ -98,7 +98,7 @@ fn typescript() {
     symlink(modules.folder(), folder.path().join("node_modules")).expect("link the packages");
     fs::write(folder.path().join("package.json"), "{\"type\": \"module\"}").expect("write a package");
     let mut generate = modules.program("openapi-typescript/bin/cli.js");
-    // What has a default need not be given.
+    // Fields with a default are optional.
     generate.args(["openapi.json", "--default-non-nullable=false", "--output", "client.ts"]);
     done(&folder, generate);
     fs::write(folder.path().join("use.ts"), TYPESCRIPT.replace("'./client'", "'./client.js'"))
@@ -148,7 +148,7 @@ fn metrics() {
     host.end().assert_code(0);
 }
 
-/// The metrics in Prometheus' own format.
+/// Returns the metrics in Prometheus' own format.
 fn prometheus(host: &Host) -> String {
     let request = "GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain\r\nConnection: close\r\n\r\n";
     let answer = host.raw(request.as_bytes(), false);

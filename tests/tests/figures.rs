@@ -1,4 +1,4 @@
-//! Figures that people are shown: there from the first question on, and what they say they are.
+//! Figures for people: they must be present from the first request on, and mean what their names say.
 
 use std::process::ExitCode;
 
@@ -16,12 +16,12 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A guest that goes on until it is told to finish.
+/// A guest that continues until it is asked to finish.
 fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(1024), ..Plan::default() }
 }
 
-/// What a command prints about a process.
+/// Returns a command's output about a process.
 fn printed(host: &Host, arguments: &[&str]) -> String {
     let mut command = command(arguments);
     command.env("SAMEPAGE_SOCKET", host.socket());
@@ -34,7 +34,7 @@ fn first_list() {
     let host = Host::serve(&[]);
     for name in ["first", "second"] {
         host.done("POST", "/vms", Some(&host.vm(name, &endless(0), true)));
-        // Nobody has asked before, or the VM was not there then.
+        // There was no earlier request, or the VM did not exist then.
         let list = printed(&host, &["ps"]);
         let row = list.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{list}"));
         assert!(!row.contains(" -"), "{list}");
@@ -42,7 +42,7 @@ fn first_list() {
         assert!(listed.as_array().unwrap().iter().all(|vm| vm["resident_bytes"].is_u64()), "{listed}");
         assert!(host.done("GET", &format!("/vms/{name}"), None)["saved_bytes"].is_u64());
     }
-    // What sharing takes is no negative saving.
+    // Overhead must not appear as negative savings.
     let sharing = printed(&host, &["sharing"]);
     assert!(
         sharing.contains("overhead  ") && !sharing.contains("-0") && !sharing.contains(" -"),

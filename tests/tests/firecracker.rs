@@ -1,4 +1,4 @@
-//! Firecracker's clients: those of others, unchanged, and what they may come across.
+//! Clients of Firecracker: unchanged clients by others, and special cases.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -60,7 +60,7 @@ struct Place {
 impl Place {
     fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        // Without capitals: a client takes the path of the socket for the name of a host.
+        // Without capitals, because a client takes the path of the socket for the name of a host.
         let name = format!("samepage-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let folder = tempfile::Builder::new().prefix(&name).rand_bytes(0).tempdir().expect("make a folder");
         symlink(program::path(), folder.path().join("firecracker")).expect("link the program");
@@ -72,14 +72,14 @@ impl Place {
         self.folder.path().join(name)
     }
 
-    /// The program under Firecracker's name.
+    /// Returns a command of the program under Firecracker's name.
     fn firecracker(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.path("firecracker"));
         command.args(arguments).current_dir(self.folder.path());
         command
     }
 
-    /// The same, with a socket, and a client of it once it is there.
+    /// Starts the program with a socket, and returns a client once the socket exists.
     fn serve(&self, socket: &str, arguments: &[&str]) -> (Running, Client) {
         let mut command = self.firecracker(&["--api-sock", socket]);
         command.args(arguments);
@@ -92,19 +92,19 @@ impl Place {
         let deadline = Instant::now() + PATIENCE;
         while client.get::<Value>("/").is_err() {
             assert!(Instant::now() < deadline, "nobody answers at {socket}");
-            // There is no event for a socket that comes up.
+            // A new socket causes no event, so poll.
             thread::sleep(Duration::from_millis(10));
         }
         client
     }
 }
 
-/// A guest that goes on until it is told to finish.
+/// A guest that continues until it is asked to finish.
 fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
 }
 
-/// Asks, and returns the status and what is said.
+/// Sends a request, and returns status and message.
 fn ask(client: &Client, method: &str, path: &str, body: Value) -> (u16, Value) {
     let bytes = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
     let answer = client.raw(method.parse().unwrap(), path, bytes);
@@ -114,7 +114,7 @@ fn ask(client: &Client, method: &str, path: &str, body: Value) -> (u16, Value) {
     (answer.status, said)
 }
 
-/// The same for what has to be done.
+/// Sends a request that must succeed.
 fn done(client: &Client, method: &str, path: &str, body: Value) {
     let answer = ask(client, method, path, body);
     assert_eq!(answer, (204, Value::Null), "{method} {path}");
@@ -142,7 +142,7 @@ fn wait_for_text(file: &Path, text: &str) {
     }
 }
 
-/// What the SDK is told of the VM.
+/// Returns the state of the VM according to the SDK.
 fn state(instance: &mut Instance) -> String {
     format!("{:?}", instance.describe_instance().unwrap().state)
 }
@@ -190,7 +190,7 @@ fn rs_sdk() {
             cache_type: Some(models::CacheType::WriteBack),
             is_read_only: false,
             path_on_host: place.path("disk.img"),
-            // The package misspells what a rate limiter consists of.
+            // The package misspells the fields of a rate limiter.
             rate_limiter: None,
             io_engine: Some(models::IoEngine::Sync),
             socket: None,
@@ -292,7 +292,7 @@ fn python() {
     script.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/python/drive.py")).arg(place.folder.path());
     script.arg("py").arg(place.path("demo.elf")).arg(endless(0).to_string());
     let script = Running::start(script);
-    // The package takes a process for gone once its parent has looked after it.
+    // For the package, a process has ended only after its parent has waited for it.
     let vm = thread::spawn(|| vm.wait());
     script.wait().assert_code(0);
     vm.join().expect("the VM's process has ended").assert_code(0);
@@ -374,7 +374,7 @@ fn faults() {
     let root = json!({ "path_on_host": "disk.img", "is_read_only": true });
     done(&client, "PUT", "/drives/d", drive(root));
     fault("PUT", "/drives/e", drive(json!({ "drive_id": "e" })), "root");
-    // One image is two drives' for reading alone, whatever its path.
+    // Two drives may use one image only for reading, whatever its path.
     symlink("disk.img", place.path("link.img")).unwrap();
     let second = |read_only| {
         drive(
@@ -397,7 +397,7 @@ fn faults() {
     };
     fault("PATCH", "/drives/x", json!({ "drive_id": "x" }), "no drive x");
     fault("PATCH", "/drives/d", change(json!({ "path_on_host": "other" })), "exchange");
-    // The same path says that the image has another size.
+    // The request with the same path means that the image has another size.
     let image = fs::File::options().write(true).open(place.path("disk.img")).unwrap();
     image.set_len(2 << 20).unwrap();
     done(&client, "PATCH", "/drives/d", change(json!({ "path_on_host": "disk.img" })));
@@ -415,7 +415,7 @@ fn faults() {
     assert!(!place.path("socket").exists());
 }
 
-/// A configuration file with the demo guest.
+/// Writes a configuration file with the demo guest.
 fn write_config(place: &Place, plan: &Plan, more: &Value) {
     let mut config = json!({
         "boot-source": { "kernel_image_path": "demo.elf", "boot_args": plan.to_string() },
@@ -466,7 +466,7 @@ fn config_file() {
     fs::write(place.path("vm.json"), "{").unwrap();
     Running::start(place.firecracker(&arguments)).wait().assert_code(152);
 
-    // Standard input is the console's, as in a shell.
+    // Standard input is that of the console, as in a shell.
     write_config(&place, &endless(0), &json!({}));
     let mut running = Running::start(place.firecracker(&arguments));
     running.stdout().wait_for_line("round=1 ");
@@ -490,7 +490,7 @@ fn hosted() {
     let (mut first, first_client) = start(0);
     let (second, second_client) = start(1);
     let (third, _) = start(2);
-    // They share memory in the process of their host.
+    // The VMs share memory in their host's process.
     host.wait_for("/sharing", "sharing", |sharing| sharing["statistics"]["pages_sharing"] != 0);
     assert_eq!(host.done("GET", "/vms", None).as_array().unwrap().len(), 3);
     assert_eq!(ask(&first_client, "GET", "/", Value::Null).1["state"], "Running");
@@ -499,7 +499,7 @@ fn hosted() {
     assert_eq!(host.done("GET", "/vms/fc-0", None)["state"], "paused");
     done(&first_client, "PATCH", "/vm", json!({ "state": "Resumed" }));
 
-    // A name is taken once.
+    // A name can be used only once.
     let (other, other_client) = place.serve("other", &["--id", "fc-0", "--host", socket.to_str().unwrap()]);
     configure(&other_client, &endless(0));
     let (status, said) = ask(&other_client, "PUT", "/actions", json!({ "action_type": "InstanceStart" }));
@@ -507,14 +507,14 @@ fn hosted() {
     other.signal(Signal::TERM);
     other.wait().assert_code(0);
 
-    // What is typed gets there, and the end of the guest is that of its process.
+    // Input reaches the guest, and the guest's end ends its process.
     first.write(b"q");
     let end = first.wait();
     end.assert_code(0);
     assert!(end.stdout.contains("corrupt=0"), "{}", end.stdout);
     act(&second_client, "SendCtrlAltDel");
     second.wait().assert_code(0);
-    // A process that is killed takes its VM along.
+    // Killing a process ends its VM.
     third.signal(Signal::KILL);
     let _ = third.wait();
     host.wait_for("/vms", "the end of all VMs", |vms| vms == &json!([]));
@@ -524,8 +524,8 @@ fn hosted() {
     fourth.signal(Signal::TERM);
     fourth.wait().assert_code(0);
     assert_eq!(host.done("GET", "/vms", None), json!([]));
-    // The host's end is noticed. A host that has the time asks its guests to end, and may be gone before or
-    // after they have: this one has none.
+    // The processes notice the host's end. A host with enough time asks its guests to end, and may end before
+    // or after them. This host has no time.
     let (fifth, _) = start(4);
     host.running.signal(Signal::KILL);
     fifth.wait().assert_code(1);

@@ -1,5 +1,5 @@
-//! Requests generated from the API's own description, by Schemathesis: whatever they ask for, the server
-//! answers as described, and VMs that are not asked for anything are unharmed.
+//! Requests that Schemathesis generates from the API's description. The server must respond as described, and
+//! other VMs must be unharmed.
 
 use std::fs;
 use std::process::ExitCode;
@@ -15,10 +15,10 @@ fn main() -> ExitCode {
     harness::run_all(&[("generated_requests_do_no_harm", &[Need::Kvm, Need::Python], generated)])
 }
 
-/// How many requests are generated for each operation and kind of data.
+/// The variable with the number of generated requests for each operation and kind of data.
 const EXAMPLES: &str = "SAMEPAGE_TEST_EXAMPLES";
 
-/// What never ends is no answer that could be checked.
+/// Endless responses cannot be checked.
 const STREAMS: [&str; 2] = ["/events", "/vms/{vm}/console/stream"];
 
 fn generated() {
@@ -34,7 +34,7 @@ fn generated() {
     host.wait_for_console("bystander", "round=");
     let before = host.holdings();
 
-    // Most names lead nowhere; these lead to something.
+    // Most generated names do not exist; these do.
     let names = "[parameters]\n\"path.vm\" = \"steered\"\n\"path.disk\" = \"data\"\n";
     fs::write(host.folder.path().join("schemathesis.toml"), names).unwrap();
     let python = xtask::python::find().expect("a cache").expect("the harness has found it");
@@ -42,7 +42,7 @@ fn generated() {
     let mut command = python.program("schemathesis");
     command.args(["run", &proxy.url("/openapi.json"), "--no-color", "--continue-on-failure"]);
     command.args(["--max-examples", &examples, "--seed", "1", "--generation-database", "none"]);
-    // Who creates the right VM by chance would let the tests that follow fail.
+    // DELETE could delete the VMs that later requests need.
     command.args(["--request-timeout", "20", "--exclude-method", "DELETE"]);
     command.args(STREAMS.iter().flat_map(|path| ["--exclude-path", path]));
     command.args(["--checks", "not_a_server_error,status_code_conformance,content_type_conformance"]);
@@ -52,7 +52,7 @@ fn generated() {
     println!("{}", finished.stdout.lines().rev().take(12).collect::<Vec<_>>().join("\n"));
     finished.assert_code(0);
 
-    // What was created by chance goes, and nothing else is left.
+    // Delete VMs that were created by chance. Nothing else may be left.
     for vm in host.done("GET", "/vms", None).as_array().unwrap() {
         let name = vm["name"].as_str().unwrap();
         if !matches!(name, "steered" | "bystander") {

@@ -1,5 +1,5 @@
-//! Guests that say in the memory hole what their pages are for: Linux guests with the agent, demo guests that
-//! tell the truth, and some that do not.
+//! Guests that publish page types in the memory hole: Linux guests with the agent, honest demo guests, and
+//! hostile ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     ])
 }
 
-/// How long the hostile guest plays, in seconds, where longer than in every run is wanted.
+/// The variable with the duration of the hostile guest's games, in seconds.
 const HOSTILE_SECONDS: &str = "SAMEPAGE_TEST_HOSTILE_SECONDS";
 
 /// Pages of a demo guest's arena.
@@ -66,7 +66,7 @@ fn claimed(vm: &Vm) -> Claimed {
     vm.membership().expect("the VM shares memory").claimed().expect("the page map can be read")
 }
 
-/// Pages that a demo guest found to be given back when it used them again.
+/// Returns the number of pages that a demo guest found freed when it used them again.
 fn returned(guest: &Guest) -> u64 {
     let returned = |line: &String| match Report::parse(line) {
         Ok(Report::Hole { returned, .. }) => Some(returned),
@@ -82,13 +82,13 @@ fn honest() {
         [0, 1].map(|vm| start(&hypervisor, &sharing, &format!("h{vm}"), &plan(HoleMode::Honest, vm)));
     guests.iter().for_each(wait_ready);
     for guest in &guests {
-        wait_until(&sharing, "free pages found to be given back", || returned(guest) >= PAGES);
+        wait_until(&sharing, "free pages that the host has freed", || returned(guest) >= PAGES);
         let claimed = claimed(&guest.vm);
         assert!(claimed.publishing && claimed.given_back >= PAGES, "{claimed:?}");
         println!("{claimed:?}");
     }
     audit(&sharing);
-    // Each round verifies what is in use.
+    // Each round verifies the used pages.
     for guest in &guests {
         guest.console.wait_for_round(guest.console.round() + 2);
     }
@@ -107,7 +107,7 @@ fn hostile() {
     let liar = start(&hypervisor, &sharing, "liar", &plan(HoleMode::Hostile, 3));
     let others = || victims.iter().chain([&honest]);
     others().chain([&liar]).for_each(wait_ready);
-    // Arena, image and tables, hole, vCPU: no more than that for each VM, and 8 MiB for the engine.
+    // Arena, image and tables, hole and vCPU for each VM, and 8 MiB for the engine.
     let limit = before.private_bytes + 4 * (PAGES * 4096 + (3 << 20)) + (8 << 20);
 
     let deadline = Instant::now() + Duration::from_secs(seconds);
@@ -122,7 +122,7 @@ fn hostile() {
         audit(&sharing);
         assert!(liar.vm.end().is_none(), "{:?}", liar.vm.end());
     }
-    // All games were played before the host, and again after what they did to each other.
+    // The games ran against the host, and again after their effects on each other.
     let mut games: BTreeMap<String, u64> = BTreeMap::new();
     for line in liar.console.lines() {
         if let Ok(Report::Hole { game, .. }) = Report::parse(&line) {
@@ -131,7 +131,7 @@ fn hostile() {
     }
     assert!(games.len() == 14 && games.values().all(|&played| played >= 2), "{games:?}");
     println!(
-        "{games:?}\nliar: {:?}\nhonest: {:?}, {} pages found given back\n{most} bytes at most of {limit}",
+        "{games:?}\nliar: {:?}\nhonest: {:?}, {} pages found freed\n{most} bytes at most of {limit}",
         claimed(&liar.vm),
         claimed(&honest.vm),
         returned(&honest)
@@ -157,7 +157,7 @@ fn ruin() {
     victims.iter().for_each(wait_ready);
     let liar = start(&hypervisor, &sharing, "liar", &plan(HoleMode::Ruin, 2));
     wait_ready(&liar);
-    // What it runs on is given back: it reads zeros then, and takes them for instructions.
+    // The guest's own program is freed. It reads zeros then, and executes them as instructions.
     wait_until(&sharing, "the end of a guest that calls itself free", || liar.vm.end().is_some());
     let end = liar.vm.end();
     assert!(matches!(end, Some(VmEnd::Crashed(_) | VmEnd::Reset)), "{end:?}");
@@ -171,15 +171,15 @@ fn ruin() {
     victims.into_iter().for_each(Guest::finish);
 }
 
-/// What a vCPU's counters were when a line began, and when it ended.
+/// The values of a vCPU's counters at the start and the end of a line.
 struct Line {
     text: String,
     start: (u64, u64),
     end: (u64, u64),
 }
 
-/// A console that looks at the counters at each line. It is written to by the vCPU's thread, so that nothing
-/// is counted meanwhile.
+/// A console that reads the counters at each line. The vCPU's thread writes to it, so nothing is counted
+/// meanwhile.
 struct Watch {
     counters: Arc<OnceLock<Counters>>,
     start: (u64, u64),
@@ -197,7 +197,7 @@ impl Write for Watch {
             self.line.push(byte);
             if byte == b'\n' {
                 let text = String::from_utf8_lossy(&std::mem::take(&mut self.line)).trim_end().to_owned();
-                // Nobody listens once the test is over.
+                // The receiver is gone after the test.
                 let _ = self.lines.send(Line { text, start: self.start, end: now() });
             }
         }
@@ -212,7 +212,7 @@ impl Write for Watch {
 fn exits() {
     let hypervisor = hypervisor();
     let sharing = sharing(settings());
-    // The engine protects pages, whose next write is an exit of the engine's account.
+    // The engine protects pages, and the next write to a protected page is an exit.
     sharing.pause();
     let counters = Arc::<OnceLock<Counters>>::default();
     let (sender, lines) = mpsc::channel();
@@ -227,7 +227,7 @@ fn exits() {
     counters.set(found).expect("it was not set before");
     vm.start();
 
-    // In the second turn of the games all that they touch has been touched.
+    // In the second round of the games, all pages that they use have been touched before.
     let mut before: Option<(u64, (u64, u64))> = None;
     let mut turns = 0;
     loop {
@@ -244,13 +244,13 @@ fn exits() {
         let rung = rings - rung_before;
         let exits = line.start.0 - counted_before.0;
         let mmio = line.start.1 - counted_before.1;
-        // In half of the passes all words change.
+        // In half of the passes, all words change.
         let words = passes / 2 * PAGES;
         println!(
             "{passes} passes that changed some {words} words, {rung} rings: {exits} exits, {mmio} for devices"
         );
         assert_eq!((rung, mmio), (passes, passes), "each pass rings once, and does nothing else there");
-        // Beside the doorbell the host's own interrupts are exits, and the look at the serial port.
+        // Besides the doorbell, the host's own interrupts and the reads of the serial port are exits.
         assert!(exits >= rung && exits < rung + rung / 4 + 200, "{exits} exits for {rung} rings");
         assert!(words > 100 * exits, "too few words to tell: {words}");
         break;
@@ -258,8 +258,8 @@ fn exits() {
     assert_eq!(vm.stop(), VmEnd::Stopped);
 }
 
-/// A Linux guest whose agent carries out these commands. Where its kernel is interpreted, that takes half a
-/// millisecond to say what one page is for: tests take no more memory than they need.
+/// Starts a Linux guest whose agent runs these commands. If its kernel is interpreted, publishing one page
+/// takes half a millisecond. So the tests use little memory.
 fn linux(
     hypervisor: &Hypervisor,
     artifacts: &Artifacts,
@@ -307,12 +307,12 @@ fn linux_tells() {
     assert_eq!(guest.vm.stop(), VmEnd::Stopped);
 }
 
-/// Pause between two passes of the agents that free memory: more than a pass takes.
+/// Pause between two passes of the agents that free memory: longer than a pass takes.
 const PAUSE_MS: u64 = 15_000;
-/// Bytes that they free.
+/// Bytes that the agents free.
 const FREED: u64 = 20 << 20;
 
-/// What this process takes of the host's memory.
+/// Returns the host's memory that this process uses.
 fn taken(sharing: &Sharing) -> u64 {
     samepage_host::statistics::rss_anon().expect("the process's memory") + sharing.statistics().store_bytes
 }
@@ -322,7 +322,7 @@ fn linux_frees() {
     let hypervisor = hypervisor();
     let sharing = sharing(settings());
     let guests = [1, 2].map(|seed| {
-        // The agent reads its console up to the end of input, which Ctrl-D is, before it goes on.
+        // The agent reads its console up to the end of input, which Ctrl-D marks.
         let commands = format!(
             "fill:20M:{seed},publish:{PAUSE_MS},verify,release,sum:/dev/ttyS0,fill:20M:7{seed},verify:8:250,poweroff"
         );
@@ -333,9 +333,9 @@ fn linux_frees() {
         watched.map(|thread| thread.join().expect("memory comes back")).into()
     });
     let most = before.into_iter().max().unwrap_or(0);
-    // The last frames of what was given back are punched in the steps that follow.
+    // The last frames of the freed memory are punched in the following steps.
     let released = || taken(&sharing) + 2 * FREED * 95 / 100 <= most;
-    wait_until(&sharing, "the memory of what was given back", released);
+    wait_until(&sharing, "the freed memory", released);
     println!("the process takes {} bytes, {most} before", taken(&sharing));
     for guest in &guests {
         assert_eq!(guest.vm.serial_input(b"\x04"), 1);
@@ -353,8 +353,8 @@ fn linux_frees() {
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
 }
 
-/// Waits until a guest has released its memory and that has come back to the host. Returns what the process
-/// took before.
+/// Waits until a guest has freed its memory and the host has that memory back. Returns the memory of the
+/// process before.
 fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
     said(guest, "ready");
     said(guest, "fill ok");
@@ -370,12 +370,12 @@ fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
             break after;
         }
         assert!(released.elapsed() < 2 * PATIENCE, "{after:?} {:?}", sharing.statistics());
-        // What has come back is a figure that is asked for, not an event.
+        // The host's free memory causes no event, so poll.
         std::thread::sleep(Duration::from_millis(20));
     };
     let took = released.elapsed();
-    // A pass takes its time where the guest's kernel is interpreted, and more where others run as well. The
-    // agent's own choice of an interval is a hundred passes; here it is two at least.
+    // A pass takes long if the guest's kernel is interpreted, and longer on a busy host. The agent's own
+    // interval is a hundred passes; here it is at least two.
     let pass = (figure(&published, "pass_ms") as u64).max(u64::from(after.pass_cpu_us) / 1000);
     let interval = Duration::from_millis(pass + PAUSE_MS.max(pass + 1000));
     println!(
@@ -383,8 +383,8 @@ fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
         back(&after),
         after.passes - before.passes
     );
-    // The pass under way, the one that tells what is free, and the one that answers the host. On a busy host the
-    // engine may ask too late for the next one, so that it takes two more at most for each of them.
+    // The pass in progress, the one that publishes the free pages, and the one that answers the host. On a
+    // busy host the engine may request the next pass too late, so each of them may take two more.
     assert!(after.passes - before.passes <= 7, "{after:?} after {before:?}, {took:?} of {interval:?}");
     most
 }

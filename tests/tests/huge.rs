@@ -1,5 +1,5 @@
-//! Guests in huge pages: those that are hot stay whole, cold ones are split and shared, and no guest finds
-//! a corrupt page.
+//! Guests in huge pages: hot huge pages stay, cold ones are split and shared, and no guest finds a corrupt
+//! page.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ fn cold() {
 }
 
 fn busy() {
-    // Slow enough for a huge page to be cold now and then.
+    // Slow enough for a huge page to become cold sometimes.
     let plan = Plan { rate: Rate::PerSecond(200), every_ms: 10, pages: Some(4096), ..churn() };
     for settings in [aggressive(), Settings { cpu_percent: 100.0, rest_ms: 2, ..Settings::default() }] {
         let (sharing, guests) = start_all(settings, &plan);

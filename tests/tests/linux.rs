@@ -1,4 +1,4 @@
-//! Linux guests that boot, use a disk and are shared.
+//! Linux guests that boot, use a disk and share memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,13 +39,13 @@ fn main() -> ExitCode {
 
 /// The kernel divides memory into sections of 32 MiB.
 const MEMORY: u64 = 64 << 20;
-/// What both guests fill alike.
+/// Number of identical pages that both guests fill.
 const FILLED_PAGES: u64 = 2048;
-/// What the guests are to have in common at least: what they fill, and most of a kernel's image.
+/// Least number of pages that the guests should share: the filled pages, and most of a kernel's image.
 const MERGED_PAGES: u64 = 4000;
 const WRITTEN_BYTES: usize = 100_000;
 
-/// A guest with an image of its own, and what it writes into that.
+/// A guest with its own image, and the content that it writes there.
 struct LinuxGuest {
     guest: Guest,
     disk: PathBuf,
@@ -67,14 +67,14 @@ impl LinuxGuest {
         config.initrd = Some(artifacts.initramfs.clone().into());
         let fill = FILLED_PAGES * 4;
         let small = file().name;
-        // The rounds last longer than the engine needs for all that is alike.
+        // The rounds last longer than the engine needs for all identical pages.
         config.cmdline = format!(
             "{COMMAND_LINE} agent=mount:/dev/vda:/mnt,sum:/mnt/{small},sum:/dev/vdb,write:/mnt/written:{WRITTEN_BYTES}:{seed},\
              sync,umount:/mnt,fill:{fill}K:7,verify:40:250,poweroff"
         );
         config.memory_bytes = MEMORY;
         let common = artifacts.disk.clone();
-        // With the kernel's page cache, disks say what they read where.
+        // With the kernel's page cache, disks report which blocks they read where.
         let data = DiskConfig { path: disk.clone(), id: "data".into(), ..DiskConfig::default() };
         let common =
             DiskConfig { path: common, read_only: true, id: "common".into(), ..DiskConfig::default() };
@@ -84,7 +84,7 @@ impl LinuxGuest {
         Self { guest: Guest::start(hypervisor, config), disk, seed }
     }
 
-    /// Waits for the agent's line on a command, and gives its figures.
+    /// Waits for the agent's line about a command, and returns its figures.
     fn wait_for(&self, command: &str) -> String {
         self.guest.console.wait_for(command, |line| {
             let said = line.strip_prefix("samepage-agent: ")?;
@@ -93,7 +93,7 @@ impl LinuxGuest {
         })
     }
 
-    /// Waits for the machine's reset, and checks on the host what the guest has left on its disk.
+    /// Waits for the machine's reset, and checks on the host what the guest has written to its disk.
     fn finish(self) {
         self.wait_for("verify ok");
         assert!(self.wait_for("done").ends_with(" failed=0"));
@@ -107,12 +107,12 @@ impl LinuxGuest {
     }
 }
 
-/// The file of the image that guests read.
+/// Returns the file of the image that guests read.
 fn file() -> &'static DiskFile {
     DISK_FILES.iter().find(|file| file.name == "small").expect("the image holds it")
 }
 
-/// Runs a tool on an image, and returns what it prints.
+/// Runs a tool on an image, and returns its output.
 fn e2fsprogs(tool: &str, arguments: &[&str], image: &Path) -> Vec<u8> {
     let found = [Path::new("/usr/sbin"), Path::new("/sbin")].map(|dir| dir.join(tool));
     let program = found.into_iter().find(|path| path.exists()).unwrap_or_else(|| tool.into());
@@ -140,7 +140,7 @@ fn use_disks_and_merge() {
     let filled = Instant::now();
     while sharing.statistics().pages_sharing < MERGED_PAGES {
         assert!(filled.elapsed() < PATIENCE, "the guests are not merged: {:?}", sharing.statistics());
-        // The engine's progress is a figure that is asked for, not an event.
+        // The engine's progress has no events, so poll.
         std::thread::sleep(Duration::from_millis(10));
     }
     println!("merged {:.1} s after they had filled their memory", filled.elapsed().as_secs_f64());
@@ -158,7 +158,7 @@ fn use_disks_and_merge() {
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
 }
 
-/// Starts a guest that reads all of the image and then rests.
+/// Starts a guest that reads the whole image and is then idle.
 fn start_reader(
     hypervisor: &Hypervisor,
     artifacts: &Artifacts,
@@ -167,7 +167,7 @@ fn start_reader(
 ) -> Guest {
     let mut config = VmConfig::new(format!("reader{number}"), artifacts.kernel.clone().into());
     config.initrd = Some(artifacts.initramfs.clone().into());
-    // As distributions have it: a page is cleared before a block is read into it.
+    // As in distributions: a page is cleared before a block is read into it.
     config.cmdline =
         format!("{COMMAND_LINE} init_on_alloc=1 agent=sum:/dev/vda,fill:64K:{number},verify:1000000:250");
     config.memory_bytes = MEMORY;
@@ -207,7 +207,7 @@ fn read_one_image() {
         before = now;
     }
     let deadline = Instant::now() + PATIENCE;
-    // Copies become shared once they are at rest; that is asked for, and no event.
+    // Copies become shared when they are idle. That causes no event, so poll.
     while sharing.statistics().pages_sharing < blocks * 9 / 10 {
         assert!(Instant::now() < deadline, "{:?} {:?}", sharing.statistics(), sharing.cache());
         std::thread::sleep(Duration::from_millis(10));
@@ -221,7 +221,7 @@ fn read_one_image() {
     println!("the guests have gone: {cache:?}");
     assert!(cache.blocks_cached * 10 >= blocks * 9, "what they held stays with the host: {cache:?}");
     sharing.set_cache_size(CacheSize::Bytes(0));
-    // Memory goes back in bounded pieces.
+    // Memory is freed in limited pieces.
     wait_until(&sharing, "the end of all frames", || {
         let statistics = sharing.statistics();
         (statistics.frames, statistics.store_bytes) == (0, 0)
@@ -248,7 +248,7 @@ fn see_growth() {
     assert!(told.starts_with("6144 512-byte logical blocks"), "{told}");
 }
 
-/// What the guest writes, and has in its page cache alone when the process is told to end.
+/// Bytes that only the guest's page cache holds when the process is asked to end.
 const UNSYNCED_BYTES: usize = 1 << 20;
 
 fn asked() {

@@ -1,4 +1,4 @@
-//! VMs that the host takes memory from while they run: one VM ends with a report, the others go on.
+//! VMs that lose memory while they run: the affected VM ends with a report, and the others continue.
 
 #![expect(unsafe_code, reason = "takes memory from a running guest")]
 
@@ -19,15 +19,15 @@ fn main() -> ExitCode {
     ])
 }
 
-/// Pages that are lost, in the midst of what the guests write.
+/// The first lost page, among the pages that the guests write.
 const LOST: u32 = 4096;
 
 /// Makes pages of a running guest inaccessible.
 fn lose(guest: &Guest, access: i32, flags: i32, file: i32) {
     let range = guest.vm.ram().range(guest.vm.ram().pages() / 4, LOST);
     let (at, bytes) = (std::ptr::without_provenance_mut(range.address()), range.bytes());
-    // SAFETY: pages of guest memory, in the place of which anything may come: who touches what cannot be
-    // supplied is the subject of the test.
+    // SAFETY: the range is guest memory, which may be replaced by anything. The test is about accesses to
+    // memory that the host cannot supply.
     let mapped = unsafe { libc::mmap(at, bytes, access, flags | libc::MAP_FIXED, file, 0) };
     assert_eq!(mapped, at, "{}", std::io::Error::last_os_error());
 }
@@ -47,7 +47,7 @@ fn ends_alone(lose: impl Fn(&Guest)) {
         guest.console.wait_for_round(guest.console.round() + 3);
     }
     audit(&sharing);
-    // Its pages go while the others run, and a new VM takes its place.
+    // Its pages are freed while the others run, and a new VM takes its place.
     drop(victim);
     guests.extend(start_all(&hypervisor, &sharing, 1, &churn()));
     wait_ready(&guests[2]);

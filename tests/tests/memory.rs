@@ -1,4 +1,4 @@
-//! Memory of a process whose VMs come and go: it is given back.
+//! A process frees the memory of VMs that have ended.
 
 use std::fs;
 use std::process::ExitCode;
@@ -25,11 +25,11 @@ const MEMORY: u64 = 16 << 20;
 const FIRST_DISK: u64 = 0xd000_0000;
 /// Blocks of the disk that all guests read.
 const BLOCKS: u32 = 512;
-/// What the process may hold beyond its memory before the first VM, in bytes. Where nothing is given back it is
-/// more after the first round, and grows with each further one.
+/// Memory that the process may have in addition to that before the first VM, in bytes. Without freeing, it
+/// would have more after the first round, and grow in each further one.
 const SLACK_BYTES: u64 = 5 << 19;
 
-/// A guest that shares a part of its memory, and reads a disk through a page cache of its own.
+/// A guest that shares a part of its memory, and reads a disk through its own page cache.
 fn plan(vm: u32) -> Plan {
     let client = ClientPlan { pages: 128, blocks: BLOCKS, units: 32, check: false, ..ClientPlan::default() };
     let disk =
@@ -51,14 +51,14 @@ fn rounds() {
                 break;
             }
             assert!(Instant::now() < deadline, "after round {round}: {now} bytes, {before} before all VMs");
-            // Memory goes back a while after the last VM, and the kernel tells nobody.
+            // Memory is freed some time after the last VM's end. That causes no event, so poll.
             thread::sleep(Duration::from_millis(50));
         }
     }
     host.end().assert_code(0);
 }
 
-/// VMs come, work, share, and go.
+/// Runs VMs that work and share.
 fn live(host: &Host) {
     let name = |vm: u32| format!("vm-{vm}");
     let each = |work: &(dyn Fn(u32) + Sync)| {
@@ -74,7 +74,7 @@ fn live(host: &Host) {
     (0..VMS).for_each(|vm| host.wait_for_console(&name(vm), "round="));
     let wanted =
         Arena::on_map(&plan(0), std::iter::once(0..MEMORY)).unwrap().counts().reclaimable(VMS.into());
-    host.wait_for("/sharing", "sharing some of what is alike", |sharing| {
+    host.wait_for("/sharing", "sharing some identical pages", |sharing| {
         let counted = &sharing["statistics"];
         counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted / 8
     });

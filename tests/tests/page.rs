@@ -1,4 +1,4 @@
-//! The web page and the report, in a browser without a window, and whom the port lets in.
+//! The web page and the report in a browser without a window, and the access to the port.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -26,12 +26,12 @@ fn main() -> ExitCode {
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
-/// A guest that goes on until it is told to finish.
+/// A guest that continues until it is asked to finish.
 fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
 }
 
-/// A process with a port for browsers, and its address.
+/// Starts a process with a port for browsers, and returns its address.
 fn serve(more: &[&str]) -> (Host, String) {
     let host = Host::serve(&[&["--sharing-cpu", "100", "--http", "127.0.0.1:0"], more].concat());
     let line = host.running.stderr().wait_for_line("the web page is http://");
@@ -39,7 +39,7 @@ fn serve(more: &[&str]) -> (Host, String) {
     (host, address)
 }
 
-/// Two VMs that share.
+/// Starts two VMs that share memory.
 fn start_two(host: &Host) {
     for (vm, name) in (0..).zip(["first-vm", "second-vm"]) {
         host.done("POST", "/vms", Some(&host.vm(name, &endless(vm), true)));
@@ -47,7 +47,7 @@ fn start_two(host: &Host) {
     host.wait_for("/sharing/pairs", "two VMs that share", |pairs| pairs[0]["pages"].as_u64() > Some(0));
 }
 
-/// Whether the page shows the two VMs and what they share.
+/// Asserts that the page shows the two VMs and their shared memory.
 fn assert_shown(page: &str) {
     let (_, body) = page.split_once("<body").expect("a body");
     let (body, _) = body.split_once("<script").expect("scripts at the end");
@@ -66,7 +66,7 @@ fn assert_shown(page: &str) {
     assert!(!body.contains("[object") && !body.contains("NaN") && !body.contains("undefined"), "{body}");
 }
 
-/// What the picture of a VM's memory shows, in words. Where it is not drawn there are none.
+/// Returns the description of the map of a VM's memory. It is missing if the map is not drawn.
 fn map_of<'a>(page: &'a str, vm: &str) -> &'a str {
     let begin = format!("aria-label=\"Memory of {vm}: ");
     let (before, words) = page.split_once(&begin).unwrap_or_else(|| panic!("no map of {vm}:\n{page}"));
@@ -86,7 +86,7 @@ fn page() {
     start_two(&host);
     let page = page_after(&format!("http://{address}/#token={TOKEN}"), 4000);
     assert_shown(&page);
-    // Who has the token can steer.
+    // With the token, a user can control VMs.
     assert_eq!(page.matches(">Pause</button>").count(), 2, "{page}");
     assert!(page.contains("class=\"status live\""), "{page}");
     for vm in ["first-vm", "second-vm"] {
@@ -99,7 +99,7 @@ fn page() {
     host.end().assert_code(0);
 }
 
-/// What comes back for a request with these lines.
+/// Returns status and body of the response to a request with these lines.
 fn ask(address: &str, lines: &[&str], body: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -121,14 +121,14 @@ fn port() {
     assert!(page.contains("content-security-policy: default-src 'none'"), "{page}");
     let (status, vms) = ask(&address, &["GET /vms HTTP/1.1", &own], "");
     assert!(status == 200 && vms.contains("\"name\":\"a\"") && vms.contains("nosniff"), "{vms}");
-    // Looked at, and no more.
+    // Watching is allowed, and nothing else.
     let kill = json!({ "action": "kill" }).to_string();
     let post = ["POST /vms/a/actions HTTP/1.1", &own, "Content-Type: application/json"];
     let (status, refused) = ask(&address, &post, &kill);
     assert!(status == 403 && refused.contains("urn:samepage:problem:forbidden"), "{refused}");
     assert_eq!(ask(&address, &["DELETE /vms/a HTTP/1.1", &own], "").0, 403);
     assert_eq!(ask(&address, &["GET /vms/a/console HTTP/1.1", &own], "").0, 403);
-    // By names that anybody can make lead here, or from pages of others.
+    // Names that DNS can resolve to this address, and pages of other origins.
     assert_eq!(ask(&address, &["GET /vms HTTP/1.1", "Host: evil.example"], "").0, 403);
     assert_eq!(ask(&address, &["GET /vms HTTP/1.1", &own, "Origin: http://evil.example"], "").0, 403);
     assert_eq!(ask(&address, &["GET /nothing HTTP/1.1", &own], "").0, 404);
@@ -147,7 +147,7 @@ fn port() {
     assert!(refused(&["--http", "127.0.0.1:0", "--http-token", "/nonexistent"]).contains("read the token"));
 }
 
-/// A file is whole, and needs nothing else.
+/// Asserts that a file is complete and needs no other files.
 fn assert_alone(file: &Path) {
     let text = fs::read_to_string(file).unwrap();
     assert!(text.starts_with("<!DOCTYPE html>") && text.trim_end().ends_with("</html>"));
@@ -174,7 +174,7 @@ fn assert_alone(file: &Path) {
 
 fn phone() {
     let host = Host::serve(&["--sharing-cpu", "100"]);
-    // They differ in what a narrow screen cuts off at the end.
+    // The names differ in the part that a narrow screen cuts off.
     let name = |vm: u32| format!("production-eu-central-database-primary-node-{vm}-blue");
     for vm in 0..3 {
         host.done("POST", "/vms", Some(&host.vm(&name(vm), &endless(vm), true)));
@@ -187,14 +187,15 @@ fn phone() {
     for pixels in [320, 375, 800] {
         let (width, page) = width_on(&file, pixels);
         assert!(width <= pixels, "the report is {width} pixels wide on a screen of {pixels}");
-        // Marks of the axes, in seconds: as many as the looks at memory reach over, and no more than were watched.
+        // The ticks of the axes, in seconds: as far as the samples reach, and not beyond the time of
+        // observation.
         let texts =
             page.split("&lt;/text&gt;").filter_map(|text| text.rsplit_once("&gt;")?.1.strip_suffix(" s"));
         let marks: Vec<u32> = texts.filter_map(|text| text.parse().ok()).collect();
         let last = marks.iter().max().unwrap_or_else(|| panic!("no marks:\n{page}"));
         assert!((1..=6).contains(last), "{marks:?}");
         for vm in 0..3 {
-            // The part of a name that is never cut.
+            // The part of a name that is never cut off.
             let end = format!("-node-{vm}-blue&lt;/span&gt;");
             assert!(page.contains(&end), "{end} is missing:\n{page}");
         }
@@ -215,7 +216,7 @@ fn report() {
         file
     };
     assert_alone(&write(&["--seconds", "2"], "live.html"));
-    // A line of the file comes each second; the last ones have the two VMs.
+    // The file gets a line each second. The last lines have the two VMs.
     assert_alone(&write(&["--stats", &stats.display().to_string()], "stats.html"));
     host.end().assert_code(0);
     fs::write(&stats, "no statistics\n").unwrap();

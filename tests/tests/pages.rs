@@ -1,4 +1,4 @@
-//! What guests use their pages for, and memory as a picture, as clients of the control socket get it.
+//! Page types and maps of memory, as clients of the control socket get them.
 
 use std::fs;
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
 
 const PAGES: u64 = MEMORY / 4096;
 
-/// A guest that goes on until it is told to finish.
+/// A guest that continues until it is asked to finish.
 fn endless(vm: u32) -> Plan {
     Plan { vm, rounds: 0, every_ms: 20, pages: Some(4096), ..Plan::default() }
 }
@@ -39,20 +39,20 @@ fn number(value: &Value, name: &str) -> u64 {
     value[name].as_u64().unwrap_or_else(|| panic!("no number {name} in {value}"))
 }
 
-/// The sum of a figure over all types.
+/// Returns the sum of a figure over all types.
 fn sum(types: &Value, name: &str) -> u64 {
     let types = types.as_object().unwrap();
     assert_eq!(types.len(), PageType::ALL.len());
     types.values().map(|one| number(one, name)).sum()
 }
 
-/// The sums of a map's states.
+/// Returns the sums of a map's states.
 fn states(map: &Value) -> [u64; 4] {
     ["shared", "private", "zero", "absent"]
         .map(|state| map["cells"].as_array().unwrap().iter().map(|cell| number(&cell["states"], state)).sum())
 }
 
-/// Checks that cells are all of memory, in order and of one length.
+/// Checks that cells cover all memory, in order and with equal lengths.
 fn assert_map(map: &Value, pages: u64, most: usize) {
     let cells = map["cells"].as_array().unwrap();
     assert!((1..=most).contains(&cells.len()), "{} cells", cells.len());
@@ -92,7 +92,7 @@ fn without_agent() {
     let all = host.done("GET", "/pages", None);
     assert_eq!((number(&all, "vms"), number(&all, "publishing")), (2, 0));
     assert_eq!(sum(&all["types"], "pages"), 2 * PAGES);
-    // Metrics by type are those of guests that say something.
+    // Metrics by type exist only for guests with an agent.
     let metrics = host.client.raw("GET".parse().unwrap(), "/metrics", Vec::new()).unwrap();
     assert!(!String::from_utf8(metrics.body).unwrap().contains("samepage_vm_type_pages{"));
     let report = report(&host, &[]);
@@ -114,7 +114,7 @@ fn maps() {
     assert_map(&map, PAGES, 1024);
     let [shared, private, _, absent] = states(&map);
     assert!(shared > 0 && private > 0 && absent > 0, "{shared} {private} {absent}");
-    // Another one soon, and what is looked at once is the same for all.
+    // A later map is new, and requests at the same time get the same map.
     let first = number_of_looks(&map);
     let again = host.wait_for("/vms/a/pages/map", "another look", |map| number_of_looks(map) > first);
     assert_map(&again, PAGES, 1024);
@@ -127,7 +127,7 @@ fn maps() {
     host.end().assert_code(0);
 }
 
-/// When a map was looked at.
+/// Returns the time of a map.
 fn number_of_looks(map: &Value) -> f64 {
     map["time_seconds"].as_f64().unwrap()
 }
@@ -145,7 +145,7 @@ fn ended() {
     let report = report(&host, &[]);
     report.assert_code(1);
     assert!(report.stderr.contains("there are no VMs with memory"), "{}", report.stderr);
-    // Booted anew it has a map at once, and none of the old ones.
+    // After a new boot, the VM has a map immediately, and not an old one.
     assert_eq!(host.act("a", "start"), "running");
     assert_map(&host.done("GET", "/vms/a/pages/map?cells=64", None), PAGES, 64);
     host.end().assert_code(0);
@@ -166,14 +166,14 @@ fn without_sharing() {
     host.end().assert_code(0);
 }
 
-/// `samepage report types` of a process.
+/// Runs `samepage report types` for a process.
 fn report(host: &Host, arguments: &[&str]) -> Finished {
     let mut report = command(["report", "types"]);
     report.args(arguments).env("SAMEPAGE_SOCKET", host.socket()).current_dir(host.folder.path());
     Running::start(report).wait()
 }
 
-/// A VM with Linux that fills memory, and changes a part of it whenever it has come to rest.
+/// Returns a VM with Linux that fills memory, and repeatedly changes a part of it when it is idle.
 fn linux(artifacts: &Artifacts, name: &str) -> Value {
     let changes: String = (1..40).map(|round| format!(",sleep:6000,change:8:{round}")).collect();
     json!({
@@ -197,8 +197,9 @@ fn with_agents() {
     for name in ["linux1", "linux2"] {
         host.done("POST", "/vms", Some(&linux(&artifacts, name)));
     }
-    // What both fill alike is shared, and what they change was. A pass takes many seconds where the guest's
-    // kernel is interpreted, and the host believes it for three times what the guest says of the next.
+    // The pages that both fill identically are shared, and the changed ones were shared before. A pass takes
+    // many seconds if the guest's kernel is interpreted. The host believes it for three times the published
+    // time of the next pass.
     const FILLED: u64 = (8 << 20) / 4096;
     let is_told = |vm: &Value| {
         let anonymous = &vm["types"]["anonymous"];
@@ -210,7 +211,7 @@ fn with_agents() {
     for vm in ["linux1", "linux2"] {
         while !is_told(&host.done("GET", &format!("/vms/{vm}/pages"), None)) {
             assert!(begun.elapsed() < 5 * PATIENCE, "{}", host.console(vm));
-            // Figures are asked for; there is no event for them.
+            // Statistics have no events, so poll.
             std::thread::sleep(Duration::from_millis(200));
         }
     }
@@ -223,7 +224,7 @@ fn with_agents() {
     assert!(files > 0, "{types}");
     assert!(number(&types["anonymous"], "pages") >= FILLED, "{types}");
     assert_eq!(sum(types, "pages"), PAGES);
-    // What lives longer than it was watched for has no figure.
+    // A life longer than the time of observation has no figure.
     let watched = types["anonymous"]["watched_seconds"].as_f64().unwrap();
     let life = types["anonymous"]["mean_life_seconds"].as_f64();
     assert!(watched > 1.0 && life.is_none_or(|life| (1.0..=watched).contains(&life)), "{types}");
@@ -254,7 +255,7 @@ fn with_agents() {
     host.end().assert_code(0);
 }
 
-/// What is told of two Linux guests, live and from a file.
+/// Checks the reports about two Linux guests, live and from a file.
 fn reports(host: &Host, stats: &str) {
     let live = report(host, &[]);
     live.assert_code(0);
@@ -273,7 +274,7 @@ fn reports(host: &Host, stats: &str) {
     let all: ByType<Value> = serde_json::from_value(json["all"].clone()).unwrap();
     let watched = all.anonymous["watched_seconds"].as_f64();
     let life = all.anonymous["mean_life_seconds"].as_f64();
-    // Pages may have been merged before the agent was heard of, and none broken by the last look.
+    // Pages may have been merged before the agent's first message, and none may be broken at the last sample.
     assert!(life <= watched && watched > Some(0.0), "{json}");
     let moments = json["moments"].as_array().unwrap();
     assert!(moments.len() > 10, "{}", moments.len());
@@ -281,7 +282,7 @@ fn reports(host: &Host, stats: &str) {
     assert!(number(last, "shared_bytes") > 0, "{last}");
     let svg = fs::read_to_string(host.folder.path().join("types.svg")).unwrap();
     assert!(svg.starts_with("<?xml") && svg.contains("<path class=\"anonymous shared\""), "{svg}");
-    // Lines say it by the same names.
+    // The lines of the file use the same names.
     let text = fs::read_to_string(stats).unwrap();
     let samples = text.lines().filter_map(|line| {
         let line: Value = serde_json::from_str(line).ok()?;

@@ -1,5 +1,4 @@
-//! How VMs take part in sharing: groups that share nothing with each other, and modes that change while
-//! guests run.
+//! Groups that share nothing with each other, and sharing modes that change while guests run.
 
 use std::process::ExitCode;
 
@@ -41,7 +40,7 @@ fn groups() {
     let all = sharing.groups();
     let names: Vec<_> = all.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["blue", DEFAULT_GROUP, "red"]);
-    // What is alike within a single guest may be merged; what two guests have in common is not.
+    // Identical pages within one guest may be merged; those of two guests may not.
     assert!(vm(2).pages_merged < counts.alike / 2, "{:?}", vm(2));
     let sum = sharing.statistics();
     assert_eq!(sum.pages_sharing, all.iter().map(|(_, group)| group.pages_sharing).sum::<u64>());
@@ -65,7 +64,7 @@ fn modes() {
         assert_eq!(toggled.participation().mode, mode);
         let now = || toggled.statistics().unwrap();
         wait_until(&sharing, &format!("mode {mode:?}"), || match mode {
-            // Guests take pages off their frames as fast as they can: on a busy host few are on some at a time.
+            // Guests unmerge pages as fast as possible, so on a busy host few are merged at a time.
             Mode::Full => now().pages_merged > 0,
             Mode::Zero => now().pages_merged == 0 && now().zero_pages > 0,
             Mode::Off => now().pages_merged == 0 && now().mappings == 1,

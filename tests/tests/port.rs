@@ -1,4 +1,4 @@
-//! Guests that say over a port of a virtio console what their pages are for, because they map no memory hole.
+//! Guests that publish page types over a port of a virtio console, because they map no memory hole.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ fn main() -> ExitCode {
     )])
 }
 
-/// Where the guest's kernel is interpreted it takes half a millisecond to say what one page is for.
+/// Little memory: if the guest's kernel is interpreted, publishing one page takes half a millisecond.
 const MEMORY: u64 = 32 << 20;
-/// Pause between two passes of the agent: more than a pass takes.
+/// Pause between two passes of the agent: longer than a pass takes.
 const PAUSE_MS: u64 = 8000;
 /// Bytes that the guest frees.
 const FREED: u64 = 4 << 20;
-/// Freed pages that Linux keeps at hand for each processor, without the flag of free ones, and some that lie alone.
+/// Freed pages that Linux keeps for each processor without the flag of free pages, and some isolated ones.
 const KEPT: u64 = 256;
 
 fn linux_tells_and_frees() {
@@ -37,8 +37,8 @@ fn linux_tells_and_frees() {
     let sharing = sharing(Settings { cpu_percent: 100.0, rest_ms: 20, ..Settings::default() });
     let mut config = VmConfig::new("port", artifacts.kernel.clone().into());
     config.initrd = Some(artifacts.initramfs.clone().into());
-    // One program at a time has the port open: the check closes it, and what publishes opens it again. What is
-    // filled is to be seen in use by a pass, so that it is news when it is free.
+    // Only one program at a time has the port open: the check closes it, and publishing reopens it. A pass
+    // should see the filled pages in use, so that their freeing is a change.
     config.cmdline = format!(
         "{COMMAND_LINE} agent=check,publish:{PAUSE_MS},fill:4M:1,sleep:20000,verify,release,sleep:45000,fill:4M:2,\
          verify:8:250,poweroff"
@@ -46,7 +46,7 @@ fn linux_tells_and_frees() {
     config.memory_bytes = MEMORY;
     config.memory_hole = MemoryHole::Port;
     config.sharing = Some(Arc::clone(&sharing));
-    // A disk, so that the port does not come first.
+    // A disk, so that the port is not the first device.
     config.disks = vec![DiskConfig {
         path: artifacts.disk.clone(),
         read_only: true,
@@ -91,14 +91,14 @@ fn linux_tells_and_frees() {
             sharing.statistics(),
             guest.console.lines().join("\n")
         );
-        // What has come back is a figure that is asked for, not an event.
+        // The host's free memory causes no event, so poll.
         std::thread::sleep(Duration::from_millis(20));
     }
     let took = released.elapsed();
     let interval = Duration::from_millis(PAUSE_MS + figure(&published, "pass_ms") as u64);
     println!("{} pages came back after {took:.1?}, an interval is {interval:.1?}", back());
     println!("{:?}", claimed());
-    // Requests come over the port at once: two passes, and the time until the engine looks.
+    // Requests arrive over the port immediately: two passes, and the time until the engine's next scan.
     assert!(took <= 2 * interval, "{took:?}, an interval is {interval:?}");
     audit(&sharing);
     said(&guest, "fill ok pages=1024 seed=2");

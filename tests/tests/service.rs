@@ -1,8 +1,8 @@
-//! The units for systemd: they are sound, and the program does its work within what its unit leaves it.
+//! The units for systemd: they are valid, and the program works under its unit's restrictions.
 //!
-//! No systemd runs here. The settings that restrict the service are read from the unit and brought about by
-//! other means: capabilities and groups by setpriv, address families by a seccomp filter, devices by a cgroup,
-//! folders by mounts.
+//! No systemd runs here. The restrictions are read from the unit and applied in other ways: capabilities and
+//! groups with setpriv, address families with a seccomp filter, devices with a cgroup, and folders with
+//! mounts.
 
 #![expect(unsafe_code, reason = "installs a seccomp filter in a process before it starts the program")]
 
@@ -33,12 +33,12 @@ fn main() -> ExitCode {
 }
 
 const RESOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources");
-/// What the group of the unit is here.
+/// The number of the unit's group in these tests.
 const GROUP: u32 = 54_321;
-/// A user that the service is not.
+/// Another user than the service's.
 const SOMEBODY: u32 = 54_322;
 
-/// The settings of a unit, in their order.
+/// The settings of a unit in order.
 struct Unit(Vec<(String, String)>);
 
 impl Unit {
@@ -67,7 +67,7 @@ fn verified() {
     let folder = tempfile::tempdir().expect("make a folder");
     for name in ["samepage.service", "samepage-agent.service"] {
         let text = fs::read_to_string(Path::new(RESOURCES).join(name)).expect("read the unit");
-        // Programs are installed elsewhere than here.
+        // Programs are installed in other places than here.
         let program = program::path().to_str().expect("a path in UTF-8");
         let text =
             text.replace("/usr/bin/samepage", program).replace("/usr/local/bin/samepage-agent", program);
@@ -81,7 +81,7 @@ fn verified() {
     }
 }
 
-/// What a unit needs of a host, for as long as it is here.
+/// The resources of the host that a unit needs, while the test runs.
 struct Service {
     folder: TempDir,
     unit: Unit,
@@ -101,7 +101,7 @@ impl Service {
         self.folder.path().join(name)
     }
 
-    /// The arguments of the program, with what the unit has where it is here.
+    /// Returns the arguments of the program, with the paths of this test in place of the unit's.
     fn arguments(&self) -> Vec<String> {
         let start = self.unit.words("ExecStart");
         assert_eq!(start[0], "/usr/bin/samepage");
@@ -115,7 +115,7 @@ impl Service {
         start[1..].iter().map(argument).collect()
     }
 
-    /// The program under the unit's restrictions, as a member of these groups.
+    /// Returns a command of the program under the unit's restrictions, as a member of these groups.
     fn command(&self, groups: &str, more: &[&str]) -> Command {
         let unit = &self.unit;
         assert!(unit.all("User").is_empty() && unit.all("AmbientCapabilities").is_empty(), "it runs as root");
@@ -142,8 +142,8 @@ impl Service {
         }
         command.arg(program::path()).args(self.arguments()).args(more).current_dir("/");
         let filter = filter(&unit.words("RestrictAddressFamilies"));
-        // SAFETY: between fork and exec the filter, which the closure owns, is given to the kernel by system
-        // calls alone.
+        // SAFETY: between fork and exec, only system calls pass the filter, which the closure owns, to the
+        // kernel.
         unsafe { command.pre_exec(move || restrict(&filter)) };
         command
     }
@@ -153,7 +153,7 @@ impl Service {
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// None where the host has no cgroups of the first version.
+    /// Returns `None` if the host has no cgroups of version 1.
     fn new(unit: &Unit) -> Option<Self> {
         let folder = PathBuf::from(format!("/sys/fs/cgroup/devices/samepage-tests-{}", std::process::id()));
         let is_there = Path::new("/sys/fs/cgroup/devices/devices.list").exists()
@@ -189,12 +189,12 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // An empty one that stays harms nobody.
+        // An empty cgroup that remains does no harm.
         let _ = fs::remove_dir(&self.0);
     }
 }
 
-/// Has sockets of these address families alone be made, as systemd's own filter does.
+/// Returns a filter that allows only sockets of these address families, like systemd's own filter.
 fn filter(families: &[&str]) -> Vec<libc::sock_filter> {
     const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
@@ -212,7 +212,7 @@ fn filter(families: &[&str]) -> Vec<libc::sock_filter> {
             other => panic!("what number {other} has is not known here"),
         })
         .collect();
-    // From behind each of them to the last step, which allows.
+    // The number of steps to the last step, which allows the call.
     let to_end = |left: usize| (left + families.len() + 1) as u8;
     let mut steps = vec![
         step(LOAD, 0, 0, 4),
@@ -231,7 +231,7 @@ fn filter(families: &[&str]) -> Vec<libc::sock_filter> {
 
 fn restrict(filter: &[libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-    // SAFETY: the program points to as many steps as it says, which the kernel copies.
+    // SAFETY: the program points to the number of steps that it states, and the kernel copies them.
     let done = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
             && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
@@ -239,11 +239,11 @@ fn restrict(filter: &[libc::sock_filter]) -> io::Result<()> {
     if done { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A block device with a file behind it.
+/// A block device that is backed by a file.
 struct Loop(String);
 
 impl Loop {
-    /// None where the host has no such devices.
+    /// Returns `None` if the host has no such devices.
     fn of(file: &Path) -> Option<Self> {
         let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
         output.status.success().then(|| Self(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
@@ -259,7 +259,7 @@ impl Drop for Loop {
 fn at_work() {
     let service = Service::new();
     fs::copy(Path::new(RESOURCES).join("vms.toml"), service.path("vms.toml")).expect("copy the VMs");
-    // What is checked before the start.
+    // The checks before the start.
     let check = service.unit.words("ExecStartPre");
     assert_eq!(check, ["/usr/bin/samepage", "config", "check", "/etc/samepage/vms.toml"]);
     let mut check = command(["config", "check"]);
@@ -272,7 +272,7 @@ fn at_work() {
     let socket = fs::metadata(service.path("control.sock")).expect("look at the socket");
     assert_eq!((socket.gid(), socket.mode() & 0o777), (GROUP, 0o660));
 
-    // Images of another user, which nobody else may read, and a block device.
+    // Images of another user, which no others may read, and a block device.
     let somebodys = |name: &str, content: &[u8]| {
         let path = service.path(name);
         fs::write(&path, content).expect("write an image");
@@ -305,7 +305,7 @@ fn at_work() {
     stream.read_to_string(&mut answer).expect("an answer");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 
-    // What `systemctl reload` does.
+    // The effect of `systemctl reload`.
     assert_eq!(service.unit.words("ExecReload"), ["/bin/kill", "-HUP", "$MAINPID"]);
     fs::rename(service.path("console.log"), service.path("console.log.1")).expect("rename a log");
     running.signal(Signal::HUP);
@@ -314,8 +314,8 @@ fn at_work() {
     running.signal(Signal::TERM);
     let finished = running.wait();
     finished.assert_code(0);
-    for trouble in ["without sharing memory", "needs the sharing engine", "not permitted", "denied"] {
-        assert!(!finished.stderr.contains(trouble), "{}", finished.stderr);
+    for problem in ["without sharing memory", "needs the sharing engine", "not permitted", "denied"] {
+        assert!(!finished.stderr.contains(problem), "{}", finished.stderr);
     }
 }
 

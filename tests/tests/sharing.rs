@@ -1,4 +1,4 @@
-//! Guests that fill, write and verify their memory while it is shared.
+//! Guests that fill, write and verify their memory while the memory is shared.
 
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -40,7 +40,7 @@ fn share_what_is_alike() {
     let guests = start_all(&hypervisor, &sharing, 2, &plan);
     let counts = Arena::on_map(&plan, std::iter::once(0..MEMORY)).unwrap().counts();
     for guest in &guests {
-        wait_until(&sharing, "sharing all that is alike", || {
+        wait_until(&sharing, "sharing all identical pages", || {
             let statistics = guest.vm.membership().unwrap().statistics().unwrap();
             statistics.pages_merged >= counts.alike && statistics.zero_pages >= counts.zero
         });
@@ -55,7 +55,7 @@ fn share_what_is_alike() {
     assert_eq!((statistics.frames, statistics.store_bytes), (0, 0), "{statistics:?}");
 }
 
-/// Merges to see in the test of integrity, where more than in every run are wanted.
+/// The variable with the number of merges in the test of integrity.
 const MERGES: &str = "SAMEPAGE_TEST_MERGES";
 
 fn integrity() {
@@ -64,7 +64,7 @@ fn integrity() {
 }
 
 fn integrity_at_rest() {
-    // Pages that keep changing are left alone before long: so many merges come at once.
+    // The engine soon leaves frequently changing pages alone, so this number of merges comes quickly.
     integrity_with(Settings { cpu_percent: 100.0, rest_ms: 2, ..Settings::default() }, 2000);
 }
 
@@ -82,7 +82,7 @@ fn integrity_with(settings: Settings, wanted: u64) {
         if statistics.merges > merges {
             (merges, progress) = (statistics.merges, Instant::now());
         }
-        // On a busy host the engine may not come to it within one round of the guests.
+        // On a busy host, the engine may not merge anything within one round of the guests.
         assert!(progress.elapsed() < PATIENCE, "guests write and nothing is merged: {statistics:?}");
         if merges / (wanted / 4).max(1) > audited {
             audited += 1;
@@ -98,7 +98,7 @@ fn integrity_with(settings: Settings, wanted: u64) {
     assert_eq!(statistics.refusals, 0, "{statistics:?}");
 }
 
-/// Returns what was to be told to users.
+/// Returns the notices for users.
 fn come_and_go_with(settings: Settings, vms: u32, cycles: u32) -> Vec<Notice> {
     let hypervisor = hypervisor();
     let before_all = Holdings::now();
@@ -153,7 +153,7 @@ fn come_and_go() {
 }
 
 fn come_and_go_at_the_reserve() {
-    // With runs of two pages, a limit of 6,000 is reached by the two guests that stay.
+    // With runs of two pages, the two guests that stay reach a limit of 6,000.
     let settings = Settings { mappings_limit: Some(6000), ..aggressive() };
     let notices = come_and_go_with(settings, 2, 4);
     assert!(matches!(notices[..], [Notice::ShortOfMappings { limit: 6000, .. }]), "{notices:?}");
@@ -189,8 +189,8 @@ fn host_sees_savings() {
 fn pause_and_resume() {
     let hypervisor = hypervisor();
     let sharing = sharing(Settings { cpu_percent: 100.0, ..Settings::default() });
-    // KVM's log may take reads of mappings that it built anew for writes: a guest that rests between its
-    // rounds is not restless on any host.
+    // KVM's log may count reads through new mappings as writes. A guest that is idle between its rounds must
+    // not count as busy on any host.
     let rate = Rate::PerSecond(100);
     let plan = Plan { rounds: 0, pages: Some(4096), every_ms: 1000, rate, ..Plan::default() };
     let guests = start_all(&hypervisor, &sharing, 2, &plan);

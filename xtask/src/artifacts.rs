@@ -1,4 +1,4 @@
-//! What guests of the tests are made of, and where it lies.
+//! The files of test guests, and their places.
 
 use crate::cache::Cache;
 use crate::{disk, initramfs, kernel};
@@ -9,34 +9,34 @@ use std::path::PathBuf;
 pub use crate::disk::{DiskFile, FILES as DISK_FILES};
 pub use samepage_resources::guest_kernel::COMMAND_LINE;
 
-/// The files that a test guest boots from. They are shared: don't write to them.
+/// The files that a test guest boots from. They are shared, so nothing may write to them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Artifacts {
     /// An ELF kernel with a PVH entry point.
     pub kernel: PathBuf,
     /// The initial RAM file system, with the guest agent as init.
     pub initramfs: PathBuf,
-    /// An ext2 image that holds [`DISK_FILES`].
+    /// An ext2 image with the files of [`DISK_FILES`].
     pub disk: PathBuf,
 }
 
 impl Artifacts {
-    /// Builds what the user's cache lacks.
+    /// Builds the files that the user's cache lacks.
     ///
     /// # Errors
-    /// A build fails.
+    /// Fails if a build fails.
     pub fn build() -> Result<Self> {
         let cache = Cache::of_user()?;
-        // The kernel comes last: it takes minutes, and the others show what is amiss in seconds.
+        // The kernel comes last, because it takes minutes. The others show errors in seconds.
         let initramfs = initramfs::build(&cache)?;
         let disk = disk::build(&cache)?;
         Ok(Self { kernel: kernel::build(&cache)?, initramfs, disk })
     }
 
-    /// Finds what has been built for the working copy as it is now, without building anything.
+    /// Finds the files for the present working copy, without building anything.
     ///
     /// # Errors
-    /// Something has not been built yet.
+    /// Fails if a file has not been built yet.
     pub fn locate() -> Result<Self> {
         let cache = Cache::of_user()?;
         let found = (kernel::find(&cache)?, initramfs::find(&cache)?, disk::find(&cache));

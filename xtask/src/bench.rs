@@ -1,4 +1,4 @@
-//! Builds the benchmarks and what they need, and runs them: `samepage bench` from a working copy.
+//! Builds and runs the benchmarks and the programs they need: `samepage bench` from a working copy.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,13 +9,13 @@ use anyhow::{Result, bail};
 use crate::artifacts::Artifacts;
 use crate::{process, setup};
 
-/// What shows that QEMU is installed.
+/// The program whose presence shows that QEMU is installed.
 const QEMU: &str = "qemu-system-x86_64";
 
-/// Runs a benchmark with these arguments, the first of which is its name.
+/// Runs a benchmark. The first argument is its name.
 ///
 /// # Errors
-/// Something that it needs is missing or does not build, or it fails.
+/// Fails if the benchmark fails, or if a program that it needs is missing or does not build.
 pub fn run(arguments: &[OsString]) -> Result<()> {
     let name = arguments.first().and_then(|name| name.to_str()).unwrap_or_default();
     if name == "startup" && !process::succeeds(Command::new(QEMU).arg("--version")) {
@@ -31,7 +31,7 @@ pub fn run(arguments: &[OsString]) -> Result<()> {
     process::run(&mut command)
 }
 
-/// Builds samepage and its benchmarks as they are released, and returns the path of the benchmarks.
+/// Builds samepage and its benchmarks with the release profile. Returns the path of the benchmarks.
 fn build() -> Result<PathBuf> {
     let build = ["build", "--release", "--package", "samepage", "--package", "samepage-bench", "--bins"];
     let messages = process::build(&build)?;

@@ -1,10 +1,9 @@
 //! A cache of built files that outlives the working copy.
 //!
-//! It lies in `$SAMEPAGE_CACHE`, or else in `samepage` below `$XDG_CACHE_HOME` or `~/.cache`. An
-//! entry is a folder `KIND-KEY`, where the key is a digest of all that the content depends on. It
-//! is filled under another name and then renamed: an entry that exists is complete. One lock for
-//! each kind keeps two runs from building the same thing; of each kind only the entries used last
-//! are kept.
+//! The cache is in `$SAMEPAGE_CACHE`, or else in `samepage` below `$XDG_CACHE_HOME` or `~/.cache`. An entry
+//! is a folder `KIND-KEY`. The key is a digest of everything that the content depends on. An entry is filled
+//! under another name and then renamed, so every entry is complete. A lock for each kind keeps two runs from
+//! building the same entry. Only the most recently used entries of a kind are kept.
 
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
@@ -13,20 +12,20 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use twox_hash::XxHash3_64;
 
-/// How many entries of one kind are kept.
+/// Number of entries to keep for each kind.
 const KEPT: usize = 4;
 
-/// What an entry's content depends on, gathered part by part.
+/// Everything that an entry's content depends on.
 #[derive(Clone, Default)]
 pub struct Key(Vec<u8>);
 
 impl Key {
-    /// A key that depends on nothing yet.
+    /// Returns a key without dependencies.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a part. Where one ends and the next begins matters.
+    /// Adds a part. The boundaries between parts matter.
     pub fn part(mut self, part: impl AsRef<[u8]>) -> Self {
         let part = part.as_ref();
         self.0.extend((part.len() as u64).to_le_bytes());
@@ -37,7 +36,7 @@ impl Key {
     /// Adds the content of a file.
     ///
     /// # Errors
-    /// That of reading the file.
+    /// Fails if the file cannot be read.
     pub fn file(self, path: &Path) -> Result<Self> {
         let content = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
         Ok(self.part(content))
@@ -46,7 +45,7 @@ impl Key {
     /// Adds the names and contents of all files below a folder.
     ///
     /// # Errors
-    /// That of reading a folder or file.
+    /// Fails if a folder or a file cannot be read.
     pub fn folder(mut self, path: &Path) -> Result<Self> {
         let reading = || format!("reading {}", path.display());
         let mut entries: Vec<PathBuf> = fs::read_dir(path)
@@ -67,16 +66,16 @@ impl Key {
     }
 }
 
-/// The cache in one folder.
+/// A cache in a folder.
 pub struct Cache {
     root: PathBuf,
 }
 
 impl Cache {
-    /// The user's cache. Nothing is created yet.
+    /// Returns the user's cache, without creating anything.
     ///
     /// # Errors
-    /// No variable says where the user keeps caches.
+    /// Fails if no environment variable gives a folder for caches.
     pub fn of_user() -> Result<Self> {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let root = variable("SAMEPAGE_CACHE")
@@ -88,31 +87,31 @@ impl Cache {
         }
     }
 
-    /// The cache in the folder `root`.
+    /// Returns the cache in the folder `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// Where the cache lies.
+    /// Returns the folder of the cache.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The folder of an entry, if it has been built.
+    /// Returns the folder of an entry, if it has been built.
     pub fn find(&self, kind: &str, key: &Key) -> Option<PathBuf> {
         let entry = self.entry(kind, key);
         entry.is_dir().then(|| {
-            // Only the order of removal hangs on the time: an entry of another user stays as it is.
+            // The time only affects the order of removal. An entry of another user keeps its time.
             let _ = File::open(&entry).and_then(|dir| dir.set_modified(SystemTime::now()));
             entry
         })
     }
 
-    /// The folder of an entry. If there is none, `build` is called with an empty folder to fill,
-    /// while any other run that wants an entry of this kind waits.
+    /// Returns the folder of an entry. If there is none, calls `build` with an empty folder to fill. Other
+    /// runs that need an entry of this kind wait meanwhile.
     ///
     /// # Errors
-    /// That of `build`, or of working with the cache's files. No entry exists then.
+    /// Fails if `build` or an operation on the cache's files fails. No entry exists then.
     pub fn get_or_build(
         &self,
         kind: &str,
@@ -129,7 +128,7 @@ impl Cache {
         if let Some(entry) = self.find(kind, key) {
             return Ok(entry);
         }
-        // Under the lock a folder of this name can only be what an interrupted run left behind.
+        // Under the lock, a folder with this name can only come from an interrupted run.
         let unfinished = self.root.join(format!("{kind}.unfinished"));
         remove(&unfinished).with_context(in_cache)?;
         fs::create_dir(&unfinished).with_context(in_cache)?;
@@ -147,7 +146,7 @@ impl Cache {
         self.root.join(format!("{kind}-{}", key.digest()))
     }
 
-    /// Removes all but the entries of `kind` used last.
+    /// Removes all entries of `kind` except the most recently used.
     fn prune(&self, kind: &str) -> io::Result<()> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.root)? {

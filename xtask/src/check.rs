@@ -1,6 +1,6 @@
-//! Every check of the project, one after the other, with a summary at the end.
+//! All checks of the project in order, with a summary at the end.
 //!
-//! A check that fails does not keep the others from running.
+//! The remaining checks run even after a failed one.
 
 use crate::artifacts::Artifacts;
 use crate::cache::Cache;
@@ -10,11 +10,11 @@ use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::time::{Duration, Instant};
 
-/// Says, if set to 1, that tests which need KVM are to be left out where there is none.
+/// The variable that, set to 1, skips tests that need KVM if there is none.
 pub const WITHOUT_KVM: &str = "SAMEPAGE_TESTS_WITHOUT_KVM";
 
-/// Runs all checks and returns whether all passed. Where the tests that boot guests are left out, no guests are
-/// built; where some tests are chosen, the source is not checked.
+/// Runs all checks and returns whether all passed. Without tests that boot guests, no guests are built. If
+/// only some tests are chosen, the source is not checked.
 pub fn run(choice: &Choice) -> bool {
     let quick = choice.quick;
     let mut report = Report::default();
@@ -69,15 +69,15 @@ fn check_source(report: &mut Report) {
     dependencies(report);
 }
 
-/// Builds the documentation of all items. A link that leads nowhere fails.
+/// Builds the documentation of all items. Fails at broken links.
 fn document() -> Result<()> {
-    // The reader is a developer, who has the private items at hand: links to those are wanted.
+    // The readers are developers, who have the private items too, so links to those are allowed.
     let flags = "-D warnings -A rustdoc::private_intra_doc_links";
     let document = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];
     process::run(process::cargo().args(document).env("RUSTDOCFLAGS", flags))
 }
 
-/// Checks the crates that are used, as far as the tool and its database of advisories can be had.
+/// Checks the dependencies, if the tool and its database of advisories are available.
 fn dependencies(report: &mut Report) {
     if !deny::is_installed() {
         return report.left_out("licences", deny::HOW_TO_INSTALL);
@@ -89,12 +89,12 @@ fn dependencies(report: &mut Report) {
     }
 }
 
-/// Whether this process can create virtual machines.
+/// Fails if this process cannot create VMs.
 fn kvm() -> Result<()> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm").context("/dev/kvm can't be opened").map(drop)
 }
 
-/// Runs a part of Cargo that is installed separately.
+/// Runs a component of Cargo that is installed separately.
 fn component(subcommand: &str, name: &str, arguments: &[&str]) -> Result<()> {
     if !process::succeeds(process::cargo().args([subcommand, "--version"])) {
         bail!("`cargo {subcommand}` is missing; install it with: rustup component add {name}");
@@ -102,7 +102,7 @@ fn component(subcommand: &str, name: &str, arguments: &[&str]) -> Result<()> {
     process::run(process::cargo().args(arguments))
 }
 
-/// How a step ended.
+/// The result of a step.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Passed,
@@ -110,7 +110,7 @@ enum Verdict {
     LeftOut,
 }
 
-/// What became of each step.
+/// The results of all steps.
 #[derive(Default)]
 struct Report {
     steps: Vec<(&'static str, Verdict, Duration)>,
@@ -130,13 +130,13 @@ impl Report {
         self.steps.push((name, verdict, elapsed));
     }
 
-    /// Notes a step that cannot be done on this host. The other steps decide whether all is well.
+    /// Records a step that is not possible on this host. It does not affect the result.
     fn left_out(&mut self, name: &'static str, why: &str) {
         println!("\n== {name}: left out: {why}");
         self.steps.push((name, Verdict::LeftOut, Duration::ZERO));
     }
 
-    /// Prints the outcome of each step and of all tests; returns whether all is well.
+    /// Prints the results of each step and of all tests. Returns whether all passed.
     fn summarise(&self, tests: &Results) -> bool {
         println!("\n== summary");
         for (name, verdict, elapsed) in &self.steps {

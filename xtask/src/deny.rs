@@ -1,34 +1,34 @@
-//! Licences, sources and advisories of the crates that samepage uses, as `deny.toml` allows them.
+//! Checks licences, sources and advisories of the dependencies against `deny.toml`.
 //!
-//! `cargo deny` is not installed here, since it takes minutes to build. Its advisories come from a repository on
-//! the network. Where either is missing the check is left out, and the summary says so.
+//! `cargo deny` is not installed automatically, because it takes minutes to build. Its advisories come from a
+//! repository on the network. If either is missing, the check is skipped, and the summary says so.
 
 use crate::process;
 use anyhow::{Context, Result};
 use std::process::Command;
 
-/// What to do where [`is_installed`] says no.
+/// The advice if `cargo deny` is missing.
 pub const HOW_TO_INSTALL: &str =
     "`cargo deny` is missing; install it with: cargo install --locked cargo-deny";
 
-/// Whether Cargo finds `cargo deny`.
+/// Returns whether Cargo finds `cargo deny`.
 #[must_use]
 pub fn is_installed() -> bool {
     process::succeeds(process::cargo().args(["deny", "--version"]))
 }
 
-/// Checks licences, banned crates and the places that crates come from.
+/// Checks licences, banned crates and the sources of crates.
 ///
 /// # Errors
-/// `deny.toml` does not allow a crate. `cargo deny` has printed which one.
+/// Fails if `deny.toml` does not allow a crate. `cargo deny` has printed which one.
 pub fn check_licences() -> Result<()> {
     process::run(deny().args(["check", "licenses", "bans", "sources"]))
 }
 
-/// Gets the newest database of advisories.
+/// Downloads the newest database of advisories.
 ///
 /// # Errors
-/// The database cannot be had, for lack of a network for example.
+/// Fails if the database is not available, for example without a network.
 pub fn fetch_advisories() -> Result<()> {
     process::output(deny().args(["fetch", "db"])).context("getting the database of advisories").map(drop)
 }
@@ -36,7 +36,7 @@ pub fn fetch_advisories() -> Result<()> {
 /// Checks that no crate has an open advisory.
 ///
 /// # Errors
-/// A crate has one. `cargo deny` has printed it.
+/// Fails if a crate has one. `cargo deny` has printed it.
 pub fn check_advisories() -> Result<()> {
     process::run(deny().args(["check", "advisories"]))
 }

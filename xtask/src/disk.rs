@@ -1,6 +1,6 @@
 //! The disk image of test guests: an ext2 file system with files of known content.
 //!
-//! The same recipe gives the same bytes each time. Tests that write to the disk work on a copy.
+//! The same recipe always produces the same bytes. Tests that write to the disk use a copy.
 
 use crate::cache::{Cache, Key};
 use crate::process;
@@ -10,25 +10,25 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// To be raised when this module builds something else from the same recipe.
+/// Must be increased when this module builds another image from the same inputs.
 const RECIPE: &str = "disk 1";
 /// The size of the image in bytes.
 pub const SIZE: u64 = 16 << 20;
-/// Identifies the file system, and seeds the hashes of its folders.
+/// The ID of the file system, and the seed for the hashes of its folders.
 const UUID: &str = "5a3e9a6e-0000-4000-8000-000000000001";
 
 /// A file of the image, in its root folder.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskFile {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// Its size in bytes.
+    /// The size in bytes.
     pub bytes: usize,
-    /// The seed of its [`content`].
+    /// The seed of the [`content`].
     pub seed: u64,
 }
 
-/// All files of the image. Sizes are for guests that read a megabyte a second.
+/// All files of the image. Their sizes suit guests that read a megabyte per second.
 pub const FILES: [DiskFile; 4] = [
     DiskFile { name: "small", bytes: 100_000, seed: 101 },
     DiskFile { name: "file", bytes: 1 << 20, seed: 102 },
@@ -39,7 +39,7 @@ pub const FILES: [DiskFile; 4] = [
 /// Builds the image if the cache lacks it, and returns its path.
 ///
 /// # Errors
-/// A tool of e2fsprogs is missing or fails, or files can't be written.
+/// Fails if a tool of e2fsprogs is missing or fails, or if a file cannot be written.
 pub fn build(cache: &Cache) -> Result<PathBuf> {
     let entry = cache.get_or_build("disk", &key(), |dir| {
         eprintln!("disk: making an ext2 image");
@@ -55,7 +55,7 @@ pub fn build(cache: &Cache) -> Result<PathBuf> {
     Ok(entry.join("disk.img"))
 }
 
-/// The path of the image if the cache has it.
+/// Returns the path of the image if the cache has it.
 pub fn find(cache: &Cache) -> Option<PathBuf> {
     cache.find("disk", &key()).map(|entry| entry.join("disk.img"))
 }
@@ -68,7 +68,7 @@ fn key() -> Key {
 }
 
 fn make_image(content: &Path, image: &Path) -> Result<()> {
-    // 4 KiB blocks: a block of the file system is a page of the guest.
+    // With blocks of 4 KiB, a block of the file system is a page of the guest.
     process::output(
         tool("mke2fs")
             .args(["-q", "-t", "ext2", "-b", "4096", "-U", UUID])
@@ -77,7 +77,7 @@ fn make_image(content: &Path, image: &Path) -> Result<()> {
             .arg(image)
             .arg(format!("{}k", SIZE / 1024)),
     )?;
-    // Inodes carry the times of the files that they were copied from.
+    // Inodes have the times of the copied files.
     let inodes = FILES.iter().map(|file| format!("/{}", file.name)).chain(["/".into()]);
     let script: String = inodes
         .flat_map(|path| {
@@ -90,10 +90,10 @@ fn make_image(content: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A tool of e2fsprogs.
+/// Returns a command of a tool of e2fsprogs.
 fn tool(name: &str) -> Command {
     let mut command = process::admin_tool(name);
-    // The clock of everything that the tool stamps itself.
+    // The time for everything that the tool marks with a time.
     command.env("E2FSPROGS_FAKE_TIME", "1");
     command
 }

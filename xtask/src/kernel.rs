@@ -1,9 +1,9 @@
-//! Building the guest kernel from Debian's kernel source package.
+//! Builds the guest kernel from Debian's kernel source package.
 //!
-//! The result is an uncompressed `vmlinux`, an ELF file with a PVH entry point, in an entry of the
-//! cache next to its `System.map` and `config`. It depends on the project's configuration and
-//! patches and on the version of the source package, so that it is built once (in some minutes) and
-//! then found again. The compiler's output is kept in `kernel.log` in the cache.
+//! The result is an uncompressed `vmlinux`, an ELF file with a PVH entry point, in an entry of the cache with
+//! its `System.map` and `config`. It depends on the project's configuration and patches, and on the version
+//! of the source package. So it is built once, in some minutes, and then found in the cache. The compiler's
+//! output is in `kernel.log` in the cache.
 
 use crate::cache::{Cache, Key};
 use crate::process;
@@ -21,23 +21,23 @@ pub const SOURCE_PACKAGE: &str = "linux-source-6.1";
 const PATCHES: [&str; 2] = ["software-kvm.patch", "quick-boot.patch"];
 const TARBALL: &str = "/usr/src/linux-source-6.1.tar.xz";
 
-/// To be raised when this module builds something else from the same inputs.
+/// Must be increased when this module builds another kernel from the same inputs.
 const RECIPE: &str = "kernel 1";
 
 /// Builds the kernel if the cache lacks it, and returns the path of `vmlinux`.
 ///
 /// # Errors
-/// The source is not installed, or a step of the build fails; the error names the log.
+/// Fails if the source is not installed, or if a step of the build fails. The error names the log.
 pub fn build(cache: &Cache) -> Result<PathBuf> {
     let entry =
         cache.get_or_build("kernel", &key()?, |dir| build_in(dir, &cache.root().join("kernel.log")))?;
     Ok(entry.join("vmlinux"))
 }
 
-/// The path of `vmlinux` if the cache has it.
+/// Returns the path of `vmlinux` if the cache has it.
 ///
 /// # Errors
-/// What it depends on can't be read.
+/// Fails if a file that the kernel depends on cannot be read.
 pub fn find(cache: &Cache) -> Result<Option<PathBuf>> {
     Ok(cache.find("kernel", &key()?).map(|entry| entry.join("vmlinux")))
 }
@@ -121,7 +121,7 @@ fn compile(tree: &Path, log_path: &Path) -> Result<()> {
 fn make(tree: &Path) -> Command {
     let mut make = Command::new("make");
     make.arg("-C").arg(tree).arg("ARCH=x86_64");
-    // The same inputs give the same bytes, whoever builds them, wherever and whenever.
+    // The same inputs always produce the same bytes, for any user, place and time.
     make.env("KBUILD_BUILD_TIMESTAMP", "1970-01-01").env("KBUILD_BUILD_USER", "samepage");
     make.env("KBUILD_BUILD_HOST", "samepage").env("KBUILD_BUILD_VERSION", "1");
     for variable in ["MAKEFLAGS", "KCFLAGS", "KBUILD_OUTPUT", "CROSS_COMPILE", "LOCALVERSION"] {
@@ -130,7 +130,7 @@ fn make(tree: &Path) -> Command {
     make
 }
 
-/// The first line of the configuration `wanted` that the configuration `got` does not honour.
+/// Returns the first line of the configuration `wanted` that the configuration `got` lacks.
 fn unmet<'a>(wanted: &'a str, got: &str) -> Option<&'a str> {
     wanted.lines().find(|line| {
         let disabled = line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set"));
@@ -141,7 +141,7 @@ fn unmet<'a>(wanted: &'a str, got: &str) -> Option<&'a str> {
     })
 }
 
-/// Copies what make prints to the log and shows how far it is until it ends.
+/// Copies the output of make to the log and shows the progress until it ends.
 fn follow(output: ChildStdout, mut log: File) -> io::Result<()> {
     let (sender, lines) = mpsc::channel();
     let reader = thread::spawn(move || -> io::Result<()> {
@@ -150,7 +150,7 @@ fn follow(output: ChildStdout, mut log: File) -> io::Result<()> {
             let compiled = line.starts_with(b"  CC") || line.starts_with(b"  AS");
             line.push(b'\n');
             log.write_all(&line)?;
-            // The other end only goes away when this function is done.
+            // The receiver exists until this function ends.
             let _ = sender.send(compiled);
         }
         Ok(())

@@ -1,7 +1,7 @@
-//! Builds what guests of the tests are made of, and runs every check of the project.
+//! Builds the files of test guests, and runs every check of the project.
 //!
-//! Integration tests link this crate for [`artifacts`], which finds the guest kernel, the initial
-//! RAM file system and the disk image that `cargo xtask artifacts` has built.
+//! Integration tests use [`artifacts`], which finds the guest kernel, the initial RAM file system and the
+//! disk image of `cargo xtask artifacts`.
 
 #![forbid(unsafe_code)]
 
@@ -24,7 +24,7 @@ pub mod suite;
 
 use std::path::PathBuf;
 
-/// The root folder of the project.
+/// Returns the root folder of the project.
 pub fn project_root() -> PathBuf {
     let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     root.pop();

@@ -1,4 +1,4 @@
-//! `cargo xtask`: builds what the tests need, and runs every check of the project.
+//! `cargo xtask`: builds the files that the tests need, and runs every check of the project.
 
 #![forbid(unsafe_code)]
 

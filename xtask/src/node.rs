@@ -1,7 +1,7 @@
-//! Programs in JavaScript that tests use: a generator of clients in TypeScript, and its compiler.
+//! JavaScript programs for tests: a generator of clients in TypeScript, and its compiler.
 //!
-//! They are installed from npm into an entry of the cache, at the versions that are named here. Where they cannot
-//! be had, tests that need them are left out, and counted.
+//! They are installed from npm into an entry of the cache, with fixed versions. If that is not possible,
+//! tests that need them are skipped and counted.
 
 use crate::cache::{Cache, Key};
 use crate::{process, setup};
@@ -9,21 +9,21 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What is installed.
+/// The packages.
 const PACKAGES: [&str; 3] = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3"];
-/// The Debian packages that npm is in, where there is none.
+/// The Debian packages with npm.
 const DEBIAN: [&str; 2] = ["nodejs", "npm"];
 
-/// To be raised when this module installs something else from the same packages.
+/// Must be increased when this module installs other files from the same packages.
 const RECIPE: &str = "node 1";
 
 /// Installs the packages if the cache lacks them.
 ///
 /// # Errors
-/// There is no npm, or it does not give the packages.
+/// Fails if npm is missing or cannot install the packages.
 pub fn build(cache: &Cache) -> Result<Modules> {
     let entry = cache.get_or_build("node", &key(), |dir| {
-        // Node.js does not come from Debian on every host.
+        // On some hosts, Node.js is not a Debian package.
         if !process::succeeds(Command::new("npm").arg("--version")) {
             setup::install_packages(&DEBIAN)?;
         }
@@ -34,10 +34,10 @@ pub fn build(cache: &Cache) -> Result<Modules> {
     Ok(Modules(entry))
 }
 
-/// What was installed, if the cache has it and there is a program to run it.
+/// Returns the installed packages, if the cache has them and Node.js is present.
 ///
 /// # Errors
-/// There is no cache.
+/// Fails if there is no cache.
 pub fn find() -> Result<Option<Modules>> {
     let entry = Cache::of_user()?.find("node", &key());
     Ok(entry.filter(|_| process::succeeds(Command::new("node").arg("--version"))).map(Modules))
@@ -52,13 +52,13 @@ fn key() -> Key {
 pub struct Modules(PathBuf);
 
 impl Modules {
-    /// Where the packages are, for programs that import them.
+    /// Returns the folder of the packages, for programs that import them.
     #[must_use]
     pub fn folder(&self) -> PathBuf {
         self.0.join("node_modules")
     }
 
-    /// A command line of one of the programs, by its path below the folder of its package.
+    /// Returns a command of one of the programs, by its path in the folder of its package.
     #[must_use]
     pub fn program(&self, path: impl AsRef<Path>) -> Command {
         let mut program = Command::new("node");

@@ -1,4 +1,4 @@
-//! Running other programs, with errors that name the command.
+//! Runs other programs, with errors that name the command.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 /// Runs `command` to its end.
 ///
 /// # Errors
-/// It could not be started or did not succeed.
+/// Fails if it cannot be started or does not succeed.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("starting {}", shown(command)))?;
     if !status.success() {
@@ -17,10 +17,10 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` to its end and returns what it printed.
+/// Runs `command` to its end and returns its output.
 ///
 /// # Errors
-/// It could not be started, did not succeed, or printed no UTF-8.
+/// Fails if it cannot be started, does not succeed, or prints invalid UTF-8.
 pub fn output(command: &mut Command) -> Result<String> {
     let output =
         command.stdin(Stdio::null()).output().with_context(|| format!("starting {}", shown(command)))?;
@@ -31,7 +31,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("reading what {} printed", shown(command)))
 }
 
-/// Whether `command` can be started and succeeds; what it prints is dropped.
+/// Returns whether `command` can be started and succeeds. Its output is dropped.
 pub fn succeeds(command: &mut Command) -> bool {
     command
         .stdin(Stdio::null())
@@ -41,7 +41,7 @@ pub fn succeeds(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// A tool for administrators, which may be installed where other users don't look.
+/// Returns a command of a tool for administrators. It may be in a folder that is not in the path of other users.
 pub(crate) fn admin_tool(name: &str) -> Command {
     let mut command = Command::new(name);
     let path = std::env::var("PATH").unwrap_or_default();
@@ -49,24 +49,24 @@ pub(crate) fn admin_tool(name: &str) -> Command {
     command
 }
 
-/// The Cargo that runs this program, or the one on the path.
+/// Returns the Cargo that runs this program, or the one in the path.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(crate::project_root());
     command
 }
 
-/// Has Cargo build something, shows its progress, and returns its messages, a JSON object a line.
+/// Builds with Cargo, shows its progress, and returns its messages, which are JSON objects on a line each.
 ///
 /// # Errors
-/// It does not build.
+/// Fails if the build fails.
 pub fn build(arguments: &[&str]) -> Result<String> {
     let mut command = cargo();
     command.args(arguments).arg("--message-format=json-render-diagnostics");
     output(command.stderr(Stdio::inherit()))
 }
 
-/// The program of this name that Cargo's messages speak of.
+/// Returns the path of the program with this name, from Cargo's messages.
 pub fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut programs = messages.filter_map(|message| Some(message.get("executable")?.as_str()?.into()));

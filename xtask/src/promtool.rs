@@ -1,7 +1,7 @@
 //! Prometheus' checker of metrics, for a test.
 //!
-//! Debian has it in the package of the whole server. Only the program is taken out of that, into an entry of the
-//! cache, so that no server is installed or started.
+//! Debian's package contains the whole server. Only the program is unpacked from it into an entry of the
+//! cache, so no server is installed or started.
 
 use crate::cache::{Cache, Key};
 use crate::process;
@@ -10,23 +10,23 @@ use std::path::PathBuf;
 use std::process::Command;
 
 const PACKAGE: &str = "prometheus";
-/// The program in the package.
+/// The path of the program in the package.
 const PROGRAM: &str = "usr/bin/promtool";
 
-/// To be raised when this module takes something else out of the package.
+/// Must be increased when this module unpacks other files from the package.
 const RECIPE: &str = "promtool 1";
 
-/// Gets the program if neither the host nor the cache has it.
+/// Unpacks the program if neither the host nor the cache has it.
 ///
 /// # Errors
-/// Debian's packages cannot be had.
+/// Fails if Debian's packages are not available.
 pub fn build(cache: &Cache) -> Result<()> {
     if on_path() {
         return Ok(());
     }
     cache.get_or_build("promtool", &key(), |dir| {
         let download = || process::run(Command::new("apt-get").args(["download", PACKAGE]).current_dir(dir));
-        // The lists may be missing or too old.
+        // The package lists may be missing or outdated.
         download()
             .or_else(|_| process::run(Command::new("apt-get").arg("update")).and_then(|()| download()))
             .context("downloading Debian's package of Prometheus")?;
@@ -39,7 +39,7 @@ pub fn build(cache: &Cache) -> Result<()> {
     Ok(())
 }
 
-/// The program, if the host or the cache has it.
+/// Returns the program, if the host or the cache has it.
 #[must_use]
 pub fn find() -> Option<PathBuf> {
     if on_path() {

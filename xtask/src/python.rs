@@ -1,7 +1,7 @@
-//! Programs in Python that tests use: clients of others, and generators of requests and of clients.
+//! Python programs for tests: clients by others, and generators of requests and of clients.
 //!
-//! They are installed from PyPI into an environment of their own in an entry of the cache, at the versions
-//! that are named here. Where they cannot be had, tests that need them are left out, and counted.
+//! They are installed from PyPI into an environment in an entry of the cache, with fixed versions. If that is
+//! not possible, tests that need them are skipped and counted.
 
 use crate::cache::{Cache, Key};
 use crate::process;
@@ -9,17 +9,17 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::process::Command;
 
-/// What is installed.
+/// The packages.
 const PACKAGES: [&str; 4] =
     ["firecracker-python==0.0.5", "schemathesis==4.32.5", "openapi-python-client==0.29.1", "mypy==2.4.1"];
 
-/// To be raised when this module installs something else from the same packages.
+/// Must be increased when this module installs other files from the same packages.
 const RECIPE: &str = "python 1";
 
 /// Installs the packages if the cache lacks them.
 ///
 /// # Errors
-/// There is no Python with `venv`, or PyPI does not give the packages.
+/// Fails if Python with `venv` is missing, or if PyPI does not provide the packages.
 pub fn build(cache: &Cache) -> Result<Environment> {
     let entry = cache.get_or_build("python", &key(), |dir| {
         process::run(Command::new("python3").args(["-m", "venv"]).arg(dir))
@@ -31,10 +31,10 @@ pub fn build(cache: &Cache) -> Result<Environment> {
     Ok(Environment(entry))
 }
 
-/// What was installed, if the cache has it.
+/// Returns the environment, if the cache has it.
 ///
 /// # Errors
-/// There is no cache.
+/// Fails if there is no cache.
 pub fn find() -> Result<Option<Environment>> {
     Ok(Cache::of_user()?.find("python", &key()).map(Environment))
 }
@@ -48,17 +48,17 @@ fn key() -> Key {
 pub struct Environment(PathBuf);
 
 impl Environment {
-    /// A command line of its interpreter.
+    /// Returns a command of the environment's interpreter.
     #[must_use]
     pub fn python(&self) -> Command {
         let mut python = Command::new(self.0.join("bin/python"));
-        // The entry is shared: nothing is written to it.
+        // The entry is shared, so the interpreter must not write to it.
         python.env("PYTHONDONTWRITEBYTECODE", "1").env_remove("PYTHONPATH").env_remove("PYTHONHOME");
         python
     }
 
-    /// A command line of one of its programs. Their files name the interpreter by the place where they were
-    /// made.
+    /// Returns a command of one of the environment's programs. Their files name the interpreter by the path
+    /// of their installation.
     #[must_use]
     pub fn program(&self, name: &str) -> Command {
         let mut program = self.python();

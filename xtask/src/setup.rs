@@ -1,4 +1,4 @@
-//! Installing the Debian packages that the builds need.
+//! Installs the Debian packages that the builds need.
 
 use crate::process;
 use anyhow::{Context, Result, bail};
@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-/// Everything that building guests, and testing disks and units, takes beyond the Rust toolchain.
+/// The packages for building guests and for testing disks and units, in addition to the Rust toolchain.
 pub const PACKAGES: [&str; 16] = [
     crate::kernel::SOURCE_PACKAGE,
     "bc",
@@ -22,26 +22,26 @@ pub const PACKAGES: [&str; 16] = [
     "python3-venv",
     "qemu-system-x86",
     "qemu-utils",
-    // Verifies units; it need not run the host.
+    // For verifying units. It need not run on the host.
     "systemd",
     "xz-utils",
 ];
 
-/// The browser that tests of the web page use; without it they are skipped.
+/// The browser for tests of the web page. Without it, these tests are skipped.
 pub const BROWSER: &str = "chromium";
 
-/// Installs what is missing of [`PACKAGES`], as [`install_packages`] does.
+/// Installs the missing packages of [`PACKAGES`], like [`install_packages`].
 ///
 /// # Errors
-/// Packages are missing and can't be installed; the error holds the command that would.
+/// Fails if packages are missing and cannot be installed. The error contains the command for it.
 pub fn install() -> Result<()> {
     install_packages(&PACKAGES)
 }
 
-/// Installs what is missing of `packages` if this process may, and does nothing if all is there.
+/// Installs the missing ones of `packages` if this process may do so. Does nothing if none is missing.
 ///
 /// # Errors
-/// Packages are missing and can't be installed; the error holds the command that would.
+/// Fails if packages are missing and cannot be installed. The error contains the command for it.
 pub fn install_packages(packages: &[&str]) -> Result<()> {
     let missing = missing_packages(packages)?;
     if missing.is_empty() {
@@ -56,7 +56,7 @@ pub fn install_packages(packages: &[&str]) -> Result<()> {
     if attempt().is_ok() {
         return Ok(());
     }
-    // The package lists may be missing or too old to name files that still exist.
+    // The package lists may be missing, or name files that no longer exist.
     process::run(apt_get().arg("update")).and_then(|()| attempt()).with_context(|| {
         format!("installing packages with: {install}\n(they are those of Debian 12, \"bookworm\")")
     })
@@ -74,7 +74,7 @@ fn apt_get() -> Command {
 }
 
 fn missing_packages<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
-    // It fails when it doesn't know a package, and still prints those that it knows.
+    // The call fails for unknown packages, but still prints the known ones.
     let output = Command::new("dpkg-query")
         .args(["--show", "--showformat=${Package} ${db:Status-Status}\n"])
         .args(packages)
@@ -83,7 +83,7 @@ fn missing_packages<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
     Ok(missing_from(packages, &String::from_utf8_lossy(&output.stdout)))
 }
 
-/// The packages that a `dpkg-query` listing doesn't show as installed.
+/// Returns the packages that are not installed according to a `dpkg-query` listing.
 fn missing_from<'a>(packages: &[&'a str], listing: &str) -> Vec<&'a str> {
     let installed: Vec<&str> = listing.lines().filter_map(|line| line.strip_suffix(" installed")).collect();
     packages.iter().copied().filter(|package| !installed.contains(package)).collect()

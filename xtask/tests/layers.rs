@@ -1,6 +1,6 @@
-//! Which crate may depend on which, read from the workspace's Cargo.toml files.
+//! Checks the dependencies between crates, from the workspace's Cargo.toml files.
 //!
-//! The table is that of `docs/design.md`. Dependencies of tests (`dev-dependencies`) may point anywhere.
+//! The table is the same as in `docs/design.md`. Dependencies of tests (`dev-dependencies`) are not checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
-/// Each crate of the layers, and the crates of the workspace that it may use itself.
+/// Each crate of the layers, with the crates of the workspace that it may use directly.
 const LAYERS: &[(&str, &[&str])] = &[
     ("samepage-hole", &[]),
     ("samepage-text", &[]),
@@ -83,7 +83,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// What a crate must not reach, not even by others of the workspace: crates whose names begin so.
+/// The starts of crate names that each crate may not reach, even indirectly.
 const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-text", &["libc", "rustix", "tokio", "hyper", "kvm-"]),
     ("samepage-process", &["kvm-", "axum", "hyper", "tokio"]),
@@ -103,7 +103,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("xtask", &["samepage-bench", "samepage-machine", "samepage-sharing"]),
 ];
 
-/// The crates of the workspace with all that each depends on, but for its tests.
+/// Returns the crates of the workspace with their direct dependencies, except those of tests.
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let read = |folder: &Path| -> Table {
@@ -116,7 +116,7 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         let manifest = read(&root.join(member.as_str().expect("a path")));
         let name = manifest["package"]["name"].as_str().expect("a name").to_owned();
         let tables = ["dependencies", "build-dependencies"].map(|table| manifest.get(table));
-        // Who wants an optional one says so by a feature, and who does not is free of it.
+        // An optional dependency counts only with its feature, and other users do not get it.
         let is_optional = |value: &Value| value.get("optional").and_then(Value::as_bool) == Some(true);
         let entries = tables.into_iter().flatten().filter_map(Value::as_table).flatten();
         let names = entries.filter(|(_, value)| !is_optional(value)).map(|(name, _)| name.clone());
@@ -125,7 +125,7 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     members.iter().map(of_member).collect()
 }
 
-/// All that a crate reaches, each with the crate that depends on it.
+/// Returns all crates that a crate reaches, each with the crate that depends on it.
 fn reached(all: &BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeMap<String, String> {
     let mut reached = BTreeMap::new();
     let mut ahead = vec![from.to_owned()];

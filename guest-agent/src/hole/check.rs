@@ -1,9 +1,9 @@
-//! Whether the flags that are published are those of the kernel.
+//! Compares published flags with the kernel's.
 //!
-//! Pages change while they are looked at. So each batch is read from the kernel, published, and read once
-//! more at once: what was published is to equal what was read before or what was read after, and where it
-//! equals neither, the two are to differ: the page changed meanwhile. A page that seems to contradict that
-//! is looked at again, since it may have changed to and fro; one that always does is unexplained.
+//! Pages change during the comparison. So each batch is read from the kernel, published, and immediately read
+//! again. A published word should equal the first or the second reading. If it equals neither, the two
+//! readings should differ, because the page has changed meanwhile. A page that contradicts this is checked
+//! again, because it may have changed twice. A page that always contradicts it is unexplained.
 
 use std::fmt;
 
@@ -13,32 +13,32 @@ use super::Error;
 use super::pages::{BATCH, Flags};
 use super::publish::{Target, batch, batches};
 
-/// Page frames looked at between two readings of the kernel's flags: few, so that little time passes.
+/// Number of page frames between two readings of the kernel's flags: few, so that little time passes.
 const CHECKED: usize = 256;
-/// How often a page that contradicts is looked at again.
+/// Number of checks for a page that contradicts.
 const LOOKS: u32 = 4;
 
-/// What a check found, in page frames.
+/// The result of a check, in page frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
-    /// All that are RAM.
+    /// All page frames of RAM.
     pub pages: u64,
-    /// Published as the kernel said before or after.
+    /// Published as in the first or the second reading.
     pub equal: u64,
-    /// Published as neither, and changed between the two.
+    /// Published as in neither reading, and changed in between.
     pub moved: u64,
-    /// Neither, and not changed, whenever they were looked at.
+    /// Published as in neither reading, and unchanged in each check.
     pub unexplained: u64,
 }
 
 impl Checked {
-    /// Whether the flags are right: 99.5% are equal, and the rest has changed.
+    /// Returns whether the flags are right: 99.5% are equal, and the others have changed.
     #[must_use]
     pub fn passed(&self) -> bool {
         self.pages > 0 && self.unexplained == 0 && self.equal * 1000 >= self.pages * 995
     }
 
-    /// Share of the pages that are equal, in percent.
+    /// Returns the percentage of equal pages.
     #[must_use]
     pub fn percent(&self) -> f64 {
         100.0 * self.equal as f64 / self.pages.max(1) as f64
@@ -56,7 +56,7 @@ impl fmt::Display for Checked {
 /// Publishes and checks all of RAM.
 ///
 /// # Errors
-/// The kernel's flags cannot be read, or the host does not take them.
+/// Fails if the kernel's flags cannot be read, or if the host does not accept them.
 pub fn check(
     target: &mut impl Target,
     header: &HostHeader,
@@ -74,7 +74,7 @@ pub fn check(
     Ok(checked)
 }
 
-/// Publishes and checks some page frames, those that contradict up to `looks` times.
+/// Publishes and checks some page frames. Checks those that contradict up to `looks` times.
 pub(super) fn look(
     target: &mut impl Target,
     first: u32,
@@ -95,7 +95,7 @@ pub(super) fn look(
             checked.moved += 1;
         } else if looks > 1 {
             look(target, frame, 1, flags, looks - 1, checked)?;
-            // That look has counted the page.
+            // That check has counted the page.
             continue;
         } else {
             checked.unexplained += 1;

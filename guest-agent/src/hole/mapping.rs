@@ -13,14 +13,14 @@ use samepage_hole::{Hole, HostHeader, PAGE_BYTES};
 
 use super::Error;
 
-/// A range of physical memory, mapped.
+/// A mapped range of physical memory.
 #[derive(Debug)]
 struct Physical {
     address: *mut c_void,
     bytes: usize,
 }
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is only reached by atomic or volatile
+// SAFETY: the mapping belongs to the process, not to a thread. It is only accessed with atomic or volatile
 // accesses.
 unsafe impl Send for Physical {}
 
@@ -30,7 +30,7 @@ impl Physical {
         let length = usize::try_from(bytes).ok().filter(|&length| length > 0);
         let length = length.ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice takes nothing's place.
+        // SAFETY: a new mapping at an address of the kernel's choice replaces no other.
         let mapped = unsafe { mmap(ptr::null_mut(), length, protection, MapFlags::SHARED, memory, address) };
         Ok(Self { address: mapped.map_err(|error| failed(error.into()))?, bytes: length })
     }
@@ -38,8 +38,8 @@ impl Physical {
 
 impl Drop for Physical {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and what borrowed it is gone. Nothing is left to be done
-        // where it fails.
+        // SAFETY: the mapping belongs to this value, and no borrow of it is left. If the call fails, nothing
+        // can be done.
         let _ = unsafe { munmap(self.address, self.bytes) };
     }
 }
@@ -53,10 +53,10 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Maps the hole of this size at this guest physical address, and the doorbell that it names.
+    /// Maps the hole of this size at this guest physical address, and the doorbell in its header.
     ///
     /// # Errors
-    /// `/dev/mem` is refused, or there is no hole.
+    /// Fails if `/dev/mem` cannot be mapped, or if there is no hole.
     pub fn open(bytes: u64, address: u64) -> Result<Self, Error> {
         let memory = OpenOptions::new().read(true).write(true).open("/dev/mem");
         let memory = memory.map_err(|source| Error::Memory { address, bytes, source })?;
@@ -69,28 +69,28 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// The hole as the host describes it now.
+    /// Returns the hole according to the host's present header.
     ///
     /// # Errors
-    /// It does not.
+    /// Fails if the header is invalid.
     pub fn hole(&self) -> Result<Hole<'_>, Error> {
-        // SAFETY: the mapping is of so many bytes and begins at a page; words that others write as well are
-        // what atomics are for.
+        // SAFETY: the mapping has this length and begins at a page. Atomics allow that others write the words
+        // too.
         let words = unsafe {
             std::slice::from_raw_parts(self.words.address.cast::<AtomicU32>(), self.words.bytes / 4)
         };
         Hole::described(words).ok_or(Error::Undescribed { address: self.address })
     }
 
-    /// What the host says in the hole.
+    /// Returns the host's header.
     ///
     /// # Errors
-    /// Nothing.
+    /// Fails if the header is invalid.
     pub fn header(&self) -> Result<HostHeader, Error> {
         self.hole()?.host_header().ok_or(Error::Undescribed { address: self.address })
     }
 
-    /// Tells the host that a pass is over.
+    /// Rings the doorbell at the end of a pass.
     pub fn ring(&self) {
         if let Some(doorbell) = &self.doorbell {
             // SAFETY: the page is mapped, and a write to it changes no memory.

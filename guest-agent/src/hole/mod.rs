@@ -1,10 +1,9 @@
-//! Telling the host what the guest's pages are for, through the memory hole.
+//! Publishes page types to the host through the memory hole.
 //!
-//! The kernel counts page frames and flags them in `/proc/kpageflags`; the hole is memory that the host
-//! gave the guest for this, found by a parameter on the kernel's command line and mapped from `/dev/mem`, or
-//! where that is forbidden reached over a [`port`]. [`publish`] copies the flags that changed, [`serve`] does
-//! so again and again, [`check`] sees whether the flags that are published are those of the kernel. The layout
-//! of the hole is that of [`samepage_hole`].
+//! The kernel's flags of page frames are in `/proc/kpageflags`. The hole is memory that the host provides for
+//! them. A kernel parameter gives its address, and the agent maps it from `/dev/mem`. If the kernel forbids
+//! that, the agent uses a [`port`]. [`publish`] copies the changed flags, [`serve`] repeats that, and
+//! [`check`] compares published flags with the kernel's. [`samepage_hole`] defines the layout.
 
 pub mod check;
 pub mod mapping;
@@ -21,48 +20,48 @@ use std::path::PathBuf;
 use samepage_hole::port::{NAME, PARAMETER_VALUE};
 use samepage_hole::{FREED_PAGES_ARE_ZERO, FREED_PAGES_MATTER, PARAMETER, parse_parameter};
 
-/// Why flags cannot be published.
+/// The reason why flags cannot be published.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The host gives this guest no hole.
+    /// The host provides no hole for this guest.
     #[error(
         "the host offers no memory hole: there is no {PARAMETER}=BYTES@ADDRESS in /proc/cmdline; \
          start the VM with samepage and --memory-hole on"
     )]
     NoHole,
-    /// What the command line names is no hole.
+    /// There is no hole at the address in the command line.
     #[error(
         "there is no memory hole at {address:#x}, which {PARAMETER} names: \
          the host does not describe it there, or in another version"
     )]
     Undescribed {
-        /// Its guest physical address.
+        /// The guest physical address.
         address: u64,
     },
-    /// `/dev/mem` was refused.
+    /// `/dev/mem` cannot be mapped.
     #[error("map {bytes} bytes at {address:#x} of /dev/mem: {source}{}", memory_hint(source))]
     Memory {
-        /// Guest physical address.
+        /// The guest physical address.
         address: u64,
-        /// How many bytes.
+        /// The size in bytes.
         bytes: u64,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// The host says that it offers a port, and there is none.
+    /// The host says that it provides a port, but there is none.
     #[error(
         "the host offers the memory hole as a port, and the kernel has found none named {NAME}; it needs \
          CONFIG_VIRTIO_CONSOLE (module virtio_console) and CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"
     )]
     NoPort,
-    /// The port was refused.
+    /// An operation on the port failed.
     #[error("{what} {}: {source}{}", path.display(), port_hint(source))]
     Port {
-        /// What was to be done.
+        /// The operation.
         what: &'static str,
         /// The device file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The host has closed its end of the port.
@@ -71,26 +70,26 @@ pub enum Error {
         /// The device file.
         path: PathBuf,
     },
-    /// The host does nothing at its end of the port.
+    /// The host does not respond at its end of the port.
     #[error("the host does not answer on {}, which may be the port of another program", path.display())]
     Silent {
         /// The device file.
         path: PathBuf,
     },
-    /// `/proc/kpageflags` was refused.
+    /// `/proc/kpageflags` cannot be read.
     #[error("read /proc/kpageflags: {source}{}", flags_hint(source))]
     Flags {
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// `/proc/cmdline` was refused.
+    /// `/proc/cmdline` cannot be read.
     #[error("read /proc/cmdline: {0}; mount proc at /proc")]
     CommandLine(#[source] io::Error),
 }
 
 impl Error {
-    /// Whether it may be over by itself: a guest that was moved finds a hole again, a host that has closed a
-    /// port opens it again.
+    /// Returns whether the error may end by itself: a migrated guest finds its hole again, and a host can
+    /// reopen a closed port.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         matches!(self, Self::Undescribed { .. } | Self::PortClosed { .. } | Self::Silent { .. })
@@ -126,28 +125,28 @@ fn flags_hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// What the kernel's command line says of the hole and of freed pages.
+/// The kernel parameters about the hole and freed pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
     /// Size and guest physical address of the hole.
     pub hole: Option<(u64, u64)>,
-    /// The host offers a port instead.
+    /// Whether the host provides a port instead.
     pub port: bool,
-    /// What freed pages mean to the kernel, as in [`samepage_hole::GuestHeader::features`].
+    /// The kernel's use of freed pages, as in [`samepage_hole::GuestHeader::features`].
     pub features: u32,
 }
 
 impl Parameters {
-    /// Those of the running kernel.
+    /// Returns the parameters of the running kernel.
     ///
     /// # Errors
-    /// That of reading them.
+    /// Fails if they cannot be read.
     pub fn of_kernel() -> Result<Self, Error> {
         std::fs::read_to_string("/proc/cmdline").map(|line| Self::parse(&line)).map_err(Error::CommandLine)
     }
 
-    /// Those of a command line. As for the kernel, what follows `--` is for init, and the last of several
-    /// counts.
+    /// Returns the parameters of a command line. As for the kernel, the part after `--` is for init, and the
+    /// last of several equal parameters counts.
     #[must_use]
     pub fn parse(line: &str) -> Self {
         let mut parameters = Self::default();
@@ -159,7 +158,7 @@ impl Parameters {
                     parameters.hole = parse_parameter(value);
                     parameters.port = value == PARAMETER_VALUE;
                 }
-                // Both check freed pages for what they left there.
+                // Both check freed pages for the content that they left there.
                 "page_poison" | "debug_pagealloc" if on => parameters.features |= FREED_PAGES_MATTER,
                 "init_on_free" if on => parameters.features |= FREED_PAGES_ARE_ZERO,
                 _ => {}

@@ -8,15 +8,16 @@ use samepage_hole::flags;
 
 use super::Error;
 
-/// Page frames read by one system call: few calls, and little memory.
+/// Number of page frames for each system call: few calls, and little memory.
 pub const BATCH: usize = 1024;
 
-/// Where flags of page frames come from.
+/// A source of page flags.
 pub trait Flags {
-    /// The words for the page frames from `first` on, as far as the kernel knows them; `words` is no longer
-    /// than [`BATCH`]. The others become 0.
+    /// Reads the words for the page frames from `first` on, as far as the kernel knows them. The other words
+    /// become 0. `words` has at most [`BATCH`] elements.
     ///
     /// # Errors
+    /// Fails if the flags cannot be read.
     /// That of reading them.
     fn read(&mut self, first: u32, words: &mut [u32]) -> Result<(), Error>;
 }
@@ -29,10 +30,10 @@ pub struct KernelFlags {
 }
 
 impl KernelFlags {
-    /// Opens it.
+    /// Opens `/proc/kpageflags`.
     ///
     /// # Errors
-    /// The kernel has none, or does not show it.
+    /// Fails if the kernel has no such file, or does not allow reading it.
     pub fn open() -> Result<Self, Error> {
         let file = File::open("/proc/kpageflags").map_err(|source| Error::Flags { source })?;
         Ok(Self { file, buffer: vec![0; BATCH * 8] })

@@ -1,10 +1,9 @@
-//! The hole over a port of a virtio console, where the kernel permits no `/dev/mem`.
+//! The hole over a port of a virtio console, for kernels that forbid `/dev/mem`.
 //!
-//! What was sent is kept, one word for each page frame, so that only what changes is sent: the agent takes a
-//! thousandth of the guest's memory more than with the hole itself. Messages are those of
-//! [`samepage_hole::port`].
+//! The agent keeps the sent words, one for each page frame, so that it sends only changes. This needs a
+//! thousandth of the guest's memory in addition. [`samepage_hole::port`] defines the messages.
 //!
-//! Linux lets one program at a time have a port open.
+//! In Linux, only one program at a time can open a port.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,35 +22,35 @@ use samepage_hole::{GuestHeader, HostHeader};
 use super::Error;
 use super::publish::Target;
 
-/// Longest wait for a host that says nothing, or takes nothing.
+/// Longest wait for a host that sends or accepts nothing.
 const SILENCE: Duration = Duration::from_secs(10);
-/// Time between two looks for what nothing tells of.
+/// Interval of polling for changes without an event.
 const GLANCE: Duration = Duration::from_millis(20);
-/// Bytes that are sent at once: the kernel allocates as many, and no more than twice as many.
+/// Number of bytes to send at a time. The kernel allocates that many, and at most twice that.
 const CHUNK: usize = 16 << 10;
-/// Words that did not change are sent along where so many, or less, lie between two that did: a message of
-/// its own is not shorter.
+/// Up to this number of unchanged words between two changed ones is sent too, because a separate message
+/// would not be shorter.
 const GAP: usize = 4;
 
-/// A port that is open.
+/// An open port.
 #[derive(Debug)]
 pub struct Port {
     path: PathBuf,
-    /// `None` where the host has closed it, and it is to be opened again.
+    /// `None` if the host has closed the port, and it must be reopened.
     file: Option<File>,
     decoder: Decoder,
     header: Option<HostHeader>,
-    /// The words that were sent, by page frame.
+    /// The sent words, by page frame.
     sent: Vec<u32>,
-    /// Messages that wait until there are more of them.
+    /// Messages that wait for more of them.
     out: Vec<u8>,
 }
 
 impl Port {
-    /// Finds the port and opens it. Waits for so long until the kernel has found it.
+    /// Finds and opens the port. Waits for at most this time until the kernel has found it.
     ///
     /// # Errors
-    /// There is none, it cannot be opened, or the host does not listen.
+    /// Fails if there is no port, if it cannot be opened, or if the host does not listen.
     pub fn open(wait: Duration) -> Result<Self, Error> {
         let start = Instant::now();
         let path = loop {
@@ -61,7 +60,7 @@ impl Port {
             if start.elapsed() >= wait {
                 return Err(Error::NoPort);
             }
-            // Nothing tells of it but udev, which not every guest has.
+            // Only udev reports the port, and not every guest has udev.
             thread::sleep(GLANCE);
         };
         let mut port = Self::closed(path);
@@ -80,12 +79,12 @@ impl Port {
         }
     }
 
-    /// Opens the port, whether or not it was open, and waits for what the host says at its beginning.
+    /// Opens the port, whether it was open or not, and waits for the host's first message.
     ///
     /// # Errors
-    /// It cannot be opened, or the host does not listen.
+    /// Fails if the port cannot be opened, or if the host does not listen.
     pub fn connect(&mut self) -> Result<(), Error> {
-        // Whoever has it open keeps others from it.
+        // Close it first, because an open port excludes others.
         self.file = None;
         let flags = OFlags::NONBLOCK.bits() as i32;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&self.path);
@@ -93,7 +92,7 @@ impl Port {
         self.begin(file)
     }
 
-    /// Begins anew with a file that is open.
+    /// Starts again with an open file.
     pub(super) fn begin(&mut self, file: File) -> Result<(), Error> {
         self.file = Some(file);
         self.decoder = Decoder::new();
@@ -105,8 +104,8 @@ impl Port {
             match self.wait(left) {
                 Ok(()) if left.is_zero() => return Err(Error::Silent { path: self.path.clone() }),
                 Ok(()) => {}
-                // Where it had closed the port, it opens it again when it hears of us. Until then the kernel
-                // does not let anybody wait.
+                // A host that has closed the port reopens it after the guest's message. Until then, waiting
+                // for the port returns immediately.
                 Err(Error::PortClosed { .. }) if !left.is_zero() => thread::sleep(GLANCE),
                 Err(error) => return Err(error),
             }
@@ -114,37 +113,37 @@ impl Port {
         Ok(())
     }
 
-    /// What the host says now.
+    /// Returns the host's present header.
     ///
     /// # Errors
-    /// It has closed the port.
+    /// Fails if the host has closed the port.
     pub fn header(&mut self) -> Result<HostHeader, Error> {
         self.receive()?;
         self.header.ok_or_else(|| self.is_closed())
     }
 
-    /// Waits until the host says something, or for so long.
+    /// Waits for a message of the host, at most for this time.
     ///
     /// # Errors
-    /// It has closed the port.
+    /// Fails if the host has closed the port.
     pub fn wait(&mut self, longest: Duration) -> Result<(), Error> {
         self.poll(PollFlags::IN, longest)?;
         self.receive()
     }
 
-    /// Tells the host that a pass is over.
+    /// Notifies the host of the end of a pass.
     ///
     /// # Errors
-    /// It takes nothing.
+    /// Fails if the host accepts nothing.
     pub fn end_pass(&mut self, header: &GuestHeader) -> Result<(), Error> {
         self.out.extend(port::pass(header));
         self.flush()
     }
 
-    /// Sends all messages that wait.
+    /// Sends all waiting messages.
     ///
     /// # Errors
-    /// The host takes nothing.
+    /// Fails if the host accepts nothing.
     pub fn flush(&mut self) -> Result<(), Error> {
         let mut done = 0;
         while done < self.out.len() {
@@ -169,7 +168,8 @@ impl Port {
         Ok(())
     }
 
-    /// Waits until the port is ready for something, or for so long. Returns what it is ready for.
+    /// Waits until the port is ready for one of these operations, at most for this time. Returns the ready
+    /// operations.
     fn poll(&self, wanted: PollFlags, longest: Duration) -> Result<PollFlags, Error> {
         let Some(file) = &self.file else { return Err(self.is_closed()) };
         let timeout = Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: longest.subsec_nanos().into() };
@@ -181,7 +181,7 @@ impl Port {
         }
     }
 
-    /// Takes in what the host has said.
+    /// Processes the host's messages.
     fn receive(&mut self) -> Result<(), Error> {
         let mut buffer = [0; 512];
         loop {
@@ -197,20 +197,20 @@ impl Port {
     }
 
     fn hear(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
-        let senseless = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         loop {
             let item = self.decoder.next(&mut bytes);
-            match item.map_err(|error| self.failed("read from", senseless(error.to_string())))? {
+            match item.map_err(|error| self.failed("read from", invalid(error.to_string())))? {
                 None => return Ok(()),
                 Some(Item::Host { header, begins }) => {
                     if begins {
-                        // It knows nothing of what was sent before.
+                        // The host knows nothing of earlier words.
                         self.sent = vec![0; header.frames as usize];
                     }
                     self.header = Some(header);
                 }
                 Some(_) => {
-                    return Err(self.failed("read from", senseless("it says what a guest says".into())));
+                    return Err(self.failed("read from", invalid("it sends a guest's message".into())));
                 }
             }
         }
@@ -261,15 +261,16 @@ impl Target for Port {
     }
 }
 
-/// Puts those of the words from page frame `first` on that lie in `run` behind the messages that wait.
+/// Appends the words in `run`, of the page frames from `first` on, to the waiting messages.
 fn message(out: &mut Vec<u8>, first: u32, words: &[u32], run: Range<usize>) {
     out.extend(port::flags(first + run.start as u32, run.len() as u32));
     out.extend(words[run].iter().flat_map(|word| word.to_le_bytes()));
 }
 
-/// The device file of the port, out of the folders in which the kernel describes ports and shows devices.
+/// Returns the device file of the port. The arguments are the folders in which the kernel describes ports and
+/// shows devices.
 ///
-/// A kernel without sysfs tells no names: there the first port counts.
+/// A kernel without sysfs provides no names; then the first port counts.
 pub(super) fn find(described: &Path, devices: &Path) -> Option<PathBuf> {
     let Ok(entries) = fs::read_dir(described) else {
         let names = fs::read_dir(devices).ok()?.flatten().map(|entry| entry.file_name());

@@ -1,4 +1,4 @@
-//! Copying the kernel's flags to the host: only what changed.
+//! Copies the kernel's changed flags to the host.
 
 use std::sync::atomic::Ordering;
 
@@ -7,21 +7,22 @@ use samepage_hole::{BLOCK_PAGES, Hole, HostHeader};
 use super::Error;
 use super::pages::{BATCH, Flags};
 
-// A batch lies within one block, whose counter tells of it.
+// A batch lies within one block, so one counter suffices.
 const _: () = assert!((BLOCK_PAGES as usize).is_multiple_of(BATCH));
 
-/// Where words are published.
+/// A target for published words.
 pub trait Target {
-    /// Page frames that have words.
+    /// Returns the number of page frames with words.
     fn frames(&self) -> u32;
 
-    /// The word that is published of a page frame.
+    /// Returns the published word of a page frame.
     fn published(&self, frame: u32) -> u32;
 
-    /// Publishes the words of the page frames from `first` on, which lie in one block, as far as they
-    /// differ from what is published. Returns how many do.
+    /// Publishes the words of the page frames from `first` on, as far as they differ from the published ones.
+    /// All of them lie in one block. Returns the number of changed words.
     ///
     /// # Errors
+    /// Fails if the host does not accept them.
     /// The host does not take them.
     fn publish(&mut self, first: u32, words: &[u32]) -> Result<u32, Error>;
 }
@@ -50,10 +51,10 @@ impl Target for Hole<'_> {
     }
 }
 
-/// Goes over all RAM once. Returns how many words changed.
+/// Publishes all of RAM once. Returns the number of changed words.
 ///
 /// # Errors
-/// That of reading flags or of publishing them; what was published until then stays.
+/// Fails if flags cannot be read or published. Words that were published before the failure stay.
 pub fn all(
     target: &mut impl Target,
     header: &HostHeader,
@@ -67,7 +68,7 @@ pub fn all(
     Ok(changed)
 }
 
-/// The page frames that are RAM, as (first, count): at most [`BATCH`] within one block.
+/// Returns the page frames of RAM as (first, count): at most [`BATCH`] within one block.
 pub fn batches(frames: u32, header: &HostHeader) -> impl Iterator<Item = (u32, usize)> + use<> {
     header.ranges.into_iter().flat_map(move |range| {
         let end = range.first.saturating_add(range.count).min(frames);
@@ -81,11 +82,11 @@ pub fn batches(frames: u32, header: &HostHeader) -> impl Iterator<Item = (u32, u
     })
 }
 
-/// Reads the flags of the page frames from `first` on into `words`, and publishes those that differ from what
-/// is published. Returns how many.
+/// Reads the flags of the page frames from `first` on into `words`, and publishes those that differ from the
+/// published ones. Returns their number.
 ///
 /// # Errors
-/// That of reading flags or of publishing them.
+/// Fails if flags cannot be read or published.
 pub fn batch(
     target: &mut impl Target,
     first: u32,

@@ -1,8 +1,7 @@
-//! Publishing again and again, at little cost.
+//! Publishes repeatedly, at little cost.
 //!
-//! A pass over 1 GiB reads `/proc/kpageflags` for some 30 ms. Unless an interval is given, passes are so far
-//! apart that they take less than one part in a hundred of a processor; a host that asks for a pass gets it
-//! as soon as that allows.
+//! A pass over 1 GiB reads `/proc/kpageflags` for about 30 ms. Without a given interval, passes take less
+//! than a hundredth of a processor. A pass that the host requests begins as soon as this limit allows.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,32 +16,32 @@ use super::port::Port;
 use super::{Error, Parameters, publish};
 use crate::run::say;
 
-/// Passes are at least so far apart, unless an interval is given.
+/// Shortest time between passes, without a given interval.
 const SHORTEST: Duration = Duration::from_secs(2);
-/// Time between passes for each unit of a pass's CPU time.
+/// Time between passes, in units of a pass's CPU time.
 const REST: u32 = 100;
-/// How often the host's header in the hole is looked at between passes.
+/// Interval of polling the host's header between passes.
 const GLANCE: Duration = Duration::from_secs(1);
-/// How long to wait before a hole that has gone is looked for again.
+/// Time before another search for a hole that has disappeared.
 const GONE: Duration = Duration::from_secs(10);
-/// How long the kernel may take to find a port that the host offers.
+/// Time in which the kernel must find a port that the host provides.
 const FINDING: Duration = Duration::from_secs(10);
 
-/// How to publish.
+/// The options for publishing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// The time between two passes, whatever they cost; `None`: what cost and host suggest.
+    /// The time between two passes, whatever they cost. `None` derives it from the cost and the host's wish.
     pub interval: Option<Duration>,
     /// Print a line for each pass.
     pub verbose: bool,
 }
 
-/// What a pass was like.
+/// The results of a pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    /// What the host was told.
+    /// The published header.
     pub header: GuestHeader,
-    /// How long it took.
+    /// The duration.
     pub took: Duration,
 }
 
@@ -57,7 +56,7 @@ impl std::fmt::Display for Pass {
     }
 }
 
-/// The way to the hole.
+/// The connection to the hole.
 #[derive(Debug)]
 enum Way {
     Memory(Mapping),
@@ -74,7 +73,7 @@ impl Way {
             };
         };
         match Mapping::open(bytes, address) {
-            // Where that is forbidden, the host may offer both.
+            // If the kernel forbids that, the host may provide a port too.
             Err(error @ Error::Memory { .. }) => {
                 Port::open(Duration::ZERO).map(Self::Port).map_err(|_| error)
             }
@@ -82,7 +81,7 @@ impl Way {
         }
     }
 
-    /// What the host says now.
+    /// Returns the host's present header.
     fn header(&mut self) -> Result<HostHeader, Error> {
         match self {
             Self::Memory(mapping) => mapping.header(),
@@ -90,11 +89,11 @@ impl Way {
         }
     }
 
-    /// Number of the next pass.
+    /// Returns the number of the next pass.
     fn generation(&self, now: Duration) -> Result<u32, Error> {
         let last = match self {
             Self::Memory(mapping) => mapping.hole()?.guest_header().map_or(0, |header| header.generation),
-            // Another one than that of an agent before this one.
+            // The number differs from that of an earlier agent.
             Self::Port(_) => now.as_millis() as u32,
         };
         Ok(last.wrapping_add(1))
@@ -111,26 +110,26 @@ impl Way {
         }
     }
 
-    /// Waits until the host may have said something, for so long at most.
+    /// Waits for a possible message of the host, at most for this time.
     fn wait(&mut self, longest: Duration) -> Result<(), Error> {
         match self {
-            // Nothing tells of what it writes.
+            // The host's writes to memory cause no event.
             Self::Memory(_) => thread::sleep(longest.min(GLANCE)),
             Self::Port(port) => port.wait(longest)?,
         }
         Ok(())
     }
 
-    /// Looks for a hole that has gone.
+    /// Searches again for a hole that has disappeared.
     fn again(&mut self) {
         if let Self::Port(port) = self {
-            // Where it cannot be opened, the next pass says so.
+            // If opening fails, the next pass reports it.
             let _ = port.connect();
         }
     }
 }
 
-/// The hole of this guest, and what is published in it.
+/// The hole of this guest, and the published words.
 #[derive(Debug)]
 pub struct Publisher {
     way: Way,
@@ -144,7 +143,7 @@ impl Publisher {
     /// Finds the hole of the running guest, and maps it or opens its port.
     ///
     /// # Errors
-    /// There is none, or the kernel does not show what is needed.
+    /// Fails if there is no hole, or if the kernel does not provide the flags.
     pub fn open(options: Options) -> Result<Self, Error> {
         let parameters = Parameters::of_kernel()?;
         let way = Way::open(&parameters)?;
@@ -157,10 +156,10 @@ impl Publisher {
         })
     }
 
-    /// Publishes all of RAM, and sees whether that is what the kernel says.
+    /// Publishes all of RAM, and compares the result with the kernel's flags.
     ///
     /// # Errors
-    /// The hole has gone, or the kernel's flags cannot be read.
+    /// Fails if the hole has disappeared, or if the kernel's flags cannot be read.
     pub fn check(&mut self) -> Result<Checked, Error> {
         let header = self.way.header()?;
         match &mut self.way {
@@ -173,10 +172,10 @@ impl Publisher {
         }
     }
 
-    /// Goes over all page frames once and tells the host.
+    /// Publishes all page frames once and notifies the host.
     ///
     /// # Errors
-    /// The hole has gone, or the kernel's flags cannot be read.
+    /// Fails if the hole has disappeared, or if the kernel's flags cannot be read.
     pub fn pass(&mut self) -> Result<Pass, Error> {
         let host = self.way.header()?;
         let (start, cpu) = (Instant::now(), cpu_time());
@@ -203,7 +202,7 @@ impl Publisher {
     /// Publishes for ever.
     ///
     /// # Errors
-    /// The kernel's flags can be read no more.
+    /// Fails if the kernel's flags cannot be read any more.
     pub fn serve(&mut self) -> Result<std::convert::Infallible, Error> {
         let mut gone = false;
         loop {
@@ -228,7 +227,7 @@ impl Publisher {
         }
     }
 
-    /// Waits until the next pass is due: by time, or since the host asks for it.
+    /// Waits until the next pass is due, by time or by the host's request.
     fn rest(&mut self, pass: &Pass) -> Result<(), Error> {
         let ended = Instant::now();
         let pause = Duration::from_millis(pass.header.next_ms.into());
@@ -247,7 +246,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// The time from the end of a pass that took so much of the processor to the next.
+    /// Returns the time between the end of a pass with this CPU time and the next pass.
     fn pause(&self, cpu: Duration, wanted_ms: u32) -> Duration {
         let wanted = Duration::from_millis(wanted_ms.into());
         self.options.interval.unwrap_or_else(|| SHORTEST.max(wanted).max(cpu.saturating_mul(REST)))

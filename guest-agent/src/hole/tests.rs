@@ -1,4 +1,4 @@
-//! The parts that need neither a hole nor root.
+//! Tests of the parts that need neither a hole nor root.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -20,7 +20,7 @@ use super::{Error, Parameters, publish};
 
 const FRAMES: u32 = 5000;
 
-/// Flags that change in a way that a test decides.
+/// Flags that change as a test decides.
 struct Made<F>(F);
 
 impl<F: FnMut(u32) -> u32> Flags for Made<F> {
@@ -37,7 +37,7 @@ fn memory() -> Vec<AtomicU32> {
 fn header() -> HostHeader {
     let mut ranges = [FrameRange::default(); MAX_RANGES];
     ranges[0] = FrameRange { first: 0, count: 1500 };
-    // More than there is.
+    // A range with more page frames than exist.
     ranges[1] = FrameRange { first: 4000, count: u32::MAX };
     HostHeader { frames: FRAMES, ranges, ..HostHeader::default() }
 }
@@ -87,8 +87,8 @@ fn pages_that_change_are_told_from_flags_that_are_wrong() {
     let mut hole = Hole::new(&memory, FRAMES).unwrap();
     let mut checked = Checked::default();
     let mut reads = [0; 6];
-    // 0 stays; 1 changes once; 2 changes at each look; 3 changes to and fro once; 4 is different for
-    // whoever publishes; 5 changes before it is published.
+    // 0 stays; 1 changes once; 2 changes at each reading; 3 changes twice; 4 differs for the publisher; 5
+    // changes before it is published.
     let mut flags = Made(|frame: u32| {
         let read = &mut reads[frame as usize];
         *read += 1;
@@ -119,7 +119,7 @@ fn what_is_missing_gets_a_sentence() {
     assert!(Error::NoHole.to_string().contains("--memory-hole on"));
 }
 
-/// A port, and the host's end of it.
+/// Returns a port, and the host's end of it.
 fn connected(header: &HostHeader) -> (Port, UnixStream) {
     let (host, guest) = UnixStream::pair().unwrap();
     guest.set_nonblocking(true).unwrap();
@@ -129,7 +129,7 @@ fn connected(header: &HostHeader) -> (Port, UnixStream) {
     (port, host)
 }
 
-/// What the host hears until the end of a pass.
+/// Returns everything that the host receives until the end of a pass.
 fn heard(mut host: &UnixStream) -> (Vec<(u32, u32)>, GuestHeader, usize) {
     let (mut words, mut bytes, mut decoder) = (Vec::new(), 0, Decoder::new());
     loop {
@@ -153,7 +153,7 @@ fn a_pass_over_a_port_sends_only_what_changed() {
     assert_eq!(port.header().unwrap(), header());
     let pass = |port: &mut Port, generation, of: fn(u32) -> u32| {
         let host = host.try_clone().unwrap();
-        // More than fits into the socket: somebody has to take it meanwhile.
+        // This does not fit into the socket, so another thread must read meanwhile.
         let listener = std::thread::spawn(move || heard(&host));
         let changed = publish::all(port, &header(), &mut Made(of), &mut [0; BATCH]).unwrap();
         port.end_pass(&GuestHeader { generation, ..GuestHeader::default() }).unwrap();
@@ -166,7 +166,7 @@ fn a_pass_over_a_port_sends_only_what_changed() {
     assert!(words.iter().all(|&(frame, word)| word == frame + 1 && !(1500..4000).contains(&frame)));
     let (changed, words, bytes) = pass(&mut port, 2, |frame| frame + 1);
     assert_eq!((changed, words, bytes), (0, Vec::new(), port::PASS_BYTES));
-    // Neighbours share a message with what lies between them; what is far gets one of its own.
+    // Neighbours share a message with the words between them. Distant words get their own.
     let (changed, words, bytes) = pass(&mut port, 3, |frame| match frame {
         5 | 8 | 9 | 4999 => 7,
         _ => frame + 1,
@@ -175,7 +175,7 @@ fn a_pass_over_a_port_sends_only_what_changed() {
     assert_eq!(bytes, port::PASS_BYTES + 2 * port::FLAGS_BYTES + 6 * 4);
     assert_eq!((port.published(5), port.published(6), port.published(2000)), (7, 7, 0));
 
-    // A host that begins anew is told all again; one that only asks is not.
+    // A host that begins anew gets all words again; a host that only sends a request does not.
     (&host).write_all(&port::host(&HostHeader { requested: 5, ..header() }, false)).unwrap();
     port.wait(Duration::from_secs(60)).unwrap();
     assert_eq!(port.header().unwrap().requested, 5);

@@ -1,25 +1,25 @@
-//! From the PVH entry point to ring 3, and back into ring 0 for the two things that need it: halting and
+//! From the PVH entry point to ring 3, and back into ring 0 for the two operations that need it: halting and
 //! taking interrupts.
 //!
 //! The monitor enters in 32-bit protected mode without paging (`ebx` points to `hvm_start_info`: Xen,
-//! docs/misc/pvh.pandoc). Ring 0 sets up just enough to leave: page tables for the first 4 MiB, a GDT, a TSS
-//! for the way back, long mode. Where ring 0 is interpreted every instruction there is dear and some are
-//! missing, so all else (the interrupt table, the rest of the page tables) is written by ring 3, which may
-//! write all memory and use all ports. The ports are permitted by the I/O bitmap of the TSS: a KVM that runs
-//! ring 3 natively loses the I/O privilege level. The code holds no SSE instruction.
+//! docs/misc/pvh.pandoc). Ring 0 sets up only what is necessary to leave: page tables for the first 4 MiB, a
+//! GDT, a TSS for the way back, and long mode. If ring 0 is interpreted, every instruction there is slow, and
+//! some are missing. So ring 3 does the rest (the interrupt table and the other page tables); it may write
+//! all memory and use all ports. The I/O bitmap of the TSS permits the ports, because a KVM that runs ring 3
+//! natively loses the I/O privilege level. The code contains no SSE instruction.
 
 use core::arch::{asm, global_asm};
 
-/// Vector of the gate that halts until an interrupt: that of INT3, since a KVM that runs ring 3 natively may
-/// turn INT with a vector into an invalid opcode. May be called from ring 3.
+/// Vector of the gate that halts until an interrupt, callable from ring 3. It is that of INT3, because a KVM
+/// that runs ring 3 natively may turn INT with a vector into an invalid opcode.
 pub(crate) const HALT_VECTOR: usize = 3;
 /// Vector of the local APIC's timer.
 pub(crate) const TIMER_VECTOR: usize = 0x50;
-/// Vector that the local APIC raises when an interrupt goes away while being taken.
+/// Vector that the local APIC raises when an interrupt disappears while it is taken.
 pub(crate) const SPURIOUS_VECTOR: usize = 0xff;
-/// Exceptions of the processor come first.
+/// Number of the processor's exceptions, which come first.
 const EXCEPTIONS: usize = 32;
-/// Bytes between the entry points of two exceptions.
+/// Distance between the entry points of two exceptions, in bytes.
 const STUB_BYTES: u64 = 16;
 const KERNEL_CODE: u64 = 0x08;
 
@@ -188,10 +188,10 @@ unsafe extern "C" {
     static mut interrupt_table: [[u64; 2]; 256];
 }
 
-/// Fill the interrupt table, which ring 0 has loaded already.
+/// Fills the interrupt table, which ring 0 has already loaded.
 ///
 /// # Safety
-/// Nothing else may access the table meanwhile: call this before anything that can raise an interrupt.
+/// Nothing else may access the table meanwhile. To be called before anything can raise an interrupt.
 pub(crate) unsafe fn install_gates() {
     let exceptions = (&raw const exception_gates).addr() as u64;
     // SAFETY: passed on from the caller.
@@ -205,13 +205,13 @@ pub(crate) unsafe fn install_gates() {
     }
 }
 
-/// Enter ring 0 to make the processor forget all translations.
+/// Enters ring 0 to make the processor drop all translations.
 ///
 /// # Safety
 /// As for [`install_gates`], which must have been called.
 pub(crate) unsafe fn flush_translations() {
-    // SAFETY: the gate changes no more than `rax`, and the page tables map what is in use as before; for the
-    // rest passed on from the caller. Nothing halts before the vector is that of halting again.
+    // SAFETY: the gate changes only `rax`, and the page tables map the used memory as before. The caller
+    // guarantees the rest. Nothing halts before the vector is again that of halting.
     unsafe {
         install_gate(HALT_VECTOR, (&raw const flush_gate).addr() as u64, 3);
         asm!("int3", out("rax") _, options(nostack));
@@ -219,7 +219,7 @@ pub(crate) unsafe fn flush_translations() {
     }
 }
 
-/// Fill one entry of the interrupt table, for callers from `ring` on inwards.
+/// Fills one entry of the interrupt table, for callers from `ring` on inwards.
 ///
 /// # Safety
 /// As for [`install_gates`]; the vector is below 256.
@@ -231,12 +231,12 @@ unsafe fn install_gate(vector: usize, handler: u64, ring: u64) {
     unsafe { (&raw mut interrupt_table[vector]).write_volatile([low, handler >> 32]) };
 }
 
-/// Empty the interrupt table, so that the next exception can't be delivered, nor the double fault that
-/// follows from that.
+/// Empties the interrupt table, so that neither the next exception nor the following double fault can be
+/// delivered.
 ///
 /// # Safety
 /// As for [`install_gates`].
 pub(crate) unsafe fn remove_gates() {
-    // SAFETY: the caller sees to it that nobody else is here.
+    // SAFETY: the caller guarantees that nothing else accesses the table.
     unsafe { (&raw mut interrupt_table).write_volatile([[0; 2]; 256]) };
 }

@@ -1,11 +1,11 @@
-//! The page cache of the disk's client: which block is in which page, and which goes first (exact LRU).
+//! The page cache of the disk's client: the block in each page, and the order of eviction (exact LRU).
 //!
-//! Its tables and pages lie where [`ClientLayout`] says. Places are counted from 1; place 0 is both ends of
-//! the list.
+//! [`ClientLayout`] defines the place of its tables and pages. Places are counted from 1; place 0 is both
+//! ends of the list.
 
 use crate::demo::client::{ClientLayout, ClientPlan, stride};
 
-/// What is known of a page.
+/// The state of a page.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Place {
@@ -17,11 +17,11 @@ struct Place {
     state: u32,
 }
 
-/// It holds no block.
+/// The page holds no block.
 const EMPTY: u32 = 0;
-/// It holds its block.
+/// The page holds its block.
 const HELD: u32 = 1;
-/// The disk has its page.
+/// The disk has the page.
 const BUSY: u32 = 2;
 
 const _: () = assert!(size_of::<Place>() as u64 == ClientLayout::PLACE);
@@ -33,17 +33,17 @@ pub(crate) struct Cache {
     base: u64,
     layout: ClientLayout,
     plan: ClientPlan,
-    /// Pages of consecutive places are so many apart.
+    /// Distance between the pages of consecutive places, in pages.
     stride: u32,
-    /// Pages that hold a block.
+    /// Number of pages that hold a block.
     pub(crate) held: u32,
 }
 
 impl Cache {
-    /// An empty cache in the memory at `base`.
+    /// Returns an empty cache in the memory at `base`.
     ///
     /// # Safety
-    /// The memory of `layout`, of this `plan`, must be mapped, used by nothing else and zero.
+    /// The memory of `layout`, of this `plan`, must be mapped, unused by others and zero.
     pub(crate) unsafe fn new(plan: &ClientPlan, layout: &ClientLayout, base: u64) -> Self {
         let at = |offset: u64| (base + offset) as usize;
         let cache = Self {
@@ -63,42 +63,42 @@ impl Cache {
         cache
     }
 
-    /// The place of a block, if it is there or on its way.
+    /// Returns the place of a block, if the block is present or being read.
     pub(crate) fn find(&self, block: u32) -> Option<u32> {
-        // SAFETY: `new`'s caller vouches for the table, which has an entry for each block of the plan.
+        // SAFETY: the caller of `new` guarantees the table, which has an entry for each block of the plan.
         let place = unsafe { self.block_entry(block).read() };
         (place != 0).then_some(place)
     }
 
-    /// How often a block has been written.
+    /// Returns how often a block has been written.
     pub(crate) fn version(&self, block: u32) -> u32 {
         // SAFETY: as for `find`; the version follows the place.
         unsafe { self.block_entry(block).add(1).read() }
     }
 
-    /// Count a write of a block.
+    /// Counts a write of a block.
     pub(crate) fn next_version(&mut self, block: u32) {
         let next = self.version(block).checked_add(1).unwrap_or(1);
         // SAFETY: as for `version`.
         unsafe { self.block_entry(block).add(1).write(next) };
     }
 
-    /// The place that was not used for the longest time.
+    /// Returns the least recently used place.
     pub(crate) fn oldest(&self) -> u32 {
         self.get(0).newer
     }
 
-    /// Whether the disk has a place's page.
+    /// Returns whether the disk has a place's page.
     pub(crate) fn busy(&self, place: u32) -> bool {
         self.get(place).state == BUSY
     }
 
-    /// Give the disk the page of a place, or take it back.
+    /// Records that the disk has the page of a place, or has returned it.
     pub(crate) fn set_busy(&mut self, place: u32, busy: bool) {
         self.set(place, Place { state: if busy { BUSY } else { HELD }, ..self.get(place) });
     }
 
-    /// A place, which is not busy, is for this block now.
+    /// Assigns a place, which must not be busy, to this block.
     pub(crate) fn assign(&mut self, place: u32, block: u32) {
         let old = self.get(place);
         if old.state == EMPTY {
@@ -113,7 +113,7 @@ impl Cache {
         self.touch(place);
     }
 
-    /// A place has been used.
+    /// Records a use of a place.
     pub(crate) fn touch(&mut self, place: u32) {
         let Place { newer, older, .. } = self.get(place);
         self.set(newer, Place { older, ..self.get(newer) });
@@ -124,7 +124,7 @@ impl Cache {
         self.set(0, Place { older: place, ..self.get(0) });
     }
 
-    /// Address of a place's page.
+    /// Returns the address of a place's page.
     pub(crate) fn page(&self, place: u32) -> u64 {
         self.base + self.layout.page_at(&self.plan, place, self.stride)
     }
@@ -138,7 +138,7 @@ impl Cache {
     }
 
     fn get(&self, place: u32) -> Place {
-        // SAFETY: `new`'s caller vouches for the table, and places come from it.
+        // SAFETY: the caller of `new` guarantees the table, and places come from it.
         unsafe { self.place(place).read() }
     }
 

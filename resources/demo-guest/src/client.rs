@@ -1,5 +1,4 @@
-//! A client of the disk, that reads and writes blocks through a page cache of its own: see
-//! `demo::client`.
+//! A client of the disk, which reads and writes blocks through its own page cache; see `demo::client`.
 
 use core::hint;
 
@@ -19,8 +18,8 @@ use crate::virtio::{Descriptor, Device, INDIRECT, NEXT, WRITE};
 
 const SECTORS_PER_BLOCK: u64 = BLOCK_BYTES / SECTOR_BYTES as u64;
 const REQUESTS: usize = MOST_REQUESTS as usize;
-/// An answer is waited for by spinning for this long, then with short pauses: a pause takes a multiple of
-/// what a disk takes.
+/// Time for which the client waits for an answer in a loop. Then it uses short pauses, which take a multiple
+/// of a disk's time.
 const SPIN_US: u64 = 5000;
 const PAUSE_US: u64 = 100;
 
@@ -31,14 +30,14 @@ static mut STATUSES: [u8; REQUESTS] = [0; REQUESTS];
 #[derive(Clone, Copy)]
 struct Request {
     kind: u32,
-    /// Its blocks.
+    /// The blocks.
     first: u32,
     count: u32,
-    /// When it was made, by the time stamp counter.
+    /// The start time, by the time stamp counter.
     made: u64,
 }
 
-/// What was done in some time.
+/// Counters over a period.
 #[derive(Default)]
 struct Tally {
     blocks: u64,
@@ -47,11 +46,11 @@ struct Tally {
     written: u64,
     requests: u64,
     us: u64,
-    /// Time that requests took, in ticks of the time stamp counter.
+    /// Durations of requests, in ticks of the time stamp counter.
     latency: Histogram,
 }
 
-/// The client at work.
+/// The client.
 pub(crate) struct Client<'a> {
     clock: &'a Clock,
     plan: &'a ClientPlan,
@@ -72,11 +71,12 @@ pub(crate) struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    /// A client for a disk of so many sectors; `None` if the disk, or the client's cache, is too small.
+    /// Returns a client for a disk with this number of sectors, or `None` if the disk or the client's cache
+    /// is too small.
     ///
     /// # Safety
-    /// The arena's memory for the client must be mapped, used by nothing else, and untouched since the
-    /// machine started. There may be no other client.
+    /// The arena's memory for the client must be mapped, unused by others, and untouched since the machine
+    /// started. There may be no other client.
     pub(crate) unsafe fn new(
         plan: &'a Plan,
         disk: &'a DiskPlan,
@@ -88,7 +88,7 @@ impl<'a> Client<'a> {
         let layout = ClientLayout::new(disk)?;
         let depth = disk.depth.clamp(1, MOST_REQUESTS);
         let end = disk.sector.checked_add(u64::from(client.blocks) * SECTORS_PER_BLOCK)?;
-        // A unit is taken in while others are on their way, and one more is about to go.
+        // A unit is being processed while others are in flight, and one more is about to be submitted.
         let in_use = (u64::from(depth) + 1) * u64::from(client.run);
         if end > sectors || client.disk_units() < 2 || u64::from(client.pages) <= in_use {
             return None;
@@ -96,10 +96,10 @@ impl<'a> Client<'a> {
         let chances = (arena.client + layout.chances) as usize;
         let table = core::ptr::with_exposed_provenance_mut::<u64>(chances);
         zipf::chances(ranks(client), client.theta, |rank, chance| {
-            // SAFETY: the table has an entry for each rank, and the caller vouches for its memory.
+            // SAFETY: the table has an entry for each rank, and the caller guarantees its memory.
             unsafe { table.add(rank as usize).write(chance) }
         });
-        // SAFETY: passed on from the caller.
+        // SAFETY: guaranteed by the caller.
         let cache = unsafe { Cache::new(client, &layout, arena.client) };
         Some(Self {
             clock,
@@ -120,7 +120,7 @@ impl<'a> Client<'a> {
         })
     }
 
-    /// Use as many units as planned, and report.
+    /// Uses the planned number of units, and reports.
     pub(crate) fn pass(&mut self, device: &mut Device) -> Result<(), DiskError> {
         let start = clock::now();
         for _ in 0..self.plan.units {
@@ -141,7 +141,7 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// Print what was done after the first passes. Gives the number of words found to be wrong.
+    /// Prints the totals after the first passes. Returns the number of wrong words.
     pub(crate) fn finish(self) -> u64 {
         let Tally { blocks, hits, misses, written, requests, us, ref latency } = self.total;
         port::print(Report::ClientTotal {
@@ -189,7 +189,7 @@ impl<'a> Client<'a> {
         ticks.saturating_mul(1_000_000) / self.clock.tsc_khz
     }
 
-    /// Use the blocks of a unit: those that are there are checked, the others read.
+    /// Uses the blocks of a unit: checks blocks in the cache, and reads the others.
     fn read(&mut self, device: &mut Device, first: u32) -> Result<(), DiskError> {
         let mut missing = first..first;
         for block in first..first + self.plan.run {
@@ -206,7 +206,7 @@ impl<'a> Client<'a> {
                 let place = self.take(device, block)?;
                 if self.plan.clear {
                     self.page(place).for_each(|word| {
-                        // SAFETY: the page is the cache's and the disk does not have it.
+                        // SAFETY: the page belongs to the cache, and the disk does not have it.
                         unsafe { word.write_volatile(0) }
                     });
                 }
@@ -218,7 +218,7 @@ impl<'a> Client<'a> {
         self.submit(device, TYPE_READ, missing.start, missing.end)
     }
 
-    /// Write the blocks of a unit anew.
+    /// Writes new versions of a unit's blocks.
     fn write(&mut self, device: &mut Device, first: u32) -> Result<(), DiskError> {
         for block in first..first + self.plan.run {
             let (place, held) = match self.cache.find(block) {
@@ -230,11 +230,11 @@ impl<'a> Client<'a> {
             }
             self.cache.touch(place);
             self.cache.next_version(block);
-            // What has been checked differs in the first word of each sector alone.
+            // Checked blocks differ only in the first word of each sector.
             let step = if held && self.plan.check { SECTOR_WORDS } else { 1 };
             for (index, word) in self.page(place).enumerate().step_by(step) {
                 let (content, _) = self.content(block, index);
-                // SAFETY: the page is the cache's and the disk does not have it.
+                // SAFETY: the page belongs to the cache, and the disk does not have it.
                 unsafe { word.write_volatile(content) };
             }
             self.cache.set_busy(place, true);
@@ -244,7 +244,7 @@ impl<'a> Client<'a> {
         self.submit(device, TYPE_WRITE, first, first + self.plan.run)
     }
 
-    /// The place that is taken from the block that goes first, for this one, which is busy from now on.
+    /// Evicts the least recently used block, and returns its place for this block. The place is then busy.
     fn take(&mut self, device: &mut Device, block: u32) -> Result<u32, DiskError> {
         loop {
             let place = self.cache.oldest();
@@ -257,7 +257,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Give the disk a request for blocks whose places are busy, if there are any.
+    /// Submits a request for blocks whose places are busy, if there are any.
     fn submit(&mut self, device: &mut Device, kind: u32, first: u32, end: u32) -> Result<(), DiskError> {
         if first == end {
             return Ok(());
@@ -285,7 +285,8 @@ impl<'a> Client<'a> {
             let place = core::ptr::with_exposed_provenance_mut::<Descriptor>(table as usize);
             descriptors += 1;
             let next = Descriptor { next: descriptors, ..descriptor };
-            // SAFETY: the table is the slot's and has room for the longest run; the disk does not have it.
+            // SAFETY: the table belongs to the slot and has room for the longest run. The disk does not have
+            // it.
             unsafe { place.add(usize::from(descriptors) - 1).write_volatile(next) };
         };
         describe(Descriptor { address: header, len: size_of::<Header>() as u32, flags: NEXT, next: 0 });
@@ -316,7 +317,7 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// Wait until fewer than so many requests are in flight.
+    /// Waits until fewer than this number of requests are in flight.
     fn wait_below(&mut self, device: &mut Device, most: usize) -> Result<(), DiskError> {
         while self.in_flight >= most {
             self.wait(device)?;
@@ -324,7 +325,7 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// Wait for a request, and check what it has read.
+    /// Waits for a request, and checks the read data.
     fn wait(&mut self, device: &mut Device) -> Result<(), DiskError> {
         let start = clock::now();
         let slot = loop {
@@ -341,7 +342,7 @@ impl<'a> Client<'a> {
         self.in_flight -= 1;
         self.pass.requests += 1;
         self.pass.latency.add(clock::now().saturating_sub(request.made));
-        // SAFETY: the index has been checked; volatile, as the disk has written the byte.
+        // SAFETY: the index has been checked. The read is volatile, because the disk has written the byte.
         if unsafe { (&raw const STATUSES[slot]).read_volatile() } != STATUS_OK {
             return Err(DiskError::Failed);
         }
@@ -356,11 +357,12 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    /// See that a page holds its block.
+    /// Checks that a page holds its block.
     fn check(&mut self, block: u32, place: u32) {
         let words = if self.plan.check { PAGE_WORDS } else { 1 };
         for (index, word) in self.page(place).enumerate().take(words) {
-            // SAFETY: the page is the cache's and the disk does not have it; volatile, as the disk wrote it.
+            // SAFETY: the page belongs to the cache, and the disk does not have it. The read is volatile,
+            // because the disk wrote it.
             let found = unsafe { word.read_volatile() };
             let (expected, sector) = self.content(block, index);
             if found != expected {
@@ -378,13 +380,13 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// The words of a place's page.
+    /// Returns the words of a place's page.
     fn page(&self, place: u32) -> impl Iterator<Item = *mut u64> + use<> {
         let first = core::ptr::with_exposed_provenance_mut::<u64>(self.cache.page(place) as usize);
         (0..PAGE_WORDS).map(move |index| first.wrapping_add(index))
     }
 
-    /// What a word of a block must be, and the sector that it is in.
+    /// Returns the expected word of a block, and its sector.
     fn content(&self, block: u32, index: usize) -> (u64, u64) {
         let sector = self.sector + u64::from(block) * SECTORS_PER_BLOCK + (index / SECTOR_WORDS) as u64;
         let word = disk_word(self.seed, sector, index % SECTOR_WORDS);

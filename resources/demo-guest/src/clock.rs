@@ -1,7 +1,7 @@
-//! Time by the time stamp counter, and pauses by the local APIC's timer.
+//! Time from the time stamp counter, and pauses with the local APIC's timer.
 //!
-//! One spell of counting both against each other, about a millisecond long, gives the timer's frequency when
-//! that of the counter is known. If it is not, the timer's is taken for the 1 GHz of KVM.
+//! If the counter's frequency is known, counting both for about a millisecond gives the timer's frequency. If
+//! not, the timer is assumed to have KVM's 1 GHz.
 
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc};
@@ -22,25 +22,25 @@ const APIC_ENABLED: u32 = 1 << 8;
 const MASKED: u32 = 1 << 16;
 const DIVIDE_BY_1: u32 = 0b1011;
 
-/// Counter ticks that the calibration takes: 1 to 2 ms.
+/// Counter ticks for the calibration: 1 to 2 ms.
 const CALIBRATION_TICKS: u64 = 4_000_000;
 /// The timer's frequency in KVM.
 const USUAL_TIMER_KHZ: u64 = 1_000_000;
-/// What the counter's frequency is taken for if nothing tells it.
+/// The assumed frequency of the counter, if it is unknown.
 const USUAL_TSC_KHZ: u64 = 2_000_000;
-/// Pauses shorter than this are spun away.
+/// Pauses shorter than this are busy loops.
 const SHORTEST_HALT_US: u64 = 20;
-/// The longest time to set the timer to at once.
+/// Longest time to set the timer to.
 const LONGEST_HALT_US: u64 = 1_000_000;
 
-/// The guest's clock. There is one.
+/// The guest's only clock.
 pub(crate) struct Clock {
     pub(crate) tsc_khz: u64,
-    /// 0 if there is no timer.
+    /// The timer's frequency in kHz, or 0 if there is no timer.
     pub(crate) timer_khz: u64,
 }
 
-/// A register of the local APIC.
+/// Returns a register of the local APIC.
 fn register(offset: usize) -> *mut u32 {
     core::ptr::with_exposed_provenance_mut(APIC + offset)
 }
@@ -55,14 +55,14 @@ fn write(offset: usize, value: u32) {
     unsafe { register(offset).write_volatile(value) }
 }
 
-/// The time stamp counter.
+/// Returns the time stamp counter.
 pub(crate) fn now() -> u64 {
     // SAFETY: every 64-bit processor has the counter, and CR4.TSD is clear.
     unsafe { _rdtsc() }
 }
 
 impl Clock {
-    /// Set up the local APIC and find out the frequencies.
+    /// Sets up the local APIC and finds out the frequencies.
     pub(crate) fn start(tsc_khz: Option<u32>) -> Self {
         let told = tsc_khz.map(u64::from).or_else(tsc_khz_of_cpuid);
         match calibrate() {
@@ -74,18 +74,18 @@ impl Clock {
         }
     }
 
-    /// Microseconds that have gone by since the counter was at `since`.
+    /// Returns the microseconds since the counter was at `since`.
     pub(crate) fn elapsed_us(&self, since: u64) -> u64 {
         let ticks = now().saturating_sub(since);
         ticks / self.tsc_khz * 1000 + ticks % self.tsc_khz * 1000 / self.tsc_khz
     }
 
-    /// Counter ticks in a time.
+    /// Returns the counter ticks of a time.
     pub(crate) fn ticks(&self, us: u64) -> u64 {
         us.saturating_mul(self.tsc_khz) / 1000
     }
 
-    /// Idle until the counter has reached `deadline`.
+    /// Idles until the counter has reached `deadline`.
     pub(crate) fn sleep_until(&self, deadline: u64) {
         loop {
             let left = deadline.saturating_sub(now());
@@ -105,13 +105,13 @@ impl Clock {
         }
     }
 
-    /// Idle for `us` microseconds.
+    /// Idles for `us` microseconds.
     pub(crate) fn sleep(&self, us: u64) {
         self.sleep_until(now().saturating_add(self.ticks(us)));
     }
 }
 
-/// Idle for ever.
+/// Idles for ever.
 pub(crate) fn sleep_forever() -> ! {
     write(LVT_TIMER, MASKED);
     loop {
@@ -119,13 +119,13 @@ pub(crate) fn sleep_forever() -> ! {
     }
 }
 
-/// Halt until an interrupt has come in, through the gate at [`HALT_VECTOR`](crate::boot::HALT_VECTOR).
+/// Halts until an interrupt arrives, through the gate at [`HALT_VECTOR`](crate::boot::HALT_VECTOR).
 fn halt() {
     // SAFETY: the gate leaves all registers, flags and this ring's memory as they are.
     unsafe { asm!("int3", options(nostack)) }
 }
 
-/// Ticks of the counter and of the timer in the same time; `None` if there is no timer.
+/// Returns the ticks of the counter and of the timer in the same time, or `None` if there is no timer.
 fn calibrate() -> Option<(u64, u64)> {
     // 0x10 to 0x15: an integrated APIC (Intel SDM, volume 3, section 12.4.8).
     if !(0x10..0x20).contains(&(read(VERSION) & 0xff)) {
@@ -151,7 +151,7 @@ fn calibrate() -> Option<(u64, u64)> {
     (timer > 0).then_some((counter, timer))
 }
 
-/// The frequency as the processor (leaf 0x15) or the hypervisor (leaf 0x4000_0010) tells it.
+/// Returns the frequency that the processor (leaf 0x15) or the hypervisor (leaf 0x4000_0010) reports.
 fn tsc_khz_of_cpuid() -> Option<u64> {
     const CRYSTAL: u32 = 0x15;
     const HYPERVISOR: u32 = 0x4000_0000;

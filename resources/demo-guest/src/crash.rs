@@ -1,4 +1,4 @@
-//! Ways to misbehave, for tests of how the monitor takes it.
+//! Ways to misbehave, for tests of the monitor.
 
 use core::arch::asm;
 use core::hint;
@@ -10,18 +10,18 @@ use crate::demo::plan::Crash;
 use crate::demo::report::{Hex, Report, Space};
 use crate::port;
 
-/// Addresses where a machine may have RAM but no device; the first outside RAM is probed.
+/// Addresses that may be RAM but never a device. The first one outside RAM is probed.
 const MMIO_CANDIDATES: [u64; 3] = [0xe000_0000, 0xf000_0000, 0xc800_0000];
-/// A port that no device has.
+/// A port without a device.
 const PORT: u16 = 0x5678;
-/// Offset of an access that crosses from one page into the next.
+/// Offset of an access across the border of two pages.
 const STRADDLE: u64 = 0xffc;
 
-/// Misbehave as told. Returns only from [`Crash::Mmio`].
+/// Misbehaves as planned. Returns only from [`Crash::Mmio`].
 pub(crate) fn misbehave(crash: Crash, every_ms: u64, ram: &Ram, clock: &Clock) {
     match crash {
         Crash::Triple => {
-            // SAFETY: nothing that the gates serve is wanted any more.
+            // SAFETY: the gates are no longer needed.
             unsafe {
                 boot::remove_gates();
                 asm!("ud2", options(noreturn));
@@ -46,11 +46,11 @@ pub(crate) fn misbehave(crash: Crash, every_ms: u64, ram: &Ram, clock: &Clock) {
     }
 }
 
-/// Write all ones to `$address`, where there is no memory, read it back and report.
+/// Writes all ones to `$address`, where there is no memory, reads it back and reports.
 macro_rules! touch {
     ($address:expr, $type:ty) => {{
         let place = core::ptr::with_exposed_provenance_mut::<$type>($address as usize);
-        // SAFETY: neither memory nor a device lies there, and the address is aligned.
+        // SAFETY: neither memory nor a device is there, and the address is aligned.
         let read = unsafe {
             place.write_volatile(!0);
             place.read_volatile()
@@ -67,7 +67,8 @@ fn probe_memory(base: u64) {
 
     let straddling = base + STRADDLE;
     let read: u64;
-    // SAFETY: neither memory nor a device lies there; in assembly, as the address is not aligned.
+    // SAFETY: neither memory nor a device is there. The access is in assembly, because the address is not
+    // aligned.
     unsafe {
         asm!("mov [{0}], {1}", in(reg) straddling, in(reg) !0u64, options(nostack, preserves_flags));
         asm!("mov {1}, [{0}]", in(reg) straddling, out(reg) read, options(nostack, preserves_flags));
@@ -79,7 +80,7 @@ fn probe_port() {
     port::write8(PORT, !0);
     report(Space::Pio, PORT.into(), 1, port::read8(PORT).into());
     let (word, double): (u16, u32);
-    // SAFETY: no device has the port.
+    // SAFETY: the port has no device.
     unsafe {
         asm!("out dx, ax", in("dx") PORT, in("ax") !0u16, options(nostack, nomem, preserves_flags));
         asm!("in ax, dx", in("dx") PORT, out("ax") word, options(nostack, nomem, preserves_flags));

@@ -16,7 +16,7 @@ use crate::virtio::{Descriptor, Device, LARGEST_QUEUE, NEXT, SetupError, WRITE};
 
 const BLOCK_DEVICE: u32 = 2;
 const F_FLUSH: u64 = 1 << 9;
-/// Of the queue: requests may be tables of descriptors.
+/// Feature bit of the queue: requests may be tables of descriptors.
 const F_INDIRECT: u64 = 1 << 28;
 pub(crate) const TYPE_READ: u32 = 0;
 pub(crate) const TYPE_WRITE: u32 = 1;
@@ -25,18 +25,18 @@ const TYPE_ID: u32 = 8;
 const ID_BYTES: u32 = 20;
 pub(crate) const STATUS_OK: u8 = 0;
 const STATUS_UNSUPPORTED: u8 = 2;
-/// What the status byte holds before the device sets it.
+/// The status byte before the device sets it.
 pub(crate) const STATUS_UNSET: u8 = 0xff;
 
-/// Descriptors of a request: header, data, status.
+/// Number of a request's descriptors: header, data, status.
 const CHAIN: usize = 3;
 const SLOTS: usize = LARGEST_QUEUE / CHAIN;
-/// An answer is waited for by spinning for this long, then with pauses as long.
+/// The time for which the guest waits for an answer in a loop, and the length of the later pauses.
 const SPIN_US: u64 = 100;
-/// A request that takes longer is taken for lost.
+/// The time after which a request counts as lost.
 pub(crate) const LOST_US: u64 = 30_000_000;
 
-/// What a request begins with.
+/// The header of a request.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Header {
@@ -51,15 +51,15 @@ static mut STATUSES: [u8; SLOTS] = [0; SLOTS];
 /// A request that the device has.
 #[derive(Clone, Copy)]
 struct Pending {
-    /// Its number in the pass.
+    /// The number in the pass.
     number: u64,
     sector: u64,
-    /// Address and size of its data.
+    /// Address and size of the data.
     buffer: u64,
     bytes: u32,
 }
 
-/// What came of a pass.
+/// The result of a pass.
 #[derive(Default)]
 struct Outcome {
     requests: u64,
@@ -75,36 +75,36 @@ pub(crate) struct Disk<'a> {
     pub(crate) clock: &'a Clock,
     plan: &'a DiskPlan,
     seed: u32,
-    /// Address of the buffers, bytes in each, and how many there are.
+    /// Address, size and number of the buffers.
     pub(crate) buffers: u64,
     buffer_bytes: u64,
     window: u64,
     pub(crate) sectors: u64,
     pending: [Option<Pending>; SLOTS],
-    /// Words found to be wrong so far.
+    /// Wrong words so far.
     corrupt: u64,
     client: Option<Client<'a>>,
 }
 
-/// Why a disk can't be used any longer.
+/// The reason why a disk cannot be used any longer.
 #[derive(Clone, Copy)]
 pub(crate) enum DiskError {
-    /// It can't be set up.
+    /// The setup failed.
     Setup(SetupError),
-    /// It did not answer a request in time.
+    /// The disk did not answer a request in time.
     Timeout,
-    /// It returned a request that it did not have.
+    /// The disk returned a request that it did not have.
     UnknownRequest,
-    /// It is smaller than what the client is to use, or the client's cache is too small for its requests.
+    /// The disk is too small for the client, or the client's cache is too small for its requests.
     Size,
-    /// It lacks what the client needs: tables of descriptors.
+    /// The disk does not support tables of descriptors, which the client needs.
     NoTables,
-    /// It failed a request of the client's.
+    /// The disk failed a request of the client.
     Failed,
 }
 
 impl DiskError {
-    /// The error in words joined by hyphens.
+    /// Returns the error as words joined by hyphens.
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Setup(SetupError::OtherDevice) => "no-virtio-blk-device",
@@ -120,11 +120,11 @@ impl DiskError {
 }
 
 impl<'a> Disk<'a> {
-    /// Set up the disk of `plan`.
+    /// Sets up the disk of `plan`.
     ///
     /// # Safety
-    /// There may be no other disk, and nobody else may use the arena's disk buffers nor the memory of its
-    /// client, which has not been touched since the machine started.
+    /// There may be no other disk. Nothing else may use the arena's disk buffers or the memory of its client,
+    /// which has not been touched since the machine started.
     pub(crate) unsafe fn open(
         plan: &'a Plan,
         disk: &'a DiskPlan,
@@ -132,9 +132,9 @@ impl<'a> Disk<'a> {
         clock: &'a Clock,
     ) -> Result<Self, DiskError> {
         let with_client = ClientLayout::new(disk).is_some();
-        // A malformed request is to be malformed by what was agreed upon.
+        // Malformed requests should be malformed under the negotiated features.
         let features = if with_client { F_FLUSH | F_INDIRECT } else { F_FLUSH };
-        // SAFETY: there is no other disk to use the queue.
+        // SAFETY: no other disk uses the queue.
         let device = unsafe { Device::open(disk.base, BLOCK_DEVICE, features) }.map_err(DiskError::Setup)?;
         let sectors = device.config64();
         port::print(Report::Disk { sectors, features: Hex(device.offered), queue: device.queue_size.into() });
@@ -142,7 +142,7 @@ impl<'a> Disk<'a> {
             if device.offered & F_INDIRECT == 0 {
                 return Err(DiskError::NoTables);
             }
-            // SAFETY: passed on from the caller.
+            // SAFETY: guaranteed by the caller.
             Some(unsafe { Client::new(plan, disk, arena, clock, sectors) }.ok_or(DiskError::Size)?)
         } else {
             None
@@ -162,12 +162,12 @@ impl<'a> Disk<'a> {
         })
     }
 
-    /// Address of the disk's registers.
+    /// Returns the address of the disk's registers.
     pub(crate) fn base(&self) -> u64 {
         self.plan.base
     }
 
-    /// Do the passes of a round.
+    /// Does the passes of a round.
     pub(crate) fn round(&mut self) -> Result<(), DiskError> {
         for op in self.plan.ops.iter() {
             let start = clock::now();
@@ -199,24 +199,24 @@ impl<'a> Disk<'a> {
         Ok(())
     }
 
-    /// Print the client's totals. Gives the number of words that were found to be wrong in all.
+    /// Prints the client's totals. Returns the total number of wrong words.
     pub(crate) fn finish(self) -> u64 {
         self.corrupt + self.client.map_or(0, Client::finish)
     }
 
-    /// Read one sector; says whether that worked.
+    /// Reads one sector. Returns whether that succeeded.
     pub(crate) fn probe(&mut self) -> Result<bool, DiskError> {
         let outcome = self.single(TYPE_READ, SECTOR_BYTES as u32)?;
         Ok(outcome.errors + outcome.unsupported == 0)
     }
 
-    /// Reset the disk and give up what it has not answered.
+    /// Resets the disk and drops its pending requests.
     pub(crate) fn restart(&mut self) -> Result<(), DiskError> {
         self.pending = [None; SLOTS];
         self.device.start().map_err(DiskError::Setup)
     }
 
-    /// The planned range, request by request, as many at a time as planned.
+    /// Transfers the planned range, with the planned number of requests in flight.
     fn transfer(&mut self, op: DiskOp) -> Result<Outcome, DiskError> {
         let sectors_each = self.buffer_bytes / SECTOR_BYTES as u64;
         let to_end = self.sectors.saturating_sub(self.plan.sector);
@@ -260,7 +260,8 @@ impl<'a> Disk<'a> {
         Ok(outcome)
     }
 
-    /// A slot for request `number`, if one of the first `depth` is free and so is the request's buffer.
+    /// Returns a slot for request `number`, if one of the first `depth` is free and so is the request's
+    /// buffer.
     fn free_slot(&self, depth: usize, number: u64) -> Option<usize> {
         let slots = &self.pending[..depth];
         let buffer_in_use =
@@ -271,7 +272,7 @@ impl<'a> Disk<'a> {
         slots.iter().position(Option::is_none)
     }
 
-    /// A request of its own, at the start of the planned range, with `bytes` of data for the device to write.
+    /// Does a single request at the start of the planned range, with `bytes` of data for the device to write.
     fn single(&mut self, kind: u32, bytes: u32) -> Result<Outcome, DiskError> {
         let sector = if kind == TYPE_READ { self.plan.sector } else { 0 };
         self.offer(0, kind, Pending { number: 0, sector, buffer: self.buffers, bytes });
@@ -298,7 +299,7 @@ impl<'a> Disk<'a> {
         Ok(outcome)
     }
 
-    /// The words of the first sector of the first buffer.
+    /// Returns the words of the first sector of the first buffer.
     fn words(&self) -> impl Iterator<Item = *mut u64> + use<> {
         let first = core::ptr::with_exposed_provenance_mut::<u64>(self.buffers as usize);
         (0..SECTOR_WORDS).map(move |i| first.wrapping_add(i))
@@ -329,18 +330,18 @@ impl<'a> Disk<'a> {
         self.pending[slot] = Some(request);
     }
 
-    /// The next request that the device is done with, and its status.
+    /// Returns the next completed request and its status.
     fn wait(&mut self) -> Result<(Pending, u8), DiskError> {
         let head = self.wait_for_used(LOST_US).ok_or(DiskError::Timeout)? as usize;
         let slot = head / CHAIN;
         let pending = self.pending.get_mut(slot).filter(|_| head.is_multiple_of(CHAIN));
         let request = pending.and_then(Option::take).ok_or(DiskError::UnknownRequest)?;
-        // SAFETY: the index has been checked; volatile, as the device has written the byte.
+        // SAFETY: the index has been checked. The read is volatile, because the device has written the byte.
         let status = unsafe { (&raw const STATUSES[slot]).read_volatile() };
         Ok((request, status))
     }
 
-    /// The head of a chain that the device is done with, if it is done with one within `us` microseconds.
+    /// Returns the head of a completed chain, if one completes within `us` microseconds.
     pub(crate) fn wait_for_used(&mut self, us: u64) -> Option<u32> {
         let start = clock::now();
         loop {
@@ -355,7 +356,7 @@ impl<'a> Disk<'a> {
         }
     }
 
-    /// Count a request that is done; says whether it worked.
+    /// Counts a completed request. Returns whether it succeeded.
     fn count(&self, outcome: &mut Outcome, status: u8) -> bool {
         outcome.requests += 1;
         match status {
@@ -366,20 +367,20 @@ impl<'a> Disk<'a> {
         false
     }
 
-    /// Fill a request's buffer with the pattern.
+    /// Fills a request's buffer with the pattern.
     fn fill(&self, request: Pending, outcome: &mut Outcome) {
         for (position, place) in self.positions(request) {
             let word = self.pattern(request, position);
-            // SAFETY: the buffer is ours, as `open`'s caller confirmed, and the device doesn't have it yet.
+            // SAFETY: the caller of `open` guarantees the buffer, and the device does not have it yet.
             unsafe { place.write_volatile(word) };
             outcome.checksum.add(self.first_word(request) + position, word);
         }
     }
 
-    /// Add up what a request has read, and compare it with the pattern if `compare`.
+    /// Adds the data of a completed read to the checksum. With `compare`, also compares it with the pattern.
     fn check(&mut self, request: Pending, compare: bool, outcome: &mut Outcome) {
         for (position, place) in self.positions(request) {
-            // SAFETY: the buffer is ours, as `open`'s caller confirmed, and the device has given it back.
+            // SAFETY: the caller of `open` guarantees the buffer, and the device has returned it.
             let found = unsafe { place.read_volatile() };
             outcome.checksum.add(self.first_word(request) + position, found);
             let expected = self.pattern(request, position);
@@ -397,7 +398,7 @@ impl<'a> Disk<'a> {
         }
     }
 
-    /// Numbers and places of the words of a request's data.
+    /// Returns numbers and places of the words of a request's data.
     fn positions(&self, request: Pending) -> impl Iterator<Item = (u64, *mut u64)> + use<> {
         let first = core::ptr::with_exposed_provenance_mut::<u64>(request.buffer as usize);
         (0..u64::from(request.bytes) / 8).map(move |i| (i, first.wrapping_add(i as usize)))
@@ -408,7 +409,7 @@ impl<'a> Disk<'a> {
         disk_word(self.seed, request.sector + position / sectors, (position % sectors) as usize)
     }
 
-    /// Number of a request's first word in the pass.
+    /// Returns the number of a request's first word in the pass.
     fn first_word(&self, request: Pending) -> u64 {
         request.number.wrapping_mul(self.buffer_bytes / 8)
     }

@@ -1,4 +1,4 @@
-//! What the guest says in the memory hole: the truth, or anything else.
+//! The guest's data in the memory hole: true or false.
 
 use core::sync::atomic::{AtomicU32, Ordering, fence};
 
@@ -11,29 +11,29 @@ use crate::demo::plan::{HoleMode, HolePlace, Plan};
 use crate::demo::report::{Report, Text};
 use crate::pages::Pages;
 
-/// A page of the arena that is in use.
+/// The word of a used page of the arena.
 const USED: u32 = PUBLISHED | ANON | MMAP | LRU | SWAP_BACKED;
-/// One that is not.
+/// The word of an unused page.
 const UNUSED: u32 = PUBLISHED | BUDDY;
 
-/// How often an honest guest tells news that nobody asked for, in microseconds.
+/// Interval in which an honest guest publishes without a request, in microseconds.
 const TELL_US: u64 = 20_000;
-/// How often it looks whether somebody asks.
+/// Interval of polling for requests, in microseconds.
 const GLANCE_US: u64 = 500;
-/// The longest times between an answer and the next use of pages that it calls free: about as long as a host
-/// takes to give them back once it has heard, and to hear.
+/// Longest times between an answer and the next use of pages that are published as free. A host needs about
+/// that time to learn of the answer and to free the pages.
 const LULLS_US: [u64; 2] = [3_000, 150_000];
-/// Of so many pages one is freed or used again between two passes.
+/// One of this number of pages is freed or used again between two passes.
 const TURN: u64 = 32;
-/// Pages in a row that are freed or used again at once.
+/// Number of consecutive pages to free or use at once.
 const RUN: u64 = 8;
 
-/// How long a game lasts, in microseconds.
+/// Duration of a game, in microseconds.
 const GAME_US: u64 = 20_000;
-/// Moves of a game between two looks at the clock.
+/// Number of moves between two readings of the clock.
 const MOVES_AT_ONCE: u32 = 64;
 
-/// Words of the guest's header, by their place in the hole.
+/// Index of the guest's header in the hole, in words.
 const GUEST: usize = 1024;
 const SEQUENCE: usize = GUEST + 2;
 
@@ -42,8 +42,8 @@ type Game = (&'static str, fn(&mut Claims<'_>, &mut Pages<'_>));
 /// Each function makes one move.
 const GAMES: &[Game] = &[
     ("noise", |claims, pages| {
-        // Anywhere, the host's header and the counters included, but where this program's own memory would be
-        // called free.
+        // Any place, including the host's header and the counters, but never publish this program's own
+        // memory as free.
         let place = claims.random() as usize % claims.words.len();
         let flags = claims.words.len() - claims.hole.flags().len().next_multiple_of(PAGE_BYTES as usize / 4);
         let arena = pages.frame(0)..=pages.frame(pages.count().saturating_sub(1));
@@ -63,7 +63,7 @@ const GAMES: &[Game] = &[
         claims.ring_sometimes();
     }),
     ("all-free", |claims, pages| {
-        // They are written to at once.
+        // The pages are written immediately.
         claims.flag_all(pages, |_| UNUSED);
         claims.finish_pass(claims.requested());
         (0..RUN).for_each(|_| claims.spoil(pages));
@@ -79,7 +79,7 @@ const GAMES: &[Game] = &[
         claims.spoil(pages);
     }),
     ("answers-at-once", |claims, pages| {
-        // Without a look at any page, and again and again.
+        // Repeatedly, and without reading any page.
         claims.finish_pass(claims.requested());
         claims.spoil(pages);
     }),
@@ -117,7 +117,7 @@ const GAMES: &[Game] = &[
         claims.finish_pass(claims.requested());
     }),
     ("other-memory", |claims, _| {
-        // What the host has said of the guest's memory, in its own header.
+        // The description of the guest's memory in the host's header.
         let mut header = claims.host;
         header.frames = claims.random() as u32;
         header.doorbell = claims.random();
@@ -131,16 +131,16 @@ const GAMES: &[Game] = &[
     ("storm", |claims, _| claims.ring()),
 ];
 
-/// The hole, and what was said in it.
+/// The hole and its published data.
 pub(crate) struct Claims<'a> {
     mode: HoleMode,
     clock: &'a Clock,
     words: &'static [AtomicU32],
     hole: Hole<'static>,
-    /// What the host said at first.
+    /// The host's first header.
     host: HostHeader,
     generation: u32,
-    /// The last request that was answered.
+    /// The last answered request.
     answered: u32,
     random: u64,
     games: usize,
@@ -155,10 +155,10 @@ impl<'a> Claims<'a> {
     /// Finds the hole of `plan`.
     ///
     /// # Errors
-    /// In words joined by hyphens.
+    /// Fails with words joined by hyphens.
     ///
     /// # Safety
-    /// The hole must be where the plan says, and nothing else may write there.
+    /// The hole must be at the plan's place, and nothing else in the guest may write there.
     pub(crate) unsafe fn open(plan: &Plan, mode: HoleMode, clock: &'a Clock) -> Result<Self, &'static str> {
         let HolePlace { bytes, address } = plan.hole.ok_or("no-memory-hole-on-the-command-line")?;
         let end = address.checked_add(bytes).filter(|end| *end <= MAPPED_BY_IMAGE - PAGE_BYTES);
@@ -166,8 +166,8 @@ impl<'a> Claims<'a> {
             return Err("memory-hole-out-of-reach");
         }
         let start = core::ptr::with_exposed_provenance::<AtomicU32>(address as usize);
-        // SAFETY: the first 4 GiB are mapped, and the caller vouches for what lies there. Words that others
-        // write as well are what atomics are for.
+        // SAFETY: the first 4 GiB are mapped, and the caller guarantees the range. Atomics allow that others
+        // write the words too.
         let words = unsafe { core::slice::from_raw_parts(start, bytes as usize / 4) };
         let hole = Hole::described(words).ok_or("memory-hole-not-described")?;
         let host = hole.host_header().ok_or("memory-hole-not-described")?;
@@ -189,12 +189,12 @@ impl<'a> Claims<'a> {
         })
     }
 
-    /// Whether nothing but the truth is said.
+    /// Returns whether only the truth is published.
     pub(crate) fn is_honest(&self) -> bool {
         self.mode == HoleMode::Honest
     }
 
-    /// Frees pages and uses them again for `ms`, and tells the host.
+    /// Frees pages and uses them again for `ms`, and publishes that.
     pub(crate) fn tell(&mut self, pages: &mut Pages<'_>, ms: u64) -> Report {
         let end = clock::now().saturating_add(self.clock.ticks(ms.saturating_mul(1000)));
         loop {
@@ -207,7 +207,8 @@ impl<'a> Claims<'a> {
             }
             if self.requested() != self.answered {
                 self.pass(pages);
-                // The host now gives back what is free: pages are used again before, while and after it does.
+                // The host now frees the free pages. The guest uses pages again before, during and after
+                // that.
                 let longest = LULLS_US[self.random() as usize % LULLS_US.len()];
                 let lull = self.random() % longest;
                 self.clock.sleep(lull);
@@ -237,16 +238,16 @@ impl<'a> Claims<'a> {
         }
     }
 
-    /// Goes over all pages of the arena, and answers what was asked before.
+    /// Publishes all pages of the arena, and answers earlier requests.
     fn pass(&mut self, pages: &Pages<'_>) {
         let requested = self.requested();
-        // Each word is to be younger than the request.
+        // Each word must be newer than the request.
         fence(Ordering::SeqCst);
         self.flag_all(pages, |index| if pages.is_free(index) { UNUSED } else { USED });
         self.finish_pass(requested);
     }
 
-    /// Flags all pages of the arena, and counts the blocks in which a flag changed.
+    /// Publishes all pages of the arena, and counts the blocks with a changed word.
     fn flag_all(&mut self, pages: &Pages<'_>, word: impl Fn(u64) -> u32) {
         let mut changed = None;
         for index in 0..pages.count() {
@@ -285,12 +286,12 @@ impl<'a> Claims<'a> {
         self.ring();
     }
 
-    /// The number of the last pass that the host asked for, wherever its header has gone.
+    /// Returns the number of the last requested pass, wherever the host's header is now.
     fn requested(&self) -> u32 {
         self.hole.host_header().map_or(self.answered, |header| header.requested)
     }
 
-    /// Plays the next game, and says how it went.
+    /// Plays the next game, and reports the result.
     pub(crate) fn lie(&mut self, pages: &mut Pages<'_>) -> Report {
         if self.mode == HoleMode::Ruin {
             return self.ruin(pages);
@@ -303,14 +304,14 @@ impl<'a> Claims<'a> {
             (0..MOVES_AT_ONCE).for_each(|_| play(self, pages));
             moves += u64::from(MOVES_AT_ONCE);
         }
-        // What the host must know to go on playing.
+        // Restore what the host needs for the next game.
         self.hole.set_host_header(&HostHeader { requested: self.requested(), ..self.host });
         self.passes = moves;
         pages.attend(0);
         self.report(name)
     }
 
-    /// Calls all memory free, that in which this program runs included.
+    /// Publishes all memory as free, including the memory of this program.
     fn ruin(&mut self, pages: &mut Pages<'_>) -> Report {
         let end = clock::now() + self.clock.ticks(GAME_US);
         while clock::now() < end {
@@ -326,7 +327,7 @@ impl<'a> Claims<'a> {
         self.report("ruin")
     }
 
-    /// Writes to any page of the arena, whatever was said of it.
+    /// Writes to any page of the arena, whatever was published about it.
     fn spoil(&mut self, pages: &mut Pages<'_>) {
         if pages.count() > 0 {
             pages.spoil(self.random() % pages.count());
@@ -336,7 +337,7 @@ impl<'a> Claims<'a> {
     fn ring(&mut self) {
         self.rings += 1;
         let doorbell = core::ptr::with_exposed_provenance_mut::<u32>(self.host.doorbell as usize);
-        // SAFETY: the host has named the place, which is mapped; a write there changes no memory.
+        // SAFETY: the host has given the address, which is mapped. A write there changes no memory.
         unsafe { doorbell.write_volatile(self.rings as u32) };
     }
 

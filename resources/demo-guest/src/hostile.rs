@@ -1,7 +1,7 @@
-//! Malformed virtio-blk requests, to see that a device refuses them and lives on.
+//! Malformed virtio-blk requests, to check that a device refuses them and continues to work.
 //!
 //! Each case starts from a freshly reset device. A device may answer with an error status, return the request
-//! as used, ask for a reset, or drop it; after one more reset it must serve a well-formed read.
+//! as used, ask for a reset, or drop the request. After one more reset it must serve a well-formed read.
 
 use crate::demo::content::SECTOR_BYTES;
 use crate::demo::report::{Hex, Report, Text};
@@ -9,9 +9,9 @@ use crate::disk::{Disk, DiskError};
 use crate::port;
 use crate::virtio::{Descriptor, INDIRECT, NEXT, QUEUE_DESCRIPTORS, QUEUE_READY, QUEUE_SIZE, WRITE};
 
-/// How long a device may take to answer a malformed request.
+/// Time limit for an answer to a malformed request.
 const PATIENCE_US: u64 = 20_000;
-/// Beyond any memory that a guest can have.
+/// An address beyond any guest's memory.
 const NOWHERE: u64 = 1 << 60;
 
 const TYPE_READ: u32 = 0;
@@ -27,18 +27,18 @@ struct Parts {
 
 static mut PARTS: Parts = Parts { header: [0; 2], status: 0 };
 
-/// The descriptors of a request. The data goes to the first buffer, so that a device that takes a malformed
-/// request for a good one does no harm.
+/// The descriptors of a request. The data goes to the first buffer, so a device that accepts a malformed
+/// request does no harm.
 struct Chain {
     header: Descriptor,
     data: Descriptor,
     status: Descriptor,
 }
 
-/// Offers a chain of header, data and status at descriptors 0 to 2, as `change` has made it.
+/// Offers a chain of header, data and status at descriptors 0 to 2, changed by `change`.
 fn request(disk: &mut Disk<'_>, kind: u32, sector: u64, change: impl FnOnce(&mut Chain)) {
     let parts = &raw mut PARTS;
-    // SAFETY: this is the only request, and the device has been reset since the one before.
+    // SAFETY: this is the only request, and the device has been reset since the previous one.
     let (header, status) = unsafe {
         (&raw mut (*parts).header).write_volatile([kind.into(), sector]);
         ((&raw const (*parts).header).addr() as u64, (&raw const (*parts).status).addr() as u64)
@@ -62,14 +62,14 @@ fn request(disk: &mut Disk<'_>, kind: u32, sector: u64, change: impl FnOnce(&mut
     disk.device.publish();
 }
 
-/// A read of the first sector with `change` made to it.
+/// Submits a read of the first sector, changed by `change`.
 fn read(disk: &mut Disk<'_>, change: impl FnOnce(&mut Chain)) {
     request(disk, TYPE_READ, 0, change);
 }
 
 type Case = (&'static str, fn(&mut Disk<'_>));
 
-/// Reads only, or writes that lie beyond the end of the disk, so that the disk keeps its contents.
+/// Only reads, or writes beyond the end of the disk, so that the disk's content does not change.
 const CASES: &[Case] = &[
     ("data-nowhere", |disk| read(disk, |chain| chain.data.address = NOWHERE)),
     ("data-wraps", |disk| read(disk, |chain| chain.data.address = u64::MAX - 255)),
@@ -134,10 +134,10 @@ const CASES: &[Case] = &[
     ("queue-unknown", |disk| disk.device.notify(u32::MAX)),
 ];
 
-/// Try every case on the disk and report what came of it.
+/// Tries every case on the disk and reports the results.
 ///
 /// # Errors
-/// The disk can't be reset any more.
+/// Fails if the disk cannot be reset any more.
 pub(crate) fn attack(disk: &mut Disk<'_>) -> Result<(), DiskError> {
     for (name, case) in CASES {
         disk.restart()?;

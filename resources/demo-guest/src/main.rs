@@ -1,7 +1,7 @@
 //! A guest that fills, rewrites and verifies its memory, for demonstrations and tests of samepage.
 //!
-//! The command line says what to do, reports on the serial port say what came of it: see README.md. All but
-//! a few dozen instructions run in ring 3.
+//! The command line contains the plan, and reports on the serial port contain the results; see README.md. All
+//! but a few dozen instructions run in ring 3.
 
 #![no_std]
 #![no_main]
@@ -40,10 +40,10 @@ use start_info::{Handover, LONGEST_COMMAND_LINE};
 /// Initial control words of the floating-point units: all exceptions masked.
 const MXCSR: u32 = 0x1f80;
 
-/// Where the boot code goes on in ring 3, with the address that the monitor passed in `ebx`.
+/// The start of ring 3, called by the boot code with the monitor's address from `ebx`.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_main(start_info: usize) -> ! {
-    // SAFETY: nothing has been done in ring 3 yet, and the units exist in every 64-bit processor.
+    // SAFETY: this is the first code in ring 3, and the units exist in every 64-bit processor.
     unsafe {
         core::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR, options(nostack));
         boot::install_gates();
@@ -68,8 +68,8 @@ fn run(handover: &Handover) -> ! {
         Err(LayoutError::TooManyRanges) => fail("too-many-ranges-of-memory", 0),
         Err(LayoutError::TooSmall { needed, .. }) => fail("too-little-memory-for-tables", needed),
     };
-    // SAFETY: the directories lie in the lowest usable memory, below 4 GiB and not used otherwise: what the
-    // monitor handed over has been copied.
+    // SAFETY: the directories are in the lowest usable memory, below 4 GiB and otherwise unused. The
+    // monitor's data has been copied.
     unsafe { paging::map_high(&arena) };
     let clock = Clock::start(plan.tsc_khz);
     port::print(Report::Start {
@@ -79,11 +79,11 @@ fn run(handover: &Handover) -> ! {
     });
 
     let start = clock::now();
-    // SAFETY: all usable memory is mapped now, and the arena and its table are used by nothing else.
+    // SAFETY: all usable memory is mapped now, and nothing else uses the arena and its table.
     let mut pages = unsafe { Pages::fill(&plan, &arena, &clock) };
     let counts = arena.counts();
     if plan.misbehaviour() == Some(Crash::Hang) {
-        // As a driver that finds a keyboard, and then listens to nothing.
+        // Behave like a driver that finds a keyboard and then ignores it.
         port::look_at_keyboard();
     }
     port::print(Report::Ready {
@@ -98,12 +98,12 @@ fn run(handover: &Handover) -> ! {
     if let Some(crash) = plan.misbehaviour() {
         crash::misbehave(crash, plan.every_ms, arena.ram(), &clock);
     }
-    // SAFETY: this is the only disk, and its buffers are used by nothing else.
+    // SAFETY: this is the only disk, and nothing else uses its buffers.
     let mut disk = plan.disk.as_ref().map(|disk| unsafe {
         Disk::open(&plan, disk, &arena, &clock).unwrap_or_else(|error| fail(error.reason(), disk.base))
     });
     let mut claims = plan.hole_mode.map(|mode| {
-        // SAFETY: the monitor has said where the hole is, and nothing else writes there.
+        // SAFETY: the monitor has given the place of the hole, and nothing else writes there.
         unsafe { Claims::open(&plan, mode, &clock) }.unwrap_or_else(|reason| fail(reason, 0))
     });
     let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut(), claims.as_mut());
@@ -115,7 +115,7 @@ fn run(handover: &Handover) -> ! {
     stop()
 }
 
-/// Do the plan's rounds; gives how many were finished.
+/// Does the plan's rounds. Returns the number of finished rounds.
 fn rounds(
     plan: &Plan,
     clock: &Clock,
@@ -161,7 +161,7 @@ fn rounds(
     }
 }
 
-/// Reset the machine, or idle for ever if it can't be reset.
+/// Resets the machine, or idles for ever if that fails.
 fn stop() -> ! {
     port::reset();
     clock::sleep_forever()
@@ -172,12 +172,12 @@ fn fail(reason: &str, value: u64) -> ! {
     stop()
 }
 
-/// Where an exception goes on in ring 3, on a fresh stack.
+/// Handles an exception in ring 3, on a fresh stack.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_fault(vector: u64, error: u64, rip: u64, address: u64) -> ! {
     static FAULTED: AtomicBool = AtomicBool::new(false);
     if FAULTED.swap(true, Ordering::Relaxed) {
-        // The report itself faults: nothing is left to say it with.
+        // The report itself faults, so nothing can be reported.
         loop {
             hint::spin_loop();
         }

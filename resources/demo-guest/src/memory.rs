@@ -1,7 +1,7 @@
 //! The memory functions that compiled code calls by name.
 //!
-//! Each is string instructions in assembly: written as a loop, the compiler would turn it into a call of
-//! itself.
+//! Each consists of string instructions in assembly, because the compiler would turn a loop into a call of
+//! the function itself.
 
 use core::arch::asm;
 
@@ -9,7 +9,7 @@ use core::arch::asm;
 /// As C's `memcpy`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, bytes: usize) -> *mut u8 {
-    // SAFETY: the caller vouches for both ranges; the direction flag is clear in Rust code.
+    // SAFETY: the caller guarantees both ranges. The direction flag is clear in Rust code.
     unsafe {
         asm!("rep movsb", inout("rcx") bytes => _, inout("rdi") to => _, inout("rsi") from => _,
              options(nostack, preserves_flags));
@@ -25,8 +25,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, bytes: usize) -> *mut
         // SAFETY: no byte is overwritten before it is read when copying upwards.
         return unsafe { memcpy(to, from, bytes) };
     }
-    // SAFETY: the caller vouches for both ranges; the direction flag is clear again afterwards. `bytes` is
-    // not 0 here, so the last bytes exist.
+    // SAFETY: the caller guarantees both ranges. The direction flag is clear again afterwards. `bytes` is not
+    // 0 here, so the last bytes exist.
     unsafe {
         asm!("std", "rep movsb", "cld", inout("rcx") bytes => _, inout("rdi") to.add(bytes - 1) => _,
              inout("rsi") from.add(bytes - 1) => _, options(nostack));
@@ -38,7 +38,7 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, bytes: usize) -> *mut
 /// As C's `memset`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, bytes: usize) -> *mut u8 {
-    // SAFETY: the caller vouches for the range; the direction flag is clear in Rust code.
+    // SAFETY: the caller guarantees the range. The direction flag is clear in Rust code.
     unsafe {
         asm!("rep stosb", inout("rcx") bytes => _, inout("rdi") to => _, in("al") byte as u8,
              options(nostack, preserves_flags));
@@ -51,8 +51,8 @@ unsafe extern "C" fn memset(to: *mut u8, byte: i32, bytes: usize) -> *mut u8 {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, bytes: usize) -> i32 {
     let (last_a, last_b): (u32, u32);
-    // SAFETY: the caller vouches for both ranges; the direction flag is clear in Rust code. Comparing two
-    // equal registers first makes no bytes compare as equal.
+    // SAFETY: the caller guarantees both ranges. The direction flag is clear in Rust code. Comparing two
+    // equal registers first makes empty ranges compare as equal.
     unsafe {
         asm!("xor {a:e}, {a:e}", "xor {b:e}, {b:e}", "cmp {a:e}, {b:e}", "repe cmpsb", "je 2f",
              "movzx {a:e}, byte ptr [rsi - 1]", "movzx {b:e}, byte ptr [rdi - 1]", "2:",
@@ -66,6 +66,6 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, bytes: usize) -> i32 {
 /// As `bcmp` of POSIX.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, bytes: usize) -> i32 {
-    // SAFETY: passed on from the caller.
+    // SAFETY: guaranteed by the caller.
     unsafe { memcmp(a, b, bytes) }
 }

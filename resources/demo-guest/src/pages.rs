@@ -1,4 +1,4 @@
-//! Filling, rewriting and verifying the arena.
+//! Fills, rewrites and verifies the arena.
 
 use crate::clock::{self, Clock};
 use crate::demo::content::{Class, Contents, PAGE_BYTES, PAGE_WORDS, PageContent, mix};
@@ -7,55 +7,55 @@ use crate::demo::plan::{Plan, Rate};
 use crate::demo::report::{Hex, Report};
 use crate::port;
 
-/// Pages verified between two looks at the clock.
+/// Pages to verify between two readings of the clock.
 const CHUNK: u64 = 16;
-/// Steps of a walk between two looks at the clock.
+/// Steps of a walk between two readings of the clock.
 const STEPS_AT_ONCE: u64 = 4096;
-/// Writes between two looks at the clock.
+/// Writes between two readings of the clock.
 const WRITES_AT_ONCE: u64 = 1024;
-/// Between two looks at the serial port, in microseconds.
+/// Interval of polling the serial port, in microseconds.
 const POLL_US: u64 = 5_000;
-/// Pauses are cut into spells of at least this, so that the serial port is looked at, in microseconds.
+/// Least length of the pieces of a pause, between which the serial port is polled, in microseconds.
 const SHORTEST_SPELL_US: u64 = 10_000;
 const LONGEST_SPELL_US: u64 = 100_000;
-/// A writer that is behind by more than this, in microseconds, gives the backlog up.
+/// A writer with a larger backlog than this, in microseconds, drops the backlog.
 const LONGEST_BACKLOG_US: u64 = 1_000_000;
-/// Pages tried in search of one whose class may be written.
+/// Attempts to find a page whose class may be written.
 const TRIES: usize = 1000;
-/// Wrong pages that are described.
+/// Limit for the described wrong pages.
 pub(crate) const MOST_DESCRIBED: u64 = 16;
 const QUIT: u8 = b'q';
-/// Stands in the version table for a page that is free: it holds nothing that counts.
+/// The version of a free page, whose content does not matter.
 const FREE: u32 = u32::MAX;
 
-/// The arena at work.
+/// The arena during the work.
 pub(crate) struct Pages<'a> {
     plan: &'a Plan,
     arena: &'a Arena,
     clock: &'a Clock,
     contents: Contents,
     random: u64,
-    /// Version given to the last page written.
+    /// The version of the last written page.
     last_version: u32,
-    /// Counter value at which the next write is due.
+    /// The counter value at which the next write is due.
     next_write: u64,
     next_poll: u64,
-    /// Pages rewritten so far.
+    /// Rewritten pages so far.
     pub(crate) writes: u64,
-    /// Pages found to be wrong so far.
+    /// Wrong pages so far.
     pub(crate) corrupt: u64,
-    /// Whether the host has asked to come to an end.
+    /// Whether the host has asked the guest to end.
     pub(crate) quit: bool,
-    /// The last scan codes of the keyboard's.
+    /// The keyboard's last scan codes.
     scan_codes: u32,
 }
 
 impl<'a> Pages<'a> {
-    /// Fill the arena of `plan` with its base content.
+    /// Fills the arena of `plan` with its base content.
     ///
     /// # Safety
-    /// All of the arena's pages and its version table must be mapped, used by nothing else, and untouched
-    /// since the machine started (so that the table is zero), as long as the value lives.
+    /// While the value lives, all of the arena's pages and its version table must be mapped and unused by
+    /// others. They must be untouched since the machine started, so that the table is zero.
     pub(crate) unsafe fn fill(plan: &'a Plan, arena: &'a Arena, clock: &'a Clock) -> Self {
         let start = clock::now();
         let contents = Contents::new(plan.seed, plan.vm);
@@ -84,12 +84,12 @@ impl<'a> Pages<'a> {
         let Some(words) = self.page(index) else { return };
         let content = self.contents.page(self.arena.class(index), index, 0);
         for i in 0..PAGE_WORDS {
-            // SAFETY: the page is the arena's, as `fill`'s caller confirmed.
+            // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees.
             unsafe { words.add(i).write(content.base(i)) };
         }
     }
 
-    /// The words of a page that has content.
+    /// Returns the words of a page with content.
     fn page(&self, index: u64) -> Option<*mut u64> {
         if self.arena.class(index) == Class::Untouched {
             return None;
@@ -104,13 +104,13 @@ impl<'a> Pages<'a> {
     }
 
     fn content(&self, index: u64) -> PageContent {
-        // SAFETY: the version table has an entry for each page, as `fill`'s caller confirmed.
+        // SAFETY: the version table has an entry for each page, as the caller of `fill` guarantees.
         let version = unsafe { self.version(index).read() };
         self.contents.page(self.arena.class(index), index, version)
     }
 
-    /// Verify every page, rewriting pages meanwhile if `writing`. Gives the number of pages verified, or
-    /// `None` if the host asked to come to an end before all were.
+    /// Verifies every page, and rewrites pages meanwhile if `writing`. Returns the number of verified pages,
+    /// or `None` if the host asked the guest to end before that.
     pub(crate) fn verify(&mut self, writing: bool) -> Option<u64> {
         let mut verified = 0;
         for index in 0..self.arena.pages() {
@@ -125,9 +125,9 @@ impl<'a> Pages<'a> {
         Some(verified)
     }
 
-    /// Read words at random places one after the other, each place given by the word read before, and rewrite
-    /// pages meanwhile. Gives the number of words read: fewer than `steps` if the host asked to come to an
-    /// end, or if there is nothing to read.
+    /// Reads words at random places, each place given by the previous word, and rewrites pages meanwhile.
+    /// Returns the number of words: fewer than `steps` if the host asked the guest to end, or if there is
+    /// nothing to read.
     pub(crate) fn walk(&mut self, steps: u64) -> u64 {
         let mut place = self.random();
         for step in 0..steps {
@@ -138,22 +138,23 @@ impl<'a> Pages<'a> {
                 }
             }
             place = mix(place);
-            // The upper half of the product: as even a choice as the remainder, without a division.
+            // The upper half of the product is as even a choice as the remainder, without a division.
             let index = ((u128::from(place) * u128::from(self.arena.pages())) >> 64) as u64;
             if let Some(words) = self.page(index) {
-                // SAFETY: the page is the arena's, as `fill`'s caller confirmed, and the index is within it.
+                // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees, and the index is
+                // within it.
                 place ^= unsafe { words.add(place as usize % PAGE_WORDS).read_volatile() };
             }
         }
         steps
     }
 
-    /// Whether the page has content to verify.
+    /// Verifies a page. Returns whether the page has content to verify.
     fn verify_page(&mut self, index: u64) -> bool {
         let Some(words) = self.page(index).filter(|_| !self.is_free(index)) else { return false };
         let content = self.content(index);
-        // SAFETY: the page is the arena's, as `fill`'s caller confirmed. Volatile, since what is looked for
-        // is memory that differs from what this program wrote.
+        // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees. The read is volatile,
+        // because the memory may differ from what this program wrote.
         let read = |i: usize| unsafe { words.add(i).read_volatile() };
 
         let mut wrong = (read(0) ^ content.word(0)) | (read(PAGE_WORDS - 1) ^ content.word(PAGE_WORDS - 1));
@@ -183,7 +184,7 @@ impl<'a> Pages<'a> {
                 words += 1;
             }
         }
-        // If no word is wrong now, one was: word 512 stands for that.
+        // If no word is wrong any more, one was wrong before. Word 512 represents it.
         let (word, found) = first.unwrap_or((PAGE_WORDS, 0));
         port::print(Report::Corrupt {
             page: index,
@@ -196,8 +197,8 @@ impl<'a> Pages<'a> {
         });
     }
 
-    /// Do the writes that are due, and look at the serial port if it is time to. At [`Rate::Max`] `fill_in`
-    /// writes are due.
+    /// Does the due writes, and polls the serial port if that is due. At [`Rate::Max`], `fill_in` writes are
+    /// due.
     pub(crate) fn attend(&mut self, fill_in: u64) {
         let now = clock::now();
         if now >= self.next_poll {
@@ -229,7 +230,7 @@ impl<'a> Pages<'a> {
         self.quit |= port::ctrl_alt_del(&mut self.scan_codes);
     }
 
-    /// Pause for `ms`, rewriting pages, until the host asks to come to an end.
+    /// Pauses for `ms` and rewrites pages, until the host asks the guest to end.
     pub(crate) fn pause(&mut self, ms: u64) {
         let end = clock::now().saturating_add(self.clock.ticks(ms.saturating_mul(1000)));
         let spell = match self.plan.rate {
@@ -258,7 +259,7 @@ impl<'a> Pages<'a> {
         mix(self.random)
     }
 
-    /// Rewrite a page chosen at random among those that may be written, if one is found.
+    /// Rewrites a random page among those that may be written, if one is found.
     fn write_any(&mut self) {
         if self.arena.pages() == 0 {
             return;
@@ -276,24 +277,23 @@ impl<'a> Pages<'a> {
         self.last_version
     }
 
-    /// Pages in the arena.
+    /// Returns the number of pages in the arena.
     pub(crate) fn count(&self) -> u64 {
         self.arena.pages()
     }
 
-    /// Number of a page's frame.
+    /// Returns the number of a page's frame.
     pub(crate) fn frame(&self, index: u64) -> u64 {
         self.arena.address(index).unwrap_or(0) / PAGE_BYTES as u64
     }
 
-    /// Whether the page has been given up.
+    /// Returns whether the page is free.
     pub(crate) fn is_free(&self, index: u64) -> bool {
-        // SAFETY: the version table has an entry for each page, as `fill`'s caller confirmed.
+        // SAFETY: the version table has an entry for each page, as the caller of `fill` guarantees.
         unsafe { self.version(index).read() == FREE }
     }
 
-    /// Gives a page up, as a kernel does: what is in it stays there and means nothing any more. It is verified
-    /// first.
+    /// Verifies and frees a page, like a kernel: the content stays and has no meaning any more.
     pub(crate) fn free(&mut self, index: u64) {
         if self.verify_page(index) {
             // SAFETY: as for `is_free`.
@@ -301,8 +301,9 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Uses a page that was given up: all of it is written, half the time with its first content. Returns whether it held nothing but zeros by then,
-    /// which no page does when it is given up, but for pages of zeros, for which the answer is no.
+    /// Uses a free page again: writes all of it, half the time with its first content. Returns whether it
+    /// contained only zeros before. A page has other content when it is freed, except pages of zeros, for
+    /// which this returns false.
     pub(crate) fn reuse(&mut self, index: u64) -> bool {
         let Some(words) = self.page(index) else { return false };
         let version = if self.random().is_multiple_of(2) { 0 } else { self.next_version() };
@@ -317,7 +318,7 @@ impl<'a> Pages<'a> {
         }
     }
 
-    /// Overwrites a page with anything; it is never to be verified again.
+    /// Overwrites a page with any content. The page is never verified again.
     pub(crate) fn spoil(&mut self, index: u64) {
         let Some(words) = self.page(index) else { return };
         let value = self.random();
@@ -329,8 +330,8 @@ impl<'a> Pages<'a> {
         let Some(words) = self.page(index) else { return };
         let restored = self.random() % 100 < self.plan.restore.into();
         let version = if restored { 0 } else { self.next_version() };
-        // SAFETY: the version table has an entry for each page and the page is the arena's, as `fill`'s caller
-        // confirmed.
+        // SAFETY: the version table has an entry for each page and the page belongs to the arena, as the
+        // caller of `fill` guarantees.
         unsafe {
             self.version(index).write(version);
             let content = self.content(index);

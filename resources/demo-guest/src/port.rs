@@ -1,6 +1,6 @@
-//! Port I/O, and what the guest does with it: the serial port, the interrupt controller, the reset line.
+//! Port I/O, and its uses: the serial port, the interrupt controller and the reset line.
 //!
-//! Ring 3 may use ports because the I/O bitmap that the boot code set up permits all of them.
+//! Ring 3 may use ports, because the I/O bitmap of the boot code permits all of them.
 
 use core::arch::asm;
 
@@ -15,13 +15,13 @@ const KEYBOARD: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 
-/// Write a byte to a port.
+/// Writes a byte to a port.
 pub(crate) fn write8(port: u16, value: u8) {
     // SAFETY: no device here accesses memory on behalf of a port write.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, nomem, preserves_flags)) }
 }
 
-/// Read a byte from a port.
+/// Reads a byte from a port.
 pub(crate) fn read8(port: u16) -> u8 {
     let value;
     // SAFETY: as for writes.
@@ -29,7 +29,7 @@ pub(crate) fn read8(port: u16) -> u8 {
     value
 }
 
-/// Bring the serial port and the interrupt controllers into a known state: 8 data bits, no interrupts.
+/// Brings the serial port and the interrupt controllers into a known state: 8 data bits, no interrupts.
 pub(crate) fn init() {
     write8(SERIAL_LINE_CONTROL, 3);
     write8(SERIAL_INTERRUPTS, 0);
@@ -38,23 +38,23 @@ pub(crate) fn init() {
     }
 }
 
-/// Print a report. The transmitter is taken to be always ready: each look at its status would cost as much
-/// as the byte itself, and a monitor's serial port never blocks.
+/// Prints a report. The transmitter is assumed to be always ready: reading its status would cost as much as
+/// the byte itself, and a monitor's serial port never blocks.
 pub(crate) fn print(report: Report) {
     report.write(&mut |piece| piece.iter().for_each(|byte| write8(SERIAL, *byte)));
 }
 
-/// A byte that has come in on the serial port.
+/// Returns a byte that has arrived on the serial port.
 pub(crate) fn receive() -> Option<u8> {
     (read8(SERIAL_LINE_STATUS) & 1 != 0).then(|| read8(SERIAL))
 }
 
-/// Scan codes that come in when Ctrl, Alt and Delete are pressed, the last in the lowest byte.
+/// The scan codes of Ctrl, Alt and Delete, the last in the lowest byte.
 const CTRL_ALT_DEL: u32 = 0x14_11_e0_71;
 
-/// Whether Ctrl-Alt-Del has been pressed. `codes` are the last scan codes.
+/// Returns whether Ctrl-Alt-Del has been pressed. `codes` are the last scan codes.
 pub(crate) fn ctrl_alt_del(codes: &mut u32) -> bool {
-    /// What a bus says where there is no controller.
+    /// The value that a bus returns without a controller.
     const NOBODY: u8 = 0xff;
     let has_code = |status: u8| status != NOBODY && status & 1 != 0;
     let mut pressed = false;
@@ -65,12 +65,12 @@ pub(crate) fn ctrl_alt_del(codes: &mut u32) -> bool {
     pressed
 }
 
-/// Ask the keyboard controller for its status.
+/// Reads the keyboard controller's status.
 pub(crate) fn look_at_keyboard() {
     read8(I8042_COMMAND);
 }
 
-/// Reset the machine. Returns if it has no reset line there.
+/// Resets the machine. Returns if there is no reset line at this place.
 pub(crate) fn reset() {
     write8(I8042_COMMAND, I8042_RESET);
 }

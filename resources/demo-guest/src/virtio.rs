@@ -1,6 +1,6 @@
 //! A virtio-mmio device with one split virtqueue, driven by polling (virtio 1.2, sections 2.7 and 4.2).
 //!
-//! The queue lies in the guest's image. The device is told that it need not interrupt.
+//! The queue is in the guest's image. The device is told not to interrupt.
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -35,9 +35,9 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// Descriptors in the queue, if the device allows as many.
+/// Limit for the descriptors in the queue; the device may allow fewer.
 pub(crate) const LARGEST_QUEUE: usize = 256;
-/// Looks at the status register while waiting for a reset.
+/// Number of readings of the status register while waiting for a reset.
 const RESET_TRIES: usize = 1_000_000;
 
 /// A buffer of a request.
@@ -91,18 +91,18 @@ static mut RINGS: Rings = Rings {
     },
 };
 
-/// Why a device can't be used.
+/// The reason why a device cannot be used.
 #[derive(Clone, Copy)]
 pub(crate) enum SetupError {
-    /// The registers are not those of a virtio 1 device of the type asked for.
+    /// The registers are not those of a virtio 1 device of the requested type.
     OtherDevice,
-    /// The device does not come back from a reset.
+    /// The device does not complete a reset.
     NoReset,
     /// The device rejects the features or has no queue.
     Rejected,
 }
 
-/// A device and its queue. There is one at a time, as they share the queue's memory.
+/// A device and its queue. There is one at a time, because the memory of the queue is shared.
 pub(crate) struct Device {
     base: usize,
     kind: u32,
@@ -116,10 +116,10 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Set up the device of type `kind` at `base`, with those of `wanted_features` that it offers.
+    /// Sets up the device of type `kind` at `base`, with those `wanted_features` that it offers.
     ///
     /// # Safety
-    /// Nobody else may use the queue's memory; what lies at `base` may be anything but memory in use.
+    /// Nothing else may use the queue's memory. `base` may be any address except that of used memory.
     pub(crate) unsafe fn open(base: u64, kind: u32, wanted_features: u64) -> Result<Self, SetupError> {
         let mut device = Self {
             base: base as usize,
@@ -134,7 +134,7 @@ impl Device {
         Ok(device)
     }
 
-    /// Reset the device and bring it to work with an empty queue.
+    /// Resets the device and starts it with an empty queue.
     pub(crate) fn start(&mut self) -> Result<(), SetupError> {
         let is = |(offset, value)| self.read(offset) == value;
         if !(is(MAGIC) && is(VERSION) && is((DEVICE_ID, self.kind))) {
@@ -169,7 +169,7 @@ impl Device {
         self.available_index = 0;
         self.used_index = 0;
         let rings = &raw mut RINGS;
-        // SAFETY: the device is reset and the rings are ours alone, as `open`'s caller confirmed.
+        // SAFETY: the device is reset and nothing else uses the rings, as the caller of `open` guarantees.
         unsafe {
             rings.write_bytes(0, 1);
             (&raw mut (*rings).available.flags).write_volatile(NO_INTERRUPT);
@@ -196,41 +196,41 @@ impl Device {
     }
 
     fn read(&self, offset: usize) -> u32 {
-        // SAFETY: `open`'s caller vouches for what lies at the base address.
+        // SAFETY: the caller of `open` guarantees the base address.
         unsafe { self.register(offset).read_volatile() }
     }
 
-    /// Write a register.
+    /// Writes a register.
     pub(crate) fn write(&self, offset: usize, value: u32) {
         // SAFETY: as for reads.
         unsafe { self.register(offset).write_volatile(value) }
     }
 
-    /// Write the two halves of an address.
+    /// Writes the two halves of an address.
     pub(crate) fn write64(&self, offset: usize, value: u64) {
         self.write(offset, value as u32);
         self.write(offset + 4, (value >> 32) as u32);
     }
 
-    /// The device status register.
+    /// Returns the device status register.
     pub(crate) fn status(&self) -> u32 {
         self.read(STATUS)
     }
 
-    /// A 64-bit field at the start of the device's configuration.
+    /// Returns a 64-bit field at the start of the device's configuration.
     pub(crate) fn config64(&self) -> u64 {
         u64::from(self.read(CONFIG)) | u64::from(self.read(CONFIG + 4)) << 32
     }
 
-    /// Set a descriptor.
+    /// Sets a descriptor.
     pub(crate) fn describe(&mut self, index: usize, descriptor: Descriptor) {
         let rings = &raw mut RINGS;
-        // SAFETY: the place is checked against the table's length by indexing; the memory is ours to write,
-        // as `open`'s caller confirmed.
+        // SAFETY: indexing checks the place against the table's length. The guest owns the memory, as the
+        // caller of `open` guarantees.
         unsafe { (&raw mut (*rings).descriptors[index]).write_volatile(descriptor) }
     }
 
-    /// Put a chain of descriptors on the ring. The device may not see it before [`publish`](Self::publish).
+    /// Puts a chain of descriptors on the ring. The device may not see it before [`publish`](Self::publish).
     pub(crate) fn offer(&mut self, head: u16) {
         let rings = &raw mut RINGS;
         let place = usize::from(self.available_index % self.queue_size);
@@ -239,12 +239,12 @@ impl Device {
         self.available_index = self.available_index.wrapping_add(1);
     }
 
-    /// Move the ring's index on by more than has been offered.
+    /// Advances the ring's index by more than was offered.
     pub(crate) fn overrun(&mut self, entries: u16) {
         self.available_index = self.available_index.wrapping_add(entries);
     }
 
-    /// Show the device what has been offered, and wake it.
+    /// Shows the offered chains to the device, and notifies it.
     pub(crate) fn publish(&mut self) {
         let rings = &raw mut RINGS;
         fence(Ordering::SeqCst);
@@ -254,15 +254,15 @@ impl Device {
         self.notify(0);
     }
 
-    /// Tell the device to look at a queue.
+    /// Notifies the device of a queue.
     pub(crate) fn notify(&self, queue: u32) {
         self.write(QUEUE_NOTIFY, queue);
     }
 
-    /// The head of a chain that the device is done with.
+    /// Returns the head of a completed chain.
     pub(crate) fn take_used(&mut self) -> Option<u32> {
         let rings = &raw mut RINGS;
-        // SAFETY: the queue's memory is mapped; volatile, as the device writes it.
+        // SAFETY: the queue's memory is mapped. The read is volatile, because the device writes it.
         let index = unsafe { (&raw const (*rings).used.index).read_volatile() };
         if index == self.used_index {
             return None;

@@ -1,11 +1,10 @@
-//! A client of a disk: reads and writes blocks through a page cache of its own, as an operating system
-//! does.
+//! A client of a disk: reads and writes blocks through its own page cache, like an operating system.
 //!
-//! The disk is read in *units* of one or more consecutive blocks of 4 KiB, each unit as a whole. What the
-//! cache lacks is read into the pages of the blocks that were not used for the longest time: the cache is
-//! exact LRU. Every block's content is a function of its number and of how often the client has written it
-//! ([`disk_word`](super::content::disk_word), [`version_tag`](super::content::version_tag)), and the client
-//! checks what it uses.
+//! The client reads the disk in *units* of one or more consecutive blocks of 4 KiB, each unit as a whole.
+//! Blocks that the cache lacks are read into the least recently used pages: the cache is exact LRU. A block's
+//! content is a function of its number and of the number of writes by the client
+//! ([`disk_word`](super::content::disk_word), [`version_tag`](super::content::version_tag)). The client
+//! checks the content of used blocks.
 
 use core::fmt;
 
@@ -13,32 +12,33 @@ use super::content::{PAGE_BYTES, mix};
 use super::plan::{DiskOp, DiskPlan, number, number32, percent};
 use super::zipf;
 
-/// Bytes of a block.
+/// Size of a block in bytes.
 pub const BLOCK_BYTES: u64 = PAGE_BYTES as u64;
-/// Blocks that a unit may have.
+/// Limit for the blocks of a unit.
 pub const LONGEST_RUN: u32 = 64;
-/// Requests that may be in flight.
+/// Limit for the requests in flight.
 pub const MOST_REQUESTS: u32 = 32;
 
-/// Which unit comes next.
+/// The order of units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
-    /// Each choice by itself, by Zipf's law with the exponent [`ClientPlan::theta`].
+    /// Independent choices by Zipf's law with the exponent [`ClientPlan::theta`].
     Zipf,
-    /// Each choice by itself, all units alike.
+    /// Independent choices with equal probability.
     Uniform,
-    /// One after the other, from the last on to the first again.
+    /// In order, starting again after the last unit.
     Scan,
-    /// All of them, each far from the one before, again and again.
+    /// All units in a repeated order in which neighbours are far apart.
     Spread,
-    /// By Zipf's law in the first half of the units; each fourth time the next of a scan of the second half.
+    /// By Zipf's law in the first half of the units. Every fourth unit is the next of a scan of the second
+    /// half.
     ScanOverZipf,
 }
 
 impl Pattern {
     const ALL: [Self; 5] = [Self::Zipf, Self::Uniform, Self::Scan, Self::Spread, Self::ScanOverZipf];
 
-    /// The value of `client_reads=`.
+    /// Returns the value of `client_reads=`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Zipf => "zipf",
@@ -50,30 +50,30 @@ impl Pattern {
     }
 }
 
-/// What a client does with its disk.
+/// The work of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientPlan {
-    /// Pages of its cache.
+    /// Pages of the client's cache.
     pub pages: u32,
-    /// Blocks of the disk that it uses, from [`DiskPlan::sector`] on.
+    /// Blocks of the disk to use, from [`DiskPlan::sector`] on.
     pub blocks: u32,
-    /// Blocks in a unit, at most [`LONGEST_RUN`]. Blocks beyond the last whole unit are not used.
+    /// Blocks in a unit, at most [`LONGEST_RUN`]. Blocks after the last whole unit are not used.
     pub run: u32,
-    /// Which units it uses.
+    /// The order of units.
     pub reads: Pattern,
     /// The exponent of Zipf's law, in hundredths.
     pub theta: u32,
-    /// Units used in a pass.
+    /// Units to use in a pass.
     pub units: u64,
-    /// Percentage of units that are written rather than read, at once and in full.
+    /// Percentage of units that are written instead of read.
     pub writes: u8,
-    /// Fill pages with zeros before blocks are read into them, as Linux does with `init_on_alloc=1`.
+    /// Whether to clear pages before blocks are read into them, as Linux does with `init_on_alloc=1`.
     pub clear: bool,
-    /// Consecutive pages of the cache do not follow each other in memory.
+    /// Whether consecutive pages of the cache are scattered in memory.
     pub scatter: bool,
-    /// Check every word of every block that is used, not the first alone.
+    /// Whether to check every word of every used block, instead of only the first.
     pub check: bool,
-    /// Passes that are not in the totals, to fill the caches.
+    /// Passes before counting starts, to fill the caches.
     pub warmup: u64,
 }
 
@@ -96,14 +96,15 @@ impl Default for ClientPlan {
 }
 
 impl ClientPlan {
-    /// Sets the option `client_` and `name`; `None` if there is none, or the value can't be read.
+    /// Sets the option with the prefix `client_` and this name. Returns `None` if the name or the value is
+    /// invalid.
     pub(super) fn set(&mut self, name: &str, value: &str) -> Option<()> {
         match name {
             "pages" => self.pages = number32(value)?,
             "blocks" => self.blocks = number32(value)?,
             "run" => self.run = number32(value).filter(|run| (1..=LONGEST_RUN).contains(run))?,
             "reads" => self.reads = Pattern::ALL.into_iter().find(|pattern| pattern.name() == value)?,
-            // An exponent that is no larger keeps chances within what a float can tell apart.
+            // Larger exponents would lead to probabilities that a float cannot distinguish.
             "theta" => self.theta = number32(value).filter(|theta| *theta <= 1000)?,
             "units" => self.units = number(value)?,
             "writes" => self.writes = percent(value)?,
@@ -116,7 +117,7 @@ impl ClientPlan {
         Some(())
     }
 
-    /// Units of the disk.
+    /// Returns the number of units of the disk.
     pub const fn disk_units(&self) -> u32 {
         match self.run {
             0 => 0,
@@ -139,15 +140,15 @@ fn flag(value: &str) -> Option<bool> {
     number(value).filter(|number| *number <= 1).map(|number| number == 1)
 }
 
-/// The units that a client uses, one after the other. The table of [`zipf::chances`] belongs to the caller.
+/// The sequence of units that a client uses. The caller has the table of [`zipf::chances`].
 #[derive(Debug, Clone)]
 pub struct Units {
     pattern: Pattern,
     units: u32,
-    /// Units that Zipf's law chooses from.
+    /// Number of units that Zipf's law chooses from.
     ranked: u32,
-    /// Neighbouring ranks, or units of [`Pattern::Spread`], are so many units apart: what is popular lies all
-    /// over the disk.
+    /// Distance between neighbouring ranks, or between units of [`Pattern::Spread`], in units. So popular
+    /// units are spread over the disk.
     stride: u32,
     scanned: u64,
     count: u64,
@@ -155,7 +156,7 @@ pub struct Units {
 }
 
 impl Units {
-    /// The units for VM number `vm`.
+    /// Returns the units for VM number `vm`.
     pub fn new(plan: &ClientPlan, vm: u32) -> Self {
         let units = plan.disk_units();
         let ranked = ranks(plan);
@@ -163,13 +164,13 @@ impl Units {
         Self { pattern: plan.reads, units, ranked, stride, scanned: 0, count: 0, random: mix(vm.into()) }
     }
 
-    /// A number that is as good as random.
+    /// Returns a pseudorandom number.
     pub fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.random)
     }
 
-    /// The next unit, given the table of chances; 0 if there are none.
+    /// Returns the next unit, given the table of chances, or 0 if there are no units.
     pub fn next(&mut self, chance: impl Fn(u32) -> u64) -> u32 {
         self.count += 1;
         match self.pattern {
@@ -193,7 +194,7 @@ impl Units {
     }
 }
 
-/// Entries of the table of chances.
+/// Returns the number of entries in the table of chances.
 pub const fn ranks(plan: &ClientPlan) -> u32 {
     match plan.reads {
         Pattern::Zipf => plan.disk_units(),
@@ -202,14 +203,14 @@ pub const fn ranks(plan: &ClientPlan) -> u32 {
     }
 }
 
-/// How far apart to put things that follow each other, so that so many of them lie in as many places as
-/// spread out as can be: about the golden ratio of them. Has no common divisor with their number.
+/// Returns the distance that spreads `count` consecutive items over `count` places as evenly as possible:
+/// about the golden ratio of the count. It has no common divisor with the count.
 pub fn stride(count: u32) -> u32 {
     let wanted = (u64::from(count) * 618 / 1000) as u32;
     (wanted.max(1)..).find(|&stride| coprime(stride, count)).unwrap_or(1)
 }
 
-/// Where the thing of this number lies, for neighbours so far apart.
+/// Returns the place of the item with this number, for this distance.
 const fn spread(number: u32, stride: u32, count: u32) -> u32 {
     match count {
         0 => 0,
@@ -225,44 +226,44 @@ const fn coprime(a: u32, b: u32) -> bool {
     a == 1
 }
 
-/// Where a client's tables and pages lie, in bytes from the start of its memory, which is aligned to pages.
+/// The places of a client's tables and pages, in bytes from the start of its memory, which is page-aligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientLayout {
-    /// Chances of ranks: a `u64` each.
+    /// The chances of ranks, each a `u64`.
     pub chances: u64,
-    /// For each block, a `u32` that says the place in the cache, from 1 on, or 0; and a `u32` for its
+    /// For each block, a `u32` with its place in the cache (from 1 on, or 0 for none), and a `u32` with its
     /// version.
     pub blocks: u64,
-    /// The places of the cache: see the guest.
+    /// The places of the cache; see the guest.
     pub places: u64,
     /// A table of descriptors for each request in flight.
     pub descriptors: u64,
     /// The pages of the cache.
     pub pages: u64,
-    /// All of it.
+    /// The total size.
     pub bytes: u64,
 }
 
 impl ClientLayout {
-    /// Bytes of a block's entry.
+    /// Size of a block's entry in bytes.
     pub const BLOCK_ENTRY: u64 = 8;
-    /// Bytes of a place of the cache.
+    /// Size of a place of the cache in bytes.
     pub const PLACE: u64 = 16;
-    /// Bytes of a request's table: header, blocks, status.
+    /// Size of a request's table in bytes: header, blocks and status.
     pub const DESCRIPTORS: u64 = (LONGEST_RUN as u64 + 2) * 16;
 
-    /// The layout for a disk's plan; `None` if no client uses it.
+    /// Returns the layout for a disk's plan, or `None` if no client uses the disk.
     pub fn new(disk: &DiskPlan) -> Option<Self> {
         disk.ops.iter().any(|op| op == DiskOp::Client).then(|| Self::of(&disk.client))
     }
 
-    /// The page of a place of the cache, from 1 on.
+    /// Returns the page of a place of the cache. Places count from 1.
     pub fn page(&self, plan: &ClientPlan, place: u32) -> u64 {
         let stride = if plan.scatter { stride(plan.pages) } else { 1 };
         self.page_at(plan, place, stride)
     }
 
-    /// The same where consecutive places are so many pages apart.
+    /// Returns the page if consecutive places are this number of pages apart.
     pub const fn page_at(&self, plan: &ClientPlan, place: u32, stride: u32) -> u64 {
         self.pages + spread(place.wrapping_sub(1), stride, plan.pages) as u64 * BLOCK_BYTES
     }
@@ -270,7 +271,7 @@ impl ClientLayout {
     fn of(plan: &ClientPlan) -> Self {
         let blocks = u64::from(ranks(plan)) * 8;
         let places = blocks + u64::from(plan.blocks) * Self::BLOCK_ENTRY;
-        // The place 0 is the end of the list.
+        // Place 0 is the end of the list.
         let descriptors = places.next_multiple_of(16) + (u64::from(plan.pages) + 1) * Self::PLACE;
         let tables = descriptors + u64::from(MOST_REQUESTS) * Self::DESCRIPTORS;
         let pages = tables.next_multiple_of(BLOCK_BYTES);

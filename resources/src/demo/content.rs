@@ -1,17 +1,16 @@
-//! What the guest's pages and disk sectors contain: a pure function of seed, VM and position.
+//! The content of the guest's pages and disk sectors: a pure function of seed, VM and position.
 //!
-//! A word is a bijective mix of a 64-bit *counter* in which every (kind, seed, position) has a number of its
-//! own, so no two words of base content are equal, within a page, between pages, or between seeds. Equality
-//! of pages is therefore exactly what the plan asked for: an alike page equals the page of the same index in
-//! every VM with the same seed, and nothing else.
+//! A word is a bijective mix of a 64-bit *counter*, in which every (kind, seed, position) has its own number.
+//! So no two words of base content are equal, within a page, between pages or between seeds. Pages are equal
+//! exactly as planned: an alike page equals only the page with the same index in every VM with the same seed.
 
-/// Bytes in a page.
+/// Size of a page in bytes.
 pub const PAGE_BYTES: usize = 4096;
-/// 64-bit words in a page.
+/// Number of 64-bit words in a page.
 pub const PAGE_WORDS: usize = PAGE_BYTES / 8;
-/// Bytes in a disk sector (virtio 1.2, section 5.2.4).
+/// Size of a disk sector in bytes (virtio 1.2, section 5.2.4).
 pub const SECTOR_BYTES: usize = 512;
-/// 64-bit words in a disk sector.
+/// Number of 64-bit words in a disk sector.
 pub const SECTOR_WORDS: usize = SECTOR_BYTES / 8;
 /// Seeds and VM numbers are taken modulo this.
 pub const SEEDS: u32 = 1 << 22;
@@ -25,12 +24,12 @@ const KIND_OWN: u64 = 1;
 const KIND_TAG: u64 = 2;
 const KIND_DISK: u64 = 3;
 
-/// What an arena page is for.
+/// The kind of an arena page's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {
     /// The same content at the same index in every VM with the same seed.
     Alike,
-    /// Content that no other page of any VM has.
+    /// Content that is unique among all pages of all VMs.
     Own,
     /// All zeros, written by the guest.
     Zero,
@@ -39,10 +38,10 @@ pub enum Class {
 }
 
 impl Class {
-    /// Every class, in the order in which the layout gives out runs.
+    /// Every class, in the order in which the layout assigns runs.
     pub const ALL: [Self; 4] = [Self::Alike, Self::Own, Self::Zero, Self::Untouched];
 
-    /// The name used on the command line and in reports.
+    /// Returns the name on the command line and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Alike => "alike",
@@ -52,7 +51,7 @@ impl Class {
         }
     }
 
-    /// The class with this [`name`](Self::name).
+    /// Returns the class with this [`name`](Self::name).
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|class| class.name() == name)
     }
@@ -80,15 +79,15 @@ pub struct Contents {
 }
 
 impl Contents {
-    /// Contents of VM number `vm` among those that share `seed`; both are taken modulo [`SEEDS`].
+    /// Returns the contents of VM number `vm` among those with this `seed`. Both are taken modulo [`SEEDS`].
     pub const fn new(seed: u32, vm: u32) -> Self {
         Self { seed, vm }
     }
 
-    /// The page at `index` of the arena, of class `class`, at `version`.
+    /// Returns the page at `index` of the arena, with class `class` and version `version`.
     ///
-    /// Version 0 is the base content. Any other version differs from it in the first and the last word, in a
-    /// way that no other page and no other VM shares.
+    /// Version 0 is the base content. Each other version differs from it in the first and the last word, and
+    /// from all other pages and VMs.
     pub const fn page(&self, class: Class, index: u64, version: u32) -> PageContent {
         let position = index * PAGE_WORDS as u64;
         let first = match class {
@@ -113,7 +112,7 @@ pub struct PageContent {
 }
 
 impl PageContent {
-    /// Base content of the word at `index` (below [`PAGE_WORDS`]), whatever the page's version.
+    /// Returns the base content of the word at `index` (below [`PAGE_WORDS`]), whatever the page's version.
     #[inline]
     pub const fn base(&self, index: usize) -> u64 {
         match self.first {
@@ -122,27 +121,27 @@ impl PageContent {
         }
     }
 
-    /// The word at `index`, below [`PAGE_WORDS`].
+    /// Returns the word at `index`, below [`PAGE_WORDS`].
     #[inline]
     pub const fn word(&self, index: usize) -> u64 {
         let tag = if index == 0 || index == PAGE_WORDS - 1 { self.tag } else { 0 };
         self.base(index) ^ tag
     }
 
-    /// Whether the base content is all zeros.
+    /// Returns whether the base content is all zeros.
     pub const fn is_zero(&self) -> bool {
         self.first.is_none()
     }
 }
 
-/// The word at `index` (below [`SECTOR_WORDS`]) of the pattern that the guest writes to `sector` of a disk.
+/// Returns the word at `index` (below [`SECTOR_WORDS`]) of the pattern in `sector` of a disk.
 #[inline]
 pub const fn disk_word(seed: u32, sector: u64, index: usize) -> u64 {
     mix(counter(KIND_DISK, seed, sector * SECTOR_WORDS as u64 + index as u64))
 }
 
-/// What tells a sector that was written `version` times, counting from 0, from the pattern: its first word
-/// is combined with this by exclusive or.
+/// Returns the difference between the pattern and a sector that was written `version` times, counted from 0:
+/// the first word is combined with this value by exclusive or.
 #[inline]
 pub const fn version_tag(seed: u32, sector: u64, version: u32) -> u64 {
     match version {
@@ -159,13 +158,13 @@ pub const fn version_tag(seed: u32, sector: u64, version: u32) -> u64 {
 pub struct Checksum(pub u64);
 
 impl Checksum {
-    /// Add the word at `position`.
+    /// Adds the word at `position`.
     #[inline]
     pub const fn add(&mut self, position: u64, word: u64) {
         self.0 = self.0.wrapping_add(word.wrapping_mul(position.wrapping_mul(2).wrapping_add(1)));
     }
 
-    /// Checksum of a whole transfer; bytes after the last whole word are left out.
+    /// Returns the checksum of a whole transfer, without bytes after the last whole word.
     pub fn of(bytes: &[u8]) -> Self {
         let mut sum = Self::default();
         for (position, word) in bytes.chunks_exact(8).enumerate() {

@@ -1,9 +1,9 @@
-//! How long things took: counts by length, within 3%.
+//! Durations: counts by length, within 3%.
 
 /// Buckets for each power of two.
 const STEPS: usize = 1 << STEP_BITS;
 const STEP_BITS: u32 = 5;
-/// Lengths from 2 to this power on are counted as one.
+/// Lengths from 2 to this power on share a bucket.
 const LONGEST_BITS: u32 = 40;
 const BUCKETS: usize = STEPS * (LONGEST_BITS - STEP_BITS + 1) as usize;
 
@@ -21,14 +21,14 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// Count something of this length.
+    /// Counts a duration.
     pub fn add(&mut self, length: u64) {
         let bucket = &mut self.counts[bucket(length)];
         *bucket = bucket.saturating_add(1);
         self.total += 1;
     }
 
-    /// Count all that another has counted.
+    /// Adds the counts of another histogram.
     pub fn add_all(&mut self, other: &Self) {
         for (count, more) in self.counts.iter_mut().zip(&other.counts) {
             *count = count.saturating_add(*more);
@@ -36,7 +36,7 @@ impl Histogram {
         self.total += other.total;
     }
 
-    /// A length that `percent` of what was counted do not exceed; 0 if nothing was counted.
+    /// Returns a length that `percent` of the durations do not exceed, or 0 if there are none.
     pub fn percentile(&self, percent: u64) -> u64 {
         let rank = (self.total * percent).div_ceil(100).max(1);
         let mut seen = 0;
@@ -50,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// Short lengths have a bucket each; of longer ones the highest bits count.
+/// Returns the bucket. Short lengths have their own buckets; for longer ones the highest bits count.
 fn bucket(length: u64) -> usize {
     let length = length.min((1 << LONGEST_BITS) - 1);
     if length < STEPS as u64 {
@@ -60,7 +60,7 @@ fn bucket(length: u64) -> usize {
     shift as usize * STEPS + (length >> shift) as usize
 }
 
-/// The length in the middle of a bucket.
+/// Returns the length in the middle of a bucket.
 fn middle(bucket: usize) -> u64 {
     let shift = (bucket / STEPS).saturating_sub(1);
     let first = (bucket - shift * STEPS) as u64;

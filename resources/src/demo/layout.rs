@@ -1,8 +1,8 @@
-//! Where the guest's arena lies in guest-physical memory and what each of its pages is for.
+//! The layout of the guest's arena: the guest-physical addresses and the classes of its pages.
 //!
-//! Usable memory is what the memory map calls RAM between [`FLOOR`] and [`CEILING`]. Its first pages hold, in
+//! Usable memory is the RAM of the memory map between [`FLOOR`] and [`CEILING`]. Its first pages contain, in
 //! this order, page tables for memory above 4 GiB, the version table, the disk buffers and the memory of the
-//! disk's client; the arena is the rest. Arena pages are counted from 0 across holes in the memory map.
+//! disk's client. The rest is the arena. Arena pages are counted from 0 across holes in the memory map.
 
 use core::fmt;
 use core::ops::Range;
@@ -15,25 +15,25 @@ const PAGE: u64 = PAGE_BYTES as u64;
 
 /// The guest's image, stacks and first page tables lie below this address; the arena lies above.
 pub const FLOOR: u64 = 2 << 20;
-/// Memory from this address on is not used: one page-directory-pointer table maps no more.
+/// Memory from this address on is not used, because one page-directory-pointer table maps no more.
 pub const CEILING: u64 = 512 << 30;
 /// The guest's static page tables map everything below this address.
 pub const MAPPED_BY_IMAGE: u64 = 4 << 30;
-/// Bytes that one page of page-directory entries maps.
+/// Range that one page of page-directory entries maps, in bytes.
 pub const DIRECTORY_SPAN: u64 = 1 << 30;
-/// Bytes of a version-table entry.
+/// Size of a version-table entry in bytes.
 const VERSION_BYTES: u64 = 4;
-/// Runs after which the sequence of classes repeats.
+/// Number of runs after which the sequence of classes repeats.
 const CYCLE: usize = 100;
 
-/// Why there can be no arena.
+/// The reason why there can be no arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayoutError {
-    /// The memory map has more separate ranges of usable memory than the guest keeps track of.
+    /// The memory map has too many separate ranges of usable memory.
     TooManyRanges,
-    /// The lowest range of usable memory can't hold the guest's tables and disk buffers.
+    /// The lowest range of usable memory is too small for the guest's tables and disk buffers.
     TooSmall {
-        /// Pages that the tables and buffers need.
+        /// Pages for the tables and buffers.
         needed: u64,
         /// Pages in the lowest range.
         usable: u64,
@@ -67,13 +67,13 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Separate ranges that can be kept track of.
+    /// Limit for separate ranges.
     pub const MOST: usize = 16;
 
-    /// The usable pages of a memory map, given as the byte ranges that are RAM, in any order.
+    /// Returns the usable pages of a memory map, which is given as byte ranges of RAM in any order.
     ///
     /// # Errors
-    /// [`LayoutError::TooManyRanges`].
+    /// Fails with [`LayoutError::TooManyRanges`].
     pub fn new(map: impl IntoIterator<Item = Range<u64>>) -> Result<Self, LayoutError> {
         let mut ram = Self::default();
         for range in map {
@@ -90,17 +90,17 @@ impl Ram {
         Ok(ram)
     }
 
-    /// Number of usable pages.
+    /// Returns the number of usable pages.
     pub fn pages(&self) -> u64 {
         self.ranges().map(|(_, pages)| pages).sum()
     }
 
-    /// First address and number of pages of each range, ascending.
+    /// Returns first address and number of pages of each range, in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.ranges[..self.len].iter().copied()
     }
 
-    /// Address of a usable page; `None` if there are not that many.
+    /// Returns the address of a usable page, or `None` if there are not that many.
     pub fn address(&self, mut index: u64) -> Option<u64> {
         for (start, pages) in self.ranges() {
             if index < pages {
@@ -111,28 +111,28 @@ impl Ram {
         None
     }
 
-    /// Page directories needed for what lies above [`MAPPED_BY_IMAGE`].
+    /// Returns the number of page directories for memory above [`MAPPED_BY_IMAGE`].
     fn directories(&self) -> u64 {
         let end = self.ranges().map(|(start, pages)| start + pages * PAGE).max().unwrap_or(0);
         end.saturating_sub(MAPPED_BY_IMAGE).div_ceil(DIRECTORY_SPAN)
     }
 }
 
-/// How many pages of each class an arena has.
+/// Number of an arena's pages in each class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PageCounts {
-    /// The same in all VMs with the same seed.
+    /// Identical in all VMs with the same seed.
     pub alike: u64,
-    /// Equal to no other page.
+    /// Unique.
     pub own: u64,
     /// Filled with zeros.
     pub zero: u64,
-    /// Never touched, so they take no host memory unless the host populates guest RAM.
+    /// Never touched. They take no host memory unless the host populates guest RAM.
     pub untouched: u64,
 }
 
 impl PageCounts {
-    /// Pages of `vms` freshly filled VMs with this arena that the host can do without: all but one copy of
+    /// Returns the number of pages that sharing can save for `vms` freshly filled VMs: all but one copy of
     /// each alike page, and all zero pages.
     pub const fn reclaimable(&self, vms: u64) -> u64 {
         self.alike * vms.saturating_sub(1) + self.zero * vms
@@ -152,17 +152,17 @@ pub struct Arena {
     pub directories: u64,
     /// Address of the version table: a `u32` for each arena page.
     pub versions: u64,
-    /// Address of the disk buffers, one after the other, each a whole number of sectors.
+    /// Address of the consecutive disk buffers, each a whole number of sectors.
     pub buffers: u64,
     /// Address of the memory of the disk's client, if there is one.
     pub client: u64,
 }
 
 impl Arena {
-    /// Lay out `plan` on `ram`.
+    /// Returns the layout of `plan` on `ram`.
     ///
     /// # Errors
-    /// [`LayoutError::TooSmall`].
+    /// Fails with [`LayoutError::TooSmall`].
     pub fn new(plan: &Plan, ram: Ram) -> Result<Self, LayoutError> {
         let most = plan.pages.unwrap_or(u64::MAX).min(ram.pages());
         let directories = ram.directories();
@@ -189,25 +189,25 @@ impl Arena {
         })
     }
 
-    /// Lay out `plan` on the byte ranges that a memory map calls RAM.
+    /// Returns the layout of `plan` on the byte ranges of RAM in a memory map.
     ///
     /// # Errors
-    /// Those of [`Ram::new`] and [`Arena::new`].
+    /// Fails like [`Ram::new`] and [`Arena::new`].
     pub fn on_map(plan: &Plan, map: impl IntoIterator<Item = Range<u64>>) -> Result<Self, LayoutError> {
         Self::new(plan, Ram::new(map)?)
     }
 
-    /// Number of pages.
+    /// Returns the number of pages.
     pub const fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// The usable memory that the arena lies in.
+    /// Returns the usable memory that contains the arena.
     pub const fn ram(&self) -> &Ram {
         &self.ram
     }
 
-    /// Guest-physical address of a page; `None` from [`pages`](Self::pages) on.
+    /// Returns the guest-physical address of a page, or `None` from [`pages`](Self::pages) on.
     pub fn address(&self, index: u64) -> Option<u64> {
         if index >= self.pages {
             return None;
@@ -215,12 +215,12 @@ impl Arena {
         self.ram.address(self.first + index)
     }
 
-    /// Class of the page at `index`.
+    /// Returns the class of the page at `index`.
     pub fn class(&self, index: u64) -> Class {
         self.cycle[(index / self.run % CYCLE as u64) as usize]
     }
 
-    /// How many pages of each class there are.
+    /// Returns the number of pages in each class.
     pub fn counts(&self) -> PageCounts {
         let mut counts = PageCounts::default();
         let mut index = 0;
@@ -238,13 +238,13 @@ impl Arena {
     }
 }
 
-/// Bytes of one disk request of `plan`: whole sectors, at least one.
+/// Returns the size of one disk request of `plan` in bytes: whole sectors, at least one.
 pub fn request_bytes(plan: &Plan) -> u64 {
     let size = plan.disk.map_or(0, |disk| u64::from(disk.size));
     size.max(1).next_multiple_of(SECTOR_BYTES as u64)
 }
 
-/// Requests of `plan` whose buffers are distinct.
+/// Returns the number of requests of `plan` with distinct buffers.
 pub fn request_window(plan: &Plan) -> u64 {
     plan.disk.map_or(0, |disk| u64::from(disk.window.max(disk.depth).max(1)))
 }
@@ -253,8 +253,8 @@ fn buffer_bytes(plan: &Plan) -> u64 {
     request_bytes(plan).saturating_mul(request_window(plan))
 }
 
-/// Hands out 100 runs so that after any number of them each class has had its share to within one run, the
-/// classes taking turns by the credit that each has saved up.
+/// Returns the classes of 100 runs. After any number of them, each class has its share to within one run. The
+/// next run goes to the class with the largest credit.
 fn cycle(plan: &Plan) -> [Class; CYCLE] {
     let mut left = CYCLE as i32;
     let mut share = |percent: u8| {

@@ -1,16 +1,16 @@
-//! The demo guest as its host sees it: what it is told, what it holds, and what it says.
+//! The demo guest from the host's view: its plan, its memory and its reports.
 //!
 //! These modules are compiled twice: into this crate, and into the guest itself (`demo-guest/src/main.rs`
-//! includes this file), so that host and guest can't disagree about where a page lies or what is in it.
-//! They use `core` alone and allocate nothing.
+//! includes this file). So host and guest cannot disagree about the place or the content of a page. The
+//! modules use only `core` and allocate nothing.
 //!
-//! | module | holds |
+//! | module | content |
 //! | --- | --- |
 //! | [`plan`] | the guest's command line: what to fill, write, verify and break |
-//! | [`layout`] | where in RAM the arena lies and which class each of its pages has |
-//! | [`content`] | what every word of a page or a disk sector must be |
-//! | [`client`] | a client of a disk, with a page cache of its own: which blocks it uses, where its tables lie |
-//! | [`zipf`], [`histogram`] | how popular blocks are; how long requests take |
+//! | [`layout`] | the arena's place in RAM and the class of each page |
+//! | [`content`] | the expected content of every word of a page or a disk sector |
+//! | [`client`] | a client of a disk with its own page cache: its blocks and its tables |
+//! | [`zipf`], [`histogram`] | popularity of blocks; durations of requests |
 //! | [`report`] | the lines that the guest prints on its serial port |
 
 pub mod client;

@@ -1,8 +1,8 @@
-//! What the guest is told to do, and its form as a command line.
+//! The guest's plan, and its form as a command line.
 //!
 //! A command line is a sequence of `name=value` words. Numbers are decimal, or hexadecimal after `0x`. The
-//! host renders a plan with [`Display`](fmt::Display); the guest reads it back with [`Plan::parse`], which
-//! never fails: a word that it can't make sense of is handed to the caller, and the default stands.
+//! host renders a plan with [`Display`](fmt::Display). The guest parses it with [`Plan::parse`], which never
+//! fails: it passes invalid words to the caller and keeps the default.
 
 use core::fmt;
 
@@ -16,7 +16,7 @@ use super::content::Class;
 pub struct Classes(u8);
 
 impl Classes {
-    /// The classes in `list`.
+    /// Returns the set of the classes in `list`.
     pub const fn new(list: &[Class]) -> Self {
         let mut set = 0;
         let mut i = 0;
@@ -27,18 +27,18 @@ impl Classes {
         Self(set)
     }
 
-    /// Whether `class` is in the set.
+    /// Returns whether `class` is in the set.
     pub const fn contains(self, class: Class) -> bool {
         self.0 & 1 << class as u8 != 0
     }
 }
 
-/// How fast pages are rewritten.
+/// The rate of rewriting pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rate {
     /// Pages per second; 0 writes nothing.
     PerSecond(u32),
-    /// As fast as the guest can: a page is written for each page verified, and pauses are filled with writes.
+    /// As fast as possible: one page is written for each verified page, and pauses are filled with writes.
     Max,
 }
 
@@ -47,18 +47,18 @@ pub enum Rate {
 pub enum Crash {
     /// Raise an exception with an empty interrupt table, so that the processor shuts down.
     Triple,
-    /// Read and write MMIO addresses and I/O ports that no device has, report what came back, then carry on.
+    /// Read and write MMIO addresses and I/O ports without a device, report the results, then continue.
     Mmio,
-    /// Spin for ever.
+    /// Loop for ever.
     Hang,
-    /// Halt for ever, woken by nothing, or each [`Plan::every_ms`] if that isn't 0.
+    /// Halt for ever, or wake each [`Plan::every_ms`] if that is not 0.
     Sleep,
 }
 
 impl Crash {
     const ALL: [Self; 4] = [Self::Triple, Self::Mmio, Self::Hang, Self::Sleep];
 
-    /// The value of `crash=`.
+    /// Returns the value of `crash=`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Triple => "triple",
@@ -69,32 +69,31 @@ impl Crash {
     }
 }
 
-/// Where the memory hole is, as the monitor says on the command line.
+/// The place of the memory hole according to the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HolePlace {
-    /// Its size.
+    /// The size in bytes.
     pub bytes: u64,
-    /// Its guest-physical address.
+    /// The guest-physical address.
     pub address: u64,
 }
 
-/// What to say in the memory hole.
+/// The data to publish in the memory hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HoleMode {
-    /// The truth: pages of the arena are freed and used again all the time, requests of the host's are answered,
-    /// and pages are used again right after the host was told that they are free.
+    /// The truth. Pages of the arena are freed and used again continuously, and the host's requests are
+    /// answered. Some pages are used again right after they were published as free.
     Honest,
-    /// Whatever may confuse a host, as fast as the guest can, and never that pages are free which the guest
-    /// needs to go on.
+    /// Confusing data for the host, as fast as possible. The guest's own pages are never published as free.
     Hostile,
-    /// That all memory is free, while the guest runs in it.
+    /// All memory as free, while the guest runs in it.
     Ruin,
 }
 
 impl HoleMode {
     const ALL: [Self; 3] = [Self::Honest, Self::Hostile, Self::Ruin];
 
-    /// The value of `hole_mode=`.
+    /// Returns the value of `hole_mode=`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Honest => "honest",
@@ -107,19 +106,19 @@ impl HoleMode {
 /// One pass over a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DiskOp {
-    /// Read the range and add up its checksum.
+    /// Read the range and compute its checksum.
     Read,
-    /// Write the seeded pattern over the range.
+    /// Write the seeded pattern to the range.
     Write,
     /// Read the range and compare it with the seeded pattern.
     Verify,
     /// Flush, once.
     Flush,
-    /// Ask for the disk's serial number, once.
+    /// Request the disk's serial number, once.
     Id,
-    /// Use blocks through a page cache: see [`client`](super::client).
+    /// Use blocks through a page cache; see [`client`](super::client).
     Client,
-    /// Put malformed requests on the ring, then see whether the device can be reset and still reads.
+    /// Send malformed requests, then check that the device can be reset and still reads.
     Hostile,
 }
 
@@ -127,7 +126,7 @@ impl DiskOp {
     const ALL: [Self; 7] =
         [Self::Read, Self::Write, Self::Verify, Self::Flush, Self::Id, Self::Client, Self::Hostile];
 
-    /// The word in `blk_mode=` and in reports.
+    /// Returns the word in `blk_mode=` and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
@@ -140,23 +139,23 @@ impl DiskOp {
         }
     }
 
-    /// The operation with this [`name`](Self::name).
+    /// Returns the operation with this [`name`](Self::name).
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|op| op.name() == name)
     }
 }
 
-/// A short sequence of disk passes, carried out in order.
+/// A short sequence of disk passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskOps {
     ops: [Option<DiskOp>; Self::MOST],
 }
 
 impl DiskOps {
-    /// Operations that a sequence can hold; further ones are left out.
+    /// Limit for the operations of a sequence; further ones are dropped.
     pub const MOST: usize = 8;
 
-    /// The operations in `list`, in that order.
+    /// Returns the sequence of the operations in `list`.
     pub fn new(list: &[DiskOp]) -> Self {
         let mut ops = [None; Self::MOST];
         for (slot, op) in ops.iter_mut().zip(list) {
@@ -165,13 +164,13 @@ impl DiskOps {
         Self { ops }
     }
 
-    /// The operations in order.
+    /// Returns the operations in order.
     pub fn iter(&self) -> impl Iterator<Item = DiskOp> + '_ {
         self.ops.iter().flatten().copied()
     }
 }
 
-/// What to do with a virtio-blk device in each round.
+/// The use of a virtio-blk device in each round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskPlan {
     /// Guest-physical address of the device's virtio-mmio registers.
@@ -184,17 +183,17 @@ pub struct DiskPlan {
     pub count: u64,
     /// Bytes in a request, rounded up to whole sectors.
     pub size: u32,
-    /// Requests in flight at a time.
+    /// Requests in flight at the same time.
     pub depth: u32,
-    /// Requests whose buffers are distinct: request `n` uses buffer `n % window`, so what was read last stays
-    /// in guest memory as in a page cache. At least [`depth`](Self::depth).
+    /// Number of requests with distinct buffers: request `n` uses buffer `n % window`. So the last read data
+    /// stays in guest memory, as in a page cache. At least [`depth`](Self::depth).
     pub window: u32,
-    /// What a client does, which has a buffer in its cache and no other.
+    /// The work of a client. It uses the pages of its cache as buffers.
     pub client: ClientPlan,
 }
 
 impl DiskPlan {
-    /// Read the first 16 requests of 4 KiB of the device at `base`, one at a time.
+    /// Returns a plan that reads the first 16 requests of 4 KiB of the device at `base`, one at a time.
     pub fn new(base: u64) -> Self {
         Self {
             base,
@@ -209,55 +208,55 @@ impl DiskPlan {
     }
 }
 
-/// What the guest does from start to end.
+/// The complete work of the guest.
 ///
-/// It fills the arena, then does rounds. A round passes over the disk if there is one, walks through the
-/// arena if it is to, verifies every word of every page, then pauses; pages are rewritten throughout at
-/// [`rate`](Self::rate). After the last round everything is verified once more with nothing being written. With
-/// [`HoleMode::Honest`] pages are freed and used again in the pauses; with other modes nothing is verified.
+/// The guest fills the arena, then does rounds. A round passes over the disk if there is one, walks through
+/// the arena if planned, verifies every word of every page, then pauses. Meanwhile pages are rewritten at
+/// [`rate`](Self::rate). After the last round, everything is verified once more without writes. With
+/// [`HoleMode::Honest`], pages are freed and used again in the pauses. With other modes, nothing is verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// Percentage of the arena's pages that are the same in all VMs with the same seed.
+    /// Percentage of the arena's pages that are identical in all VMs with the same seed.
     pub alike: u8,
-    /// Percentage of the arena's pages that no other page equals.
+    /// Percentage of the arena's pages that are unique.
     pub own: u8,
-    /// Percentage of the arena's pages that are filled with zeros. What is left to 100 is never touched.
+    /// Percentage of the arena's pages that are filled with zeros. The remaining pages are never touched.
     pub zero: u8,
     /// Pages in a run of one class.
     pub run: u32,
     /// Seed of the alike pages and of the disk pattern.
     pub seed: u32,
-    /// This VM's number, the seed of its own pages and of everything it writes.
+    /// This VM's number, which is the seed of its own pages and of all its writes.
     pub vm: u32,
-    /// At most this many pages in the arena; all usable memory if `None`.
+    /// Limit for the pages in the arena; `None` for all usable memory.
     pub pages: Option<u64>,
-    /// Usable pages left out before the arena, to move it against that of another VM.
+    /// Usable pages to skip before the arena, to shift it against that of another VM.
     pub skip: u64,
-    /// How fast pages are rewritten.
+    /// The rate of rewriting pages.
     pub rate: Rate,
-    /// The classes that rewritten pages are chosen from.
+    /// The classes of pages to rewrite.
     pub write: Classes,
-    /// Percentage of writes that bring a page back to its base content.
+    /// Percentage of writes that restore a page's base content.
     pub restore: u8,
-    /// Rounds to do; 0 goes on until the byte `q` comes in on the serial port (which ends any other number
-    /// of rounds early, too).
+    /// Number of rounds. 0 continues until the byte `q` arrives on the serial port, which also ends any other
+    /// number of rounds early.
     pub rounds: u64,
     /// Pause between rounds, in milliseconds.
     pub every_ms: u64,
-    /// Words to read at random places in each round before it verifies, each place given by the word read
-    /// before: work that waits for memory and the translation of addresses, and for nothing else.
+    /// Number of words to read at random places in each round before verification. Each place depends on the
+    /// word read before, so this work waits only for memory and address translation.
     pub walk: u64,
-    /// How to misbehave after filling the arena, if at all.
+    /// The misbehaviour after filling the arena, if any.
     pub crash: Option<Crash>,
-    /// The one VM that misbehaves, by its number; all that have this plan if `None`.
+    /// The number of the only VM that misbehaves; `None` for all VMs with this plan.
     pub crash_vm: Option<u32>,
-    /// Frequency of the time stamp counter, if known.
+    /// Frequency of the time stamp counter in kHz, if known.
     pub tsc_khz: Option<u32>,
-    /// What to do with a disk, if there is one.
+    /// The use of a disk, if there is one.
     pub disk: Option<DiskPlan>,
     /// The memory hole, if there is one. The monitor adds it to the command line.
     pub hole: Option<HolePlace>,
-    /// What to say in it, if anything.
+    /// The data to publish in the hole, if any.
     pub hole_mode: Option<HoleMode>,
 }
 
@@ -289,8 +288,7 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Read a command line. Words that are not options, and options whose value can't be read, are passed to
-    /// `ignored` and change nothing.
+    /// Parses a command line. Words that are not valid options are passed to `ignored` and change nothing.
     pub fn parse(line: &str, mut ignored: impl FnMut(&str)) -> Self {
         let mut plan = Self::default();
         for word in line.split_ascii_whitespace() {
@@ -302,7 +300,7 @@ impl Plan {
         plan
     }
 
-    /// How this VM is to misbehave, if at all.
+    /// Returns the misbehaviour of this VM, if any.
     pub fn misbehaviour(&self) -> Option<Crash> {
         self.crash.filter(|_| self.crash_vm.is_none_or(|vm| vm == self.vm))
     }
@@ -356,7 +354,7 @@ impl Plan {
     }
 }
 
-/// Renders the command line: the options that differ from the default, and the page classes always.
+/// Renders the command line: options that differ from the default, and always the page classes.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let default = Self::default();
@@ -426,7 +424,7 @@ fn list(f: &mut fmt::Formatter<'_>, names: impl Iterator<Item = &'static str>) -
     Ok(())
 }
 
-/// A decimal number, or a hexadecimal one after `0x`.
+/// Parses a decimal number, or a hexadecimal one after `0x`.
 pub(super) fn number(text: &str) -> Option<u64> {
     let (digits, radix) = match text.strip_prefix("0x") {
         Some(hex) => (hex, 16),

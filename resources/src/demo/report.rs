@@ -1,8 +1,8 @@
-//! The lines that the guest prints: one report each, a word that says what it is, then `name=value` words.
+//! The lines that the guest prints, one report each: a word for the kind, then `name=value` words.
 //!
-//! A report whose first value has the report's own name starts with that value (`round=3 verified=…`). The
-//! guest writes reports with [`Report::write`], the host reads them with [`Report::parse`]; both come from
-//! one description of the fields.
+//! If a report's first value has the report's own name, the line starts with that value (`round=3
+//! verified=…`). The guest writes reports with [`Report::write`], and the host parses them with
+//! [`Report::parse`]. Both use the same description of the fields.
 
 use core::fmt;
 
@@ -19,7 +19,7 @@ impl fmt::Debug for Hex {
     }
 }
 
-/// A short word from outside the guest, such as an option or a disk's serial number: cut off after
+/// A short word from outside the guest, such as an option or a disk's serial number. It is truncated after
 /// [`Text::MOST`] bytes, with `?` for every byte that is not printable ASCII.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Text {
@@ -28,10 +28,10 @@ pub struct Text {
 }
 
 impl Text {
-    /// Bytes that are kept.
+    /// Length limit in bytes.
     pub const MOST: usize = 32;
 
-    /// The printable form of `raw`.
+    /// Returns the printable form of `raw`.
     pub fn new(raw: &[u8]) -> Self {
         let mut text = Self { bytes: [0; Self::MOST], len: raw.len().min(Self::MOST) };
         for (to, from) in text.bytes.iter_mut().zip(raw) {
@@ -40,7 +40,7 @@ impl Text {
         text
     }
 
-    /// The text.
+    /// Returns the text.
     pub fn as_str(&self) -> &str {
         str::from_utf8(&self.bytes[..self.len]).unwrap_or_default()
     }
@@ -52,7 +52,7 @@ impl fmt::Debug for Text {
     }
 }
 
-/// What kind of address a probe used.
+/// The kind of a probed address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Space {
     /// A memory address.
@@ -146,12 +146,12 @@ fn write_number(mut value: u64, radix: u64, out: &mut dyn FnMut(&[u8])) {
     }
 }
 
-/// Why a line is not a report.
+/// The reason why a line is not a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ParseError {
-    /// The line starts with no report's word: something else wrote to the serial port.
+    /// The line starts with no report's word: another program wrote to the serial port.
     NotAReport,
-    /// A report's field is missing or its value can't be read.
+    /// A report's field is missing or has an invalid value.
     Field {
         /// The report's word.
         report: &'static str,
@@ -185,7 +185,7 @@ macro_rules! reports {
         }
 
         impl Report {
-            /// Write the line, with its newline, piece by piece.
+            /// Writes the line with its newline, in pieces.
             pub fn write(&self, out: &mut dyn FnMut(&[u8])) {
                 match self {
                     $(Self::$variant { $($field,)* } => {
@@ -202,10 +202,10 @@ macro_rules! reports {
                 out(b"\n");
             }
 
-            /// Read a line. Words that the report doesn't know are passed over.
+            /// Parses a line. Unknown words are skipped.
             ///
             /// # Errors
-            /// [`ParseError`] says what is wrong with the line.
+            /// Fails with the fault of the line.
             pub fn parse(line: &str) -> Result<Self, ParseError> {
                 let first = line.split_ascii_whitespace().next().unwrap_or_default();
                 match first.split_once('=').map_or(first, |(name, _)| name) {
@@ -219,7 +219,8 @@ macro_rules! reports {
     };
 }
 
-/// Writes a report's word unless its first field says it, and gives what separates the first field from it.
+/// Writes a report's word unless it equals the name of the first field. Returns the separator before the
+/// first field.
 fn start(word: &str, first_field: Option<&str>, out: &mut dyn FnMut(&[u8])) -> &'static [u8] {
     if first_field == Some(word) {
         return b"";
@@ -415,7 +416,7 @@ reports! {
         answered: u64 = "answered",
         /// Pages that were freed.
         freed: u64 = "freed",
-        /// Pages that the host had given back before they were used again: they held zeros by then.
+        /// Pages that the host had freed before the guest used them again, so that they held zeros.
         returned: u64 = "returned",
         /// Times that the doorbell was rung.
         rings: u64 = "rings",

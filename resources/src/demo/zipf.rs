@@ -1,15 +1,15 @@
-//! Zipf's law: ranks that are chosen with a chance in proportion to a power of the rank.
+//! Zipf's law: ranks with a probability proportional to a power of the rank.
 //!
-//! The guest has no mathematical library, so logarithm and power are worked out here, from additions and
-//! multiplications alone: host and guest get the same table, bit for bit.
+//! The guest has no mathematical library, so logarithm and power are computed here from additions and
+//! multiplications. So host and guest get exactly the same table.
 
 use core::f64::consts::LN_2;
 
-/// Terms of the series for logarithm and power: what is left out is below one part in 2^40.
+/// Terms of the series for logarithm and power. The error is below one part in 2^40.
 const TERMS: u32 = 16;
 
-/// For each rank from 0 on, the chance of it or a lower one in units of 2^-64: given to `put` in order of
-/// ranks. The chance of rank r is in proportion to (r + 1)^-`theta`, `theta` in hundredths.
+/// Calls `put` for each rank from 0 on, with the probability of this or a lower rank in units of 2^-64. The
+/// probability of rank r is proportional to (r + 1)^-`theta`, with `theta` in hundredths.
 pub fn chances(ranks: u32, theta: u32, mut put: impl FnMut(u32, u64)) {
     let exponent = -f64::from(theta) / 100.0;
     let weight = |rank: u32| exp2(exponent * log2(rank + 1));
@@ -18,12 +18,12 @@ pub fn chances(ranks: u32, theta: u32, mut put: impl FnMut(u32, u64)) {
     for rank in 0..ranks {
         sum += weight(rank);
         let last = rank == ranks - 1;
-        // A float that is too large becomes the largest integer.
+        // A too large float becomes the largest integer.
         put(rank, if last { u64::MAX } else { (sum / total * power_of_two(64)) as u64 });
     }
 }
 
-/// The rank that `random` chooses, evenly distributed itself, given the table's entries.
+/// Returns the rank for a uniformly distributed `random`, given the table's entries.
 pub fn choose(ranks: u32, random: u64, chance: impl Fn(u32) -> u64) -> u32 {
     let (mut low, mut high) = (0, ranks.saturating_sub(1));
     while low < high {
@@ -37,7 +37,7 @@ pub fn choose(ranks: u32, random: u64, chance: impl Fn(u32) -> u64) -> u32 {
     low
 }
 
-/// Logarithm to base 2 of a number that is not 0.
+/// Returns the logarithm to base 2 of a number above 0.
 fn log2(number: u32) -> f64 {
     let exponent = number.ilog2();
     let mantissa = f64::from(number) / f64::from(1_u32 << exponent);
@@ -52,7 +52,7 @@ fn log2(number: u32) -> f64 {
     f64::from(exponent) + 2.0 * sum / LN_2
 }
 
-/// 2 to the power of a number between -1000 and 1000.
+/// Returns 2 to the power of a number between -1000 and 1000.
 fn exp2(exponent: f64) -> f64 {
     let whole = exponent as i64;
     let rest = (exponent - whole as f64) * LN_2;
@@ -65,7 +65,7 @@ fn exp2(exponent: f64) -> f64 {
     sum * power_of_two(whole)
 }
 
-/// 2 to the power of a whole number that is no less than -1022 and no more than 1023.
+/// Returns 2 to the power of an integer between -1022 and 1023.
 const fn power_of_two(exponent: i64) -> f64 {
     f64::from_bits(((exponent + 1023) as u64) << 52)
 }

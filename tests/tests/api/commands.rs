@@ -1,4 +1,4 @@
-//! What people do from a command line and a terminal.
+//! Use of the program from a command line and a terminal.
 
 use std::fs;
 use std::process::Command;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::endless;
 
-/// A command of the client's.
+/// Returns a command of the client.
 pub(crate) fn client_command(host: &Host, arguments: &[&str]) -> Command {
     let mut client = command(arguments);
     client.env("SAMEPAGE_SOCKET", host.socket()).current_dir(host.folder.path());
@@ -103,7 +103,7 @@ pub(crate) fn terminal() {
     terminal.type_keys(b"\x01x");
     terminal.wait_for_end(attached).assert_code(0);
     assert_eq!(terminal.settings(), before);
-    // The VM goes on, and can be attached to again; its guest takes what is typed.
+    // The VM continues, and its console can be attached again. The guest receives the input.
     let attached = terminal.start(&attach);
     terminal.wait_for("round=");
     terminal.type_keys(b"q");
@@ -132,11 +132,11 @@ pub(crate) fn top() {
         });
     };
     shows(&mut terminal, "2 VMs, 2 running");
-    // A picture comes in parts; this is its last line.
+    // A picture arrives in parts; this is its last line.
     let text = shows(&mut terminal, "q quit");
     assert!(text.lines().count() <= 24, "{text}");
     assert!(terminal.settings().is_raw());
-    // The second VM is paused, and goes on.
+    // The second VM is paused, and resumes.
     terminal.type_keys(b"\x1b[Bp");
     host.wait_for("/vms/b", "a pause", |vm| vm["state"] == "paused");
     shows(&mut terminal, "VM b is paused");
@@ -156,7 +156,7 @@ pub(crate) fn top() {
     is_left(&mut terminal, "");
     terminal.wait_for_end(shown).assert_code(0);
     assert_eq!(terminal.settings(), before);
-    // A signal ends it as well, and so does a server that goes.
+    // A signal also ends it, and so does the end of the server.
     let shown = terminal.start(&top);
     shows(&mut terminal, "2 VMs, 2 running");
     shown.signal(Signal::TERM);
@@ -190,7 +190,7 @@ pub(crate) fn run_with_socket() {
         assert!(Instant::now() < deadline, "no socket");
         thread::sleep(Duration::from_millis(10));
     }
-    // A reset of the only VM is not the end of the process; its end is.
+    // A reset of the only VM does not end the process; the VM's end does.
     let post = |body: Value| client.send::<Value>("POST".parse().unwrap(), "/vms/a/actions", &body).unwrap();
     assert_eq!(post(json!({ "action": "reset" }))["state"], "running");
     post(json!({ "action": "kill" }));

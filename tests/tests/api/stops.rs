@@ -25,7 +25,7 @@ pub(crate) fn asked() {
     assert!(vm["reason"].as_str().unwrap().contains("reset"), "{vm}");
     assert!(host.console("hears").contains("corrupt=0"));
 
-    // Who takes nothing from the keyboard hears two presses, and then no more.
+    // A guest that ignores its keyboard takes two presses, and then no more.
     assert_eq!(host.act("deaf", "shutdown"), "running");
     assert_eq!(host.act("deaf", "shutdown"), "running");
     let (status, problem) = ask("deaf", json!({ "action": "shutdown" }));
@@ -42,7 +42,7 @@ pub(crate) fn asked() {
     let reason = "it did not end within 1 s of being asked, and was killed";
     assert_eq!((status, &vm["reason"]), (200, &json!(reason)), "{vm}");
     assert_eq!(ask("deaf", json!({ "action": "stop" })).0, 409);
-    // A kill overtakes a stop that waits.
+    // A kill overtakes a waiting stop.
     host.act("deaf", "start");
     host.wait_for_console("deaf", "ready ");
     thread::scope(|scope| {
@@ -55,7 +55,7 @@ pub(crate) fn asked() {
         assert!(matches!(status, 200 | 409), "{status}");
     });
 
-    // A VM that lives as long as a connection.
+    // A VM that is bound to a connection.
     assert_eq!(host.ask("GET", "/vms/hears/console/stream?lifeline=true", None).0, 400);
     host.act("hears", "start");
     let (stream, _) = host.client.attach_for_life("hears").unwrap();
@@ -78,7 +78,7 @@ pub(crate) fn all() {
     assert_eq!(host.act("held", "pause"), "paused");
     let finished = Running::start(client_command(&host, &["stop", "--all", "--timeout", "3600"])).wait();
     finished.assert_code(0);
-    // Who was paused goes on, is asked like the others, and verifies its memory before it ends.
+    // A paused guest resumes, is asked like the others, and verifies its memory before it ends.
     for name in ["runs", "held"] {
         let vm = host.done("GET", &format!("/vms/{name}"), None);
         assert_eq!(vm["state"], "stopped", "{vm}");
@@ -86,7 +86,7 @@ pub(crate) fn all() {
         assert!(host.console(name).contains("corrupt=0"), "{name}");
     }
     assert_eq!(host.done("GET", "/vms/idle", None)["state"], "created");
-    // There is nobody left to be stopped, which is no fault.
+    // Stopping no VM is not an error.
     Running::start(client_command(&host, &["stop", "--all"])).wait().assert_code(0);
     host.end().assert_code(0);
 }

@@ -1,4 +1,4 @@
-//! What the program says of a command line that it cannot follow, before anything starts.
+//! Errors for invalid command lines, before anything starts.
 
 use std::process::Command;
 
@@ -45,7 +45,7 @@ pub(crate) fn help() {
     has(&help(&["demo", "--help"]), &["--vms", "--cpu", "--json"]);
 }
 
-/// Runs a command that is refused; its one line has to contain all of `parts`.
+/// Runs a command that is refused. Its one line must contain all of `parts`.
 fn refused_by(command: Command, code: i32, parts: &[&str]) -> Finished {
     let what = format!("{command:?}");
     let end = Running::start(command).wait();
@@ -97,7 +97,7 @@ pub(crate) fn wrong_usage() {
     }
 }
 
-/// Runs a command that is refused with one line, which has to contain all of `parts`.
+/// Runs a command that is refused with one line, which must contain all of `parts`.
 fn refused_in_one_line(command: Command, parts: &[&str]) {
     let what = format!("{command:?}");
     let end = refused_by(command, 1, parts);
@@ -108,7 +108,7 @@ fn refused_in_one_line(command: Command, parts: &[&str]) {
     }
 }
 
-/// A bzImage whose setup header promises a kernel of 1 MiB that the file does not hold.
+/// Returns a bzImage whose setup header states a kernel of 1 MiB that the file does not contain.
 fn truncated_bzimage() -> Vec<u8> {
     let mut image = vec![0; 4096];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
@@ -196,7 +196,7 @@ pub(crate) fn not_built() {
     for (arguments, parts) in cases {
         refused_in_one_line(scratch.run("rounds=1", arguments), parts);
     }
-    // What an earlier guest wrote outlives a run that cannot start.
+    // A run that cannot start preserves an earlier guest's output.
     scratch.write("log", b"earlier");
     refused_in_one_line(scratch.run("", &["--console=file=log", "--disk=path=odd"]), &["truncate -s"]);
     assert_eq!(scratch.read_text("log"), "earlier");

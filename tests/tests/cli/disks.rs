@@ -1,4 +1,4 @@
-//! Disks: their contents as the host finds them, and who may use them.
+//! Disks: their contents on the host, and their permitted users.
 
 use rustix::process::Signal;
 use samepage_resources::demo::content::{SECTOR_WORDS, disk_word};
@@ -11,13 +11,13 @@ use crate::scratch::{Scratch, assert_verified, endless, report, short};
 const FIRST: u64 = 0xd000_0000;
 const SECTOR: u64 = 512;
 
-/// A guest that goes over the first 64 KiB of its first disk from sector 8 on.
+/// A guest that uses the first 64 KiB of its first disk, from sector 8 on.
 fn with_disk(plan: Plan, ops: &[DiskOp]) -> Plan {
     let disk = DiskPlan { ops: DiskOps::new(ops), sector: 8, depth: 4, window: 4, ..DiskPlan::new(FIRST) };
     Plan { disk: Some(disk), ..plan }
 }
 
-/// What a guest with this seed writes to so many sectors from sector 8 on.
+/// Returns the content that a guest with this seed writes to this number of sectors, from sector 8 on.
 fn pattern(seed: u32, sectors: u64) -> Vec<u8> {
     let words =
         (8..8 + sectors).flat_map(|sector| (0..SECTOR_WORDS).map(move |word| disk_word(seed, sector, word)));

@@ -57,7 +57,7 @@ pub(crate) fn prefixes() {
     }
 }
 
-/// Waits until a guest has verified its memory another time.
+/// Waits until a guest has verified its memory once more.
 fn wait_for_next_round(running: &Running, last: u64) -> u64 {
     running.stdout().wait_for(|line| match report(line) {
         Some(Report::Round { round, .. }) if round > last => Some(round),
@@ -69,7 +69,7 @@ pub(crate) fn keyboard() {
     let scratch = Scratch::new();
     let mut running = scratch.start(endless(), &[]);
     wait_for_next_round(&running, 0);
-    // Ctrl-A is for terminals alone.
+    // Ctrl-A has a meaning only on terminals.
     running.write(b"\x01xq");
     let end = running.wait();
     end.assert_code(0);
@@ -79,7 +79,7 @@ pub(crate) fn keyboard() {
     let mut running = scratch.start(endless(), &[]);
     let round = wait_for_next_round(&running, 0);
     running.close_stdin();
-    // Nobody types any more; the guest goes on.
+    // Input has ended; the guest continues.
     wait_for_next_round(&running, round + 2);
     running.signal(Signal::TERM);
     running.wait().assert_code(0);
@@ -94,7 +94,7 @@ pub(crate) fn threads() {
     let disk = "--disk=path={index}.img,id=d";
     let running = scratch.start(cmdline, &["--count=2", "--name=t", disk, "--stats=-"]);
     for vm in ["t-0", "t-1"] {
-        // A disk has a thread once its driver is at work.
+        // A disk has a thread when its driver is active.
         running.stdout().wait_for(|line| (line.contains(vm) && line.contains("blk mode=read")).then_some(()));
     }
     let threads = running.threads();
@@ -115,7 +115,7 @@ pub(crate) fn crash() {
         line.starts_with("samepage: VM vm-1: the guest crashed: triple fault on vCPU 0 at RIP 0x10"),
         "{line}"
     );
-    // ud2, by which the demo guest does it; and what that means.
+    // The demo guest uses ud2 for this, and the line explains it.
     assert!(line.contains("bytes there 0f 0b"), "{line}");
     assert!(line.contains("an exception that it could not handle"), "{line}");
     let end = running.wait();
@@ -133,7 +133,7 @@ pub(crate) fn signals() {
     let scratch = Scratch::new();
     for (signal, plan, timeout) in [
         (Signal::TERM, endless(), "0"),
-        // Who has no driver for a keyboard cannot be asked.
+        // A guest without a keyboard driver cannot be asked to end.
         (Signal::INT, Plan { crash: Some(Crash::Sleep), ..short() }, "3600"),
         (Signal::QUIT, Plan { crash: Some(Crash::Hang), ..endless() }, "3600"),
     ] {
@@ -149,7 +149,7 @@ pub(crate) fn signals() {
         assert_eq!(told, ["samepage: VM vm-0: stopped", "samepage: VM vm-1: stopped"], "{signal:?}");
     }
     for (signal, stop) in [(Signal::TERM, Signal::INT), (Signal::INT, Signal::TERM)] {
-        // One guest hears, the other does not.
+        // One guest reacts, the other does not.
         let plan = Plan { crash: Some(Crash::Hang), crash_vm: Some(1), ..endless() };
         let running = scratch.start(format!("{plan} vm={{index}}"), &["--count=2", "--stop-timeout=3600"]);
         running
@@ -169,7 +169,7 @@ pub(crate) fn signals() {
         assert!(end.stderr.starts_with(asked), "{}", end.stderr);
         assert!(end.stderr.ends_with("samepage: VM vm-1: stopped\n"), "{}", end.stderr);
     }
-    // Its time runs out.
+    // Its time ends.
     let plan = Plan { crash: Some(Crash::Hang), ..endless() };
     let running = scratch.start(plan, &["--stop-timeout=1"]);
     running.stdout().wait_for_line("ready");
@@ -185,7 +185,7 @@ pub(crate) fn signals() {
     assert_eq!(left, 1, "there is more than the kernel");
 }
 
-/// Waits until a file holds a whole line of the guest's, and returns what it holds.
+/// Waits until a file contains a complete line of the guest, and returns its content.
 fn wait_for_log(scratch: &Scratch, name: &str) -> String {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -194,7 +194,7 @@ fn wait_for_log(scratch: &Scratch, name: &str) -> String {
             return text;
         }
         assert!(Instant::now() < deadline, "nothing comes into {name}: {text}");
-        // Files have no events that the guest's lines could be waited for by.
+        // A file's growth causes no event, so poll.
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -212,14 +212,14 @@ pub(crate) fn logs_are_rotated() {
     running.stderr().wait_for_line("log files were opened again");
     for log in logs {
         wait_for_log(&scratch, log);
-        // As logrotate does with copytruncate. The guest goes on to write.
+        // In the way of logrotate with copytruncate. The guest continues to write.
         let file = fs::File::options().write(true).open(scratch.path(log)).expect("open a log");
         file.set_len(0).expect("cut a log short");
         let text = wait_for_log(&scratch, log);
         assert!(!text.contains('\0'), "{text}");
         assert!(scratch.read_text(&format!("{log}.1")).contains("start ram="), "the first part is gone");
     }
-    // Where a log cannot be opened again, its VM goes on with the one that it has.
+    // If a log cannot be opened again, its VM continues with the earlier file.
     fs::rename(scratch.path(logs[0]), scratch.path("elsewhere")).expect("rename a log");
     fs::create_dir(scratch.path(logs[0])).expect("make a folder in the place of a log");
     running.signal(Signal::HUP);

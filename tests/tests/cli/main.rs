@@ -1,4 +1,4 @@
-//! The program as its users meet it: what they type, what they read, and what is left afterwards.
+//! The program as users see it: their input, its output, and what it leaves behind.
 
 mod bad_input;
 mod disks;

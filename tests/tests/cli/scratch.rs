@@ -42,7 +42,7 @@ impl Scratch {
         fs::write(self.path(name), bytes).unwrap_or_else(|error| panic!("write {name}: {error}"));
     }
 
-    /// A file of so many bytes, all zeros, that takes no room.
+    /// Creates a sparse file of this size.
     pub(crate) fn sparse(&self, name: &str, bytes: u64) {
         let file = File::create(self.path(name)).and_then(|file| file.set_len(bytes));
         file.unwrap_or_else(|error| panic!("make {name}: {error}"));
@@ -57,43 +57,44 @@ impl Scratch {
         text.unwrap_or_else(|error| panic!("read {name}: {error}"))
     }
 
-    /// The program with these arguments, in this folder.
+    /// Returns a command of the program with these arguments, in this folder.
     pub(crate) fn samepage(&self, arguments: &[&str]) -> Command {
         let mut command = program::command(arguments);
         command.current_dir(self.folder());
         command
     }
 
-    /// `samepage run` with the demo guest in 16 MiB, its command line, and more arguments.
+    /// Returns a command of `samepage run` with the demo guest in 16 MiB, its command line, and more
+    /// arguments.
     pub(crate) fn run(&self, cmdline: impl Display, more: &[&str]) -> Command {
         let mut command = self.samepage(&["run", "--kernel", KERNEL, "--memory", "16M"]);
         command.arg("--cmdline").arg(cmdline.to_string()).args(more);
         command
     }
 
-    /// The same, started.
+    /// Starts the same command.
     pub(crate) fn start(&self, cmdline: impl Display, more: &[&str]) -> Running {
         Running::start(self.run(cmdline, more))
     }
 }
 
-/// A guest with little memory that verifies it twice.
+/// A guest with little memory, which it verifies twice.
 pub(crate) fn short() -> Plan {
     Plan { pages: Some(256), rounds: 2, ..Plan::default() }
 }
 
-/// The same guest, until it is told to quit.
+/// The same guest, until it is asked to finish.
 pub(crate) fn endless() -> Plan {
     Plan { rounds: 0, every_ms: 20, ..short() }
 }
 
-/// The guest's report on a line, which may carry the VM's name.
+/// Returns the guest's report in a line, which may begin with the VM's name.
 pub(crate) fn report(line: &str) -> Option<Report> {
     let text = line.strip_prefix('[').and_then(|line| line.split_once("] ")).map_or(line, |(_, text)| text);
     Report::parse(text).ok()
 }
 
-/// Asserts that one guest has verified its memory to the end, and that all of it was right.
+/// Asserts that a guest has verified all of its memory, and found no fault.
 pub(crate) fn assert_verified(console: &str) {
     let mut ends = console.lines().filter_map(report).filter_map(|report| match report {
         Report::Done { corrupt, .. } => Some(corrupt),

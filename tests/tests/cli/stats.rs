@@ -1,4 +1,4 @@
-//! Figures: `--stats`, `--audit` and `samepage demo --json`.
+//! Statistics: `--stats`, `--audit` and `samepage demo --json`.
 
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,7 +14,7 @@ use crate::scratch::{Scratch, endless, short};
 const PAGE: u64 = 4096;
 const MEMORY: u64 = 16 << 20;
 
-/// What the process and each VM tell in pages, in KSM's terms.
+/// The figures of the process and of each VM that are in pages, with KSM's names.
 const PAGES: [&str; 5] = ["pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "zero_pages"];
 
 fn parse(line: &str) -> Value {
@@ -37,7 +37,7 @@ fn seconds_now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64()
 }
 
-/// Asserts what holds in every sample.
+/// Asserts the conditions that hold for every sample.
 fn check(sample: &Value) {
     let sum = |name| vms(sample).iter().map(|vm| number(vm, name)).sum::<u64>();
     assert_eq!(number(sample, "guest_bytes"), sum("memory_bytes"), "{sample}");
@@ -65,7 +65,7 @@ fn check(sample: &Value) {
     }
 }
 
-/// Waits for a sample with which `found` holds; checks all on the way, and that they follow each other.
+/// Waits for a sample for which `found` returns true. Checks all samples before it, and their order.
 fn wait_for_sample(samples: &Transcript, found: impl Fn(&Value) -> bool) -> Value {
     let last = std::cell::RefCell::new(Value::Null);
     samples.wait_for(|line| {
@@ -99,10 +99,10 @@ pub(crate) fn while_sharing() {
     assert_eq!(number(&sample, "guest_bytes"), 2 * MEMORY);
     assert!(number(&sample, "full_scans") > 0, "{sample}");
     assert!(number(&sample, "pages_shared") >= counts.alike, "{sample}");
-    // Both guests' memory was touched, and most of it given back.
+    // Both guests' memory was touched, and most of it is freed.
     let resident = number(&sample, "resident_bytes");
     assert!((counts.own * 2 * PAGE..2 * MEMORY).contains(&resident), "{sample}");
-    // The VMs' parts are the whole, but for rounding.
+    // The figures of the VMs add up to those of the process, apart from rounding.
     for name in ["pages_sharing", "zero_pages"] {
         let parts: u64 = vms(&sample).iter().map(|vm| number(vm, name)).sum();
         assert!(parts.abs_diff(number(&sample, name)) <= 2, "{name} in {sample}");
@@ -169,7 +169,7 @@ pub(crate) fn appended() {
         end.assert_code(0);
         let audit = end.stderr.lines().find(|line| line.contains("audit of")).expect(&end.stderr);
         assert!(audit.contains("audit of 4096 pages and ") && audit.ends_with(" passed"), "{audit}");
-        // A line for the end, if the run was too short for others.
+        // There is a line for the end, even if the run was too short for others.
         let text = scratch.read_text("stats.jsonl");
         text.lines().for_each(|line| check(&parse(line)));
         assert_eq!(vms(&parse(text.lines().last().unwrap()))[0]["state"], "ended");

@@ -9,7 +9,7 @@ use samepage_tests::terminal::{Settings, Terminal};
 
 use crate::scratch::{KERNEL, Scratch, endless};
 
-/// A terminal with a guest that runs on it, and the settings from before.
+/// Returns a terminal on which a guest runs, and the settings from before.
 fn with_guest(scratch: &Scratch, plan: &Plan) -> (Terminal, Settings, Running) {
     let mut terminal = Terminal::open();
     let before = terminal.settings();
@@ -23,7 +23,7 @@ pub(crate) fn keys() {
     let scratch = Scratch::new();
     let (mut terminal, before, program) = with_guest(&scratch, &endless());
     assert!(terminal.settings().is_raw());
-    // Neither Ctrl-C nor Ctrl-Z nor Ctrl-\ is a signal, and nothing is shown but what the guest shows.
+    // Ctrl-C, Ctrl-Z and Ctrl-\ are not signals, and only the guest's output is shown.
     terminal.type_keys(b"\x03\x1a\x1c\x04hello");
     terminal.wait_for("round=");
     terminal.wait_for("round=");
@@ -41,7 +41,7 @@ pub(crate) fn commands() {
     terminal.type_keys(b"\x01h");
     terminal.wait_for("Ctrl-A x ");
     terminal.wait_for("Ctrl-A h ");
-    // Neither is the guest's q: the one belongs to no command, the other follows no Ctrl-A.
+    // Neither key ends the program: `q` after Ctrl-A is no command, and `x` follows no Ctrl-A.
     terminal.type_keys(b"\x01q");
     terminal.wait_for("round=");
     terminal.wait_for("round=");
@@ -68,12 +68,12 @@ pub(crate) fn signal() {
         let (mut terminal, before, program) = with_guest(&scratch, &endless());
         assert!(terminal.settings().is_raw());
         program.signal(signal);
-        // It hears of it, unless it had not yet looked at its keyboard.
+        // The guest reacts, unless it had not yet read from its keyboard.
         terminal.wait_for("samepage: VM vm: ");
         terminal.wait_for_end(program).assert_code(0);
         assert_eq!(terminal.settings(), before, "{signal:?}");
     }
-    // A fault of the program's own.
+    // A fault of the program itself.
     let (mut terminal, before, program) = with_guest(&scratch, &endless());
     program.signal(Signal::SEGV);
     let end = terminal.wait_for_end(program);
@@ -92,7 +92,7 @@ pub(crate) fn error() {
         assert_eq!(end.stdout.lines().count(), 1, "{}", end.stdout);
         assert_eq!(terminal.settings(), before);
     }
-    // A console elsewhere leaves the terminal alone.
+    // A console in a file leaves the terminal unchanged.
     let mut terminal = Terminal::open();
     let before = terminal.settings();
     let program = terminal.start(&scratch.samepage(&[
@@ -112,14 +112,14 @@ pub(crate) fn background() {
     let scratch = Scratch::new();
     let mut terminal = Terminal::open();
     let before = terminal.settings();
-    // As a shell does for `samepage run ... &`.
+    // In the way of a shell for `samepage run ... &`.
     let program = scratch.run(Plan { rounds: 3, ..endless() }, &[]);
     let mut shell = Command::new("sh");
     shell.args(["-mc", r#""$@" & wait $!"#, "sh"]).arg(program.get_program()).args(program.get_args());
     let shell = terminal.start(shell.current_dir(scratch.folder()));
     terminal.wait_for("ready pages=");
     assert_eq!(terminal.settings(), before);
-    // What is typed is the shell's.
+    // Input goes to the shell.
     terminal.type_keys(b"q\n");
     terminal.wait_for("done rounds=3");
     terminal.wait_for_end(shell).assert_code(0);
@@ -129,7 +129,7 @@ pub(crate) fn background() {
 pub(crate) fn hangup() {
     let scratch = Scratch::new();
     let (mut terminal, before, program) = with_guest(&scratch, &endless());
-    // Somebody says that logs were renamed; the terminal is still there.
+    // A SIGHUP says that logs were renamed; the terminal still exists.
     program.signal(Signal::HUP);
     terminal.wait_for("log files were opened again");
     program.signal(Signal::TERM);

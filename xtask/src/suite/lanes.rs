@@ -1,4 +1,4 @@
-//! Runs parts of the tests side by side, and says after each how far it is.
+//! Runs parts of the tests in parallel, and prints the progress after each.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek, Write};
@@ -16,9 +16,9 @@ use super::Results;
 use super::outcome::Outcome;
 use super::programs::Part;
 
-/// How long one part may take: beyond that it hangs.
+/// Time limit for one part. A part that takes longer hangs.
 const LONGEST: Duration = Duration::from_secs(15 * 60);
-/// How long nothing may end before a line says what is running.
+/// Time without a finished part after which a line names the running ones.
 const QUIET: Duration = Duration::from_secs(20);
 
 enum Event {
@@ -26,7 +26,7 @@ enum Event {
     Ended(Outcome, usize),
 }
 
-/// Runs all parts, `jobs` at a time, and prints what each came to.
+/// Runs all parts, `jobs` at a time, and prints the result of each.
 pub(super) fn run(parts: Vec<Part>, jobs: usize, results: &mut Results) -> Result<()> {
     let all: usize = parts.iter().map(|part| part.tests).sum();
     println!("{all} tests in {} processes, {jobs} at a time", parts.len());
@@ -77,18 +77,18 @@ pub(super) fn run(parts: Vec<Part>, jobs: usize, results: &mut Results) -> Resul
 
 fn run_part(part: Part, events: &Sender<Event>) {
     let started = Instant::now();
-    // Whoever listens outlives all lanes.
+    // The receiver outlives all lanes.
     let _ = events.send(Event::Started(part.name.clone()));
     let (output, ended) = captured(part.command);
     let outcome = Outcome { name: part.name, output, ended, took: started.elapsed() };
     let _ = events.send(Event::Ended(outcome, part.tests));
 }
 
-/// Runs a command to its end. Returns what it printed, and how it ended where that is not with success.
+/// Runs a command to its end. Returns its output, and the reason if it did not succeed.
 fn captured(mut command: Command) -> (String, Result<(), String>) {
     let mut output = Vec::new();
     let mut run = || -> io::Result<Result<(), String>> {
-        // A file, not a pipe: what a test left running may keep a pipe open.
+        // A process that a test left running could keep a pipe open, so use a file.
         let mut file = tempfile::tempfile()?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file.try_clone()?);
         let mut child = command.spawn()?;

@@ -1,8 +1,10 @@
-//! The tests of the workspace: builds all test programs, runs several at once, and says how far it is.
+//! The tests of the workspace: builds all test programs, runs several at the same time, and prints the
+//! progress.
 //!
-//! Tests that boot guests run one to a process, since they measure what the process holds. The test programs of
-//! the other crates run whole. `cargo nextest` would do most of this, but counts a test that was left out for
-//! lack of KVM, a browser or a guest kernel as passed, and takes minutes to build on a fresh machine.
+//! Each test that boots guests runs in its own process, because it measures the process. The test programs of
+//! the other crates run as a whole. `cargo nextest` would do most of this. But it counts tests that are
+//! skipped for lack of KVM, a browser or a guest kernel as passed, and takes minutes to build on a fresh
+//! machine.
 
 mod lanes;
 mod outcome;
@@ -12,21 +14,21 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-/// Says where the program lies that tests run, so that they need not build it.
+/// The variable with the path of the program under test, so that tests need not build it.
 pub const PROGRAM: &str = "SAMEPAGE_TEST_PROGRAM";
 /// The crate with the tests that boot guests.
 const GUEST_TESTS: &str = "samepage-tests";
-/// How many of the slowest parts are named at the end.
+/// Number of slow parts that are named at the end.
 const SLOWEST: usize = 8;
 
-/// Which tests are run, and how.
+/// The choice of tests.
 #[derive(Debug)]
 pub struct Choice {
-    /// What their names hold, where not all are run.
+    /// A part of the name of the chosen tests; `None` for all tests.
     pub filter: Option<String>,
-    /// Leave out the tests that boot guests.
+    /// Whether to skip the tests that boot guests.
     pub quick: bool,
-    /// How many parts run at a time.
+    /// Number of parts to run at the same time.
     pub jobs: usize,
 }
 
@@ -37,18 +39,18 @@ pub struct Results {
     pub passed: u64,
     /// Tests that failed.
     pub failed: u64,
-    /// Tests that were left out.
+    /// Skipped tests.
     pub skipped: u64,
     /// Names of the tests that failed.
     pub failures: Vec<String>,
-    /// What each part took.
+    /// The duration of each part.
     pub(crate) times: Vec<(Duration, String)>,
 }
 
-/// Builds all tests and runs those chosen.
+/// Builds all tests and runs the chosen ones.
 ///
 /// # Errors
-/// The tests do not build, one failed, or there was none.
+/// Fails if the tests do not build, if one fails, or if there is none.
 pub fn run(choice: &Choice, results: &mut Results) -> Result<()> {
     let mut parts = programs::build(choice.quick)?;
     if let Some(filter) = &choice.filter {

@@ -1,4 +1,4 @@
-//! What a part of the tests came to: its output, read as test programs print it.
+//! Reads the result of a part of the tests from its output.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use super::Results;
 pub(super) struct Outcome {
     pub(super) name: String,
     pub(super) output: String,
-    /// Whether the process ended as one does whose tests passed, or why not.
+    /// The exit of the process: successful, or the reason why not.
     pub(super) ended: Result<(), String>,
     pub(super) took: Duration,
 }
 
 impl Outcome {
-    /// Adds it to the results. Returns whether all is well with it.
+    /// Adds the outcome to the results. Returns whether the part succeeded.
     pub(super) fn add_to(&self, results: &mut Results) -> bool {
         let mut counted = 0;
         for line in self.output.lines() {
@@ -39,7 +39,7 @@ impl Outcome {
         if let Err(why) = &self.ended
             && counted == 0
         {
-            // It ended before its closing line.
+            // The process ended before its closing line.
             results.failed += 1;
             results.failures.push(format!("{} ({why})", self.name));
         }
@@ -48,10 +48,10 @@ impl Outcome {
     }
 }
 
-/// Reads how many tests passed, failed and were left out from the closing line of a test program:
-/// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; ...`.
+/// Returns the numbers of passed, failed and skipped tests from the closing line of a test program: `test
+/// result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; ...`.
 ///
-/// Tests that were filtered out are run by others.
+/// Other parts run the tests that were filtered out.
 fn closing_line(line: &str) -> Option<(u64, u64, u64)> {
     let (_, results) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let count = |what: &str| -> Option<u64> {

@@ -1,4 +1,4 @@
-//! What there is to run: test programs, as Cargo builds them, and the tests that they list.
+//! Finds the test programs that Cargo builds, and lists their tests.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,12 +9,12 @@ use serde_json::Value;
 use super::{GUEST_TESTS, PROGRAM};
 use crate::process;
 
-/// A part of the tests: one process that runs one test or many.
+/// A part of the tests: a process that runs one or several tests.
 #[derive(Debug)]
 pub(super) struct Part {
-    /// What it is called in progress lines and among failures.
+    /// The name in messages.
     pub(super) name: String,
-    /// How many tests it has; 0 where only a run tells.
+    /// Number of tests, or 0 if only a run tells.
     pub(super) tests: usize,
     pub(super) command: Command,
 }
@@ -28,7 +28,8 @@ struct Program {
     executable: PathBuf,
 }
 
-/// Builds the test programs and lists what they have. Tests that boot guests come first: they take longest.
+/// Builds the test programs and lists their tests. Tests that boot guests come first, because they take
+/// longest.
 pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     let mut build = vec!["test", "--no-run", "--workspace", "--locked"];
     if quick {
@@ -38,7 +39,7 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     let (guests, others): (Vec<_>, Vec<_>) =
         messages.lines().filter_map(program).partition(|program| program.package == GUEST_TESTS);
     let mut parts = Vec::new();
-    // Once for all of the processes that run it.
+    // Build once for all processes that use it.
     let samepage = if guests.is_empty() { PathBuf::new() } else { build_program()? };
     for program in guests {
         let tests = program.tests()?;
@@ -55,7 +56,8 @@ pub(super) fn build(quick: bool) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-/// Builds the program and its benchmarks with the features that its dependencies have for the tests. Returns its path.
+/// Builds the program and its benchmarks, with the same features of dependencies as the tests. Returns its
+/// path.
 fn build_program() -> Result<PathBuf> {
     let programs = ["--bin", "samepage", "--bin", "samepage-bench"];
     let messages = process::build(&[&["build", "--workspace", "--locked"][..], &programs].concat())?;
@@ -71,7 +73,7 @@ fn examples() -> Part {
     Part { name: EXAMPLES.into(), tests: 0, command }
 }
 
-/// Reads a message of Cargo's; `None` where it is not about a test program.
+/// Parses a message of Cargo. Returns `None` if it is not about a test program.
 fn program(line: &str) -> Option<Program> {
     let message: Value = serde_json::from_str(line).ok()?;
     let executable = message["executable"].as_str()?;
@@ -79,7 +81,7 @@ fn program(line: &str) -> Option<Program> {
         return None;
     }
     let folder = Path::new(message["manifest_path"].as_str()?).parent()?;
-    // `path+file:///folder#name@version`, or without the name where it is the folder's.
+    // The ID is `path+file:///folder#name@version`, or has no name if that is the folder's name.
     let (_, id) = message["package_id"].as_str()?.rsplit_once('#')?;
     let package = id.split_once('@').map_or_else(
         || folder.file_name().map(|name| name.to_string_lossy().into_owned()),
@@ -96,7 +98,7 @@ fn program(line: &str) -> Option<Program> {
 impl Program {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.executable);
-        // As Cargo starts tests.
+        // In the same way as Cargo starts tests.
         command.current_dir(&self.folder).env("CARGO_MANIFEST_DIR", &self.folder);
         command
     }
