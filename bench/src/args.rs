@@ -25,7 +25,7 @@ Examples:
   Snapshots of two VMs over time, through KSM and through samepage:
     samepage bench sharing --only series --series a-0.raw,a-1.raw --series b-0.raw,b-1.raw";
 
-/// Measures samepage beside what others need for the same.
+/// Compares samepage with other solutions for the same tasks.
 #[derive(Debug, Parser)]
 #[command(name = "samepage-bench", bin_name = "samepage bench", version, max_term_width = 100)]
 pub(crate) struct BenchArgs {
@@ -36,36 +36,36 @@ pub(crate) struct BenchArgs {
 /// The benchmarks.
 #[derive(Debug, Subcommand)]
 pub(super) enum Benchmark {
-    /// Compare memory sharing with the kernel's KSM: both in one run, in turns, as ratios
+    /// Compare memory sharing with the kernel's KSM, alternately in one run, as ratios
     #[command(after_help = EXAMPLES)]
     Sharing(SharingArgs),
-    /// Replay reads of disk blocks through a guest's cache and the host's: which policy keeps what is read
-    /// again, and what the host gains by not keeping what guests hold
+    /// Simulate reads of disk blocks through a guest's cache and the host's. Shows which policy keeps blocks
+    /// that are read again, and the gain if the host does not keep blocks that guests hold
     CacheSimulation(ReplayArgs),
-    /// Compare what the host's memory does with disk blocks: guests read a disk through page caches of their
-    /// own, with each policy in turn, at equal memory
+    /// Compare the policies for disk blocks in host memory. Guests read a disk through their own page caches,
+    /// with each policy in turn, at equal memory
     Cache(CacheArgs),
-    /// Measure how fast guests read and write disks, with several policies and beside QEMU
+    /// Measure how fast guests read and write disks, with several policies and compared with QEMU
     Block(BlockArgs),
-    /// Measure how many requests the control socket answers, and how soon a VM that a client creates says
-    /// something, beside `samepage run`
+    /// Measure requests per second at the control socket, and the time until a VM's first output, compared
+    /// with `samepage run`
     Api(ApiArgs),
     /// Compare start-up time and memory of samepage and QEMU's microvm, with the same guests
     Startup(StartupArgs),
     /// Compare engines with and without lookahead on Linux guests that boot and work
     Lookahead(LookaheadArgs),
-    /// Compare what is shared with and without what Linux guests say of their pages, and by type of pages
+    /// Compare sharing with and without the page types that Linux guests publish, and by type
     Types(TypesArgs),
 }
 
 /// The arguments of `samepage bench sharing`.
 #[derive(Debug, Args)]
 pub(super) struct SharingArgs {
-    /// Measure this workload alone; may be repeated
+    /// Measure only this workload; may be repeated
     #[arg(long = "only", value_name = "NAME", value_parser = PossibleValuesParser::new(WORKLOADS.iter().map(|w| w.name)))]
     pub(super) only: Vec<String>,
 
-    /// Small sizes and one round: a first impression within some seconds
+    /// Use small sizes and one round, for a first impression within seconds
     #[arg(long)]
     pub(super) quick: bool,
 
@@ -73,17 +73,17 @@ pub(super) struct SharingArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(super) runs: Option<u32>,
 
-    /// Memory images of one VM, raw, in the order of time; repeated for each VM. They take the place of
-    /// the made-up ones in the workload `series`
+    /// Raw memory images of one VM, in order of time; repeated for each VM. They replace the synthetic ones
+    /// in the workload `series`
     #[arg(long = "series", value_name = "FILE,FILE...", value_parser = parse_series)]
     pub(super) series: Vec<Series>,
 
-    /// CPU time that each side of the workload `series` has from one image to the next, in milliseconds
-    /// [default: 0.3 µs for each page of memory]
+    /// CPU time of each side for each image in the workload `series`, in milliseconds [default: 0.3 µs for
+    /// each page of memory]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) series_cpu_ms: Option<u64>,
 
-    /// Draw what the workload `series` measures over time into this file, as SVG
+    /// Draw the results of the workload `series` over time into this file, as SVG
     #[arg(long, value_name = "FILE")]
     pub(super) svg: Option<PathBuf>,
 

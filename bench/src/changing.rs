@@ -1,5 +1,5 @@
-//! Memory in which some pages are rewritten all the time, with both at work as they are on a host: the
-//! engine on a thread of its own under its default ceiling, KSM in each of its modes.
+//! Memory in which some pages are rewritten continuously. Both sides work as usual: the engine on its own
+//! thread with its default limit, and KSM in each of its modes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -17,17 +17,17 @@ use super::layout::{Layout, own};
 use super::memory::Memory;
 use super::report::{Measurement, Section};
 
-/// One page in this many keeps changing.
+/// One page in this many changes continuously.
 const CHANGING: u32 = 10;
-/// How often each of these is rewritten.
+/// Interval in which each of these is rewritten.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// What one side did once it had worked for a while.
+/// The results of one side after some time.
 #[derive(Clone, Copy, Debug)]
 struct Outcome {
-    /// CPU time for each second, in milliseconds.
+    /// CPU time per second, in milliseconds.
     cpu: f64,
-    /// Pages merged at the end, in percent of those that are alike and at rest.
+    /// Pages merged at the end, in percent of the identical idle pages.
     merged: f64,
 }
 
@@ -53,7 +53,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-/// Pages that can be merged while others change.
+/// Returns the number of pages that can be merged while others change.
 fn at_rest(layout: &Layout) -> u64 {
     let mut rest = layout.clone();
     for (vm, contents) in rest.vms.iter_mut().enumerate() {
@@ -90,7 +90,7 @@ fn meanwhile<T>(memory: &[Memory], work: impl FnOnce() -> T) -> T {
     })
 }
 
-/// Ends the writing, on a panic as well.
+/// Ends the writes, also after a panic.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {

@@ -1,4 +1,4 @@
-//! What all workloads use: the choices of the user, KSM, progress, and the signals that end the run.
+//! The common parts of all workloads: the user's options, KSM, progress, and the signals that end the run.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -11,21 +11,21 @@ use super::args::SharingArgs;
 use super::images::Images;
 use super::ksm::Ksm;
 
-/// Rounds where the user does not say how many.
+/// Default number of rounds.
 const ROUNDS: u32 = 5;
 
 /// A run of the benchmark.
 #[derive(Debug)]
 pub(super) struct Bench {
-    /// Small sizes are to be used.
+    /// Whether to use small sizes.
     pub(super) quick: bool,
-    /// How often everything is measured.
+    /// Number of rounds of each measurement.
     pub(super) rounds: u32,
-    /// Images in place of made-up ones.
+    /// Images that replace the synthetic ones.
     pub(super) images: Option<Images>,
-    /// The kernel's side; without it the text says why, and what to do.
+    /// KSM, or the reason why it is missing and what to do.
     pub(super) ksm: Result<Ksm, String>,
-    /// CPU time for each image, where the user says.
+    /// CPU time for each image, if the user gives it.
     pub(super) series_cpu: Option<Duration>,
     signals: ShutdownSignals,
     workload: String,
@@ -40,18 +40,18 @@ pub(super) struct Interrupted {
 }
 
 impl Interrupted {
-    /// The exit status, as shells give it for a signal.
+    /// Returns the exit status, in the form of shells for a signal.
     pub(super) fn status(self) -> u8 {
         128_u8.saturating_add(u8::try_from(self.signal).unwrap_or(0))
     }
 }
 
 impl Bench {
-    /// Catches signals and saves KSM's settings, which are put back when this value goes.
+    /// Catches signals and saves KSM's settings, which are restored when this value is dropped.
     pub(super) fn new(args: &SharingArgs) -> Result<Self> {
-        // What is wrong with files is known before anything is measured.
+        // Report errors in files before the measurements.
         let images = if args.series.is_empty() { None } else { Some(Images::open(&args.series)?) };
-        // Before KSM is touched, and before any thread is started.
+        // Before KSM is changed and before any thread starts.
         let signals = ShutdownSignals::catch().context("catch signals")?;
         let bench = Self {
             quick: args.quick,
@@ -69,7 +69,7 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Catches signals, for what has nothing to do with KSM.
+    /// Catches signals, for benchmarks without KSM.
     pub(super) fn without_ksm(quick: bool, rounds: u32) -> Result<Self> {
         Ok(Self {
             quick,
@@ -83,40 +83,40 @@ impl Bench {
         })
     }
 
-    /// One figure for a full run, another for a quick one.
+    /// Returns one value for a full run, and another for a quick one.
     pub(super) fn size<T>(&self, full: T, quick: T) -> T {
         if self.quick { quick } else { full }
     }
 
-    /// A workload begins.
+    /// Begins a workload.
     pub(super) fn begin(&mut self, workload: String) {
         self.workload = workload;
-        // Where nobody watches, a line for each workload is enough.
+        // Without a terminal, a line for each workload is enough.
         if !self.terminal {
             let _ = writeln!(io::stderr(), "{}", self.workload);
         }
     }
 
-    /// Says what is being measured.
+    /// Prints what is being measured.
     pub(super) fn say(&self, what: impl Display) {
         if self.terminal {
-            // Who closes standard error does not want to know.
+            // A closed standard error needs no progress.
             let _ = write!(io::stderr(), "\r\x1b[K{}: {what}", self.workload);
         }
     }
 
-    /// Takes the line away that says what is being measured.
+    /// Removes the line about what is being measured.
     pub(super) fn end(&self) {
         if self.terminal {
             let _ = write!(io::stderr(), "\r\x1b[K");
         }
     }
 
-    /// The figures of all rounds, one side's and the other's. Who goes first alternates. A side without
-    /// a figure gives `None`.
+    /// Returns the figures of all rounds for both sides. The sides alternate in going first. A side without a
+    /// figure returns `None`.
     ///
     /// # Errors
-    /// What a side said.
+    /// Fails with the error of a side.
     pub(super) fn in_turns<A, B>(
         &self,
         what: &str,
@@ -137,10 +137,10 @@ impl Bench {
         Ok((ones, others))
     }
 
-    /// To be called at least some times a second, so that a signal is heard.
+    /// Checks for signals. To be called at least several times a second.
     ///
     /// # Errors
-    /// [`Interrupted`], once a signal came.
+    /// Fails with [`Interrupted`] after a signal.
     pub(super) fn check(&self) -> Result<()> {
         match self.signals.take() {
             Some(signal) => {
@@ -151,10 +151,10 @@ impl Bench {
         }
     }
 
-    /// Lets time pass.
+    /// Sleeps for this time.
     ///
     /// # Errors
-    /// As [`check`](Self::check).
+    /// Fails like [`check`](Self::check).
     pub(super) fn rest(&self, time: Duration) -> Result<()> {
         const SLICE: Duration = Duration::from_millis(50);
         let end = Instant::now() + time;

@@ -1,5 +1,5 @@
-//! What it costs to give guests blocks of a disk by mapping, beside copying: for runs of several lengths,
-//! from the moment that they are in the host's memory until the guest has read each of them.
+//! The cost of giving disk blocks to guests by mapping, compared with copying. It is measured for runs of
+//! several lengths, from the blocks' arrival in host memory until the guest has read each of them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::memory::Memory;
 use super::report::{Measurement, Section};
 
 const TITLE: &str = "CPU time for each block of a disk that a guest gets and reads";
-/// Pages between runs: each is mapped by itself.
+/// Pages between runs, so that each run is mapped separately.
 const GAP: u32 = 1;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
@@ -38,7 +38,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
-/// CPU time for each block, in microseconds.
+/// Returns the CPU time for each block, in microseconds.
 fn deliver(bench: &Bench, run: u32, shortest_mapping: u32, touched: bool) -> Result<f64> {
     let blocks = bench.size(16384, 4096);
     let runs = blocks / run;

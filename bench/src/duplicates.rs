@@ -1,5 +1,5 @@
-//! CPU time for each page of memory, by how many pages have a duplicate: what it costs to look at
-//! pages that cannot be merged.
+//! CPU time for each page of memory, by the percentage of duplicates: the cost of scanning pages that cannot
+//! be merged.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use super::ours::Ours;
 use super::report::{Measurement, Section};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Equal pages that follow each other.
+/// Number of consecutive duplicate pages.
 const LENGTH: u32 = 16;
-/// Passes after which KSM has looked at every page twice, as it must: it takes a page for unchanged when
-/// it is so in the second.
+/// Passes after which KSM has scanned every page twice. KSM needs the second pass to recognise a page as
+/// unchanged.
 const KSM_PASSES: u64 = 2;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {

@@ -1,4 +1,4 @@
-//! What lookahead costs where it cannot help: duplicates whose neighbours match nothing.
+//! The cost of lookahead where it cannot help: duplicates whose neighbours match nothing.
 
 use anyhow::Result;
 use samepage_sharing::engine::Settings;
@@ -10,7 +10,7 @@ use super::memory::{Memory, verify};
 use super::ours::Ours;
 use super::report::{Goal, Measurement, Section};
 
-/// Pairs for each round: what is to be seen is small.
+/// Pairs for each round: many, because the difference is small.
 const PAIRS: u32 = 3;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
@@ -38,7 +38,8 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
-/// CPU time for each page merged, of all VMs but the first `before`, which are merged earlier.
+/// Returns the CPU time for each merged page, for all VMs except the first `before`, which are merged
+/// earlier.
 fn engines(bench: &Bench, layout: &Layout, before: usize, lookahead: bool) -> Result<f64> {
     let memory = Memory::filled(layout)?;
     let already = Layout { vms: layout.vms[..before].to_vec() }.duplicates();

@@ -1,5 +1,5 @@
-//! What is shared, by the kernel's own page map: the same for both sides, and true where counters are
-//! behind.
+//! Counts shared pages in the kernel's page map. It is the same for both sides, and exact even if counters
+//! lag behind.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -10,23 +10,23 @@ use samepage_sharing::PAGE_SIZE;
 
 use super::memory::Memory;
 
-/// Bits 0 to 54 of an entry are the frame's number, which the unprivileged are told as 0; bit 63 says
-/// that the page is in memory.
+/// Bits 0 to 54 of an entry are the frame's number, which is 0 for unprivileged users. Bit 63 says that the
+/// page is in memory.
 const NUMBER: u64 = (1 << 55) - 1;
 const PRESENT: u64 = 1 << 63;
 
-/// Pages that were written once and have no frame of their own, but one of each frame's. `None` where the
-/// kernel does not tell which frames pages have.
+/// Returns the number of pages that were written once and share a frame, without one page for each frame.
+/// Returns `None` if the kernel does not reveal the frames of pages.
 ///
 /// # Errors
-/// Where the page map cannot be read.
+/// Fails if the page map cannot be read.
 pub(super) fn saved(memory: &[Memory]) -> Result<Option<u64>> {
     let pagemap = File::open("/proc/self/pagemap").context("open the page map")?;
     let mut frames = HashSet::new();
     let mut saved = 0;
     for vm in memory {
         let mut entries = vec![0; vm.pages() as usize * 8];
-        // A page that was remapped is in nobody's page table before it is read.
+        // A remapped page is in no page table before it is read.
         vm.touched().for_each(|page| _ = vm.read(page));
         let place = (vm.ram().base().addr().get() / PAGE_SIZE * 8) as u64;
         pagemap.read_exact_at(&mut entries, place).context("read the page map")?;
@@ -46,7 +46,7 @@ pub(super) fn saved(memory: &[Memory]) -> Result<Option<u64>> {
     Ok(Some(saved))
 }
 
-/// How many pages that were written once could do without a frame of their own.
+/// Returns the number of pages that were written once and could share a frame.
 pub(super) fn could_be_saved(memory: &[Memory]) -> u64 {
     let mut contents = HashSet::new();
     memory

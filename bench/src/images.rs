@@ -1,4 +1,4 @@
-//! Images of VMs' memory over time: what each page holds at each of them, made up or from files.
+//! Images of VMs' memory over time: the content of each page at each time, synthetic or from files.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,19 +11,19 @@ use super::args::Series;
 use super::layout::{Content, Layout, own, shuffle};
 use super::memory::Memory;
 
-/// How much of a file is read at a time, in bytes: whole pages.
+/// Number of bytes to read at a time: whole pages.
 const CHUNK: usize = 1 << 20;
 
-/// Lengths of made-up files in pages, with the lengths of runs of duplicates in Linux guests: most
+/// Lengths of synthetic files in pages. They have the lengths of runs of duplicates in Linux guests: most
 /// files are short, and most pages are in long ones.
 const LENGTHS: [u64; 16] = [1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 16, 32, 64, 200, 600];
-/// Contents of one made-up file are numbered from its number times this on.
+/// The contents of a synthetic file are numbered from the file's number times this on.
 const FILE: u64 = 1 << 12;
 
 /// Images of some VMs, all taken at the same times.
 #[derive(Debug)]
 pub(super) enum Images {
-    /// What pages hold at each time.
+    /// The contents of pages at each time.
     MadeUp(Vec<Layout>),
     /// Raw images, by VM and by time.
     Files(Vec<Vec<File>>),
@@ -33,7 +33,7 @@ impl Images {
     /// Opens the images of all VMs.
     ///
     /// # Errors
-    /// Where one cannot be opened or is no raw image, or VMs do not have equally many.
+    /// Fails if an image cannot be opened or is not raw, or if the VMs have different numbers of images.
     pub(super) fn open(series: &[Series]) -> Result<Self> {
         let counts: Vec<_> = series.iter().map(|series| series.0.len()).collect();
         ensure!(
@@ -54,14 +54,14 @@ impl Images {
         Ok(Self::Files(vms.collect::<Result<_>>()?))
     }
 
-    /// VMs that boot and then work: they load the same files, each in an order and to places of its
-    /// own, among pages of their own; when memory is full, what was loaded first makes room.
+    /// Returns synthetic VMs that boot and then work. They load the same files, each in its own order and to
+    /// its own places, among pages of their own. When memory is full, the oldest files are replaced.
     pub(super) fn make_up(vms: u32, pages: u32, count: usize) -> Self {
         let mut guests: Vec<_> = (0..u64::from(vms)).map(|number| Guest::new(number, pages)).collect();
         let boot = count / 2;
         let mut next_file = 1;
         let images = (0..count).map(|time| {
-            // Memory fills in the first half, but for a bit; then a twentieth changes from image to image.
+            // Memory nearly fills in the first half. Then a twentieth changes from image to image.
             let load = u64::from(pages) * 3 / 4;
             let load = if time < boot { load / boot.max(1) as u64 } else { u64::from(pages) / 40 };
             let mut files = Vec::new();
@@ -82,7 +82,7 @@ impl Images {
         Self::MadeUp(images.collect())
     }
 
-    /// How many images there are of each VM.
+    /// Returns the number of images of each VM.
     pub(super) fn count(&self) -> usize {
         match self {
             Self::MadeUp(images) => images.len(),
@@ -90,10 +90,10 @@ impl Images {
         }
     }
 
-    /// Untouched memory for all VMs.
+    /// Returns untouched memory for all VMs.
     ///
     /// # Errors
-    /// Where it is not to be had.
+    /// Fails if the memory cannot be reserved.
     pub(super) fn memory(&self) -> Result<Vec<Memory>> {
         let pages: Vec<u64> = match self {
             Self::MadeUp(images) => images[0].vms.iter().map(|vm| vm.len() as u64).collect(),
@@ -113,10 +113,10 @@ impl Images {
             .collect()
     }
 
-    /// Writes to memory what makes it the image at this time: the pages that differ.
+    /// Writes the different pages, so that memory equals the image at this time.
     ///
     /// # Errors
-    /// Where a file cannot be read.
+    /// Fails if a file cannot be read.
     pub(super) fn apply(&self, time: usize, memory: &[Memory]) -> Result<()> {
         match self {
             Self::MadeUp(images) => {
@@ -150,13 +150,13 @@ fn replay(file: &File, memory: &Memory) -> Result<()> {
     Ok(())
 }
 
-/// A made-up VM.
+/// A synthetic VM.
 struct Guest {
     number: u64,
     contents: Vec<Option<Content>>,
-    /// Where the next file goes.
+    /// The place for the next file.
     cursor: usize,
-    /// Contents of its own so far.
+    /// Number of contents of its own so far.
     owned: u64,
 }
 
@@ -175,7 +175,7 @@ impl Guest {
         self.cursor = (self.cursor + 1) % self.contents.len();
     }
 
-    /// Loads a file, and needs some pages of its own for what it does with it.
+    /// Loads a file, and some own pages for the work on it.
     fn load(&mut self, file: u64) {
         let length = length(file);
         (0..length).for_each(|page| self.put(file * FILE + page));
@@ -186,12 +186,12 @@ impl Guest {
         (0..length / 16).for_each(|_| self.put(0));
     }
 
-    /// Writes to pages anywhere.
+    /// Writes to random pages.
     fn rewrite(&mut self, pages: u64) {
         for _ in 0..pages {
             let content = self.own();
             let page = mix(self.number << 32 | self.owned) as usize % self.contents.len();
-            // What was never touched stays so.
+            // Untouched pages stay untouched.
             if let Some(before) = &mut self.contents[page] {
                 *before = content;
             }

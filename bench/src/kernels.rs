@@ -1,4 +1,4 @@
-//! KSM on the memory of VMs, made-up ones or guests that keep their memory to themselves.
+//! KSM on the memory of VMs: synthetic VMs, or guests whose memory samepage does not share.
 
 #![expect(unsafe_code, reason = "asks KSM to merge memory")]
 
@@ -13,19 +13,19 @@ use super::ksm::{Counts, Ksm, Mode, Work};
 use super::memory::Memory;
 use super::vms::guests::{Guest, finish};
 
-/// Memory, or guests, that KSM merges. When they go, KSM forgets them.
+/// Memory, or guests, that KSM merges. When this value is dropped, KSM forgets them.
 #[derive(Debug)]
 pub(super) struct Kernels<'a, T> {
     ksm: &'a Ksm,
     vms: Vec<T>,
 }
 
-/// What has memory for KSM to merge.
+/// Memory that KSM can merge.
 pub(super) trait Mergeable {
-    /// Gives its memory to KSM.
+    /// Gives the memory to KSM.
     ///
     /// # Errors
-    /// Where KSM refuses it.
+    /// Fails if KSM refuses it.
     fn give(&self) -> io::Result<()>;
 }
 
@@ -42,15 +42,15 @@ impl Mergeable for Guest {
 }
 
 impl<'a, T: Mergeable> Kernels<'a, T> {
-    /// Sets KSM and gives it the memory, at which it does not work yet. `None` without KSM, or where it
+    /// Configures KSM and gives it the memory. KSM does not work yet. Returns `None` without KSM, or if KSM
     /// lacks the mode.
     ///
     /// # Errors
-    /// Where KSM refuses the settings or the memory.
+    /// Fails if KSM refuses the settings or the memory.
     pub(super) fn new(bench: &'a Bench, mode: Mode, vms: Vec<T>) -> Result<Option<Self>> {
         let Some(ksm) = bench.ksm.as_ref().ok().filter(|ksm| ksm.has(mode)) else { return Ok(None) };
         ksm.set(mode)?;
-        // From here on KSM forgets what it was given.
+        // Dropping this value makes KSM forget the memory.
         let kernels = Self { ksm, vms };
         kernels.vms.iter().try_for_each(Mergeable::give).context("give memory to KSM")?;
         Ok(Some(kernels))
@@ -58,31 +58,31 @@ impl<'a, T: Mergeable> Kernels<'a, T> {
 }
 
 impl<T> Kernels<'_, T> {
-    /// The VMs, in the order in which they were given.
+    /// Returns the VMs in the original order.
     pub(super) fn vms(&self) -> &[T] {
         &self.vms
     }
 
-    /// Sets KSM otherwise; what it has merged stays so.
+    /// Changes the mode of KSM. Merged pages stay merged.
     ///
     /// # Errors
-    /// Where KSM refuses the settings.
+    /// Fails if KSM refuses the settings.
     pub(super) fn set(&self, mode: Mode) -> Result<bool> {
         if self.ksm.has(mode) { self.ksm.set(mode).map(|()| true) } else { Ok(false) }
     }
 
-    /// Lets KSM give pages of zeros back as well.
+    /// Makes KSM also free pages of zeros.
     ///
     /// # Errors
-    /// Where the setting is refused.
+    /// Fails if KSM refuses the setting.
     pub(super) fn use_zero_pages(&self) -> Result<()> {
         self.ksm.use_zero_pages()
     }
 
-    /// See [`Ksm::work`].
+    /// Lets KSM work; see [`Ksm::work`].
     ///
     /// # Errors
-    /// As there.
+    /// Fails like [`Ksm::work`].
     pub(super) fn work(
         &self,
         bench: &Bench,
@@ -94,10 +94,10 @@ impl<T> Kernels<'_, T> {
 }
 
 impl Kernels<'_, Guest> {
-    /// Has the guests verify their memory and end.
+    /// Lets the guests verify their memory and end.
     ///
     /// # Errors
-    /// As there: [`finish`].
+    /// Fails like [`finish`].
     pub(super) fn finish(mut self, bench: &Bench) -> Result<()> {
         finish(bench, std::mem::take(&mut self.vms))
     }
@@ -113,7 +113,7 @@ impl<T> Drop for Kernels<'_, T> {
 }
 
 fn make_mergeable(ram: &Ram) -> io::Result<()> {
-    // SAFETY: advice; the contents stay what they are.
+    // SAFETY: the advice does not change the contents.
     let result = unsafe { libc::madvise(ram.base().as_ptr().cast(), ram.bytes(), libc::MADV_MERGEABLE) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

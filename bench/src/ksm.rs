@@ -1,7 +1,7 @@
-//! The kernel's side: KSM's switches in `/sys/kernel/mm/ksm`, its counters, and the CPU time of its
-//! thread. See `Documentation/admin-guide/mm/ksm.rst` of the kernel.
+//! The kernel's side: KSM's settings in `/sys/kernel/mm/ksm`, its counters, and the CPU time of its thread.
+//! See `Documentation/admin-guide/mm/ksm.rst` of the kernel.
 //!
-//! Settings are saved when KSM is opened and put back when the value goes.
+//! Settings are saved when KSM is opened, and restored when the value is dropped.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -14,19 +14,19 @@ use super::context::Bench;
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
 
-/// Settings that are saved and put back, in the order of writing: while an advisor is at work
-/// `pages_to_scan` is its own, and changing advisors resets it.
+/// Settings to save and restore, in the order of writing. An active advisor controls `pages_to_scan`, and
+/// changing advisors resets it.
 const SETTINGS: [&str; 5] =
     ["smart_scan", "use_zero_pages", "sleep_millisecs", "advisor_target_scan_time", "pages_to_scan"];
 
-/// Pages of a batch where KSM runs without pause: many to a wake-up, and still an end of the batch
-/// within some milliseconds, since stopping waits for it.
+/// Pages of a batch if KSM runs without pause: many for each wake-up, but a batch ends within some
+/// milliseconds, because stopping waits for its end.
 const BATCH: &str = "2000";
 
-/// How often the counters are read while KSM works.
+/// Interval of reading the counters while KSM works.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Why KSM cannot be measured.
+/// The reason why KSM cannot be measured.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KsmError {
     #[error("this kernel has no KSM (no {FOLDER}): samepage is measured alone; use a kernel with CONFIG_KSM")]
@@ -46,21 +46,21 @@ pub(super) enum KsmError {
     Read(PathBuf, io::Error),
 }
 
-/// How KSM is set.
+/// The mode of KSM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     /// No pause between batches.
     Fastest,
     /// The scan-time advisor, with its defaults.
     Advisor,
-    /// What the kernel starts with: 100 pages every 20 ms.
+    /// The kernel's initial settings: 100 pages every 20 ms.
     Defaults,
 }
 
 impl Mode {
     pub(super) const ALL: [Self; 3] = [Self::Fastest, Self::Advisor, Self::Defaults];
 
-    /// What the mode is called in results.
+    /// Returns the name of the mode in results.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Fastest => "KSM fastest",
@@ -73,29 +73,29 @@ impl Mode {
 /// KSM's counters.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
-    /// Pages of this process that are shared, all mappings of a frame counted.
+    /// Shared pages of this process, with all mappings of a frame counted.
     pub(super) merged: u64,
-    /// Complete passes; of a stretch of work, since its start.
+    /// Complete passes; in a stretch of work, those since its start.
     pub(super) full_scans: u64,
 }
 
-/// What KSM did in one stretch of work.
+/// The work of KSM in one stretch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     /// CPU time of ksmd.
     pub(super) cpu: Duration,
-    /// How long it took.
+    /// Duration.
     pub(super) wall: Duration,
-    /// What was waited for came to pass.
+    /// Whether the awaited condition became true.
     pub(super) finished: bool,
     /// The counters at the end.
     pub(super) counts: Counts,
 }
 
-/// KSM, to be put back as it was.
+/// KSM, whose settings are restored when this value is dropped.
 #[derive(Debug)]
 pub(super) struct Ksm {
-    /// Locked while this value is there.
+    /// Locked while this value exists.
     _lock: File,
     schedstat: PathBuf,
     saved: Vec<(&'static str, String)>,
@@ -107,14 +107,14 @@ impl Ksm {
     /// Saves the settings and stops KSM.
     ///
     /// # Errors
-    /// Where there is no KSM, or where it cannot be set or measured.
+    /// Fails if there is no KSM, or if it cannot be configured or measured.
     pub(super) fn open() -> Result<Self, KsmError> {
         if !Path::new(FOLDER).join("run").exists() {
             return Err(KsmError::Missing);
         }
         let path = Path::new(FOLDER).join("run");
         let lock = File::open(&path).map_err(|error| KsmError::Read(path, error))?;
-        // Where files there cannot be locked, two benchmarks at once are the user's to avoid.
+        // If files there cannot be locked, the user must avoid two benchmarks at the same time.
         if matches!(lock.try_lock(), Err(TryLockError::WouldBlock)) {
             return Err(KsmError::Busy);
         }
@@ -130,16 +130,16 @@ impl Ksm {
         Ok(Self { _lock: lock, schedstat, saved, advisor, run })
     }
 
-    /// Whether KSM was at work before: then it may have pages of other processes, which its CPU
-    /// time and counters are about as well.
+    /// Returns whether KSM was active before. Then it may have merged pages of other processes, which its CPU
+    /// time and counters include.
     pub(super) fn was_running(&self) -> bool {
         self.run == "1"
     }
 
-    /// Sets KSM, which does not work yet.
+    /// Configures KSM, which does not work yet.
     ///
     /// # Errors
-    /// Where a setting is refused.
+    /// Fails if KSM refuses a setting.
     pub(super) fn set(&self, mode: Mode) -> Result<()> {
         set("advisor_mode", "none")?;
         set("smart_scan", "1")?;
@@ -154,23 +154,23 @@ impl Ksm {
         Ok(())
     }
 
-    /// Lets pages of zeros be merged with the kernel's own, until KSM is set again.
+    /// Merges pages of zeros with the kernel's own, until KSM is configured again.
     ///
     /// # Errors
-    /// Where the setting is refused.
+    /// Fails if KSM refuses the setting.
     pub(super) fn use_zero_pages(&self) -> Result<()> {
         set("use_zero_pages", "1")
     }
 
-    /// Whether the advisor exists.
+    /// Returns whether the kernel has the advisor of the mode.
     pub(super) fn has(&self, mode: Mode) -> bool {
         mode != Mode::Advisor || self.advisor.is_some()
     }
 
-    /// Lets KSM work until `done` holds, or for `limit`, and stops it.
+    /// Lets KSM work until `done` returns true, or for `limit`, and stops it.
     ///
     /// # Errors
-    /// Where KSM's files cannot be used, or the benchmark was interrupted.
+    /// Fails if KSM's files cannot be used, or if the benchmark is interrupted.
     pub(super) fn work(
         &self,
         bench: &Bench,
@@ -196,16 +196,16 @@ impl Ksm {
             }
         };
         drop(running);
-        // The time that the scheduler tells of a thread at work may be a tick old; now it is exact.
+        // The scheduler's time for a running thread may lag by a tick. Now it is exact.
         let cpu = self.cpu()?.saturating_sub(before);
         Ok(Work { cpu, wall, finished, counts: since(self.counts()?) })
     }
 
-    /// Makes KSM forget what it knew, so that the next measurement starts afresh. Merged pages of
-    /// other processes would be split up by this: it is left where KSM was at work before.
+    /// Makes KSM forget its state, so that the next measurement starts anew. This would also unmerge pages of
+    /// other processes, so it has no effect if KSM was active before.
     ///
     /// # Errors
-    /// Where the kernel refuses, for want of memory.
+    /// Fails if the kernel refuses, because memory is short.
     pub(super) fn forget(&self) -> Result<()> {
         if !self.was_running() {
             write("run", "2").context("split up KSM's pages")?;
@@ -214,10 +214,10 @@ impl Ksm {
         Ok(())
     }
 
-    /// CPU time of ksmd so far.
+    /// Returns the CPU time of ksmd so far.
     ///
     /// # Errors
-    /// Where `/proc` cannot be read.
+    /// Fails if `/proc` cannot be read.
     pub(super) fn cpu(&self) -> Result<Duration> {
         let text = fs::read_to_string(&self.schedstat)
             .with_context(|| format!("read {}", self.schedstat.display()))?;
@@ -225,10 +225,10 @@ impl Ksm {
         Ok(Duration::from_nanos(nanoseconds.context("ksmd's CPU time is no number")?))
     }
 
-    /// The counters.
+    /// Returns the counters.
     ///
     /// # Errors
-    /// Where they cannot be read.
+    /// Fails if they cannot be read.
     pub(super) fn counts(&self) -> Result<Counts> {
         Ok(Counts { merged: merged()?, full_scans: number(&read("full_scans")?)? })
     }
@@ -241,7 +241,7 @@ impl Drop for Ksm {
             result = result.and(write("advisor_mode", "none"));
         }
         for (name, value) in &self.saved {
-            // What is as it was need not be written, and some settings are only refused then.
+            // Write only changed settings, because the kernel refuses some writes of unchanged ones.
             if read(name).is_ok_and(|now| now != *value) {
                 result = result.and(write(name, value));
             }
@@ -258,17 +258,17 @@ impl Drop for Ksm {
     }
 }
 
-/// KSM at work; stopped when dropped.
+/// A running KSM. Dropping this value stops it.
 struct Running;
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Refused only where starting it was as well.
+        // The kernel refuses this only if it refused the start too.
         let _ = write("run", "0");
     }
 }
 
-/// Changes a setting; kernels that lack it do without.
+/// Changes a setting, unless the kernel lacks it.
 fn set(name: &str, value: &str) -> Result<()> {
     if exists(name) {
         write(name, value).with_context(|| format!("set KSM's {name} to {value}"))?;
@@ -276,7 +276,8 @@ fn set(name: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// Pages of this process that are shared; of all processes where the kernel does not tell.
+/// Returns the number of this process's shared pages, or that of all processes if the kernel does not report
+/// it.
 fn merged() -> Result<u64> {
     if let Some(pages) = of_process("ksm_merging_pages") {
         return Ok(pages);
@@ -290,7 +291,7 @@ fn of_process(counter: &str) -> Option<u64> {
     line.trim().parse().ok()
 }
 
-/// The file with the CPU time of ksmd.
+/// Returns the file with the CPU time of ksmd.
 fn thread() -> Option<PathBuf> {
     let processes = fs::read_dir("/proc").ok()?;
     let folder = processes.flatten().map(|process| process.path()).find(|process| {
@@ -322,7 +323,7 @@ fn number(text: &str) -> Result<u64> {
     text.parse().with_context(|| format!("KSM says {text:?} where a number is due"))
 }
 
-/// The choice that is marked by brackets.
+/// Returns the choice in brackets.
 fn chosen(text: &str) -> String {
     let marked = text.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
     marked.unwrap_or(text).to_owned()

@@ -1,10 +1,10 @@
-//! What memory holds: for each VM and page a content, by number. Both sides are given the same.
+//! The content of memory: a number for each page of each VM. Both sides get the same.
 
 use std::collections::HashMap;
 
 use samepage_resources::demo::content::mix;
 
-/// Number of a content; 0 is a page of zeros. Different numbers are different contents.
+/// The number of a content; 0 is a page of zeros. Different numbers mean different contents.
 pub(super) type Content = u64;
 
 /// The contents of all VMs' pages; `None` is a page that is never touched.
@@ -13,25 +13,25 @@ pub(super) struct Layout {
     pub(super) vms: Vec<Vec<Option<Content>>>,
 }
 
-/// Contents below this number are shared by VMs, those above are a VM's own.
+/// VMs share contents below this number. Higher numbers are a VM's own.
 const OWN: Content = 1 << 40;
 
-/// Contents that differ from this bit on are equal but for the last word of the page.
+/// Contents that differ only from this bit on have equal pages except for the last word.
 pub(super) const ALTERED: u32 = 48;
 
-/// What lies between runs of equal pages.
+/// The pages between runs of equal pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Gap {
-    /// A page that was never touched: nobody looks at it, and what is before and behind it can never
-    /// be one mapping.
+    /// A page that is never touched: no side scans it, and the pages before and after it can never be one
+    /// mapping.
     Untouched,
-    /// A page with a content of its own.
+    /// A page with its own content.
     Own,
 }
 
 impl Layout {
-    /// VMs that all hold the same `pages` contents, in runs of `length` pages. The runs are in an order of
-    /// its own in each VM but the first, with a gap of one page after each.
+    /// Returns VMs that all hold the same `pages` contents, in runs of `length` pages. Each VM except the
+    /// first has its own order of runs. A gap of one page follows each run.
     pub(super) fn runs(vms: u32, pages: u32, length: u32, gap: Gap) -> Self {
         let runs = u64::from(pages / length);
         let vms = (0..u64::from(vms)).map(|vm| {
@@ -53,8 +53,8 @@ impl Layout {
         Self { vms: vms.collect() }
     }
 
-    /// VMs of `pages` pages each, of which `percent` hold what all VMs hold, in runs of `length` pages at
-    /// different places; the others have a content of their own.
+    /// Returns VMs of `pages` pages. In each VM, `percent` of the pages hold contents that all VMs have, in
+    /// runs of `length` pages at different places. The other pages have their own contents.
     pub(super) fn mixed(vms: u32, pages: u32, percent: u32, length: u32) -> Self {
         let runs = u64::from(pages / length);
         let alike = runs * u64::from(percent) / 100;
@@ -71,8 +71,8 @@ impl Layout {
         Self { vms: vms.collect() }
     }
 
-    /// Two VMs that are all alike, and others that are like them but for the last word of every other
-    /// page: runs end after each page, and no earlier than at the end of its neighbour.
+    /// Returns two identical VMs, and others that differ from them in the last word of every second page. So
+    /// runs end after each page, and a comparison sees the difference only at the end of a page.
     pub(super) fn nearly_alike(vms: u32, pages: u32) -> Self {
         let vms = (0..u64::from(vms)).map(|vm| {
             let altered = |page: u64| if vm >= 2 && page.is_multiple_of(2) { vm << ALTERED } else { 0 };
@@ -81,17 +81,18 @@ impl Layout {
         Self { vms: vms.collect() }
     }
 
-    /// Pages of all VMs.
+    /// Returns the number of pages of all VMs.
     pub(super) fn pages(&self) -> u64 {
         self.vms.iter().map(|vm| vm.len() as u64).sum()
     }
 
-    /// Pages that hold something.
+    /// Returns the number of touched pages.
     pub(super) fn touched(&self) -> u64 {
         self.contents().count() as u64
     }
 
-    /// Pages whose content another page has as well, pages of zeros aside: those that can be merged.
+    /// Returns the number of pages that can be merged: those whose content another page has too, without
+    /// pages of zeros.
     pub(super) fn duplicates(&self) -> u64 {
         let mut pages: HashMap<Content, u64> = HashMap::new();
         self.contents()
@@ -105,12 +106,12 @@ impl Layout {
     }
 }
 
-/// A content that no other page has.
+/// Returns a content that no other page has.
 pub(super) fn own(vm: u64, page: u64) -> Content {
     OWN | vm << 28 | page
 }
 
-/// Brings things into an order that depends on `seed` alone.
+/// Shuffles things into an order that depends only on `seed`.
 pub(super) fn shuffle<T>(things: &mut [T], seed: u64) {
     for last in (1..things.len()).rev() {
         let other = mix(seed << 32 | last as u64) % (last as u64 + 1);

@@ -1,5 +1,5 @@
-//! For how long the engine is kept from others at a time, by what it does: guests that wait for their disks
-//! wait for that. Large VMs, since nothing is to grow with them.
+//! The longest times for which the engine is locked, by activity. Guests that wait for their disks wait for
+//! that. The VMs are large, because no time should grow with their size.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,15 +24,15 @@ use super::memory::Memory;
 use super::report::{Goal, Measurement, Section};
 
 const VMS: u64 = 4;
-/// Intervals that pass after each thing that happens.
+/// Number of intervals after each event.
 const INTERVALS: u32 = 6;
 
-/// Blocks of a disk that are read at once.
+/// Number of disk blocks to read at once.
 const READ_BLOCKS: u32 = 256;
-/// Free pages are tried again after so many passes of an agent.
+/// Number of an agent's passes after which free pages are tried again.
 const PASSES: u32 = 33;
 
-/// The longest holds of one round.
+/// The longest times of one round.
 type Longest = BTreeMap<&'static str, Hold>;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
@@ -85,7 +85,7 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
     }
     work(bench, &mut engine, &mut now)?;
     ensure!(engine.statistics().pages_sharing > u64::from(pages), "{:?}", engine.statistics());
-    // Every other run of 16, and every other page of a part.
+    // Every second run of 16, and every second page of a part.
     for (number, vm) in (0..).zip(&memory) {
         let written = |page: &u32| if page % 256 < 64 { page.is_multiple_of(2) } else { page % 32 < 16 };
         (0..pages / 2).filter(written).for_each(|page| vm.write(page, own(10 + number, page.into())));
@@ -114,7 +114,7 @@ fn round(bench: &Bench, pages: u32) -> Result<Longest> {
     Ok(holds)
 }
 
-/// A disk is read into a quarter of a VM's memory, and the same blocks are discarded.
+/// Reads a disk into a quarter of a VM's memory, and discards the same blocks.
 fn discard(bench: &Bench, engine: &mut Engine, slot: Slot, memory: &Memory, now: &mut Instant) -> Result<()> {
     let blocks = memory.pages() / 4;
     let image = Image([1, 2, 3, 4]);
@@ -129,7 +129,7 @@ fn discard(bench: &Bench, engine: &mut Engine, slot: Slot, memory: &Memory, now:
             engine.end_fetch(fetch.token, true, &mut copied);
         }
     }
-    // Where mappings are short, blocks are copied to guests.
+    // If mappings are short, blocks are copied to guests.
     let cache = engine.cache_statistics();
     ensure!(cache.blocks_in_guests + cache.blocks_noted >= u64::from(blocks) / 2, "{cache:?}");
     work(bench, engine, now)?;
@@ -139,7 +139,7 @@ fn discard(bench: &Bench, engine: &mut Engine, slot: Slot, memory: &Memory, now:
     work(bench, engine, now)
 }
 
-/// A guest says that half of its pages are free, again and again, and then says nothing any more.
+/// A guest publishes half of its pages as free, repeatedly, and then publishes nothing any more.
 fn claim(bench: &Bench, engine: &mut Engine, slot: Slot, pages: u32, now: &mut Instant) -> Result<()> {
     let words = (0..bytes_for(pages) / 4).map(|_| AtomicU32::new(0)).collect();
     let agent = Arc::new(Agent { words, ranges: [FrameRange { first: 0, count: pages }], frames: pages });
@@ -185,9 +185,9 @@ impl ClaimSource for Agent {
     }
 }
 
-/// Lets intervals pass, with all work in them.
+/// Lets intervals pass, with all of their work.
 fn work(bench: &Bench, engine: &mut Engine, now: &mut Instant) -> Result<()> {
-    // What became due meanwhile is due.
+    // Due work counts as due now.
     *now = (*now).max(Instant::now());
     for _ in 0..INTERVALS {
         loop {

@@ -1,5 +1,5 @@
-//! What lookahead saves: on data with runs of 16 pages, how many merges need no search, and what is
-//! searched for each merge with it and without, in both orders of the indexes.
+//! The effect of lookahead on data with runs of 16 pages: the number of merges without a search, and the
+//! effort of searches for each merge, with and without lookahead, in both orders of the indexes.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::report::{Goal, Measurement, Section};
 
 const LENGTH: u32 = 16;
 
-/// VMs, and how many of them are merged before the others come.
+/// Number of VMs, and how many of them are merged before the others are added.
 const VMS: u32 = 5;
 const EARLIER: usize = 2;
 
@@ -26,21 +26,21 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     orders.into_iter().map(|(order, name)| compare(bench, &layout, order, name)).collect()
 }
 
-/// What one round brought.
+/// The results of one round.
 struct Round {
-    /// With the first VMs merged: of their pages, half are looked for in vain before they can be found.
+    /// The first VMs. Half of their pages are searched in vain before they can be found.
     early: Effort,
-    /// By the VMs that came later.
+    /// The VMs that are added later.
     late: Effort,
 }
 
-/// One part of a round.
+/// A part of a round.
 struct Phase {
     name: &'static str,
     effort: fn(&Round) -> &Effort,
 }
 
-/// What merging took.
+/// The effort of merging.
 struct Effort {
     merges: u64,
     lookahead: u64,

@@ -1,13 +1,12 @@
-//! `samepage bench`, a program of its own: nothing of it is in the product.
+//! `samepage bench`, a separate program, so that the product contains no benchmarks.
 //!
-//! `samepage bench sharing`: the sharing engine beside the kernel's KSM, on memory that is the same for
-//! both, in one process and one run, in turns. What is printed are ratios: these hold where times
-//! do not. [`replay`]: `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]:
-//! `samepage bench block`, [`startup`]: `samepage bench startup`, [`linux`]: `samepage bench lookahead` and
-//! `samepage bench types`.
+//! `samepage bench sharing` compares the sharing engine with the kernel's KSM on the same memory, alternately
+//! in one process and one run. It prints ratios, because these are stable where times are not. [`replay`]:
+//! `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]: `samepage bench block`,
+//! [`startup`]: `samepage bench startup`, [`linux`]: `samepage bench lookahead` and `samepage bench types`.
 //!
-//! A benchmark fails when it cannot measure, never because a figure is poor. KSM's settings are put
-//! back as they were, on every way out. See `docs/bench-sharing.md`.
+//! A benchmark fails if it cannot measure, never because of a poor figure. KSM's settings are restored in
+//! every case. See `docs/bench-sharing.md`.
 
 mod api;
 mod args;
@@ -59,19 +58,19 @@ use args::{BenchArgs, Benchmark, SharingArgs};
 use context::{Bench, Interrupted};
 use report::{Failure, Report, Section};
 
-/// One measurement, or several that belong together.
+/// A measurement, or several related ones.
 struct Workload {
-    /// What `--only` calls it.
+    /// The name for `--only`.
     name: &'static str,
-    /// Measures. An error says what could not be measured; a workload that this host cannot run, or
-    /// that lacks KSM, gives sections that say so.
+    /// Measures. An error says what could not be measured. If this host cannot run a workload, or lacks KSM,
+    /// the sections say so.
     measure: fn(&Bench) -> Result<Vec<Section>>,
 }
 
 /// The workload that measures over time.
 const SERIES: &str = "series";
 
-/// All workloads, in the order in which they run.
+/// All workloads in the order of running.
 const WORKLOADS: &[Workload] = &[
     Workload { name: "runs", measure: runs::measure },
     Workload { name: "returns", measure: returns::measure },
@@ -94,7 +93,7 @@ const WORKLOADS: &[Workload] = &[
 ];
 
 fn main() -> ExitCode {
-    // Wrong usage ends here, with status 2.
+    // A wrong command line ends the process here, with status 2.
     run(&BenchArgs::parse()).unwrap_or_else(|error| {
         tell(causes(&error));
         ExitCode::from(1)
@@ -136,7 +135,7 @@ fn run(args: &BenchArgs) -> Result<ExitCode> {
     })
 }
 
-/// Prints results as JSON or for people.
+/// Prints results as JSON or as text.
 fn print<R: serde::Serialize>(as_json: bool, report: &R, format: fn(&R) -> String) -> Result<ExitCode> {
     let text = if as_json { serde_json::to_string_pretty(report)? + "\n" } else { format(report) };
     io::stdout().lock().write_all(text.as_bytes()).context("print the results")?;
@@ -174,7 +173,7 @@ fn sharing(args: &SharingArgs) -> Result<Report> {
         match (workload.measure)(&bench) {
             Ok(measured) => sections.extend(measured.into_iter().map(|section| section.of(workload.name))),
             Err(error) if error.is::<Interrupted>() => return Err(error),
-            // What others measure is worth having all the same.
+            // The results of the other workloads are useful nevertheless.
             Err(error) => failures.push(Failure::new(workload.name, &error)),
         }
         bench.end();

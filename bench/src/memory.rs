@@ -1,4 +1,4 @@
-//! Memory of made-up VMs: what guests would have written is written here, by the host.
+//! Memory of synthetic VMs: the host writes it in place of guests.
 
 #![expect(
     unsafe_code,
@@ -18,7 +18,7 @@ use twox_hash::XxHash3_64;
 
 use super::layout::{ALTERED, Content, Layout};
 
-/// Words of a page.
+/// Number of words in a page.
 const WORDS: usize = PAGE_SIZE / 8;
 const LAST: usize = WORDS - 1;
 
@@ -31,7 +31,7 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Untouched memory.
+    /// Returns untouched memory.
     pub(super) fn new(pages: u32) -> Result<Self> {
         let ram = Ram::reserve(pages as usize * PAGE_SIZE).context("reserve memory")?;
         ram.use_small_pages().context("use small pages")?;
@@ -39,7 +39,7 @@ impl Memory {
         Ok(Self { ram: Arc::new(ram), log: Log::new(pages), touched })
     }
 
-    /// Memory of all VMs of a layout, filled.
+    /// Returns the filled memory of all VMs of a layout.
     pub(super) fn filled(layout: &Layout) -> Result<Vec<Self>> {
         let fill = |contents: &Vec<Option<Content>>| {
             let memory = Self::new(contents.len() as u32)?;
@@ -55,7 +55,7 @@ impl Memory {
         Arc::clone(&self.ram)
     }
 
-    /// What notes the writes made through this value.
+    /// Returns the log of the writes through this value.
     pub(super) fn log(&self) -> Log {
         self.log.clone()
     }
@@ -64,15 +64,15 @@ impl Memory {
         self.ram.pages()
     }
 
-    /// Writes a page as a whole.
+    /// Writes a whole page.
     pub(super) fn write(&self, page: u32, content: Content) {
         self.write_words(page, &words(content));
     }
 
-    /// Writes a page as a whole.
+    /// Writes a whole page.
     pub(super) fn write_words(&self, page: u32, words: &[u64; WORDS]) {
         let address = self.address(page);
-        // SAFETY: the page is reserved and writable, and nobody holds a reference to it.
+        // SAFETY: the page is reserved and writable, and there are no references to it.
         unsafe { address.copy_from_nonoverlapping(words.as_ptr(), WORDS) };
         self.note(page);
     }
@@ -85,31 +85,31 @@ impl Memory {
         self.note(page);
     }
 
-    /// Writes a page where it holds something else.
+    /// Writes a page if its content differs.
     pub(super) fn become_like(&self, page: u32, content: &[u8; PAGE_SIZE]) {
         let address = self.address(page).cast::<u8>();
-        // SAFETY: the page is reserved, and as long as the content.
+        // SAFETY: the page is reserved, and has the length of the content.
         let same = unsafe { libc::memcmp(address.cast(), content.as_ptr().cast(), PAGE_SIZE) } == 0;
         if !same {
-            // SAFETY: as above; the page is writable, and nobody holds a reference to it.
+            // SAFETY: as above. The page is writable, and there are no references to it.
             unsafe { address.copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE) };
             self.note(page);
         }
     }
 
-    /// Copies a block to a page, as a disk does.
+    /// Copies a block to a page, like a disk.
     pub(super) fn fill(&self, page: u32, content: &[u8; PAGE_SIZE]) {
         let address = self.address(page).cast::<u8>();
-        // SAFETY: the page is reserved and writable, and nobody holds a reference to it.
+        // SAFETY: the page is reserved and writable, and there are no references to it.
         unsafe { address.copy_from_nonoverlapping(content.as_ptr(), PAGE_SIZE) };
         self.note(page);
     }
 
-    /// Plays the disk: fills the memory of a fetch with blocks that are like no others.
+    /// Fills the memory of a fetch with unique blocks, in place of a disk.
     pub(super) fn land(&self, fetch: &FetchRun, content: u64) {
         for block in 0..fetch.blocks as usize {
             let words = words(content + block as u64 + 1);
-            // SAFETY: the memory of a fetch is its own until it has ended.
+            // SAFETY: nothing else accesses the memory of a fetch until it has ended.
             unsafe {
                 let to = fetch.landing.as_ptr().add(block * PAGE_SIZE).cast::<u64>();
                 to.copy_from_nonoverlapping(words.as_ptr(), WORDS);
@@ -117,7 +117,7 @@ impl Memory {
         }
     }
 
-    /// A digest of what a page holds.
+    /// Returns a digest of a page's content.
     pub(super) fn digest(&self, page: u32) -> u64 {
         let mut content = [0; PAGE_SIZE];
         // SAFETY: the page is reserved and readable.
@@ -125,7 +125,7 @@ impl Memory {
         XxHash3_64::oneshot(&content)
     }
 
-    /// Pages that were written at some time.
+    /// Returns the pages that were ever written.
     pub(super) fn touched(&self) -> impl Iterator<Item = u32> + '_ {
         let bit = |page: &u32| 1 << (page % 64);
         let word = |page: &u32| self.touched[*page as usize / 64].load(Ordering::Relaxed);
@@ -138,7 +138,7 @@ impl Memory {
         unsafe { self.address(page).add(LAST).read_volatile() }
     }
 
-    /// Whether a page shows a content, by its last word.
+    /// Returns whether a page shows a content, by its last word.
     pub(super) fn shows(&self, page: u32, content: Content) -> bool {
         self.read(page) == word(content, LAST)
     }
@@ -153,7 +153,7 @@ impl Memory {
     }
 }
 
-/// The words of a content.
+/// Returns the words of a content.
 pub(super) fn words(content: Content) -> [u64; WORDS] {
     std::array::from_fn(|index| word(content, index))
 }
@@ -167,8 +167,8 @@ fn word(content: Content, index: usize) -> u64 {
     }
 }
 
-/// Makes sure that all pages still show what was written to them: a benchmark of sharing that loses
-/// content measures nothing.
+/// Checks that all pages still show their written content. A benchmark of sharing that loses content measures
+/// nothing.
 pub(super) fn verify(layout: &Layout, memory: &[Memory]) -> Result<()> {
     for (vm, (contents, memory)) in layout.vms.iter().zip(memory).enumerate() {
         for (page, content) in (0..).zip(contents) {
@@ -179,7 +179,7 @@ pub(super) fn verify(layout: &Layout, memory: &[Memory]) -> Result<()> {
     Ok(())
 }
 
-/// The log of a VM's writes: the host's own, noted as they are made, as devices' are.
+/// The log of a VM's writes. The host records its own writes, like those of devices.
 #[derive(Clone, Debug)]
 pub(super) struct Log(Arc<[AtomicU64]>);
 

@@ -1,4 +1,4 @@
-//! The monitors that are compared, and processes of theirs.
+//! The compared monitors and their processes.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -11,10 +11,10 @@ use super::qemu;
 
 /// Memory of each guest, in MiB.
 pub(super) const GUEST_MIB: u32 = 64;
-/// What the demo guest is told: a few pages of memory, then nothing, for ever.
+/// The demo guest's command line: a few pages of memory, then idle for ever.
 const COMMAND_LINE: &str = "pages=8 crash=sleep vm=";
 
-/// The command by which samepage runs `vms` guests, as users run it, and tells its statistics if asked to.
+/// Returns the command by which samepage runs `vms` guests, as users run it, with statistics on request.
 pub(super) fn samepage(program: &Path, kernel: &Path, vms: u32, statistics: bool) -> Command {
     let mut command = Command::new(program);
     command.arg("run").arg("--kernel").arg(kernel);
@@ -26,12 +26,12 @@ pub(super) fn samepage(program: &Path, kernel: &Path, vms: u32, statistics: bool
     command
 }
 
-/// The command by which QEMU runs guest number `vm`.
+/// Returns the command by which QEMU runs guest number `vm`.
 pub(super) fn qemu(kernel: &Path, vm: u32) -> Command {
     qemu::command(kernel, GUEST_MIB.into(), &format!("{COMMAND_LINE}{vm}"))
 }
 
-/// A monitor that runs, until dropped.
+/// A running monitor. Dropping this value ends it.
 pub(super) struct Running {
     child: Child,
     output: BufReader<ChildStdout>,
@@ -47,12 +47,12 @@ impl Running {
         Ok(Self { child, output: BufReader::new(output), name })
     }
 
-    /// Its process ID.
+    /// Returns the process ID.
     pub(super) fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// The next line that it or a guest prints.
+    /// Returns the next line that the monitor or a guest prints.
     pub(super) fn line(&mut self) -> Result<String> {
         match self.next_line()? {
             Some(line) => Ok(line),
@@ -60,7 +60,7 @@ impl Running {
         }
     }
 
-    /// The next line that it or a guest prints, if it has not ended.
+    /// Returns the next line that the monitor or a guest prints, or `None` at its end.
     pub(super) fn next_line(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         let count =
@@ -68,7 +68,7 @@ impl Running {
         Ok((count > 0).then_some(line))
     }
 
-    /// Waits until `vms` guests have filled their memory and are at rest.
+    /// Waits until `vms` guests have filled their memory and are idle.
     pub(super) fn wait_until_idle(&mut self, vms: u32) -> Result<()> {
         let mut ready = 0;
         while ready < vms {
@@ -80,13 +80,13 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Both fail only for a process that has ended already.
+        // Both calls fail only if the process has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The time from starting a monitor to the first byte on its guest's serial port.
+/// Returns the time from starting a monitor to the first byte on its guest's serial port.
 pub(super) fn time_to_first_byte(command: &mut Command) -> Result<Duration> {
     let start = Instant::now();
     let mut monitor = Running::start(command)?;

@@ -1,8 +1,8 @@
-//! samepage's side: an engine on made-up VMs, driven step by step on this thread, so that its CPU time
-//! is the thread's.
+//! samepage's side: an engine on synthetic VMs. It runs step by step on this thread, so its CPU time is the
+//! thread's.
 //!
-//! The engine follows the VMs' logs of changes, as it does for VMs that run. Its intervals end when
-//! there is nothing left to do: time is made up, no time passes.
+//! The engine follows the VMs' change logs, as for running VMs. Its intervals end when there is nothing left
+//! to do: time is simulated.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,11 +19,10 @@ use super::context::Bench;
 use super::cpu;
 use super::memory::Memory;
 
-/// Frames that the store of a benchmark can hold: 4 GiB.
+/// Number of frames that a benchmark's store can hold: 4 GiB.
 const FRAMES: u32 = 1 << 20;
-/// Intervals after which nothing more is waited for. Pages that were written often are armed in every
-/// 128th interval alone.
-const PATIENCE: u32 = 300;
+/// Limit for the number of intervals. Pages that were written often are armed only in every 128th interval.
+const INTERVAL_LIMIT: u32 = 300;
 
 /// An engine and its VMs.
 pub(super) struct Ours {
@@ -33,7 +32,7 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    /// An engine that knows these VMs and has not looked at them.
+    /// Returns an engine that knows these VMs and has not scanned them.
     pub(super) fn new(settings: &Settings, vms: &[Memory]) -> Result<Self> {
         let store = FrameStore::create(FRAMES).context("create the frame store")?;
         let calls = Linux::open(Arc::clone(store.file())).context("open the kernel's calls")?;
@@ -43,10 +42,10 @@ impl Ours {
         Ok(ours)
     }
 
-    /// More VMs, which the engine has not looked at.
+    /// Adds VMs that the engine has not scanned.
     ///
     /// # Errors
-    /// Where their memory cannot be shared.
+    /// Fails if their memory cannot be shared.
     pub(super) fn add(&mut self, vms: &[Memory]) -> Result<()> {
         for vm in vms {
             let lost = Arc::clone(&self.lost);
@@ -58,11 +57,10 @@ impl Ours {
         Ok(())
     }
 
-    /// Lets the engine work until this many pages are merged, and it has looked at this many, and returns
-    /// its CPU time.
+    /// Runs the engine until this many pages are merged and this many are scanned. Returns its CPU time.
     ///
     /// # Errors
-    /// As [`work_until`](Self::work_until).
+    /// Fails like [`work_until`](Self::work_until).
     pub(super) fn merge(&mut self, bench: &Bench, pages: u64, of: u64) -> Result<Duration> {
         self.work_until(bench, |now| {
             let merged = now.pages_shared + now.pages_sharing;
@@ -70,17 +68,17 @@ impl Ours {
         })
     }
 
-    /// Lets the engine work until `done` holds, which is asked after each interval, and returns its CPU time.
+    /// Runs the engine until `done` returns true. `done` is called after each interval. Returns the CPU time.
     ///
     /// # Errors
-    /// Where that does not come to pass, or the benchmark was interrupted.
+    /// Fails if `done` never returns true, or if the benchmark is interrupted.
     pub(super) fn work_until(
         &mut self,
         bench: &Bench,
         mut done: impl FnMut(&EngineStatistics) -> bool,
     ) -> Result<Duration> {
         let mut used = Duration::ZERO;
-        for _ in 0..PATIENCE {
+        for _ in 0..INTERVAL_LIMIT {
             used += self.interval(bench)?;
             if done(&self.engine.statistics()) {
                 return Ok(used);
@@ -90,10 +88,10 @@ impl Ours {
         anyhow::bail!("the engine does not get there: {statistics:?}")
     }
 
-    /// Lets the engine work until it rests.
+    /// Runs the engine until it is idle.
     ///
     /// # Errors
-    /// Where the benchmark was interrupted.
+    /// Fails if the benchmark is interrupted.
     pub(super) fn interval(&mut self, bench: &Bench) -> Result<Duration> {
         let mut used = Duration::ZERO;
         loop {
@@ -104,11 +102,11 @@ impl Ours {
         }
     }
 
-    /// Lets time pass, in which the engine may use `most` of CPU time; returns what it did use, which may be
-    /// a step more.
+    /// Lets time pass, in which the engine may use `most` of CPU time. Returns the used CPU time, which may
+    /// be longer by a step.
     ///
     /// # Errors
-    /// Where the benchmark was interrupted.
+    /// Fails if the benchmark is interrupted.
     pub(super) fn work_for(&mut self, bench: &Bench, time: Duration, most: Duration) -> Result<Duration> {
         let end = self.now + time;
         let mut used = Duration::ZERO;
@@ -120,7 +118,7 @@ impl Ours {
         Ok(used)
     }
 
-    /// Takes a step. Returns until when there is nothing more to do.
+    /// Runs a step. Returns the time until which there is nothing more to do.
     fn step(&mut self, bench: &Bench, used: &mut Duration) -> Result<Option<Instant>> {
         let (step, time) = cpu::of(|| self.engine.step(self.now));
         *used += time;

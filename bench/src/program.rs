@@ -1,4 +1,4 @@
-//! The program that is measured.
+//! The measured program.
 
 use std::env;
 use std::path::PathBuf;
@@ -6,19 +6,19 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-/// Where `samepage` is: beside this program, or where the search path leads to.
+/// Returns the path of `samepage`: beside this program, or else in the search path.
 ///
 /// # Errors
-/// When this program cannot be found itself.
+/// Fails if this program cannot find itself.
 pub(crate) fn path() -> Result<PathBuf> {
     let beside = env::current_exe().context("find this program")?.with_file_name("samepage");
     Ok(if beside.exists() { beside } else { "samepage".into() })
 }
 
-/// Runs a command of it to its end, and returns what it printed.
+/// Runs a command to its end, and returns its output.
 ///
 /// # Errors
-/// It cannot be started, does not succeed, or prints no UTF-8.
+/// Fails if the command cannot be started, does not succeed, or prints invalid UTF-8.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {name}"))?;

@@ -1,11 +1,11 @@
-//! QEMU's leanest machine, beside which samepage is measured.
+//! QEMU's smallest machine, with which samepage is compared.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// QEMU's program.
 pub(super) const PROGRAM: &str = "qemu-system-x86_64";
-/// The machine: no firmware tables, no legacy devices but a serial port.
+/// The machine: no firmware tables, and a serial port as the only legacy device.
 const MACHINE: [&str; 11] = [
     "-M",
     "microvm,pit=off,rtc=off,pic=off,acpi=off",
@@ -20,7 +20,7 @@ const MACHINE: [&str; 11] = [
     "-no-reboot",
 ];
 
-/// The command by which QEMU runs a guest with so much memory, in MiB.
+/// Returns the command by which QEMU runs a guest with this memory in MiB.
 pub(super) fn command(kernel: &Path, mib: u64, command_line: &str) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(MACHINE).args(["-m", &format!("{mib}M"), "-kernel"]).arg(kernel);
@@ -28,10 +28,10 @@ pub(super) fn command(kernel: &Path, mib: u64, command_line: &str) -> Command {
     command
 }
 
-/// What QEMU says of its version, in one line.
+/// Returns QEMU's version in one line.
 ///
 /// # Errors
-/// Where it is not installed: what to do.
+/// Fails with advice if QEMU is not installed.
 pub(super) fn version() -> Result<String, String> {
     let output = Command::new(PROGRAM).arg("--version").stdin(Stdio::null()).output();
     let output =

@@ -1,5 +1,5 @@
-//! What was measured: sections of measurements, each with the figures of two sides, their ratio, and
-//! what it is to be.
+//! The results: sections of measurements. Each measurement has the figures of two sides, their ratio, and a
+//! goal.
 
 use std::fs;
 use std::time::Duration;
@@ -17,11 +17,11 @@ pub(super) struct Report {
     pub(super) processors: usize,
     /// Whether small sizes were used.
     pub(super) quick: bool,
-    /// How often everything was measured.
+    /// Number of rounds of each measurement.
     pub(super) rounds: u32,
-    /// How long the run took, in seconds.
+    /// Duration of the run, in seconds.
     pub(super) seconds: f64,
-    /// Why KSM was not measured; `None` where it was.
+    /// The reason why KSM was not measured; `None` if it was.
     pub(super) without_ksm: Option<String>,
     pub(super) sections: Vec<Section>,
     /// Workloads that could not be measured.
@@ -43,7 +43,7 @@ impl Report {
     }
 }
 
-/// Release of the host's kernel.
+/// Returns the release of the host's kernel.
 pub(super) fn kernel() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim_end().to_owned()
 }
@@ -56,7 +56,7 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    /// Notes, and says, that a workload failed.
+    /// Records and prints the failure of a workload.
     pub(super) fn new(workload: &str, error: &anyhow::Error) -> Self {
         let reason = samepage_process::tell::causes(error);
         samepage_process::tell::tell(format_args!("workload {workload}: {reason}"));
@@ -64,36 +64,36 @@ impl Failure {
     }
 }
 
-/// Measurements that belong together.
+/// Related measurements.
 #[derive(Debug, Serialize)]
 pub(super) struct Section {
     /// Name of the workload.
     workload: String,
-    /// What is measured.
+    /// A description of the measurement.
     pub(super) title: String,
-    /// Whose figures are the first and the second of each measurement.
+    /// The names of the first and the second side.
     pub(super) sides: [String; 2],
     pub(super) measurements: Vec<Measurement>,
-    /// How something went on.
+    /// Curves over time.
     pub(super) curves: Option<Curves>,
-    /// What else is to be known.
+    /// Further notes.
     pub(super) notes: Vec<String>,
 }
 
-/// How several went on.
+/// Several curves.
 #[derive(Debug, Serialize)]
 pub(super) struct Curves {
-    /// Of the points.
+    /// The unit of the points.
     pub(super) unit: &'static str,
-    /// What the points of a curve are of: one, two and so on.
+    /// The meaning of a curve's index.
     pub(super) of: &'static str,
     pub(super) names: Vec<String>,
-    /// For each name, equally many.
+    /// The points for each name, equally many.
     pub(super) points: Vec<Vec<f64>>,
 }
 
 impl Section {
-    /// A section that compares these two sides.
+    /// Returns a section that compares these two sides.
     pub(super) fn new(title: impl Into<String>, ours: impl Into<String>, other: impl Into<String>) -> Self {
         Self {
             workload: String::new(),
@@ -105,7 +105,7 @@ impl Section {
         }
     }
 
-    /// The section as part of this workload.
+    /// Returns the section with the name of its workload.
     pub(super) fn of(self, workload: &str) -> Self {
         Self { workload: workload.to_owned(), ..self }
     }
@@ -119,25 +119,25 @@ impl Section {
     }
 }
 
-/// One thing that was measured on two sides.
+/// A measurement of two sides.
 #[derive(Debug, Serialize)]
 pub(super) struct Measurement {
     pub(super) name: String,
-    /// Of both figures.
+    /// The unit of both figures.
     pub(super) unit: &'static str,
     pub(super) ours: Option<Figure>,
     pub(super) other: Option<Figure>,
-    /// Ours by the other's: the median of the rounds' ratios where the rounds are pairs, otherwise that
-    /// of the medians.
+    /// samepage's figure divided by the other's. It is the median of the rounds' ratios if the rounds are
+    /// pairs, otherwise the ratio of the medians.
     pub(super) ratio: Option<f64>,
     pub(super) goal: Option<Goal>,
-    /// Whether the goal is met; `None` without a goal, or without figures.
+    /// Whether the goal is reached; `None` without a goal or without figures.
     pub(super) met: Option<bool>,
     pub(super) note: Option<String>,
 }
 
 impl Measurement {
-    /// A measurement from the rounds' figures of both sides; either may have none.
+    /// Returns a measurement from the rounds' figures of both sides. Either may have none.
     pub(super) fn new(name: impl Into<String>, unit: &'static str, ours: &[f64], other: &[f64]) -> Self {
         let (figure, others) = (Figure::of(ours), Figure::of(other));
         let ratio = match (&figure, &others) {
@@ -165,7 +165,7 @@ impl Measurement {
         }
     }
 
-    /// The measurement, judged.
+    /// Returns the measurement with a goal.
     pub(super) fn goal(self, goal: Goal) -> Self {
         let met = match goal {
             Goal::RatioAtMost(most) => self.ratio.map(|ratio| ratio <= most),
@@ -187,12 +187,12 @@ pub(super) struct Figure {
     pub(super) median: f64,
     /// First and third quartile.
     pub(super) quartiles: [f64; 2],
-    /// How many rounds it is from.
+    /// Number of rounds.
     pub(super) rounds: usize,
 }
 
 impl Figure {
-    /// `None` of nothing.
+    /// Returns the figure, or `None` without samples.
     pub(super) fn of(samples: &[f64]) -> Option<Self> {
         let mut samples = samples.to_vec();
         samples.sort_by(f64::total_cmp);
@@ -206,17 +206,17 @@ impl Figure {
     }
 }
 
-/// What a measurement is to be.
+/// The goal of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Goal {
-    /// The ratio, at most this.
+    /// The ratio is at most this.
     RatioAtMost(f64),
-    /// The ratio, at least this.
+    /// The ratio is at least this.
     RatioAtLeast(f64),
-    /// Our figure, at most this.
+    /// samepage's figure is at most this.
     AtMost(f64),
-    /// Our figure, at least this.
+    /// samepage's figure is at least this.
     AtLeast(f64),
 }
 

@@ -1,5 +1,5 @@
-//! Pages that leave their frame and return to it: written with something else, and later with what
-//! was there before. Isolated pages: their address still refers to the frame that they left.
+//! Pages that leave their frame and return to it: they are written with other content, and later with the
+//! original content. The pages are isolated, so their address still refers to the frame that they left.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::report::{Goal, Measurement, Section};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What one round brought, in microseconds of CPU time for each page.
+/// The results of one round, in microseconds of CPU time for each page.
 #[derive(Clone, Copy, Debug)]
 struct Round {
     left: f64,
@@ -40,12 +40,12 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
-/// How many pages of the first VM can be merged: they stay where they are.
+/// Returns how many pages of the first VM can be merged. They stay where they are.
 fn staying(layout: &Layout) -> u64 {
     layout.vms[0].iter().flatten().count() as u64
 }
 
-/// Writes to all pages but the first VM's.
+/// Writes to all pages except the first VM's.
 fn write(layout: &Layout, memory: &[Memory], content: impl Fn(usize, u32, Content) -> Content) {
     for (vm, (contents, memory)) in layout.vms.iter().zip(memory).enumerate().skip(1) {
         for (page, before) in (0..).zip(contents) {

@@ -1,6 +1,6 @@
-//! CPU time for each page merged, by how many equal pages follow each other: runs lie at different
-//! places in all VMs and never touch. First merges, and what the first read of a page costs its guest
-//! afterwards.
+//! CPU time for each merged page, by the length of runs of duplicates. Runs are at different places in all
+//! VMs and are never adjacent. The first part is merging. The second is the cost of a guest's first read of
+//! each page afterwards.
 
 use std::time::Duration;
 
@@ -16,16 +16,16 @@ use super::memory::{Memory, verify};
 use super::ours::Ours;
 use super::report::{Goal, Measurement, Section};
 
-/// Equal pages that follow each other.
+/// Number of consecutive duplicate pages.
 const LENGTHS: [u32; 4] = [1, 8, 64, 512];
-/// How long KSM may take at its fastest.
+/// Time limit for KSM at its fastest.
 const LIMIT: Duration = Duration::from_secs(60);
 const UNIT: &str = "µs/page";
 
-/// What one round brought.
+/// The results of one round.
 #[derive(Clone, Copy, Debug)]
 struct Round {
-    /// CPU time for each page merged, in microseconds.
+    /// CPU time for each merged page, in microseconds.
     merge: f64,
     /// CPU time of the guest for the first read of each page afterwards, in microseconds.
     read: f64,
@@ -41,7 +41,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {
         (mode, Section::new("CPU time for each merged page, KSM as hosts have it", "samepage", mode.name()))
     });
     for (vms, length) in LENGTHS.map(|length| (4, length)).into_iter().chain([(2, 1), (2, 64)]) {
-        // Each isolated page takes two mappings, of which a process has 65,530.
+        // Each isolated page takes two of the 65,530 mappings of a process.
         let pages = if length == 1 { bench.size(4096, 1024) } else { bench.size(16_384, 2048) };
         let layout = Layout::runs(vms, pages, length, Gap::Untouched);
         let name = format!("{vms} VMs, runs of {length}");
@@ -87,7 +87,7 @@ fn engines(bench: &Bench, layout: &Layout) -> Result<Round> {
     Ok(Round { merge: micros_each(used, pages), read })
 }
 
-/// KSM's round, and how far it came within the time.
+/// Returns KSM's round, and the part that it merged within the time.
 fn kernels(bench: &Bench, layout: &Layout, mode: Mode, limit: Duration) -> Result<(Option<Round>, String)> {
     let Some(kernels) = Kernels::new(bench, mode, Memory::filled(layout)?)? else {
         return Ok((None, String::new()));
@@ -103,12 +103,12 @@ fn kernels(bench: &Bench, layout: &Layout, mode: Mode, limit: Duration) -> Resul
         work.cpu.as_secs_f64()
     );
     let read = reading(layout, kernels.vms())?;
-    // What took the time when little was merged was not merging.
+    // If little was merged, the time was not spent on merging.
     let round = (merged > pages / 2).then(|| Round { merge: micros_each(work.cpu, merged), read });
     Ok((round, told))
 }
 
-/// Reads every page, and makes sure of what it shows.
+/// Reads every page, and checks its content.
 fn reading(layout: &Layout, memory: &[Memory]) -> Result<f64> {
     let (good, time) = cpu::of(|| verify(layout, memory));
     good.map(|()| micros_each(time, layout.touched()))

@@ -1,7 +1,7 @@
-//! A replay of VMs' memory over time, at equal CPU time for each image, through KSM and through the
-//! engine: with lookahead and without, in both orders, and as KSM works, in full passes.
+//! A replay of VMs' memory over time, with equal CPU time for each image. It compares KSM with the engine:
+//! with and without lookahead, in both orders, and with full passes as in KSM.
 //!
-//! What is saved is counted in the kernel's page map after each image, for all of them alike.
+//! The saved pages are counted in the kernel's page map after each image, in the same way for all contenders.
 
 use std::time::Duration;
 
@@ -19,16 +19,16 @@ use super::report::{Curves, Measurement, Section};
 
 /// The engine's time from one image to the next.
 const PERIOD: Duration = Duration::from_secs(1);
-/// CPU time from one image to the next, for each page of memory, where the user does not say.
+/// Default CPU time from one image to the next, for each page of memory.
 const CPU_A_PAGE: Duration = Duration::from_nanos(300);
-/// How long KSM may take to use its CPU time up.
+/// Time limit for KSM to use up its CPU time.
 const LIMIT: Duration = Duration::from_secs(30);
-/// Where KSM is.
+/// Index of KSM.
 const KSM: usize = 0;
-/// Where the engine with its defaults is.
+/// Index of the engine with its defaults.
 const SAMEPAGE: usize = 1;
 
-/// What contenders are called.
+/// Names of the contenders.
 mod names {
     pub(super) const SAMEPAGE: &str = "samepage";
     pub(super) const PLAIN: &str = "no lookahead";
@@ -36,14 +36,14 @@ mod names {
     pub(super) const LOOKAHEAD_PASSES: &str = "passes, lookahead";
 }
 
-/// One that the series goes through.
+/// A contender.
 struct Contender {
     name: &'static str,
-    /// How the engine works; KSM without.
+    /// The engine's settings; `None` for KSM.
     settings: Option<Settings>,
 }
 
-/// What became of one contender.
+/// The results of one contender.
 struct Outcome {
     name: &'static str,
     /// Pages saved after each image.
@@ -98,7 +98,7 @@ fn contenders() -> [Contender; 6] {
     ]
 }
 
-/// Pages saved, on average over the images.
+/// Returns the number of saved pages, on average over the images.
 fn average(outcome: Option<&Outcome>) -> Vec<f64> {
     let average = |outcome: &Outcome| outcome.saved.iter().sum::<f64>() / outcome.saved.len() as f64;
     outcome.map(average).into_iter().collect()
@@ -120,7 +120,7 @@ fn compare(title: String, outcomes: &[Option<Outcome>]) -> Section {
     section
 }
 
-/// What lookahead gives the engine, and gave KSM's way of working.
+/// Returns the effect of lookahead on the engine, and on KSM's way of working.
 fn lookahead(outcomes: &[Option<Outcome>]) -> Section {
     let mut section = Section::new("The same images: what lookahead gives", "lookahead", "without");
     let of = |name: &str| average(outcomes.iter().flatten().find(|outcome| outcome.name == name));
@@ -141,7 +141,7 @@ fn curves(outcomes: &[Option<Outcome>], possible: Vec<f64>) -> Curves {
     curves
 }
 
-/// What could be saved after each image.
+/// Returns the number of pages that could be saved after each image.
 fn possible(bench: &Bench, images: &Images) -> Result<Vec<f64>> {
     let memory = images.memory()?;
     let mut possible = Vec::new();
@@ -154,7 +154,7 @@ fn possible(bench: &Bench, images: &Images) -> Result<Vec<f64>> {
     Ok(possible)
 }
 
-/// What is left of the CPU time for one image, after what was used too much of it before.
+/// The remaining CPU time for one image, minus the excess of earlier images.
 struct Allowance {
     each: Duration,
     debt: Duration,
@@ -202,7 +202,7 @@ fn engines(
 
 fn kernels(bench: &Bench, images: &Images, name: &'static str, budget: Duration) -> Result<Option<Outcome>> {
     let Some(kernels) = Kernels::new(bench, Mode::Fastest, images.memory()?)? else { return Ok(None) };
-    // The engine gives pages of zeros back as well.
+    // The engine also frees pages of zeros.
     kernels.use_zero_pages()?;
     let mut allowance = Allowance::new(budget);
     let mut outcome = Outcome { name, saved: Vec::new(), cpu: Vec::new() };

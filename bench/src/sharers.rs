@@ -1,5 +1,5 @@
-//! What many mappings of one frame cost: the kernel keeps a reverse map from a frame to all mappings
-//! of it, which some of its work walks from end to end.
+//! The cost of many mappings of one frame: the kernel keeps a reverse map from a frame to all its mappings,
+//! and some operations walk all of it.
 
 #![expect(unsafe_code, reason = "maps a memory file of its own many times, and writes to the mappings")]
 
@@ -18,16 +18,16 @@ use super::context::Bench;
 use super::cpu;
 use super::report::{Measurement, Section};
 
-/// Mappings of one frame.
+/// Number of mappings of one frame.
 const SHARERS: [usize; 4] = [1, 100, 1000, 10_000];
-/// How often something is done for one figure.
+/// Number of repetitions for one figure.
 const REPEATS: usize = 64;
-/// The same for what walks all mappings.
+/// Number of repetitions of operations that walk all mappings.
 const WALKS: usize = 5;
-/// A bit for each frame of the host: 1 says that it was not used since the bit was set.
+/// A bit for each frame of the host: 1 says that the frame was not used since the bit was set.
 const PAGE_IDLE: &str = "/sys/kernel/mm/page_idle/bitmap";
 
-/// Microseconds of CPU time.
+/// Costs in microseconds of CPU time.
 #[derive(Debug, Default)]
 struct Costs {
     map: Vec<f64>,
@@ -114,8 +114,9 @@ fn round(sharers: usize, costs: &mut Costs) -> Result<()> {
     Ok(())
 }
 
-/// Microseconds that the kernel takes to mark the frame idle that an address shows, which it looks for in all
-/// mappings for. `None` where it does not offer that, or does not tell which frame it is.
+/// Returns the microseconds that the kernel takes to mark the frame at an address as idle. The kernel
+/// searches all mappings for that. Returns `None` if the kernel does not support it, or does not reveal the
+/// frame.
 fn mark_idle(address: *mut u8) -> Result<Option<f64>> {
     if !Path::new(PAGE_IDLE).exists() {
         return Ok(None);
@@ -124,7 +125,7 @@ fn mark_idle(address: *mut u8) -> Result<Option<f64>> {
     let pagemap = File::open("/proc/self/pagemap").context("open the page map")?;
     let place = (address.addr() / PAGE_SIZE * 8) as u64;
     pagemap.read_exact_at(&mut entry, place).context("read the page map")?;
-    // Bits 0 to 54 are the frame's number; the unprivileged are told 0.
+    // Bits 0 to 54 are the frame's number, which is 0 for unprivileged users.
     let number = u64::from_ne_bytes(entry) & ((1 << 55) - 1);
     let Ok(bitmap) = OpenOptions::new().write(true).open(PAGE_IDLE) else { return Ok(None) };
     if number == 0 {
@@ -145,10 +146,10 @@ struct Frame(File);
 
 impl Frame {
     fn create() -> Result<Self> {
-        // SAFETY: the name is a string with an end; a new file touches no memory.
+        // SAFETY: the name is a terminated string, and a new file touches no memory.
         let fd = unsafe { libc::memfd_create(c"samepage-bench".as_ptr(), libc::MFD_CLOEXEC) };
         ensure!(fd >= 0, "creating a memory file: {}", io::Error::last_os_error());
-        // SAFETY: the file was just opened and belongs to nobody else.
+        // SAFETY: the file was just opened and has no other owner.
         let frame = Self(unsafe { File::from_raw_fd(fd) });
         frame.0.set_len(PAGE_SIZE as u64).context("give a memory file its length")?;
         frame.fill()?;
@@ -161,14 +162,14 @@ impl Frame {
 
     fn punch(&self) -> Result<()> {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: what is mapped from the file stays mapped, and reads as zeros.
+        // SAFETY: mappings of the file stay mapped, and read as zeros.
         let failed = unsafe { libc::fallocate(self.0.as_raw_fd(), mode, 0, PAGE_SIZE as i64) } != 0;
         ensure!(!failed, "punching a memory file: {}", io::Error::last_os_error());
         Ok(())
     }
 }
 
-/// Address space with room for pages that never touch.
+/// Address space with room for pages that are never adjacent.
 struct Area {
     base: NonNull<u8>,
     places: usize,
@@ -180,15 +181,14 @@ impl Area {
         Ok(Self { base, places })
     }
 
-    /// Maps a frame, or address space that cannot be used.
+    /// Maps a frame, or inaccessible address space.
     fn mmap(address: *mut u8, bytes: usize, frame: Option<&Frame>) -> Result<NonNull<u8>> {
         let fixed = if address.is_null() { 0 } else { libc::MAP_FIXED };
         let (protection, flags, fd) = match frame {
             Some(frame) => (libc::PROT_READ | libc::PROT_WRITE, fixed, frame.0.as_raw_fd()),
             None => (libc::PROT_NONE, fixed | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1),
         };
-        // SAFETY: either the kernel chooses the address, or it is within an area that nobody else
-        // knows.
+        // SAFETY: either the kernel chooses the address, or it is within an area that nothing else uses.
         let mapped =
             unsafe { libc::mmap(address.cast(), bytes, protection, libc::MAP_PRIVATE | flags, fd, 0) };
         ensure!(mapped != libc::MAP_FAILED, "mapping {bytes} bytes: {}", io::Error::last_os_error());
@@ -208,13 +208,13 @@ impl Area {
         Self::mmap(self.page(place), PAGE_SIZE, None).map(|_| ())
     }
 
-    /// Reads a page that is mapped.
+    /// Reads a mapped page.
     fn read(&self, place: usize) {
         // SAFETY: the callers have mapped the frame here.
         unsafe { self.page(place).read_volatile() };
     }
 
-    /// Writes to a page that is mapped.
+    /// Writes to a mapped page.
     fn write(&mut self, place: usize) {
         // SAFETY: as above; the mapping is private and writable.
         unsafe { self.page(place).write_volatile(2) };
@@ -223,7 +223,7 @@ impl Area {
 
 impl Drop for Area {
     fn drop(&mut self) {
-        // SAFETY: the area was reserved by `reserve` and belongs to this value alone.
+        // SAFETY: the area was reserved by `reserve` and belongs only to this value.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.places * 2 * PAGE_SIZE) };
     }
 }

@@ -1,4 +1,4 @@
-//! What the engine's books take for each page of guests' memory.
+//! The size of the engine's metadata for each page of guest memory.
 
 use anyhow::Result;
 use samepage_sharing::engine::Settings;
@@ -9,7 +9,7 @@ use super::memory::Memory;
 use super::ours::Ours;
 use super::report::{Goal, Measurement, Section};
 
-/// What KSM keeps of each page that it scans: a `struct ksm_rmap_item`.
+/// KSM's state for each page that it scans: a `struct ksm_rmap_item`.
 const KSM_BYTES: f64 = 64.0;
 
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Section>> {

@@ -15,7 +15,7 @@ use samepage_resources::demo::plan::Plan;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::console::PATIENCE;
+use crate::console::TIME_LIMIT;
 use crate::program::{Finished, Running, command};
 
 /// Memory of each guest, in bytes.
@@ -175,7 +175,7 @@ impl Host {
     /// # Panics
     /// Panics with the resource if the condition does not become true.
     pub fn wait_for(&self, path: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let json = self.done("GET", path, None);
             if holds(&json) {
@@ -192,7 +192,7 @@ impl Host {
     /// # Panics
     /// Panics if the text does not appear.
     pub fn wait_for_console(&self, vm: &str, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let console = self.console(vm);
             if console.contains(text) {
@@ -270,7 +270,7 @@ impl Host {
     /// # Panics
     /// Panics if the process still has more in the end.
     pub fn assert_back_to(&self, before: &Held) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let now = self.holdings();
             let is_back = now.files <= before.files
@@ -332,6 +332,6 @@ fn assert_possible(json: &Value) {
 #[must_use]
 pub fn connect(socket: &Path) -> UnixStream {
     let stream = UnixStream::connect(socket).expect("connect to the control socket");
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream.set_read_timeout(Some(TIME_LIMIT)).expect("set a timeout");
     stream
 }

@@ -9,7 +9,7 @@ use samepage_resources::demo::report::Report;
 
 /// Time limit for any step of a guest. Only a guest that hangs needs this long, because a test must not fail
 /// on a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(600);
+pub const TIME_LIMIT: Duration = Duration::from_secs(600);
 
 /// The output of a guest so far. Clones share the same console.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +47,7 @@ impl Console {
     /// # Panics
     /// Panics with all lines if no such line comes.
     pub fn wait_for<T>(&self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         let mut text = self.shared.text.lock();
         let mut seen = 0;
         loop {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::console::PATIENCE;
+use crate::console::TIME_LIMIT;
 
 /// Resources that a VM must not leave behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ impl Holdings {
     /// # Panics
     /// Panics if it still has more after minutes. The kernel lists a thread for a moment after it was joined.
     pub fn assert_back_to(before: &Self, slack_bytes: u64) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let now = Self::now();
             let Some(more) = now.more_than(before, slack_bytes) else { return };

@@ -21,7 +21,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use xtask::suite::PROGRAM;
 
 /// Time limit for any step of the program.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const TIME_LIMIT: Duration = Duration::from_secs(300);
 
 /// Returns a command of the program.
 pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
@@ -108,7 +108,7 @@ impl Transcript {
     /// # Panics
     /// Panics with all lines if no such line comes.
     pub fn wait_for<T>(&self, find: impl Fn(&str) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         let mut text = self.shared.text.lock();
         let mut seen = 0;
         loop {
@@ -139,7 +139,7 @@ impl Transcript {
 
     /// Returns the whole content after the end.
     fn whole(&self) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         let mut text = self.shared.text.lock();
         while !text.at_end {
             let late = self.shared.more.wait_until(&mut text, deadline).timed_out();
@@ -251,7 +251,7 @@ impl Running {
     /// Panics if it does not end in time.
     #[must_use]
     pub fn wait(self) -> Finished {
-        self.wait_within(PATIENCE)
+        self.wait_within(TIME_LIMIT)
     }
 
     /// Waits longer for the program's end, for programs that do a lot of work and report their progress.
@@ -260,14 +260,14 @@ impl Running {
     /// Panics if it does not end in time.
     #[must_use]
     pub fn wait_for_long(self) -> Finished {
-        self.wait_within(12 * PATIENCE)
+        self.wait_within(12 * TIME_LIMIT)
     }
 
-    fn wait_within(mut self, patience: Duration) -> Finished {
+    fn wait_within(mut self, time_limit: Duration) -> Finished {
         let process = pidfd_open(self.pid(), PidfdFlags::empty()).expect("watch the program");
-        let patience = Timespec::try_from(patience).expect("an hour is a time");
+        let time_limit = Timespec::try_from(time_limit).expect("an hour is a time");
         let mut watched = [PollFd::new(&process, PollFlags::IN)];
-        if poll(&mut watched, Some(&patience)).expect("wait for the program") == 0 {
+        if poll(&mut watched, Some(&time_limit)).expect("wait for the program") == 0 {
             // The output so far shows where it hangs.
             let _ = self.child.kill();
             panic!("the program does not end\n{}{}", self.stdout.whole(), self.stderr.whole());

@@ -9,7 +9,7 @@ use samepage_resources::demo::plan::{Classes, Plan, Rate};
 use samepage_resources::demo::report::Report;
 use samepage_sharing::service::Sharing;
 
-use crate::console::PATIENCE;
+use crate::console::TIME_LIMIT;
 use crate::guests::Guest;
 
 /// Memory of each guest, in bytes.
@@ -20,7 +20,7 @@ pub const MEMORY: u64 = 64 << 20;
 /// # Panics
 /// Panics if the condition does not become true.
 pub fn wait_until(sharing: &Sharing, what: &str, holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while !holds() {
         assert!(Instant::now() < deadline, "{what} did not come about: {:?}", sharing.statistics());
         // The engine's progress has no events, so poll.

@@ -11,7 +11,7 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{InputModes, LocalModes, OutputModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::program::{Finished, PATIENCE, Running};
+use crate::program::{Finished, Running, TIME_LIMIT};
 
 /// The settings of a terminal that a user notices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,7 +116,7 @@ impl Terminal {
     /// # Panics
     /// Panics with the content if the condition does not become true.
     pub fn wait_for_picture(&mut self, what: &str, holds: impl Fn(&Picture<'_>) -> bool) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let screen = self.picture.screen();
             let text = screen.contents();
@@ -149,7 +149,7 @@ impl Terminal {
     /// # Panics
     /// Panics with all output if the text does not appear.
     pub fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let unsearched = &self.seen[self.searched..];
             if let Some(at) = unsearched.windows(text.len()).position(|window| window == text.as_bytes()) {
@@ -177,7 +177,7 @@ impl Terminal {
     #[must_use]
     pub fn wait_for_end(&mut self, program: Running) -> Finished {
         let process = pidfd_open(program.pid(), PidfdFlags::empty()).expect("watch the program");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let rest = Timespec::try_from(deadline - Instant::now()).expect("a minute is a time");
             let mut watched =

@@ -22,7 +22,7 @@ use samepage_api_types::lifecycle::State;
 use samepage_resources::demo::layout::{Arena, PageCounts};
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::api::{Host, MEMORY, connect};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness;
 use samepage_tests::program::{Running, command};
 use serde_json::{Value, json};
@@ -327,7 +327,7 @@ fn broken_clients() {
     let refused = host.raw(b"GET /vms HTTP/1.1\r\nHost: x\r\n\r\n", false);
     assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("256 connections"), "{refused}");
     drop(idle);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while host.client.get::<Value>("/version").is_err() {
         assert!(Instant::now() < deadline, "no connection is accepted any more");
         thread::sleep(Duration::from_millis(10));
@@ -378,7 +378,7 @@ fn events() {
     let (mut crashed, mut deleted, mut limited) = (false, false, false);
     let mut last = 0;
     while !limited {
-        let event = events.recv_timeout(PATIENCE).expect("an event");
+        let event = events.recv_timeout(TIME_LIMIT).expect("an event");
         assert_eq!(event.id, last + 1);
         last = event.id;
         match event.what {
@@ -448,7 +448,7 @@ fn console() {
     let host = Host::serve(&[]);
     host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
     let (mut stream, first) = host.client.attach("a").unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIME_LIMIT)).unwrap();
     let mut seen = first;
     let read_until = |stream: &mut std::os::unix::net::UnixStream, seen: &mut Vec<u8>, text: &str| {
         let mut buffer = [0; 1024];
@@ -481,7 +481,7 @@ fn console() {
     stream.read_to_end(&mut seen).unwrap();
     host.act("a", "start");
     let (mut stream, _) = host.client.attach("a").unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIME_LIMIT)).unwrap();
     seen.clear();
     read_until(&mut stream, &mut seen, "round=1 ");
     assert_eq!(host.ask("DELETE", "/vms/a", None).0, 204);

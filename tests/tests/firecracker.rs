@@ -30,7 +30,7 @@ use samepage_client::socket::Client;
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, DiskPlan, Plan};
 use samepage_tests::api::Host;
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness::{self, Need};
 use samepage_tests::program::{self, Running};
 use serde_json::{Value, json};
@@ -89,7 +89,7 @@ impl Place {
 
     fn client(&self, socket: &str) -> Client {
         let client = Client::new(self.path(socket));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         while client.get::<Value>("/").is_err() {
             assert!(Instant::now() < deadline, "nobody answers at {socket}");
             // A new socket causes no event, so poll.
@@ -131,7 +131,7 @@ fn act(client: &Client, action: &str) {
 }
 
 fn wait_for_text(file: &Path, text: &str) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     loop {
         let content = fs::read_to_string(file).unwrap_or_default();
         if content.contains(text) {
@@ -261,7 +261,7 @@ fn fctools() {
         let installation = VmmInstallation::new(program.clone(), program.clone(), program);
         let configuration = VmConfiguration::New { init_method: InitMethod::ViaApiCalls, data };
         let mut vm = Vm::prepare(executor, resources, installation, configuration).await.unwrap();
-        vm.start(PATIENCE).await.unwrap();
+        vm.start(TIME_LIMIT).await.unwrap();
         assert_eq!(vm.get_info().await.unwrap().id, "fctools");
         assert_eq!(vm.get_machine_configuration().await.unwrap().mem_size_mib, MEMORY_MIB as usize);
         vm.pause().await.unwrap();
@@ -272,7 +272,7 @@ fn fctools() {
         assert!(vm.get_balloon_device().await.is_err());
         let ask = VmShutdownAction {
             method: VmShutdownMethod::CtrlAltDel,
-            timeout: Some(PATIENCE),
+            timeout: Some(TIME_LIMIT),
             graceful: true,
         };
         let outcome = vm.shutdown([ask]).await.unwrap();

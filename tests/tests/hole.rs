@@ -15,7 +15,7 @@ use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_tests::agent::{figure, said};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::exits::Counters;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
@@ -231,7 +231,7 @@ fn exits() {
     let mut before: Option<(u64, (u64, u64))> = None;
     let mut turns = 0;
     loop {
-        let line = lines.recv_timeout(PATIENCE).expect("the guest plays");
+        let line = lines.recv_timeout(TIME_LIMIT).expect("the guest plays");
         let Ok(Report::Hole { game, passes, rings, .. }) = Report::parse(&line.text) else { continue };
         let (rung_before, counted_before) = before.replace((rings, line.end)).unwrap_or_default();
         if game.as_str() != "free-and-used" {
@@ -369,7 +369,7 @@ fn watch_release(guest: &Guest, sharing: &Sharing) -> u64 {
         if back(&after) >= FREED / 4096 * 95 / 100 {
             break after;
         }
-        assert!(released.elapsed() < 2 * PATIENCE, "{after:?} {:?}", sharing.statistics());
+        assert!(released.elapsed() < 2 * TIME_LIMIT, "{after:?} {:?}", sharing.statistics());
         // The host's free memory causes no event, so poll.
         std::thread::sleep(Duration::from_millis(20));
     };

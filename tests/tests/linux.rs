@@ -13,7 +13,7 @@ use samepage_machine::{DiskConfig, Hypervisor, VmConfig, VmEnd};
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
 use samepage_tests::program::{self, Running};
@@ -139,7 +139,7 @@ fn use_disks_and_merge() {
     guests.iter().for_each(|guest| drop(guest.wait_for("fill ok")));
     let filled = Instant::now();
     while sharing.statistics().pages_sharing < MERGED_PAGES {
-        assert!(filled.elapsed() < PATIENCE, "the guests are not merged: {:?}", sharing.statistics());
+        assert!(filled.elapsed() < TIME_LIMIT, "the guests are not merged: {:?}", sharing.statistics());
         // The engine's progress has no events, so poll.
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -206,7 +206,7 @@ fn read_one_image() {
         }
         before = now;
     }
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     // Copies become shared when they are idle. That causes no event, so poll.
     while sharing.statistics().pages_sharing < blocks * 9 / 10 {
         assert!(Instant::now() < deadline, "{:?} {:?}", sharing.statistics(), sharing.cache());

@@ -9,7 +9,7 @@ use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan};
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
 use samepage_tests::api::Host;
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness;
 use serde_json::json;
 
@@ -44,7 +44,7 @@ fn rounds() {
     for round in 0..ROUNDS {
         live(&host);
         let most = before + SLACK_BYTES;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             let now = host.holdings().private_bytes;
             if now <= most {

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::{Host, MEMORY};
 use samepage_tests::browser::{page_after, width_on};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness::{self, Need};
 use samepage_tests::program::{Running, command};
 use serde_json::{Value, json};
@@ -102,7 +102,7 @@ fn page() {
 /// Returns status and body of the response to a request with these lines.
 fn ask(address: &str, lines: &[&str], body: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIME_LIMIT)).unwrap();
     let head = lines.join("\r\n");
     let request = format!("{head}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     stream.write_all(request.as_bytes()).unwrap();

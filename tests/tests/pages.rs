@@ -8,7 +8,7 @@ use samepage_api_types::by_type::{ByType, TypeSample};
 use samepage_hole::PageType;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::api::{Host, MEMORY};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness::{self, Need};
 use samepage_tests::program::{Finished, Running, command};
 use serde_json::{Value, json};
@@ -210,7 +210,7 @@ fn with_agents() {
     let begun = Instant::now();
     for vm in ["linux1", "linux2"] {
         while !is_told(&host.done("GET", &format!("/vms/{vm}/pages"), None)) {
-            assert!(begun.elapsed() < 5 * PATIENCE, "{}", host.console(vm));
+            assert!(begun.elapsed() < 5 * TIME_LIMIT, "{}", host.console(vm));
             // Statistics have no events, so poll.
             std::thread::sleep(Duration::from_millis(200));
         }

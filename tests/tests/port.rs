@@ -8,7 +8,7 @@ use samepage_machine::{DiskConfig, MemoryHole, VmConfig, VmEnd};
 use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
 use samepage_tests::agent::{figure, said};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
 use samepage_tests::shared::{audit, wait_until};
@@ -85,7 +85,7 @@ fn linux_tells_and_frees() {
     let back = || claimed().given_back - before;
     while back() < FREED / 4096 - KEPT {
         assert!(
-            released.elapsed() < PATIENCE,
+            released.elapsed() < TIME_LIMIT,
             "{:?} {:?}\n{}",
             claimed(),
             sharing.statistics(),

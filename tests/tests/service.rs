@@ -20,7 +20,7 @@ use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use samepage_tests::harness::Need::{Kvm, Mounts, Systemd};
 use samepage_tests::harness::run_all;
-use samepage_tests::program::{self, PATIENCE, Running, command};
+use samepage_tests::program::{self, Running, TIME_LIMIT, command};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -299,7 +299,7 @@ fn at_work() {
     let page = running.stderr().wait_for_line("the web page is http://");
     let address = page.split_once("http://").expect("an address").1.trim_end_matches('/').to_owned();
     let mut stream = TcpStream::connect(&address).expect("connect to the port");
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream.set_read_timeout(Some(TIME_LIMIT)).expect("set a timeout");
     write!(stream, "GET /version HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").expect("ask");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");

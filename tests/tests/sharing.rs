@@ -9,7 +9,7 @@ use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::{Notice, Sharing};
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness;
 use samepage_tests::process::{Holdings, Meter};
@@ -83,7 +83,7 @@ fn integrity_with(settings: Settings, wanted: u64) {
             (merges, progress) = (statistics.merges, Instant::now());
         }
         // On a busy host, the engine may not merge anything within one round of the guests.
-        assert!(progress.elapsed() < PATIENCE, "guests write and nothing is merged: {statistics:?}");
+        assert!(progress.elapsed() < TIME_LIMIT, "guests write and nothing is merged: {statistics:?}");
         if merges / (wanted / 4).max(1) > audited {
             audited += 1;
             audit(&sharing);

@@ -1,4 +1,4 @@
-//! Clients that ask for one resource again and again.
+//! Clients that request one resource repeatedly.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,25 +11,25 @@ use serde::Serialize;
 
 use super::percentile_us;
 
-/// What asking for a resource came to.
+/// The results for one resource.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Load {
     pub(super) path: String,
-    /// Answers a second, of all clients together.
+    /// Responses per second to all clients together.
     pub(super) per_second: f64,
-    /// Half of all answers took no longer, in microseconds.
+    /// Median latency, in microseconds.
     pub(super) p50_us: f64,
-    /// All but one in a hundred took no longer, in microseconds.
+    /// 99th percentile of the latency, in microseconds.
     pub(super) p99_us: f64,
-    /// The longest.
+    /// The longest latency, in microseconds.
     pub(super) max_us: f64,
-    /// An answer's body.
+    /// Length of a response's body in bytes.
     pub(super) bytes: usize,
 }
 
-/// Has clients ask for a resource.
+/// Measures clients that request a resource.
 pub(super) fn measure(socket: &Path, path: &str, clients: u32, requests: u32) -> Result<Load> {
-    // What the first one has to wait for is not part of it.
+    // The delay of the first request does not count.
     let bytes = Connection::open(socket, path)?.ask()?;
     let each = requests.div_ceil(clients);
     let started = Instant::now();
@@ -62,7 +62,7 @@ pub(super) fn measure(socket: &Path, path: &str, clients: u32, requests: u32) ->
     })
 }
 
-/// A client that does as little as it can.
+/// A minimal client.
 struct Connection {
     stream: UnixStream,
     request: String,
@@ -76,7 +76,7 @@ impl Connection {
         Ok(Self { stream, request, buffer: vec![0; 1 << 20] })
     }
 
-    /// Asks, and returns the length of the answer's body.
+    /// Sends a request, and returns the length of the response's body.
     fn ask(&mut self) -> Result<usize> {
         self.stream.write_all(self.request.as_bytes()).context("ask the server")?;
         let (mut filled, mut whole) = (0, None);
@@ -97,7 +97,7 @@ impl Connection {
     }
 }
 
-/// The lengths of an answer's head and body, once its head is there.
+/// Returns the lengths of a response's head and body, or `None` if the head is incomplete.
 fn length(answer: &[u8]) -> Result<Option<(usize, usize)>> {
     let Some(end) = answer.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
     let head = str::from_utf8(&answer[..end]).context("the answer is no HTTP")?;

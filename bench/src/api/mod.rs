@@ -1,9 +1,10 @@
-//! `samepage bench api`: how many requests a second the control socket answers with many VMs in its process,
-//! and how soon a VM that a client creates says something, beside `samepage run`.
+//! `samepage bench api`: measures the control socket with many VMs in its process. The results are requests
+//! per second, and the time until the first output of a VM that a client creates, compared with `samepage
+//! run`.
 //!
-//! The server is a process of its own, this program started with `serve`. Its VMs are small embedded guests
-//! that do next to nothing. Clients wait for each answer before they ask again, so that a latency is what one
-//! request takes with as many others under way as there are clients.
+//! The server is a separate process, started with `serve`. Its VMs are small embedded guests that do almost
+//! nothing. Each client waits for a response before its next request. So a latency is that of one request,
+//! with as many others in flight as there are clients.
 
 mod load;
 mod server;
@@ -24,11 +25,11 @@ use start::Starts;
 /// The arguments of `samepage bench api`.
 #[derive(Debug, Args)]
 pub(crate) struct ApiArgs {
-    /// VMs in the process that is asked
+    /// VMs in the server's process
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
     vms: u32,
 
-    /// Clients that ask at the same time
+    /// Clients with simultaneous requests
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=128))]
     clients: u32,
 
@@ -45,25 +46,25 @@ pub(crate) struct ApiArgs {
     pub(super) json: bool,
 }
 
-/// What was measured.
+/// The results.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    /// VMs in the process.
+    /// VMs in the server's process.
     vms: u32,
-    /// Clients that asked at the same time.
+    /// Clients with simultaneous requests.
     clients: u32,
-    /// By resource.
+    /// Results by resource.
     loads: Vec<Load>,
-    /// With no other VM in the process.
+    /// Start times without other VMs in the process.
     starts_alone: Starts,
-    /// With all of them.
+    /// Start times with all VMs in the process.
     starts_among_others: Starts,
 }
 
-/// Measures.
+/// Measures everything.
 ///
 /// # Errors
-/// Where a server or a VM does not come up, or an answer is not what it should be.
+/// Fails if a server or a VM does not start, or if a response is invalid.
 pub(super) fn measure(args: &ApiArgs) -> Result<Report> {
     let server = Server::start()?;
     let starts_alone = start::measure(&server, args.starts)?;
@@ -76,7 +77,7 @@ pub(super) fn measure(args: &ApiArgs) -> Result<Report> {
 }
 
 impl Report {
-    /// The report for people.
+    /// Returns the report as text.
     pub(super) fn format(&self) -> String {
         let mut text = format!("{}, {}\n\n", counted(self.clients, "client"), counted(self.vms, "VM"));
         // Writing to a string does not fail.
@@ -106,7 +107,8 @@ impl Report {
     }
 }
 
-/// The value in the middle of those above a share of all, in microseconds. The times are sorted.
+/// Returns the median of the times above a percentage of all times, in microseconds. The times must be
+/// sorted.
 fn percentile_us(sorted: &[Duration], percent: usize) -> f64 {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted.get(at).map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)

@@ -1,4 +1,4 @@
-//! A process with a control socket, and its VMs.
+//! A process with a control socket, and VMs.
 
 use std::env;
 use std::fs;
@@ -14,12 +14,12 @@ use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use serde_json::{Value, json};
 
-/// How long the process may take to come up.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for the start of the process.
+const TIME_LIMIT: Duration = Duration::from_secs(30);
 /// Memory of each guest, in bytes.
 pub(super) const MEMORY: u64 = 16 << 20;
 
-/// The process, which ends when this is dropped, and a folder for it.
+/// The process and its folder. Dropping it ends the process.
 pub(super) struct Server {
     process: Child,
     folder: PathBuf,
@@ -28,7 +28,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Starts it.
+    /// Starts the process.
     pub(super) fn start() -> Result<Self> {
         let folder = env::temp_dir().join(format!("samepage-bench-api-{}", std::process::id()));
         fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
@@ -42,7 +42,7 @@ impl Server {
         let process = started.inspect_err(|_| drop(fs::remove_dir_all(&folder)))?;
         let client = Client::new(&socket);
         let server = Self { process, folder, socket, client };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         while server.client.get::<Value>("/version").is_err() {
             ensure!(Instant::now() < deadline, "the server does not come up");
             thread::sleep(Duration::from_millis(5));
@@ -58,19 +58,19 @@ impl Server {
         &self.client
     }
 
-    /// The guest's file.
+    /// Returns the path of the guest's image.
     pub(super) fn guest(&self) -> PathBuf {
         self.folder.join("guest.elf")
     }
 
-    /// What creates and starts a VM.
+    /// Returns the body of a request that creates and starts a VM.
     pub(super) fn vm(&self, name: &str, plan: &Plan) -> Value {
         json!({
             "name": name, "kernel": self.guest(), "memory": MEMORY, "cmdline": plan.to_string(), "start": true,
         })
     }
 
-    /// Starts VMs that go on.
+    /// Starts VMs that run for ever.
     pub(super) fn create_vms(&self, count: u32) -> Result<()> {
         for vm in 0..count {
             let plan = Plan { vm, rounds: 0, every_ms: 1000, pages: Some(256), ..Plan::default() };
@@ -83,7 +83,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Whatever it does, it is over.
+        // The process ends in any case.
         let _ = self.process.kill();
         let _ = self.process.wait();
         let _ = fs::remove_dir_all(&self.folder);

@@ -1,4 +1,4 @@
-//! How soon a guest says something: one that a client creates, and one of `samepage run`.
+//! The time until a guest's first output, for a VM that a client creates and for one of `samepage run`.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -12,21 +12,21 @@ use serde_json::Value;
 
 use super::server::{MEMORY, Server};
 
-/// How long a guest may take to say something.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for a guest's first output.
+const TIME_LIMIT: Duration = Duration::from_secs(30);
 
-/// Times until the first byte of a guest's console, medians in milliseconds.
+/// Times until the first byte on a guest's console: medians in milliseconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Starts {
-    /// From `POST /vms` with `start` on, over the stream of its console.
+    /// From `POST /vms` with `start`, over the stream of the console.
     pub(super) post_ms: f64,
-    /// From the start of the process `samepage run` on.
+    /// From the start of the process `samepage run`.
     pub(super) run_ms: f64,
-    /// The first by the second.
+    /// The first time divided by the second.
     pub(super) ratio: f64,
 }
 
-/// Starts VMs in both ways, in turns.
+/// Starts VMs in both ways, alternately.
 pub(super) fn measure(server: &Server, count: u32) -> Result<Starts> {
     let (mut posts, mut runs) = (Vec::new(), Vec::new());
     for _ in 0..count {
@@ -37,7 +37,7 @@ pub(super) fn measure(server: &Server, count: u32) -> Result<Starts> {
     Ok(Starts { post_ms, run_ms, ratio: post_ms / run_ms })
 }
 
-/// A guest that says something and ends.
+/// A guest that prints something and ends.
 fn plan() -> Plan {
     Plan { pages: Some(1), ..Plan::default() }
 }
@@ -48,7 +48,7 @@ fn post(server: &Server) -> Result<Duration> {
     server.client().send::<Value>(Method::POST, "/vms", &vm).context("create a VM")?;
     let (mut stream, first) = server.client().attach("new").context("attach to a console")?;
     if first.is_empty() {
-        stream.set_read_timeout(Some(PATIENCE)).context("set a timeout")?;
+        stream.set_read_timeout(Some(TIME_LIMIT)).context("set a timeout")?;
         stream.read_exact(&mut [0]).context("wait for the guest")?;
     }
     let took = started.elapsed();
@@ -66,7 +66,7 @@ fn run(server: &Server) -> Result<Duration> {
     let said = process.stdout.take().context("its output is a pipe").map(|mut output| {
         let read = output.read_exact(&mut [0]);
         let took = started.elapsed();
-        // It ends by itself.
+        // The process ends by itself.
         let _ = output.read_to_end(&mut Vec::new());
         read.map(|()| took)
     });

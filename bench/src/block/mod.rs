@@ -1,6 +1,6 @@
-//! `samepage bench block`: how fast guests read and write disks. The same guest does the same requests with
-//! several policies, and under QEMU. No block is read twice, so that no cache has anything to answer: what
-//! shows is what a policy costs.
+//! `samepage bench block`: measures how fast guests read and write disks. The same guest does the same
+//! requests with several policies, and under QEMU. No block is read twice, so no cache has any hits: the
+//! results show the cost of a policy.
 
 mod qemu;
 
@@ -32,15 +32,15 @@ use qemu::Qemu;
 
 /// Blocks of a large request.
 const LARGE: u32 = 32;
-/// Requests in flight, where there are several.
+/// Requests in flight, if there are several.
 const DEEP: u32 = 32;
-/// The host's cache as a part of the disk: it fills up and evicts.
+/// The disk's size divided by that of the host's cache, so that the cache fills up and evicts.
 const CACHE_DIVISOR: u64 = 8;
-/// Blocks that a disk which several VMs may read lets in before any of them hits.
+/// Blocks that a disk for several VMs may read into the cache before the first hit.
 const CREDIT: u32 = (64 << 20) / BLOCK_BYTES as u32;
-/// A pause after a pass, long enough to look at counters.
+/// A pause after a pass, long enough to read counters.
 const PAUSE_MS: u64 = 200;
-/// Rounds where the user does not say how many.
+/// Default number of rounds.
 const ROUNDS: u32 = 5;
 
 const EXAMPLES: &str = "\
@@ -55,7 +55,7 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct BlockArgs {
-    /// Where to make two disk images; they are removed at the end [default: the folder for temporary files]
+    /// Folder for two disk images, which are removed at the end [default: the folder for temporary files]
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
 
@@ -67,11 +67,11 @@ pub(super) struct BlockArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
 
-    /// Only requests whose names contain this, such as "reads" or "sequential reads, 128 KiB"
+    /// Measure only requests whose names contain this, such as "reads" or "sequential reads, 128 KiB"
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
-    /// A small image and one round: a first impression
+    /// Use a small image and one round, for a first impression
     #[arg(long)]
     quick: bool,
 
@@ -85,17 +85,17 @@ pub(super) struct BlockArgs {
 pub(super) struct Report {
     /// Release of the host's kernel.
     kernel: String,
-    /// What runs the guests.
+    /// The kind of KVM.
     kvm: String,
     processors: usize,
     rounds: u32,
-    /// How long the run took, in seconds.
+    /// Duration of the run, in seconds.
     seconds: f64,
     sections: Vec<Section>,
 }
 
 impl Report {
-    /// The results, as they are printed.
+    /// Returns the results as text.
     pub(super) fn format(&self) -> String {
         let mut text = format!(
             "Linux {}, {} processors, {}; medians of {} rounds, with quartiles\n",
@@ -106,11 +106,11 @@ impl Report {
     }
 }
 
-/// What a guest does.
+/// The work of a guest.
 #[derive(Clone, Copy, Debug)]
 struct Load {
     writes: bool,
-    /// Requests lie far apart, not one after the other.
+    /// Whether requests are far apart instead of consecutive.
     spread: bool,
     /// Blocks of a request.
     run: u32,
@@ -140,11 +140,11 @@ impl Load {
     }
 
     fn plan(self, blocks: u32, quick: bool) -> Plan {
-        // Small requests one by one take so long that a part of the disk is enough.
+        // Small single requests take so long that a part of the disk is enough.
         let part = if self.run == 1 && self.depth == 1 { 16 } else { 1 };
         let part = if quick { part.min(4) } else { part };
         let client = ClientPlan {
-            // Room for what is in flight, and no more: nothing is found in it again.
+            // Room only for the requests in flight, so that the guest's cache has no hits.
             pages: (self.depth + 1) * self.run + 64,
             blocks,
             run: self.run,
@@ -158,12 +158,12 @@ impl Load {
     }
 }
 
-/// Who serves the guest.
+/// The server of the guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
-    /// With a policy, alone.
+    /// samepage with a policy, without sharing.
     Samepage(CachePolicy),
-    /// With a policy, beside the sharing engine, as a VM is.
+    /// samepage with a policy and the sharing engine, as usual.
     Shared(CachePolicy),
     /// The same with a disk that several VMs may read.
     ReadOnly(CachePolicy),
@@ -181,16 +181,16 @@ const SIDES: [Side; 5] = [
 /// The sides of a first pass over a disk that several VMs may read.
 const FIRST: [Side; 2] = [Side::ReadOnly(CachePolicy::None), Side::ReadOnly(CachePolicy::Exclusive)];
 
-/// What a guest did, and what it cost.
+/// The results of a guest, and their cost.
 #[derive(Clone, Copy, Debug)]
 struct Done {
     work: Work,
-    /// CPU time beside the vCPU's, where it is known.
+    /// CPU time without the vCPU's, if it is known.
     cpu: Option<Duration>,
 }
 
 impl Done {
-    /// A time for each request, in microseconds.
+    /// Returns a time for each request, in microseconds.
     fn each(&self, micros: f64) -> f64 {
         micros / self.work.requests.max(1) as f64
     }
@@ -200,17 +200,17 @@ struct Run {
     bench: Bench,
     hypervisor: Hypervisor,
     qemu: Result<Qemu, String>,
-    /// One to read and one to write, so that what is read is what was there at the start.
+    /// One image to read and one to write, so that reads get the initial content.
     images: [Image; 2],
     blocks: u32,
-    /// What the names of requests have to contain.
+    /// A part of the names of the requests to measure.
     only: String,
 }
 
 /// Measures everything.
 ///
 /// # Errors
-/// Where VMs cannot be built, or the run was interrupted. Without QEMU there is a note.
+/// Fails if VMs cannot be built, or if the run is interrupted. Without QEMU, there is a note.
 pub(super) fn measure(args: &BlockArgs) -> Result<Report> {
     let started = Instant::now();
     let hypervisor = Hypervisor::open()?;
@@ -274,7 +274,8 @@ impl Run {
         Ok(sections.into())
     }
 
-    /// What each side does with so many blocks, in each round. Who goes first alternates.
+    /// Returns the results of each side for this number of blocks, in each round. The sides alternate in
+    /// going first.
     fn work<const N: usize>(&self, load: Load, sides: [Side; N], blocks: u32) -> Result<[Vec<Done>; N]> {
         let mut done = sides.map(|_| Vec::new());
         for round in 0..self.bench.rounds {
@@ -299,7 +300,7 @@ impl Run {
     fn samepage(&self, side: Side, image: &Path, plan: &Plan) -> Result<Done> {
         let (policy, shares, read_only) = match side {
             Side::Samepage(policy) => (policy, false, false),
-            // As disks are where nobody says otherwise: they can be written, so no other VM can read them.
+            // As for disks by default: they are writable, so no other VM can read them.
             Side::Shared(policy) => (policy, true, false),
             Side::ReadOnly(policy) => (policy, true, true),
             Side::Qemu => bail!("QEMU's guests are not samepage's"),
@@ -312,10 +313,10 @@ impl Run {
         };
         let disks = vec![DiskConfig { read_only, ..client::disk(image, policy, plan) }];
         let memory = client::memory(plan);
-        // The guest waits after its pass, so that its vCPU's thread is still there to be asked.
+        // The guest waits after its pass, so that its vCPU's thread still exists for the measurement.
         let plan = Plan { rounds: 0, every_ms: PAUSE_MS, ..plan.clone() };
         let guests = [Guest::start_with_disks(&self.hypervisor, &plan, memory, sharing.as_ref(), disks)?];
-        // The vCPU has not done anything to speak of, and its thread may not have its name yet.
+        // The vCPU has done almost nothing, and its thread may not have its name yet.
         let before = cpu::of_this_process();
         let work = client::wait_pass(&self.bench, &guests[0])?;
         let cpu = guests::cpu_beside(&guests)?.saturating_sub(before);

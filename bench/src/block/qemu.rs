@@ -17,21 +17,21 @@ use super::super::context::Bench;
 use super::super::disk::client::{self, Work};
 use super::super::qemu;
 
-/// Where that machine puts the registers of its only virtio-mmio device.
+/// The address of the registers of the machine's only virtio-mmio device.
 const DISK: u64 = 0xfeb0_0e00;
-/// How long a guest may take.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// How often signals are looked for.
+/// Time limit for a guest.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
+/// Interval of checking for signals.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// An installed QEMU, and the guest as a file.
+/// An installed QEMU, and the guest's image file.
 #[derive(Debug)]
 pub(super) struct Qemu {
     guest: PathBuf,
 }
 
 impl Qemu {
-    /// Looks for it; the error says what to do.
+    /// Finds QEMU. The error says what to do.
     pub(super) fn find(folder: &Path) -> Result<Self, String> {
         qemu::version().map_err(|reason| format!("QEMU is left out: {reason}"))?;
         let guest = folder.join(format!("samepage-bench-{}-guest.elf", std::process::id()));
@@ -40,10 +40,10 @@ impl Qemu {
         Ok(Self { guest })
     }
 
-    /// Has a guest use a disk.
+    /// Runs a guest that uses a disk.
     ///
     /// # Errors
-    /// Where QEMU does not run it, it takes too long, or the run was interrupted.
+    /// Fails if QEMU does not run the guest, if it takes too long, or if the run is interrupted.
     pub(super) fn work(&self, bench: &Bench, image: &Path, plan: &Plan) -> Result<Work> {
         let disk = plan.disk.map(|disk| DiskPlan { base: DISK, ..disk });
         let plan = Plan { disk, ..plan.clone() };
@@ -61,12 +61,12 @@ impl Qemu {
         let reader = thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
                 if let Ok(report) = Report::parse(line.trim_end()) {
-                    // Nobody listens any more once the work is done.
+                    // The receiver is gone when the work is done.
                     let _ = sender.send(report);
                 }
             }
         });
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         let work = loop {
             bench.check()?;
             match reports.recv_timeout(SLICE) {
@@ -90,21 +90,21 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // What stays behind is a small file in a folder for temporary ones.
+        // A small temporary file may remain.
         let _ = fs::remove_file(&self.guest);
     }
 }
 
-/// QEMU's options end at a comma; two stand for one.
+/// QEMU's options end at a comma; a double comma stands for one.
 fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// A QEMU at work, which ends with this value: the machine has nothing by which its guest could.
+/// A running QEMU. Dropping this value ends it, because the machine has no means by which its guest could.
 struct Process(Child);
 
 impl Process {
-    /// What it wrote to its standard error, once it has ended.
+    /// Returns QEMU's standard error after its end.
     fn complaint(&mut self) -> String {
         let stderr = self.0.stderr.take();
         stderr
@@ -117,7 +117,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both do nothing to one that has ended.
+        // Both calls have no effect after the end.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

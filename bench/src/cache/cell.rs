@@ -1,4 +1,4 @@
-//! One policy at one workload: guests read a disk through page caches of their own, over the host's cache.
+//! One policy with one workload: guests read a disk through their own page caches and the host's cache.
 
 use std::fs;
 use std::sync::Arc;
@@ -26,29 +26,29 @@ use super::workload::Workload;
 /// Passes that fill the caches. Each uses [`USES`] times as many blocks as there are.
 const WARMUP: usize = 2;
 const USES: u64 = 2;
-/// Between passes, long enough to look at figures.
+/// Pause between passes, long enough to read counters.
 const PAUSE_MS: u64 = 200;
 
-/// What is measured. Sizes are in blocks of 4 KiB.
+/// The parameters of a measurement. Sizes are in blocks of 4 KiB.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setting {
     pub(super) workload: Workload,
     pub(super) policy: CachePolicy,
-    /// Of each guest's page cache.
+    /// Size of each guest's page cache.
     pub(super) guest: u32,
-    /// Of the host's cache. Where there is none, it is the guests' in equal shares.
+    /// Size of the host's cache. Without one, the guests get it in equal shares.
     pub(super) host: u32,
-    /// Of the disk.
+    /// Size of the disk.
     pub(super) data: u32,
     /// Guests that read the same disk.
     pub(super) vms: u32,
-    /// What else is special about how guests read.
+    /// Other parameters of the guests' reads.
     pub(super) client: ClientPlan,
     /// Requests in flight.
     pub(super) depth: u32,
 }
 
-/// What came of it. Ratios are from 0 to 1; hits of caches below the guest's own are parts of its misses.
+/// The results. Ratios are from 0 to 1. Hits of caches below the guest's own are parts of its misses.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Cell {
     pub(super) workload: String,
@@ -57,31 +57,31 @@ pub(super) struct Cell {
     pub(super) guest_blocks: u32,
     pub(super) host_blocks: u32,
     pub(super) data_blocks: u32,
-    /// Part of all reads that the guests' own caches answer.
+    /// Part of all reads that the guests' own caches serve.
     pub(super) guest_hit_ratio: f64,
-    /// Part of their misses that is served from what another guest holds.
+    /// Part of their misses that is served from another guest's memory.
     pub(super) other_guest_hit_ratio: f64,
-    /// Part of their misses that the host's cache answers.
+    /// Part of their misses that the host's cache serves.
     pub(super) host_hit_ratio: f64,
     /// Blocks read from the disk.
     pub(super) disk_reads: u64,
     /// Blocks that the guests read from their disks.
     pub(super) misses: u64,
-    /// Blocks used a second, by all guests.
+    /// Blocks used per second by all guests.
     pub(super) blocks_per_second: f64,
-    /// Time that half of a guest's requests took at most, in microseconds.
+    /// Median duration of a guest's requests, in microseconds.
     pub(super) p50_us: f64,
-    /// Time that 99 of 100 requests took at most, in microseconds.
+    /// 99th percentile of the duration of a guest's requests, in microseconds.
     pub(super) p99_us: f64,
-    /// CPU time beside the vCPUs' for each block that a guest misses, in microseconds.
+    /// CPU time without the vCPUs' for each block that a guest misses, in microseconds.
     pub(super) host_cpu_us: f64,
-    /// Memory that the host's copies take, as found by their content.
+    /// Memory of the host's copies, found by their content.
     pub(super) host_bytes: u64,
-    /// Memory in copies beyond the first of a block.
+    /// Memory of further copies of a block.
     pub(super) twice_bytes: u64,
 }
 
-/// Counters at one time.
+/// Counters at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Counters {
     /// Blocks that guests read from their disks.
@@ -90,7 +90,7 @@ struct Counters {
     from_host: u64,
     /// Blocks that this process had read from storage.
     storage: u64,
-    /// CPU time beside that of vCPUs.
+    /// CPU time without that of vCPUs.
     cpu: Duration,
 }
 
@@ -110,7 +110,7 @@ impl Counters {
     }
 }
 
-/// Bytes that this process had the kernel read from storage, into its page cache or past it.
+/// Returns the bytes that the kernel read from storage for this process, into its page cache or past it.
 fn read_from_storage() -> Result<u64> {
     let text = fs::read_to_string("/proc/self/io").context("ask for what was read from storage")?;
     let bytes = text.lines().find_map(|line| line.strip_prefix("read_bytes: ")?.trim().parse().ok());
@@ -133,7 +133,7 @@ impl Setting {
     /// Measures with disks on an image.
     ///
     /// # Errors
-    /// Where VMs cannot be built, or a guest reads something wrong.
+    /// Fails if VMs cannot be built, or if a guest reads wrong data.
     pub(super) fn measure(&self, bench: &Bench, hypervisor: &Hypervisor, image: &Image) -> Result<Cell> {
         let host_bytes = u64::from(self.host) * BLOCK_BYTES;
         let sharing = if self.policy.wants_cache() {
@@ -156,7 +156,7 @@ impl Setting {
                 client::wait_pass(bench, guest)?;
             }
             if pass == 0 && self.policy == CachePolicy::Buffered {
-                // Guests have their memory by now: what the cgroup limits from here on is the page cache.
+                // Guests already have their memory, so from here on the cgroup limits only the page cache.
                 image.forget()?;
                 limited = Some(Limited::enter(host_bytes)?);
             }
@@ -166,7 +166,7 @@ impl Setting {
         let after = Counters::now(&guests)?;
         guests.iter().for_each(|guest| guest.vm.pause());
         if let Some(sharing) = &sharing {
-            // It also gives the memory back that free frames keep for a while.
+            // The audit also frees memory that free frames keep for a while.
             let report = sharing.audit().context("audit the frames")?;
             ensure!(report.passed(), "the books of the frames are wrong: {:?}", report.descriptions);
         }
@@ -188,7 +188,7 @@ impl Setting {
         let of_misses = |count: u64| count as f64 / misses.max(1) as f64;
         let host_hit_ratio = match self.policy {
             CachePolicy::None => 0.0,
-            // What is read ahead counts against it.
+            // Readahead counts against the policy.
             CachePolicy::Buffered => (1.0 - of_misses(storage)).max(0.0),
             _ => of_misses(after.from_host - before.from_host),
         };

@@ -1,4 +1,4 @@
-//! How often memory holds each block: counted by looking for its content, whatever anybody's books say.
+//! Counts how often memory holds each block, by searching for its content, independently of any metadata.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -15,22 +15,22 @@ use samepage_sharing::PAGE_SIZE;
 
 use super::super::vms::guests::Guest;
 
-/// Name of the memory file of frames.
+/// Name of the frames' memory file.
 const FRAMES: &str = "memfd:samepage-frames";
 
-/// What memory holds of a disk's blocks.
+/// The copies of a disk's blocks in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Copies {
-    /// Copies that the host holds and no guest.
+    /// Copies that only the host holds.
     pub(super) host: u64,
-    /// Copies beyond one of each block, in the host and in guests: memory that holds nothing of its own.
+    /// Further copies of each block, in the host and in guests: memory without content of its own.
     pub(super) twice: u64,
 }
 
-/// Counts the copies of blocks: those in guests' caches, those in frames, and what the page cache holds.
+/// Counts the copies of blocks in guests' caches, in frames, and in the page cache.
 ///
 /// # Errors
-/// Where memory cannot be read.
+/// Fails if memory cannot be read.
 pub(super) fn count(guests: &[Guest], plan: &Plan, memory: u64, page_cache: &[u32]) -> Result<Copies> {
     let Some(disk) = &plan.disk else { return Ok(Copies::default()) };
     let Some(layout) = ClientLayout::new(disk) else { return Ok(Copies::default()) };
@@ -77,7 +77,7 @@ fn first_word(seed: u32, block: u64) -> u64 {
     disk_word(seed, block * (BLOCK_BYTES / SECTOR_BYTES as u64), 0)
 }
 
-/// The first word of each frame of this process that takes memory.
+/// Returns the first word of each frame of this process that takes memory.
 fn words_of_frames() -> Result<Vec<u64>> {
     let mut words = Vec::new();
     // A store is open more than once.
@@ -85,7 +85,7 @@ fn words_of_frames() -> Result<Vec<u64>> {
     for file in fs::read_dir("/proc/self/fd").context("list open files")?.flatten() {
         let is_store = fs::read_link(file.path()).is_ok_and(|name| name.to_string_lossy().contains(FRAMES));
         if is_store {
-            // Its own place in the file, so that the engine's is left alone.
+            // A separate position in the file, so that the engine's does not change.
             let store = File::open(file.path()).context("open the frames")?;
             if stores.insert(store.metadata().context("look at the frames")?.ino()) {
                 add_words(&store, &mut words)?;

@@ -1,6 +1,5 @@
-//! `samepage bench cache`: the policies for disk blocks beside each other, at equal memory. Guests read a
-//! disk through page caches of their own, verify every block, and say what their caches answered; the host
-//! says what became of the rest.
+//! `samepage bench cache`: compares the policies for disk blocks at equal memory. Guests read a disk through
+//! their own page caches, verify every block, and report their hits. The host reports the rest.
 
 mod cell;
 mod copies;
@@ -30,9 +29,9 @@ use cell::{Cell, Setting};
 pub(super) use report::Report;
 use workload::Workload;
 
-/// Sizes of the host's cache, as multiples of the guest's in halves.
+/// Sizes of the host's cache, in halves of the guest's.
 const HOSTS: [u32; 3] = [1, 2, 4];
-/// The policies, in the order of their measurement.
+/// The policies in the order of measurement.
 const POLICIES: [CachePolicy; 5] = [
     CachePolicy::Exclusive,
     CachePolicy::Scrub,
@@ -40,9 +39,9 @@ const POLICIES: [CachePolicy; 5] = [
     CachePolicy::None,
     CachePolicy::Buffered,
 ];
-/// The workload that variants and goals are about.
+/// The workload for variants and goals.
 const USUAL: Workload = Workload::Zipf(90);
-/// Blocks that are read at once where a guest reads ahead.
+/// Blocks that a guest with readahead reads at once.
 const READAHEAD: u32 = 32;
 
 const EXAMPLES: &str = "\
@@ -60,7 +59,7 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct CacheArgs {
-    /// Measure this workload alone; may be repeated
+    /// Measure only this workload; may be repeated
     #[arg(long = "only", value_name = "NAME", value_parser = PossibleValuesParser::new(Workload::ALL.map(Workload::word)))]
     pub(super) only: Vec<String>,
 
@@ -68,16 +67,16 @@ pub(super) struct CacheArgs {
     #[arg(long, value_name = "BLOCKS", value_parser = clap::value_parser!(u32).range(256..=1 << 18))]
     pub(super) guest: Option<u32>,
 
-    /// Where to make disk images, of a few hundred MiB at most; they are removed at the end [default: the
-    /// folder for temporary files]
+    /// Folder for disk images of at most a few hundred MiB, which are removed at the end [default: the folder
+    /// for temporary files]
     #[arg(long, value_name = "DIR")]
     pub(super) folder: Option<PathBuf>,
 
-    /// Small sizes: a first impression
+    /// Use small sizes, for a first impression
     #[arg(long)]
     pub(super) quick: bool,
 
-    /// Leave the simulation out
+    /// Skip the simulation
     #[arg(long)]
     pub(super) no_simulation: bool,
 
@@ -85,7 +84,7 @@ pub(super) struct CacheArgs {
     #[arg(long)]
     pub(super) json: bool,
 
-    /// Draw what reads got to the disk, by policy and size of the host's cache, into this file, as SVG; of
+    /// Draw the reads that reach the disk into this file, as SVG, by policy and size of the host's cache; for
     /// the first workload
     #[arg(long, value_name = "FILE")]
     pub(super) svg: Option<PathBuf>,
@@ -94,8 +93,8 @@ pub(super) struct CacheArgs {
 /// Measures everything.
 ///
 /// # Errors
-/// Where VMs cannot be built, or the run was interrupted. A policy that this host cannot measure is left
-/// out, with a note.
+/// Fails if VMs cannot be built, or if the run is interrupted. A policy that this host cannot measure is
+/// skipped with a note.
 pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
     let started = Instant::now();
     let hypervisor = Hypervisor::open()?;
@@ -172,12 +171,12 @@ pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
     Ok(report)
 }
 
-/// A run under way.
+/// A run in progress.
 struct Run {
     bench: Bench,
     hypervisor: Hypervisor,
     folder: PathBuf,
-    /// Those that this host can measure.
+    /// The policies that this host can measure.
     policies: Vec<CachePolicy>,
     notes: Vec<String>,
 }
@@ -195,13 +194,13 @@ impl Run {
             .with_context(|| format!("measure {name} with the policy {}", setting.policy))
     }
 
-    /// All policies.
+    /// Measures all policies.
     fn row(&mut self, setting: &Setting, image: &Image) -> Result<Vec<Cell>> {
         let mut row = Vec::new();
         for policy in self.policies.clone() {
             match self.measure(&Setting { policy, ..*setting }, image) {
                 Ok(cell) => row.push(cell),
-                // The kernel's page cache can be bounded by a cgroup alone, which not every user may make.
+                // Only a cgroup can limit the kernel's page cache, and not every user may create one.
                 Err(error) if policy == CachePolicy::Buffered && !error.is::<Interrupted>() => {
                     self.policies.retain(|&policy| policy != CachePolicy::Buffered);
                     self.notes.push(format!("buffered is left out: {error:#}"));
@@ -212,7 +211,7 @@ impl Run {
         Ok(row)
     }
 
-    /// What the policies are to reach.
+    /// Compares the policies with their goals.
     fn judge(
         &self,
         setting: &Setting,
@@ -245,7 +244,7 @@ impl Run {
         Ok(())
     }
 
-    /// Two guests that read the same disk, each by itself.
+    /// Measures two guests that read the same disk independently.
     fn two_vms(&mut self, guest: u32) -> Result<Vec<Cell>> {
         let data = 2 * (2 * guest + guest);
         let image = self.image(data)?;
@@ -262,7 +261,7 @@ impl Run {
         self.row(&setting, &image)
     }
 
-    /// What changes where guests read differently.
+    /// Measures the effect of other ways to read.
     fn variants(&self, guest: u32) -> Result<Vec<Cell>> {
         let data = 4 * guest;
         let image = self.image(data)?;

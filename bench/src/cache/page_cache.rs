@@ -1,26 +1,26 @@
-//! A bound for the kernel's page cache: a memory cgroup that the process is in for a while.
+//! A limit for the kernel's page cache: a memory cgroup that the process enters for a while.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
-/// The process in a cgroup of its own, in which what it reads from now on is limited. It returns to where it
-/// came from when this value goes. What it holds already is not moved along.
+/// The process in its own cgroup, which limits the memory of further reads. Dropping this value returns the
+/// process to its original cgroup. Memory from before does not move.
 #[derive(Debug)]
 pub(super) struct Limited {
     own: PathBuf,
     home: PathBuf,
 }
 
-/// Beside what is limited the kernel charges the cgroup for work in progress, in bytes.
+/// Memory that the kernel charges to the cgroup for work in progress, in bytes.
 const SLACK: u64 = 1 << 20;
 
 impl Limited {
-    /// Enters a new cgroup with room for so many bytes.
+    /// Enters a new cgroup with this limit in bytes.
     ///
     /// # Errors
-    /// Where there is no memory cgroup, or this user may not make one.
+    /// Fails if there is no memory cgroup, or if this user may not create one.
     pub(super) fn enter(bytes: u64) -> Result<Self> {
         let groups = fs::read_to_string("/proc/self/cgroup").context("ask for the process's cgroups")?;
         let (home, limit) = groups
@@ -40,13 +40,13 @@ impl Limited {
 
 impl Drop for Limited {
     fn drop(&mut self) {
-        // What stays behind is an empty cgroup.
+        // An empty cgroup may remain.
         let _ = enter(&self.home);
         let _ = fs::remove_dir(&self.own);
     }
 }
 
-/// The folder that a line of `/proc/self/cgroup` stands for, and the file there that limits memory.
+/// Returns the folder for a line of `/proc/self/cgroup`, and the file there that limits memory.
 fn place(line: &str) -> Option<(PathBuf, &'static str)> {
     let (_, rest) = line.split_once(':')?;
     let (controllers, path) = rest.split_once(':')?;

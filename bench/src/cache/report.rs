@@ -1,4 +1,4 @@
-//! What was found, as JSON and as tables.
+//! The results, as JSON and as tables.
 
 use std::fmt::Write;
 
@@ -15,11 +15,11 @@ use super::cell::Cell;
 pub(crate) struct Report {
     /// Release of the host's kernel.
     pub(super) kernel: String,
-    /// What runs the guests.
+    /// The kind of KVM.
     pub(super) kvm: String,
     pub(super) processors: usize,
     pub(super) quick: bool,
-    /// How long the run took, in seconds.
+    /// Duration of the run, in seconds.
     pub(super) seconds: f64,
     /// Size of a guest's page cache, in blocks.
     pub(super) guest_blocks: u32,
@@ -31,13 +31,13 @@ pub(crate) struct Report {
     pub(super) variants: Vec<Cell>,
     pub(super) goals: Section,
     pub(super) notes: Vec<String>,
-    /// The same by arithmetic; see `samepage bench cache-simulation`.
+    /// The results of the simulation; see `samepage bench cache-simulation`.
     pub(super) simulation: Option<replay::Report>,
 }
 
 impl Report {
-    /// Reads that got to the disk, of those that guests made in all, by policy and size of the host's cache:
-    /// of the first workload, as an SVG document.
+    /// Returns an SVG picture of the part of all reads that reached the disk, by policy and size of the
+    /// host's cache, for the first workload.
     pub(super) fn draw(&self) -> String {
         let workload = self.cells.first().map_or("", |cell| &cell.workload);
         let mut curves = Curves {
@@ -58,7 +58,7 @@ impl Report {
         plot::draw(&format!("Caches of one memory: {workload}"), &curves)
     }
 
-    /// The results, as they are printed.
+    /// Returns the results as text.
     pub(crate) fn format(&self) -> String {
         let mut text = format!(
             "Linux {}, {} processors, {}\nGuests with page caches of {} blocks; disks of twice the blocks that all \

@@ -1,17 +1,17 @@
-//! What guests read.
+//! The reads of guests.
 
 use samepage_resources::demo::client::{ClientPlan, Pattern};
 
-/// How guests choose the blocks that they read.
+/// The order in which guests read blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Workload {
     /// By Zipf's law, with this exponent in hundredths.
     Zipf(u32),
-    /// Each block is as likely as any other.
+    /// All blocks with equal probability.
     Uniform,
-    /// All blocks in order, again and again.
+    /// All blocks in a repeated order.
     Scan,
-    /// Zipf 0.9 over one half of the blocks; every fourth read goes on with a scan of the other half.
+    /// Zipf 0.9 over one half of the blocks. Every fourth read continues a scan of the other half.
     ScanOverZipf,
 }
 
@@ -19,7 +19,7 @@ impl Workload {
     pub(super) const ALL: [Self; 6] =
         [Self::Zipf(60), Self::Zipf(90), Self::Zipf(120), Self::Uniform, Self::Scan, Self::ScanOverZipf];
 
-    /// What `--only` calls it.
+    /// Returns the name for `--only`.
     pub(super) const fn word(self) -> &'static str {
         match self {
             Self::Zipf(..75) => "zipf-0.6",
@@ -31,7 +31,7 @@ impl Workload {
         }
     }
 
-    /// The client's plan for these reads, with all else as in `base`.
+    /// Returns the client's plan for these reads, with other fields from `base`.
     pub(super) fn client(self, base: ClientPlan) -> ClientPlan {
         let (reads, theta) = match self {
             Self::Zipf(theta) => (Pattern::Zipf, theta),
@@ -42,7 +42,7 @@ impl Workload {
         ClientPlan { reads, theta, ..base }
     }
 
-    /// What it is called in tables, with what is special about it.
+    /// Returns the name in tables, with the special parameters.
     pub(super) fn name(self, client: ClientPlan, depth: u32) -> String {
         let mut name = match self {
             Self::Zipf(theta) => format!("Zipf {}.{}", theta / 100, theta % 100 / 10),

@@ -1,4 +1,4 @@
-//! Guests that use a disk through a page cache of their own.
+//! Guests that use a disk through their own page cache.
 
 use std::path::Path;
 
@@ -13,12 +13,12 @@ use super::super::context::Bench;
 use super::super::vms::guests::Guest;
 use super::FIRST_DISK;
 
-/// Memory of a guest besides its client's.
+/// Memory of a guest in addition to its client's, in bytes.
 const BESIDES: u64 = 8 << 20;
 const MIB: u64 = 1 << 20;
 
-/// A plan for a guest that does nothing but use its disk: so many passes, with a pause in between that is
-/// long enough to look at figures.
+/// Returns a plan for a guest that only uses its disk: this number of passes, with pauses that are long
+/// enough to read counters.
 pub(crate) fn plan(client: ClientPlan, depth: u32, passes: u64, pause_ms: u64) -> Plan {
     let disk = DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth, client, ..DiskPlan::new(FIRST_DISK) };
     Plan {
@@ -33,13 +33,13 @@ pub(crate) fn plan(client: ClientPlan, depth: u32, passes: u64, pause_ms: u64) -
     }
 }
 
-/// Memory that a guest with such a plan needs, in bytes.
+/// Returns the memory for a guest with such a plan, in bytes.
 pub(crate) fn memory(plan: &Plan) -> u64 {
     let client = plan.disk.as_ref().and_then(ClientLayout::new).map_or(0, |layout| layout.bytes);
     (client + BESIDES).next_multiple_of(MIB)
 }
 
-/// The disk of such a guest, which it may write only if its plan says so.
+/// Returns the disk of such a guest. It is writable only if the plan writes.
 pub(crate) fn disk(image: &Path, policy: CachePolicy, plan: &Plan) -> DiskConfig {
     DiskConfig {
         path: image.to_path_buf(),
@@ -51,7 +51,7 @@ pub(crate) fn disk(image: &Path, policy: CachePolicy, plan: &Plan) -> DiskConfig
     }
 }
 
-/// What a guest has done with its disk.
+/// The work of a guest on its disk.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Work {
     /// Blocks used.
@@ -59,16 +59,16 @@ pub(crate) struct Work {
     /// Blocks that the guest's cache held.
     pub(crate) hits: u64,
     pub(crate) requests: u64,
-    /// Time that it took, in microseconds.
+    /// Duration in microseconds.
     pub(crate) us: u64,
-    /// Time that half of the requests took at most, in microseconds.
+    /// Median duration of the requests, in microseconds.
     pub(crate) p50: f64,
-    /// Time that 99 of 100 requests took at most, in microseconds.
+    /// 99th percentile of the duration of the requests, in microseconds.
     pub(crate) p99: f64,
 }
 
 impl Work {
-    /// What a guest reports of a pass, or of all at the end.
+    /// Returns a guest's report about a pass, or about all passes at the end.
     pub(crate) fn of(report: &Report) -> Option<Self> {
         let micros = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
         match *report {
@@ -80,16 +80,16 @@ impl Work {
         }
     }
 
-    /// Bytes used a second.
+    /// Returns the bytes used per second.
     pub(crate) fn bytes_per_second(&self) -> f64 {
         (self.blocks * BLOCK_BYTES) as f64 * 1e6 / self.us.max(1) as f64
     }
 }
 
-/// Waits until a guest has done one more pass.
+/// Waits for the end of the guest's next pass.
 ///
 /// # Errors
-/// As [`Guest::wait_for`].
+/// Fails like [`Guest::wait_for`].
 pub(crate) fn wait_pass(bench: &Bench, guest: &Guest) -> Result<Work> {
     guest.wait_for(bench, "the end of a pass over its disk", Work::of)
 }

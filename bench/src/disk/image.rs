@@ -11,7 +11,7 @@ use samepage_resources::demo::client::BLOCK_BYTES;
 use samepage_resources::demo::content::SECTOR_BYTES;
 use samepage_resources::image::write_pattern;
 
-/// An image file, which goes with this value.
+/// An image file, which is removed when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Image {
     path: PathBuf,
@@ -19,10 +19,10 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Makes an image of so many blocks for guests with this seed.
+    /// Makes an image of this number of blocks for guests with this seed.
     ///
     /// # Errors
-    /// Where there is no room for it.
+    /// Fails if there is not enough room for it.
     pub(crate) fn create(folder: &Path, name: &str, seed: u32, blocks: u64) -> Result<Self> {
         let bytes = blocks * BLOCK_BYTES;
         let StatVfs { f_bavail, f_frsize, .. } =
@@ -54,19 +54,19 @@ impl Image {
         &self.path
     }
 
-    /// Has the kernel drop what its page cache holds of the image.
+    /// Makes the kernel drop the image from its page cache.
     ///
     /// # Errors
-    /// Where it refuses.
+    /// Fails if the kernel refuses.
     pub(crate) fn forget(&self) -> Result<()> {
         fadvise(&self.file, 0, None, Advice::DontNeed).context("empty the page cache of an image")
     }
 
-    /// Which of the first blocks the kernel's page cache holds. Asks by reading without waiting, which
-    /// brings nothing in.
+    /// Returns those of the first blocks that the kernel's page cache holds. Finds out with reads that do not
+    /// wait and so cache nothing.
     ///
     /// # Errors
-    /// Where the image cannot be read.
+    /// Fails if the image cannot be read.
     pub(crate) fn resident(&self, blocks: u32) -> Result<Vec<u32>> {
         let mut resident = Vec::new();
         let mut byte = [0];
@@ -84,7 +84,7 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // What stays behind is a file in a folder for temporary ones.
+        // A temporary file may remain.
         let _ = fs::remove_file(&self.path);
     }
 }

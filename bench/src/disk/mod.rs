@@ -1,4 +1,4 @@
-//! What benchmarks of disks share: images of known content, and guests that use them.
+//! The common parts of disk benchmarks: images with known content, and guests that use them.
 
 pub(super) mod client;
 pub(super) mod image;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// Address of the registers of a VM's first disk.
 pub(super) const FIRST_DISK: u64 = samepage_machine::x86::layout::MMIO_START;
 
-/// Where images go if nobody says.
+/// Returns the default folder for images.
 pub(super) fn default_folder() -> PathBuf {
     std::env::temp_dir()
 }

@@ -1,31 +1,31 @@
-//! The guest's cache, by LRU: which reads pass it, and what it gives up for them. It does not depend on the
-//! host's.
+//! The guest's cache, by LRU: the reads that pass it, and the blocks that it evicts for them. It does not
+//! depend on the host's cache.
 
 use samepage_sharing::blocks::replace::{History, Replacement};
 
 use super::host::FixedHashes;
 use super::policies::Lru;
 
-/// A read that the guest's cache does not answer.
+/// A read that misses the guest's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Miss {
     pub(super) block: u32,
-    /// What the guest gives up for it, once its cache is full.
+    /// The block that the guest evicts for it, if the cache is full.
     pub(super) given_up: Option<u32>,
 }
 
-/// What the host sees of a guest's reads.
+/// A guest's misses.
 #[derive(Debug)]
 pub(super) struct Misses {
     pub(super) all: Vec<Miss>,
-    /// The first of them that counts: the caches are full by then.
+    /// Index of the first miss that counts. The caches are full by then.
     pub(super) counted: usize,
-    /// Reads that count, with those that the guest's cache answers.
+    /// Number of counted reads, including hits of the guest's cache.
     pub(super) reads: u64,
 }
 
 impl Misses {
-    /// The reads that pass a cache of this size. The first half of the reads does not count.
+    /// Returns the misses of a cache of this size. The first half of the reads does not count.
     pub(super) fn of(reads: &[u32], cache: u32) -> Self {
         let mut lru = Lru::new(FixedHashes::default());
         let (mut all, mut counted) = (Vec::new(), 0);
@@ -43,7 +43,7 @@ impl Misses {
         Self { all, counted, reads: (reads.len() - reads.len() / 2) as u64 }
     }
 
-    /// Misses that count.
+    /// Returns the number of counted misses.
     pub(super) fn len(&self) -> u64 {
         (self.all.len() - self.counted) as u64
     }

@@ -1,4 +1,4 @@
-//! The host's cache under the guest's.
+//! The host's cache below the guest's.
 
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -11,7 +11,7 @@ use super::workload::mix;
 /// Hashes that are the same in each run.
 pub(super) type FixedHashes = BuildHasherDefault<Mixed>;
 
-/// The hash of a block's number.
+/// A hash of a block's number.
 #[derive(Debug, Default)]
 pub(super) struct Mixed(u64);
 
@@ -31,19 +31,19 @@ impl Hasher for Mixed {
     }
 }
 
-/// What the host keeps.
+/// The content of the host's cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// What guests read, also while they hold it.
+    /// Blocks that guests read, even while they hold them.
     Inclusive,
-    /// What guests gave up, until they read it again.
+    /// Blocks that guests evicted, until they read them again.
     Exclusive,
 }
 
-/// How many of the misses that count a cache of this size answers.
+/// Returns how many of the counted misses a cache of this size serves.
 pub(super) fn hits(misses: &Misses, policy: Policy, usage: Use, blocks: u32, data: u32) -> u64 {
     let mut cache = policy.start_with::<u32>(FixedHashes::default());
-    // Of the blocks that the guest holds.
+    // Histories of the blocks that the guest holds.
     let mut histories = vec![History::NONE; data as usize];
     let mut hits = 0;
     for (index, miss) in misses.all.iter().enumerate() {

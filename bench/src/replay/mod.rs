@@ -1,9 +1,8 @@
-//! `samepage bench cache-simulation`: reads of disk blocks replayed through two caches, a guest's page
-//! cache over the host's. It says how many reads each of them answers, by what the host evicts first (all
-//! of [`policies`]) and by whether it keeps what guests hold as well
-//! (inclusive) or only what they gave up (exclusive).
+//! `samepage bench cache-simulation`: simulates reads of disk blocks through two caches, a guest's page cache
+//! and the host's. The results are the hits of both, by the host's policy for eviction (all of [`policies`]).
+//! The host keeps either all blocks (inclusive), or only blocks that guests evicted (exclusive).
 //!
-//! Sizes are in blocks. Everything follows from the seed: two runs give the same figures.
+//! Sizes are in blocks. Everything depends only on the seed: two runs have the same results.
 
 mod guest;
 mod host;
@@ -30,9 +29,9 @@ use workload::Workload;
 
 /// Sizes of the host's cache, as multiples of the guest's.
 const HOSTS: [f64; 3] = [0.5, 1.0, 2.0];
-/// Data, as a multiple of both caches.
+/// Size of the data, as a multiple of both caches.
 const DATA: f64 = 2.0;
-/// The inclusive cache for as many hits is found to this part of the exclusive one's size.
+/// Precision of the inclusive cache's size with equal hits, as a part of the exclusive one's size.
 const PRECISION: f64 = 0.02;
 
 const EXAMPLES: &str = "\
@@ -47,21 +46,21 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ReplayArgs {
-    /// Reads to replay in place of made-up ones: block numbers, one on each line, or, where the name ends
-    /// in .u64, 8 bytes each, little-endian. May be repeated
+    /// Reads to use in place of synthetic ones: block numbers, one on each line, or 8 bytes each,
+    /// little-endian, if the name ends in .u64. May be repeated
     #[arg(long = "trace", value_name = "FILE")]
     pub(super) traces: Vec<PathBuf>,
 
-    /// Size of the guest's cache for made-up reads. With a trace, its distinct blocks are the data, and the
-    /// caches follow from them
+    /// Size of the guest's cache for synthetic reads. With a trace, its distinct blocks are the data, and the
+    /// caches depend on their number
     #[arg(long, value_name = "BLOCKS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(16..=1 << 24))]
     pub(super) guest: u32,
 
-    /// Made-up reads of each workload; the first half fills the caches and is not counted
+    /// Synthetic reads of each workload; the first half fills the caches and is not counted
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1000..=1_000_000_000))]
     pub(super) reads: u32,
 
-    /// What made-up reads follow from
+    /// Seed of the synthetic reads
     #[arg(long, value_name = "N", default_value = "1")]
     pub(super) seed: NonZeroU32,
 
@@ -70,10 +69,10 @@ pub(super) struct ReplayArgs {
     pub(super) json: bool,
 }
 
-/// Replays everything.
+/// Simulates everything.
 ///
 /// # Errors
-/// A trace that cannot be read, or is too short.
+/// Fails if a trace cannot be read or is too short.
 pub(super) fn measure(args: &ReplayArgs) -> Result<Report> {
     let mut rows = Vec::new();
     if args.traces.is_empty() {
@@ -125,13 +124,13 @@ impl Sizes {
     }
 }
 
-/// Replays reads with each policy, in each use.
+/// Simulates reads with each policy, for both kinds of host caches.
 fn replay(workload: String, reads: &[u32], sizes: Sizes) -> Row {
     let misses = Misses::of(reads, sizes.guest);
     let cell = &|policy| {
         let hits = |usage, blocks| host::hits(&misses, policy, usage, blocks, sizes.data);
         let [inclusive, exclusive] = [Use::Inclusive, Use::Exclusive].map(|usage| hits(usage, sizes.host));
-        // Where nothing hits, no memory is as good as any.
+        // Without hits, any size is equal.
         let equal =
             (exclusive > 0).then(|| least_for(exclusive, sizes, |blocks| hits(Use::Inclusive, blocks)));
         Cell::new(policy, &misses, sizes, [inclusive, exclusive], equal)
@@ -143,8 +142,8 @@ fn replay(workload: String, reads: &[u32], sizes: Sizes) -> Row {
     Row::new(workload, &misses, sizes, cells)
 }
 
-/// The least size with which an inclusive cache has this many hits, given what each size has. One of all
-/// data has every hit that there is.
+/// Returns the least size with which an inclusive cache has this many hits, given a function for the hits of
+/// a size. A cache of all data has every possible hit.
 fn least_for(wanted: u64, sizes: Sizes, hits: impl Fn(u32) -> u64) -> u32 {
     let (mut few, mut enough) = (0, sizes.data);
     let step = (f64::from(sizes.host) * PRECISION).max(1.0) as u32;

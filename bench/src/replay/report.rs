@@ -1,4 +1,4 @@
-//! What was found, as JSON and as tables.
+//! The results, as JSON and as tables.
 
 use std::fmt::Write;
 
@@ -12,7 +12,7 @@ use super::policies::Policy;
 /// A run's results. Ratios are from 0 to 1, sizes in blocks.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    /// What made-up reads followed from.
+    /// The seed of the synthetic reads.
     pub(super) seed: u32,
     pub(super) rows: Vec<Row>,
 }
@@ -23,13 +23,13 @@ pub(super) struct Row {
     pub(super) workload: String,
     pub(super) guest_blocks: u32,
     pub(super) host_blocks: u32,
-    /// Different blocks that may be read.
+    /// Distinct blocks that may be read.
     pub(super) data_blocks: u32,
     /// The host's cache as a multiple of the guest's.
     pub(super) host_by_guest: f64,
-    /// Reads that were counted.
+    /// Counted reads.
     pub(super) reads: u64,
-    /// Part of all reads that the guest's cache answers.
+    /// Part of all reads that the guest's cache serves.
     pub(super) guest_hit_ratio: f64,
     pub(super) policies: Vec<Cell>,
 }
@@ -49,29 +49,29 @@ impl Row {
     }
 }
 
-/// What one policy reaches.
+/// The results of one policy.
 #[derive(Debug, Serialize)]
 pub(super) struct Cell {
     pub(super) policy: String,
     pub(super) inclusive: Hits,
     pub(super) exclusive: Hits,
-    /// The inclusive cache that has as many hits as the exclusive one; `None` where that has none.
+    /// Size of the inclusive cache with the same hits as the exclusive one; `None` if that has no hits.
     pub(super) equal_inclusive_blocks: Option<u32>,
-    /// The same as a multiple of the exclusive one.
+    /// The same size, as a multiple of the exclusive one's.
     pub(super) equal_memory_ratio: Option<f64>,
 }
 
-/// Hits in one use.
+/// Hits of an inclusive or an exclusive cache.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Hits {
-    /// Part of the guest's misses that the host's cache answers.
+    /// Part of the guest's misses that the host's cache serves.
     pub(super) host_hit_ratio: f64,
-    /// Part of all reads that either answers.
+    /// Part of all reads that either cache serves.
     pub(super) hit_ratio: f64,
 }
 
 impl Cell {
-    /// From the hits of both uses and the inclusive cache with as many.
+    /// Returns the results from the hits of both caches and the size of the equal inclusive cache.
     pub(super) fn new(
         policy: Policy,
         misses: &Misses,
@@ -94,7 +94,7 @@ impl Cell {
 }
 
 impl Report {
-    /// The results, as they are printed.
+    /// Returns the results as text.
     pub(crate) fn format(&self) -> String {
         let mut text =
             format!("Reads of blocks through a guest's cache (LRU) and the host's; seed {}\n", self.seed);

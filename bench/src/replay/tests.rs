@@ -1,4 +1,4 @@
-//! What the simulation is to show, at small sizes.
+//! The expected results of the simulation, at small sizes.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn row(workload: Workload, host: f64) -> Row {
 
 #[test]
 fn on_zipf_an_exclusive_cache_hits_more_and_takes_less_memory() {
-    // The smaller the cache, the more of an inclusive one is what the guest holds anyway.
+    // The smaller the cache, the larger the part of an inclusive cache that the guest also holds.
     for (host, gain, memory) in [(0.5, 1.9, 2.2), (1.0, 1.5, 1.6), (2.0, 1.2, 1.25)] {
         for cell in &row(Workload::Zipf(0.9), host).policies {
             let (inclusive, exclusive) = (cell.inclusive.host_hit_ratio, cell.exclusive.host_hit_ratio);

@@ -1,4 +1,4 @@
-//! Reads: made up, or from a file.
+//! Reads, synthetic or from a file.
 
 use std::fmt;
 use std::fs;
@@ -10,21 +10,21 @@ use hashbrown::HashMap;
 
 use super::Sizes;
 
-/// Made-up reads.
+/// Synthetic reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Workload {
-    /// Each read by itself; the block of rank r with a chance in proportion to r to the power of minus
+    /// Independent reads. The probability of the block with rank r is proportional to r to the power of minus
     /// this.
     Zipf(f64),
-    /// Zipf 0.9; at every tenth read two blocks change their ranks, so that what is read most changes.
+    /// Zipf 0.9. At every tenth read, two blocks exchange their ranks, so the most popular blocks change.
     MovingZipf,
-    /// Each block is as likely as any other.
+    /// All blocks with equal probability.
     Uniform,
-    /// All blocks in order, again and again.
+    /// All blocks in a repeated order.
     Loop,
-    /// As many blocks as nine tenths of both caches, in order, again and again.
+    /// Nine tenths as many blocks as both caches hold, in a repeated order.
     FittingLoop,
-    /// Zipf 0.9 over one half of the data; every fourth read goes on with a scan of the other half.
+    /// Zipf 0.9 over one half of the data. Every fourth read continues a scan of the other half.
     ScanOverZipf,
 }
 
@@ -40,7 +40,7 @@ impl Workload {
         Self::ScanOverZipf,
     ];
 
-    /// So many reads.
+    /// Returns this number of reads.
     pub(super) fn reads(self, sizes: Sizes, count: u32, seed: NonZeroU32) -> Vec<u32> {
         let mut numbers = Numbers(u64::from(seed.get()));
         let data = sizes.data;
@@ -98,11 +98,11 @@ impl fmt::Display for Workload {
 pub(super) struct Trace {
     /// Blocks, numbered in the order of their first reads.
     pub(super) reads: Vec<u32>,
-    /// How many different ones there are.
+    /// Number of distinct blocks.
     pub(super) blocks: u32,
 }
 
-/// Reads a file of block numbers: text, or 8 bytes each where its name ends in `.u64`.
+/// Reads a file of block numbers: text, or 8 bytes each if its name ends in `.u64`.
 pub(super) fn read_trace(path: &Path) -> Result<Trace> {
     let bytes = fs::read(path).with_context(|| format!("the trace {} cannot be read", path.display()))?;
     let blocks: Vec<u64> = if path.extension().is_some_and(|extension| extension == "u64") {
@@ -136,7 +136,7 @@ pub(super) fn read_trace(path: &Path) -> Result<Trace> {
 
 /// Ranks by Zipf's law.
 struct Zipf {
-    /// For each rank, the chance of it or a lower one.
+    /// For each rank, the probability of this or a lower rank.
     chances: Vec<f64>,
 }
 
@@ -160,7 +160,7 @@ impl Zipf {
     }
 }
 
-/// Numbers as good as random: SplitMix64 of Steele, Lea and Flood, "Fast splittable pseudorandom number
+/// Pseudorandom numbers: SplitMix64 of Steele, Lea and Flood, "Fast splittable pseudorandom number
 /// generators" (OOPSLA 2014).
 struct Numbers(u64);
 
@@ -175,7 +175,7 @@ impl Numbers {
     }
 }
 
-/// A number that changes with every bit of another.
+/// Returns a number that depends on every bit of another.
 pub(super) fn mix(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

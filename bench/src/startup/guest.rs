@@ -7,16 +7,16 @@ use anyhow::{Context, Result};
 use samepage_resources::DEMO_GUEST;
 use tempfile::TempDir;
 
-/// Where the image is loaded, and entered.
+/// The address for loading and entry.
 const LOAD_ADDRESS: u32 = 1 << 20;
 const CODE_OFFSET: usize = 0x1000;
 const NOTE_OFFSET: usize = 0x2000;
 const FILE_HEADER_BYTES: u16 = 64;
 const PROGRAM_HEADER_BYTES: u16 = 56;
-/// `XEN_ELFNOTE_PHYS32_ENTRY`, which tells the entry point of PVH (Xen, include/public/elfnote.h).
+/// `XEN_ELFNOTE_PHYS32_ENTRY`, the note with PVH's entry point (Xen, include/public/elfnote.h).
 const NOTE_TYPE: u32 = 18;
 
-/// 32-bit code that puts a line on the first serial port with its first instructions, then halts.
+/// 32-bit code that writes a line to the first serial port with its first instructions, then halts.
 #[rustfmt::skip]
 const CODE: [u8; 14] = [
     0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
@@ -28,9 +28,9 @@ const CODE: [u8; 14] = [
     0xeb, 0xfd,                   // jmp to the hlt
 ];
 
-/// The images in a folder that goes with the value.
+/// The images in a folder, which is removed when this value is dropped.
 pub(super) struct Files {
-    /// The image that is nothing but its first instructions.
+    /// The image that contains only its first instructions.
     pub(super) first_instruction: PathBuf,
     /// The demo guest.
     pub(super) demo: PathBuf,
@@ -53,7 +53,7 @@ impl Files {
     }
 }
 
-/// An ELF image of one segment with [`CODE`], and the note that makes it a PVH kernel.
+/// Returns an ELF image of one segment with [`CODE`], and the note that makes it a PVH kernel.
 fn first_instruction() -> Vec<u8> {
     let mut note = Vec::new();
     for word in [4, 4, NOTE_TYPE, u32::from_le_bytes(*b"Xen\0"), LOAD_ADDRESS] {

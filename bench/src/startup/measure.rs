@@ -1,4 +1,4 @@
-//! Measuring both monitors, in turns.
+//! Measures both monitors alternately.
 
 use std::path::Path;
 
@@ -15,9 +15,9 @@ use crate::monitor::{self, GUEST_MIB, Running};
 use crate::qemu;
 use crate::report::Figure;
 
-/// How many seconds a fleet of idle guests gets to come to rest.
+/// Limit for the seconds until a number of idle guests is measured.
 const SAMPLES: u32 = 60;
-/// After how many seconds samepage has given back what its start left behind.
+/// Seconds until samepage has freed the memory that its start left behind.
 const SECONDS_TO_GIVE_BACK: u32 = 3;
 const PAGE_KIB: u64 = 4;
 
@@ -42,7 +42,7 @@ fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result
     let milliseconds =
         |command: &mut _| monitor::time_to_first_byte(command).map(|elapsed| elapsed.as_secs_f64() * 1000.0);
     let mut samples = Pair { samepage: Vec::new(), qemu: Vec::new() };
-    // The first start of each, which may have to read its program from disk, does not count.
+    // The first start of each does not count, because it may read the program from disk.
     for run in 0..=runs {
         let first_samepage = run % 2 == 0;
         let mut qemu = 0.0;
@@ -85,7 +85,7 @@ fn memory(vms: u32, samepage: &Path, kernel: &Path) -> Result<MemoryRow> {
     Ok(MemoryRow::new(vms, Pair { samepage, qemu }))
 }
 
-/// What of samepage's statistics tells how much of its memory is guests'.
+/// The part of samepage's statistics that tells how much of its memory belongs to guests.
 #[derive(Debug, Deserialize, PartialEq, Eq)]
 struct Statistics {
     merges: u64,
@@ -104,8 +104,8 @@ impl Statistics {
     }
 }
 
-/// Memory of a samepage process whose statistics, which it tells each second, have stopped changing. A second
-/// after its last VM has come it gives memory back.
+/// Returns the memory of a samepage process whose statistics have stopped changing. They appear each second.
+/// The process frees memory a second after its last VM has started.
 fn memory_at_rest(process: &mut Running) -> Result<Memory> {
     for _ in 0..SECONDS_TO_GIVE_BACK {
         statistics(process)?;

@@ -1,5 +1,5 @@
-//! `samepage bench startup`: how soon a guest says something, and what memory a VM takes beyond its own,
-//! beside QEMU's microvm with the same guests, in turns.
+//! `samepage bench startup`: measures the time until a guest's first output, and a VM's memory in addition to
+//! its own. Compares them with QEMU's microvm with the same guests, alternately.
 
 mod guest;
 mod measure;
@@ -14,19 +14,19 @@ use samepage_machine::Hypervisor;
 use super::program;
 pub(crate) use report::StartupReport;
 
-/// What of start-up to measure.
+/// The arguments of `samepage bench startup`.
 #[derive(Args, Debug)]
 pub(crate) struct StartupArgs {
     /// Starts of each monitor and guest
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) runs: u32,
 
-    /// Numbers of VMs at which memory is measured
+    /// Numbers of VMs for the measurement of memory
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "1,2,16,64",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) vms: Vec<u32>,
 
-    /// Rounds of 32 VMs that come, share and go, before what the process keeps is measured
+    /// Rounds of 32 VMs that start, share and end, before the remaining memory is measured
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 
@@ -38,7 +38,7 @@ pub(crate) struct StartupArgs {
 /// Measures start-up times, then memory.
 ///
 /// # Errors
-/// Without KVM or QEMU, and where a monitor does not start its guest.
+/// Fails without KVM or QEMU, and if a monitor does not start its guest.
 pub(super) fn measure(args: &StartupArgs) -> Result<StartupReport> {
     Hypervisor::open()?;
     measure::startup(args, &program::path()?, &guest::Files::write()?)

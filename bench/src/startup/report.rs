@@ -8,21 +8,21 @@ use super::rounds::RoundsRow;
 use super::smaps::Memory;
 use crate::host::Host;
 
-/// What samepage is to need at most of QEMU's time.
+/// The goal for samepage's time, as a part of QEMU's.
 const TIME_GOAL: f64 = 1.0 / 3.0;
-/// What a VM is to need at most beyond its own memory, in KiB, with all that its process needs.
+/// The goal for a VM's memory in addition to its own, in KiB, including the memory of its process.
 const FIRST_VM_GOAL_KIB: f64 = 5.0 * 1024.0;
 /// The same for each further VM of the process.
 const FURTHER_VM_GOAL_KIB: f64 = 1024.0;
-/// What a process is to keep at most of VMs that are gone, with all that it needs itself, in KiB.
+/// The goal for a process's memory after all VMs have ended, in KiB.
 const KEPT_GOAL_KIB: f64 = 10.0 * 1024.0;
 
 /// A measurement of both monitors.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Pair<T> {
-    /// Of samepage.
+    /// samepage's value.
     pub(crate) samepage: T,
-    /// Of QEMU.
+    /// QEMU's value.
     pub(crate) qemu: T,
 }
 
@@ -40,12 +40,12 @@ pub(crate) struct Spread {
 /// The time from the start of a process to its guest's first output.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct TimeRow {
-    /// Whose output.
+    /// The kind of output.
     pub(crate) what: &'static str,
     /// The times.
     #[serde(flatten)]
     pub(crate) times: Pair<Spread>,
-    /// Median by median.
+    /// The ratio of the medians.
     pub(crate) ratio: f64,
 }
 
@@ -56,15 +56,15 @@ impl TimeRow {
     }
 }
 
-/// Memory of everything that runs a number of VMs, beyond the guests' own.
+/// Memory of everything that runs a number of VMs, in addition to the guests' own.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct MemoryRow {
-    /// How many: in one process of samepage's, and in as many of QEMU's.
+    /// Number of VMs: in one process of samepage, and in as many of QEMU.
     pub(crate) vms: u32,
     /// The memory.
     #[serde(flatten)]
     pub(crate) memory: Pair<Memory>,
-    /// Of the proportional set sizes.
+    /// The ratio of the proportional set sizes.
     pub(crate) ratio: f64,
 }
 
@@ -80,23 +80,23 @@ impl MemoryRow {
     }
 }
 
-/// What a VM adds to the memory of everything that runs VMs, by proportional set size, in KiB.
+/// The memory that a VM adds, by proportional set size, in KiB.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct VmRow {
-    /// Which VM.
+    /// The VM.
     pub(crate) what: String,
     /// The memory.
     #[serde(flatten)]
     pub(crate) kib: Pair<f64>,
-    /// One by the other.
+    /// The ratio.
     pub(crate) ratio: f64,
-    /// What is promised of samepage.
+    /// The goal for samepage.
     pub(crate) goal_kib: f64,
 }
 
 impl VmRow {
-    /// Rows for the first VM and for the average of the others, from ascending numbers of VMs; as many as
-    /// follow from these.
+    /// Returns rows for the first VM and for the average of the others, from ascending numbers of VMs, as far
+    /// as these allow.
     fn all(memory: &[MemoryRow]) -> Vec<Self> {
         let [first, .., last] = memory else {
             return memory.iter().filter_map(Self::first).collect();
@@ -130,15 +130,15 @@ pub(crate) struct StartupReport {
     pub(crate) qemu: String,
     /// Memory of each guest, in MiB.
     pub(crate) guest_mib: u32,
-    /// Runs behind each time.
+    /// Runs for each time.
     pub(crate) runs: u32,
     /// Times.
     pub(crate) times: Vec<TimeRow>,
     /// Memory, by ascending numbers of VMs.
     pub(crate) memory: Vec<MemoryRow>,
-    /// What follows from it for a VM.
+    /// The memory for each VM.
     pub(crate) vms: Vec<VmRow>,
-    /// What a process keeps of VMs that are gone.
+    /// The memory of a process after its VMs have ended.
     pub(crate) rounds: RoundsRow,
 }
 

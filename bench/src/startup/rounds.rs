@@ -1,4 +1,4 @@
-//! What a process keeps of VMs that came and went.
+//! The memory of a process after its VMs have ended.
 
 use std::fs;
 use std::path::Path;
@@ -17,32 +17,32 @@ use crate::program;
 
 /// VMs in a round.
 const VMS: u32 = 32;
-/// Memory of each, in MiB.
+/// Memory of each VM, in MiB.
 const GUEST_MIB: u32 = 32;
-/// Pages that each uses. Two in five are alike in all of them.
+/// Pages that each VM uses. Two in five are identical in all VMs.
 const PAGES: u32 = 2048;
-/// Pages that are to be merged in a round.
+/// Pages that must be merged in a round.
 const MERGED: u64 = (VMS as u64 - 1) * PAGES as u64 / 5;
-/// How long a round may take to merge them, and the process to come to rest.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// After how long the process has given back what it does.
+/// Time limit for merging in a round, and for the process to become idle.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
+/// Time after which the process has freed its unused memory.
 const REST: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(100);
 
 /// Private memory of a process without VMs, in KiB.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct RoundsRow {
-    /// How many rounds.
+    /// Number of rounds.
     pub(crate) rounds: u32,
-    /// VMs in each.
+    /// VMs in each round.
     pub(crate) vms: u32,
-    /// Before the first.
+    /// Memory before the first round.
     pub(crate) before_kib: u64,
-    /// After the last.
+    /// Memory after the last round.
     pub(crate) after_kib: u64,
 }
 
-/// Has VMs come, share and go in one process.
+/// Runs rounds of VMs that start, share and end in one process.
 pub(super) fn measure(rounds: u32, samepage: &Path, kernel: &Path) -> Result<RoundsRow> {
     let folder = TempDir::new().context("creating a folder for the control socket")?;
     let socket = folder.path().join("socket");
@@ -60,7 +60,7 @@ pub(super) fn measure(rounds: u32, samepage: &Path, kernel: &Path) -> Result<Rou
         program::output(Command::new(samepage).args(arguments).arg("--socket").arg(&socket))
     };
     wait("the control socket", || Ok(socket.exists()))?;
-    // As after a round: code that clients need has been used.
+    // As after a round: use the code that clients need.
     ask(&["sharing", "--json"])?;
     thread::sleep(REST);
     let before: Memory = smaps::of_samepage(process.id(), 0)?;
@@ -79,10 +79,10 @@ pub(super) fn measure(rounds: u32, samepage: &Path, kernel: &Path) -> Result<Rou
 }
 
 fn wait(what: &str, holds: impl Fn() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while !holds()? {
         if Instant::now() > deadline {
-            bail!("{what} takes more than {} s", PATIENCE.as_secs());
+            bail!("{what} takes more than {} s", TIME_LIMIT.as_secs());
         }
         thread::sleep(TICK);
     }

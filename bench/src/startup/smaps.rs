@@ -1,7 +1,7 @@
-//! Memory of a process beyond that of its guests, from the kernel's accounts of its mappings.
+//! Memory of a process in addition to its guests', from the kernel's accounts of its mappings.
 //!
-//! The kernel counts in KiB, and so does this module. See `Documentation/filesystems/proc.rst`, the parts
-//! on `/proc/PID/smaps` and `/proc/PID/status`.
+//! The unit is KiB, as in the kernel. See `Documentation/filesystems/proc.rst`, the parts on
+//! `/proc/PID/smaps` and `/proc/PID/status`.
 
 use std::fs;
 use std::ops::{Add, AddAssign};
@@ -9,17 +9,17 @@ use std::ops::{Add, AddAssign};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-/// The memory file of samepage's frames: content of guests.
+/// The memory file of samepage's frames, which contain guests' content.
 const FRAMES: &str = "/memfd:samepage-frames";
 
 /// Memory of processes, in KiB.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Memory {
-    /// That nobody else has mapped. The program's code is private while only one process runs it.
+    /// Memory that no other process has mapped. The program's code is private while only one process runs it.
     pub(crate) private_kib: u64,
-    /// The same, and of what several processes have mapped each one's share: the proportional set size.
+    /// Private memory, and the share of memory that several processes have mapped: the proportional set size.
     pub(crate) proportional_kib: u64,
-    /// The process's own page tables, which the kernel keeps beyond that; guest memory's among them.
+    /// The process's page tables, including those for guest memory. The kernel counts them separately.
     pub(crate) page_tables_kib: u64,
 }
 
@@ -41,7 +41,7 @@ impl AddAssign for Memory {
     }
 }
 
-/// One mapping, sizes in KiB.
+/// A mapping, with sizes in KiB.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Mapping {
     size: u64,
@@ -80,17 +80,18 @@ fn mappings(smaps: &str) -> Result<Vec<Mapping>> {
     Ok(mappings)
 }
 
-/// The number of a field like `   123 kB`.
+/// Returns the number of a field like `   123 kB`.
 fn kib(field: &str) -> Option<u64> {
     field.trim().strip_suffix(" kB")?.parse().ok()
 }
 
-/// Memory of a samepage process beyond `guest_private_kib` of private guest pages and all frames.
+/// Returns the memory of a samepage process without `guest_private_kib` of private guest pages and without
+/// all frames.
 pub(super) fn of_samepage(process: u32, guest_private_kib: u64) -> Result<Memory> {
     beyond_guests(process, |smaps| without_private_pages(&mappings(smaps)?, guest_private_kib))
 }
 
-/// Memory of a QEMU process beyond its guest's, a mapping of this size.
+/// Returns the memory of a QEMU process without its guest's, which is a mapping of this size.
 pub(super) fn of_qemu(process: u32, guest_kib: u64) -> Result<Memory> {
     beyond_guests(process, |smaps| without_mapping(&mappings(smaps)?, guest_kib))
 }
@@ -109,8 +110,8 @@ fn beyond_guests(process: u32, count: impl FnOnce(&str) -> Result<Memory>) -> Re
 fn without_private_pages(mappings: &[Mapping], guest_kib: u64) -> Result<Memory> {
     let mut all = Memory::default();
     for mapping in mappings {
-        // Anonymous pages over frames are guests' own copies, counted with their private pages; frames
-        // themselves are content of guests.
+        // Anonymous pages over frames are guests' own copies, which count as their private pages. Frames
+        // contain guests' content.
         let is_frames = mapping.name.starts_with(FRAMES);
         let part = |whole| if is_frames { mapping.anonymous } else { whole };
         all.private_kib += part(mapping.private);

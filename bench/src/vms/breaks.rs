@@ -1,6 +1,6 @@
-//! What the first write to a merged page costs, by how many VMs the process has, beside the same write to
-//! a plain private mapping of a file: both are copied on write by the kernel, which tells every VM of the
-//! process that a page is about to change.
+//! The cost of the first write to a merged page, by the number of VMs in the process. It is compared with the
+//! same write to a plain private mapping of a file. In both cases the kernel copies the page, and notifies
+//! every VM of the process that a page is about to change.
 
 use std::fs::File;
 use std::io::Write;
@@ -22,15 +22,15 @@ use crate::context::Bench;
 use crate::cpu::{self, micros_each};
 use crate::report::{Goal, Measurement, Section};
 
-/// VMs of the process.
+/// Number of VMs in the process.
 const VMS: [u32; 4] = [1, 8, 32, 64];
-/// Memory of the VMs in whose memory nothing is broken.
+/// Memory of the VMs whose memory does not change.
 const SMALL: u64 = 16 << 20;
-/// Where the first VM's alike pages lie, twice: in guest-physical memory.
+/// The guest-physical addresses of the first VM's two halves with alike pages.
 const HALVES: [u64; 2] = [32 << 20, 64 << 20];
 /// Pages in a run.
 const RUN: u64 = 64;
-/// How long merging may take.
+/// Time limit for merging.
 const LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(5);
 const TITLE: &str = "A write to a merged page, beside the kernel's own copy on write";
@@ -70,7 +70,7 @@ fn rounds(bench: &Bench, mut measure: impl FnMut() -> Result<f64>) -> Result<Vec
     (0..bench.rounds).map(|_| bench.check().and_then(|()| measure())).collect()
 }
 
-/// The time for each first write to a private mapping of a file in memory, in microseconds.
+/// Returns the time for each first write to a private mapping of a file in memory, in microseconds.
 fn plain(pages: u64) -> Result<f64> {
     let mut file: File = memfd_create("plain", MemfdFlags::CLOEXEC).context("make a memory file")?.into();
     (0..pages).try_for_each(|page| file.write_all(&content(0, page))).context("fill a memory file")?;
@@ -86,7 +86,7 @@ fn content(seed: u64, page: u64) -> Vec<u8> {
     words.flat_map(u64::to_le_bytes).collect()
 }
 
-/// A process with VMs whose guests halt. The first one's memory holds pages twice.
+/// A process with VMs whose guests halt. The first one's memory holds each page twice.
 struct Host {
     sharing: Arc<Sharing>,
     guests: Vec<Guest>,
@@ -105,10 +105,10 @@ impl Host {
         Ok(Self { sharing, guests, pages })
     }
 
-    /// The time for each write to a page that was merged, in microseconds.
+    /// Returns the time for each write to a merged page, in microseconds.
     fn breaks(&self, bench: &Bench, number: u64) -> Result<f64> {
         let guest = &self.guests[0];
-        // Pages without memory lie between runs, so that these stay apart.
+        // Pages without memory between runs keep the runs separate.
         let addresses =
             |half: u64| (0..self.pages).map(move |page| half + (page + page / RUN) * PAGE_SIZE as u64);
         let before = self.sharing.statistics().merges;
@@ -129,7 +129,7 @@ impl Host {
         Ok(micros_each(time, self.pages))
     }
 
-    /// Waits for so many merges since the start.
+    /// Waits for this number of merges since the start.
     fn until(&self, bench: &Bench, merges: u64) -> Result<()> {
         let started = Instant::now();
         loop {

@@ -1,6 +1,6 @@
-//! What page faults elsewhere in the process take while the engine merges at its ceiling: guests keep
-//! rewriting pages and bringing them back, so that there is always something to merge. The engine changes
-//! mappings, for which it and page faults need the same locks.
+//! The duration of page faults elsewhere in the process while the engine merges at its limit. Guests rewrite
+//! and restore pages continuously, so there is always something to merge. The engine changes mappings, for
+//! which it needs the same locks as page faults.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,17 +18,16 @@ use crate::context::Bench;
 use crate::report::{Goal, Measurement, Section};
 
 const VMS: u32 = 2;
-/// So much of its memory each guest rewrites in a second, as a divisor; half of the pages back to what they
-/// were.
+/// Divisor for the part of its memory that each guest rewrites in a second. Half of the pages are restored.
 const CHANGING: u64 = 8;
-/// Pages of fresh memory that are touched between two looks at the time that has passed.
+/// Pages of fresh memory to touch between two readings of the clock.
 const PAGES: usize = 4096;
-/// How long the engine has to come to what it then does all the time.
+/// Time for the engine to reach a steady state.
 const SETTLE: Duration = Duration::from_millis(500);
 const TITLE: &str =
     "A page fault elsewhere in the process while the engine merges at its ceiling of 10 % of a core";
 
-/// Latencies of one stretch, in microseconds.
+/// Latencies of one measurement, in microseconds.
 #[derive(Clone, Copy, Debug)]
 struct Latencies {
     half: f64,

@@ -1,5 +1,5 @@
-//! How soon, after VMs have come to rest, what they hold alike is found and merged: half of the memory of
-//! four VMs.
+//! The time from the moment when VMs become idle until their identical pages are found and merged: half of
+//! the memory of four VMs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,20 +18,20 @@ use crate::ksm::Mode;
 use crate::report::{Goal, Measurement, Section};
 
 const VMS: u32 = 4;
-/// The part of what can be saved at which the time is taken, in percent.
+/// The percentage of the possible savings at which the time is taken.
 const FOUND: u64 = 90;
-/// How often the engine's figures are read.
+/// Interval of reading the engine's statistics.
 const POLL: Duration = Duration::from_millis(2);
-/// How long either side may take.
+/// Time limit for both sides.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How long KSM has where it is set as hosts have it.
+/// Time limit for KSM with usual settings.
 const SLOW_LIMIT: Duration = Duration::from_secs(30);
 
-/// What one side did.
+/// The results of one side.
 #[derive(Clone, Copy, Debug)]
 struct Outcome {
-    /// From rest until nine tenths were merged, in seconds.
+    /// Time until nine tenths were merged, in seconds.
     wall: f64,
     /// CPU time until then, in seconds.
     cpu: f64,
@@ -96,7 +96,7 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-/// Guests that have come to rest.
+/// Returns guests that have become idle.
 fn guests(bench: &Bench, hypervisor: &Hypervisor, sharing: Option<&Arc<Sharing>>) -> Result<Vec<Guest>> {
     let guests = Guest::start_all(hypervisor, &resting(), VMS, memory(bench), sharing)?;
     guests.iter().try_for_each(|guest| guest.wait_verified(bench))?;
@@ -128,7 +128,7 @@ fn engines(bench: &Bench, hypervisor: &Hypervisor, settings: &Settings) -> Resul
     Ok(outcome)
 }
 
-/// What KSM did if it got there, and how much of what it could it merged within the time, in percent.
+/// Returns the results of KSM if it reached the goal, and the percentage that it merged within the time.
 fn kernels(
     bench: &Bench,
     hypervisor: &Hypervisor,
@@ -148,7 +148,7 @@ fn kernels(
     Ok(Some((work.finished.then_some(outcome), merged)))
 }
 
-/// Pages that KSM counts as merged once it has merged everything.
+/// Returns the number of pages that KSM counts as merged after it has merged everything.
 fn mergeable(report: &oracle::Report) -> u64 {
     report.total.duplicated() + report.total.zero
 }

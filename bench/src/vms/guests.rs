@@ -23,37 +23,38 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::context::Bench;
 use crate::cpu;
 
-/// Memory of a VM, unless said otherwise.
+/// Default memory of a VM, in bytes.
 pub(crate) const MEMORY: u64 = 128 << 20;
-/// How long a guest may take for anything.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// The engine tries again after 16 intervals, 4 s, what it could not merge.
+/// Time limit for any step of a guest.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
+/// The engine retries failed merges after 16 intervals, which are 4 s.
 const STILL: Duration = Duration::from_millis(4500);
-/// How often the benchmark looks for signals while it waits.
+/// Interval of checking for signals while the benchmark waits.
 const SLICE: Duration = Duration::from_millis(50);
-/// A pause between rounds that no benchmark outlasts.
+/// A pause between rounds that is longer than any benchmark.
 const FOREVER_MS: u64 = 1 << 30;
 
-/// A plan for a guest that fills its memory, verifies it once and then rests until it is told to finish.
+/// Returns a plan for a guest that fills its memory, verifies it once and is then idle until it is asked to
+/// finish.
 pub(crate) fn resting() -> Plan {
     Plan { alike: 50, own: 50, zero: 0, rounds: 0, every_ms: FOREVER_MS, ..Plan::default() }
 }
 
-/// A plan for a guest that fills its memory and then halts for good.
+/// Returns a plan for a guest that fills its memory and then halts for good.
 pub(crate) fn halting() -> Plan {
     Plan { crash: Some(Crash::Sleep), every_ms: 0, ..resting() }
 }
 
-/// CPU time of this process so far, beside that of the guests' vCPUs.
+/// Returns the CPU time of this process so far, without that of the guests' vCPUs.
 ///
 /// # Errors
-/// As [`Guest::cpu`].
+/// Fails like [`Guest::cpu`].
 pub(crate) fn cpu_beside(guests: &[Guest]) -> Result<Duration> {
     let vcpus = guests.iter().map(Guest::cpu).sum::<Result<Duration>>()?;
     Ok(cpu::of_this_process().saturating_sub(vcpus))
 }
 
-/// A VM with the demo guest, running.
+/// A running VM with the demo guest.
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) vm: Vm,
@@ -64,7 +65,7 @@ impl Guest {
     /// Starts a guest.
     ///
     /// # Errors
-    /// Where the VM cannot be built.
+    /// Fails if the VM cannot be built.
     pub(crate) fn start(
         hypervisor: &Hypervisor,
         plan: &Plan,
@@ -77,7 +78,7 @@ impl Guest {
     /// Starts a guest with disks.
     ///
     /// # Errors
-    /// Where the VM cannot be built.
+    /// Fails if the VM cannot be built.
     pub(crate) fn start_with_disks(
         hypervisor: &Hypervisor,
         plan: &Plan,
@@ -101,10 +102,10 @@ impl Guest {
         Ok(Self { vm, reports })
     }
 
-    /// Starts several guests with the same plan but for their numbers.
+    /// Starts several guests with the same plan and different numbers.
     ///
     /// # Errors
-    /// As [`Guest::start`], and where the host has too little memory for them.
+    /// Fails like [`Guest::start`], and if the host has too little memory for them.
     pub(crate) fn start_all(
         hypervisor: &Hypervisor,
         plan: &Plan,
@@ -119,10 +120,10 @@ impl Guest {
         plans.map(|plan| Self::start(hypervisor, &plan, memory_bytes, sharing)).collect()
     }
 
-    /// Waits for a report for which `find` gives something.
+    /// Waits for a report for which `find` returns a value.
     ///
     /// # Errors
-    /// Where none comes in time, the guest finds its memory corrupt or ends, or the benchmark was
+    /// Fails if none comes in time, if the guest finds corrupt memory or ends, or if the benchmark is
     /// interrupted.
     pub(crate) fn wait_for<T>(
         &self,
@@ -130,7 +131,7 @@ impl Guest {
         what: &str,
         find: impl Fn(&Report) -> Option<T>,
     ) -> Result<T> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIME_LIMIT;
         loop {
             bench.check()?;
             match self.reports.recv_timeout(SLICE) {
@@ -148,24 +149,24 @@ impl Guest {
     /// Waits until the guest has filled its memory.
     ///
     /// # Errors
-    /// As [`wait_for`](Self::wait_for).
+    /// Fails like [`wait_for`](Self::wait_for).
     pub(crate) fn wait_filled(&self, bench: &Bench) -> Result<()> {
         self.wait_for(bench, "filled memory", |report| matches!(report, Report::Ready { .. }).then_some(()))
     }
 
-    /// Waits until the guest has verified its memory once more, and by the plan comes to rest.
+    /// Waits until the guest has verified its memory once more. By its plan, it is then idle.
     ///
     /// # Errors
-    /// As [`wait_for`](Self::wait_for).
+    /// Fails like [`wait_for`](Self::wait_for).
     pub(crate) fn wait_verified(&self, bench: &Bench) -> Result<()> {
         let round = |report: &Report| matches!(report, Report::Round { .. }).then_some(());
         self.wait_for(bench, "the end of a verification", round)
     }
 
-    /// The reports that came so far and were not taken.
+    /// Returns the new reports.
     ///
     /// # Errors
-    /// Where the guest finds its memory corrupt, or the VM has ended.
+    /// Fails if the guest finds corrupt memory, or if the VM has ended.
     pub(crate) fn take_reports(&self) -> Result<Vec<Report>> {
         if let Some(end) = self.vm.end() {
             bail!("VM {} ended: {end}", self.vm.name());
@@ -173,10 +174,10 @@ impl Guest {
         self.reports.try_iter().map(|report| sound(self.vm.name(), report)).collect()
     }
 
-    /// CPU time of its vCPU's thread so far, the guest's own included.
+    /// Returns the CPU time of the vCPU's thread so far, including the guest's.
     ///
     /// # Errors
-    /// Where `/proc` does not tell.
+    /// Fails if `/proc` does not provide it.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         let name = format!("vcpu-{}-0", self.vm.name());
         let threads = fs::read_dir("/proc/self/task").context("list threads")?;
@@ -190,10 +191,10 @@ impl Guest {
         Ok(Duration::from_nanos(nanoseconds.context("a thread's CPU time is no number")?))
     }
 
-    /// Pages of its RAM that take memory, as runs.
+    /// Returns the pages of RAM that take memory, as runs.
     ///
     /// # Errors
-    /// Where the page map cannot be read.
+    /// Fails if the page map cannot be read.
     pub(crate) fn private_pages(&self) -> Result<Vec<std::ops::Range<u32>>> {
         let ram = self.vm.ram();
         let mut runs = Vec::new();
@@ -205,7 +206,7 @@ impl Guest {
     /// Reads bytes of the guest's memory.
     ///
     /// # Errors
-    /// Where there is no such memory.
+    /// Fails if there is no such memory.
     pub(crate) fn read_bytes(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         let view = self.vm.memory().view();
         view.read_slice(bytes, GuestAddress(address)).with_context(|| format!("read from {address:#x}"))
@@ -214,26 +215,26 @@ impl Guest {
     /// Reads a byte of the guest's memory.
     ///
     /// # Errors
-    /// Where there is no such memory.
+    /// Fails if there is no such memory.
     pub(crate) fn read(&self, address: u64) -> Result<u8> {
         let view = self.vm.memory().view();
         view.read_obj(GuestAddress(address)).with_context(|| format!("read from {address:#x}"))
     }
 
-    /// Writes to the guest's memory, as a device does.
+    /// Writes to the guest's memory, like a device.
     ///
     /// # Errors
-    /// Where there is no such memory.
+    /// Fails if there is no such memory.
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         let view = self.vm.memory().view();
         view.write_slice(bytes, GuestAddress(address)).with_context(|| format!("write to {address:#x}"))
     }
 }
 
-/// Has guests verify their memory a last time and end.
+/// Lets guests verify their memory a last time and end.
 ///
 /// # Errors
-/// Where a page is corrupt: a benchmark of sharing that loses content measures nothing.
+/// Fails if a page is corrupt: a benchmark of sharing that loses content measures nothing.
 pub(crate) fn finish(bench: &Bench, guests: Vec<Guest>) -> Result<()> {
     for Guest { vm, .. } in &guests {
         ensure!(vm.serial_input(b"q") == 1, "VM {} takes no input", vm.name());
@@ -249,7 +250,7 @@ pub(crate) fn finish(bench: &Bench, guests: Vec<Guest>) -> Result<()> {
     Ok(())
 }
 
-/// Fails for reports of what should not happen.
+/// Fails for reports of errors.
 fn sound(vm: &str, report: Report) -> Result<Report> {
     match report {
         Report::Corrupt { .. } | Report::BlkCorrupt { .. } | Report::Error { .. } | Report::Fault { .. } => {
@@ -259,11 +260,11 @@ fn sound(vm: &str, report: Report) -> Result<Report> {
     }
 }
 
-/// What the offline oracle says of the guests' memory, in which nothing is shared yet and which must be
-/// at rest.
+/// Returns the offline oracle's report about the guests' memory. Nothing may be shared yet, and the guests
+/// must be idle.
 ///
 /// # Errors
-/// Where memory cannot be read.
+/// Fails if memory cannot be read.
 pub(crate) fn ask_oracle(guests: &[Guest]) -> Result<oracle::Report> {
     let mut oracle = Oracle::new().context("make an oracle")?;
     for guest in guests {
@@ -285,7 +286,7 @@ pub(crate) fn ask_oracle(guests: &[Guest]) -> Result<oracle::Report> {
     Ok(oracle.report())
 }
 
-/// Guest-physical address of a page of RAM.
+/// Returns the guest-physical address of a page of RAM.
 fn address_of(vm: &Vm, page: u32) -> GuestAddress {
     let offset = u64::from(page) * PAGE_SIZE as u64;
     let slots = vm.memory().slots().iter().map(|slot| slot.range);
@@ -293,7 +294,7 @@ fn address_of(vm: &Vm, page: u32) -> GuestAddress {
     GuestAddress(range.map_or(offset, |range| range.gpa + (offset - range.ram_offset)))
 }
 
-/// The console of one guest: lines become reports.
+/// The console of one guest. Turns lines into reports.
 struct Lines {
     line: Vec<u8>,
     reports: Sender<Report>,
@@ -308,7 +309,7 @@ impl Write for Lines {
             }
             let report = std::str::from_utf8(&self.line).ok().and_then(|line| Report::parse(line).ok());
             if let Some(report) = report {
-                // Nobody listens any more once the guest is of no interest.
+                // The receiver is gone when the guest does not matter any more.
                 let _ = self.reports.send(report);
             }
             self.line.clear();
@@ -321,11 +322,11 @@ impl Write for Lines {
     }
 }
 
-/// Waits until the engine has merged what it can: until what is saved has not grown by a thousandth for
-/// longer than the engine puts off what it could not merge at once.
+/// Waits until the engine has merged all it can. This is the case when the savings have not grown by a
+/// thousandth for longer than the engine's delay before retries.
 ///
 /// # Errors
-/// Where that does not come to pass within `limit`, or the benchmark was interrupted.
+/// Fails if this takes longer than `limit`, or if the benchmark is interrupted.
 pub(crate) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> Result<EngineStatistics> {
     let started = Instant::now();
     let (mut most, mut since) = (0, started);
@@ -342,11 +343,10 @@ pub(crate) fn until_still(bench: &Bench, sharing: &Sharing, limit: Duration) -> 
     }
 }
 
-/// Waits until the engine has spent what it had saved up of CPU time, and needs no more than its default
-/// ceiling allows on average.
+/// Waits until the engine has spent its saved CPU time, and needs on average no more than its default limit.
 ///
 /// # Errors
-/// Where the benchmark was interrupted.
+/// Fails if the benchmark is interrupted.
 pub(crate) fn until_steady(bench: &Bench, sharing: &Sharing) -> Result<()> {
     const STRETCH: Duration = Duration::from_millis(500);
     const CEILING: f64 = 0.1;

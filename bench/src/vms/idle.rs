@@ -1,5 +1,5 @@
-//! What an idle host costs: VMs at rest whose memory has been merged, and how soon a page is merged that
-//! becomes like another meanwhile.
+//! The cost of an idle host: idle VMs whose memory has been merged. Also the time until a page is merged that
+//! becomes identical to another one meanwhile.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,32 +20,32 @@ use crate::kernels::Kernels;
 use crate::ksm::Mode;
 use crate::report::{Goal, Measurement, Section};
 
-/// How long merging everything may take.
+/// Time limit for merging everything.
 const LIMIT: Duration = Duration::from_secs(120);
-/// How often the engine's figures are read while a page is to be merged.
+/// Interval of reading the engine's statistics while a page is waiting to be merged.
 const POLL: Duration = Duration::from_millis(1);
 
-/// A host at rest.
+/// An idle host.
 struct Host {
     vms: u32,
     memory: u64,
     plan: Plan,
-    /// For how long CPU time is measured.
+    /// Duration of the measurement of CPU time.
     stretch: Duration,
-    /// How long a page that was made equal is waited for.
-    patience: Duration,
-    /// How many pages are made equal, one after the other.
+    /// Time limit for a page that was made identical.
+    time_limit: Duration,
+    /// Number of pages that are made identical, one after the other.
     pages: u64,
 }
 
-/// What one side did.
+/// The results of one side.
 #[derive(Debug, Default)]
 struct Outcome {
-    /// CPU time of looking for what is alike, in percent of a core.
+    /// CPU time of the search for identical pages, in percent of a core.
     cpu: f64,
-    /// CPU time of the process, of samepage's side, in percent of a core.
+    /// CPU time of samepage's process, in percent of a core.
     process: f64,
-    /// From the write that made a page equal until it was merged, in milliseconds.
+    /// Time from the write that made a page identical until it was merged, in milliseconds.
     latencies: Vec<f64>,
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Vec<Section>> {
         memory: bench.size(MEMORY, MEMORY / 8),
         plan: halting(),
         stretch: Duration::from_secs(bench.size(10, 1)),
-        patience: Duration::from_secs(bench.size(10, 2)),
+        time_limit: Duration::from_secs(bench.size(10, 2)),
         pages: bench.size(20, 3),
     };
     let title = format!("An idle host: {} VMs of {} MiB at rest, half alike", host.vms, host.memory >> 20);
@@ -78,7 +78,7 @@ fn section(title: &str, host: &Host, ours: &Outcome, mode: Mode, other: Option<O
         Measurement::new("CPU time for sharing", "% of a core", &[ours.cpu], &of(|other| other.cpu))
             .goal(Goal::AtMost(0.5)),
     );
-    // With KSM it would be that of reading KSM's counters.
+    // With KSM, it would be the CPU time of reading KSM's counters.
     section.push(Measurement::new("CPU time of the process", "% of a core", &[ours.process], &[]));
     let others = other.as_ref().map_or(&[][..], |other| &other.latencies);
     section.push(Measurement::new("a page made equal is merged after", "ms", &ours.latencies, others));
@@ -94,7 +94,7 @@ fn section(title: &str, host: &Host, ours: &Outcome, mode: Mode, other: Option<O
         host.stretch, host.pages
     ));
     if other.as_ref().is_some_and(|other| other.latencies.is_empty()) {
-        section.note(format!("{} merged no such page within {:.0?}", mode.name(), host.patience));
+        section.note(format!("{} merged no such page within {:.0?}", mode.name(), host.time_limit));
     }
     section
 }
@@ -115,11 +115,11 @@ impl Host {
         Arena::on_map(&self.plan, std::iter::once(0..self.memory)).context("lay out the guests' memory")
     }
 
-    /// Writes the same to one page of the first VM and one of the second, which nobody else has.
+    /// Writes the same unique content to one page of the first VM and one of the second.
     fn make_equal(&self, guests: &[Guest], number: u64) -> Result<()> {
         let arena = self.arena()?;
         let mut own = (0..arena.pages()).filter(|&page| arena.class(page) == Class::Own);
-        // Far from each other.
+        // The pages are far from each other.
         let place = own.nth(number as usize * 71).context("there are few pages")?;
         let address = arena.address(place).context("the page has no address")?;
         let words =
@@ -145,7 +145,8 @@ fn engine(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Outcome
     let mut outcome =
         Outcome { cpu: cpu * percent, process: process.as_secs_f64() * percent, ..Outcome::default() };
     for number in 0..host.pages {
-        // The one before was merged at the end of an interval; this one is to be written anywhere in one.
+        // The previous page was merged at the end of an interval. This one is written at another point of an
+        // interval.
         bench.rest(Duration::from_millis(number * 89 % Settings::default().rest_ms))?;
         let before = sharing.statistics().merges;
         let written = Instant::now();
@@ -153,7 +154,7 @@ fn engine(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Outcome
         while sharing.statistics().merges < before + 2 {
             bench.check()?;
             ensure!(
-                written.elapsed() < host.patience,
+                written.elapsed() < host.time_limit,
                 "a page made equal is not merged: {:?}",
                 sharing.statistics()
             );
@@ -164,7 +165,7 @@ fn engine(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Outcome
     Ok(outcome)
 }
 
-/// What KSM does in each of its modes, after it has merged everything at its fastest.
+/// Returns the results of KSM in each of its modes, after it has merged everything at its fastest.
 fn kernels(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Vec<Option<Outcome>>> {
     if bench.ksm.is_err() {
         return Ok(Mode::ALL.map(|_| None).into());
@@ -187,7 +188,7 @@ fn kernels(bench: &Bench, hypervisor: &Hypervisor, host: &Host) -> Result<Vec<Op
         for number in 0..host.pages {
             let merged = work.counts.merged + 2 * outcome.latencies.len() as u64;
             host.make_equal(kernels.vms(), (index + 1) * host.pages + number)?;
-            let found = kernels.work(bench, host.patience, |counts, _| counts.merged >= merged + 2)?;
+            let found = kernels.work(bench, host.time_limit, |counts, _| counts.merged >= merged + 2)?;
             if !found.finished {
                 break;
             }

@@ -1,9 +1,9 @@
-//! What kind of KVM a host has: what change tracking and small pages cost guests depends on it.
+//! The kind of a host's KVM, which decides what change tracking and small pages cost guests.
 
 use std::fs;
 use std::path::Path;
 
-/// How this host's KVM translates guests' addresses, in words.
+/// Returns a description of how this host's KVM translates guests' addresses.
 pub(crate) fn kind() -> String {
     let parameter =
         |path: &str| fs::read_to_string(path).map(|text| text.trim() == "Y" || text.trim() == "1");

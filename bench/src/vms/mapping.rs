@@ -1,4 +1,4 @@
-//! Plain memory of the process, to see what the kernel's page faults in it take.
+//! Plain memory of the process, for measuring the kernel's page faults.
 
 #![expect(unsafe_code, reason = "maps memory and touches it by address")]
 
@@ -17,18 +17,18 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
-    /// Anonymous memory.
+    /// Maps anonymous memory.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails with the error of the system call.
     pub(super) fn anonymous(pages: usize) -> io::Result<Self> {
         Self::new(pages, libc::MAP_ANONYMOUS, -1)
     }
 
-    /// The first pages of a file.
+    /// Maps the first pages of a file.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails with the error of the system call.
     pub(super) fn of_file(file: &File, pages: usize) -> io::Result<Self> {
         Self::new(pages, 0, file.as_raw_fd())
     }
@@ -44,7 +44,8 @@ impl Mapping {
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mapping = Self { base, pages };
-        // SAFETY: advice about this value's own mapping. A kernel without huge pages refuses it rightly.
+        // SAFETY: the advice concerns this value's own mapping. A kernel without huge pages returns an error,
+        // which does not matter.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
         Ok(mapping)
     }
@@ -55,13 +56,13 @@ impl Mapping {
 
     /// Reads from a page.
     pub(super) fn read(&self, page: usize) -> u8 {
-        // SAFETY: the page is this value's own, readable, and nobody else writes to it.
+        // SAFETY: the page belongs to this value and is readable, and nothing else writes to it.
         unsafe { self.page(page).read_volatile() }
     }
 
     /// Writes to a page.
     pub(super) fn write(&mut self, page: usize) {
-        // SAFETY: the page is this value's own and writable, and there are no references into it.
+        // SAFETY: the page belongs to this value and is writable, and there are no references into it.
         unsafe { self.page(page).write_volatile(1) }
     }
 
@@ -73,7 +74,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nobody has addresses into it.
+        // SAFETY: the mapping belongs to this value, and there are no addresses into it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.pages * PAGE_SIZE) };
     }
 }

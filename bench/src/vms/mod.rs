@@ -1,5 +1,4 @@
-//! Workloads on virtual machines that run: the embedded demo guest, with the engine at work as it is
-//! on a host, on threads of its own.
+//! Workloads on running VMs with the embedded demo guest. The engine works on its own threads, as usual.
 
 mod breaks;
 mod faults;
@@ -26,7 +25,7 @@ pub(super) use tlb::measure as tlb;
 use super::context::Bench;
 use super::report::Section;
 
-/// Measures on VMs. Without KVM there is a section that says so.
+/// Measures on VMs. Without KVM, a section says so.
 fn on_vms(
     bench: &Bench,
     what: &str,

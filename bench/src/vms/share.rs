@@ -1,6 +1,6 @@
-//! How much of what the oracle finds is merged once VMs are at rest, by how many alike pages follow each
-//! other, with all the mappings that the kernel allows and with fewer. VMs come in pairs, one for each
-//! length of runs.
+//! The part of the oracle's duplicates that is merged when VMs are idle, by the length of runs of identical
+//! pages. It is measured with the kernel's limit on mappings and with lower ones. VMs come in pairs, one pair
+//! for each length of runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,16 +18,17 @@ use super::guests::{Guest, ask_oracle, finish, resting, until_still};
 use crate::context::Bench;
 use crate::report::{Goal, Measurement, Section};
 
-/// Alike pages that follow each other.
+/// Number of consecutive identical pages.
 const LENGTHS: [u32; 4] = [1, 8, 64, 512];
 /// VMs with the same seed.
 const ALIKE: u32 = 2;
 /// Limits on mappings below the kernel's.
 const LIMITS: [u64; 2] = [16_384, 8192];
-/// What the engine keeps free of the limit, and for each VM: see `samepage_sharing::budget`.
+/// The reserve of mappings that the engine leaves free, and the reserve for each VM; see
+/// `samepage_sharing::budget`.
 const RESERVE: u64 = 4096;
 const RESERVE_PER_VM: u64 = 64;
-/// How long everything may take to be merged.
+/// Time limit for merging everything.
 const LIMIT: Duration = Duration::from_secs(120);
 const TITLE: &str = "Share of the oracle's duplicate pages that is merged at rest";
 
@@ -85,15 +86,15 @@ fn with_limit(bench: &Bench, hypervisor: &Hypervisor, limit: Option<u64>) -> Res
     Ok(section)
 }
 
-/// Mappings that merging may use.
+/// Returns the number of mappings that merging may use.
 fn capacity(now: &EngineStatistics, vms: u64) -> u64 {
     let other = now.mappings.saturating_sub(now.guest_mappings);
     let reserve = RESERVE.min(now.mappings_limit / 2) + RESERVE_PER_VM * vms;
     now.mappings_limit.saturating_sub(reserve + other)
 }
 
-/// What part of the pages in runs of each length lies on frames when the longest runs are merged first, in
-/// percent.
+/// Returns the percentage of pages in runs of each length that are on frames if the longest runs are merged
+/// first.
 fn best_by_length(oracle: &Report, capacity: u64) -> [f64; LENGTHS.len()] {
     let mut left = capacity;
     let mut best = LENGTHS.map(|length| {
@@ -112,13 +113,13 @@ fn best_by_length(oracle: &Report, capacity: u64) -> [f64; LENGTHS.len()] {
     best
 }
 
-/// Bytes that the best choice of runs saves with so many mappings.
+/// Returns the bytes that the best choice of runs saves with this number of mappings.
 fn best_saving(oracle: &Report, capacity: u64) -> f64 {
     let mut before = CurvePoint { mappings: 0, saved_bytes: 0 };
     let zeros = (oracle.saved.zero * PAGE_SIZE as u64) as f64;
     for point in &oracle.curve {
         if point.mappings > capacity {
-            // Between two points runs are about as long as each other.
+            // Between two points, runs have about the same length.
             let part = (capacity - before.mappings) as f64 / (point.mappings - before.mappings) as f64;
             return zeros
                 + before.saved_bytes as f64

@@ -1,5 +1,6 @@
-//! How much slower guests work while their memory is shared: a guest reads all of its memory over and over
-//! and rewrites a tenth of it each second, beside another VM that is at rest. Its work is measured with sharing and without, in turns.
+//! The slowdown of guests while their memory is shared. A guest reads all of its memory repeatedly and
+//! rewrites a tenth of it each second, beside an idle VM. It is measured with and without sharing,
+//! alternately.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use crate::context::Bench;
 use crate::cpu::micros_each;
 use crate::report::{Goal, Measurement, Section};
 
-/// So much of its memory the guest rewrites in a second, as a divisor.
+/// Divisor for the part of its memory that the guest rewrites in a second.
 const CHANGING: u64 = 10;
 const TITLE: &str = "A guest that reads its memory while a tenth of it changes each second";
 
@@ -28,7 +29,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Vec<Section>> {
 
 fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
     let mut section = Section::new(TITLE, "shared", "not shared");
-    // Where nothing is alike, changes are followed and nothing comes of it.
+    // Without identical pages, changes are followed without any result.
     let plans = [
         ("half alike", Plan { restore: 50, ..resting() }),
         ("nothing alike", Plan { alike: 0, own: 100, ..resting() }),
@@ -58,10 +59,10 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
-/// What the guest takes to read and check a page, the writes meanwhile included, in microseconds.
+/// The guest's time to read and check a page, including the writes meanwhile, in microseconds.
 #[derive(Clone, Copy, Debug)]
 struct Work {
-    /// By the guest's clock.
+    /// Time by the guest's clock.
     time: f64,
     /// CPU time of its vCPU.
     cpu: f64,

@@ -1,7 +1,7 @@
-//! A guest whose work is the translation of addresses: it reads one word here, one there, all over a memory
-//! far larger than what translations are cached for. Guests whose memory is shared have it in pages of 4 KiB,
-//! and changes to it are followed; what that costs where nothing changes and nothing is alike is what this
-//! shows. It depends on the processor's way of translating guests' addresses.
+//! A guest whose work is the translation of addresses: it reads single words at random places of a memory
+//! that is far larger than the translation caches cover. With sharing, guest memory is in pages of 4 KiB, and
+//! its changes are followed. This benchmark shows the cost of that if nothing changes and nothing is
+//! identical. It depends on the processor's way of translating guests' addresses.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,11 +45,11 @@ fn on(bench: &Bench, hypervisor: &Hypervisor) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
-/// The time for each word, in nanoseconds.
+/// Returns the time for each word, in nanoseconds.
 fn walk(bench: &Bench, hypervisor: &Hypervisor, memory: u64, sharing: Option<&Arc<Sharing>>) -> Result<f64> {
     let plan = Plan { alike: 0, own: 100, walk: bench.size(4 << 20, 1 << 20), every_ms: 0, ..resting() };
     let guest = Guest::start(hypervisor, &plan, memory, sharing)?;
-    // All pages have been read once, and been at rest.
+    // All pages have been read once, and have been idle.
     guest.wait_verified(bench)?;
     bench.rest(Duration::from_millis(bench.size(3000, 1000)))?;
     guest.take_reports()?;

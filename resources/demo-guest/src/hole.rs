@@ -201,8 +201,8 @@ impl<'a> Claims<'a> {
             pages.attend(1);
             self.turn_over(pages);
             self.pass(pages);
-            let patience = end.min(clock::now() + self.clock.ticks(TELL_US));
-            while clock::now() < patience && self.requested() == self.answered {
+            let time_limit = end.min(clock::now() + self.clock.ticks(TELL_US));
+            while clock::now() < time_limit && self.requested() == self.answered {
                 self.clock.sleep(GLANCE_US);
             }
             if self.requested() != self.answered {

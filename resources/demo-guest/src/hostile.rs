@@ -10,7 +10,7 @@ use crate::port;
 use crate::virtio::{Descriptor, INDIRECT, NEXT, QUEUE_DESCRIPTORS, QUEUE_READY, QUEUE_SIZE, WRITE};
 
 /// Time limit for an answer to a malformed request.
-const PATIENCE_US: u64 = 20_000;
+const ANSWER_LIMIT_US: u64 = 20_000;
 /// An address beyond any guest's memory.
 const NOWHERE: u64 = 1 << 60;
 
@@ -142,7 +142,7 @@ pub(crate) fn attack(disk: &mut Disk<'_>) -> Result<(), DiskError> {
     for (name, case) in CASES {
         disk.restart()?;
         case(disk);
-        let used = disk.wait_for_used(PATIENCE_US).is_some();
+        let used = disk.wait_for_used(ANSWER_LIMIT_US).is_some();
         let status = disk.device.status();
         disk.restart()?;
         let alive = disk.probe()?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use samepage_tests::api::Host;
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::program::{self, Running, command};
 use samepage_tests::terminal::Terminal;
 use serde_json::{Value, json};
@@ -185,7 +185,7 @@ pub(crate) fn run_with_socket() {
     run.arg(&socket).current_dir(folder.path());
     let running = Running::start(run);
     let client = samepage_client::socket::Client::new(&socket);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while client.get::<Value>("/vms/a").is_err() {
         assert!(Instant::now() < deadline, "no socket");
         thread::sleep(Duration::from_millis(10));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_tests::api::Host;
-use samepage_tests::console::PATIENCE;
+use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::program::Running;
 use serde_json::{Value, json};
 
@@ -60,7 +60,7 @@ pub(crate) fn asked() {
     host.act("hears", "start");
     let (stream, _) = host.client.attach_for_life("hears").unwrap();
     drop(stream);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while host.ask("GET", "/vms/hears", None).0 != 404 {
         assert!(Instant::now() < deadline, "the VM outlives its connection");
         thread::sleep(Duration::from_millis(10));

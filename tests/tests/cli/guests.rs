@@ -10,7 +10,7 @@ use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::Signal;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_resources::demo::report::Report;
-use samepage_tests::program::{PATIENCE, Running};
+use samepage_tests::program::{Running, TIME_LIMIT};
 
 use crate::scratch::{Scratch, assert_verified, endless, report, short};
 
@@ -187,7 +187,7 @@ pub(crate) fn signals() {
 
 /// Waits until a file contains a complete line of the guest, and returns its content.
 fn wait_for_log(scratch: &Scratch, name: &str) -> String {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     loop {
         let text = String::from_utf8_lossy(&scratch.read(name).unwrap_or_default()).into_owned();
         if text.lines().any(|line| report(line).is_some()) && text.ends_with('\n') {
@@ -273,9 +273,9 @@ pub(crate) fn readers_that_stall() {
     let running = Running::start_as_is(command);
     // The guest's first letter fills the pipe, as far as poll(2) tells.
     let mut watched = [PollFd::new(&reader, PollFlags::IN)];
-    let patience = Timespec::try_from(PATIENCE).expect("a minute is a time");
+    let time_limit = Timespec::try_from(TIME_LIMIT).expect("a minute is a time");
     assert_eq!(
-        poll(&mut watched, Some(&patience)).expect("wait for the guest"),
+        poll(&mut watched, Some(&time_limit)).expect("wait for the guest"),
         1,
         "the guest does not write"
     );

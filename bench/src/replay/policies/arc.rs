@@ -1,16 +1,16 @@
-//! ARC: blocks wanted once and blocks wanted again, each by LRU; ghosts of both say which of them deserves
-//! more room.
+//! ARC: LRU queues for blocks that were used once and for blocks that were used again. Ghosts of both decide
+//! which queue gets more room.
 //!
 //! Source: Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST 2003). Its capacity
-//! is the number of cached blocks at an eviction. In exclusive use blocks come back with their [`History`],
-//! and the ghosts are asked when a guest reads from the disk, not when the block is demoted.
+//! is the number of cached blocks at an eviction. In exclusive use, blocks come back with their [`History`].
+//! The ghosts are queried when a guest reads from the disk, not when the block is demoted.
 
 use samepage_sharing::blocks::replace::queues::Queues;
 use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 
-/// Wanted once: the paper's T1.
+/// Used once: the paper's T1.
 const ONCE: usize = 0;
-/// Wanted again: T2.
+/// Used again: T2.
 const AGAIN: usize = 1;
 /// Ghosts of the first: B1.
 const ONCE_GONE: usize = 2;
@@ -21,12 +21,12 @@ const AGAIN_GONE: usize = 3;
 #[derive(Debug)]
 pub(in crate::replay) struct Arc<K, S> {
     queues: Queues<K, S, 4>,
-    /// How many blocks wanted once there are to be: p.
+    /// The target for the number of blocks that were used once: p.
     target: usize,
 }
 
 impl<K: Key, S: Hashes> Arc<K, S> {
-    /// Nothing is cached.
+    /// Returns an empty cache.
     pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes), target: 0 }
     }
@@ -35,7 +35,7 @@ impl<K: Key, S: Hashes> Arc<K, S> {
         self.queues.len(ONCE) + self.queues.len(AGAIN)
     }
 
-    /// A ghost says that its queue is too short.
+    /// Adjusts the target after a hit of a ghost.
     fn adapt(&mut self, ghost: usize) {
         let (once, again) = (self.queues.len(ONCE_GONE), self.queues.len(AGAIN_GONE));
         self.target = if ghost == ONCE_GONE {
@@ -45,7 +45,7 @@ impl<K: Key, S: Hashes> Arc<K, S> {
         };
     }
 
-    /// Forgets ghosts beyond those of a cache of this many blocks.
+    /// Drops ghosts beyond the limit for a cache of this many blocks.
     fn trim(&mut self, capacity: usize) {
         while self.queues.len(ONCE) + self.queues.len(ONCE_GONE) > capacity
             && self.queues.pop(ONCE_GONE).is_some()

@@ -1,16 +1,16 @@
-//! Least recently used. In exclusive use it makes one LRU of a guest's memory and the host's.
+//! Least recently used. In exclusive use, a guest's memory and the host's form one LRU.
 
 use samepage_sharing::blocks::replace::queues::Queues;
 use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 
-/// Least recently used goes first.
+/// Evicts the least recently used block first.
 #[derive(Debug)]
 pub(in crate::replay) struct Lru<K, S> {
     queues: Queues<K, S, 1>,
 }
 
 impl<K: Key, S: Hashes> Lru<K, S> {
-    /// Nothing is cached.
+    /// Returns an empty cache.
     pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes) }
     }

@@ -1,4 +1,4 @@
-//! The policies that are compared: S3-FIFO, which the cache uses, and others.
+//! The compared policies: S3-FIFO, which the cache uses, and others.
 
 mod arc;
 mod lru;
@@ -28,10 +28,10 @@ pub(super) enum Policy {
 }
 
 impl Policy {
-    /// All of them.
+    /// All policies.
     pub(super) const ALL: [Self; 4] = [Self::S3Fifo, Self::Arc, Self::TwoQ, Self::Lru];
 
-    /// The policy with nothing cached, with this kind of hashes.
+    /// Returns the policy with an empty cache, with these hashes.
     pub(super) fn start_with<K: Key>(self, hashes: impl Hashes) -> Box<dyn Replacement<K>> {
         match self {
             Self::S3Fifo => Box::new(S3Fifo::new(hashes)),

@@ -111,7 +111,7 @@ proptest! {
     }
 }
 
-/// From the least recently used.
+/// Keys, the least recently used first.
 #[derive(Default)]
 struct PlainLru(VecDeque<u16>);
 
@@ -126,7 +126,7 @@ fn what_comes_back_after_it_was_taken_outlives_what_is_new() {
     for policy in [Policy::S3Fifo, Policy::Arc, Policy::TwoQ] {
         let mut order = policy.start_with::<u32>(FixedHashes::default());
         (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
-        // The guest takes twenty blocks and gives them back.
+        // The guest takes twenty blocks and evicts them.
         let taken: Vec<_> = (40..60).map(|key| (key, order.take(key).expect("it is cached"))).collect();
         taken.into_iter().for_each(|(key, history)| assert!(order.insert(key, history)));
         // A scan passes.
@@ -142,14 +142,14 @@ fn what_comes_back_after_it_was_taken_outlives_what_is_new() {
 
 #[test]
 fn what_is_read_from_the_disk_soon_after_its_eviction_outlives_what_is_new() {
-    // ARC has no ghosts of blocks wanted once while there are no others.
+    // ARC has no ghosts of blocks that were used once while there are no others.
     for policy in [Policy::S3Fifo, Policy::TwoQ] {
         let mut order = policy.start_with::<u32>(FixedHashes::default());
         (0..100).for_each(|key| assert!(order.insert(key, History::NONE)));
         let victims: Vec<_> = (0..10).filter_map(|_| order.evict()).collect();
         let read: Vec<_> = victims.iter().map(|&key| (key, order.miss(key))).collect();
         assert!(read.iter().all(|&(_, history)| history > History::NONE), "{policy}: {read:?}");
-        // It was the guests' for a while.
+        // The guests hold the blocks for a while.
         (100..200).for_each(|key| {
             order.insert(key, History::NONE);
             order.evict();

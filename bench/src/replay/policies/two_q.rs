@@ -1,8 +1,8 @@
-//! 2Q: new blocks wait in a queue of their own; what is wanted again after it left that one is kept by LRU.
+//! 2Q: new blocks wait in a queue. Blocks that are used again after they left that queue are kept by LRU.
 //!
-//! Source: Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement
-//! algorithm" (VLDB 1994), the full version. A block that a guest takes was wanted again, wherever it was:
-//! it is kept by LRU from then on.
+//! Source: Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement algorithm"
+//! (VLDB 1994), the full version. A block that a guest takes has been used again, wherever it was, so LRU
+//! keeps it from then on.
 
 use samepage_sharing::blocks::replace::queues::Queues;
 use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
@@ -11,11 +11,11 @@ use samepage_sharing::blocks::replace::{Hashes, History, Key, Replacement};
 const NEW: usize = 0;
 /// Kept by LRU: Am.
 const KEPT: usize = 1;
-/// Ghosts of what left the first: A1out.
+/// Ghosts of blocks that left the first queue: A1out.
 const GONE: usize = 2;
-/// New blocks are a quarter of all, as in the paper.
+/// Divisor for the share of new blocks, as in the paper.
 const NEW_PART: usize = 4;
-/// Ghosts are half as many as blocks, as in the paper.
+/// Divisor for the number of ghosts, as in the paper.
 const GONE_PART: usize = 2;
 
 /// 2Q.
@@ -25,7 +25,7 @@ pub(in crate::replay) struct TwoQ<K, S> {
 }
 
 impl<K: Key, S: Hashes> TwoQ<K, S> {
-    /// Nothing is cached.
+    /// Returns an empty cache.
     pub(in crate::replay) fn new(hashes: S) -> Self {
         Self { queues: Queues::new(hashes) }
     }

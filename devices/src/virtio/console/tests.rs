@@ -19,7 +19,7 @@ use crate::virtio::testing::*;
 
 /// Page frames of the hole.
 const FRAMES: u32 = 5000;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 const DEVICE_READY: (u32, u16, u16) = (u32::MAX, 0, 1);
 const ADD: (u32, u16, u16) = (PORT, 1, 1);
@@ -246,7 +246,7 @@ impl Guest {
     }
 
     fn wait_rung(&self) {
-        self.rung.recv_timeout(PATIENCE).expect("the hole is rung");
+        self.rung.recv_timeout(TIME_LIMIT).expect("the hole is rung");
     }
 
     fn request(&self, number: u32) {

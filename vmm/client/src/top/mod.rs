@@ -28,7 +28,7 @@ use model::Model;
 use screen::Screen;
 
 /// Time without a response after which the program ends.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
     if terminal::stdin_kind() != StdinKind::Terminal || !terminal::stdout_is_terminal() {
@@ -117,7 +117,7 @@ impl Top {
                 News::Done(text) => self.model.say(text),
                 News::Failed(error @ ClientError::Connect { .. }) => return Err(error.into()),
                 News::Failed(error) => {
-                    if self.unanswered.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                    if self.unanswered.get_or_insert_with(Instant::now).elapsed() > TIME_LIMIT {
                         return Err(error.into());
                     }
                     self.model.say(error.to_string());
