@@ -161,7 +161,7 @@ fn claim(bench: &Bench, engine: &mut Engine, slot: Slot, pages: u32, now: &mut I
         work(bench, engine, now)?;
     }
     let claimed = engine.claimed(slot)?.context("the VM is there")?;
-    ensure!(claimed.given_back > 0, "free pages are given back: {claimed:?}");
+    ensure!(claimed.given_back > 0, "free pages are freed: {claimed:?}");
     agent.hole().clear_guest_header();
     bell.store(true, Ordering::Release);
     work(bench, engine, now)

@@ -29,7 +29,7 @@
     const width = into.clientWidth;
     const height = into.clientHeight;
     if (width < 50 || points.length === 0) return;
-    // A moment alone lasts.
+    // A single moment is drawn as a short time.
     if (points.length === 1) points = [{ ...points[0], time: points[0].time - 1 }, points[0]];
     const [left, right, top, bottom] = [64, 8, 8, 22];
     const last = points[points.length - 1].time;
@@ -150,12 +150,12 @@
     const face = `${font}px system-ui, sans-serif`;
     const context = canvas.getContext('2d');
     context.font = face;
-    // On a narrow screen the cells come before the names.
+    // On a narrow screen, the cells matter more than the names.
     const room = Math.max(7, Math.min(14, Math.floor(width / (count > 8 ? 30 : 24))));
     const shown = names.map((name) => samepage.middle(name, room));
     const label = Math.ceil(Math.max(24, ...shown.map((name) => context.measureText(name).width))) + 8;
     const cell = Math.min(84, (width - label) / count);
-    // Names that are wider than their columns stand upright.
+    // Names that are wider than their columns are rotated.
     const upright = label - 8 > cell - 4;
     const top = upright ? label : font + 10;
     const height = top + cell * count + 2;

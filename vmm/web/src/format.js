@@ -1,5 +1,5 @@
 'use strict';
-// Figures as people read them, and elements.
+// Formats numbers and makes elements.
 var samepage = {};
 
 (function () {
@@ -41,7 +41,7 @@ var samepage = {};
     return s < 172800 ? Math.round(s / 3600) + ' h' : Math.round(s / 86400) + ' d';
   };
 
-  /** A text in so many characters, cut in the middle: names mostly differ at their ends. */
+  /** A text in this number of characters, cut in the middle, because most names differ at their ends. */
   samepage.middle = function (text, room) {
     const letters = [...text];
     if (letters.length <= room) return text;
@@ -52,7 +52,7 @@ var samepage = {};
   /** A name that is cut in the middle where there is no room for it, and shown as a whole at the pointer. */
   samepage.name = function (name) {
     const letters = [...name];
-    // A short one needs no cut.
+    // A short text needs no cut.
     const end = letters.length > 12 ? Math.min(12, Math.ceil(letters.length / 2)) : letters.length;
     const [start, rest] = [letters.slice(0, letters.length - end), letters.slice(letters.length - end)];
     return samepage.html('b', { class: 'vm', title: name },
@@ -71,7 +71,7 @@ var samepage = {};
       else if (name === 'style') Object.assign(element.style, value);
       else element.setAttribute(name, value === true ? '' : value);
     }
-    // Text is never read as HTML: names are whatever somebody chose.
+    // Text is never parsed as HTML, because users choose names.
     element.append(...children.flat(Infinity).filter((child) => child !== undefined && child !== null));
     return element;
   }

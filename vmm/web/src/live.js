@@ -119,9 +119,9 @@
         const map = await ask(`/vms/${encodeURIComponent(name)}/pages/map?cells=${cells}`);
         page.map(name, map.cells);
       } catch (error) {
-        // It may have ended meanwhile; what concerns all is told by the next frame.
+        // The VM may have ended meanwhile. The next frame reports other errors.
         if (!(error instanceof Refusal)) throw error;
-        // Not all servers have maps.
+        // Some servers have no maps.
         if (error.kind === 'urn:samepage:problem:no-such-resource') byId('maps-panel').hidden = true;
       }
     }));

@@ -1,7 +1,7 @@
 'use strict';
-// Shows frames. A frame is what is known of the process and its VMs at one moment:
+// Shows frames. A frame is the state of the process and its VMs at one moment:
 //   { time, enabled, guest, resident, private, saved, engine, cache, vms, pairs }
-// with amounts in bytes and times in seconds. Maps of memory come beside them, by name of VM.
+// with sizes in bytes and times in seconds. Maps of memory are separate, by name of the VM.
 (function () {
   const { html, bytes, rate, count, percent, duration, natural } = samepage;
   const byId = (id) => document.getElementById(id);
@@ -22,11 +22,11 @@
   const PARTS = [
     { name: 'shared', colour: 'saved', of: (vm) => vm.shared },
     { name: 'private', colour: 'private', of: (vm) => vm.private },
-    { name: 'zeros given back', colour: 'zero', of: (vm) => vm.zero },
+    { name: 'zeros freed', colour: 'zero', of: (vm) => vm.zero },
   ];
   const STATES = { shared: 'saved', private: 'private', zero: 'zero', absent: 'absent' };
-  const STATE_NAMES = { shared: 'shared', private: 'private', zero: 'zeros given back', absent: 'never touched' };
-  // As in the pictures of `samepage report types`. What is free recedes, as what was never touched does.
+  const STATE_NAMES = { shared: 'shared', private: 'private', zero: 'zeros freed', absent: 'never touched' };
+  // As in the pictures of `samepage report types`. Free and untouched pages have faint colours.
   const TYPES = {
     anonymous: '#dd7f35', file_mapped: '#1f9d6b', file_unmapped: '#29a3b5', slab: '#8a63c9', page_table: '#d1549b',
     compound: '#c9a227', balloon: '#4d5f7a', unknown: '#93a4bd', free: null,
@@ -67,7 +67,7 @@
       const before = this.frame;
       this.frame = frame;
       const seconds = before ? frame.time - before.time : 0;
-      // CPU time and what disks do are of the moment of asking, also where memory was not looked at again.
+      // CPU time and disk counters are those of the request, even if there is no new sample of memory.
       const asked = before && frame.asked !== undefined ? frame.asked - before.asked : seconds;
       this.engineCpu = asked > 0
         ? Math.max(0, frame.engine.cpu_seconds - before.engine.cpu_seconds) / asked : undefined;
@@ -81,7 +81,7 @@
         vm.cpu = known ? Math.max(0, vm.cpu_seconds - old.cpu_seconds) / since : undefined;
       }
       if (before && seconds <= 0) return;
-      // The cache may have been told of from another look than the rest.
+      // The cache's figures may come from another sample than the rest.
       const since = before ? (frame.cache.time ?? frame.time) - (before.cache.time ?? before.time) : 0;
       if (since > 0) {
         this.rates = SOURCES.map((source) =>
@@ -406,7 +406,7 @@
 
   samepage.Page = Page;
 
-  // A report brings its frames along.
+  // A report contains its frames.
   const data = byId('data');
   if (data) {
     const { title, where, frames, state, maps } = JSON.parse(data.textContent);
