@@ -122,7 +122,7 @@ pub enum ImageError {
     EmptyInitrd,
     /// The command line is longer than the kernel's limit.
     #[error(
-        "the kernel accepts a command line of at most {limit} bytes; this one has {length}, and parameters for devices \
+        "the kernel accepts a command line of {limit} bytes at most; this one has {length}, and parameters for devices \
          add {added}; shorten it"
     )]
     CommandLineTooLong {
