@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use samepage_machine::{ConsoleConfig, Hypervisor, ImageSource, Vm, VmConfig, VmEnd};
+use samepage_machine::{ConsoleConfig, Hypervisor, ImageSource, Size, Vm, VmConfig, VmEnd};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
 use samepage_resources::demo::report::Report;
@@ -58,8 +58,8 @@ impl Guest {
     pub fn config(name: &str, plan: &Plan, memory_bytes: u64, sharing: Option<&Arc<Sharing>>) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "demo guest", bytes: DEMO_GUEST.into() };
         let mut config = VmConfig::new(name, kernel);
-        config.cmdline = plan.to_string();
-        config.memory_bytes = memory_bytes;
+        config.spec.cmdline = plan.to_string();
+        config.spec.memory = Size(memory_bytes);
         config.sharing = sharing.cloned();
         config
     }

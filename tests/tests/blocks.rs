@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use samepage_devices::disk::CachePolicy;
-use samepage_machine::DiskConfig;
+use samepage_machine::DiskSpec;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::content::SECTOR_BYTES;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
@@ -64,14 +64,14 @@ impl Image {
         self.folder.path().join("disk.img")
     }
 
-    fn disk(&self, policy: CachePolicy, client: &ClientPlan) -> DiskConfig {
-        DiskConfig {
+    fn disk(&self, policy: CachePolicy, client: &ClientPlan) -> DiskSpec {
+        DiskSpec {
             path: self.path(),
-            id: "disk".into(),
-            read_only: client.writes == 0,
+            id: Some("disk".into()),
+            readonly: client.writes == 0,
             format: Some(samepage_devices::disk::Format::Raw),
-            cache: policy,
-            ..DiskConfig::default()
+            cache: Some(policy),
+            ..DiskSpec::default()
         }
     }
 }
@@ -92,7 +92,7 @@ fn start(sharing: &Arc<Sharing>, vm: u32, image: &Image, policy: CachePolicy, cl
         ..Plan::default()
     };
     let mut config = Guest::config(&format!("client-{vm}"), &plan, MEMORY, Some(sharing));
-    config.disks = vec![image.disk(policy, &client)];
+    config.spec.disks = vec![image.disk(policy, &client)];
     Guest::start(&hypervisor(), config)
 }
 

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmConfig, VmEnd};
+use samepage_machine::{ConsoleConfig, Hypervisor, Size, Vm, VmConfig, VmEnd};
 use samepage_resources::demo::plan::{HoleMode, Plan};
 use samepage_resources::demo::report::Report;
 use samepage_sharing::by_type::Claimed;
@@ -269,9 +269,9 @@ fn linux(
     commands: &str,
 ) -> Guest {
     let mut config = VmConfig::new(name, artifacts.kernel.clone().into());
-    config.initrd = Some(artifacts.initramfs.clone().into());
-    config.cmdline = format!("{COMMAND_LINE} agent={commands}");
-    config.memory_bytes = memory_bytes;
+    config.spec.initrd = Some(artifacts.initramfs.clone());
+    config.spec.cmdline = format!("{COMMAND_LINE} agent={commands}");
+    config.spec.memory = Size(memory_bytes);
     config.sharing = Some(Arc::clone(sharing));
     Guest::start(hypervisor, config)
 }

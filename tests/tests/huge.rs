@@ -27,7 +27,7 @@ fn start_all(settings: Settings, plan: &Plan) -> (Arc<Sharing>, Vec<Guest>) {
         .map(|vm| {
             let plan = Plan { vm, ..plan.clone() };
             let mut config = Guest::config(&format!("huge-{vm}"), &plan, MEMORY, Some(&sharing));
-            config.hugepages = HugePages::Thp;
+            config.spec.hugepages = HugePages::Thp;
             Guest::start(&hypervisor, config)
         })
         .collect();

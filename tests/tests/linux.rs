@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
-use samepage_machine::{DiskConfig, Hypervisor, VmConfig, VmEnd};
+use samepage_devices::disk::CachePolicy;
+use samepage_machine::{DiskSpec, Hypervisor, Size, VmConfig, VmEnd};
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
@@ -64,22 +65,22 @@ impl LinuxGuest {
         let disk = dir.join(&name);
         fs::copy(&artifacts.disk, &disk).expect("a copy of the disk image");
         let mut config = VmConfig::new(name, artifacts.kernel.clone().into());
-        config.initrd = Some(artifacts.initramfs.clone().into());
+        config.spec.initrd = Some(artifacts.initramfs.clone());
         let fill = FILLED_PAGES * 4;
         let small = file().name;
         // The rounds last longer than the engine needs for all identical pages.
-        config.cmdline = format!(
+        config.spec.cmdline = format!(
             "{COMMAND_LINE} agent=mount:/dev/vda:/mnt,sum:/mnt/{small},sum:/dev/vdb,write:/mnt/written:{WRITTEN_BYTES}:{seed},\
              sync,umount:/mnt,fill:{fill}K:7,verify:40:250,poweroff"
         );
-        config.memory_bytes = MEMORY;
+        config.spec.memory = Size(MEMORY);
         let common = artifacts.disk.clone();
         // With the kernel's page cache, disks report which blocks they read where.
-        let data = DiskConfig { path: disk.clone(), id: "data".into(), ..DiskConfig::default() };
+        let data = DiskSpec { path: disk.clone(), id: Some("data".into()), ..DiskSpec::default() };
         let common =
-            DiskConfig { path: common, read_only: true, id: "common".into(), ..DiskConfig::default() };
-        config.disks =
-            [data, common].map(|disk| DiskConfig { cache: "buffered".parse().unwrap(), ..disk }).into();
+            DiskSpec { path: common, readonly: true, id: Some("common".into()), ..DiskSpec::default() };
+        config.spec.disks =
+            [data, common].map(|disk| DiskSpec { cache: Some(CachePolicy::Buffered), ..disk }).into();
         config.sharing = Some(Arc::clone(sharing));
         Self { guest: Guest::start(hypervisor, config), disk, seed }
     }
@@ -166,14 +167,14 @@ fn start_reader(
     number: u64,
 ) -> Guest {
     let mut config = VmConfig::new(format!("reader{number}"), artifacts.kernel.clone().into());
-    config.initrd = Some(artifacts.initramfs.clone().into());
+    config.spec.initrd = Some(artifacts.initramfs.clone());
     // As in distributions: a page is cleared before a block is read into it.
-    config.cmdline =
+    config.spec.cmdline =
         format!("{COMMAND_LINE} init_on_alloc=1 agent=sum:/dev/vda,fill:64K:{number},verify:1000000:250");
-    config.memory_bytes = MEMORY;
+    config.spec.memory = Size(MEMORY);
     let image = artifacts.disk.clone();
-    config.disks =
-        vec![DiskConfig { path: image, read_only: true, id: "image".into(), ..DiskConfig::default() }];
+    config.spec.disks =
+        vec![DiskSpec { path: image, readonly: true, id: Some("image".into()), ..DiskSpec::default() }];
     config.sharing = Some(Arc::clone(sharing));
     Guest::start(hypervisor, config)
 }
@@ -233,11 +234,12 @@ fn see_growth() {
     let image = tempfile::NamedTempFile::new().expect("a temporary file");
     image.as_file().set_len(1 << 20).expect("an image");
     let mut config = VmConfig::new("grower".to_owned(), artifacts.kernel.clone().into());
-    config.initrd = Some(artifacts.initramfs.clone().into());
-    config.cmdline = format!("{COMMAND_LINE} loglevel=6 agent=sum:/dev/vda,fill:64K:1,verify:1000000:250");
-    config.memory_bytes = MEMORY;
-    config.disks =
-        vec![DiskConfig { path: image.path().to_owned(), id: "disk".into(), ..DiskConfig::default() }];
+    config.spec.initrd = Some(artifacts.initramfs.clone());
+    config.spec.cmdline =
+        format!("{COMMAND_LINE} loglevel=6 agent=sum:/dev/vda,fill:64K:1,verify:1000000:250");
+    config.spec.memory = Size(MEMORY);
+    config.spec.disks =
+        vec![DiskSpec { path: image.path().to_owned(), id: Some("disk".into()), ..DiskSpec::default() }];
     let guest = Guest::start(&hypervisor(), config);
     guest.console.wait_for("a checksum", |line| line.strip_prefix("samepage-agent: sum ").map(drop));
     image.as_file().set_len(3 << 20).expect("a larger image");

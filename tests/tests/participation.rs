@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::engine::{Mode, Order, Settings};
-use samepage_sharing::service::{DEFAULT_GROUP, Participation};
+use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness;
 use samepage_tests::shared::{MEMORY, audit, churn, start_all, wait_ready, wait_until};
@@ -26,7 +26,7 @@ fn groups() {
         .map(|(group, vm)| {
             let plan = Plan { vm, ..plan.clone() };
             let mut config = Guest::config(&format!("{group}-{vm}"), &plan, MEMORY, Some(&sharing));
-            config.participation = Participation { group: group.into(), ..Participation::default() };
+            config.spec.sharing.group = group.into();
             Guest::start(&hypervisor, config)
         })
         .into();

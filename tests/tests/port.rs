@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use samepage_machine::{DiskConfig, MemoryHole, VmConfig, VmEnd};
+use samepage_machine::{DiskSpec, MemoryHole, Size, VmConfig, VmEnd};
 use samepage_sharing::by_type::Claimed;
 use samepage_sharing::engine::Settings;
 use samepage_tests::agent::{figure, said};
@@ -36,22 +36,22 @@ fn linux_tells_and_frees() {
     let hypervisor = hypervisor();
     let sharing = sharing(Settings { cpu_percent: 100.0, rest_ms: 20, ..Settings::default() });
     let mut config = VmConfig::new("port", artifacts.kernel.clone().into());
-    config.initrd = Some(artifacts.initramfs.clone().into());
+    config.spec.initrd = Some(artifacts.initramfs.clone());
     // Only one program at a time has the port open: the check closes it, and publishing reopens it. A pass
     // should see the filled pages in use, so that their freeing is a change.
-    config.cmdline = format!(
+    config.spec.cmdline = format!(
         "{COMMAND_LINE} agent=check,publish:{PAUSE_MS},fill:4M:1,sleep:20000,verify,release,sleep:45000,fill:4M:2,\
          verify:8:250,poweroff"
     );
-    config.memory_bytes = MEMORY;
-    config.memory_hole = MemoryHole::Port;
+    config.spec.memory = Size(MEMORY);
+    config.spec.memory_hole = MemoryHole::Port;
     config.sharing = Some(Arc::clone(&sharing));
     // A disk, so that the port is not the first device.
-    config.disks = vec![DiskConfig {
+    config.spec.disks = vec![DiskSpec {
         path: artifacts.disk.clone(),
-        read_only: true,
-        id: "disk".into(),
-        ..DiskConfig::default()
+        readonly: true,
+        id: Some("disk".into()),
+        ..DiskSpec::default()
     }];
     let guest = Guest::start(&hypervisor, config);
     let claimed = || -> Claimed {

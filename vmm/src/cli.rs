@@ -7,14 +7,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use samepage_api_types::disk_spec::DiskSpec;
 use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{HugePages, MemoryHole, SharingMode};
+use samepage_spec::{DiskSpec, HugePages, MemoryHole, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 

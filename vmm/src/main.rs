@@ -13,9 +13,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use samepage_api_types::spec::VmSpec;
 use samepage_host::config_file;
-use samepage_host::validated::Validated;
+use samepage_machine::Validated;
+use samepage_spec::VmSpec;
 
 use cli::{Cli, Command};
 use samepage_process::tell;

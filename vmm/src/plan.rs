@@ -2,10 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use samepage_api_types::disk_spec::DiskSpec;
-use samepage_api_types::spec::{ConsoleSpec, SharingSpec, Size, VmSpec};
 use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
+use samepage_spec::{ConsoleSpec, DiskSpec, SharingSpec, Size, VmSpec};
 
 use crate::cli::{ConsoleArg, RunArgs};
 

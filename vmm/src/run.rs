@@ -12,20 +12,19 @@ use samepage_api::http::{HttpOptions, Token};
 use samepage_api::listener::SocketOptions;
 use samepage_api::{server::Listeners, server::Server};
 use samepage_api_types::lifecycle::Action;
-use samepage_api_types::spec::VmSpec;
-use samepage_host::conflicts;
+use samepage_host::conflicts::{self, Uses};
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
 use samepage_host::host_limits::HostMemory;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
-use samepage_host::validated::Validated;
+use samepage_host::validated::validate;
 use samepage_host::{config_file, registry::Common, registry::Registry};
-use samepage_machine::{ConsoleConfig, Hypervisor, Vm, VmEnd, huge_pages};
+use samepage_machine::{ConsoleConfig, Hypervisor, Validated, Vm, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
-use samepage_spec::{HugePages, SharingMode};
+use samepage_spec::{HugePages, SharingMode, VmSpec};
 use samepage_text::counted::counted;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -122,11 +121,11 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let of_file = process.config.as_deref().map_or(Ok(Vec::new()), config_file::load)?;
     let mut vms = Vec::with_capacity(named.len() + of_file.len());
     for (spec, console) in named {
-        vms.push(Validated::of(spec, Some(console)).map_err(HostError::from)?);
+        vms.push(validate(spec, Some(console)).map_err(HostError::from)?);
     }
     vms.extend(of_file);
     check_huge_pages(&mut vms);
-    let uses: Vec<_> = vms.iter().map(Validated::uses).collect();
+    let uses: Vec<_> = vms.iter().map(|vm| Uses::of(vm.config())).collect();
     conflicts::check_together(&uses).map_err(|error| match error.hint_of_templates() {
         Some(hint) => anyhow!("{error}{hint}"),
         None => error.into(),

@@ -12,7 +12,7 @@ use toml::{Table, Value};
 const LAYERS: &[(&str, &[&str])] = &[
     ("samepage-hole", &[]),
     ("samepage-text", &[]),
-    ("samepage-spec", &[]),
+    ("samepage-spec", &["samepage-text"]),
     ("samepage-sharing", &["samepage-hole", "samepage-spec"]),
     ("samepage-devices", &["samepage-hole", "samepage-spec"]),
     ("samepage-process", &["samepage-sharing"]),

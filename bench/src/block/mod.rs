@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use samepage_devices::disk::CachePolicy;
-use samepage_machine::{DiskConfig, Hypervisor};
+use samepage_machine::{DiskSpec, Hypervisor};
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
 use samepage_resources::demo::plan::Plan;
 use samepage_sharing::blocks::CacheSize;
@@ -298,7 +298,7 @@ impl Run {
     }
 
     fn samepage(&self, side: Side, image: &Path, plan: &Plan) -> Result<Done> {
-        let (policy, shares, read_only) = match side {
+        let (policy, shares, readonly) = match side {
             Side::Samepage(policy) => (policy, false, false),
             // As for disks by default: they are writable, so no other VM can read them.
             Side::Shared(policy) => (policy, true, false),
@@ -311,7 +311,7 @@ impl Run {
         } else {
             None
         };
-        let disks = vec![DiskConfig { read_only, ..client::disk(image, policy, plan) }];
+        let disks = vec![DiskSpec { readonly, ..client::disk(image, policy, plan) }];
         let memory = client::memory(plan);
         // The guest waits after its pass, so that its vCPU's thread still exists for the measurement.
         let plan = Plan { rounds: 0, every_ms: PAUSE_MS, ..plan.clone() };

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use samepage_devices::disk::CachePolicy;
-use samepage_machine::DiskConfig;
+use samepage_machine::DiskSpec;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientLayout, ClientPlan};
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
 use samepage_resources::demo::report::Report;
@@ -40,14 +40,14 @@ pub(crate) fn memory(plan: &Plan) -> u64 {
 }
 
 /// Returns the disk of such a guest. It is writable only if the plan writes.
-pub(crate) fn disk(image: &Path, policy: CachePolicy, plan: &Plan) -> DiskConfig {
-    DiskConfig {
+pub(crate) fn disk(image: &Path, policy: CachePolicy, plan: &Plan) -> DiskSpec {
+    DiskSpec {
         path: image.to_path_buf(),
-        id: "bench".to_owned(),
-        read_only: plan.disk.is_none_or(|disk| disk.client.writes == 0),
+        id: Some("bench".to_owned()),
+        readonly: plan.disk.is_none_or(|disk| disk.client.writes == 0),
         format: Some(samepage_devices::disk::Format::Raw),
-        cache: policy,
-        ..DiskConfig::default()
+        cache: Some(policy),
+        ..DiskSpec::default()
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use samepage_analyze::oracle::{self, Oracle};
 use samepage_host::host_limits::HostMemory;
-use samepage_machine::{ConsoleConfig, DiskConfig, Hypervisor, ImageSource, Vm, VmConfig};
+use samepage_machine::{ConsoleConfig, DiskSpec, Hypervisor, ImageSource, Size, Vm, VmConfig};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::{Crash, Plan};
 use samepage_resources::demo::report::Report;
@@ -84,19 +84,17 @@ impl Guest {
         plan: &Plan,
         memory_bytes: u64,
         sharing: Option<&Arc<Sharing>>,
-        disks: Vec<DiskConfig>,
+        disks: Vec<DiskSpec>,
     ) -> Result<Self> {
         let (sender, reports) = mpsc::channel();
         let kernel = ImageSource::Bytes { name: "embedded guest", bytes: DEMO_GUEST.into() };
         let name = format!("bench-{}", plan.vm);
-        let config = VmConfig {
-            cmdline: plan.to_string(),
-            memory_bytes,
-            sharing: sharing.cloned(),
-            disks,
-            console: ConsoleConfig::Sink(Box::new(Lines { line: Vec::new(), reports: sender })),
-            ..VmConfig::new(name.clone(), kernel)
-        };
+        let mut config = VmConfig::new(name.clone(), kernel);
+        config.spec.cmdline = plan.to_string();
+        config.spec.memory = Size(memory_bytes);
+        config.spec.disks = disks;
+        config.sharing = sharing.cloned();
+        config.console = ConsoleConfig::Sink(Box::new(Lines { line: Vec::new(), reports: sender }));
         let vm = Vm::build(config, hypervisor).with_context(|| format!("start VM {name}"))?;
         vm.start();
         Ok(Self { vm, reports })

@@ -8,19 +8,12 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use samepage_spec::RateLimits;
+
 use super::wakers::Wakers;
 
 /// The time whose share of a rate may be used at once.
 pub const BURST: Duration = Duration::from_millis(100);
-
-/// The limits of a disk per second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RateLimits {
-    /// Bytes read and written; `None` for no limit. 0 counts as 1.
-    pub bytes: Option<u64>,
-    /// Requests; `None` for no limit. 0 counts as 1.
-    pub operations: Option<u64>,
-}
 
 #[derive(Debug)]
 struct Bucket {
@@ -99,13 +92,13 @@ impl RateLimiter {
         self.state().limits
     }
 
-    /// Changes the limits, from the next request on. Cancels debts.
+    /// Changes the limits, from the next request on. Cancels debts. A limit of 0 counts as 1.
     pub fn set(&self, limits: RateLimits) {
         let now = (self.clock)();
         *self.state() = State {
             limits,
-            bytes: limits.bytes.map(|rate| Bucket::new(rate, now)),
-            operations: limits.operations.map(|rate| Bucket::new(rate, now)),
+            bytes: limits.rate.map(|rate| Bucket::new(rate.0, now)),
+            operations: limits.iops.map(|rate| Bucket::new(rate, now)),
         };
         self.wakers.wake();
     }
@@ -140,17 +133,19 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use proptest::prelude::*;
+    use samepage_spec::Size;
 
     use super::*;
 
     /// A limiter and its clock, in microseconds.
-    fn limiter(bytes: Option<u64>, operations: Option<u64>) -> (RateLimiter, Arc<AtomicU64>) {
+    fn limiter(rate: Option<u64>, iops: Option<u64>) -> (RateLimiter, Arc<AtomicU64>) {
         let time = Arc::new(AtomicU64::new(0));
         let clock = {
             let time = time.clone();
             move || Duration::from_micros(time.load(Ordering::Relaxed))
         };
-        (RateLimiter::with_clock(RateLimits { bytes, operations }, Arc::default(), Box::new(clock)), time)
+        let limits = RateLimits { rate: rate.map(Size), iops };
+        (RateLimiter::with_clock(limits, Arc::default(), Box::new(clock)), time)
     }
 
     #[test]
@@ -181,7 +176,7 @@ mod tests {
         time.store(5_000_000, Ordering::Relaxed);
         assert_eq!(limiter.begin(1), Ok(()));
         // A new limit holds at once, and so does none.
-        limiter.set(RateLimits { bytes: Some(0), operations: None });
+        limiter.set(RateLimits { rate: Some(Size(0)), iops: None });
         assert_eq!((limiter.begin(10), limiter.begin(0).is_err()), (Ok(()), true));
         limiter.set(RateLimits::default());
         assert_eq!(limiter.begin(u64::MAX), Ok(()));

@@ -38,12 +38,13 @@ mod uring;
 pub(crate) mod wakers;
 
 pub use open::{OpenError, ResizeError};
+use samepage_spec::RateLimits;
 pub use samepage_spec::{CachePolicy, Format};
 
 use cache::BlockCache;
 use channel::Channel;
 use image::Image;
-use limit::{RateLimiter, RateLimits};
+use limit::RateLimiter;
 use open::ImageFile;
 use qcow2::Qcow2Image;
 use ranges::RangeLocks;

@@ -4,11 +4,9 @@
 //! they depend on neither.
 
 pub mod by_type;
-pub mod disk_spec;
 pub mod events;
 pub mod lifecycle;
 pub mod problem;
-pub mod spec;
 pub mod views;
 
 /// The protocol that the stream of a console is upgraded to: bytes of the console, both ways.

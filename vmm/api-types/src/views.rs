@@ -6,11 +6,8 @@
 
 pub mod pages;
 
-use crate::disk_spec::LimitsSpec;
 use crate::lifecycle::{Action, State};
-use crate::spec::VmSpec;
-use samepage_spec::CachePolicy;
-use samepage_spec::SharingMode;
+use samepage_spec::{CachePolicy, RateLimits, SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -303,7 +300,7 @@ pub struct DiskView {
     /// Which of its blocks the host keeps in memory, and where.
     pub cache: CachePolicy,
     /// Limits per second.
-    pub limits: LimitsSpec,
+    pub limits: RateLimits,
     /// Remarks on how the image is accessed, in sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<String>,

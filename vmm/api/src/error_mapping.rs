@@ -39,7 +39,6 @@ impl From<HostError> for Refusal {
             }
             HostError::Build { source, .. } => built(&source, text),
             HostError::Watch(_) => Refusal::new(Kind::Unavailable, text),
-            HostError::Spec { place, .. } => Refusal::new(Kind::InvalidConfiguration, text).at(place),
             HostError::Overcommitted(_) => Refusal::new(Kind::Overcommitted, text),
             HostError::NotSharing(..) => Refusal::new(Kind::NotSharing, text)
                 .help("start the process without --sharing off or --no-sharing; if the host cannot share memory, the process says so when it starts"),

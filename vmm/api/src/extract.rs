@@ -157,7 +157,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use samepage_api_types::spec::VmSpec;
+    use samepage_spec::VmSpec;
 
     #[test]
     fn a_wrong_body_is_pointed_at() {

@@ -19,7 +19,6 @@ use samepage_sharing::service::Sharing;
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 
 use samepage_host::events::unix_seconds;
-use samepage_host::limits;
 use samepage_host::record::Record;
 use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
 
@@ -159,16 +158,17 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
 /// Returns the disks of a VM.
 pub(super) fn disks(record: &Record) -> Vec<DiskView> {
     let vm = record.vm();
-    let disks = record.disks().iter().map(|disk| {
-        let counted = vm.as_ref().and_then(|vm| vm.disks().iter().find(|counted| counted.id == disk.id));
+    let disks = record.spec().disks.iter().enumerate().map(|(number, disk)| {
+        let id = disk.id(number).into_owned();
+        let counted = vm.as_ref().and_then(|vm| vm.disks().iter().find(|counted| counted.id == id));
         let statistics = counted.map(|counted| (&*counted.stats).shown());
         let path = disk.path.display().to_string();
-        let limits = limits::as_shown(counted.map_or(disk.limits, |counted| counted.limiter.limits()));
+        let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits());
         let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
-        let cache = counted.map_or(disk.cache, Disk::cache);
+        let cache = counted.map_or(disk.cache(), Disk::cache);
         let size_bytes = counted.map(|counted| counted.size.bytes());
-        let readonly = disk.read_only;
-        DiskView { id: disk.id.clone(), path, readonly, size_bytes, cache, limits, notices, statistics }
+        let readonly = disk.readonly;
+        DiskView { id, path, readonly, size_bytes, cache, limits, notices, statistics }
     });
     disks.collect()
 }

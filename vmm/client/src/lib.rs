@@ -20,8 +20,8 @@ use std::thread;
 use anyhow::{Context, anyhow, bail};
 use hyper::Method;
 use samepage_api_types::lifecycle::Action;
-use samepage_api_types::spec::VmSpec;
 use samepage_api_types::views::{DiskView, VmSummary};
+use samepage_spec::VmSpec;
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -8,10 +8,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use samepage_api_types::disk_spec::DiskSpec;
-use samepage_api_types::spec::{Size, VmSpec};
 use samepage_machine::config::check_memory;
-use samepage_spec::HugePages;
+use samepage_spec::{DiskSpec, HugePages, Size, VmSpec};
 use samepage_text::names::check_disk_id;
 use serde_json::{Value, json};
 

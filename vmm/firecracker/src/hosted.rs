@@ -16,9 +16,7 @@ use std::thread;
 use anyhow::Context;
 use hyper::Method;
 use parking_lot::Mutex;
-use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::{Action, State};
-use samepage_api_types::spec::VmSpec;
 use samepage_api_types::views::{DiskStatistics, DiskView, VmSummary};
 use samepage_client::socket::{Client, ClientError};
 use samepage_machine::VmEnd;
@@ -26,6 +24,7 @@ use samepage_process::escape::{EscapeFilter, HELP, Key};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
 use samepage_process::terminal::{self, RawTerminal, StdinKind};
+use samepage_spec::{RateLimits, VmSpec};
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -148,7 +147,7 @@ impl Machine for Hosted {
         Ok(self.act(Action::Shutdown)?)
     }
 
-    fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
+    fn set_limits(&self, disk: &str, limits: RateLimits) -> Result<(), Fault> {
         let path = format!("{}/disks/{disk}", self.path());
         Ok(self.client.send::<Value>(Method::PATCH, &path, &json!({ "limits": limits })).map(drop)?)
     }

@@ -1,15 +1,14 @@
 //! Converts Firecracker's token buckets to a disk's limits per second.
 
-use samepage_api_types::disk_spec::LimitsSpec;
-use samepage_api_types::spec::Size;
+use samepage_spec::{RateLimits, Size};
 
 use super::model::{RateLimiter, TokenBucket};
 
 impl RateLimiter {
     /// Returns the rates. The initial burst is ignored.
-    pub(super) fn limits(self) -> LimitsSpec {
+    pub(super) fn limits(self) -> RateLimits {
         let a_second = |bucket: Option<TokenBucket>| bucket.and_then(TokenBucket::a_second);
-        LimitsSpec { rate: a_second(self.bandwidth).map(Size), iops: a_second(self.ops) }
+        RateLimits { rate: a_second(self.bandwidth).map(Size), iops: a_second(self.ops) }
     }
 
     /// Returns the limits after a change. Limits that the change does not name stay.
@@ -41,10 +40,10 @@ mod tests {
     #[test]
     fn buckets_become_rates() {
         let limits = |bandwidth, ops| RateLimiter { bandwidth, ops }.limits();
-        assert_eq!(limits(None, None), LimitsSpec::default());
+        assert_eq!(limits(None, None), RateLimits::default());
         assert_eq!(limits(bucket(1 << 20, 100), None).rate, Some(Size(10 << 20)));
         assert_eq!(limits(None, bucket(1, 60_000)).iops, Some(1));
-        assert_eq!(limits(bucket(0, 0), bucket(5, 0)), LimitsSpec::default());
+        assert_eq!(limits(bucket(0, 0), bucket(5, 0)), RateLimits::default());
         assert_eq!(limits(bucket(u64::MAX, 1), None).rate, Some(Size(u64::MAX)));
     }
 
@@ -52,6 +51,6 @@ mod tests {
     fn a_change_leaves_what_it_does_not_name() {
         let before = RateLimiter { bandwidth: bucket(1, 1), ops: bucket(2, 2) };
         let after = before.changed(RateLimiter { bandwidth: None, ops: bucket(0, 0) });
-        assert_eq!(after.limits(), LimitsSpec { rate: Some(Size(1000)), iops: None });
+        assert_eq!(after.limits(), RateLimits { rate: Some(Size(1000)), iops: None });
     }
 }

@@ -6,19 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
-use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::{Action, State};
-use samepage_api_types::spec::VmSpec;
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
-use samepage_host::limits::of_device;
 use samepage_host::record::Record;
 use samepage_host::registry::{Common, Registry};
-use samepage_host::validated::Validated;
+use samepage_host::validated::validate;
 use samepage_machine::{ConsoleConfig, Hypervisor, VmEnd};
 use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
 use samepage_sharing::engine::Settings;
+use samepage_spec::{RateLimits, VmSpec};
 use samepage_text::counted::counted;
 
 use super::Exit;
@@ -81,7 +79,7 @@ impl Machine for Local {
     fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
         let stdio = console.is_none().then_some(ConsoleConfig::Stdio);
         spec.console.file = console;
-        let vm = Validated::of(spec, stdio).map_err(HostError::from)?;
+        let vm = validate(spec, stdio).map_err(HostError::from)?;
         let record = self.registry.create(vec![vm])?.remove(0);
         let started = self.act(Action::Start);
         if started.is_err()
@@ -113,10 +111,10 @@ impl Machine for Local {
         self.act(Action::Shutdown)
     }
 
-    fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault> {
+    fn set_limits(&self, disk: &str, limits: RateLimits) -> Result<(), Fault> {
         let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
         let disk = vm.disks().iter().find(|other| other.id == disk);
-        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(of_device(limits));
+        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits);
         Ok(())
     }
 

@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use samepage_api_types::disk_spec::LimitsSpec;
-use samepage_api_types::spec::VmSpec;
+use samepage_spec::{RateLimits, VmSpec};
 
 use super::fault::Fault;
 
@@ -44,7 +43,7 @@ pub(super) trait Machine: Send + Sync {
     fn ctrl_alt_del(&self) -> Result<(), Fault>;
 
     /// Changes the limits of a disk, by its name.
-    fn set_limits(&self, disk: &str, limits: LimitsSpec) -> Result<(), Fault>;
+    fn set_limits(&self, disk: &str, limits: RateLimits) -> Result<(), Fault>;
 
     /// Sets the size of a disk, by its name, to the present size of its image.
     fn resize(&self, disk: &str) -> Result<(), Fault>;

@@ -10,7 +10,7 @@ use samepage_spec::SharingMode;
 use crate::error::HostError;
 use crate::record::{Cause, Record, Turn};
 use crate::registry::Registry;
-use crate::validated::Validated;
+use crate::validated::validate;
 
 impl Registry {
     /// Carries out an action, and returns the VM's state afterwards. After [`Action::Stop`], the caller waits for
@@ -99,9 +99,9 @@ impl Registry {
             record.begin_boot();
         }
         // The files may have changed since the boot before.
-        let validated = Validated::of(record.spec.clone(), None).map_err(HostError::from);
+        let validated = validate(record.spec.clone(), None).map_err(HostError::from);
         let built = validated.and_then(|vm| {
-            let config = self.complete(vm.into_parts().1, record);
+            let config = self.complete(vm, record);
             self.build(vec![config], std::slice::from_ref(record))
         });
         if let Err(error) = built {

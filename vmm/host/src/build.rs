@@ -19,7 +19,7 @@ const BUILDER_STACK_BYTES: usize = 256 << 10;
 /// Fails with the error of the first machine that cannot be built, and drops the others.
 pub(crate) fn build_all(hypervisor: &Hypervisor, configs: Vec<Validated>) -> Result<Vec<Vm>, HostError> {
     let build = |config: Validated| {
-        let vm = config.config().name.clone();
+        let vm = config.spec().name.clone();
         Vm::build(config, hypervisor).map_err(|source| HostError::Build { vm, source })
     };
     let builders = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(configs.len());

@@ -6,26 +6,21 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::HostError;
-use samepage_machine::config::{ConfigError, DiskConfig, VmConfig};
+use samepage_machine::config::{ConfigError, DiskSpec, VmConfig};
 
 /// The files that a VM uses, and that other VMs may not use.
 #[derive(Debug, Clone)]
 pub struct Uses {
     name: String,
-    disks: Vec<DiskConfig>,
+    disks: Vec<DiskSpec>,
     console: Option<PathBuf>,
 }
 
 impl Uses {
-    /// Returns the disks.
-    pub fn disks(&self) -> &[DiskConfig] {
-        &self.disks
-    }
-
     /// Returns the files that a VM of this configuration uses.
     pub fn of(config: &VmConfig) -> Self {
         let console = config.console.file().map(Path::to_owned);
-        Self { name: config.name.clone(), disks: config.disks.clone(), console }
+        Self { name: config.spec.name.clone(), disks: config.spec.disks.clone(), console }
     }
 }
 
@@ -82,8 +77,8 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
                     continue;
                 }
             };
-            if let Some((first, read_only)) = disks.insert(file, (&uses.name, disk.read_only))
-                && !(read_only && disk.read_only)
+            if let Some((first, read_only)) = disks.insert(file, (&uses.name, disk.readonly))
+                && !(read_only && disk.readonly)
             {
                 let first = first.to_owned();
                 tell(Part::Disk(place), HostError::SharedDisk { path, first, second: vm() });
@@ -136,13 +131,12 @@ mod tests {
     fn vm(name: &str, disks: &[(&std::path::Path, bool)]) -> VmConfig {
         let kernel = ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() };
         let mut config = VmConfig::new(name, kernel);
-        config.disks = (0..)
-            .zip(disks)
-            .map(|(n, (path, read_only))| DiskConfig {
+        config.spec.disks = disks
+            .iter()
+            .map(|(path, readonly)| DiskSpec {
                 path: path.to_path_buf(),
-                read_only: *read_only,
-                id: format!("disk{n}"),
-                ..DiskConfig::default()
+                readonly: *readonly,
+                ..DiskSpec::default()
             })
             .collect();
         config

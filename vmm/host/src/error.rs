@@ -44,16 +44,6 @@ pub enum HostError {
         /// The value and its fault.
         source: ConfigError,
     },
-    /// A value in the description of a VM, which its schema does not allow.
-    #[error("VM {vm}: {reason}")]
-    Spec {
-        /// The VM's name.
-        vm: String,
-        /// The place in the description, as a JSON pointer.
-        place: String,
-        /// The value and its fault.
-        reason: String,
-    },
     /// The machine cannot be built.
     #[error("VM {vm}: {source}")]
     Build {

@@ -3,7 +3,7 @@
 //! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
 //!   outlives its machines. `actions` has the actions on VMs.
 //! - [`conflicts`] finds files that VMs cannot have in common, [`error`] has the errors of all of these.
-//! - [`validated`] turns the description of a VM into a configuration, [`config_file`] reads descriptions.
+//! - [`validated`] validates the description of a VM, [`config_file`] reads descriptions.
 //! - [`events`] is the log of events, [`statistics`] counts what VMs use and share.
 //! - [`host_limits`] measures how much memory may be promised to guests.
 //!
@@ -20,7 +20,6 @@ pub mod engine;
 pub mod error;
 pub mod events;
 pub mod host_limits;
-pub mod limits;
 pub mod record;
 pub mod registry;
 pub mod schema;

@@ -13,10 +13,8 @@ use crate::backlog::Backlog;
 use crate::conflicts::Uses;
 use crate::ends::MachineNumber;
 use samepage_api_types::lifecycle::State;
-use samepage_api_types::spec::VmSpec;
-use samepage_machine::DiskConfig;
 use samepage_machine::vm::{Vm, VmEnd, VmState};
-use samepage_spec::SharingMode;
+use samepage_spec::{SharingMode, VmSpec};
 
 /// How long an operation waits for other operations on the same VM.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -127,11 +125,6 @@ impl Record {
     /// Returns the VM's description.
     pub fn spec(&self) -> &VmSpec {
         &self.spec
-    }
-
-    /// Returns the configuration of the disks, with all defaults.
-    pub fn disks(&self) -> &[DiskConfig] {
-        self.uses.disks()
     }
 
     /// Returns the machine, if there is one.

@@ -19,7 +19,7 @@ use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::build_all;
-use crate::conflicts;
+use crate::conflicts::{self, Uses};
 use crate::disk_errors::{DiskErrorHandler, DiskErrors};
 use crate::ends::{Ended, Ends, MachineNumber};
 use crate::error::HostError;
@@ -27,10 +27,9 @@ use crate::events::EventLog;
 use crate::host_limits::HostMemory;
 use crate::record::{Machine, Record};
 use crate::statistics::{self, Sample, Sampler};
-use crate::validated::Validated;
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::State;
-use samepage_machine::config::{self, ConfigError, HugePages};
+use samepage_machine::config::{ConfigError, HugePages, Validated};
 use samepage_machine::huge_pages;
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
@@ -109,11 +108,10 @@ impl Registry {
         let mut configs = Vec::with_capacity(vms.len());
         let mut records = Vec::with_capacity(vms.len());
         for vm in vms {
-            let uses = vm.uses();
-            let (spec, config) = vm.into_parts();
+            let (spec, uses) = (vm.spec().clone(), Uses::of(vm.config()));
             let shares = self.common.sharing.is_some();
             let record = Arc::new(Record::new(spec, uses, shares).map_err(HostError::Watch)?);
-            configs.push(self.complete(config, &record));
+            configs.push(self.complete(vm, &record));
             records.push(record);
         }
         self.reserve(&records)?;
@@ -134,11 +132,7 @@ impl Registry {
     }
 
     /// Builds machines and gives them to their records. All or none. They do not run yet.
-    pub(crate) fn build(
-        &self,
-        configs: Vec<config::Validated>,
-        records: &[Arc<Record>],
-    ) -> Result<(), HostError> {
+    pub(crate) fn build(&self, configs: Vec<Validated>, records: &[Arc<Record>]) -> Result<(), HostError> {
         let vms = build_all(&self.hypervisor, configs)?;
         let mut installed = records.iter().zip(vms).map(|(record, vm)| self.install(record, Arc::new(vm)));
         let done = installed.try_for_each(|installed| installed);
@@ -162,10 +156,10 @@ impl Registry {
     }
 
     /// Adds the process's engine and the console's backlog to a configuration.
-    pub(crate) fn complete(&self, mut config: config::Validated, record: &Record) -> config::Validated {
+    pub(crate) fn complete(&self, mut config: Validated, record: &Record) -> Validated {
         config.share_with(self.common.sharing.clone());
         config.set_mode(record.mode());
-        if config.config().hugepages == HugePages::Thp && huge_pages::unavailable().is_some() {
+        if config.spec().hugepages == HugePages::Thp && huge_pages::unavailable().is_some() {
             config.use_small_pages();
         }
         config.copy_console(record.backlog.sink());

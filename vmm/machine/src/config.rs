@@ -6,55 +6,18 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use samepage_devices::disk::limit::RateLimits;
-use samepage_devices::disk::{CachePolicy, Format};
 use samepage_hole::PARAMETER;
 use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
-use samepage_sharing::service::{Participation, Sharing};
-pub use samepage_spec::{HugePages, MemoryHole};
+use samepage_sharing::service::Sharing;
+pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, Size, VmSpec};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
 use crate::vm::devices::{MAX_DISKS, mmio_parameters};
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
-
-/// A virtual disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// An image file or a block device.
-    pub path: PathBuf,
-    /// Whether the disk is read-only.
-    pub read_only: bool,
-    /// The name of the disk within the VM, which the guest sees as the serial number.
-    pub id: String,
-    /// The format of the image. `None` detects the format, and refuses the image if that is unsafe.
-    pub format: Option<Format>,
-    /// Which of its blocks the host keeps in memory, and where.
-    pub cache: CachePolicy,
-    /// Limits per second.
-    pub limits: RateLimits,
-    /// The number of queues that the device offers.
-    pub queues: usize,
-}
-
-impl Default for DiskConfig {
-    /// Returns a writable disk with one queue, no limits and the default policy. It still needs a path and a
-    /// name.
-    fn default() -> Self {
-        Self {
-            path: PathBuf::new(),
-            read_only: false,
-            id: String::new(),
-            format: None,
-            cache: CachePolicy::default(),
-            limits: RateLimits::default(),
-            queues: 1,
-        }
-    }
-}
 
 /// The target of a guest's serial console.
 #[derive(Default)]
@@ -103,32 +66,18 @@ impl ConsoleConfig {
     }
 }
 
-/// The configuration of a VM.
+/// The configuration of a VM: its description, and what no description can hold.
 #[derive(Debug)]
 pub struct VmConfig {
-    /// The name, unique in the process: letters, digits, `.`, `_` and `-`.
-    pub name: String,
-    /// The kernel: vmlinux with or without a PVH note, or bzImage.
-    pub kernel: ImageSource,
-    /// The initial RAM disk.
-    pub initrd: Option<ImageSource>,
-    /// The kernel's command line. Parameters for the disks and the memory hole are appended.
-    pub cmdline: String,
-    /// Guest RAM in bytes, a multiple of 4096.
-    pub memory_bytes: u64,
-    /// The size of the pages that back guest RAM.
-    pub hugepages: HugePages,
-    /// Disks, in the order in which the guest finds them.
-    pub disks: Vec<DiskConfig>,
-    /// The serial console.
+    /// The description.
+    pub spec: VmSpec,
+    /// A kernel that the program itself holds, instead of the file in the description.
+    pub embedded_kernel: Option<ImageSource>,
+    /// The serial console, instead of the file in the description.
     pub console: ConsoleConfig,
     /// The engine that shares the guest's memory, from before the start to the end. `None` for a VM that shares
     /// no memory.
     pub sharing: Option<Arc<Sharing>>,
-    /// The group of VMs with which it shares memory, and which pages are shared.
-    pub participation: Participation,
-    /// How the guest publishes what its pages are used for. Without effect for a VM that shares no memory.
-    pub memory_hole: MemoryHole,
 }
 
 /// A fault in a VM's configuration.
@@ -158,6 +107,14 @@ pub enum ConfigError {
         most = MAX_DISKS - 1
     )]
     TooManyDisksForPort(usize),
+    /// A value that the schema of descriptions does not allow.
+    #[error("{reason}")]
+    Value {
+        /// The place in the description, as a JSON pointer.
+        place: String,
+        /// The value and its fault.
+        reason: String,
+    },
     /// Two disks of a VM with one name.
     #[error("two disks are named {0}; give one of them another id=NAME")]
     DuplicateDiskId(String),
@@ -166,33 +123,45 @@ pub enum ConfigError {
     Boot(#[from] BootError),
 }
 
+impl From<VmSpec> for VmConfig {
+    /// Returns a VM that shares no memory, and whose console goes where the description says.
+    fn from(spec: VmSpec) -> Self {
+        let console = spec.console.file.clone().map_or(ConsoleConfig::Off, ConsoleConfig::File);
+        Self { spec, embedded_kernel: None, console, sharing: None }
+    }
+}
+
 impl VmConfig {
-    /// Returns a VM with 256 MiB of memory, which it does not share, no disks and no console.
+    /// Returns a VM with 256 MiB of memory, which it does not share, no disks, no console and an empty command
+    /// line.
     pub fn new(name: impl Into<String>, kernel: ImageSource) -> Self {
-        Self {
-            name: name.into(),
-            kernel,
-            initrd: None,
-            cmdline: String::new(),
-            memory_bytes: 256 << 20,
-            hugepages: HugePages::Off,
-            disks: Vec::new(),
-            console: ConsoleConfig::Off,
-            sharing: None,
-            participation: Participation::default(),
-            memory_hole: MemoryHole::default(),
-        }
+        let (path, embedded_kernel) = match kernel {
+            ImageSource::Path(path) => (path, None),
+            ImageSource::Bytes { name, .. } => (PathBuf::from(name), Some(kernel)),
+        };
+        let spec = VmSpec { cmdline: String::new(), ..VmSpec::new(name, path) };
+        Self { embedded_kernel, ..Self::from(spec) }
+    }
+
+    /// Returns the kernel: vmlinux with or without a PVH note, or bzImage.
+    pub(crate) fn kernel(&self) -> ImageSource {
+        self.embedded_kernel.clone().unwrap_or_else(|| self.spec.kernel.clone().into())
+    }
+
+    /// Returns the initial RAM disk.
+    pub(crate) fn initrd(&self) -> Option<ImageSource> {
+        self.spec.initrd.clone().map(ImageSource::Path)
     }
 
     /// Returns the place of the guest's memory hole, if it gets one.
     pub(crate) fn hole(&self) -> Option<HoleRange> {
-        let mapped = self.memory_hole == MemoryHole::On && self.sharing.is_some();
-        mapped.then(|| HoleRange::of(self.memory_bytes))
+        let mapped = self.spec.memory_hole == MemoryHole::On && self.sharing.is_some();
+        mapped.then(|| HoleRange::of(self.spec.memory.0))
     }
 
     /// Whether the guest publishes page types through a port.
     pub(crate) fn has_port(&self) -> bool {
-        self.memory_hole == MemoryHole::Port && self.sharing.is_some()
+        self.spec.memory_hole == MemoryHole::Port && self.sharing.is_some()
     }
 
     /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
@@ -203,20 +172,20 @@ impl VmConfig {
 
     /// Returns the same for a VM that shares memory, or does not.
     fn command_line(&self, is_shared: bool) -> String {
-        let mut added = mmio_parameters(
-            self.disks.len() + usize::from(is_shared && self.memory_hole == MemoryHole::Port),
-        );
-        match self.memory_hole {
+        let VmSpec { cmdline, memory, disks, memory_hole, .. } = &self.spec;
+        let mut added =
+            mmio_parameters(disks.len() + usize::from(is_shared && *memory_hole == MemoryHole::Port));
+        match memory_hole {
             MemoryHole::On if is_shared => {
-                let hole = HoleRange::of(self.memory_bytes);
+                let hole = HoleRange::of(memory.0);
                 added.push_str(&format!(" {PARAMETER}={}@{:#x}", hole.bytes, hole.start));
             }
             MemoryHole::Port if is_shared => added.push_str(&format!(" {PARAMETER}={PARAMETER_VALUE}")),
             _ => {}
         }
-        match self.cmdline.split_once(" -- ") {
+        match cmdline.split_once(" -- ") {
             Some((kernel, init)) => format!("{kernel}{added} -- {init}"),
-            None => format!("{}{added}", self.cmdline).trim_start().to_owned(),
+            None => format!("{cmdline}{added}").trim_start().to_owned(),
         }
     }
 
@@ -231,34 +200,41 @@ impl VmConfig {
     }
 
     fn faults(&self) -> Vec<ConfigError> {
-        let memory = check_memory(self.memory_bytes);
+        let VmSpec { name, cmdline, memory, disks, sharing, memory_hole, .. } = &self.spec;
+        let checked = check_memory(memory.0);
         // Whether images fit into memory that cannot be is no question.
-        let room = if memory.is_ok() { self.memory_bytes } else { MAX_RAM };
+        let room = if checked.is_ok() { memory.0 } else { MAX_RAM };
         // A hole lies above memory, so there is none above memory that cannot be.
-        let command_line = self.command_line(memory.is_ok());
-        let name = check_name(&self.name).map_err(ConfigError::from);
-        let group = check_group(&self.participation.group).map_err(ConfigError::from);
-        let mut faults: Vec<_> = [name, memory, group].into_iter().filter_map(Result::err).collect();
-        if self.disks.len() > MAX_DISKS {
-            faults.push(ConfigError::TooManyDisks(self.disks.len()));
-        } else if self.disks.len() == MAX_DISKS && self.memory_hole == MemoryHole::Port {
-            faults.push(ConfigError::TooManyDisksForPort(self.disks.len()));
+        let command_line = self.command_line(checked.is_ok());
+        let name = check_name(name).map_err(ConfigError::from);
+        let group = check_group(&sharing.group).map_err(ConfigError::from);
+        let of_value = |(place, reason)| ConfigError::Value { place, reason };
+        let mut faults: Vec<_> = self.spec.faults().into_iter().map(of_value).collect();
+        faults.extend([name, checked, group].into_iter().filter_map(Result::err));
+        if disks.len() > MAX_DISKS {
+            faults.push(ConfigError::TooManyDisks(disks.len()));
+        } else if disks.len() == MAX_DISKS && *memory_hole == MemoryHole::Port {
+            faults.push(ConfigError::TooManyDisksForPort(disks.len()));
         }
         let mut ids = HashSet::new();
-        for disk in &self.disks {
-            faults.extend(check_disk_id(&disk.id).err().map(ConfigError::from));
-            if !ids.insert(&disk.id) {
-                faults.push(ConfigError::DuplicateDiskId(disk.id.clone()));
+        for (number, disk) in disks.iter().enumerate() {
+            let id = disk.id(number);
+            faults.extend(check_disk_id(&id).err().map(ConfigError::from));
+            if ids.contains(&id) {
+                faults.push(ConfigError::DuplicateDiskId(id.into_owned()));
+            } else {
+                ids.insert(id);
             }
         }
-        let added = command_line.len().saturating_sub(self.cmdline.len());
-        let images = load::faults(&self.kernel, self.initrd.as_ref(), &command_line, added, room);
+        let added = command_line.len().saturating_sub(cmdline.len());
+        let (kernel, initrd) = (self.kernel(), self.initrd());
+        let images = load::faults(&kernel, initrd.as_ref(), &command_line, added, room);
         faults.extend(images.into_iter().map(ConfigError::Boot));
         faults
     }
 }
 
-/// A configuration without faults. Machines are built from nothing else.
+/// A configuration without faults. Validation is the only way to one, and machines are built from nothing else.
 #[derive(Debug)]
 pub struct Validated(VmConfig);
 
@@ -266,6 +242,16 @@ impl Validated {
     /// Returns the configuration.
     pub fn config(&self) -> &VmConfig {
         &self.0
+    }
+
+    /// Returns the description.
+    pub fn spec(&self) -> &VmSpec {
+        &self.0.spec
+    }
+
+    /// Returns the description alone, for another process.
+    pub fn into_spec(self) -> VmSpec {
+        self.0.spec
     }
 
     pub(crate) fn into_config(self) -> VmConfig {
@@ -279,12 +265,12 @@ impl Validated {
 
     /// Changes which pages of the VM's memory are shared.
     pub fn set_mode(&mut self, mode: Mode) {
-        self.0.participation.mode = mode;
+        self.0.spec.sharing.mode = mode;
     }
 
-    /// Backs the VM's memory with small pages.
+    /// Backs the VM's memory with small pages, whatever its description said.
     pub fn use_small_pages(&mut self) {
-        self.0.hugepages = HugePages::Off;
+        self.0.spec.hugepages = HugePages::Off;
     }
 
     /// Sends a copy of the console's output to a writer that never waits.
@@ -334,8 +320,8 @@ mod tests {
         VmConfig::new("vm", ImageSource::Bytes { name: "test image", bytes: pvh_elf(b"\xf4").into() })
     }
 
-    fn disk(id: &str) -> DiskConfig {
-        DiskConfig { path: "/nonexistent".into(), read_only: true, id: id.into(), ..DiskConfig::default() }
+    fn disk(id: &str) -> DiskSpec {
+        DiskSpec { path: "/nonexistent".into(), readonly: true, id: Some(id.into()), ..DiskSpec::default() }
     }
 
     fn refused(change: impl FnOnce(&mut VmConfig)) -> String {
@@ -347,27 +333,33 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_refused() {
-        assert!(refused(|c| c.name = "a/b".into()).contains("cannot be named"));
-        assert!(refused(|c| c.name = String::new()).contains("cannot be named"));
-        assert!(refused(|c| c.name = "..".into()).contains("cannot be named"));
-        assert!(refused(|c| c.participation.group = "a b".into()).contains("a group of VMs"));
-        assert!(refused(|c| c.memory_bytes = 0).contains("at least"));
-        assert!(refused(|c| c.memory_bytes = (64 << 20) + 1).contains("multiple"));
-        assert!(refused(|c| c.memory_bytes = 1 << 20).contains("2M"));
-        assert!(refused(|c| c.memory_bytes = 1 << 60).contains("8T"));
-        assert!(refused(|c| c.disks = vec![disk("a"), disk("a")]).contains("two disks"));
-        assert!(refused(|c| c.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
+        assert!(refused(|c| c.spec.name = "a/b".into()).contains("cannot be named"));
+        assert!(refused(|c| c.spec.name = String::new()).contains("cannot be named"));
+        assert!(refused(|c| c.spec.name = "..".into()).contains("cannot be named"));
+        assert!(refused(|c| c.spec.sharing.group = "a b".into()).contains("a group of VMs"));
+        assert!(refused(|c| c.spec.memory = Size(0)).contains("at least"));
+        assert!(refused(|c| c.spec.memory = Size((64 << 20) + 1)).contains("multiple"));
+        assert!(refused(|c| c.spec.memory = Size(1 << 20)).contains("2M"));
+        assert!(refused(|c| c.spec.memory = Size(1 << 60)).contains("8T"));
+        assert!(refused(|c| c.spec.disks = vec![disk("a"), disk("a")]).contains("two disks"));
+        assert!(refused(|c| c.spec.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
         assert_eq!(MAX_DISK_ID, MAX_ID_LEN);
-        assert!(refused(|c| c.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most"));
+        assert!(
+            refused(|c| c.spec.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most")
+        );
         let disks = || (0..8).map(|n| disk(&n.to_string())).collect();
-        let with_port = refused(|c| (c.disks, c.memory_hole) = (disks(), MemoryHole::Port));
+        let with_port = refused(|c| (c.spec.disks, c.spec.memory_hole) = (disks(), MemoryHole::Port));
         assert!(with_port.contains("7 at most"), "{with_port}");
-        assert!(refused(|c| c.kernel = ImageSource::Path("/nonexistent".into())).contains("/nonexistent"));
+        assert!(
+            refused(|c| (c.spec.kernel, c.embedded_kernel) = ("/nonexistent".into(), None))
+                .contains("/nonexistent")
+        );
     }
 
     #[test]
     fn the_memory_hole_is_announced_where_memory_is_shared() {
-        let mut config = VmConfig { cmdline: "quiet -- single".into(), ..config() };
+        let mut config = config();
+        config.spec.cmdline = "quiet -- single".into();
         assert_eq!((config.hole(), config.kernel_command_line().as_str()), (None, "quiet -- single"));
         // Hosts that cannot share memory have no hole to announce.
         config.sharing = Sharing::start(Settings::default()).ok().map(Arc::new);
@@ -375,27 +367,27 @@ mod tests {
             let line = config.kernel_command_line();
             let value =
                 line.strip_prefix("quiet samepage.hole=").and_then(|rest| rest.strip_suffix(" -- single"));
-            let hole = HoleRange::of(config.memory_bytes);
+            let hole = HoleRange::of(config.spec.memory.0);
             assert_eq!(value.and_then(parse_parameter), Some((hole.bytes, hole.start)), "{line}");
         }
-        config.memory_hole = MemoryHole::Port;
+        config.spec.memory_hole = MemoryHole::Port;
         if config.sharing.is_some() {
-            config.disks = vec![disk("a")];
+            config.spec.disks = vec![disk("a")];
             let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
             let line = format!("quiet {devices} samepage.hole=port -- single");
             assert_eq!((config.hole(), config.kernel_command_line()), (None, line));
-            config.disks.clear();
+            config.spec.disks.clear();
         }
-        config.memory_hole = MemoryHole::Off;
+        config.spec.memory_hole = MemoryHole::Off;
         assert_eq!(config.kernel_command_line(), "quiet -- single");
     }
 
     #[test]
     fn disks_are_announced_before_the_arguments_of_init() {
         let mut config = config();
-        config.disks = vec![disk("a")];
+        config.spec.disks = vec![disk("a")];
         assert_eq!(config.kernel_command_line(), "virtio_mmio.device=4K@0xd0000000:5");
-        config.cmdline = "quiet -- single".into();
+        config.spec.cmdline = "quiet -- single".into();
         assert_eq!(config.kernel_command_line(), "quiet virtio_mmio.device=4K@0xd0000000:5 -- single");
     }
 }

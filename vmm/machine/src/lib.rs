@@ -17,6 +17,6 @@ pub mod vm;
 pub mod x86;
 
 pub use boot::ImageSource;
-pub use config::{ConsoleConfig, DiskConfig, HugePages, MemoryHole, Validated, VmConfig};
+pub use config::{ConsoleConfig, DiskSpec, HugePages, MemoryHole, Size, Validated, VmConfig, VmSpec};
 pub use hypervisor::Hypervisor;
 pub use vm::{CrashReport, Vm, VmEnd, VmError, VmHandle, VmState};

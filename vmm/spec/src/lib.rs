@@ -1,17 +1,27 @@
-//! The choices in the description of a VM.
+//! The description of a VM, and its choices.
 //!
-//! Each choice is one type, which the command line, JSON and the machine have in common. The names of its
-//! values are the same everywhere. The engine and the device models use these types without clap and without
-//! the API's schema, which are features.
+//! Each is one type, which the command line, JSON and the machine have in common. The names of values are the
+//! same everywhere. The engine and the device models use these types without clap and without the API's schema,
+//! which are features.
 
+mod disk;
 mod hole;
+mod size;
+mod vm;
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
 pub use hole::MemoryHole;
+pub use size::Size;
+#[cfg(feature = "schema")]
+pub use size::schema::optional_memory as optional_memory_schema;
+pub use vm::{
+    ConsoleSpec, DEFAULT_COMMAND_LINE, DEFAULT_GROUP, MAX_RAM, MIN_RAM, PAGE_SIZE, SharingSpec, VmSpec,
+};
 
 /// Which pages of a VM's memory are shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,8 +1,6 @@
 //! `--disk`: a virtual disk in one argument, of fields between commas.
 
-use samepage_api_types::disk_spec::{DiskSpec, MAX_QUEUES};
-use samepage_api_types::spec::Size;
-use samepage_spec::CachePolicy;
+use samepage_spec::{CachePolicy, DiskSpec, MAX_QUEUES, Size};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
@@ -71,8 +69,7 @@ fn parse_limit(text: &str, limit: Result<u64, String>) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use samepage_api_types::disk_spec::LimitsSpec;
-    use samepage_spec::Format;
+    use samepage_spec::{Format, RateLimits};
 
     #[test]
     fn disks_have_a_path_and_known_fields() {
@@ -112,6 +109,6 @@ mod tests {
         let all = parse_disk("path=a,format=qcow2,cache=exclusive,rate=10M/s,iops=500,queues=4").unwrap();
         let cache = Some(CachePolicy::Exclusive);
         assert_eq!((all.format, all.cache, all.queues), (Some(Format::Qcow2), cache, Some(4)));
-        assert_eq!(all.limits, LimitsSpec { rate: Some(Size(10 << 20)), iops: Some(500) });
+        assert_eq!(all.limits, RateLimits { rate: Some(Size(10 << 20)), iops: Some(500) });
     }
 }

@@ -31,7 +31,7 @@ use patience::{PATIENCE, Patience};
 use samepage_host::host_limits::HostMemory;
 use samepage_host::statistics::{Sample, Sampler, rss_anon};
 use samepage_machine::boot::ImageSource;
-use samepage_machine::config::{ConsoleConfig, VmConfig};
+use samepage_machine::config::{ConsoleConfig, Size, VmConfig};
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
 use summary::Summary;
@@ -191,8 +191,8 @@ fn start(
 ) -> Result<Vm> {
     let kernel = ImageSource::Bytes { name: "embedded guest", bytes: DEMO_GUEST.into() };
     let mut config = VmConfig::new(format!("demo-{index}"), kernel);
-    config.memory_bytes = MEMORY_BYTES;
-    config.cmdline = plan.to_string();
+    config.spec.memory = Size(MEMORY_BYTES);
+    config.spec.cmdline = plan.to_string();
     config.sharing = Some(Arc::clone(sharing));
     config.console = ConsoleConfig::Sink(Box::new(Lines { index, line: Vec::new(), reports }));
     let vm = Vm::build(config, hypervisor).with_context(|| format!("start VM demo-{index}"))?;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::by_type::{ByType, TypeSample, present};
-use crate::spec::PAGE_SIZE;
+use samepage_spec::PAGE_SIZE;
 
 /// Pages of one type, and what of them is shared.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]

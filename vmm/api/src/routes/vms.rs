@@ -16,18 +16,15 @@ use crate::extract::{self, Parameters, Vm, VmAndDisk, blocking, json, to_json};
 use crate::filter::VmFilter;
 use crate::problem::Refusal;
 use crate::server::Api;
-use samepage_api_types::disk_spec::LimitsSpec;
 use samepage_api_types::lifecycle::Action;
 use samepage_api_types::problem::Kind;
-use samepage_api_types::spec::VmSpec;
 use samepage_api_types::views::{DiskView, VmSummary, VmView};
 use samepage_host::error::HostError;
-use samepage_host::limits::of_device;
 use samepage_host::record::{Cause, Record, Turn};
 use samepage_host::registry::Registry;
-use samepage_host::validated::Validated;
+use samepage_host::validated::validate;
 use samepage_machine::vm::{Disk, Vm as RunningVm};
-use samepage_spec::CachePolicy;
+use samepage_spec::{CachePolicy, RateLimits, VmSpec};
 
 /// List VMs
 ///
@@ -66,7 +63,7 @@ pub(super) async fn create(
     let registry = api.registry.clone();
     let record = blocking(move || {
         let start = spec.start.unwrap_or(false);
-        let record = registry.create(vec![Validated::of(spec, None).map_err(HostError::from)?])?.remove(0);
+        let record = registry.create(vec![validate(spec, None).map_err(HostError::from)?])?.remove(0);
         // If the turn is taken, another client has already acted on the VM, and that action wins.
         if start && let Some(turn) = record.try_turn() {
             registry.act(&turn, Action::Start)?;
@@ -259,7 +256,7 @@ pub(super) async fn disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json<DiskVi
 pub(crate) struct DiskChange {
     /// Limits per second, until the VM boots again. Omitted limits are removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) limits: Option<LimitsSpec>,
+    pub(crate) limits: Option<RateLimits>,
     /// The cache policy for further reads, until the VM boots again. Disks that were opened with `exclusive`,
     /// `scrub` or `inclusive` can change between these and `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -280,7 +277,7 @@ pub(super) async fn change_disk(
         let problem = Refusal::new(Kind::BadRequest, "the body changes nothing");
         return Err(problem.help("give limits, cache or both"));
     }
-    if let Some((place, reason)) = limits.iter().flat_map(LimitsSpec::faults).next() {
+    if let Some((place, reason)) = limits.iter().flat_map(RateLimits::faults).next() {
         return Err(Refusal::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
     }
     let vm = running(&record, &id)?;
@@ -294,7 +291,7 @@ pub(super) async fn change_disk(
         })?;
     }
     if let Some(limits) = limits {
-        disk.limiter.set(of_device(limits));
+        disk.limiter.set(limits);
     }
     find_disk(&record, &id).map(Json)
 }

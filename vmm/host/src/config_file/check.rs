@@ -1,12 +1,12 @@
 //! Validates the VMs of a file, each alone and all together.
 
 use super::{Loading, Place, Planned};
-use crate::conflicts::{self, Part};
+use crate::conflicts::{self, Part, Uses};
 use crate::error::HostError;
-use crate::validated::{self, Validated};
-use samepage_api_types::spec::VmSpec;
+use crate::validated::{self, validate};
 use samepage_machine::boot::BootError;
-use samepage_machine::config::ConfigError;
+use samepage_machine::config::{ConfigError, Validated};
+use samepage_spec::VmSpec;
 use samepage_text::names::NameError;
 
 impl Loading {
@@ -16,14 +16,14 @@ impl Loading {
         let mut uses = Vec::with_capacity(planned.len());
         let mut validated = Vec::with_capacity(planned.len());
         for vm in &planned {
-            match Validated::of(vm.spec.clone(), None) {
+            match validate(vm.spec.clone(), None) {
                 Ok(vm) => {
-                    uses.push(vm.uses());
+                    uses.push(Uses::of(vm.config()));
                     validated.push(vm);
                 }
                 Err(invalid) => {
-                    invalid.faults.iter().for_each(|fault| self.fault(vm, fault));
                     uses.push(invalid.uses);
+                    invalid.faults.into_iter().for_each(|fault| self.fault(vm, fault));
                 }
             }
         }
@@ -39,22 +39,19 @@ impl Loading {
         validated
     }
 
-    fn fault(&mut self, vm: &Planned, fault: &HostError) {
+    fn fault(&mut self, vm: &Planned, fault: ConfigError) {
         match fault {
-            HostError::Spec { place, .. } => self.vm_mistake(vm, place, fault.to_string()),
             // The missing name has already been reported.
-            HostError::Config { source: ConfigError::Name(NameError::Vm(_)), .. } if vm.is_unnamed => {}
-            HostError::Config { source: ConfigError::Boot(BootError::Kernel { .. }), .. }
-                if vm.has_no_kernel => {}
-            HostError::Config { source, .. } => {
-                let text = match source {
-                    ConfigError::Name(NameError::Vm(_)) => source.to_string(),
-                    _ => fault.to_string(),
-                };
-                self.vm_mistake(vm, &place(source, &vm.spec), text);
-            }
-            _ => self.vm_mistake(vm, "", fault.to_string()),
+            ConfigError::Name(NameError::Vm(_)) if vm.is_unnamed => return,
+            ConfigError::Boot(BootError::Kernel { .. }) if vm.has_no_kernel => return,
+            _ => {}
         }
+        let place = place(&fault, &vm.spec);
+        let text = match fault {
+            ConfigError::Name(NameError::Vm(_)) => fault.to_string(),
+            source => HostError::Config { vm: vm.spec.name.clone(), source }.to_string(),
+        };
+        self.vm_mistake(vm, &place, text);
     }
 
     /// Records a mistake in a VM, at a place in its description.

@@ -18,14 +18,13 @@ use utoipa::ToSchema;
 
 use check::EntryPlaces;
 use read::{Entry, Read};
-use samepage_api_types::disk_spec::DiskSpec;
-use samepage_api_types::spec::{
-    ConsoleSpec, DEFAULT_COMMAND_LINE, SharingSpec, Size, VmSpec, optional_memory_schema,
+use samepage_spec::{
+    ConsoleSpec, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, SharingSpec, Size, VmSpec,
+    optional_memory_schema,
 };
-use samepage_spec::{HugePages, MemoryHole};
 use source::Source;
 
-use crate::validated::Validated;
+use samepage_machine::config::Validated;
 
 /// Limit for the depth of includes.
 const MAX_DEPTH: usize = 8;

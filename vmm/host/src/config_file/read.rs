@@ -7,7 +7,7 @@ use serde_path_to_error::{Path, Segment};
 
 use super::source::escape;
 use super::{ConfigFile, VmEntry};
-use samepage_api_types::disk_spec::DiskSpec;
+use samepage_spec::DiskSpec;
 
 /// Limit for the mistakes that are reported for one file.
 const MOST: usize = 200;

@@ -27,7 +27,7 @@ use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
-use crate::config::DiskConfig;
+use crate::config::DiskSpec;
 use crate::x86::layout::{KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
 
 /// Upper limit for the disks of a VM: one interrupt line each. The port of a memory hole takes one as well.
@@ -127,7 +127,7 @@ impl Devices {
         kvm: &VmFd,
         (memory, lost): (&GuestMemory, Arc<AtomicBool>),
         console: Box<dyn Write + Send>,
-        disks: &[DiskConfig],
+        disks: &[DiskSpec],
         sharing: Option<&SharedMemory<'_>>,
         hole: Option<HoleDevice>,
     ) -> Result<Self, VmError> {
@@ -157,26 +157,25 @@ impl Devices {
         };
         let mut attached = Vec::with_capacity(disks.len());
         for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
-            let cached = keep(disk.cache).is_some();
-            let policy = if cached && sharing.is_none() { CachePolicy::Buffered } else { disk.cache };
+            let id = disk.id(attached.len()).into_owned();
+            let cached = keep(disk.cache()).is_some();
+            let policy = if cached && sharing.is_none() { CachePolicy::Buffered } else { disk.cache() };
             let config = BlockConfig {
                 vm: vm.to_owned(),
-                id: disk.id.clone(),
-                queues: disk.queues,
+                id: id.clone(),
+                queues: disk.queues(),
                 disk: DiskOptions {
                     path: disk.path.clone(),
-                    read_only: disk.read_only,
+                    read_only: disk.readonly,
                     format: disk.format,
                     policy,
                     engine: Engine::Auto,
                 },
             };
-            let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmError::Disk {
-                id: disk.id.clone(),
-                source,
-            };
+            let failed =
+                |source: Box<dyn std::error::Error + Send + Sync>| VmError::Disk { id: id.clone(), source };
             // Other VMs also read the part of a qcow2 image that comes from a backing image.
-            let alone = !disk.read_only && disk.format != Some(Format::Qcow2);
+            let alone = !disk.readonly && disk.format != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
             let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
                 let (blocks, number, memory) = (blocks.clone(), attached.len(), memory.clone());
@@ -188,12 +187,13 @@ impl Devices {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
             block.limiter().set(disk.limits);
+            let notices = block.notices().iter().cloned().chain(without_sharing(&id, disk.cache(), policy));
             attached.push(Disk {
-                id: disk.id.clone(),
+                id: id.clone(),
                 stats: block.stats(),
                 limiter: block.limiter(),
                 size: block.size(),
-                notices: block.notices().iter().cloned().chain(without_sharing(disk, policy)).collect(),
+                notices: notices.collect(),
                 policy,
                 blocks,
             });
@@ -266,12 +266,11 @@ impl Devices {
 }
 
 /// Returns a remark for the user on a disk that cannot use the block cache.
-fn without_sharing(disk: &DiskConfig, policy: CachePolicy) -> Option<String> {
-    (policy != disk.cache).then(|| {
+fn without_sharing(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option<String> {
+    (policy != wanted).then(|| {
         format!(
-            "disk {}: the cache policy {} needs the sharing engine, which does not run: the kernel's page \
-             cache is used",
-            disk.id, disk.cache
+            "disk {id}: the cache policy {wanted} needs the sharing engine, which does not run: the kernel's \
+             page cache is used"
         )
     })
 }

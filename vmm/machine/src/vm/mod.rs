@@ -29,12 +29,13 @@ use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::TransportError;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
-use samepage_sharing::service::{Membership, StartError};
+use samepage_sharing::service::{Membership, Participation, StartError};
+use samepage_spec::SharingSpec;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{BootError, load};
-use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig};
+use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig, VmSpec};
 use crate::console::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
 use crate::x86::cpuid::{self, Topology};
@@ -252,15 +253,15 @@ impl Vm {
 
     fn build_validated(mut config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
         let notices = give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
-        let bytes = config.memory_bytes;
-        let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.hugepages)
+        let bytes = config.spec.memory.0;
+        let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.spec.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
         let news = config.has_port().then(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
         let news = news.transpose().map_err(VmError::Event)?;
         let hole = reserve_hole(&config, news.as_ref())?.map(Arc::new);
-        let (kernel, initrd) = (&config.kernel, config.initrd.as_ref());
+        let (kernel, initrd) = (config.kernel(), config.initrd());
         let command_line = config.kernel_command_line();
-        let entry = load::load(memory.view(), bytes, config.hole(), kernel, initrd, &command_line)?;
+        let entry = load::load(memory.view(), bytes, config.hole(), &kernel, initrd.as_ref(), &command_line)?;
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
@@ -272,7 +273,7 @@ impl Vm {
         }
         add_interrupt_controllers(&kvm)?;
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
-        let handle = VmHandle { name: config.name.as_str().into(), control };
+        let handle = VmHandle { name: config.spec.name.as_str().into(), control };
         let vm = handle.clone();
         let tell = move |loss| vm.fail(format!("its memory was lost: {loss}"));
         memory.ram().on_loss(tell).map_err(VmError::Thread)?;
@@ -291,7 +292,8 @@ impl Vm {
                     let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
                     log
                 });
-                let member = sharing.add(ram, log, &config.participation, Box::new(lost));
+                let SharingSpec { mode, group } = config.spec.sharing;
+                let member = sharing.add(ram, log, &Participation { group, mode }, Box::new(lost));
                 Some(member.map_err(VmError::Sharing)?)
             }
             None => None,
@@ -302,22 +304,23 @@ impl Vm {
                 None => HoleDevice::Doorbell(hole.doorbell(), Doorbell::new(move || bell.ring())),
                 Some(news) => {
                     let heard = HeardHole { memory: Arc::clone(hole), bell };
-                    HoleDevice::Port(Console::new(&config.name, Arc::new(heard), news))
+                    HoleDevice::Port(Console::new(&config.spec.name, Arc::new(heard), news))
                 }
             }
         });
-        let (console, console_log) = open_console(config.console, &config.name, handle.control.closing())?;
+        let (console, console_log) =
+            open_console(config.console, &config.spec.name, handle.control.closing())?;
         let shared = membership.as_ref().map(|membership| SharedMemory {
             hints: membership.hints(),
             blocks: membership.blocks(),
             slots: memory.slots(),
         });
         let devices = Arc::new(Devices::new(
-            &config.name,
+            &config.spec.name,
             &kvm,
             (memory.view(), memory.ram().loss_flag()),
             console,
-            &config.disks,
+            &config.spec.disks,
             shared.as_ref(),
             hole_device,
         )?);
@@ -336,7 +339,7 @@ impl Vm {
             memory,
         };
         let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
-        let thread = vcpu.spawn(&config.name, &vm.handle.control).map_err(VmError::Thread)?;
+        let thread = vcpu.spawn(&config.spec.name, &vm.handle.control).map_err(VmError::Thread)?;
         vm.threads.push(thread);
         Ok(vm)
     }
@@ -478,7 +481,7 @@ impl Drop for Vm {
 
 /// Reserves the memory hole of a VM that has one. `news` is for a memory hole behind a port.
 fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<HoleMemory>, VmError> {
-    let bytes = config.memory_bytes;
+    let bytes = config.spec.memory.0;
     let memory = match (config.hole(), news) {
         (Some(range), _) => HoleMemory::reserve(bytes, range),
         (None, Some(news)) => {
@@ -493,11 +496,12 @@ fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<Hole
 /// Removes a memory hole that processors of this host cannot address. Returns a remark for the user.
 fn give_up_hole_out_of_reach(config: &mut VmConfig, address_bits: u32) -> Option<String> {
     config.hole().filter(|hole| hole.end() > 1 << address_bits)?;
-    config.memory_hole = MemoryHole::Off;
-    let VmConfig { name, memory_bytes, .. } = config;
+    config.spec.memory_hole = MemoryHole::Off;
+    let VmSpec { name, memory, .. } = &config.spec;
     Some(format!(
         "VM {name}: it has no memory hole, since guests address {address_bits} bits on this host and \
-         {memory_bytes} bytes of memory leave no room for it; nothing else is missing"
+         {bytes} bytes of memory leave no room for it; nothing else is missing",
+        bytes = memory.0
     ))
 }
 
@@ -573,15 +577,14 @@ mod tests {
     use samepage_sharing::service::Sharing;
 
     use super::*;
-    use crate::boot::ImageSource;
+    use crate::config::Size;
 
     #[test]
     fn a_hole_out_of_reach_is_given_up_and_told() {
         let Ok(sharing) = Sharing::start(Settings::default()).map(Arc::new) else { return };
-        let config = |memory_bytes, sharing: Option<&Arc<Sharing>>| VmConfig {
-            memory_bytes,
-            sharing: sharing.cloned(),
-            ..VmConfig::new("big", ImageSource::Path("kernel".into()))
+        let config = |bytes, sharing: Option<&Arc<Sharing>>| {
+            let spec = VmSpec { memory: Size(bytes), ..VmSpec::new("big", "kernel") };
+            VmConfig { sharing: sharing.cloned(), ..VmConfig::from(spec) }
         };
         for (gib, bits, told) in [(1_u64, 36, false), (300, 39, false), (511, 39, true), (300, 38, true)] {
             let mut config = config(gib << 30, Some(&sharing));

@@ -1,15 +1,15 @@
 //! The limits of a disk, and disks with several queues.
 
 use super::*;
-use crate::disk::limit::RateLimits;
 use crate::virtio::RING_FEATURES;
+use samepage_spec::{RateLimits, Size};
 
 #[test]
 fn a_disk_over_its_limit_waits_until_it_may_go_on() {
     let block = MemoryDisk::new().block();
     let (limiter, stats) = (block.limiter(), block.stats());
     // One request passes. Its debt lasts for the whole test.
-    limiter.set(RateLimits { bytes: Some(1), operations: None });
+    limiter.set(RateLimits { rate: Some(Size(1)), iops: None });
     let mut driver = Driver::started(block, ALL_FEATURES);
     assert!(driver.read_sectors(0, 64).is_ok());
     for _ in 0..3 {
@@ -27,7 +27,7 @@ fn a_disk_over_its_limit_waits_until_it_may_go_on() {
     assert_eq!(stats.throttled.load(Relaxed), 1, "the others waited behind it");
 
     // A reset does not wait for the limit.
-    limiter.set(RateLimits { bytes: None, operations: Some(1) });
+    limiter.set(RateLimits { rate: None, iops: Some(1) });
     assert!(driver.read_sectors(0, 1).is_ok() && driver.poll_used().is_none());
     driver.put_header(READ, 0);
     driver.submit(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
@@ -41,7 +41,7 @@ fn a_disk_over_its_limit_waits_until_it_may_go_on() {
 fn a_disk_within_its_limit_goes_on_by_itself() {
     let block = MemoryDisk::new().block();
     let (limiter, stats) = (block.limiter(), block.stats());
-    limiter.set(RateLimits { bytes: Some(1 << 20), operations: Some(200) });
+    limiter.set(RateLimits { rate: Some(Size(1 << 20)), iops: Some(200) });
     let mut driver = Driver::started(block, ALL_FEATURES);
     for sector in 0..50 {
         assert!(driver.read_sectors(sector, 1).is_ok());

@@ -1,20 +1,13 @@
-//! The description of a VM, as clients and configuration files write it.
+//! The description of a VM.
 
-use std::borrow::Cow;
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
-use utoipa::openapi::RefOr;
-use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type};
-use utoipa::{PartialSchema, ToSchema};
 
-use crate::disk_spec::DiskSpec;
-use samepage_spec::{HugePages, MemoryHole, SharingMode};
-use samepage_text::size::parse_size;
+#[cfg(feature = "schema")]
+use crate::size::schema::memory as memory_schema;
+use crate::{DiskSpec, HugePages, MemoryHole, SharingMode, Size};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -32,40 +25,47 @@ fn default_command_line() -> String {
 }
 
 /// The description of a VM.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
     /// The name, unique in the process: letters, digits, `.`, `_` and `-`.
-    #[schema(
-        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$",
-        min_length = 1,
-        max_length = 64,
-        example = "web-0"
+    #[cfg_attr(
+        feature = "schema",
+        schema(
+            pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$",
+            min_length = 1,
+            max_length = 64,
+            example = "web-0"
+        )
     )]
     pub name: String,
     /// The kernel: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage. Relative paths begin at the
     /// working directory of the process.
-    #[schema(value_type = String, min_length = 1, example = "/srv/vmlinux")]
+    #[cfg_attr(feature = "schema", schema(value_type = String, min_length = 1, example = "/srv/vmlinux"))]
     pub kernel: PathBuf,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub initrd: Option<PathBuf>,
     /// The kernel's command line. Parameters for the disks and the memory hole are appended, and the whole line
     /// must not exceed the kernel's limit.
     #[serde(default = "default_command_line")]
-    #[schema(default = json!(DEFAULT_COMMAND_LINE), pattern = "^[\\t -~]*$", max_length = 2047)]
+    #[cfg_attr(
+        feature = "schema",
+        schema(default = json!(DEFAULT_COMMAND_LINE), pattern = "^[\\t -~]*$", max_length = 2047)
+    )]
     pub cmdline: String,
     /// The size of the memory.
     #[serde(default)]
-    #[schema(schema_with = memory_schema)]
+    #[cfg_attr(feature = "schema", schema(schema_with = memory_schema))]
     pub memory: Size,
     /// The size of the pages that back the memory.
     #[serde(default)]
     pub hugepages: HugePages,
     /// The disks, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schema(max_items = 8)]
+    #[cfg_attr(feature = "schema", schema(max_items = 8))]
     pub disks: Vec<DiskSpec>,
     /// Where the console goes, besides the backlog that clients read.
     #[serde(default)]
@@ -84,17 +84,19 @@ pub struct VmSpec {
 }
 
 /// Where a console goes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleSpec {
     /// A file for a copy of the console. The file is created or truncated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub file: Option<PathBuf>,
 }
 
 /// How a VM shares memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SharingSpec {
     /// Which pages are shared.
@@ -102,9 +104,12 @@ pub struct SharingSpec {
     pub mode: SharingMode,
     /// The group of VMs with which it shares memory.
     #[serde(default = "default_group")]
-    #[schema(
-        pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 64,
-        default = json!(DEFAULT_GROUP)
+    #[cfg_attr(
+        feature = "schema",
+        schema(
+            pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 64,
+            default = json!(DEFAULT_GROUP)
+        )
     )]
     pub group: String,
 }
@@ -116,91 +121,6 @@ fn default_group() -> String {
 impl Default for SharingSpec {
     fn default() -> Self {
         Self { mode: SharingMode::default(), group: default_group() }
-    }
-}
-
-/// An amount of memory: a number of bytes, or text with a unit, as in `512M`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(transparent)]
-pub struct Size(pub u64);
-
-impl Default for Size {
-    fn default() -> Self {
-        Self(256 << 20)
-    }
-}
-
-impl<'de> Deserialize<'de> for Size {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct SizeVisitor;
-
-        impl Visitor<'_> for SizeVisitor {
-            type Value = Size;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number of bytes, or text with a unit as in \"512M\"")
-            }
-
-            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
-                Ok(Size(bytes))
-            }
-
-            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<Size, E> {
-                let size = u64::try_from(bytes).map(Size);
-                size.map_err(|_| E::invalid_value(de::Unexpected::Signed(bytes), &self))
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
-                parse_size(text).map(Size).map_err(E::custom)
-            }
-        }
-
-        deserializer.deserialize_any(SizeVisitor)
-    }
-}
-
-impl PartialSchema for Size {
-    fn schema() -> RefOr<Schema> {
-        bounded_size(0, None, None).description(Some("An amount of memory")).into()
-    }
-}
-
-/// The size of a VM's memory.
-fn memory_schema() -> OneOfBuilder {
-    let memory = bounded_size(MIN_RAM, Some(MAX_RAM), Some(PAGE_SIZE as u64));
-    memory.default(Some(json!(Size::default()))).description(Some("The size of the memory"))
-}
-
-/// The same where it may be left to others to say.
-pub fn optional_memory_schema() -> OneOfBuilder {
-    memory_schema().item(ObjectBuilder::new().schema_type(Type::Null))
-}
-
-/// What may be read and written a second, where there is a limit.
-pub fn optional_rate_schema() -> OneOfBuilder {
-    let rate = bounded_size(1, None, None).item(ObjectBuilder::new().schema_type(Type::Null));
-    rate.description(Some("Bytes read and written. By default without limit"))
-}
-
-/// A number of bytes within bounds, or text with a unit.
-fn bounded_size(min: u64, max: Option<u64>, multiple_of: Option<u64>) -> OneOfBuilder {
-    let bytes = ObjectBuilder::new()
-        .schema_type(Type::Integer)
-        .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
-        .minimum(Some(min as usize))
-        .maximum(max.map(|max| max as usize))
-        .multiple_of(multiple_of.map(|bytes| bytes as usize))
-        .description(Some("Bytes"));
-    let text = ObjectBuilder::new()
-        .schema_type(Type::String)
-        .pattern(Some("^[0-9]+([KkMmGgTt][Ii]?[Bb]?|[Bb])?$"))
-        .description(Some("A number and a unit, as in 512M"));
-    OneOfBuilder::new().item(bytes).item(text)
-}
-
-impl ToSchema for Size {
-    fn name() -> Cow<'static, str> {
-        "Size".into()
     }
 }
 

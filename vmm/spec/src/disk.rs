@@ -1,22 +1,24 @@
-//! The description of a disk, as clients and configuration files write it.
+//! The description of a disk.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
-use samepage_spec::{CachePolicy, Format};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
-use crate::spec::{Size, optional_rate_schema};
+#[cfg(feature = "schema")]
+use crate::size::schema::optional_rate;
+use crate::{CachePolicy, Format, Size};
 
 /// Upper limit for the queues of a disk.
 pub const MAX_QUEUES: usize = 16;
 
 /// A virtual disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     /// An image file or a block device.
-    #[schema(value_type = String, min_length = 1, example = "/srv/root.img")]
+    #[cfg_attr(feature = "schema", schema(value_type = String, min_length = 1, example = "/srv/root.img"))]
     pub path: PathBuf,
     /// Whether the disk is read-only.
     #[serde(default)]
@@ -24,7 +26,10 @@ pub struct DiskSpec {
     /// The name of the disk within the VM, which the guest sees as the serial number. By default `disk` and the
     /// number of the disk, from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 20)]
+    #[cfg_attr(
+        feature = "schema",
+        schema(pattern = "^(\\.*[A-Za-z0-9_-][A-Za-z0-9._-]*|\\.{3,})$", min_length = 1, max_length = 20)
+    )]
     pub id: Option<String>,
     /// The format of the image. By default the format is detected, and images are refused if that is unsafe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -34,28 +39,50 @@ pub struct DiskSpec {
     pub cache: Option<CachePolicy>,
     /// Limits per second.
     #[serde(default)]
-    pub limits: LimitsSpec,
+    pub limits: RateLimits,
     /// The number of queues that the device offers. By default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1, maximum = 16)]
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 16))]
     pub queues: Option<usize>,
 }
 
 /// Limits of a disk per second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = LimitsSpec))]
 #[serde(deny_unknown_fields)]
-pub struct LimitsSpec {
+pub struct RateLimits {
     /// Bytes read and written. By default without limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(schema_with = optional_rate_schema)]
+    #[cfg_attr(feature = "schema", schema(schema_with = optional_rate))]
     pub rate: Option<Size>,
     /// Requests. By default without limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1)]
+    #[cfg_attr(feature = "schema", schema(minimum = 1))]
     pub iops: Option<u64>,
 }
 
 impl DiskSpec {
+    /// Returns the name of the disk of this number, from 0.
+    #[must_use]
+    pub fn id(&self, number: usize) -> Cow<'_, str> {
+        match &self.id {
+            Some(id) => Cow::Borrowed(id),
+            None => Cow::Owned(format!("disk{number}")),
+        }
+    }
+
+    /// Returns the cache policy.
+    #[must_use]
+    pub fn cache(&self) -> CachePolicy {
+        self.cache.unwrap_or_default()
+    }
+
+    /// Returns the number of queues that the device offers.
+    #[must_use]
+    pub fn queues(&self) -> usize {
+        self.queues.unwrap_or(1)
+    }
+
     /// Returns values that are out of range: the field, and the reason.
     #[must_use]
     pub fn faults(&self) -> Vec<(&'static str, String)> {
@@ -66,7 +93,7 @@ impl DiskSpec {
     }
 }
 
-impl LimitsSpec {
+impl RateLimits {
     /// Returns limits of zero: the field, and the reason.
     #[must_use]
     pub fn faults(&self) -> Vec<(&'static str, String)> {
@@ -91,5 +118,21 @@ mod tests {
             ["queues", "limits/rate", "limits/iops"]
         );
         assert_eq!(faults(r#"{"path": "x", "limits": {"iops": 1}}"#), []);
+    }
+
+    #[test]
+    fn a_disk_says_what_it_is_to_be_and_what_is_left_out_is_as_by_default() {
+        let disk = |json: &str| serde_json::from_str::<DiskSpec>(json).unwrap();
+        let full =
+            disk(r#"{"path": "x", "cache": "none", "limits": {"rate": "1M", "iops": 10}, "queues": 4}"#);
+        assert_eq!((full.id(2).as_ref(), full.cache(), full.queues()), ("disk2", CachePolicy::None, 4));
+        assert_eq!(full.limits, RateLimits { rate: Some(Size(1 << 20)), iops: Some(10) });
+        let plain = disk(r#"{"path": "x"}"#);
+        assert_eq!(plain, DiskSpec { path: "x".into(), ..DiskSpec::default() });
+        assert_eq!(
+            (plain.id(0).as_ref(), plain.cache(), plain.queues()),
+            ("disk0", CachePolicy::Exclusive, 1)
+        );
+        assert_eq!(disk(r#"{"path": "x", "id": "root"}"#).id(1), "root");
     }
 }
