@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use samepage_text::table::Table;
+
 use super::report::{Curves, Figure, Goal, Measurement, Report, Section};
 
 /// How many points of a curve are printed; all of them are in the JSON.
@@ -71,20 +73,10 @@ fn table_of(curves: &Curves) -> Vec<Vec<String>> {
 /// Rows with columns as wide as they must be: some to the left, the others to the right.
 pub(super) fn align(text: &mut String, rows: &[Vec<String>], left: &[usize]) {
     let columns = rows.first().map_or(0, Vec::len);
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..columns).map(width).collect();
-    for row in rows {
-        let mut line = String::new();
-        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            // Writing to a string cannot fail.
-            let _ = if left.contains(&column) {
-                write!(line, "  {cell:width$}")
-            } else {
-                write!(line, "  {cell:>width$}")
-            };
-        }
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
+    let mut table = Table::indented((0..columns).map(|column| !left.contains(&column)));
+    rows.iter().for_each(|row| table.row(row));
+    // Writing to a string cannot fail.
+    let _ = write!(text, "{table}");
 }
 
 fn row(measurement: &Measurement) -> Vec<String> {

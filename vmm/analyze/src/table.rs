@@ -5,6 +5,7 @@ use std::fmt::Write;
 use crate::oracle::{Classes, PAGE_SIZE, Report};
 
 use super::{Analysis, Input, Origin};
+use samepage_text::table::Table;
 use samepage_text::units::{bytes, count, pages, percent};
 
 /// Longest name of a VM, in letters.
@@ -140,22 +141,9 @@ fn budgets(report: &Report) -> String {
 /// Returns a title and rows. The first column is aligned to the left, the others to the right.
 fn aligned(title: &str, rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
-    let widths: Vec<_> = (0..columns)
-        .map(|column| {
-            rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
-        })
-        .collect();
-    let mut text = format!("{title}\n");
-    for row in rows {
-        text.push_str("  ");
-        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            // Writing to a string cannot fail.
-            let _ =
-                if column == 0 { write!(text, "{cell:width$}") } else { write!(text, "  {cell:>width$}") };
-        }
-        text.push('\n');
-    }
-    text
+    let mut table = Table::indented((0..columns).map(|column| column > 0));
+    rows.iter().for_each(|row| table.row(row));
+    format!("{title}\n{table}")
 }
 
 fn line(text: &mut String, line: std::fmt::Arguments<'_>) {

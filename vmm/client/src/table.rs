@@ -1,47 +1,26 @@
 //! Tables of text.
 
-/// Rows of cells, in columns of the necessary width.
-pub(super) struct Table {
-    /// Whether each column is aligned to the right.
-    right: Vec<bool>,
-    rows: Vec<Vec<String>>,
-}
+/// A table with headings.
+pub(super) struct Table(samepage_text::table::Table);
 
 impl Table {
     /// Returns a table with these headings. A column is aligned to the right if its heading begins with `>`.
     pub(super) fn new(headings: &[&str]) -> Self {
-        let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
-        let headings = headings.iter().map(|heading| heading.strip_prefix('>').unwrap_or(heading).to_owned());
-        Self { right, rows: vec![headings.collect()] }
+        let mut table =
+            samepage_text::table::Table::new(headings.iter().map(|heading| heading.starts_with('>')));
+        table.row(headings.iter().map(|heading| heading.strip_prefix('>').unwrap_or(heading)));
+        Self(table)
     }
 
     /// Adds a row.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        // Names from guests and files must not contain control characters for the terminal.
-        let plain = |text: String| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        self.rows.push(cells.into_iter().map(plain).collect());
+        self.0.row(cells);
     }
 }
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let width = |column: usize| {
-            let cells = self.rows.iter().filter_map(|row| row.get(column));
-            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.right.len()).map(width).collect();
-        for row in &self.rows {
-            let mut line = String::new();
-            for (column, cell) in row.iter().enumerate() {
-                let width = widths[column];
-                let cell =
-                    if self.right[column] { format!("{cell:>width$}") } else { format!("{cell:width$}") };
-                line.push_str(&cell);
-                line.push_str("  ");
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
+        self.0.fmt(f)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Text for people: names and sizes as typed, numbers and pictures as shown.
+//! Text for people: names and sizes as typed, numbers, tables and pictures as shown.
 //!
 //! This crate only handles text. It does not access files, VMs or the network.
 
@@ -6,4 +6,5 @@ pub mod counted;
 pub mod names;
 pub mod picture;
 pub mod size;
+pub mod table;
 pub mod units;
