@@ -13,9 +13,9 @@ mod args;
 mod block;
 mod cache;
 mod changing;
+mod chart;
 mod context;
 mod cpu;
-mod curves;
 mod delivery;
 mod disk;
 mod duplicates;
@@ -32,7 +32,6 @@ mod lookahead;
 mod memory;
 mod monitor;
 mod ours;
-mod plot;
 mod program;
 mod qemu;
 mod replay;
@@ -55,6 +54,7 @@ use clap::Parser;
 use samepage_process::tell::{causes, tell};
 
 use args::{BenchArgs, Benchmark, SharingArgs};
+use chart::Chart;
 use context::{Bench, Interrupted};
 use report::{Failure, Report, Section};
 
@@ -149,7 +149,8 @@ fn compare_sharing(args: &SharingArgs) -> Result<ExitCode> {
         let drawn =
             report.sections.iter().find_map(|section| Some((&section.title, section.curves.as_ref()?)));
         let (title, curves) = drawn.context("there is nothing to draw")?;
-        std::fs::write(path, plot::draw(title.split(':').next().unwrap_or(title), curves))
+        let title = title.split(':').next().unwrap_or(title);
+        std::fs::write(path, Chart::numbered(title, curves).draw()?)
             .with_context(|| format!("the picture cannot be written to {}", path.display()))?;
     }
     Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -166,7 +166,7 @@ pub(super) fn measure(args: &CacheArgs) -> Result<Report> {
         simulation,
     };
     if let Some(path) = &args.svg {
-        fs::write(path, report.draw()).with_context(|| format!("write the picture {}", path.display()))?;
+        fs::write(path, report.draw()?).with_context(|| format!("write the picture {}", path.display()))?;
     }
     Ok(report)
 }

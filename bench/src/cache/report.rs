@@ -2,9 +2,10 @@
 
 use std::fmt::Write;
 
+use anyhow::Result;
 use serde::Serialize;
 
-use super::super::plot;
+use super::super::chart::Chart;
 use super::super::replay;
 use super::super::report::{Curves, Section};
 use super::super::table::{self, align, number};
@@ -38,7 +39,10 @@ pub(crate) struct Report {
 impl Report {
     /// Returns an SVG picture of the part of all reads that reached the disk, by policy and size of the
     /// host's cache, for the first workload.
-    pub(super) fn draw(&self) -> String {
+    ///
+    /// # Errors
+    /// As [`Chart::draw`].
+    pub(super) fn draw(&self) -> Result<String> {
         let workload = self.cells.first().map_or("", |cell| &cell.workload);
         let mut curves = Curves {
             unit: "% of all reads that get to the disk",
@@ -55,7 +59,7 @@ impl Report {
             let missed = 1.0 - cell.other_guest_hit_ratio - cell.host_hit_ratio;
             curves.points[curve].push(100.0 * (1.0 - cell.guest_hit_ratio) * missed);
         }
-        plot::draw(&format!("Caches of one memory: {workload}"), &curves)
+        Chart::numbered(&format!("Caches of one memory: {workload}"), &curves).draw()
     }
 
     /// Returns the results as text.

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::VMS;
-use crate::curves::Curve;
+use crate::chart::Curve;
 use crate::monitor::Running;
 
 /// The start of the agent's lines.

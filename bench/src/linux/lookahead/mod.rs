@@ -16,7 +16,7 @@ use clap::Args;
 use samepage_machine::Hypervisor;
 
 use super::LinuxGuest;
-use crate::curves;
+use crate::chart::Chart;
 use crate::host::Host;
 use crate::program;
 pub(crate) use report::LookaheadReport;
@@ -62,16 +62,16 @@ pub(crate) fn measure(args: &LookaheadArgs) -> Result<LookaheadReport> {
     host.look_again()?;
     let report = LookaheadReport::new(host, args.cpu, runs);
     if let Some(path) = &args.svg {
-        fs::write(path, draw(&report)).with_context(|| format!("writing {}", path.display()))?;
+        fs::write(path, draw(&report)?).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(report)
 }
 
-fn draw(report: &LookaheadReport) -> String {
+fn draw(report: &LookaheadReport) -> Result<String> {
     let title = format!(
         "Pages saved by sharing: two Linux guests of {} MiB, {} % of a core for sharing",
         report.guest_mib, report.cpu_percent
     );
-    let curves: Vec<_> = report.runs.iter().map(|run| run.points.curve(run.engine.name)).collect();
-    curves::draw(&title, &curves)
+    let curves = report.runs.iter().map(|run| run.points.curve(run.engine.name));
+    Chart::over_time(&title, "pages", curves.collect()).draw()
 }

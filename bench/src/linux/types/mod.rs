@@ -16,7 +16,7 @@ use clap::Args;
 use samepage_machine::Hypervisor;
 
 use super::LinuxGuest;
-use crate::curves;
+use crate::chart::Chart;
 use crate::host::Host;
 use crate::program;
 pub(crate) use report::TypesReport;
@@ -73,14 +73,14 @@ pub(crate) fn measure(args: &TypesArgs) -> Result<TypesReport> {
     host.look_again()?;
     let report = TypesReport::new(host, SCENARIOS.into_iter().zip(rounds).collect())?;
     if let Some(path) = &args.svg {
-        fs::write(path, draw(&report)).with_context(|| format!("writing {}", path.display()))?;
+        fs::write(path, draw(&report)?).with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(report)
 }
 
-fn draw(report: &TypesReport) -> String {
+fn draw(report: &TypesReport) -> Result<String> {
     let title =
         format!("Pages saved by sharing, by what is shared: two Linux guests of {} MiB", report.guest_mib);
     let curve = |row: &report::Row| Some(row.rounds.last()?.moments.curve(row.scenario.name));
-    curves::draw(&title, &report.rows.iter().filter_map(curve).collect::<Vec<_>>())
+    Chart::over_time(&title, "pages", report.rows.iter().filter_map(curve).collect()).draw()
 }
