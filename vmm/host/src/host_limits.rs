@@ -154,8 +154,14 @@ impl HostMemory {
     }
 }
 
-/// The value of a line like `MemAvailable:   123 kB`.
-fn field_kib(text: &str, name: &str) -> Option<u64> {
+/// Returns the size of the host's memory, if `/proc` is readable.
+#[must_use]
+pub fn total_bytes() -> Option<u64> {
+    field_kib(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+/// Returns in bytes the value of a line like `MemAvailable:   123 kB`, of a file of the kernel's.
+pub(crate) fn field_kib(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     kib.checked_mul(1024)

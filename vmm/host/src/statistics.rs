@@ -25,6 +25,7 @@ use samepage_sharing::service::{Membership, Participation, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
+use crate::host_limits::field_kib;
 use samepage_api_types::by_type::{self, ByType, TypeSample};
 use samepage_machine::vm::Vm;
 
@@ -412,10 +413,7 @@ fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
 /// Fails if `/proc/self/status` cannot be read or lacks the figure.
 pub fn rss_anon() -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
-        .map(|kibibytes| kibibytes * 1024)
+    field_kib(&status, "RssAnon:")
         .ok_or_else(|| io::Error::other("/proc/self/status has no RssAnon: Linux 4.5 or newer is needed"))
 }
 

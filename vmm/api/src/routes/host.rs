@@ -12,7 +12,7 @@ use super::sharing::sampling_failed;
 use crate::extract::blocking;
 use crate::problem::Refusal;
 use crate::server::Api;
-use samepage_host::host_limits::HostMemory;
+use samepage_host::host_limits::{HostMemory, total_bytes};
 use samepage_machine::huge_pages;
 
 /// The host.
@@ -81,7 +81,7 @@ pub(super) async fn host(State(api): State<Arc<Api>>) -> Result<Json<HostView>, 
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             memory: HostMemoryView {
-                total_bytes: number_after(&read("/proc/meminfo"), "MemTotal:").unwrap_or(0) * 1024,
+                total_bytes: total_bytes().unwrap_or(0),
                 available_bytes: memory.as_ref().map(|memory| memory.available),
                 limited_by: memory.map(|memory| memory.limited_by.to_string()),
                 pressure_percent: pressure(&read("/proc/pressure/memory")),
