@@ -311,6 +311,7 @@ mod tests {
     use samepage_devices::virtio::block::MAX_ID_LEN;
     use samepage_hole::parse_parameter;
     use samepage_sharing::engine::Settings;
+    use samepage_spec::RateLimits;
     use samepage_text::names::MAX_DISK_ID;
 
     use super::*;
@@ -343,6 +344,13 @@ mod tests {
         assert!(refused(|c| c.spec.memory = Size(1 << 60)).contains("8T"));
         assert!(refused(|c| c.spec.disks = vec![disk("a"), disk("a")]).contains("two disks"));
         assert!(refused(|c| c.spec.disks = vec![disk(&"x".repeat(21))]).contains("1 to 20"));
+        // The bounds of the schema hold for machines as well, however their descriptions were made.
+        let queues = |queues| vec![DiskSpec { queues: Some(queues), ..disk("a") }];
+        assert!(refused(|c| c.spec.disks = queues(0)).contains("0 queues"));
+        assert!(refused(|c| c.spec.disks = queues(17)).contains("17 queues"));
+        let limits = RateLimits { rate: None, iops: Some(0) };
+        let limited = vec![DiskSpec { limits, ..disk("a") }];
+        assert!(refused(|c| c.spec.disks = limited).contains("lets nothing through"));
         assert_eq!(MAX_DISK_ID, MAX_ID_LEN);
         assert!(
             refused(|c| c.spec.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most")
