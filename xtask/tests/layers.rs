@@ -28,7 +28,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("samepage-analyze", &["samepage-process", "samepage-sharing", "samepage-text"]),
-    ("samepage-api-types", &["samepage-hole", "samepage-spec", "samepage-text"]),
+    ("samepage-api-types", &["samepage-hole", "samepage-spec"]),
     ("samepage-web", &[]),
     (
         "samepage-client",
