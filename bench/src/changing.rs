@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::engine::Settings;
-use samepage_sharing::service::{Participation, Sharing};
+use samepage_sharing::service::{Sharing, SharingSpec};
 
 use super::context::Bench;
 use super::kernels::Kernels;
@@ -105,7 +105,7 @@ fn engines(bench: &Bench, layout: &Layout, settle: Duration, stretch: Duration) 
         let sharing = Sharing::start(Settings::default())?;
         let members = memory.iter().map(|vm| {
             let log: Box<dyn ChangeLog> = Box::new(vm.log());
-            sharing.add(vm.ram(), Some(log), &Participation::default(), Box::new(|_| {}))
+            sharing.add(vm.ram(), Some(log), &SharingSpec::default(), Box::new(|_| {}))
         });
         let members = members.collect::<Result<Vec<_>, _>>()?;
         bench.rest(settle)?;

@@ -10,7 +10,7 @@ use common::followed::{Clock, Vm, following};
 use common::{Fault, Numbers, audit, engine, faulty_engine, losses};
 use samepage_sharing::blocks::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::engine::{Engine, Mode, Settings};
-use samepage_sharing::service::{Fetched, Membership, Participation, Sharing};
+use samepage_sharing::service::{Fetched, Membership, Sharing, SharingSpec};
 
 const PAGES: u32 = 512;
 
@@ -253,7 +253,7 @@ fn the_cache_keeps_its_size() {
 fn a_cache_that_is_made_smaller_drops_what_is_too_much_though_no_vm_is_left() {
     let sharing = Sharing::start(settings(5000)).unwrap();
     let guest = common::Guest::new(4000);
-    let membership = sharing.add(guest.ram.clone(), None, &Participation::default(), losses().1).unwrap();
+    let membership = sharing.add(guest.ram.clone(), None, &SharingSpec::default(), losses().1).unwrap();
     let blocks = membership.blocks();
     let targets: Vec<_> = (0..4000).map(Some).collect();
     let read = BlockRead { keep: Keep::Exclusive, image: Image([1; 4]), first: 0, targets: &targets };
@@ -274,7 +274,7 @@ fn what_one_group_reads_evicts_nothing_of_another() {
     let sharing = Sharing::start(settings(100)).unwrap();
     let join = |group: &str| {
         let guest = common::Guest::new(1000);
-        let participation = Participation { group: group.to_owned(), ..Participation::default() };
+        let participation = SharingSpec { group: group.to_owned(), ..SharingSpec::default() };
         sharing.add(guest.ram, None, &participation, losses().1).unwrap()
     };
     let [watcher, reader] = ["watcher", "reader"].map(join);

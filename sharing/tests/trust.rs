@@ -14,7 +14,7 @@ use samepage_sharing::blocks::{BlockRead, CacheSize, Image, Keep};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::content::Page;
 use samepage_sharing::engine::{Mode, Settings};
-use samepage_sharing::service::{Fetched, Membership, Notice, Participation, Sharing};
+use samepage_sharing::service::{Fetched, Membership, Notice, Sharing, SharingSpec};
 use samepage_sharing::store::FrameStore;
 use samepage_sharing::trust::Stopped;
 
@@ -55,7 +55,7 @@ impl Trial {
     }
 
     fn join(&self, guest: &Guest, group: &str) -> Membership {
-        let participation = Participation { group: group.to_owned(), mode: Mode::Full };
+        let participation = SharingSpec { group: group.to_owned(), mode: Mode::Full };
         self.sharing.add(guest.ram.clone(), None, &participation, losses().1).unwrap()
     }
 

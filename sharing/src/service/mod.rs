@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use serde::Serialize;
+pub use samepage_spec::{DEFAULT_GROUP, SharingSpec};
 
 use crate::blocks::admission::{Sample, Sampler};
 use crate::blocks::statistics::CacheStatistics;
@@ -45,9 +45,6 @@ pub use crate::service::worker::Notice;
 /// The slot of a VM that joined a group for which sharing had stopped.
 const NO_SLOT: Slot = Slot::NONE;
 
-/// The group of VMs for which none is named.
-pub const DEFAULT_GROUP: &str = "default";
-
 /// Stack of a sharing thread, in bytes: no deep calls, no large locals.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -63,22 +60,6 @@ pub enum StartError {
     /// Something else that the engine needs was refused.
     #[error("starting the sharing engine: {0}")]
     Engine(#[source] io::Error),
-}
-
-/// How a VM takes part.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Participation {
-    /// The group within which it shares. Between groups nothing is shared, and nothing can be told
-    /// from the time that a write takes.
-    pub group: String,
-    /// What of its memory is shared.
-    pub mode: Mode,
-}
-
-impl Default for Participation {
-    fn default() -> Self {
-        Self { group: DEFAULT_GROUP.to_owned(), mode: Mode::default() }
-    }
 }
 
 /// The sharing engine of a process, running.
@@ -150,7 +131,7 @@ impl Sharing {
         &self,
         ram: Arc<Ram>,
         log: Option<Box<dyn ChangeLog>>,
-        participation: &Participation,
+        participation: &SharingSpec,
         on_lost: LostHandler,
     ) -> Result<Membership, StartError> {
         let group = self.crew.groups.join(&participation.group)?;
@@ -288,9 +269,9 @@ impl Membership {
 
     /// How the VM takes part.
     #[must_use]
-    pub fn participation(&self) -> Participation {
+    pub fn participation(&self) -> SharingSpec {
         let mode = self.group.engine.ask(|engine| engine.mode(self.slot)).flatten().unwrap_or_default();
-        Participation { group: self.group.name.clone(), mode }
+        SharingSpec { group: self.group.name.clone(), mode }
     }
 
     /// Changes what of the VM's memory is shared, while it runs. When this returns nothing more of it is merged

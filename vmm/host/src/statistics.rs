@@ -21,13 +21,14 @@ use samepage_sharing::budget::{Budget, mappings_of_process};
 use samepage_sharing::by_type::{Claimed, TypeStatistics};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::pairs::{self, FrameSample};
-use samepage_sharing::service::{Membership, Participation, Sharing};
+use samepage_sharing::service::{Membership, Sharing};
 use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use serde::Serialize;
 
 use crate::host_limits::field_kib;
 use samepage_api_types::by_type::{self, ByType, TypeSample};
 use samepage_machine::vm::Vm;
+use samepage_spec::{SharingMode, SharingSpec};
 
 /// Upper limit for the pairs of VMs in a sample: all pairs of 32 VMs.
 pub const MOST_PAIRS: usize = 32 * 31 / 2;
@@ -110,9 +111,12 @@ pub struct VmSample {
     pub name: String,
     /// The state: `running`, `paused` or `ended`.
     pub state: &'static str,
-    /// The group, and which pages are shared; absent without an engine.
-    #[serde(flatten)]
-    pub participation: Option<Participation>,
+    /// The group; absent without an engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Which pages are shared; absent without an engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<SharingMode>,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
     /// Memory that the VM takes of the host, in bytes: private pages, and its share of each frame.
@@ -367,11 +371,14 @@ impl Sampler {
             }
         };
         let claimed = vm.membership().map(Membership::claimed).transpose()?;
+        let participation = vm.membership().map(Membership::participation);
+        let (group, mode) = participation.map(|SharingSpec { group, mode }| (group, mode)).unzip();
         let resident = pages.pages_private + pages.pages_merged - pages.pages_sharing;
         Ok(VmSample {
             name: vm.name().to_owned(),
             state: vm.state().name(),
-            participation: vm.membership().map(Membership::participation),
+            group,
+            mode,
             memory_bytes: ram.bytes() as u64,
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,
@@ -388,7 +395,7 @@ impl Sampler {
 fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
     let mut groups: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (at, vm) in vms.iter().enumerate() {
-        if let Some(Participation { group, .. }) = &vm.participation {
+        if let Some(group) = &vm.group {
             groups.entry(group).or_default().push(at);
         }
     }

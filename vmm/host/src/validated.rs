@@ -69,7 +69,6 @@ mod tests {
     use samepage_machine::MemoryHole;
     use samepage_machine::x86::layout::{MAX_RAM, MIN_RAM};
     use samepage_sharing::PAGE_SIZE;
-    use samepage_sharing::service::DEFAULT_GROUP;
     use samepage_spec::SharingSpec;
 
     use super::*;
@@ -84,7 +83,7 @@ mod tests {
             (samepage_spec::MIN_RAM, samepage_spec::MAX_RAM, samepage_spec::PAGE_SIZE),
             (MIN_RAM, MAX_RAM, PAGE_SIZE)
         );
-        assert_eq!((samepage_spec::DEFAULT_GROUP, samepage_spec::MAX_QUEUES), (DEFAULT_GROUP, MAX_QUEUES));
+        assert_eq!(samepage_spec::MAX_QUEUES, MAX_QUEUES);
     }
 
     #[test]

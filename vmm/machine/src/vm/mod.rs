@@ -29,8 +29,7 @@ use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::TransportError;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
-use samepage_sharing::service::{Membership, Participation, StartError};
-use samepage_spec::SharingSpec;
+use samepage_sharing::service::{Membership, StartError};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -292,8 +291,7 @@ impl Vm {
                     let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
                     log
                 });
-                let SharingSpec { mode, group } = config.spec.sharing;
-                let member = sharing.add(ram, log, &Participation { group, mode }, Box::new(lost));
+                let member = sharing.add(ram, log, &config.spec.sharing, Box::new(lost));
                 Some(member.map_err(VmError::Sharing)?)
             }
             None => None,
