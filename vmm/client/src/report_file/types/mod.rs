@@ -291,7 +291,7 @@ mod tests {
         let types = ByType { anonymous, ..ByType::default() };
         let young = super::text(&Moment { time: 0.0, vms: vec![VmTypes { types, ..young }] });
         assert!(young.lines().nth(1).unwrap().ends_with("> 3.0 min"), "{young}");
-        assert!(text.contains("2 of 2 guests say") && text.contains("2.0 MiB of free pages"), "{text}");
+        assert!(text.contains("2 of 2 guests publish") && text.contains("2.0 MiB of free pages"), "{text}");
         // A guest may publish any figures, and they must stay in their columns.
         let widest = text.lines().take(10).map(|line| line.chars().count()).max().unwrap();
         assert!(widest <= 100, "{text}");
