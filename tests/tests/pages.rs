@@ -97,7 +97,7 @@ fn without_agent() {
     assert!(!String::from_utf8(metrics.body).unwrap().contains("samepage_vm_type_pages{"));
     let report = report(&host, &[]);
     report.assert_code(0);
-    assert!(report.stdout.contains("0 of 2 guests say"), "{}", report.stdout);
+    assert!(report.stdout.contains("0 of 2 guests publish"), "{}", report.stdout);
     host.end().assert_code(0);
 }
 
@@ -262,7 +262,7 @@ fn reports(host: &Host, stats: &str) {
     println!("{}", live.stdout);
     let row = |line: &&str| line.contains("anonymous");
     assert_eq!(live.stdout.lines().filter(row).count(), 3, "{}", live.stdout);
-    assert!(live.stdout.contains("2 of 2 guests say"), "{}", live.stdout);
+    assert!(live.stdout.contains("2 of 2 guests publish"), "{}", live.stdout);
     let one = report(host, &["--vm", "linux2"]);
     assert_eq!(one.stdout.lines().filter(row).count(), 1, "{}", one.stdout);
     report(host, &["--vm", "nobody"]).assert_code(1);
