@@ -39,6 +39,11 @@ impl Distant {
         Self { messages: Mutex::new(messages), pages, address, batch, tells_huge }
     }
 
+    /// Gives memory to a thread of its own if it is to be distant.
+    pub(crate) fn place(memory: Arc<dyn GuestMemory>, is_distant: bool) -> Arc<dyn GuestMemory> {
+        if is_distant { Arc::new(Self::new(memory)) } else { memory }
+    }
+
     /// Sends a message, and returns the answer.
     fn ask<T: Send + 'static>(&self, what: impl FnOnce(&dyn GuestMemory) -> T + Send + 'static) -> T {
         let (reply, answer) = channel();

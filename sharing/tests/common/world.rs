@@ -15,7 +15,6 @@ use parking_lot::Mutex;
 use samepage_sharing::blocks::Keep;
 use samepage_sharing::changes::PageSet;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
-use samepage_sharing::guest::GuestMemory;
 use samepage_sharing::hints::Hint;
 
 use disks::{Disk, Reading};
@@ -151,10 +150,7 @@ impl World {
             Box::new(Moody { told: told.clone(), pages: self.size, plan: Arc::clone(&self.plan) }) as _
         });
         let is_distant = self.one_in(4);
-        let memory = self.engine.local(guest.ram.clone()).map(|memory| match is_distant {
-            true => Arc::new(Distant::new(memory)) as Arc<dyn GuestMemory>,
-            false => memory,
-        });
+        let memory = self.engine.local(guest.ram.clone()).map(|memory| Distant::place(memory, is_distant));
         let slot = memory.and_then(|memory| self.engine.add_memory(memory, false, log, handler));
         let Ok(slot) = slot else {
             return self.tell("a VM was refused".into());
@@ -166,8 +162,10 @@ impl World {
         let free = vec![false; self.size as usize];
         let player = Player { id: self.ids, vm, pages, agent, free, late: Vec::new(), losses, ended: false };
         self.players.push(player);
-        let where_ = if is_distant { "another thread" } else { "this thread" };
-        self.tell(format!("VM {} starts in slot {slot}, followed {followed}, in {where_}", self.ids));
+        self.tell(format!(
+            "VM {} starts in slot {slot}, {followed} followed, {is_distant} distant",
+            self.ids
+        ));
     }
 
     pub(crate) fn remove_vm(&mut self, index: usize) {

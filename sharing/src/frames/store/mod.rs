@@ -301,7 +301,7 @@ impl FrameStore {
     }
 
     /// Whether the host could not supply a frame. What was read from frames may be zeros then, which are
-    /// nobody's content: see [`loss`] for when to ask.
+    /// nobody's content: see [`loss`](crate::memory::loss) for when to ask.
     #[must_use]
     pub fn lost(&self) -> bool {
         self.view.lost() || self.landing.lost()
