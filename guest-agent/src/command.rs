@@ -310,8 +310,8 @@ mod tests {
         let fault = |text: &str| Command::from_str(text).expect_err("no command").to_string();
         assert_eq!(fault("fnord:1"), r#"there is no command "fnord""#);
         assert_eq!(fault("sleep"), r#""sleep" does not match sleep:MS"#);
-        assert_eq!(fault("fill:1X:2"), r#""1X" in "fill:1X:2" is no size"#);
-        assert_eq!(fault("verify:x:2"), r#""x" in "verify:x:2" is no number of rounds"#);
+        assert_eq!(fault("fill:1X:2"), r#""1X" in "fill:1X:2" is not a size"#);
+        assert_eq!(fault("verify:x:2"), r#""x" in "verify:x:2" is not a number of rounds"#);
         assert_eq!(fault("mount:a:b:rw"), r#""mount:a:b:rw" does not match mount:DEV:DIR[:ro]"#);
         assert_eq!(Command::from_str("fill:1X:2").expect_err("no command").name(), "fill");
     }
