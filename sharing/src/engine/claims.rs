@@ -27,7 +27,7 @@ const SHORTEST: Duration = Duration::from_millis(100);
 /// Reading takes one part in so many of the time.
 const SHARE: u32 = 50;
 
-/// Pages that one step goes over, where something is to be done with all of them.
+/// Pages that one step handles, where something is to be done with all of them.
 const STEP_PAGES: u32 = 8192;
 
 /// After how many passes all free pages are tried again: some may have been used and freed between two.

@@ -8,7 +8,7 @@
 //!
 //! All of it is done in steps of about a millisecond, between which guests and disks use frames as ever. So
 //! the repair owns what it moves: it has a [`Hold`](crate::frames::store::Hold) on each frame under way and on its copy, until the pages
-//! have been gone over. Neither can die meanwhile, and become another's.
+//! have been scanned. Neither can die meanwhile, and become another's.
 
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ const BATCH_FRAMES: usize = 4096;
 /// How long one step may take; what it is at is ended, which takes a window at most.
 const STEP: Duration = Duration::from_micros(600);
 
-/// Pages or frames that are gone over between two looks at the clock.
+/// Pages or frames that are scanned between two readings of the clock.
 const GLANCE: u32 = 512;
 
 /// Frames that are copied at once.

@@ -220,7 +220,7 @@ impl Engine {
         }
         if let Some(claims) = &mut member.claims {
             let giving = &mut claims.giving;
-            // What is given back just to be taken again costs more than it saves.
+            // To free what is taken again at once costs more than it saves.
             giving.pause = giving.given < giving.lent / 2;
         }
         Work::None

@@ -28,15 +28,15 @@ use crate::policy::huge::HugeRanges;
 pub(crate) struct Flags(u8);
 
 impl Flags {
-    /// Private when last seen, and not merged or given back since.
+    /// Private when last seen, and not merged or freed since.
     pub(crate) const PRIVATE: Self = Self(1);
     /// In the index of unique pages.
     pub(crate) const UNIQUE: Self = Self(1 << 1);
     /// Given back as a page of zeros, and not seen private since.
     pub(crate) const ZERO: Self = Self(1 << 2);
-    /// Its digest is that of the last look.
+    /// Its digest is that of the last scan.
     pub(crate) const DIGESTED: Self = Self(1 << 3);
-    /// It had changed at the last look.
+    /// It had changed at the last scan.
     pub(crate) const VOLATILE: Self = Self(1 << 4);
     /// In a range that a huge page backs, and known to have its like elsewhere or to be zero.
     pub(crate) const ALIKE: Self = Self(1 << 5);
@@ -69,7 +69,7 @@ pub(crate) struct Member {
     pub(crate) space: Space,
     pub(crate) flags: Vec<Flags>,
     pub(crate) counts: Counts,
-    /// What follows its changes; without one the VM is gone over in full passes.
+    /// What follows its changes; without one the VM is scanned in full passes.
     pub(crate) follower: Option<Follower>,
     pub(crate) mode: Mode,
     /// How far it has come, where it is not to share any more.
@@ -96,7 +96,7 @@ impl Member {
         self.base.offset(page)
     }
 
-    /// The digest of the last look at a page that is not attached, where there was one since it was.
+    /// The digest of the last scan of a page that is not attached, where there was one since it was.
     pub(crate) fn digest(&self, page: u32) -> Digest {
         Digest::new(self.space.backing().note(page))
     }

@@ -1,6 +1,6 @@
 //! What to merge a page with: its frame or its twin, and then its neighbours with theirs.
 //!
-//! A page of zeros is given back. A page whose digest is that of a frame is compared with the frame;
+//! A page of zeros is freed. A page whose digest is that of a frame is compared with the frame;
 //! otherwise it is looked for among the pages of all VMs that are not shared yet. Where one page
 //! matches, its neighbours ahead and behind are compared at once, before any digest: runs are
 //! protected, compared and remapped as one.

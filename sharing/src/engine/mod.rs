@@ -71,7 +71,7 @@ pub struct Settings {
     pub lookahead: bool,
     /// The order of the indexes.
     pub order: Order,
-    /// Let effort follow change, for VMs with a change log. Without it they are gone over in full
+    /// Let effort follow change, for VMs with a change log. Without it they are scanned in full
     /// passes as well, as KSM does.
     pub follow: bool,
     /// How long a page must not have been written to count as idle, in milliseconds.
@@ -213,7 +213,7 @@ pub struct Engine {
     pub(crate) holds: Holds,
     /// How many wait for the engine that guests wait for: steps end early then.
     pub(crate) urgent: Arc<AtomicU32>,
-    /// Looks at pages so far.
+    /// Pages scanned so far.
     pub(crate) looks: u32,
     /// Merges, and the like, that there were when the time was last thought of.
     pub(crate) events_seen: u64,
@@ -304,7 +304,7 @@ impl Engine {
     }
 
     /// Takes a VM's RAM in. `log` notes the writes to it, none of its pages being armed yet; without
-    /// one the VM is gone over in full passes. `on_lost` is called when a part of it could not be
+    /// one the VM is scanned in full passes. `on_lost` is called when a part of it could not be
     /// kept.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! Whoever changes a mode waits for none of the VM's memory. From then on nothing more of the VM is merged with
 //! others, in either direction: the engine scans none of its pages for that, and a page of it that is found in
-//! an index is passed over. A VM that is not to share any more is gone over step by step: its pages leave the
+//! an index is passed over. A VM that is not to share any more is unshared step by step: its pages leave the
 //! indexes, and then their frames.
 
 use std::time::{Duration, Instant};

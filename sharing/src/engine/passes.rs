@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::engine::Engine;
 use crate::numbers::Slot;
 
-/// Pages that one step goes over: about a millisecond of work.
+/// Pages that one step scans: about a millisecond of work.
 pub(crate) const CHUNK_PAGES: u32 = 1024;
 
 /// Where the pass stands.
@@ -54,7 +54,7 @@ impl Engine {
     }
 
     /// Goes over the next chunk of pages of VMs without a change log. At the end of a pass returns
-    /// how many pages were merged, given back, or had changed in it.
+    /// how many pages were merged, freed, or had changed in it.
     pub fn pass_step(&mut self) -> Option<u64> {
         self.recount();
         self.begin_step();

@@ -24,7 +24,7 @@ pub struct TypeStatistics {
     pub merged: u64,
     /// What sharing saves by them: each of n sharers of a frame saves 1 - 1/n of a page.
     pub sharing: u64,
-    /// The ones given back to the host.
+    /// The ones freed on the host.
     pub zero: u64,
     /// Merges since the start.
     pub merges: u64,
@@ -50,7 +50,7 @@ pub struct Claimed {
     pub words: u64,
     /// The guest's CPU time for its last pass, in microseconds, as it says.
     pub pass_cpu_us: u32,
-    /// Free pages that were given back to the host since the start.
+    /// Free pages that were freed on the host since the start.
     pub given_back: u64,
     /// By type, in the order of [`PageType::ALL`].
     pub types: [TypeStatistics; TYPES],

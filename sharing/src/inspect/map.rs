@@ -18,7 +18,7 @@ pub struct MapCell {
     pub first_page: u64,
     /// How many there are.
     pub pages: u32,
-    /// How many are on frames, have memory of their own, were given back, or none of these: never touched.
+    /// How many are on frames, have memory of their own, were freed, or none of these: never touched.
     pub states: [u32; 4],
     /// How many the guest says are of each type, in the order of [`samepage_hole::PageType::ALL`].
     pub types: [u32; TYPES],

@@ -21,7 +21,7 @@ pub struct EngineStatistics {
     pub pages_unshared: u64,
     /// Pages that changed since the pass before.
     pub pages_volatile: u64,
-    /// Guest pages of zeros whose memory was given back.
+    /// Guest pages of zeros whose memory was freed.
     pub zero_pages: u64,
     /// Complete passes over all VMs.
     pub full_scans: u64,
@@ -177,7 +177,7 @@ pub struct VmStatistics {
     pub pages_unshared: u64,
     /// Its pages that changed since the pass before.
     pub pages_volatile: u64,
-    /// Its pages of zeros whose memory was given back.
+    /// Its pages of zeros whose memory was freed.
     pub zero_pages: u64,
     /// Its pages that take memory of their own, now.
     pub pages_private: u64,

@@ -2,7 +2,7 @@
 //! ([`samepage_hole`]), pass by pass, at a cost that follows the words that changed.
 //!
 //! All of it is claims by a stranger. They say what to look at first and what to leave alone; what is
-//! shared is compared as ever, and what is given back has proof of its own ([`give_back`](crate::policy::give_back)).
+//! shared is compared as ever, and what is freed has proof of its own ([`give_back`](crate::policy::give_back)).
 //! A guest that lies, or that tells of passes without end, is read a few times a second at most, and only by
 //! the part of the engine's time that its words take.
 

@@ -8,7 +8,7 @@ pub(crate) struct Giving {
     pub(crate) request: u32,
     /// Pages that were put on frames for it.
     pub(crate) lent: u32,
-    /// Of those, the ones that were given back.
+    /// Of those, the ones that were freed.
     pub(crate) given: u32,
     /// The next pass is left out, since the last request was futile.
     pub(crate) pause: bool,
@@ -22,6 +22,6 @@ pub(crate) enum Work {
     Lending(u32),
     /// The guest is asked.
     Asked,
-    /// Pages are given back, from this one on.
+    /// Pages are freed, from this one on.
     Taking(u32),
 }

@@ -12,7 +12,7 @@
 //! with every sweep: the kernel may have had no huge page to give, or have split one by itself, and there
 //! pages are merged at once. It may also make one of small pages later (khugepaged), but under userfaultfd
 //! only of 512 populated pages of one anonymous mapping of which none is protected: never over frames, never
-//! where zeros were given back, never in a window. Such a page is counted and split like any other, though
+//! where zeros were freed, never in a window. Such a page is counted and split like any other, though
 //! not before some time has passed. On kernels without `PAGEMAP_SCAN` (before 6.7) every range counts as
 //! whole until it is split here. All of this steers effort. A wrong answer costs memory that becomes free
 //! later, never content: windows protect, compare and remap whatever the kernel backs pages with.

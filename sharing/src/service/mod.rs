@@ -119,7 +119,7 @@ impl Sharing {
     }
 
     /// Takes a VM's RAM in: it is shared until the membership ends. With a change log, effort follows
-    /// the VM's changes; without one, all of its memory is gone over again and again. `on_lost` is
+    /// the VM's changes; without one, all of its memory is scanned again and again. `on_lost` is
     /// called, from a sharing thread, when a part of it could not be kept: the VM must be stopped then.
     ///
     /// The RAM must be small pages ([`Ram::use_small_pages`]), and nothing may pin it for writing.

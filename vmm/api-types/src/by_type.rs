@@ -158,7 +158,7 @@ pub struct TypeSample {
     pub pages_merged: u64,
     /// What sharing saves by them: each of n sharers of a frame saves 1 - 1/n of a page.
     pub pages_sharing: u64,
-    /// The ones whose memory was given back.
+    /// The ones whose memory was freed.
     pub zero_pages: u64,
     /// Pages of this type that were mapped to frames, since an agent was first heard of.
     pub merges: u64,

@@ -79,9 +79,9 @@ pub struct FrameStore {
     records: Records,
     /// Free frames below the high-water mark.
     free: Extents,
-    /// Frames that are free as well, but for their memory, which was not given back. No guest has mapped it.
+    /// Frames that are free as well, but for their memory, which was not freed. No guest has mapped it.
     spare: Extents,
-    /// Frames without owners whose memory is not given back yet.
+    /// Frames without owners whose memory is not freed yet.
     dead: Extents,
     /// Of those, the ones that no guest has mapped.
     unseen: Extents,
@@ -495,7 +495,7 @@ impl FrameStore {
         self.records.len()
     }
 
-    /// Frames without owners whose memory is not given back yet.
+    /// Frames without owners whose memory is not freed yet.
     #[must_use]
     pub fn dead(&self) -> u32 {
         self.dead.frames() + self.unseen.frames()

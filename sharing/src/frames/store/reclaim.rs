@@ -5,7 +5,7 @@ use crate::memory::calls::MemoryCalls;
 
 /// How many frames may keep their memory for the next that are filled: 4 MiB.
 pub(super) const SPARE_FRAMES: u32 = 1024;
-/// Runs of frames whose memory is given back at once: about half a millisecond.
+/// Runs of frames whose memory is freed at once: about half a millisecond.
 pub(super) const STEP_RUNS: usize = 32;
 /// Frames of the longest of them, and about as many in all.
 const LONGEST_RUN: u32 = 512;

@@ -5,7 +5,7 @@ use crate::numbers::Digest;
 
 /// Frames of one piece.
 const PIECE: usize = 1024;
-/// Pieces that are given back at once.
+/// Pieces that are freed at once.
 const TRIMMED: usize = 16;
 
 /// What a frame is, and who its owners are besides pages.

@@ -17,7 +17,7 @@ pub struct TypeView {
     pub pages_merged: u64,
     /// What sharing saves by them: each of n sharers of a frame saves 1 - 1/n of a page.
     pub pages_sharing: u64,
-    /// The ones whose memory was given back, since they are of zeros or free.
+    /// The ones whose memory was freed, since they hold zeros or are free.
     pub zero_pages: u64,
     /// What pages of this type have in bytes.
     pub bytes: u64,
@@ -25,9 +25,9 @@ pub struct TypeView {
     pub private_bytes: u64,
     /// What those on frames have in bytes, which they share with others or may come to.
     pub shared_bytes: u64,
-    /// What sharing saves by them, pages whose memory was given back included.
+    /// What sharing saves by them, pages whose memory was freed included.
     pub saved_bytes: u64,
-    /// What those have in bytes whose memory was given back.
+    /// Memory of these that was freed, in bytes.
     pub zero_bytes: u64,
     /// Pages of this type that were mapped to frames, since an agent was first heard of.
     pub merges: u64,
@@ -97,7 +97,7 @@ impl From<TypeView> for TypeSample {
 /// What a VM's pages are used for, as an agent in its guest says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmPagesView {
-    /// When this was looked at; not there when the VM has ended.
+    /// When this was measured. Absent if the VM has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_seconds: Option<f64>,
     /// Whether an agent in the guest says what pages are used for. Where none does, all are of type
@@ -106,7 +106,7 @@ pub struct VmPagesView {
     /// What the agent does; not there where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentView>,
-    /// Free pages that were given back to the host since the VM was booted, in bytes.
+    /// Free pages that were freed on the host since the VM was booted, in bytes.
     pub given_back_bytes: u64,
     /// Its pages by type; not there when the VM has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -127,14 +127,14 @@ pub struct AgentView {
 /// What the pages of all VMs together are used for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PagesView {
-    /// When this was looked at.
+    /// When this was measured.
     pub time_seconds: f64,
     /// VMs with memory.
     pub vms: u64,
     /// Those of them in whose guests an agent says what pages are used for. Pages of others are of type
     /// `unknown`.
     pub publishing: u64,
-    /// Free pages that were given back to the host by VMs that have not ended, in bytes.
+    /// Free pages that were freed on the host by VMs that have not ended, in bytes.
     pub given_back_bytes: u64,
     /// The pages by type.
     pub types: ByType<TypeView>,
@@ -143,7 +143,7 @@ pub struct PagesView {
 /// A VM's memory as a picture, in the order of its pages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MapView {
-    /// When this was looked at; not there when the VM has ended.
+    /// When this was measured. Absent if the VM has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_seconds: Option<f64>,
     /// Whether an agent in the guest says what pages are used for: then cells have `types`.
