@@ -42,3 +42,11 @@ impl Spliced {
         }
     }
 }
+
+/// A page that the kernel reads for a device.
+pub(crate) struct Pinned {
+    pub(crate) vm: u64,
+    pub(crate) page: u32,
+    pub(crate) seed: u64,
+    pub(crate) spliced: Spliced,
+}

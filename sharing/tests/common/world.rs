@@ -23,7 +23,7 @@ use weather::{Moody, Plan, Weather};
 use super::agent::{ANON, Agent, FREE};
 use super::distant::Distant;
 use super::followed::{Told, Vm};
-use super::pipes::Spliced;
+use super::pipes::{Pinned, Spliced};
 use super::{Guest, Numbers, WORDS, faulty_engine, losses, word};
 
 /// What a page of a guest is known to hold.
@@ -56,14 +56,6 @@ impl Player {
     fn count(&self) -> u32 {
         self.pages.len() as u32
     }
-}
-
-/// A page that the kernel reads for a device.
-struct Pinned {
-    vm: u64,
-    page: u32,
-    seed: u64,
-    spliced: Spliced,
 }
 
 /// An engine whose calls fail by a plan.
