@@ -13,6 +13,7 @@
 pub mod disk;
 pub mod doorbell;
 pub mod i8042;
+pub mod power;
 pub mod serial;
 pub mod virtio;
 

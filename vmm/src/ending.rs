@@ -6,12 +6,13 @@ use std::{fmt, io};
 
 use samepage_host::registry::Registry;
 use samepage_machine::VmState;
+use samepage_machine::vm::ASK_AGAIN_AFTER;
 use vmm_sys_util::timerfd::TimerFd;
 
 use samepage_process::tell::tell;
 
-/// How often a message names the VMs that still run.
-const PROGRESS: Duration = Duration::from_secs(5);
+/// How often a message names the VMs that still run, and their guests are asked again.
+const PROGRESS: Duration = ASK_AGAIN_AFTER;
 /// How many VMs a message names. It counts the others.
 const NAMED: usize = 8;
 
@@ -41,7 +42,8 @@ impl Ending {
         Ok(Self { until, timer })
     }
 
-    /// Prints the VMs that still run, or kills them at the end of the time. To be called when this file is readable.
+    /// Prints the VMs that still run and asks their guests again, or kills them at the end of the time. To be called
+    /// when this file is readable.
     ///
     /// # Errors
     /// Fails if the timer fails.
@@ -58,6 +60,7 @@ impl Ending {
             registry.close();
             return Ok(());
         }
+        registry.ask_again();
         if !waited.is_empty() {
             tell(format_args!("waiting for {}, {} s more", Names(&waited), rest.as_secs_f64().ceil()));
         }

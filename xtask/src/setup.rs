@@ -6,9 +6,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-/// The packages for building guests and for testing disks and units, in addition to the Rust toolchain.
-pub const PACKAGES: [&str; 16] = [
+/// The packages for building guests and for testing disks, ACPI tables and units, in addition to the Rust toolchain.
+pub const PACKAGES: [&str; 17] = [
     crate::kernel::SOURCE_PACKAGE,
+    "acpica-tools",
     "bc",
     "bison",
     "e2fsprogs",

@@ -38,7 +38,8 @@ pub enum Action {
     Reset,
     /// Press Ctrl-Alt-Del on the guest's keyboard. The guest decides what follows.
     Shutdown,
-    /// Do the same and wait, and kill the VM if it does not end in time. A paused guest is resumed first.
+    /// Press the power button, or Ctrl-Alt-Del if the guest has no driver for the button. Wait, and kill the VM if it
+    /// does not end in time. A paused guest is resumed first.
     Stop,
     /// End the VM at once, without asking the guest.
     Kill,

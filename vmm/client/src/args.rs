@@ -23,8 +23,8 @@ pub enum ClientCommand {
     Resume(VmsArgs),
     /// Boot VMs again, without asking their guests
     Reset(VmsArgs),
-    /// Shut guests down with Ctrl-Alt-Del, and kill guests that do not end in time. The VMs remain and can be
-    /// started again
+    /// Shut guests down with the power button or Ctrl-Alt-Del, and kill guests that do not end in time. The VMs remain
+    /// and can be started again
     Stop(StopArgs),
     /// End VMs at once, without asking their guests. The VMs remain and can be started again
     Kill(VmsArgs),

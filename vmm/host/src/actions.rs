@@ -14,7 +14,9 @@ use crate::validated::validate;
 
 impl Registry {
     /// Carries out an action, and returns the VM's state afterwards. After [`Action::Stop`], the caller waits for
-    /// the guest and kills the VM.
+    /// the guest, asks it again each time that [`ASK_AGAIN_AFTER`] is over, and kills the VM.
+    ///
+    /// [`ASK_AGAIN_AFTER`]: samepage_machine::vm::ASK_AGAIN_AFTER
     ///
     /// # Errors
     /// Fails if the VM's state does not allow the action, or if the machine cannot be built again. Then the VM has
@@ -53,8 +55,11 @@ impl Registry {
                 if state == State::Paused {
                     self.run(record, action)?;
                 }
-                // A guest that ignores the keys gets the time too, because it may end for other reasons.
-                self.machine(record, action)?.press_ctrl_alt_del();
+                // A guest that does not listen gets the time too, because it may end for other reasons.
+                let vm = self.machine(record, action)?;
+                if !vm.ask_to_end() {
+                    vm.press_ctrl_alt_del();
+                }
             }
             Action::Kill => self.end(record, Cause::Killed),
         }

@@ -32,7 +32,7 @@ use samepage_api_types::lifecycle::State;
 use samepage_machine::config::{ConfigError, HugePages, Validated};
 use samepage_machine::huge_pages;
 use samepage_machine::hypervisor::Hypervisor;
-use samepage_machine::vm::{Vm, VmEnd};
+use samepage_machine::vm::{Vm, VmEnd, VmState};
 
 /// Resources and settings that all VMs of the process have in common.
 #[derive(Debug)]
@@ -326,6 +326,11 @@ impl Registry {
             }
         }
         asked
+    }
+
+    /// Asks in another way all guests that were asked and still run.
+    pub fn ask_again(&self) {
+        self.machines().iter().filter(|vm| vm.state() == VmState::Running).for_each(|vm| vm.ask_again());
     }
 
     /// Refuses further VMs, and ends all VMs without asking their guests. All are to be collected.

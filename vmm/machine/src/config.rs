@@ -164,6 +164,11 @@ impl VmConfig {
         self.spec.memory_hole == MemoryHole::Port && self.sharing.is_some()
     }
 
+    /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
+    pub(crate) fn mmio_device_count(&self, is_shared: bool) -> usize {
+        self.spec.disks.len() + usize::from(is_shared && self.spec.memory_hole == MemoryHole::Port)
+    }
+
     /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
     /// memory hole before the arguments for init.
     pub fn kernel_command_line(&self) -> String {
@@ -172,9 +177,8 @@ impl VmConfig {
 
     /// Returns the same for a VM that shares memory, or does not.
     fn command_line(&self, is_shared: bool) -> String {
-        let VmSpec { cmdline, memory, disks, memory_hole, .. } = &self.spec;
-        let mut added =
-            mmio_parameters(disks.len() + usize::from(is_shared && *memory_hole == MemoryHole::Port));
+        let VmSpec { cmdline, memory, memory_hole, .. } = &self.spec;
+        let mut added = mmio_parameters(self.mmio_device_count(is_shared));
         match memory_hole {
             MemoryHole::On if is_shared => {
                 let hole = HoleRange::of(memory.0);

@@ -23,7 +23,7 @@ use samepage_host::error::HostError;
 use samepage_host::record::{Cause, Record, Turn};
 use samepage_host::registry::Registry;
 use samepage_host::validated::validate;
-use samepage_machine::vm::{Disk, Vm as RunningVm};
+use samepage_machine::vm::{ASK_AGAIN_AFTER, Disk, Vm as RunningVm};
 use samepage_spec::{CachePolicy, RateLimits, VmSpec};
 
 /// List VMs
@@ -191,8 +191,8 @@ async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), R
         let asked = registry.clone();
         let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
         let record = turn.record().clone();
+        wait_for_end(&record, Duration::from_secs(seconds.into())).await;
         // Whatever happened, end what is left.
-        let _ = tokio::time::timeout(Duration::from_secs(seconds.into()), record.collected()).await;
         let end = move || {
             registry.end(turn.record(), Cause::NotInTime(seconds));
             Ok(())
@@ -200,6 +200,21 @@ async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), R
         blocking(end).await
     };
     tokio::spawn(work).await.unwrap_or_else(|_| Err(Refusal::new(Kind::Internal, "the operation panicked")))
+}
+
+/// Waits for the end of a guest that was asked, up to a time, and asks it again meanwhile.
+async fn wait_for_end(record: &Record, mut left: Duration) {
+    // A short time is enough to ask again as well.
+    let step = ASK_AGAIN_AFTER.min(left / 2);
+    while tokio::time::timeout(step.min(left), record.collected()).await.is_err() {
+        left = left.saturating_sub(step);
+        if left.is_zero() {
+            return;
+        }
+        if let Some(vm) = record.vm() {
+            vm.ask_again();
+        }
+    }
 }
 
 /// Act on a VM

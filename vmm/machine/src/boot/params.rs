@@ -9,7 +9,9 @@ use linux_loader::start_info::{
 use samepage_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::x86::layout::{COMMAND_LINE, MapEntry, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO, ZERO_PAGE};
+use crate::x86::layout::{
+    ACPI_START, COMMAND_LINE, MapEntry, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO, ZERO_PAGE,
+};
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
@@ -36,6 +38,7 @@ pub(crate) fn write_start_info(
         nr_modules: initrd.is_some().into(),
         modlist_paddr: initrd.map_or(0, |_| PVH_MODULES),
         cmdline_paddr: COMMAND_LINE,
+        rsdp_paddr: ACPI_START,
         memmap_paddr: PVH_MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..Default::default()
@@ -73,6 +76,7 @@ pub(crate) fn write_zero_page(
             cmdline_size: command_line_bytes,
             ..Default::default()
         }),
+        acpi_rsdp_addr: ACPI_START,
         ..Default::default()
     };
     params.hdr.type_of_loader = LOADER_WITHOUT_NUMBER;
@@ -103,7 +107,7 @@ mod tests {
         write_start_info(memory.view(), &memory_map(RAM, None), Some(INITRD)).unwrap();
         let info: hvm_start_info = memory.view().read_obj(GuestAddress(PVH_START_INFO)).unwrap();
         assert_eq!((info.magic, info.version, info.nr_modules), (0x336e_c578, 1, 1));
-        assert_eq!(info.cmdline_paddr, COMMAND_LINE);
+        assert_eq!((info.cmdline_paddr, info.rsdp_paddr), (COMMAND_LINE, ACPI_START));
         let module: hvm_modlist_entry = memory.view().read_obj(GuestAddress(info.modlist_paddr)).unwrap();
         assert_eq!((module.paddr, module.size), (INITRD.start, INITRD.size));
         let third = GuestAddress(info.memmap_paddr + 2 * 24);
@@ -122,5 +126,6 @@ mod tests {
         let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
         assert_eq!((version, init_size, image, size), (0x20f, 77, 0x300_0000, 12345));
         assert_eq!((params.hdr.type_of_loader, params.e820_entries), (0xff, 5));
+        assert_eq!({ params.acpi_rsdp_addr }, ACPI_START);
     }
 }

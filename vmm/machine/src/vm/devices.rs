@@ -13,6 +13,7 @@ use samepage_devices::disk::limit::RateLimiter;
 use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
+use samepage_devices::power::{self, Power};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
@@ -22,13 +23,16 @@ use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::VmError;
 use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
+use super::{VmEnd, VmError};
 use crate::config::DiskSpec;
-use crate::x86::layout::{KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, SERIAL_IRQ, SERIAL_PORT};
+use crate::x86::acpi::VirtioMmio;
+use crate::x86::layout::{
+    KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, POWER_PORT, SERIAL_IRQ, SERIAL_PORT,
+};
 
 /// Upper limit for the disks of a VM: one interrupt line each. The port of a memory hole takes one as well.
 pub const MAX_DISKS: usize = MMIO_IRQS.len();
@@ -116,6 +120,7 @@ pub(super) struct Devices {
     serial_stats: Arc<SerialStats>,
     keyboard: Arc<Mutex<I8042>>,
     reset: EventFd,
+    power: Arc<Mutex<Power>>,
     disks: Vec<Disk>,
 }
 
@@ -145,6 +150,8 @@ impl Devices {
         let mut ports = Bus::default();
         ports.insert(SERIAL_PORT.into(), serial::PORTS.into(), serial.clone());
         ports.insert(i8042::BASE_PORT.into(), i8042::PORTS.into(), keyboard.clone());
+        let power = Arc::new(Mutex::new(Power::default()));
+        ports.insert(POWER_PORT.into(), power::PORTS.into(), power.clone());
 
         let mut mmio = Bus::default();
         let port = match hole {
@@ -215,7 +222,7 @@ impl Devices {
             wire_notifications(kvm, &transport, base)?;
             mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
         }
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, disks: attached })
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, power, disks: attached })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -234,10 +241,22 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Returns whether the last write to `port` was the keyboard controller's reset command.
-    pub(super) fn reset_requested(&self, port: u16) -> bool {
+    /// Returns how the VM ends because of the last write to `port`: the keyboard controller's reset command, or soft off.
+    pub(super) fn requested_end(&self, port: u16) -> Option<VmEnd> {
         let controller = i8042::BASE_PORT..i8042::BASE_PORT + i8042::PORTS;
-        controller.contains(&port) && self.reset.read().is_ok()
+        let management = POWER_PORT..POWER_PORT + power::PORTS;
+        if controller.contains(&port) && self.reset.read().is_ok() {
+            Some(VmEnd::Reset)
+        } else if management.contains(&port) && self.power.lock().is_off() {
+            Some(VmEnd::PowerOff)
+        } else {
+            None
+        }
+    }
+
+    /// Notes for the guest that the power button was pressed. The caller raises the interrupt.
+    pub(super) fn press_power_button(&self) {
+        self.power.lock().press_button();
     }
 
     pub(super) fn keyboard_in_use(&self) -> bool {
@@ -278,6 +297,11 @@ fn without_sharing(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option
 /// Returns the base address and the interrupt line of each virtio-mmio device, in order.
 fn mmio_slots() -> impl Iterator<Item = (u64, u32)> {
     (0..).map(|slot| MMIO_START + slot * MMIO_STRIDE).zip(MMIO_IRQS)
+}
+
+/// Returns `count` virtio-mmio devices as ACPI describes them.
+pub(super) fn mmio_devices(count: usize) -> impl Iterator<Item = VirtioMmio> {
+    mmio_slots().take(count).map(|(base, irq)| VirtioMmio { base, irq })
 }
 
 /// Returns the kernel parameters for `count` virtio-mmio devices, each after a space.

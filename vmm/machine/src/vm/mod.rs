@@ -1,5 +1,6 @@
 //! One virtual machine: built, run, paused, ended and freed.
 
+mod asking;
 pub(crate) mod blocks;
 mod bus;
 mod changes;
@@ -37,18 +38,24 @@ use crate::boot::{BootError, load};
 use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig, VmSpec};
 use crate::console::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
+use crate::x86::acpi;
 use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
-use crate::x86::registers;
+use crate::x86::{registers, reset_vector};
 
+pub use asking::ASK_AGAIN_AFTER;
+use asking::Asking;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::{Devices, HoleDevice, SharedMemory};
+use devices::{Devices, HoleDevice, SharedMemory, mmio_devices};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
+
+/// The number of a VM's vCPUs.
+const VCPUS: u8 = 1;
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,10 +229,11 @@ pub struct Vm {
     threads: Vec<JoinHandle<()>>,
     notices: Vec<String>,
     console_log: Option<Log>,
+    asking: Asking,
     // Fields are dropped in this order: users of guest memory come before it.
     devices: Arc<Devices>,
     membership: Option<Membership>,
-    _kvm: Arc<VmFd>,
+    kvm: Arc<VmFd>,
     _hole: Option<Arc<HoleMemory>>,
     memory: VmMemory,
 }
@@ -262,6 +270,9 @@ impl Vm {
         let command_line = config.kernel_command_line();
         let entry = load::load(memory.view(), bytes, config.hole(), &kernel, initrd.as_ref(), &command_line)?;
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
+        let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.sharing.is_some())).collect();
+        acpi::write(memory.view(), VCPUS, &virtio).map_err(VmError::Tables)?;
+        reset_vector::write(memory.view()).map_err(VmError::Tables)?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
         let logged = config.sharing.is_some() && changes::enable(&kvm);
@@ -322,7 +333,7 @@ impl Vm {
             shared.as_ref(),
             hole_device,
         )?);
-        let fd = create_vcpu(hypervisor, &kvm, 0, 1)?;
+        let fd = create_vcpu(hypervisor, &kvm, 0, VCPUS.into())?;
         registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
 
         let mut vm = Self {
@@ -332,7 +343,8 @@ impl Vm {
             console_log,
             devices,
             membership,
-            _kvm: kvm,
+            kvm,
+            asking: Asking::default(),
             _hole: hole,
             memory,
         };
@@ -418,12 +430,6 @@ impl Vm {
         &self.memory
     }
 
-    /// Presses Ctrl, Alt and Delete on the guest's keyboard, which asks the guest to shut down. Returns `false` if
-    /// the guest reads nothing from its keyboard.
-    pub fn press_ctrl_alt_del(&self) -> bool {
-        self.devices.press_ctrl_alt_del()
-    }
-
     /// Opens the console's file again, if it has one, so that the renamed file can be moved away. The guest does
     /// not wait.
     ///
@@ -432,12 +438,6 @@ impl Vm {
     pub fn reopen_console(&self) -> Result<(), VmError> {
         let Some(log) = &self.console_log else { return Ok(()) };
         log.reopen().map_err(|source| VmError::Console { path: log.path().display().to_string(), source })
-    }
-
-    /// Asks the guest to shut down, with Ctrl-Alt-Del on its keyboard. Returns `false` if the guest does not
-    /// read its keyboard.
-    pub fn ask_to_end(&self) -> bool {
-        self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
     }
 
     /// Types to the guest's console. Returns how many bytes from the start were accepted. When there is room

@@ -73,8 +73,8 @@ impl Vcpu {
                     let data = unsafe { std::slice::from_raw_parts(data, bytes) };
                     // A string instruction makes several accesses to the same port.
                     data.chunks(width).for_each(|access| self.devices.port_write(port, access));
-                    if self.devices.reset_requested(port) {
-                        return Some(VmEnd::Reset);
+                    if let Some(end) = self.devices.requested_end(port) {
+                        return Some(end);
                     }
                     continue;
                 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! 0x0000_0000  boot structures (GDT, boot parameters, page tables, command line)
-//! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs
+//! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs,
+//!              ACPI tables from 0xf_f000
 //! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
 //! 0xc000_0000  gap: the memory hole and its doorbell, virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's
 //!              own pages
@@ -32,6 +33,14 @@ pub const EBDA_START: u64 = 0x9_fc00;
 /// the BIOS area.
 pub(crate) const MP_TABLE: u64 = EBDA_START;
 
+/// ACPI's root pointer, in the area in which kernels look for it that are not told its address. The tables follow. They
+/// share a page with the reset vector, so that a VM has one page more for both.
+pub(crate) const ACPI_START: u64 = 0xf_f000;
+/// Upper limit for the pointer and the tables.
+pub(crate) const ACPI_BYTES: u64 = RESET_VECTOR - ACPI_START;
+/// Where a processor in real mode starts after a reset: F000:FFF0.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
+
 pub(crate) const GDT_START: u64 = 0x500;
 pub(crate) const PVH_START_INFO: u64 = 0x6000;
 pub(crate) const PVH_MODULES: u64 = 0x6040;
@@ -55,6 +64,10 @@ pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
 pub(crate) const KEYBOARD_IRQ: u32 = 1;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
+/// Power management, where no legacy device has ports.
+pub(crate) const POWER_PORT: u16 = 0x600;
+/// The first input of the IO-APIC behind those of the legacy interrupt controllers. Kernels without ACPI do not know it.
+pub(crate) const POWER_IRQ: u32 = 16;
 
 /// Registers of KVM's interrupt controllers, at the usual addresses of a PC.
 pub(crate) const IO_APIC: u64 = 0xfec0_0000;
@@ -73,6 +86,7 @@ const _: () = {
     assert!(ZERO_PAGE + page <= BOOT_STACK);
     assert!(PAGE_DIRECTORIES + 4 * page <= COMMAND_LINE);
     assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA_START);
+    assert!(ACPI_START.is_multiple_of(16) && ACPI_START + ACPI_BYTES <= HIMEM_START);
 };
 
 /// A run of guest RAM that is contiguous for the guest and in the host's reservation.
