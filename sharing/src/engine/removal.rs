@@ -45,16 +45,16 @@ impl Removal {
     /// no engine.
     ///
     /// # Errors
-    /// What the kernel said; the call can be repeated.
-    pub fn empty(&mut self) -> io::Result<()> {
+    /// Fails if the kernel refuses. The call can be repeated.
+    pub fn empty(&self) -> io::Result<()> {
         self.memory.empty(self.piece.clone(), self.mapped)
     }
 }
 
 impl Engine {
     /// Begins to let a VM's RAM go, which no longer runs; `None` where it has gone. To be followed by
-    /// [`Removal::empty`] and [`go_on_removing`](Self::go_on_removing) in turns. A removal that was
-    /// [put off](Self::put_off) can be begun again.
+    /// [`Removal::empty`] and [`go_on_removing`](Self::go_on_removing) in turns. Where the kernel
+    /// refuses to go on, the removal is dropped, and can be begun again.
     pub fn begin_removal(&mut self, slot: Slot) -> Option<Removal> {
         if self.forget_distrusted(slot) {
             return None;
@@ -115,11 +115,6 @@ impl Engine {
         panicked
     }
 
-    /// The kernel refuses to go on: the removal is to be begun again.
-    pub fn put_off(&mut self, removal: Removal) {
-        drop(removal);
-    }
-
     /// Takes the pages behind a piece out of all that leads to them.
     fn next_piece(&mut self, removal: &mut Removal) {
         let start = removal.piece.end;
@@ -145,10 +140,7 @@ impl Engine {
     pub fn remove(&mut self, slot: Slot) -> io::Result<()> {
         let Some(mut removal) = self.begin_removal(slot) else { return Ok(()) };
         loop {
-            if let Err(error) = removal.empty() {
-                self.put_off(removal);
-                return Err(error);
-            }
+            removal.empty()?;
             if !self.go_on_removing(&mut removal) {
                 self.store.reclaim_all(&*self.host.calls);
                 return Ok(());

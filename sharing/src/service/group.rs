@@ -208,10 +208,7 @@ impl Group {
         // Where the metadata fails at that, the VM is forgotten by another try, which does without them.
         let Some(mut removal) = begin().or_else(begin).flatten() else { return Ok(()) };
         loop {
-            if let Err(error) = removal.empty() {
-                self.engine.ask(|engine| engine.put_off(removal));
-                return Err(error);
-            }
+            removal.empty()?;
             match self.engine.ask(|engine| engine.go_on_removing(&mut removal)) {
                 Some(true) => {}
                 Some(false) => return Ok(()),
