@@ -107,7 +107,7 @@ impl Service {
         assert_eq!(start[0], "/usr/bin/samepage");
         let here = |name: &str| self.path(name).to_str().expect("a path in UTF-8").to_owned();
         let argument = |word: &&str| match *word {
-            "/run/samepage/control.sock" => here("control.sock"),
+            "/run/samepage/samepage.sock" => here("samepage.sock"),
             "/etc/samepage/vms.toml" => here("vms.toml"),
             "samepage" => GROUP.to_string(),
             other => other.to_owned(),
@@ -269,7 +269,7 @@ fn at_work() {
     assert_eq!(service.unit.words("SupplementaryGroups"), ["samepage"]);
     let running = Running::start(service.command(&format!("--groups={GROUP}"), &["--http", "127.0.0.1:0"]));
     running.stderr().wait_for_line("the control socket is");
-    let socket = fs::metadata(service.path("control.sock")).expect("look at the socket");
+    let socket = fs::metadata(service.path("samepage.sock")).expect("look at the socket");
     assert_eq!((socket.gid(), socket.mode() & 0o777), (GROUP, 0o660));
 
     // Images of another user, which no others may read, and a block device.
@@ -290,7 +290,7 @@ fn at_work() {
         "name": "a", "kernel": kernel, "memory": "16M", "cmdline": plan.to_string(), "disks": disks, "start": true,
         "console": { "file": service.path("console.log") }
     });
-    let client = Client::new(service.path("control.sock"));
+    let client = Client::new(service.path("samepage.sock"));
     let created: Value = client.send("POST".parse().expect("a method"), "/vms", &vm).expect("a VM");
     assert_eq!(created["state"], "running");
     let host: Value = client.get("/host").expect("the host");
@@ -327,5 +327,5 @@ fn outside_of_the_group() {
     for part in [&GROUP.to_string()[..], "SupplementaryGroups", "CAP_CHOWN"] {
         assert!(finished.stderr.contains(part), "{part} is missing in {}", finished.stderr);
     }
-    assert!(!service.path("control.sock").exists());
+    assert!(!service.path("samepage.sock").exists());
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
+use samepage_process::control_socket;
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
@@ -187,9 +188,9 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
     pub(crate) share_group: String,
 
-    /// Open a control socket at this path
+    /// Open a control socket, at this path or at the one that `serve` has by default
     #[arg(long, value_name = "PATH")]
-    pub(crate) socket: Option<PathBuf>,
+    pub(crate) socket: Option<Option<PathBuf>>,
 
     #[command(flatten)]
     pub(crate) socket_access: SocketAccess,
@@ -201,9 +202,10 @@ pub(crate) struct RunArgs {
 /// The arguments of `samepage serve`.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Path of the control socket
-    #[arg(long, value_name = "PATH")]
-    pub(crate) socket: PathBuf,
+    /// Path of the control socket. By default samepage.sock in the user's runtime folder (XDG_RUNTIME_DIR), and for
+    /// root /run/samepage/samepage.sock
+    #[arg(long, value_name = "PATH", env = control_socket::VARIABLE)]
+    pub(crate) socket: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) socket_access: SocketAccess,

@@ -3,6 +3,7 @@
 use samepage_host::engine::start_sharing;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,7 @@ use crate::ending::Ending;
 use crate::plan;
 use crate::upkeep::{self, Upkeep};
 use samepage_host::stdin::{Input, Typed};
+use samepage_process::control_socket;
 use samepage_process::tell::{self, tell};
 
 /// The outcome of the process: the worst of its VMs' ends.
@@ -77,7 +79,8 @@ struct Plan<'a> {
 
 /// Runs all VMs of the command line until they have ended.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let socket = args.socket.as_ref().map(|path| socket_options(path, &args.socket_access));
+    let socket =
+        args.socket.as_ref().map(|path| socket_options(path.as_deref(), &args.socket_access)).transpose()?;
     let vms = plan::vms(args);
     let has_terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
     let is_sharing = args.sharing != SharingMode::Off;
@@ -90,7 +93,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 
 /// Hosts VMs of clients until a signal ends the process.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    let socket = Some(socket_options(&args.socket, &args.socket_access));
+    let socket = Some(socket_options(args.socket.as_deref(), &args.socket_access)?);
     let is_sharing = !args.no_sharing;
     let no_sharing = "--no-sharing";
     host(
@@ -106,8 +109,10 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     )
 }
 
-fn socket_options(path: &std::path::Path, access: &SocketAccess) -> SocketOptions {
-    SocketOptions { path: path.to_owned(), mode: access.socket_mode, group: access.socket_group.clone() }
+/// Returns the options of the socket at this path, or at the default one.
+fn socket_options(path: Option<&Path>, access: &SocketAccess) -> anyhow::Result<SocketOptions> {
+    let path = path.map_or_else(control_socket::of_server, |path| Ok(path.to_owned()))?;
+    Ok(SocketOptions { path, mode: access.socket_mode, group: access.socket_group.clone() })
 }
 
 fn http_options(process: &ProcessArgs) -> anyhow::Result<Option<HttpOptions>> {

@@ -5,6 +5,7 @@ mod disks;
 mod guests;
 mod host;
 mod scratch;
+mod socket;
 mod stats;
 mod terminal;
 
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
             &[Kvm, Mounts],
             host::userfaultfd_not_permitted,
         ),
+        ("users_and_root_have_sockets_of_their_own_by_default", &[Kvm, Mounts], socket::of_users),
+        ("run_opens_the_default_socket_if_asked_to", &[Kvm, Mounts], socket::of_run),
         ("a_process_with_too_few_files_is_told_its_limit", &[Kvm], host::too_few_files),
         ("a_guest_that_resets_ends_the_program_with_status_0", &[Kvm], guests::reset),
         ("guests_have_command_lines_and_consoles_of_their_own", &[Kvm], guests::templates),

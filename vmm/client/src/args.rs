@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use samepage_api_types::lifecycle::State;
+use samepage_process::control_socket;
+
+use crate::socket::Client;
 
 /// A command that talks to a control socket.
 #[derive(Debug, Subcommand)]
@@ -48,12 +51,30 @@ pub enum ClientCommand {
     Report(ReportArgs),
 }
 
+/// The socket of a request.
+#[derive(Debug, Args)]
+pub struct SocketArg {
+    /// Path of the control socket. By default samepage.sock in the user's runtime folder, or
+    /// /run/samepage/samepage.sock if there is none
+    #[arg(long = "socket", id = "socket", value_name = "PATH", env = control_socket::VARIABLE)]
+    path: Option<PathBuf>,
+}
+
+impl SocketArg {
+    /// Returns a client of the socket.
+    pub(crate) fn client(&self) -> Client {
+        match &self.path {
+            Some(path) => Client::new(path),
+            None => Client::of_default(control_socket::of_client()),
+        }
+    }
+}
+
 /// The socket of a request, and the form of the output.
 #[derive(Debug, Args)]
 pub struct Connection {
-    /// Path of the control socket
-    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
-    pub(crate) socket: PathBuf,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
 
     /// Print JSON
     #[arg(long)]
@@ -210,9 +231,8 @@ pub struct TopArgs {
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
     pub(crate) interval: Duration,
 
-    /// Path of the control socket
-    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
-    pub(crate) socket: PathBuf,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
 }
 
 /// The arguments of `samepage report`.
@@ -226,9 +246,8 @@ pub struct ReportArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: Option<PathBuf>,
 
-    /// Control socket of a running process, if there is no statistics file
-    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
-    pub(crate) socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
 
     /// Seconds to watch a running process
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
@@ -253,9 +272,8 @@ pub struct TypesArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: Option<PathBuf>,
 
-    /// Control socket of a running process, if there is no statistics file
-    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
-    pub(crate) socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
 
     /// Seconds to watch a running process; a picture takes 10 by default
     #[arg(long, value_name = "SECONDS")]
@@ -290,7 +308,6 @@ pub struct ConsoleArgs {
     #[arg(long)]
     pub(crate) backlog: bool,
 
-    /// Path of the control socket
-    #[arg(long, value_name = "PATH", env = "SAMEPAGE_SOCKET")]
-    pub(crate) socket: PathBuf,
+    #[command(flatten)]
+    pub(crate) socket: SocketArg,
 }

@@ -25,7 +25,7 @@ const HELP: &str = "\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
 pub(super) fn main(args: &ConsoleArgs) -> anyhow::Result<()> {
-    let client = Client::new(&args.socket);
+    let client = args.socket.client();
     let path = vm_path(&args.vm)? + "/console";
     if args.backlog {
         let answer = client.raw(Method::GET, &path, Vec::new())?;

@@ -67,7 +67,7 @@ pub fn main(command: &ClientCommand, load: Load<'_>) -> anyhow::Result<ExitCode>
 }
 
 fn client(connection: &Connection) -> Client {
-    Client::new(&connection.socket)
+    connection.socket.client()
 }
 
 fn act(args: &VmsArgs, action: Action) -> anyhow::Result<ExitCode> {

@@ -18,17 +18,20 @@ use tokio::net::UnixStream;
 
 use samepage_api_types::CONSOLE_PROTOCOL;
 use samepage_api_types::problem::Problem;
+use samepage_process::control_socket::{Choice, SYSTEM};
 
 /// The reason why a request failed.
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// The socket cannot be connected to.
-    #[error("connect to {path}: {source}; is `samepage serve --socket {path}` running?")]
+    #[error("connect to {path}: {source}; {help}")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// The error of the system call.
         source: io::Error,
+        /// What to do.
+        help: String,
     },
     /// The connection broke.
     #[error("talk to the control socket: {0}")]
@@ -67,12 +70,19 @@ pub struct Answer {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    /// The choice of the socket, if the user has named none.
+    chosen: Option<Choice>,
 }
 
 impl Client {
     /// Returns a client of the socket at this path.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self { socket: socket.into(), chosen: None }
+    }
+
+    /// Returns a client of the socket that was chosen because the user has named none.
+    pub fn of_default(chosen: Choice) -> Self {
+        Self { socket: chosen.path.clone(), chosen: Some(chosen) }
     }
 
     /// Returns the path of the socket.
@@ -195,13 +205,36 @@ impl Client {
     ) -> Result<Response<Incoming>, ClientError> {
         let request = request.body(Full::new(Bytes::from(body)));
         let request = request.map_err(|error| ClientError::Request(error.to_string()))?;
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
+            let help = self.help(&source);
+            ClientError::Connect { path: self.socket.clone(), source, help }
+        })?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // The code that waits for the response gets errors of the connection.
         tokio::spawn(connection.with_upgrades());
         Ok(sender.send_request(request).await?)
+    }
+
+    /// Returns what to do if nobody answers at the socket.
+    fn help(&self, error: &io::Error) -> String {
+        let path = self.socket.display();
+        if error.kind() == io::ErrorKind::PermissionDenied {
+            return "its group may connect; join the group (usermod -aG), and log in again".to_owned();
+        }
+        let service = "start the service (systemctl start samepage)";
+        match &self.chosen {
+            None => format!("is `samepage serve --socket {path}` running?"),
+            Some(Choice { missing: Some(missing), .. }) => format!(
+                "nor is there {}. Run `samepage serve`, {service}, or name another socket with --socket",
+                missing.display()
+            ),
+            Some(_) if self.socket == Path::new(SYSTEM) => {
+                format!("run `samepage serve` as root, {service}, or name another socket with --socket")
+            }
+            Some(_) => format!(
+                "its process has ended. Run `samepage serve` again, or use --socket {SYSTEM} for the service"
+            ),
+        }
     }
 
     fn run<T>(&self, work: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
@@ -229,5 +262,35 @@ fn refusal(answer: &Answer) -> ClientError {
     match serde_json::from_slice(&answer.body) {
         Ok(problem) => ClientError::Problem(Box::new(problem)),
         Err(error) => ClientError::Answer { status: answer.status, reason: error.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_reaches_nobody_is_told_what_was_tried_and_what_to_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let (own, system) = (folder.path().join("own"), folder.path().join("system"));
+        let said = |client: Client| client.get::<()>("/vms").unwrap_err().to_string();
+        let has = |text: &str, parts: &[&str]| {
+            for part in parts {
+                assert!(text.contains(part), "{part:?} is missing in {text}");
+            }
+        };
+        let (own_text, system_text) = (own.display().to_string(), system.display().to_string());
+        let named = format!("`samepage serve --socket {own_text}`");
+        has(&said(Client::new(&own)), &[&own_text, "No such file", &named]);
+        let neither = Choice { path: own.clone(), missing: Some(system) };
+        let neither = said(Client::of_default(neither));
+        has(&neither, &[&own_text, &system_text, "`samepage serve`", "systemctl start samepage", "--socket"]);
+        // As a process leaves it that was killed.
+        drop(std::os::unix::net::UnixListener::bind(&own).unwrap());
+        let left = said(Client::of_default(Choice { path: own, missing: None }));
+        has(&left, &[&own_text, "refused", "has ended", "`samepage serve`", SYSTEM]);
+        let of_service = Client::of_default(Choice { path: SYSTEM.into(), missing: None });
+        has(&of_service.help(&io::ErrorKind::NotFound.into()), &["as root", "systemctl start samepage"]);
+        has(&of_service.help(&io::ErrorKind::PermissionDenied.into()), &["usermod -aG"]);
     }
 }

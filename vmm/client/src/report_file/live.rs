@@ -1,6 +1,5 @@
 //! Records a run by watching its process for some seconds.
 
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,15 +12,15 @@ use super::{Moments, Run};
 /// Upper limit for maps of memory in a report.
 const MOST_MAPS: usize = 64;
 
-pub(super) fn watch(socket: &Path, seconds: u32) -> anyhow::Result<Run> {
-    let client = Client::new(socket);
+pub(super) fn watch(client: &Client, seconds: u32) -> anyhow::Result<Run> {
+    let socket = client.socket();
     let mut moments = Moments::default();
     let begun = Instant::now();
     for second in 0..=seconds {
         // Statistics are polled once a second, because no event reports them.
         let due = begun + Duration::from_secs(second.into());
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        moments.add(frame(&client)?);
+        moments.add(frame(client)?);
     }
     let place = format!("{}, watched for {seconds} seconds", socket.display());
     let mut run = moments.finish(format!("samepage: {}", socket.display()), place);

@@ -39,10 +39,9 @@ pub(super) fn main(args: &ReportArgs) -> anyhow::Result<()> {
         return types::main(args);
     }
     let Some(output) = &args.output else { bail!("name the file to write with --output FILE") };
-    let run = match (&args.stats, &args.socket) {
-        (Some(file), _) => statistics::read(file)?,
-        (None, Some(socket)) => live::watch(socket, args.seconds)?,
-        (None, None) => bail!("name what to report: --stats FILE, or --socket PATH of a running process"),
+    let run = match &args.stats {
+        Some(file) => statistics::read(file)?,
+        None => live::watch(&args.socket.client(), args.seconds)?,
     };
     let page = web::alone(&run.title, &run).context("write the report")?;
     if output == Path::new("-") {

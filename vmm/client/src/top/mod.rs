@@ -34,13 +34,13 @@ pub(super) fn main(args: &TopArgs) -> anyhow::Result<()> {
     if terminal::stdin_kind() != StdinKind::Terminal || !terminal::stdout_is_terminal() {
         bail!("samepage top needs a terminal; samepage stats --json is for programs");
     }
-    let client = Client::new(&args.socket);
+    let client = args.socket.client();
     // Change the terminal only after the first response.
     let first = fetch::snapshot(&client, None)?;
     // Before the fetcher's thread starts, so that the thread also blocks the signals.
     let signals = ShutdownSignals::catch().context("catch the signals that end the program")?;
     let resize = ResizeSignal::catch().context("catch the signal of a terminal that changes its size")?;
-    let mut model = Model::new(args.socket.display().to_string());
+    let mut model = Model::new(client.socket().display().to_string());
     model.add(first);
     let fetcher = Fetcher::start(client.clone(), args.interval).context("start a thread")?;
     screen::restore_on_panic();

@@ -82,13 +82,12 @@ impl Run {
 
 pub(super) fn main(args: &TypesArgs) -> anyhow::Result<()> {
     let vm = args.vm.as_deref();
-    let run = match (&args.stats, &args.socket) {
-        (Some(file), _) => source::read(file, vm)?,
-        (None, Some(socket)) => {
+    let run = match &args.stats {
+        Some(file) => source::read(file, vm)?,
+        None => {
             let default = if args.output.is_some() { WATCHED } else { 0 };
-            source::watch(socket, args.seconds.unwrap_or(default), vm)?
+            source::watch(&args.socket.client(), args.seconds.unwrap_or(default), vm)?
         }
-        (None, None) => bail!("name what to report: --stats FILE, or --socket PATH of a running process"),
     };
     let moments = run.moments.finish();
     let state = run.state.filter(|state| !state.vms.is_empty());

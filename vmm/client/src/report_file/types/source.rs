@@ -81,15 +81,14 @@ fn parse(lines: impl BufRead, wanted: Option<&str>) -> anyhow::Result<Run> {
 }
 
 /// Records a run by watching its process for some seconds.
-pub(super) fn watch(socket: &Path, seconds: u32, vm: Option<&str>) -> anyhow::Result<Run> {
-    let client = Client::new(socket);
+pub(super) fn watch(client: &Client, seconds: u32, vm: Option<&str>) -> anyhow::Result<Run> {
     let mut run = Run::default();
     let begun = Instant::now();
     for second in 0..=seconds {
         // Statistics are polled once a second, because no event reports them.
         let due = begun + Duration::from_secs(second.into());
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        run.add(moment(&client, vm)?);
+        run.add(moment(client, vm)?);
     }
     Ok(run)
 }
