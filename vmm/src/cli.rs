@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
 use samepage_process::control_socket;
@@ -20,7 +20,7 @@ use samepage_text::size::parse_size;
 
 use disk::parse_disk;
 use samepage_analyze::args::AnalyzeArgs;
-use samepage_client::args::ClientCommand;
+use samepage_client::args::{ClientCommand, Connection};
 use samepage_firecracker::args::FirecrackerArgs;
 
 const EXAMPLES: &str = "\
@@ -38,6 +38,15 @@ Exit status:
   1  samepage could not start or keep running a VM
   2  the command line is wrong
   3  a guest crashed";
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  Ten VMs with a disk each:
+    samepage create web --kernel vmlinuz --initrd initrd.img --count 10 --memory 1G \\
+        --disk path=web-{index}.img --cmdline 'console=ttyS0 root=/dev/vda'
+
+  The VMs of a configuration file, without starting them:
+    samepage create vms.toml --hold";
 
 const ANALYZE_USAGE: &str = "samepage analyze [OPTIONS] FILE...\n       samepage analyze [OPTIONS] --pid PID";
 
@@ -66,6 +75,9 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Host VMs that clients of a control socket create, until told to end (SIGTERM)
     Serve(Box<ServeArgs>),
+    /// Create VMs in a process with a control socket: of options, or of a configuration file
+    #[command(after_help = CREATE_EXAMPLES)]
+    Create(Box<CreateArgs>),
     /// Run one VM behind the API of Firecracker, for clients of Firecracker
     #[command(disable_version_flag = true)]
     Firecracker(Box<FirecrackerArgs>),
@@ -130,12 +142,12 @@ pub(crate) struct DemoArgs {
     pub(crate) json: bool,
 }
 
-/// The arguments of `samepage run`. In arguments that say so, `{index}` and `{name}` are replaced by each VM's number
-/// and name.
-#[derive(Debug, Args)]
-pub(crate) struct RunArgs {
+/// The VMs of `samepage run` and `samepage create`. In arguments that say so, `{index}` and `{name}` are replaced by each
+/// VM's number and name.
+#[derive(Debug, PartialEq, Eq, Args)]
+pub(crate) struct VmOptions {
     /// Kernel to boot: a vmlinux (x86-64 ELF, with or without PVH entry) or a bzImage
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
 
     /// Initial RAM disk (initramfs)
@@ -150,11 +162,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     pub(crate) memory: u64,
 
-    /// Name of the VM; with --count, VMs are named NAME-0, NAME-1 and so on
-    #[arg(long, value_name = "NAME", default_value = "vm", value_parser = parse_name)]
-    pub(crate) name: String,
-
-    /// Number of VMs to run in this process
+    /// Number of VMs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) count: u32,
 
@@ -164,11 +172,6 @@ pub(crate) struct RunArgs {
     /// rate=BYTES (per second), iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
-
-    /// Where the guests' consoles go: stdio, file=PATH ({index} and {name} are replaced) or off. With several
-    /// VMs on stdio, each line begins with the VM's name
-    #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
-    pub(crate) console: ConsoleArg,
 
     /// Back hot guest memory with huge pages of 2 MiB (thp). Cold huge pages with enough identical pages in
     /// them are split, so that the engine can share these
@@ -187,6 +190,23 @@ pub(crate) struct RunArgs {
     /// a group of its own
     #[arg(long, value_name = "NAME", default_value = DEFAULT_GROUP)]
     pub(crate) share_group: String,
+}
+
+/// The arguments of `samepage run`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("vms").args(["kernel", "config"]).required(true).multiple(true)))]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) vm: VmOptions,
+
+    /// Name of the VM; with --count, VMs are named NAME-0, NAME-1 and so on
+    #[arg(long, value_name = "NAME", default_value = "vm", value_parser = parse_name)]
+    pub(crate) name: String,
+
+    /// Where the guests' consoles go: stdio, file=PATH ({index} and {name} are replaced) or off. With several
+    /// VMs on stdio, each line begins with the VM's name
+    #[arg(long, value_name = "stdio|file=PATH|off", default_value = "stdio", value_parser = parse_console)]
+    pub(crate) console: ConsoleArg,
 
     /// Open a control socket, at this path or at the one that `serve` has by default
     #[arg(long, value_name = "PATH")]
@@ -197,6 +217,30 @@ pub(crate) struct RunArgs {
 
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+}
+
+/// The arguments of `samepage create`.
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// With --kernel, the VM's name; with --count, VMs are named NAME-0, NAME-1 and so on. Otherwise a
+    /// configuration file: JSON if its name ends in .json, otherwise TOML
+    #[arg(value_name = "NAME|FILE")]
+    pub(crate) what: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) vm: VmOptions,
+
+    /// File for a copy of the console; {index} and {name} are replaced. `samepage console` shows the console
+    /// in any case
+    #[arg(long, value_name = "off|file=PATH", default_value = "off", value_parser = parse_console_file)]
+    pub(crate) console: ConsoleArg,
+
+    /// Create the VMs without starting them
+    #[arg(long)]
+    pub(crate) hold: bool,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 /// The arguments of `samepage serve`.
@@ -329,6 +373,13 @@ fn parse_console(text: &str) -> Result<ConsoleArg, String> {
         None if text == "off" => Ok(ConsoleArg::Off),
         Some(("file", path)) if !path.is_empty() => Ok(ConsoleArg::File(path.to_owned())),
         _ => Err("use stdio, file=PATH or off".to_owned()),
+    }
+}
+
+fn parse_console_file(text: &str) -> Result<ConsoleArg, String> {
+    match parse_console(text) {
+        Ok(ConsoleArg::Stdio) | Err(_) => Err("use file=PATH or off; `samepage console` shows it".to_owned()),
+        console => console,
     }
 }
 

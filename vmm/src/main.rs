@@ -2,6 +2,7 @@
 
 mod bench;
 mod cli;
+mod create;
 mod demo;
 mod ending;
 mod generate;
@@ -9,13 +10,9 @@ mod plan;
 mod run;
 mod upkeep;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use samepage_host::config_file;
-use samepage_machine::Validated;
-use samepage_spec::VmSpec;
 
 use cli::{Cli, Command};
 use samepage_process::tell;
@@ -42,14 +39,10 @@ fn command() -> anyhow::Result<ExitCode> {
         Command::Demo(args) => demo::main(args),
         Command::Analyze(args) => samepage_analyze::main(args),
         Command::Bench { arguments } => bench::main(arguments),
-        Command::Client(command) => samepage_client::main(command, &load),
+        Command::Client(command) => samepage_client::main(command),
+        Command::Create(args) => create::main(args),
         Command::Config { command } => generate::config(command),
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { folder } => generate::manual(folder),
     }
-}
-
-/// Returns the VMs of a configuration file, for clients.
-fn load(path: &Path) -> anyhow::Result<Vec<VmSpec>> {
-    Ok(config_file::load(path)?.into_iter().map(Validated::into_spec).collect())
 }

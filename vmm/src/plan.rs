@@ -1,4 +1,4 @@
-//! Turns the arguments of `samepage run` into descriptions of VMs.
+//! Turns the options of `samepage run` and `samepage create` into descriptions of VMs.
 
 use std::path::{Path, PathBuf};
 
@@ -6,36 +6,42 @@ use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
 use samepage_spec::{ConsoleSpec, DiskSpec, SharingSpec, Size, VmSpec};
 
-use crate::cli::{ConsoleArg, RunArgs};
+use crate::cli::{ConsoleArg, VmOptions};
 
 /// Returns the VMs in order, and the targets of their consoles.
-pub(crate) fn vms(args: &RunArgs) -> Vec<(VmSpec, ConsoleConfig)> {
-    let Some(kernel) = &args.kernel else { return Vec::new() };
-    (0..args.count).map(|index| vm(args, kernel, index)).collect()
+pub(crate) fn vms(options: &VmOptions, name: &str, console: &ConsoleArg) -> Vec<(VmSpec, ConsoleConfig)> {
+    let Some(kernel) = &options.kernel else { return Vec::new() };
+    (0..options.count).map(|index| vm(options, kernel, name, console, index)).collect()
 }
 
-fn vm(args: &RunArgs, kernel: &Path, index: u32) -> (VmSpec, ConsoleConfig) {
-    let name = if args.count == 1 { args.name.clone() } else { format!("{}-{index}", args.name) };
+fn vm(
+    options: &VmOptions,
+    kernel: &Path,
+    name: &str,
+    console: &ConsoleArg,
+    index: u32,
+) -> (VmSpec, ConsoleConfig) {
+    let name = if options.count == 1 { name.to_owned() } else { format!("{name}-{index}") };
     let expand = |text: &str| expand(text, index, &name);
     // Arguments are text, so the paths in them are too.
     let disk =
         |disk: &DiskSpec| DiskSpec { path: expand(&disk.path.to_string_lossy()).into(), ..disk.clone() };
-    let console = match &args.console {
-        ConsoleArg::Stdio if args.count == 1 => ConsoleConfig::Stdio,
+    let console = match console {
+        ConsoleArg::Stdio if options.count == 1 => ConsoleConfig::Stdio,
         ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
         ConsoleArg::File(path) => ConsoleConfig::File(PathBuf::from(expand(path))),
         ConsoleArg::Off => ConsoleConfig::Off,
     };
     let spec = VmSpec {
-        initrd: args.initrd.clone(),
-        cmdline: expand(&args.cmdline),
-        memory: Size(args.memory),
-        hugepages: args.hugepages,
-        disks: args.disks.iter().map(disk).collect(),
+        initrd: options.initrd.clone(),
+        cmdline: expand(&options.cmdline),
+        memory: Size(options.memory),
+        hugepages: options.hugepages,
+        disks: options.disks.iter().map(disk).collect(),
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
-        sharing: SharingSpec { group: expand(&args.share_group), mode: args.sharing },
-        memory_hole: args.memory_hole,
-        ..VmSpec::new(name.clone(), kernel)
+        sharing: SharingSpec { group: expand(&options.share_group), mode: options.sharing },
+        memory_hole: options.memory_hole,
+        ..VmSpec::new(name, kernel)
     };
     (spec, console)
 }
@@ -50,7 +56,7 @@ mod tests {
     fn plan(arguments: &[&str]) -> Vec<(VmSpec, ConsoleConfig)> {
         let cli = Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat());
         let Command::Run(args) = cli.command else { panic!("another command") };
-        vms(&args)
+        vms(&args.vm, &args.name, &args.console)
     }
 
     fn specs(arguments: &[&str]) -> Vec<VmSpec> {

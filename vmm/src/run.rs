@@ -81,9 +81,9 @@ struct Plan<'a> {
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let socket =
         args.socket.as_ref().map(|path| socket_options(path.as_deref(), &args.socket_access)).transpose()?;
-    let vms = plan::vms(args);
+    let vms = plan::vms(&args.vm, &args.name, &args.console);
     let has_terminal = args.console == ConsoleArg::Stdio && vms.len() == 1 && args.process.config.is_none();
-    let is_sharing = args.sharing != SharingMode::Off;
+    let is_sharing = args.vm.sharing != SharingMode::Off;
     let no_sharing = "--sharing off";
     host(
         vms,

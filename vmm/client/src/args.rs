@@ -16,8 +16,6 @@ pub enum ClientCommand {
     Ps(PsArgs),
     /// Show a VM
     Show(VmArgs),
-    /// Create the VMs of a configuration file
-    Create(CreateArgs),
     /// Start VMs that were never started or have ended
     Start(VmsArgs),
     /// Pause the guests of VMs
@@ -170,21 +168,6 @@ pub struct ResizeArgs {
     /// Name of the disk
     #[arg(value_name = "DISK")]
     pub(crate) disk: String,
-
-    #[command(flatten)]
-    pub(crate) connection: Connection,
-}
-
-/// The arguments of `samepage create`.
-#[derive(Debug, Args)]
-pub struct CreateArgs {
-    /// Configuration file: JSON if its name ends in .json, otherwise TOML
-    #[arg(value_name = "FILE")]
-    pub(crate) config: PathBuf,
-
-    /// Create the VMs without starting them
-    #[arg(long)]
-    pub(crate) hold: bool,
 
     #[command(flatten)]
     pub(crate) connection: Connection,

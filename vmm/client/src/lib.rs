@@ -13,7 +13,6 @@ mod table;
 mod top;
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
@@ -25,23 +24,18 @@ use samepage_spec::VmSpec;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use args::{ClientCommand, Connection, CreateArgs, ResizeArgs, VmsArgs};
+use args::{ClientCommand, Connection, ResizeArgs, VmsArgs};
 use samepage_process::tell::{self, tell};
 use socket::Client;
-
-/// Reads the VMs of a configuration file. The caller provides this function, because validation needs other
-/// crates.
-pub type Load<'a> = &'a dyn Fn(&Path) -> anyhow::Result<Vec<VmSpec>>;
 
 /// Runs a command.
 ///
 /// # Errors
 /// Fails with the reason if the command cannot be carried out.
-pub fn main(command: &ClientCommand, load: Load<'_>) -> anyhow::Result<ExitCode> {
+pub fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
     match command {
         ClientCommand::Ps(args) => show::list(args)?,
         ClientCommand::Show(args) => show::vm(args)?,
-        ClientCommand::Create(args) => return create(args, load),
         ClientCommand::Start(args) => return act(args, Action::Start),
         ClientCommand::Pause(args) => return act(args, Action::Pause),
         ClientCommand::Resume(args) => return act(args, Action::Resume),
@@ -149,27 +143,30 @@ fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Creates the VMs of a configuration file one by one.
-fn create(args: &CreateArgs, load: Load<'_>) -> anyhow::Result<ExitCode> {
-    let client = client(&args.connection);
+/// Creates VMs one by one, and starts those whose descriptions do not forbid it. With `hold` none is started.
+///
+/// # Errors
+/// Fails with the first VM that cannot be created. Earlier ones stay.
+pub fn create(connection: &Connection, specs: Vec<VmSpec>, hold: bool) -> anyhow::Result<ExitCode> {
+    let client = client(connection);
     let mut created: Vec<Value> = Vec::new();
-    for mut spec in load(&args.config)? {
+    for mut spec in specs {
         // The server has another working directory.
         spec.make_absolute()?;
-        let start = spec.start.unwrap_or(true) && !args.hold;
+        let start = spec.start.unwrap_or(true) && !hold;
         let mut body = serde_json::to_value(&spec).context("write the VM as JSON")?;
         body["start"] = start.into();
         match client.send(Method::POST, "/vms", &body) {
             Ok(vm) => created.push(vm),
             Err(error) => {
-                if args.connection.json {
+                if connection.json {
                     print_json(&created)?;
                 }
                 bail!(error);
             }
         }
     }
-    if args.connection.json {
+    if connection.json {
         print_json(&created)?;
     }
     Ok(ExitCode::SUCCESS)
