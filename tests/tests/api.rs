@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         ("guests_are_asked_to_end_and_killed_where_they_do_not", stops::asked),
         ("all_that_run_or_are_paused_are_stopped_at_once", stops::all),
         ("people_use_the_same_by_commands", commands::commands),
+        ("vms_are_created_with_options_and_overlays", commands::created),
         ("a_console_is_attached_to_a_terminal_and_left", commands::terminal),
         ("top_shows_vms_steers_them_and_leaves_the_terminal_as_it_was", commands::top),
         ("run_opens_a_socket_and_starts_what_a_file_describes", commands::run_with_socket),

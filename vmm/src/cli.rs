@@ -168,7 +168,8 @@ pub(crate) struct VmOptions {
 
     /// Add a disk: an image file or a block device. Repeat the option for more disks. {index} and {name} are
     /// replaced; write a comma in the path twice. Further fields are readonly (or readonly=on|off), id=NAME,
-    /// format=raw|qcow2, cache=exclusive|scrub|inclusive|none|buffered (the cache in host memory),
+    /// format=raw|qcow2, backing=FILE (the image that holds what the guest has not written), create (create a missing
+    /// qcow2 image), size=BYTES and backing-format=raw|qcow2 (of an image that is created), cache=exclusive|scrub|inclusive|none|buffered (the cache in host memory),
     /// rate=BYTES (per second), iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,

@@ -26,7 +26,10 @@ fn specs(args: &CreateArgs) -> anyhow::Result<Vec<VmSpec>> {
         return Ok(vms.into_iter().map(|(spec, _)| spec).collect());
     }
     if args.vm != nothing() {
-        bail!("create {}: options of a VM need --kernel, and none of them goes with a file", args.what.display());
+        bail!(
+            "create {}: options of a VM need --kernel, and none of them goes with a file",
+            args.what.display()
+        );
     }
     if !args.what.exists() {
         let what = args.what.display();

@@ -24,8 +24,12 @@ fn vm(
     let name = if options.count == 1 { name.to_owned() } else { format!("{name}-{index}") };
     let expand = |text: &str| expand(text, index, &name);
     // Arguments are text, so the paths in them are too.
-    let disk =
-        |disk: &DiskSpec| DiskSpec { path: expand(&disk.path.to_string_lossy()).into(), ..disk.clone() };
+    let path = |path: &Path| PathBuf::from(expand(&path.to_string_lossy()));
+    let disk = |disk: &DiskSpec| DiskSpec {
+        path: path(&disk.path),
+        backing: disk.backing.as_deref().map(path),
+        ..disk.clone()
+    };
     let console = match console {
         ConsoleArg::Stdio if options.count == 1 => ConsoleConfig::Stdio,
         ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,

@@ -77,6 +77,21 @@ pub struct DiskOptions {
     pub policy: CachePolicy,
     /// The mechanism that carries out operations.
     pub engine: Engine,
+    /// The backing image that a qcow2 image must have.
+    pub backing: Option<PathBuf>,
+    /// How a missing image is created. `None` to create none.
+    pub create: Option<NewImage>,
+}
+
+/// An image that is created if it is missing.
+#[derive(Clone, Debug, Default)]
+pub struct NewImage {
+    /// The size in bytes, a multiple of [`SECTOR_SIZE`](image::SECTOR_SIZE). By default the size of the backing
+    /// image.
+    pub size: Option<u64>,
+    /// The format of the backing image, or `None` to detect it. Detection is refused where a wrong guess would be
+    /// dangerous.
+    pub backing_format: Option<Format>,
 }
 
 impl DiskOptions {
@@ -88,6 +103,8 @@ impl DiskOptions {
             format: None,
             policy: CachePolicy::default(),
             engine: Engine::Auto,
+            backing: None,
+            create: None,
         }
     }
 }
@@ -113,11 +130,15 @@ impl fmt::Debug for Disk {
 }
 
 impl Disk {
-    /// Opens and locks the image and its backing images.
-    ///     ///
+    /// Opens and locks the image and its backing images. Creates a missing image if the options say so.
+    ///
     /// # Errors
-    /// Fails if a file cannot be opened, is in use, or is not an image of the format.
+    /// Fails if a file cannot be opened, is in use, or is not an image of the format, if its backing image is another
+    /// one, or if it cannot be created.
     pub fn open(options: &DiskOptions) -> Result<Self, OpenError> {
+        if let Some(new) = &options.create {
+            qcow2::create::if_missing(&options.path, options.backing.as_deref(), new)?;
+        }
         let file = ImageFile::open(&options.path, options.read_only)?;
         let looks_like_qcow2 = file.looks_like_qcow2()?;
         let (format, trusted) = match options.format {
@@ -135,6 +156,9 @@ impl Disk {
         let mut notices = Vec::new();
         let image: Arc<dyn Image> = match format {
             Format::Qcow2 => {
+                if let Some(backing) = &options.backing {
+                    qcow2::check_backing(&file, backing)?;
+                }
                 let image = Qcow2Image::open(file, direct, trusted)?;
                 notices.extend(image.notice());
                 Arc::new(image)

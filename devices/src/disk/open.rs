@@ -88,6 +88,14 @@ pub enum OpenError {
         /// The fault of the image.
         reason: String,
     },
+    /// A qcow2 image could not be created.
+    #[error("create qcow2 image {path}: {reason}")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong, and what to do.
+        reason: String,
+    },
     /// A fault of a backing image.
     #[error("{path} is backed by another image: {source}")]
     Backing {

@@ -88,6 +88,42 @@ pub(crate) fn commands() {
     assert!(mistakes.path().join("man/samepage-serve.1").exists());
 }
 
+pub(crate) fn created() {
+    let host = Host::serve(&[]);
+    let finished = |arguments: &[&str]| Running::start(client_command(&host, arguments)).wait();
+    let folder = host.folder.path();
+    fs::write(folder.join("base.img"), vec![7; 1 << 20]).unwrap();
+    let line = endless(0).to_string();
+    let disk = "path={name}.qcow2,backing=base.img,create,size=2M";
+    let options = ["--kernel", "demo.elf", "--memory", "64M", "--cmdline", &line, "--disk", disk];
+    let created = finished(&[&["create", "web", "--count", "2", "--json"], &options[..]].concat());
+    created.assert_code(0);
+    let vms: Value = serde_json::from_str(&created.stdout).unwrap();
+    let states: Vec<_> = vms.as_array().unwrap().iter().map(|vm| (&vm["name"], &vm["state"])).collect();
+    assert_eq!(states, [(&json!("web-0"), &json!("running")), (&json!("web-1"), &json!("running"))]);
+    // Paths begin at the client's folder, and each VM has an overlay of its own.
+    let disks = host.done("GET", "/vms/web-1", None)["config"]["disks"].clone();
+    let path = |name: &str| json!(folder.join(name));
+    assert_eq!((&disks[0]["path"], &disks[0]["backing"]), (&path("web-1.qcow2"), &path("base.img")));
+    assert_eq!(host.done("GET", "/vms/web-1/disks", None)[0]["size_bytes"], 2 << 20);
+    assert!(folder.join("web-0.qcow2").exists() && folder.join("web-1.qcow2").exists());
+
+    let held = finished(&["create", "db", "--kernel", "demo.elf", "--memory", "64M", "--hold"]);
+    held.assert_code(0);
+    assert_eq!(host.done("GET", "/vms/db", None)["state"], "created");
+    let twice = finished(&["create", "db", "--kernel", "demo.elf"]);
+    twice.assert_code(1);
+    assert!(twice.stderr.contains("named db"), "{}", twice.stderr);
+    // The same image with another backing image.
+    fs::write(folder.join("other.img"), vec![7; 1 << 20]).unwrap();
+    let other = "path=web-0.qcow2,backing=other.img,create";
+    finished(&["rm", "--all"]).assert_code(0);
+    let refused = finished(&["create", "web", "--kernel", "demo.elf", "--disk", other]);
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("base.img, and not by"), "{}", refused.stderr);
+    host.end().assert_code(0);
+}
+
 pub(crate) fn terminal() {
     let host = Host::serve(&[]);
     host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));

@@ -31,7 +31,7 @@ impl From<HostError> for Refusal {
             HostError::Config { source, .. } | HostError::Build { source: VmError::Config(source), .. } => {
                 Refusal::new(Kind::InvalidConfiguration, text).at(place(&source).unwrap_or_default())
             }
-            HostError::Disk { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
+            HostError::Disk { .. } | HostError::ImageFolder { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
             HostError::SharedDisk { .. } => Refusal::new(Kind::InUse, text).at("/disks"),
             HostError::SharedConsole { .. } => Refusal::new(Kind::InUse, text).at("/console/file"),
             HostError::ConsoleFolder { .. } => {

@@ -58,7 +58,7 @@ pub enum Part {
 /// disks, disks that one VM writes while another uses them, consoles without a folder or with a common file.
 pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
-    let mut disks: HashMap<(u64, u64), (&str, bool)> = HashMap::new();
+    let mut disks: HashMap<Image, (&str, bool)> = HashMap::new();
     let mut consoles: HashMap<&Path, &str> = HashMap::new();
     let mut found = Vec::new();
     for (number, uses) in vms.iter().enumerate() {
@@ -70,8 +70,23 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
         }
         for (place, disk) in uses.disks.iter().enumerate() {
             let path = disk.path.clone();
+            if let Some(backing) = &disk.backing
+                && let Err(source) = image(backing)
+            {
+                let path = backing.clone();
+                tell(Part::Disk(place), HostError::Disk { vm: vm(), path, source });
+            }
             let file = match image(&disk.path) {
-                Ok(file) => file,
+                Ok((device, number)) => Image::File(device, number),
+                Err(error) if disk.create && error.kind() == io::ErrorKind::NotFound => {
+                    match new_image(&path) {
+                        Ok(path) => Image::New(path),
+                        Err(source) => {
+                            tell(Part::Disk(place), HostError::ImageFolder { vm: vm(), path, source });
+                            continue;
+                        }
+                    }
+                }
                 Err(source) => {
                     tell(Part::Disk(place), HostError::Disk { vm: vm(), path, source });
                     continue;
@@ -100,6 +115,22 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
         }
     }
     found
+}
+
+/// An image, by what makes two images the same.
+#[derive(PartialEq, Eq, Hash)]
+enum Image {
+    /// Device and inode of a file.
+    File(u64, u64),
+    /// The path of an image that will be created.
+    New(PathBuf),
+}
+
+/// Returns the path of an image that will be created, without links to its folder. Fails if there is no folder.
+fn new_image(path: &Path) -> io::Result<PathBuf> {
+    folder(path)?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(parent.canonicalize()?.join(path.file_name().ok_or(io::ErrorKind::InvalidInput)?))
 }
 
 /// Returns the device and the inode of a disk's file.
@@ -176,6 +207,26 @@ mod tests {
         assert!(matches!(check(&[twice]), Err(HostError::SharedDisk { .. })));
         let missing = check(&[vm("a", &[(&folder.path().join("none"), true)])]).unwrap_err();
         assert!(matches!(missing, HostError::Disk { .. }));
+    }
+
+    #[test]
+    fn an_image_that_will_be_created_has_a_folder_and_one_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        std::fs::write(&base, "x").unwrap();
+        let overlay = |name: &str, path: &str, backing: &Path| {
+            let mut config = vm(name, &[(&folder.path().join(path), false)]);
+            config.spec.disks[0] =
+                DiskSpec { create: true, backing: Some(backing.to_owned()), ..config.spec.disks[0].clone() };
+            config
+        };
+        check(&[overlay("a", "a", &base), overlay("b", "b", &base)]).unwrap();
+        let twice = check(&[overlay("a", "a", &base), overlay("b", "./a", &base)]).unwrap_err();
+        assert!(matches!(twice, HostError::SharedDisk { .. }), "{twice}");
+        let nowhere = check(&[overlay("a", "none/a", &base)]).unwrap_err().to_string();
+        assert!(nowhere.contains("make the folder"), "{nowhere}");
+        let without_base = check(&[overlay("a", "a", &folder.path().join("gone"))]).unwrap_err().to_string();
+        assert!(without_base.contains("gone"), "{without_base}");
     }
 
     #[test]

@@ -95,6 +95,16 @@ pub enum HostError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// The folder of an image that will be created is missing.
+    #[error("VM {vm}: create disk {path}: {source}; make the folder, or give another path")]
+    ImageFolder {
+        /// The VM's name.
+        vm: String,
+        /// The image.
+        path: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The process cannot watch one more VM.
     #[error("watch the VMs: {0}; raise the limit of open files (ulimit -n)")]
     Watch(#[from] io::Error),

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "schema")]
-use crate::size::schema::optional_rate;
+use crate::size::schema::{optional_disk_size, optional_rate};
 use crate::{CachePolicy, Format, Size};
 
+/// Unit of the size of a disk.
+const SECTOR_BYTES: u64 = 512;
 /// Upper limit for the queues of a disk.
 pub const MAX_QUEUES: usize = 16;
 
@@ -34,6 +36,22 @@ pub struct DiskSpec {
     /// The format of the image. By default the format is detected, and images are refused if that is unsafe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// The image whose content the disk has until its guest writes. The disk's image is a qcow2 image that holds only
+    /// what the guest has written. An image with another backing file is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>, min_length = 1))]
+    pub backing: Option<PathBuf>,
+    /// The format of the backing image, for an image that is created. By default the format is detected, and backing
+    /// images are refused if that is unsafe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing_format: Option<Format>,
+    /// Whether a missing image is created, as a qcow2 image. An image that exists stays as it is.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub create: bool,
+    /// The size of the disk, for an image that is created. By default the size of the backing image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(schema_with = optional_disk_size))]
+    pub size: Option<Size>,
     /// Which of its blocks the host keeps in memory, and where. By default `exclusive`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CachePolicy>,
@@ -44,6 +62,10 @@ pub struct DiskSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 16))]
     pub queues: Option<usize>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// Limits of a disk per second.
@@ -71,6 +93,12 @@ impl DiskSpec {
         }
     }
 
+    /// Returns the format of the image, if the description decides it.
+    #[must_use]
+    pub fn format(&self) -> Option<Format> {
+        self.format.or((self.create || self.backing.is_some()).then_some(Format::Qcow2))
+    }
+
     /// Returns the cache policy.
     #[must_use]
     pub fn cache(&self) -> CachePolicy {
@@ -89,7 +117,36 @@ impl DiskSpec {
         let queues = self.queues.filter(|queues| !(1..=MAX_QUEUES).contains(queues));
         let queues =
             queues.map(|queues| ("queues", format!("{queues} queues: a disk has 1 to {MAX_QUEUES}")));
-        queues.into_iter().chain(self.limits.faults()).collect()
+        queues.into_iter().chain(self.limits.faults()).chain(self.faults_of_creation()).collect()
+    }
+
+    fn faults_of_creation(&self) -> impl Iterator<Item = (&'static str, String)> + use<> {
+        let has_backing = self.backing.is_some();
+        let size = self.size.map(|size| size.0);
+        let is_size_wrong = size.is_some_and(|bytes| bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES));
+        [
+            (
+                self.format() == Some(Format::Raw) && (self.create || has_backing),
+                "format",
+                "only qcow2 images are created, and only these have a backing image",
+            ),
+            (
+                self.create && !has_backing && size.is_none(),
+                "create",
+                "a new image needs a backing image or a size",
+            ),
+            (
+                self.create && self.readonly,
+                "create",
+                "a read-only image is not created, because nobody could fill it",
+            ),
+            (self.backing_format.is_some() && !has_backing, "backing_format", "there is no backing image"),
+            (size.is_some() && !self.create, "size", "a size is for images that are created; use create too"),
+            (is_size_wrong, "size", "a disk has a positive multiple of 512 bytes"),
+        ]
+        .into_iter()
+        .filter(|(is_wrong, ..)| *is_wrong)
+        .map(|(_, field, reason)| (field, reason.to_owned()))
     }
 }
 
@@ -118,6 +175,31 @@ mod tests {
             ["queues", "limits/rate", "limits/iops"]
         );
         assert_eq!(faults(r#"{"path": "x", "limits": {"iops": 1}}"#), []);
+    }
+
+    #[test]
+    fn images_are_created_of_a_backing_image_or_a_size() {
+        let disk = |json: &str| serde_json::from_str::<DiskSpec>(json).unwrap();
+        let overlay = disk(r#"{"path": "x", "backing": "base", "create": true}"#);
+        assert_eq!((overlay.faults(), overlay.format()), (vec![], Some(Format::Qcow2)));
+        assert_eq!(disk(r#"{"path": "x", "create": true, "size": "1G"}"#).faults(), []);
+        assert_eq!(disk(r#"{"path": "x", "backing": "base"}"#).faults(), []);
+        assert_eq!(disk(r#"{"path": "x"}"#).format(), None);
+        for (wrong, field) in [
+            (r#"{"path": "x", "create": true}"#, "create"),
+            (r#"{"path": "x", "create": true, "size": "1G", "format": "raw"}"#, "format"),
+            (r#"{"path": "x", "backing": "base", "format": "raw"}"#, "format"),
+            (r#"{"path": "x", "backing": "base", "create": true, "readonly": true}"#, "create"),
+            (r#"{"path": "x", "backing_format": "raw"}"#, "backing_format"),
+            (r#"{"path": "x", "size": "1G"}"#, "size"),
+            (r#"{"path": "x", "create": true, "size": 1000}"#, "size"),
+            (r#"{"path": "x", "create": true, "size": 0}"#, "size"),
+        ] {
+            let faults = disk(wrong).faults();
+            assert_eq!(faults.iter().map(|fault| fault.0).collect::<Vec<_>>(), [field], "{wrong}");
+        }
+        // What is not given is not written.
+        assert!(!serde_json::to_string(&disk(r#"{"path": "x"}"#)).unwrap().contains("create"));
     }
 
     #[test]

@@ -87,6 +87,12 @@ pub(crate) mod schema {
         rate.description(Some("Bytes read and written. By default without limit"))
     }
 
+    /// The schema of the size of a disk, which may be null.
+    pub(crate) fn optional_disk_size() -> OneOfBuilder {
+        let size = bounded_size(512, None, Some(512)).item(ObjectBuilder::new().schema_type(Type::Null));
+        size.description(Some("The size of the disk, for an image that is created"))
+    }
+
     /// A number of bytes within bounds, or text with a unit.
     fn bounded_size(min: u64, max: Option<u64>, multiple_of: Option<u64>) -> OneOfBuilder {
         let bytes = ObjectBuilder::new()

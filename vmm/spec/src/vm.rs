@@ -158,7 +158,8 @@ impl VmSpec {
     /// # Errors
     /// Fails if the working directory no longer exists.
     pub fn make_absolute(&mut self) -> io::Result<()> {
-        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let disks = self.disks.iter_mut().flat_map(|disk| [Some(&mut disk.path), disk.backing.as_mut()]);
+        let disks = disks.flatten();
         let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);
         for path in images.chain(disks) {
             *path = std::path::absolute(&path)?;

@@ -19,6 +19,12 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             Some(("readonly", "on")) => disk.readonly = true,
             Some(("readonly", "off")) => disk.readonly = false,
             Some(("format", format)) => disk.format = Some(format.parse()?),
+            Some(("backing", path)) if !path.is_empty() => disk.backing = Some(path.into()),
+            Some(("backing-format", format)) => disk.backing_format = Some(format.parse()?),
+            None if field == "create" => disk.create = true,
+            Some(("create", "on")) => disk.create = true,
+            Some(("create", "off")) => disk.create = false,
+            Some(("size", size)) => disk.size = Some(Size(parse_size(size)?)),
             Some(("cache", policy)) => disk.cache = Some(policy.parse()?),
             Some(("rate", rate)) => {
                 disk.limits.rate =
@@ -35,7 +41,7 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             _ => {
                 return Err(format!(
                     "unknown field {field:?}; fields are path=FILE, readonly[=on|off], id=NAME, \
-                     format=raw|qcow2, cache=POLICY, rate=BYTES, iops=N and queues=N (write a comma in a path twice)"
+                     format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, create[=on|off], size=BYTES, cache=POLICY, rate=BYTES, iops=N and queues=N (write a comma in a path twice)"
                 ));
             }
         }
@@ -100,12 +106,18 @@ mod tests {
             "path=a,queues=17",
             "path=a,readonly=yes",
             "path=a,",
+            "path=a,backing=",
+            "path=a,create=maybe",
+            "path=a,create,size=big",
             "path=a,b",
             "path=a,id=",
             "",
         ] {
             assert!(parse_disk(wrong).is_err(), "{wrong}");
         }
+        let overlay = parse_disk("path=a,backing=b,,c,backing-format=qcow2,create,size=2G").unwrap();
+        assert_eq!((overlay.backing, overlay.create), (Some("b,c".into()), true));
+        assert_eq!((overlay.backing_format, overlay.size), (Some(Format::Qcow2), Some(Size(2 << 30))));
         let all = parse_disk("path=a,format=qcow2,cache=exclusive,rate=10M/s,iops=500,queues=4").unwrap();
         let cache = Some(CachePolicy::Exclusive);
         assert_eq!((all.format, all.cache, all.queues), (Some(Format::Qcow2), cache, Some(4)));

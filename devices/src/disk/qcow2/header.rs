@@ -15,7 +15,7 @@ const LEN_V3: usize = 104;
 /// QEMU's limits for the size of a cluster, as a power of two.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 const MAX_REFCOUNT_ORDER: u32 = 6;
-const MAX_NAME: usize = 1023;
+pub(super) const MAX_NAME: usize = 1023;
 
 /// Bits of the incompatible features.
 const DIRTY: u64 = 1 << 0;
@@ -38,6 +38,8 @@ pub(super) struct Header {
     /// The name of the backing file, as written in the image.
     pub(super) backing: Option<String>,
     pub(super) backing_format: Option<String>,
+    /// The size of the disk in bytes.
+    pub(super) size: u64,
     /// The size of a cluster in bytes.
     pub(super) cluster_size: u64,
     /// Whether clusters can be marked as zeros.
@@ -116,7 +118,8 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Header, String> {
     };
     let backing_format = extension(BACKING_FORMAT).map(text).transpose()?;
     let (cluster_size, has_zero_clusters) = (1 << cluster_bits, version > 2);
-    Ok(Header { backing, backing_format, cluster_size, has_zero_clusters, has_bitmaps })
+    let size = u64_at(24);
+    Ok(Header { backing, backing_format, size, cluster_size, has_zero_clusters, has_bitmaps })
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {

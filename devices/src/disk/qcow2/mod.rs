@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
@@ -26,6 +27,7 @@ use super::cache::ImageId;
 use super::image::{Image, Layer, Location, SECTOR_SIZE};
 use super::open::{ImageFile, OpenError, ResizeError};
 
+pub(super) mod create;
 mod header;
 
 use header::{Header, convert, quoted};
@@ -211,6 +213,32 @@ fn open_backing(
     let len = AtomicU64::new(file.size);
     backing.push(Backing { view: view.clone(), file, format, len });
     Ok(view)
+}
+
+/// Checks that an image has the backing image that the user expects.
+pub(super) fn check_backing(file: &ImageFile, wanted: &Path) -> Result<(), OpenError> {
+    let header = Header::read(file)?;
+    let recorded = header.backing.as_deref().map(|name| (name, file_name(name)));
+    let number = |path: &Path| path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+    let found = match recorded {
+        None => "no other image".to_owned(),
+        Some((name, None)) => format!("{name:?}"),
+        Some((_, Some(name))) => {
+            let path = file.path.parent().unwrap_or(Path::new("")).join(name);
+            if number(&path).is_ok_and(|path| number(wanted).is_ok_and(|wanted| path == wanted)) {
+                return Ok(());
+            }
+            path.display().to_string()
+        }
+    };
+    Err(refused(
+        &file.path,
+        format!(
+            "it is backed by {found}, and not by {}; name its own backing image, or give another path for a new \
+             image",
+            wanted.display()
+        ),
+    ))
 }
 
 /// Returns the path of a backing file. QEMU takes the text before a colon in the first part of a path as a

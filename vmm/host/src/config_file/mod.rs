@@ -128,7 +128,11 @@ impl VmEntry {
             Some(path) => folder.join(text(path)),
             None => folder.join(path),
         };
-        let disk = |disk: &DiskSpec| DiskSpec { path: path(&disk.path), ..disk.clone() };
+        let disk = |disk: &DiskSpec| DiskSpec {
+            path: path(&disk.path),
+            backing: disk.backing.as_deref().map(path),
+            ..disk.clone()
+        };
         let sharing = self.sharing.clone().unwrap_or_default();
         VmSpec {
             initrd: self.initrd.as_deref().map(path),

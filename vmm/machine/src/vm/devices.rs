@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::cache::BlockCache;
 use samepage_devices::disk::limit::RateLimiter;
-use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format};
+use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format, NewImage};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::power::{self, Power};
@@ -174,15 +174,20 @@ impl Devices {
                 disk: DiskOptions {
                     path: disk.path.clone(),
                     read_only: disk.readonly,
-                    format: disk.format,
+                    format: disk.format(),
                     policy,
                     engine: Engine::Auto,
+                    backing: disk.backing.clone(),
+                    create: disk.create.then(|| NewImage {
+                        size: disk.size.map(|size| size.0),
+                        backing_format: disk.backing_format,
+                    }),
                 },
             };
             let failed =
                 |source: Box<dyn std::error::Error + Send + Sync>| VmError::Disk { id: id.clone(), source };
             // Other VMs also read the part of a qcow2 image that comes from a backing image.
-            let alone = !disk.readonly && disk.format != Some(Format::Qcow2);
+            let alone = !disk.readonly && disk.format() != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
             let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
                 let (blocks, number, memory) = (blocks.clone(), attached.len(), memory.clone());

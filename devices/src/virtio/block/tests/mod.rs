@@ -13,6 +13,7 @@ use crate::disk::{CachePolicy, Disk, Engine, Format};
 use crate::virtio::testing::*;
 
 mod cache;
+mod create;
 mod files;
 mod formats;
 mod hostile;
