@@ -31,8 +31,8 @@ number() {
 
 # Pages of guests that use a frame which others had before them.
 shared_pages() {
-    pages=$(samepage sharing --json 2> /dev/null | number pages_sharing)
-    echo "${pages:-0}"
+    count=$(samepage sharing --json 2> /dev/null | number pages_sharing)
+    echo "${count:-0}"
 }
 
 # all_say TEXT: whether each guest has printed a text.
@@ -78,4 +78,61 @@ show_all() {
     done
     echo "--- the kernel"
     dmesg | tail -n 30
+}
+
+# filling_guest FILE: a guest that fills 1,680 pages as all such guests do and 1,000 pages with content of its own. Then
+# it verifies them until a line on its console ends it.
+filling_guest() {
+    make_initrd "$1" << 'E'
+seq 1000000 > /tmp/alike
+dd if=/dev/urandom of=/tmp/own bs=1M count=4 2> /dev/null
+md5sum /tmp/alike /tmp/own > /tmp/sums
+echo "guest: filled"
+round=0
+while ! read -t 5 line; do
+    round=$((round + 1))
+    md5sum -c -s /tmp/sums || { echo "guest: CORRUPT"; md5sum -c /tmp/sums; }
+    echo "guest: round $round"
+done
+echo "guest: leaves after $round rounds"
+E
+}
+
+# rounds NAME: how often a guest has verified its memory.
+rounds() {
+    grep -c "guest: round" "/tmp/$1.log" || true
+}
+
+# merge_pair KERNEL PAGES [OPTION...]: runs two such guests with these options of `samepage run`, until they share that
+# many pages and have verified them. Fails if a guest finds a wrong page, or an audit fails. Leaves what
+# `samepage sharing` said in /tmp/sharing.json.
+merge_pair() {
+    kernel=$1 pages=$2
+    shift 2
+    filling_guest /tmp/guest.cpio
+    samepage run --kernel "$kernel" --initrd /tmp/guest.cpio --count 2 --name web --memory 192M --cmdline "$CMDLINE" \
+        --console 'file=/tmp/{name}.log' --socket "$SAMEPAGE_SOCKET" --sharing-cpu 50 --audit "$@" 2> /tmp/stderr &
+    samepage=$!
+    echo "the guests boot and fill their memory"
+    wait_for 'all_say "guest: filled"'
+    echo "their memory is merged"
+    wait_for '[ "$(shared_pages)" -ge "$pages" ]'
+    echo "they verify what was merged"
+    for vm in web-0 web-1; do
+        goal=$(($(rounds "$vm") + 2))
+        wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
+    done
+    samepage sharing --json > /tmp/sharing.json
+    echo "they are told to leave"
+    for vm in web-0 web-1; do
+        echo leave | samepage console "$vm" > /dev/null 2>&1
+    done
+    status=0
+    wait "$samepage" || status=$?
+    cat /tmp/stderr
+    [ "$status" = 0 ] || { echo "samepage ended with $status"; exit 1; }
+    grep -q "audit of .* passed" /tmp/stderr || { echo "there was no audit"; exit 1; }
+    if grep CORRUPT /tmp/web-*.log || grep "audit failed" /tmp/stderr; then
+        exit 1
+    fi
 }
