@@ -26,6 +26,8 @@ fn main() -> ExitCode {
 const MEMORY: u64 = 32 << 20;
 /// Pause between two passes of the agent: longer than a pass takes.
 const PAUSE_MS: u64 = 8000;
+/// Ctrl-D.
+const END_OF_INPUT: &[u8] = b"\x04";
 /// Bytes that the guest frees.
 const FREED: u64 = 4 << 20;
 /// Freed pages that Linux keeps for each processor without the flag of free pages, and some isolated ones.
@@ -37,11 +39,11 @@ fn linux_tells_and_frees() {
     let sharing = sharing(Settings { cpu_percent: 100.0, rest_ms: 20, ..Settings::default() });
     let mut config = VmConfig::new("port", artifacts.kernel.clone().into());
     config.spec.initrd = Some(artifacts.initramfs.clone());
-    // Only one program at a time has the port open: the check closes it, and publishing reopens it. A pass
-    // should see the filled pages in use, so that their freeing is a change.
+    // Only one program at a time has the port open: the check closes it, and publishing reopens it. The agent reads
+    // its console up to the end of input, which Ctrl-D marks, so the guest waits for the host.
     config.spec.cmdline = format!(
-        "{COMMAND_LINE} agent=check,publish:{PAUSE_MS},fill:4M:1,sleep:20000,verify,release,sleep:45000,fill:4M:2,\
-         verify:8:250,poweroff"
+        "{COMMAND_LINE} agent=check,publish:{PAUSE_MS},fill:4M:1,sum:/dev/ttyS0,verify,release,sum:/dev/ttyS0,\
+         fill:4M:2,verify:8:250,poweroff"
     );
     config.spec.memory = Size(MEMORY);
     config.spec.memory_hole = MemoryHole::Port;
@@ -78,11 +80,17 @@ fn linux_tells_and_frees() {
     assert_eq!(told.types.iter().map(|kind| kind.pages).sum::<u64>(), MEMORY / 4096, "each page has a type");
     assert!(of("slab") > 0 && of("page_table") > 0 && of("free") > 1000, "{told:?}");
 
+    // A pass should see the filled pages in use, so that their freeing is a change. The pass in progress may have
+    // gone by some of them.
+    said(&guest, "fill ok pages=1024 seed=1");
+    let filled = claimed().passes;
+    wait_until(&sharing, "a pass after the pages were filled", || claimed().passes >= filled + 2);
+    assert_eq!(guest.vm.serial_input(END_OF_INPUT), 1);
     said(&guest, "verify ok");
-    let before = claimed().given_back;
+    let before = claimed();
     said(&guest, "release ok");
     let released = Instant::now();
-    let back = || claimed().given_back - before;
+    let back = || claimed().given_back - before.given_back;
     while back() < FREED / 4096 - KEPT {
         assert!(
             released.elapsed() < TIME_LIMIT,
@@ -94,12 +102,13 @@ fn linux_tells_and_frees() {
         // The host's free memory causes no event, so poll.
         std::thread::sleep(Duration::from_millis(20));
     }
-    let took = released.elapsed();
-    let interval = Duration::from_millis(PAUSE_MS + figure(&published, "pass_ms") as u64);
-    println!("{} pages came back after {took:.1?}, an interval is {interval:.1?}", back());
+    let passes = claimed().passes - before.passes;
+    println!("{} pages came back after {:.1?} and {passes} passes", back(), released.elapsed());
     println!("{:?}", claimed());
-    // Requests arrive over the port immediately: two passes, and the time until the engine's next scan.
-    assert!(took <= 2 * interval, "{took:?}, an interval is {interval:?}");
+    // The pass in progress, the one that publishes the free pages, and the one that answers the host. On a busy host
+    // the engine may request the next pass too late, so each of them may take two more.
+    assert!(passes <= 7, "{:?} after {before:?}", claimed());
+    assert_eq!(guest.vm.serial_input(END_OF_INPUT), 1);
     audit(&sharing);
     said(&guest, "fill ok pages=1024 seed=2");
     said(&guest, "verify ok pages=1024 rounds=8");
