@@ -7,12 +7,14 @@ use crate::cache::{Cache, Key};
 use crate::cpio::{Archive, CHARACTER_DEVICE, DIRECTORY, PROGRAM};
 use crate::process;
 use anyhow::{Context, Result};
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
 /// Must be increased when this module builds another archive from the same inputs.
-const RECIPE: &str = "initramfs 1";
+const RECIPE: &str = "initramfs 2";
+const AGENT: &str = "samepage-agent";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "guest";
 /// A single file without loader, libraries and relocation.
@@ -23,12 +25,29 @@ const RUSTFLAGS: &str = "-C target-feature=+crt-static -C relocation-model=stati
 /// # Errors
 /// Fails if the agent does not compile, or if the archive cannot be written.
 pub fn build(cache: &Cache) -> Result<PathBuf> {
-    let entry = cache.get_or_build("initramfs", &key()?, |dir| {
+    Ok(build_entry(cache)?.join("initramfs.cpio"))
+}
+
+/// Builds both as well, and returns the path of the agent.
+///
+/// # Errors
+/// As for [`build`].
+pub fn agent(cache: &Cache) -> Result<PathBuf> {
+    Ok(build_entry(cache)?.join(AGENT))
+}
+
+fn build_entry(cache: &Cache) -> Result<PathBuf> {
+    cache.get_or_build("initramfs", &key()?, |dir| {
         let agent = build_agent().context("building the guest agent")?;
-        let path = dir.join("initramfs.cpio");
-        fs::write(&path, archive(&agent)).with_context(|| format!("writing {}", path.display()))
-    })?;
-    Ok(entry.join("initramfs.cpio"))
+        let write = |name: &str, content: &[u8], mode: u32| {
+            let path = dir.join(name);
+            fs::write(&path, content)
+                .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)))
+                .with_context(|| format!("writing {}", path.display()))
+        };
+        write(AGENT, &agent, 0o755)?;
+        write("initramfs.cpio", &archive(&agent), 0o644)
+    })
 }
 
 /// Returns the path of the archive if the cache has it.
@@ -63,13 +82,13 @@ fn build_agent() -> Result<Vec<u8>> {
     eprintln!("initramfs: building the guest agent");
     process::run(
         process::cargo()
-            .args(["build", "--quiet", "--locked", "--package", "samepage-agent"])
+            .args(["build", "--quiet", "--locked", "--package", AGENT])
             .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
             .arg(&target_dir)
             .env("RUSTFLAGS", RUSTFLAGS)
             .env_remove("CARGO_ENCODED_RUSTFLAGS"),
     )?;
-    let program = crate::project_root().join(target_dir).join(TARGET).join(PROFILE).join("samepage-agent");
+    let program = crate::project_root().join(target_dir).join(TARGET).join(PROFILE).join(AGENT);
     fs::read(&program).with_context(|| format!("reading {}", program.display()))
 }
 

@@ -6,21 +6,26 @@ CMDLINE='console=ttyS0 reboot=k panic=-1 quiet'
 # How many seconds nothing may move while a script waits.
 PATIENCE=300
 
-# make_initrd FILE < SCRIPT: a file system in which a guest runs this script, and then resets.
+# make_initrd FILE [PATH...] < SCRIPT: a file system in which a guest runs this script, and then resets. It holds copies
+# of the files and folders. If `modules` is one, the guest loads them.
 make_initrd() {
+    file=$1
+    shift
     root=$(mktemp -d)
     mkdir -p "$root/bin" "$root/proc" "$root/sys" "$root/dev" "$root/tmp"
     cp /bin/busybox "$root/bin"
+    [ $# = 0 ] || cp -r "$@" "$root"
     {
         echo '#!/bin/busybox sh'
         echo '/bin/busybox --install -s /bin; export PATH=/bin HOME=/'
         echo 'mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp'
+        echo 'for module in /modules/*; do [ ! -e "$module" ] || insmod "$module"; done'
         echo 'echo "guest: Linux $(uname -r) is up"'
         cat
         echo 'sync; reboot -f'
     } > "$root/init"
     chmod +x "$root/init"
-    (cd "$root" && find . | cpio -o -H newc) > "$1" 2> /dev/null
+    (cd "$root" && find . | cpio -o -H newc) > "$file" 2> /dev/null
     rm -rf "$root"
 }
 
@@ -103,6 +108,23 @@ rounds() {
     grep -c "guest: round" "/tmp/$1.log" || true
 }
 
+# leave: tells all guests to leave, with a line on their consoles. Fails if a guest says that something is wrong, or an
+# audit of `samepage run --audit` does.
+leave() {
+    echo "the guests are told to leave"
+    for log in /tmp/*.log; do
+        echo leave | samepage console "$(basename "$log" .log)" > /dev/null 2>&1
+    done
+    status=0
+    wait "$samepage" || status=$?
+    cat /tmp/stderr
+    [ "$status" = 0 ] || { echo "samepage ended with $status"; exit 1; }
+    grep -q "audit of .* passed" /tmp/stderr || { echo "there was no audit"; exit 1; }
+    if grep CORRUPT /tmp/*.log || grep "audit failed" /tmp/stderr; then
+        exit 1
+    fi
+}
+
 # merge_pair KERNEL PAGES [OPTION...]: runs two such guests with these options of `samepage run`, until they share that
 # many pages and have verified them. Fails if a guest finds a wrong page, or an audit fails. Leaves what
 # `samepage sharing` said in /tmp/sharing.json.
@@ -123,16 +145,6 @@ merge_pair() {
         wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
     done
     samepage sharing --json > /tmp/sharing.json
-    echo "they are told to leave"
-    for vm in web-0 web-1; do
-        echo leave | samepage console "$vm" > /dev/null 2>&1
-    done
-    status=0
-    wait "$samepage" || status=$?
-    cat /tmp/stderr
-    [ "$status" = 0 ] || { echo "samepage ended with $status"; exit 1; }
-    grep -q "audit of .* passed" /tmp/stderr || { echo "there was no audit"; exit 1; }
-    if grep CORRUPT /tmp/web-*.log || grep "audit failed" /tmp/stderr; then
-        exit 1
-    fi
+    samepage show web-0 --json > /tmp/web-0.json
+    leave
 }

@@ -23,6 +23,8 @@ pub(super) struct Contents<'a> {
     pub(super) kernels: &'a Kernels,
     /// The program samepage.
     pub(super) program: &'a Path,
+    /// The agent for guests.
+    pub(super) agent: &'a Path,
     /// What the machine runs.
     pub(super) script: &'a Path,
     /// Files and folders for the script.
@@ -51,6 +53,10 @@ impl Contents<'_> {
         }
         tree.copy("root/vmlinuz", &self.kernels.generic())?;
         tree.copy("root/vmlinuz-cloud", &self.kernels.cloud())?;
+        for module in self.kernels.guest_modules()? {
+            tree.copy(&format!("root/modules/{}", name(&module)), &module)?;
+        }
+        tree.copy("root/samepage-agent", self.agent)?;
         tree.file("root/helpers.sh", FILE, HELPERS.as_bytes());
         tree.copy("root/script", self.script)?;
         for file in self.files {

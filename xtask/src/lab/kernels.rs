@@ -12,11 +12,24 @@ use crate::cache::{Cache, Key};
 use crate::process;
 
 /// To be raised when this module takes something else from the same packages.
-const RECIPE: &str = "lab kernels 1";
+const RECIPE: &str = "lab kernels 2";
 /// What the machine loads, with all that these need.
 const MODULES: [&str; 7] = ["kvm-amd", "virtio_pci", "virtio_blk", "ext4", "loop", "tun", "bridge"];
+/// What guests with the kernel for clouds load, with all that these need.
+const GUEST_MODULES: [&str; 7] = [
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+];
+/// A package's flavour, what its kernel is called here, the folder of its modules, and these.
+type Flavour = (&'static str, &'static str, &'static str, &'static [&'static str]);
 /// The kernel for all machines, and the one for machines in clouds, which has fewer drivers.
-const FLAVOURS: [(&str, &str); 2] = [("amd64", GENERIC), ("cloud-amd64", CLOUD)];
+const FLAVOURS: [Flavour; 2] =
+    [("amd64", GENERIC, "modules", &MODULES), ("cloud-amd64", CLOUD, "guest-modules", &GUEST_MODULES)];
 const GENERIC: &str = "vmlinuz";
 const CLOUD: &str = "vmlinuz-cloud";
 
@@ -68,9 +81,18 @@ impl Kernels {
         self.folder.join(CLOUD)
     }
 
-    /// The modules, in the order in which they are loaded.
+    /// The modules of the machine, in the order in which they are loaded.
     pub(super) fn modules(&self) -> Result<Vec<PathBuf>> {
-        let folder = self.folder.join("modules");
+        self.sorted("modules")
+    }
+
+    /// The modules of guests with the kernel for clouds.
+    pub(super) fn guest_modules(&self) -> Result<Vec<PathBuf>> {
+        self.sorted("guest-modules")
+    }
+
+    fn sorted(&self, folder: &str) -> Result<Vec<PathBuf>> {
+        let folder = self.folder.join(folder);
         let reading = || format!("reading {}", folder.display());
         let entries = fs::read_dir(&folder).with_context(reading)?;
         let paths: Result<Vec<_>, _> = entries.map(|entry| entry.map(|entry| entry.path())).collect();
@@ -85,7 +107,8 @@ impl Kernels {
 /// # Errors
 /// Debian's packages cannot be had or unpacked.
 pub(super) fn fetch(cache: &Cache, series: Series) -> Result<Kernels> {
-    let key = MODULES.iter().fold(Key::new().part(RECIPE), |key, module| key.part(module));
+    let modules = FLAVOURS.iter().flat_map(|(_, _, folder, modules)| [folder].into_iter().chain(*modules));
+    let key = modules.fold(Key::new().part(RECIPE), |key, part| key.part(part));
     let folder = cache.get_or_build(&format!("lab-{series}"), &key, |folder| {
         fetch_into(folder, series).with_context(|| format!("getting Debian's kernels {series}"))
     })?;
@@ -96,7 +119,7 @@ fn fetch_into(folder: &Path, series: Series) -> Result<()> {
     let work = folder.join("work");
     eprintln!("lab: downloading Debian's lists of packages ({})", series.suite());
     let lists = Lists::download(&work.join("apt"), &[series.suite()])?;
-    for (flavour, file) in FLAVOURS {
+    for (flavour, file, modules, names) in FLAVOURS {
         let package = lists.behind(&format!("linux-image-{flavour}"))?;
         let version = package.strip_prefix("linux-image-").unwrap_or_default();
         ensure!(
@@ -109,19 +132,18 @@ fn fetch_into(folder: &Path, series: Series) -> Result<()> {
         lists.unpack(&package, &tree)?;
         let kernel = tree.join("boot").join(format!("vmlinuz-{version}"));
         fs::rename(&kernel, folder.join(file)).with_context(|| format!("keeping {}", kernel.display()))?;
-        if file == GENERIC {
-            keep_modules(&tree, version, &folder.join("modules"))?;
-        }
+        keep_modules(&tree, version, names, &folder.join(modules))?;
     }
     fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))
 }
 
-/// Moves the modules that are needed into a folder, numbered by the order in which they are loaded.
-fn keep_modules(tree: &Path, version: &str, into: &Path) -> Result<()> {
+/// Moves the modules of these names and those that they need into a folder, numbered by the order in which they are
+/// loaded.
+fn keep_modules(tree: &Path, version: &str, names: &[&str], into: &Path) -> Result<()> {
     fs::create_dir(into).with_context(|| format!("making {}", into.display()))?;
     process::run(process::admin_tool("depmod").arg("-b").arg(tree).arg(version))?;
     let mut modules: Vec<PathBuf> = Vec::new();
-    for module in MODULES {
+    for module in names {
         let mut modprobe = process::admin_tool("modprobe");
         modprobe.arg("-d").arg(tree).args(["-S", version, "--show-depends", module]);
         for path in inserted(&process::output(&mut modprobe)?) {

@@ -21,17 +21,16 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cache::Cache;
 use crate::suite::PROGRAM;
-use crate::{process, setup};
+use crate::{initramfs, process, setup};
 
 pub use kernels::Series;
 
-/// Says, if set to 1, that the scripts are a part of all checks.
+/// Says, if set to 1, that all scripts are a part of all checks. Otherwise [`SHORT`] alone is.
 pub const WANTED: &str = "SAMEPAGE_TESTS_LAB";
-/// Why the scripts are left out of all checks where [`WANTED`] is not set.
-pub const HOW_TO_RUN: &str =
-    "it takes many minutes; SAMEPAGE_TESTS_LAB=1 includes it, `cargo xtask lab` runs it alone";
 /// Where the project's scripts are.
 const SCRIPTS: &str = "tests/lab";
+/// The script that is a part of all checks, and the kernel on which it runs.
+const SHORT: (&str, Series) = ("short.sh", Series::V6_12);
 /// Debian's packages for building the machine's file system.
 const PACKAGES: [&str; 4] = ["binutils", "busybox-static", "kmod", "xz-utils"];
 
@@ -66,9 +65,8 @@ pub fn run(options: &Options) -> Result<u8> {
     for path in options.script.iter().chain(&options.disks).chain(&options.files) {
         fs::metadata(path).with_context(|| format!("looking for {}", path.display()))?;
     }
-    setup::install_packages(&PACKAGES).context("preparing to build the file system of the lab's machine")?;
-    qemu::install()?;
-    let program = program()?;
+    install()?;
+    let program = program("release")?;
     let cache = Cache::of_user()?;
     match &options.script {
         Some(script) => {
@@ -79,12 +77,42 @@ pub fn run(options: &Options) -> Result<u8> {
     }
 }
 
+/// Installs the tools that build and emulate the machine.
+fn install() -> Result<()> {
+    setup::install_packages(&PACKAGES).context("preparing to build the file system of the lab's machine")?;
+    qemu::install()
+}
+
 /// Runs the project's scripts on each kernel.
 ///
 /// # Errors
 /// A script failed, or the machine cannot be built.
 pub fn check() -> Result<()> {
     ensure!(run(&Options::default())? == 0, "scripts of {SCRIPTS} failed");
+    Ok(())
+}
+
+/// Installs what the short script needs.
+///
+/// # Errors
+/// The emulator or Debian's kernels cannot be had.
+pub fn prepare_short() -> Result<()> {
+    install()?;
+    kernels::fetch(&Cache::of_user()?, SHORT.1).map(drop)
+}
+
+/// Runs the short script, with the program that the tests use.
+///
+/// # Errors
+/// The script failed, or the machine cannot be built.
+pub fn check_short() -> Result<()> {
+    let (name, kernel) = SHORT;
+    let script = crate::project_root().join(SCRIPTS).join(name);
+    let status = run_script(&Cache::of_user()?, kernel, &script, &program("dev")?, &Options::default())?;
+    ensure!(
+        status == 0,
+        "{SCRIPTS}/{name} failed; `cargo xtask lab --kernel {kernel} --script {SCRIPTS}/{name}` repeats it"
+    );
     Ok(())
 }
 
@@ -129,19 +157,20 @@ fn run_script(cache: &Cache, kernel: Series, script: &Path, program: &Path, opti
     let kernels = kernels::fetch(cache, kernel)?;
     let work = tempfile::tempdir().context("making a folder for the machine's file system")?;
     let initrd = work.path().join("initrd");
-    let contents = image::Contents { kernels: &kernels, program, script, files: &options.files };
+    let agent = &initramfs::agent(cache)?;
+    let contents = image::Contents { kernels: &kernels, program, agent, script, files: &options.files };
     contents.write(&initrd).context("building the file system of the lab's machine")?;
     let mut command = qemu::command(&kernels.generic(), &initrd, options);
     machine::run(&mut command)
 }
 
-/// The program to run in the lab: the one that [`PROGRAM`] names, or else one built for release.
-fn program() -> Result<PathBuf> {
+/// The program to run in the lab: the one that [`PROGRAM`] names, or else one built with this profile.
+fn program(profile: &str) -> Result<PathBuf> {
     if let Some(program) = std::env::var_os(PROGRAM) {
         return Ok(program.into());
     }
-    let messages =
-        process::build(&["build", "--release", "--locked", "--package", "samepage", "--bin", "samepage"])?;
+    let build = ["build", "--profile", profile, "--locked", "--package", "samepage", "--bin", "samepage"];
+    let messages = process::build(&build)?;
     match process::executable(&messages, "samepage") {
         Some(program) => Ok(program),
         None => bail!("cargo built no program samepage; run `cargo build --release` to see why"),
