@@ -353,7 +353,6 @@ fn faults() {
         "/network-interfaces/eth0",
         "/balloon",
         "/vsock",
-        "/entropy",
         "/mmds",
         "/mmds/config",
         "/snapshot/create",

@@ -1,15 +1,19 @@
 //! Linux guests that boot, use a disk and share memory.
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
 use samepage_devices::disk::CachePolicy;
+use samepage_machine::config::RngSpec;
+use samepage_machine::vm::MAX_DISKS;
 use samepage_machine::{DiskSpec, Hypervisor, Size, VmConfig, VmEnd};
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
@@ -34,6 +38,7 @@ fn main() -> ExitCode {
             read_one_image,
         ),
         ("linux_is_asked_to_end_by_sigterm_and_keeps_what_it_wrote", &[Need::Kvm, Need::LinuxGuest], asked),
+        ("linux_gets_random_bytes_of_the_host", &[Need::Kvm, Need::LinuxGuest], get_random_bytes),
         ("linux_sees_that_its_disk_has_grown", &[Need::Kvm, Need::LinuxGuest], see_growth),
     ])
 }
@@ -121,6 +126,31 @@ fn e2fsprogs(tool: &str, arguments: &[&str], image: &Path) -> Vec<u8> {
     let output = output.unwrap_or_else(|error| panic!("{tool} of e2fsprogs cannot be run: {error}"));
     assert!(output.status.success(), "{tool}: {output:?}");
     output.stdout
+}
+
+/// Linux finds the entropy device behind as many disks as there can be, and two reads of it differ.
+fn get_random_bytes() {
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let mut config = VmConfig::new("random", artifacts.kernel.clone().into());
+    config.spec.initrd = Some(artifacts.initramfs.clone());
+    config.spec.memory = Size(MEMORY);
+    config.spec.cmdline =
+        format!("{COMMAND_LINE} agent=read:/dev/hwrng:5000,read:/dev/hwrng:5000,sum:/dev/vdh,poweroff");
+    let disk = |_| DiskSpec { path: artifacts.disk.clone(), readonly: true, ..DiskSpec::default() };
+    config.spec.disks = (0..MAX_DISKS).map(disk).collect();
+    config.spec.rng = RngSpec::default();
+    let guest = Guest::start(&hypervisor(), config);
+    let sums = RefCell::new(Vec::new());
+    guest.console.wait_for("random bytes", |line| {
+        assert!(!line.contains(" failed: "), "{line}");
+        let read = line.strip_prefix("samepage-agent: read ok path=/dev/hwrng bytes=5000 fnv1a=")?;
+        sums.borrow_mut().extend(read.split(' ').next().map(str::to_owned));
+        (sums.borrow().len() == 2).then_some(())
+    });
+    assert_ne!(sums.borrow()[0], sums.borrow()[1]);
+    assert_eq!(guest.vm.wait(), VmEnd::Reset);
+    let stats = guest.vm.rng_stats().expect("the VM has the device");
+    assert!(stats.bytes.load(Relaxed) >= 10_000 && stats.errors.load(Relaxed) == 0, "{stats:?}");
 }
 
 fn use_disks_and_merge() {

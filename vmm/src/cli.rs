@@ -1,6 +1,8 @@
 //! The command line of `samepage`: its arguments, and their values before validation.
 
 mod disk;
+mod fields;
+mod rng;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -14,11 +16,12 @@ use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{DiskSpec, HugePages, MemoryHole, SharingMode};
+use samepage_spec::{DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
 use disk::parse_disk;
+use rng::parse_rng;
 use samepage_analyze::args::AnalyzeArgs;
 use samepage_client::args::{ClientCommand, Connection};
 use samepage_firecracker::args::FirecrackerArgs;
@@ -173,6 +176,11 @@ pub(crate) struct VmOptions {
     /// rate=BYTES (per second), iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
+
+    /// Whether each guest gets random bytes of the host from a virtio device. rate=BYTES and iops=N limit them
+    /// per second
+    #[arg(long, value_name = "on|off|LIMIT,...", default_value = "on", value_parser = parse_rng)]
+    pub(crate) rng: RngSpec,
 
     /// Back hot guest memory with huge pages of 2 MiB (thp). Cold huge pages with enough identical pages in
     /// them are split, so that the engine can share these

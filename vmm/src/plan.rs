@@ -45,6 +45,7 @@ fn vm(
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
         sharing: SharingSpec { group: expand(&options.share_group), mode: options.sharing },
         memory_hole: options.memory_hole,
+        rng: options.rng.clone(),
         ..VmSpec::new(name, kernel)
     };
     (spec, console)

@@ -39,6 +39,7 @@ mod chain;
 pub mod console;
 pub mod mmio;
 mod queue;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 mod worker;

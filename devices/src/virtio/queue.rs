@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::{mem, thread};
+use std::{io, mem, thread};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -30,6 +30,14 @@ pub(crate) enum QueueError {
     /// The host has lost a part of guest memory.
     #[error("serve a virtio queue: the host has lost a part of guest memory; the VM must end")]
     MemoryLost,
+    /// The host could not do its part.
+    #[error("serve a virtio queue: {what}: {source}; the driver must reset the device")]
+    Host {
+        /// The step that failed.
+        what: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The device's back end is gone.
     #[error(transparent)]
     Channel(#[from] ChannelLost),

@@ -4,9 +4,11 @@
 //! seconds since 1970; all others that end in `_seconds` are lengths of time. Fields that say what was counted are
 //! in the terms of the kernel's KSM, as in the lines of `--stats`.
 
+pub mod devices;
 pub mod pages;
 
 use crate::lifecycle::{Action, State};
+use devices::RngStatistics;
 use samepage_spec::{CachePolicy, RateLimits, SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -272,6 +274,9 @@ pub struct VmView {
     pub console: Option<ConsoleView>,
     /// Its disks.
     pub disks: Vec<DiskView>,
+    /// Counters of its entropy device since the last boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rng: Option<RngStatistics>,
 }
 
 /// Counters of a console.

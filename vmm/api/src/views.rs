@@ -1,5 +1,6 @@
 //! Builds the API's responses from the state of VMs and of the process.
 
+mod devices;
 pub(super) mod pages;
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -142,6 +143,7 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     // This field is an option of the request, not a property of the VM.
     config.start = None;
     let vm = record.vm();
+    let rng = vm.as_ref().and_then(|vm| Some((&**vm.rng_stats()?).shown()));
     let console = vm.map(|vm| {
         let stats = vm.serial_stats();
         ConsoleView {
@@ -152,7 +154,7 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     });
     let summary = summary(record, sample);
     let actions = summary.state.actions().collect();
-    VmView { summary, actions, config, console, disks: disks(record) }
+    VmView { summary, actions, config, console, disks: disks(record), rng }
 }
 
 /// Returns the disks of a VM.

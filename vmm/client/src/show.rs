@@ -78,7 +78,7 @@ fn word(value: &impl Serialize) -> String {
 
 pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
     answer(&args.connection, &vm_path(&args.vm)?, |vm: &VmView| {
-        let VmView { summary, actions, config, console, disks } = vm;
+        let VmView { summary, actions, config, console, disks, rng } = vm;
         let actions: Vec<_> = actions.iter().map(|action| action.name()).collect();
         let mut table = Table::new(&["NAME", &summary.name]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
@@ -114,6 +114,10 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
             });
             let size = disk.size_bytes.map_or_else(String::new, |size| format!(" of {}", mebibytes(size)));
             line(&format!("disk {}", disk.id), format!("{}{size} {access}{figures}", disk.path));
+        }
+        if let Some(rng) = rng {
+            let errors = counted(rng.errors, "error");
+            line("entropy", format!("{} of random numbers, {errors}", counted(rng.bytes, "byte")));
         }
         table.to_string()
     })

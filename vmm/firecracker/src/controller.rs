@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_machine::config::check_memory;
-use samepage_spec::{DiskSpec, HugePages, Size, VmSpec};
+use samepage_spec::{DiskSpec, HugePages, RngSpec, Size, VmSpec};
 use samepage_text::names::check_disk_id;
 use serde_json::{Value, json};
 
@@ -20,8 +20,8 @@ use super::log::Log;
 use super::machine::{Activity, Machine};
 use super::metrics::Metrics;
 use super::model::{
-    BootSource, Drive, DriveUpdate, HugePagesConfig, InstanceInfo, InstanceState, LoggerConfig,
-    MachineConfig, MachineConfigUpdate, MetricsConfig, SerialConfig, WantedState,
+    BootSource, Drive, DriveUpdate, EntropyDevice, HugePagesConfig, InstanceInfo, InstanceState,
+    LoggerConfig, MachineConfig, MachineConfigUpdate, MetricsConfig, SerialConfig, WantedState,
 };
 
 /// The default command line of the kernel. As with Firecracker, it has no console.
@@ -37,6 +37,7 @@ pub(super) struct Controller {
     boot_source: Option<BootSource>,
     /// The root device first, then the others in the order of their creation.
     drives: Vec<Drive>,
+    entropy: Option<EntropyDevice>,
     serial_out: Option<PathBuf>,
     logger: Option<LoggerConfig>,
     metrics: Option<Metrics>,
@@ -51,6 +52,7 @@ impl Controller {
             machine_config: MachineConfig::default(),
             boot_source: None,
             drives: Vec::new(),
+            entropy: None,
             serial_out: None,
             logger: None,
             metrics: None,
@@ -179,6 +181,12 @@ impl Controller {
         Ok(())
     }
 
+    pub(super) fn set_entropy(&mut self, device: EntropyDevice) -> Result<(), Fault> {
+        self.before_start()?;
+        self.entropy = Some(device);
+        Ok(())
+    }
+
     pub(super) fn set_serial(&mut self, serial: SerialConfig) -> Result<(), Fault> {
         self.before_start()?;
         if serial.rate_limiter.is_some() {
@@ -236,6 +244,10 @@ impl Controller {
                 HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePages::Off,
             },
             disks: disks.collect(),
+            rng: RngSpec {
+                enabled: self.entropy.is_some(),
+                limits: self.entropy.and_then(|device| device.rate_limiter).unwrap_or_default().limits(),
+            },
             ..VmSpec::new(self.id.clone(), source.kernel_image_path)
         };
         self.machine.start(spec, self.serial_out.clone())
@@ -282,7 +294,7 @@ impl Controller {
             "pmem": [],
             "balloon": null,
             "cpu-config": null,
-            "entropy": null,
+            "entropy": self.entropy,
             "memory-hotplug": null,
             "mmds-config": null,
             "vsock": null,

@@ -173,6 +173,14 @@ pub(super) struct SerialConfig {
     pub(super) rate_limiter: Option<TokenBucket>,
 }
 
+/// `/entropy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EntropyDevice {
+    #[serde(default)]
+    pub(super) rate_limiter: Option<RateLimiter>,
+}
+
 /// `/actions`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]

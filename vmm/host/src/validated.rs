@@ -52,7 +52,6 @@ pub fn place(error: &ConfigError) -> Option<&str> {
         ConfigError::Name(NameError::Group(_)) => "/sharing/group",
         ConfigError::Name(NameError::Disk(_))
         | ConfigError::TooManyDisks(_)
-        | ConfigError::TooManyDisksForPort(_)
         | ConfigError::DuplicateDiskId(_) => "/disks",
         ConfigError::Boot(BootError::Kernel {
             source: ImageError::CommandLineCharacter(_) | ImageError::CommandLineTooLong { .. },

@@ -11,12 +11,13 @@ use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::Sharing;
-pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, Size, VmSpec};
+pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, RngSpec, Size, VmSpec};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, load};
-use crate::vm::devices::{MAX_DISKS, mmio_parameters};
+use crate::vm::devices::MAX_DISKS;
+use crate::vm::virtio::mmio_parameters;
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 
 /// The target of a guest's serial console.
@@ -97,16 +98,9 @@ pub enum ConfigError {
         /// What the size must be.
         reason: &'static str,
     },
-    /// More disks than interrupt lines.
+    /// More disks than a VM can have.
     #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
     TooManyDisks(usize),
-    /// More disks than interrupt lines, one of which is for the port of the memory hole.
-    #[error(
-        "{0} disks: a VM whose memory hole is a port can have {most} at most, since the port takes the place of \
-         a disk; set the memory hole to on or off",
-        most = MAX_DISKS - 1
-    )]
-    TooManyDisksForPort(usize),
     /// A value that the schema of descriptions does not allow.
     #[error("{reason}")]
     Value {
@@ -132,14 +126,15 @@ impl From<VmSpec> for VmConfig {
 }
 
 impl VmConfig {
-    /// Returns a VM with 256 MiB of memory, which it does not share, no disks, no console and an empty command
-    /// line.
+    /// Returns a VM with 256 MiB of memory, which it does not share, no virtio devices, no console and an empty
+    /// command line.
     pub fn new(name: impl Into<String>, kernel: ImageSource) -> Self {
         let (path, embedded_kernel) = match kernel {
             ImageSource::Path(path) => (path, None),
             ImageSource::Bytes { name, .. } => (PathBuf::from(name), Some(kernel)),
         };
-        let spec = VmSpec { cmdline: String::new(), ..VmSpec::new(name, path) };
+        let rng = RngSpec { enabled: false, ..RngSpec::default() };
+        let spec = VmSpec { cmdline: String::new(), rng, ..VmSpec::new(name, path) };
         Self { embedded_kernel, ..Self::from(spec) }
     }
 
@@ -166,7 +161,9 @@ impl VmConfig {
 
     /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
     pub(crate) fn mmio_device_count(&self, is_shared: bool) -> usize {
-        self.spec.disks.len() + usize::from(is_shared && self.spec.memory_hole == MemoryHole::Port)
+        let VmSpec { disks, memory_hole, rng, .. } = &self.spec;
+        let port = is_shared && *memory_hole == MemoryHole::Port;
+        disks.len() + usize::from(port) + usize::from(rng.enabled)
     }
 
     /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
@@ -204,7 +201,7 @@ impl VmConfig {
     }
 
     fn faults(&self) -> Vec<ConfigError> {
-        let VmSpec { name, cmdline, memory, disks, sharing, memory_hole, .. } = &self.spec;
+        let VmSpec { name, cmdline, memory, disks, sharing, .. } = &self.spec;
         let checked = check_memory(memory.0);
         // Whether images fit into memory that cannot be is no question.
         let room = if checked.is_ok() { memory.0 } else { MAX_RAM };
@@ -217,8 +214,6 @@ impl VmConfig {
         faults.extend([name, checked, group].into_iter().filter_map(Result::err));
         if disks.len() > MAX_DISKS {
             faults.push(ConfigError::TooManyDisks(disks.len()));
-        } else if disks.len() == MAX_DISKS && *memory_hole == MemoryHole::Port {
-            faults.push(ConfigError::TooManyDisksForPort(disks.len()));
         }
         let mut ids = HashSet::new();
         for (number, disk) in disks.iter().enumerate() {
@@ -359,9 +354,6 @@ mod tests {
         assert!(
             refused(|c| c.spec.disks = (0..9).map(|n| disk(&n.to_string())).collect()).contains("8 at most")
         );
-        let disks = || (0..8).map(|n| disk(&n.to_string())).collect();
-        let with_port = refused(|c| (c.spec.disks, c.spec.memory_hole) = (disks(), MemoryHole::Port));
-        assert!(with_port.contains("7 at most"), "{with_port}");
         assert!(
             refused(|c| (c.spec.kernel, c.embedded_kernel) = ("/nonexistent".into(), None))
                 .contains("/nonexistent")

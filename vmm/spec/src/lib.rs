@@ -6,6 +6,7 @@
 
 mod disk;
 mod hole;
+mod rng;
 mod size;
 mod vm;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
 pub use hole::MemoryHole;
+pub use rng::RngSpec;
 pub use size::Size;
 #[cfg(feature = "schema")]
 pub use size::schema::optional_memory as optional_memory_schema;

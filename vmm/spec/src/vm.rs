@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
-use crate::{DiskSpec, HugePages, MemoryHole, SharingMode, Size};
+use crate::{DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -67,6 +67,9 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schema(max_items = 8))]
     pub disks: Vec<DiskSpec>,
+    /// The device with random bytes of the host. By default a VM has one.
+    #[serde(default)]
+    pub rng: RngSpec,
     /// Where the console goes, besides the backlog that clients read.
     #[serde(default)]
     pub console: ConsoleSpec,
@@ -135,6 +138,7 @@ impl VmSpec {
             memory: Size::default(),
             hugepages: HugePages::default(),
             disks: Vec::new(),
+            rng: RngSpec::default(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
             memory_hole: MemoryHole::default(),
@@ -150,7 +154,8 @@ impl VmSpec {
             let at = move |(field, reason)| (format!("/disks/{number}/{field}"), reason);
             disk.faults().into_iter().map(at)
         });
-        faults.collect()
+        let at_rng = |(field, reason)| (format!("/rng/{field}"), reason);
+        faults.chain(self.rng.limits.faults().into_iter().map(at_rng)).collect()
     }
 
     /// Makes all paths absolute, from the working directory of this process.

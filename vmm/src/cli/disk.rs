@@ -4,6 +4,8 @@ use samepage_spec::{CachePolicy, DiskSpec, MAX_QUEUES, Size};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
+use super::fields::{fields, parse_limit_field};
+
 /// Returns the disk that an argument describes, before `{index}` and `{name}` are replaced in its path.
 pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     let cache = Some(CachePolicy::default());
@@ -26,50 +28,21 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskSpec, String> {
             Some(("create", "off")) => disk.create = false,
             Some(("size", size)) => disk.size = Some(Size(parse_size(size)?)),
             Some(("cache", policy)) => disk.cache = Some(policy.parse()?),
-            Some(("rate", rate)) => {
-                disk.limits.rate =
-                    Some(Size(parse_limit(rate, parse_size(rate.strip_suffix("/s").unwrap_or(rate)))?));
-            }
-            Some(("iops", rate)) => {
-                let number = rate.parse().map_err(|_| "write a whole number".to_owned());
-                disk.limits.iops = Some(parse_limit(rate, number)?);
-            }
             Some(("queues", count)) => match count.parse() {
                 Ok(count) if (1..=MAX_QUEUES).contains(&count) => disk.queues = Some(count),
                 _ => return Err(format!("{count:?} queues: a disk has 1 to {MAX_QUEUES}")),
             },
+            Some((name, value)) if parse_limit_field(&mut disk.limits, name, value)? => {}
             _ => {
                 return Err(format!(
                     "unknown field {field:?}; fields are path=FILE, readonly[=on|off], id=NAME, \
-                     format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, create[=on|off], size=BYTES, cache=POLICY, rate=BYTES, iops=N and queues=N (write a comma in a path twice)"
+                     format=raw|qcow2, backing=FILE, backing-format=raw|qcow2, create[=on|off], size=BYTES, cache=POLICY, \
+                     rate=BYTES, iops=N and queues=N (write a comma in a path twice)"
                 ));
             }
         }
     }
     if disk.path.as_os_str().is_empty() { Err("path=FILE is missing".to_owned()) } else { Ok(disk) }
-}
-
-/// Splits text at commas. A double comma stands for one comma in a field, as in QEMU's options.
-fn fields(text: &str) -> Vec<String> {
-    let mut fields = vec![String::new()];
-    let mut letters = text.chars().peekable();
-    while let Some(letter) = letters.next() {
-        if letter == ',' && letters.next_if_eq(&',').is_none() {
-            fields.push(String::new());
-        } else if let Some(field) = fields.last_mut() {
-            field.push(letter);
-        }
-    }
-    fields
-}
-
-/// Checks a limit per second, which must not be zero.
-fn parse_limit(text: &str, limit: Result<u64, String>) -> Result<u64, String> {
-    match limit {
-        Ok(0) => Err(format!("a limit of {text:?} would stop all requests")),
-        Ok(limit) => Ok(limit),
-        Err(reason) => Err(format!("a limit of {text:?}: {reason}")),
-    }
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use utoipa::ToSchema;
 use check::EntryPlaces;
 use read::{Entry, Read};
 use samepage_spec::{
-    ConsoleSpec, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, SharingSpec, Size, VmSpec,
+    ConsoleSpec, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec, SharingSpec, Size, VmSpec,
     optional_memory_schema,
 };
 use source::Source;
@@ -73,6 +73,8 @@ pub struct VmEntry {
     /// Disks, in the guest's order.
     #[schema(max_items = 8)]
     pub disks: Option<Vec<DiskSpec>>,
+    /// The device with random bytes of the host. By default a VM has one.
+    pub rng: Option<RngSpec>,
     /// The file for console output, in addition to the backlog for clients.
     pub console: Option<ConsoleSpec>,
     /// How the memory is shared.
@@ -95,6 +97,7 @@ macro_rules! with_fields {
             memory,
             hugepages,
             disks,
+            rng,
             console,
             sharing,
             memory_hole,
@@ -140,6 +143,7 @@ impl VmEntry {
             memory: self.memory.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
+            rng: self.rng.clone().unwrap_or_default(),
             console: ConsoleSpec {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),
             },

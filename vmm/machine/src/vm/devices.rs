@@ -5,7 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::cache::BlockCache;
@@ -17,7 +17,7 @@ use samepage_devices::power::{self, Power};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
-use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use samepage_devices::virtio::rng::{Rng, RngStats};
 use samepage_sharing::blocks::admission::Readers;
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
@@ -27,15 +27,13 @@ use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
 use super::memory::MemorySlot;
 use super::provenance::DiskHints;
+use super::virtio::Places;
 use super::{VmEnd, VmError};
-use crate::config::DiskSpec;
-use crate::x86::acpi::VirtioMmio;
-use crate::x86::layout::{
-    KEYBOARD_IRQ, MMIO_IRQS, MMIO_START, MMIO_STRIDE, POWER_PORT, SERIAL_IRQ, SERIAL_PORT,
-};
+use crate::config::VmSpec;
+use crate::x86::layout::{KEYBOARD_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
 
-/// Upper limit for the disks of a VM: one interrupt line each. The port of a memory hole takes one as well.
-pub const MAX_DISKS: usize = MMIO_IRQS.len();
+/// Upper limit for the disks of a VM.
+pub const MAX_DISKS: usize = 8;
 
 /// A disk of a running VM.
 pub struct Disk {
@@ -122,17 +120,17 @@ pub(super) struct Devices {
     reset: EventFd,
     power: Arc<Mutex<Power>>,
     disks: Vec<Disk>,
+    rng: Option<Arc<RngStats>>,
 }
 
 impl Devices {
     /// Makes the devices and connects them to KVM's interrupt lines and write notifications. They stop when
     /// the flag beside the memory says that a part of the memory was lost.
     pub(super) fn new(
-        vm: &str,
         kvm: &VmFd,
         (memory, lost): (&GuestMemory, Arc<AtomicBool>),
         console: Box<dyn Write + Send>,
-        disks: &[DiskSpec],
+        spec: &VmSpec,
         sharing: Option<&SharedMemory<'_>>,
         hole: Option<HoleDevice>,
     ) -> Result<Self, VmError> {
@@ -162,13 +160,14 @@ impl Devices {
             Some(HoleDevice::Port(console)) => Some(console),
             None => None,
         };
-        let mut attached = Vec::with_capacity(disks.len());
-        for (disk, (base, irq)) in disks.iter().zip(mmio_slots()) {
+        let mut places = Places::new(kvm, memory, lost, mmio);
+        let mut attached = Vec::with_capacity(spec.disks.len());
+        for disk in &spec.disks {
             let id = disk.id(attached.len()).into_owned();
             let cached = keep(disk.cache()).is_some();
             let policy = if cached && sharing.is_none() { CachePolicy::Buffered } else { disk.cache() };
             let config = BlockConfig {
-                vm: vm.to_owned(),
+                vm: spec.name.clone(),
                 id: id.clone(),
                 queues: disk.queues(),
                 disk: DiskOptions {
@@ -209,25 +208,19 @@ impl Devices {
                 policy,
                 blocks,
             });
-            let interrupt = new_event()?;
-            wire_interrupt(kvm, &interrupt, irq)?;
-            let mut transport = MmioTransport::new(memory.clone(), Box::new(block), interrupt)
-                .map_err(|source| failed(source.into()))?;
-            transport.set_memory_lost_flag(Arc::clone(&lost));
-            wire_notifications(kvm, &transport, base)?;
-            mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
+            places.attach(block, |source| failed(source.into()))?;
         }
-        // The configuration has made sure that there is a free slot.
-        if let Some((console, (base, irq))) = port.zip(mmio_slots().nth(disks.len())) {
-            let interrupt = new_event()?;
-            wire_interrupt(kvm, &interrupt, irq)?;
-            let mut transport =
-                MmioTransport::new(memory.clone(), Box::new(console), interrupt).map_err(VmError::Port)?;
-            transport.set_memory_lost_flag(lost);
-            wire_notifications(kvm, &transport, base)?;
-            mmio.insert(base, MMIO_STRIDE, Arc::new(Mutex::new(transport)));
+        if let Some(console) = port {
+            places.attach(console, VmError::Port)?;
         }
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, power, disks: attached })
+        let mut rng = None;
+        if spec.rng.enabled {
+            let device = Rng::new(&spec.name, spec.rng.limits);
+            rng = Some(device.stats());
+            places.attach(device, |source| VmError::Device { what: "the entropy device", source })?;
+        }
+        let mmio = places.into_bus();
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, power, disks: attached, rng })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -287,6 +280,10 @@ impl Devices {
     pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
     }
+
+    pub(super) fn rng_stats(&self) -> Option<&Arc<RngStats>> {
+        self.rng.as_ref()
+    }
 }
 
 /// Returns a remark for the user on a disk that cannot use the block cache.
@@ -299,49 +296,10 @@ fn without_sharing(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option
     })
 }
 
-/// Returns the base address and the interrupt line of each virtio-mmio device, in order.
-fn mmio_slots() -> impl Iterator<Item = (u64, u32)> {
-    (0..).map(|slot| MMIO_START + slot * MMIO_STRIDE).zip(MMIO_IRQS)
-}
-
-/// Returns `count` virtio-mmio devices as ACPI describes them.
-pub(super) fn mmio_devices(count: usize) -> impl Iterator<Item = VirtioMmio> {
-    mmio_slots().take(count).map(|(base, irq)| VirtioMmio { base, irq })
-}
-
-/// Returns the kernel parameters for `count` virtio-mmio devices, each after a space.
-pub(crate) fn mmio_parameters(count: usize) -> String {
-    let parameter = |(base, irq)| format!(" virtio_mmio.device={}K@{base:#x}:{irq}", MMIO_STRIDE >> 10);
-    mmio_slots().take(count).map(parameter).collect()
-}
-
-fn new_event() -> Result<EventFd, VmError> {
+pub(super) fn new_event() -> Result<EventFd, VmError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(VmError::Event)
 }
 
-fn wire_interrupt(kvm: &VmFd, event: &EventFd, irq: u32) -> Result<(), VmError> {
+pub(super) fn wire_interrupt(kvm: &VmFd, event: &EventFd, irq: u32) -> Result<(), VmError> {
     kvm.register_irqfd(event, irq).map_err(VmError::kvm("connect an interrupt line"))
-}
-
-fn wire_notifications(kvm: &VmFd, transport: &MmioTransport, base: u64) -> Result<(), VmError> {
-    let address = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
-    for (queue, event) in (0_u32..).zip(transport.queue_events()) {
-        kvm.register_ioevent(event, &address, queue).map_err(VmError::kvm("connect a virtio queue"))?;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn linux_is_told_of_each_device() {
-        assert_eq!(mmio_parameters(0), "");
-        assert_eq!(
-            mmio_parameters(2),
-            " virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6"
-        );
-        assert_eq!(mmio_parameters(MAX_DISKS).matches("virtio_mmio").count(), 8);
-    }
 }

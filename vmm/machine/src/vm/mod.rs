@@ -13,6 +13,7 @@ mod kept_pages;
 pub(crate) mod memory;
 mod provenance;
 mod vcpu;
+pub(crate) mod virtio;
 
 use std::convert::Infallible;
 use std::error::Error as StdError;
@@ -28,6 +29,7 @@ use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::TransportError;
+use samepage_devices::virtio::rng::RngStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::service::{Membership, StartError};
@@ -48,11 +50,13 @@ use asking::Asking;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::{Devices, HoleDevice, SharedMemory, mmio_devices};
+use devices::{Devices, HoleDevice, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
+pub use virtio::MAX_VIRTIO;
+use virtio::mmio_devices;
 
 /// The number of a VM's vCPUs.
 const VCPUS: u8 = 1;
@@ -161,6 +165,14 @@ pub enum VmError {
     /// The port of the memory hole.
     #[error("make the port of the memory hole: {0}")]
     Port(#[source] TransportError),
+    /// A virtio device that is no disk.
+    #[error("make {what}: {source}")]
+    Device {
+        /// The device.
+        what: &'static str,
+        /// The error.
+        source: TransportError,
+    },
     /// The sharing engine could not accept the memory.
     #[error("share the memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
     Sharing(#[source] StartError),
@@ -325,11 +337,10 @@ impl Vm {
             slots: memory.slots(),
         });
         let devices = Arc::new(Devices::new(
-            &config.spec.name,
             &kvm,
             (memory.view(), memory.ram().loss_flag()),
             console,
-            &config.spec.disks,
+            &config.spec,
             shared.as_ref(),
             hole_device,
         )?);
@@ -459,6 +470,11 @@ impl Vm {
     /// Returns remarks for the user on how the VM was built, in sentences.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// Returns the counters of the entropy device, if there is one.
+    pub fn rng_stats(&self) -> Option<&Arc<RngStats>> {
+        self.devices.rng_stats()
     }
 
     /// Returns the disks, in the order of the configuration.

@@ -120,6 +120,8 @@ fn event_device(code: &mut Vec<u8>) {
 fn virtio_mmio(number: u32, device: &VirtioMmio, code: &mut Vec<u8>) {
     // The gap for devices lies below 4 GiB.
     let registers = Memory32Fixed::new(true, device.base as u32, MMIO_STRIDE as u32);
+    // There are more devices than lines.
+    let shared = Interrupt::new(true, true, false, true, device.irq);
     Device::new(
         Path::new(&format!("V{number:03}")),
         vec![
@@ -127,7 +129,7 @@ fn virtio_mmio(number: u32, device: &VirtioMmio, code: &mut Vec<u8>) {
             &name("_UID", &number),
             // Its accesses to memory are seen by the processors' caches.
             &name("_CCA", &ONE),
-            &resources(vec![&registers, &edge(device.irq)]),
+            &resources(vec![&registers, &shared]),
         ],
     )
     .to_aml_bytes(code);
