@@ -12,7 +12,7 @@ use samepage_machine::Hypervisor;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::ram::Ram;
 use xtask::artifacts::Artifacts;
-use xtask::{node, promtool, python};
+use xtask::{lab, node, promtool, python};
 
 use crate::browser;
 
@@ -38,6 +38,8 @@ pub enum Need {
     LinuxGuest,
     /// Python programs from PyPI. Without them, a test is ignored.
     Python,
+    /// Debian's kernels, of which the lab keeps four. Without them, a test is ignored.
+    DebianKernels,
     /// Programs of systemd, which need not run on the host. Without them, a test is ignored.
     Systemd,
     /// JavaScript programs from npm. Without them, a test is ignored.
@@ -93,6 +95,11 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 }
                 None if needs.contains(&Need::LinuxGuest)
                     && let Err(error) = Artifacts::locate() =>
+                {
+                    Ok(Completion::ignored_with(error.to_string()))
+                }
+                None if needs.contains(&Need::DebianKernels)
+                    && let Err(error) = lab::find_kernels() =>
                 {
                     Ok(Completion::ignored_with(error.to_string()))
                 }

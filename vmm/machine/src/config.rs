@@ -15,7 +15,7 @@ pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, RngSpec, Size, VmSpec};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
-use crate::boot::{BootError, ImageSource, load};
+use crate::boot::{BootError, ImageSource, Unpacked, load};
 use crate::vm::devices::MAX_DISKS;
 use crate::vm::virtio::mmio_parameters;
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
@@ -196,11 +196,12 @@ impl VmConfig {
     /// # Errors
     /// Fails with all faults of the configuration.
     pub fn validate(self) -> Result<Validated, Vec<ConfigError>> {
-        let faults = self.faults();
-        if faults.is_empty() { Ok(Validated(self)) } else { Err(faults) }
+        let (faults, unpacked) = self.check();
+        if faults.is_empty() { Ok(Validated { config: self, unpacked }) } else { Err(faults) }
     }
 
-    fn faults(&self) -> Vec<ConfigError> {
+    /// Returns all faults, and the kernel that was unpacked to find them.
+    fn check(&self) -> (Vec<ConfigError>, Option<Unpacked>) {
         let VmSpec { name, cmdline, memory, disks, sharing, .. } = &self.spec;
         let checked = check_memory(memory.0);
         // Whether images fit into memory that cannot be is no question.
@@ -227,55 +228,60 @@ impl VmConfig {
         }
         let added = command_line.len().saturating_sub(cmdline.len());
         let (kernel, initrd) = (self.kernel(), self.initrd());
-        let images = load::faults(&kernel, initrd.as_ref(), &command_line, added, room);
-        faults.extend(images.into_iter().map(ConfigError::Boot));
-        faults
+        let images = load::check(&kernel, initrd.as_ref(), &command_line, added, room);
+        faults.extend(images.faults.into_iter().map(ConfigError::Boot));
+        (faults, images.unpacked)
     }
 }
 
 /// A configuration without faults. Validation is the only way to one, and machines are built from nothing else.
 #[derive(Debug)]
-pub struct Validated(VmConfig);
+pub struct Validated {
+    config: VmConfig,
+    /// Held until the machine is built, so that the kernel is unpacked once for all machines that are built together.
+    unpacked: Option<Unpacked>,
+}
 
 impl Validated {
     /// Returns the configuration.
     pub fn config(&self) -> &VmConfig {
-        &self.0
+        &self.config
     }
 
     /// Returns the description.
     pub fn spec(&self) -> &VmSpec {
-        &self.0.spec
+        &self.config.spec
     }
 
     /// Returns the description alone, for another process.
     pub fn into_spec(self) -> VmSpec {
-        self.0.spec
+        self.config.spec
     }
 
-    pub(crate) fn into_config(self) -> VmConfig {
-        self.0
+    /// Returns the configuration, and what makes loading its kernel cheap.
+    pub(crate) fn into_parts(self) -> (VmConfig, Option<Unpacked>) {
+        (self.config, self.unpacked)
     }
 
     /// Has an engine share the VM's memory.
     pub fn share_with(&mut self, sharing: Option<Arc<Sharing>>) {
-        self.0.sharing = sharing;
+        self.config.sharing = sharing;
     }
 
     /// Changes which pages of the VM's memory are shared.
     pub fn set_mode(&mut self, mode: Mode) {
-        self.0.spec.sharing.mode = mode;
+        self.config.spec.sharing.mode = mode;
     }
 
     /// Backs the VM's memory with small pages, whatever its description said.
     pub fn use_small_pages(&mut self) {
-        self.0.spec.hugepages = HugePages::Off;
+        self.config.spec.hugepages = HugePages::Off;
     }
 
     /// Sends a copy of the console's output to a writer that never waits.
     pub fn copy_console(&mut self, copy: Box<dyn Write + Send>) {
-        let to = Box::new(std::mem::take(&mut self.0.console));
-        self.0.console = ConsoleConfig::Copied { to, copy };
+        let to = Box::new(std::mem::take(&mut self.config.console));
+        self.config.console = ConsoleConfig::Copied { to, copy };
     }
 }
 
@@ -284,8 +290,9 @@ impl TryFrom<VmConfig> for Validated {
 
     /// Fails with the first fault.
     fn try_from(config: VmConfig) -> Result<Self, ConfigError> {
-        match config.faults().into_iter().next() {
-            None => Ok(Self(config)),
+        let (faults, unpacked) = config.check();
+        match faults.into_iter().next() {
+            None => Ok(Self { config, unpacked }),
             Some(fault) => Err(fault),
         }
     }

@@ -107,12 +107,24 @@ impl Kernels {
 /// # Errors
 /// Debian's packages cannot be had or unpacked.
 pub(super) fn fetch(cache: &Cache, series: Series) -> Result<Kernels> {
-    let modules = FLAVOURS.iter().flat_map(|(_, _, folder, modules)| [folder].into_iter().chain(*modules));
-    let key = modules.fold(Key::new().part(RECIPE), |key, part| key.part(part));
-    let folder = cache.get_or_build(&format!("lab-{series}"), &key, |folder| {
+    let folder = cache.get_or_build(&kind(series), &key(), |folder| {
         fetch_into(folder, series).with_context(|| format!("getting Debian's kernels {series}"))
     })?;
     Ok(Kernels { folder })
+}
+
+/// The kernels of one series, if they were downloaded before.
+pub(super) fn find(cache: &Cache, series: Series) -> Option<Kernels> {
+    cache.find(&kind(series), &key()).map(|folder| Kernels { folder })
+}
+
+fn kind(series: Series) -> String {
+    format!("lab-{series}")
+}
+
+fn key() -> Key {
+    let modules = FLAVOURS.iter().flat_map(|(_, _, folder, modules)| [folder].into_iter().chain(*modules));
+    modules.fold(Key::new().part(RECIPE), |key, part| key.part(part))
 }
 
 fn fetch_into(folder: &Path, series: Series) -> Result<()> {

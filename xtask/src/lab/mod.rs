@@ -57,6 +57,22 @@ impl Default for Options {
     }
 }
 
+/// Finds Debian's kernels for all machines and for clouds, of each series. Downloads nothing.
+///
+/// # Errors
+/// Some of them have not been downloaded yet.
+pub fn find_kernels() -> Result<Vec<PathBuf>> {
+    let cache = Cache::of_user()?;
+    let mut paths = Vec::new();
+    for series in Series::ALL {
+        let Some(kernels) = kernels::find(&cache, series) else {
+            bail!("Debian's kernels {series} are missing from the cache; `cargo xtask lab` downloads them");
+        };
+        paths.extend([kernels.generic(), kernels.cloud()]);
+    }
+    Ok(paths)
+}
+
 /// Runs what the options ask for. Returns the exit status of the script, or for all scripts 1 if any failed.
 ///
 /// # Errors

@@ -1,10 +1,11 @@
 //! Recognises kernel images and checks the values in their headers before anything is loaded.
 //!
-//! Sources: the ELF-64 object file format; Linux' Documentation/arch/x86/boot.rst; the PVH boot ABI
-//! (Xen's docs/misc/pvh.pandoc).
+//! Sources: the ELF-64 object file format; the PVH boot ABI (Xen's docs/misc/pvh.pandoc).
 
 use linux_loader::elf::{PT_LOAD, PT_NOTE};
+use linux_loader::loader::bootparam::setup_header;
 
+use super::bzimage::{inspect_bzimage, is_bzimage};
 use super::load::Entry;
 use super::{ImageError, OpenImage, foreign, notes};
 use crate::x86::layout::{COMMAND_LINE_MAX, HIMEM_START};
@@ -16,37 +17,31 @@ const MAX_PROGRAM_HEADERS: usize = 128;
 /// Limit for the notes of all segments together, above the size in any kernel.
 const MAX_NOTE_BYTES: u64 = 1 << 20;
 
-const SETUP_HEADER: usize = 0x1f1;
-const SETUP_MAGIC_AT: usize = 0x202;
-const SETUP_MAGIC: &[u8] = b"HdrS";
-const SECTOR: u64 = 512;
-/// The unit of `syssize`, rounded up: the file may end within the last unit.
-const PARAGRAPH: u64 = 16;
-/// The first boot protocol with `xloadflags`, and so with the 64-bit entry.
-const PROTOCOL_WITH_64_BIT_ENTRY: u16 = 0x20c;
-const LOADED_HIGH: u8 = 1;
-const XLF_KERNEL_64: u16 = 1;
-/// Offset of the 64-bit entry from the start of the protected-mode kernel.
-pub(crate) const BZIMAGE_64_BIT_ENTRY: u64 = 0x200;
-
 /// A kernel image with valid headers.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Inspected {
     pub(crate) format: Format,
     /// The first address after the memory that the kernel needs at its start, including uninitialized data.
     pub(crate) end: u64,
     /// Longest command line in bytes, including NUL.
     pub(crate) command_line_max: usize,
-    /// The address at which an initrd must end, if the image has a limit.
+    /// The address at which an initrd below 4 GiB must end, if the image has a limit.
     pub(crate) initrd_end_max: Option<u64>,
+    /// Whether an initrd may lie above 4 GiB, with Linux' 64-bit protocol.
+    pub(crate) initrd_above_4g: bool,
+    /// The setup header of the bzImage, for Linux' boot parameters.
+    pub(crate) header: Option<setup_header>,
+    /// A remark for the user, about "it", the kernel.
+    pub(crate) remark: Option<String>,
 }
 
 /// The kind of the kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// An ELF file, loaded by segments.
-    Elf { segments: Vec<Segment>, entry: Entry },
-    /// A bzImage, which must be loaded at `load`.
+    /// An ELF file, loaded by segments. `linux_entry` is the ELF file's own entry point, which is the 64-bit one of
+    /// Linux.
+    Elf { segments: Vec<Segment>, entry: Entry, linux_entry: u64 },
+    /// A bzImage that unpacks itself. It must be loaded at `load`.
     BzImage { load: u64 },
 }
 
@@ -68,14 +63,19 @@ pub(crate) fn inspect(image: &mut OpenImage<'_>, ram_end: u64) -> Result<Inspect
     let head = image.read_at(0, 4096)?;
     if head.starts_with(b"\x7fELF") {
         inspect_elf(image, &head, ram_end)
-    } else if head.get(SETUP_MAGIC_AT..SETUP_MAGIC_AT + 4) == Some(SETUP_MAGIC) {
+    } else if is_bzimage(&head) {
         inspect_bzimage(image, &head, ram_end)
     } else {
         Err(foreign::name(image, &head)?)
     }
 }
 
-fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
+/// Checks an ELF file that starts with the bytes `head`.
+pub(super) fn inspect_elf(
+    image: &mut OpenImage<'_>,
+    head: &[u8],
+    ram_end: u64,
+) -> Result<Inspected, ImageError> {
     let length = image.length();
     if head.len() < ELF_HEADER_BYTES {
         return Err(truncated("the ELF header", ELF_HEADER_BYTES as u64, length));
@@ -132,66 +132,30 @@ fn inspect_elf(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<I
     }
     let end = segments.iter().map(|segment| segment.end).max();
     let end = end.ok_or_else(|| ImageError::Malformed("it has nothing to load".into()))?;
-    let entry = pvh_entry.map_or(Entry::Linux64(u64_at(head, 24)), Entry::Pvh);
+    let linux_entry = u64_at(head, 24);
+    let entry = pvh_entry.map_or(Entry::Linux64(linux_entry), Entry::Pvh);
     let (Entry::Pvh(address) | Entry::Linux64(address)) = entry;
-    if !segments.iter().any(|segment| (segment.start..segment.end).contains(&address)) {
+    let loaded = |address| segments.iter().any(|segment| (segment.start..segment.end).contains(&address));
+    if !loaded(address) {
         return Err(ImageError::Malformed(format!("its entry point {address:#x} is in no segment")));
     }
+    let initrd_above_4g = loaded(linux_entry);
     Ok(Inspected {
-        format: Format::Elf { segments, entry },
+        format: Format::Elf { segments, entry, linux_entry },
         end,
         command_line_max: COMMAND_LINE_MAX,
         initrd_end_max: None,
+        initrd_above_4g,
+        header: None,
+        remark: None,
     })
 }
 
-fn inspect_bzimage(image: &mut OpenImage<'_>, head: &[u8], ram_end: u64) -> Result<Inspected, ImageError> {
-    let length = image.length();
-    // The header's last field ends at 0x26c in every protocol that is accepted below.
-    if head.len() < 0x26c {
-        return Err(truncated("the setup header", 0x26c, length));
-    }
-    let at = |field: usize| &head[field..];
-    let protocol = u16_at(at(0x206), 0);
-    let loaded_high = head[0x211] & LOADED_HIGH != 0;
-    let has_64_bit_entry =
-        protocol >= PROTOCOL_WITH_64_BIT_ENTRY && u16_at(at(0x236), 0) & XLF_KERNEL_64 != 0;
-    if !loaded_high || !has_64_bit_entry {
-        let what = format!(
-            "a Linux image without the 64-bit entry point (boot protocol {}.{:02})",
-            protocol >> 8,
-            protocol & 0xff
-        );
-        let help = "give one that is built for x86-64".to_owned();
-        return Err(ImageError::NotAKernel { what, help });
-    }
-
-    let setup_sectors = match head[SETUP_HEADER] {
-        0 => 4,
-        sectors => u64::from(sectors),
-    };
-    let setup_bytes = (setup_sectors + 1) * SECTOR;
-    // In paragraphs, without the setup sectors.
-    let kernel_bytes = u64::from(u32_at(at(0x1f4), 0)) * PARAGRAPH;
-    if kernel_bytes <= BZIMAGE_64_BIT_ENTRY {
-        return Err(ImageError::Malformed(format!("a kernel of {kernel_bytes} bytes")));
-    }
-    let at_least = kernel_bytes - (PARAGRAPH - 1);
-    inside_file("its protected-mode kernel", setup_bytes, at_least, length)?;
-
-    let load = u64_at(at(0x258), 0);
-    let needed = u64::from(u32_at(at(0x260), 0)).max(length - setup_bytes);
-    let end = inside_ram("the kernel, with the room it unpacks itself in,", load, needed, ram_end)?;
-    let command_line_max = (u32_at(at(0x238), 0) as usize).saturating_add(1).min(COMMAND_LINE_MAX);
-    let initrd_end_max = Some(u64::from(u32_at(at(0x22c), 0)) + 1);
-    Ok(Inspected { format: Format::BzImage { load }, end, command_line_max, initrd_end_max })
-}
-
-fn truncated(what: &str, end: u64, length: u64) -> ImageError {
+pub(super) fn truncated(what: &str, end: u64, length: u64) -> ImageError {
     ImageError::Truncated { what: what.into(), end, length }
 }
 
-fn inside_file(what: &str, offset: u64, bytes: u64, length: u64) -> Result<(), ImageError> {
+pub(super) fn inside_file(what: &str, offset: u64, bytes: u64, length: u64) -> Result<(), ImageError> {
     let end = offset
         .checked_add(bytes)
         .ok_or_else(|| ImageError::Malformed(format!("{what} wraps around the end of a 64-bit file")))?;
@@ -199,7 +163,7 @@ fn inside_file(what: &str, offset: u64, bytes: u64, length: u64) -> Result<(), I
 }
 
 /// Checks that a part of the kernel lies in RAM and outside the boot structures. Returns its end.
-fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, ImageError> {
+pub(super) fn inside_ram(what: &str, start: u64, bytes: u64, ram_end: u64) -> Result<u64, ImageError> {
     if start < HIMEM_START {
         return Err(ImageError::OverBootStructures { what: what.into(), start });
     }
@@ -222,7 +186,7 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
@@ -253,10 +217,12 @@ mod tests {
         let segments =
             vec![Segment { start: 0x10_0000, end: 0x10_0000 + 0x2000, offset: 0x1000, file_bytes: 1 }];
         let elf = inspect_bytes(pvh_elf(b"\xf4")).unwrap();
-        assert_eq!(elf.format, Format::Elf { segments: segments.clone(), entry: Entry::Pvh(0x10_0000) });
+        let linux_entry = 0x10_0000;
+        let entry = Entry::Pvh(0x10_0000);
+        assert_eq!(elf.format, Format::Elf { segments: segments.clone(), entry, linux_entry });
         assert_eq!(elf.end, 0x10_2000);
         let elf = inspect_bytes(elf64(b"\xf4")).unwrap();
-        assert_eq!(elf.format, Format::Elf { segments, entry: Entry::Linux64(0x10_0000) });
+        assert_eq!(elf.format, Format::Elf { segments, entry: Entry::Linux64(0x10_0000), linux_entry });
 
         let bz = inspect_bytes(bzimage(b"\xf4")).unwrap();
         assert_eq!(bz.format, Format::BzImage { load: 0x100_0000 });
@@ -332,15 +298,5 @@ mod tests {
         inspect_bytes(sound).unwrap();
         let more = test_images::elf_with_notes(b"\xf4", &[&half, &half, &[0; 12]]);
         assert!(inspect_bytes(more).unwrap_err().to_string().contains("notes of"));
-    }
-
-    #[test]
-    fn a_bzimage_may_end_within_its_last_paragraph() {
-        let whole = bzimage(b"\xf4");
-        for missing in 0..=15 {
-            inspect_bytes(whole[..whole.len() - missing].to_vec()).unwrap();
-        }
-        let short = inspect_bytes(whole[..whole.len() - 16].to_vec()).unwrap_err();
-        assert!(matches!(short, ImageError::Truncated { .. }), "{short}");
     }
 }

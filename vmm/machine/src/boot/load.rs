@@ -8,17 +8,20 @@ use samepage_devices::GuestMemory;
 use samepage_sharing::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::image::{self, BZIMAGE_64_BIT_ENTRY, Format, Inspected, Segment};
+use super::bzimage::BZIMAGE_64_BIT_ENTRY;
+use super::image::{self, Format, Inspected, Segment};
 use super::params::{self, Initrd};
+use super::unpacked::Unpacked;
 use super::{ImageError, ImageSource, OpenImage};
 use crate::x86::layout::{
-    COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry, memory_map,
+    COMMAND_LINE, COMMAND_LINE_MAX, HIGH_RAM_START, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry,
+    memory_map, ram_ranges,
 };
 use crate::x86::mptable;
 
 /// The start of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub enum Entry {
     /// 32-bit protected mode without paging, start info in EBX (PVH boot ABI).
     Pvh(u64),
     /// 64-bit mode with low memory mapped one to one, boot parameters in RSI (Linux' 64-bit protocol).
@@ -58,17 +61,56 @@ impl BootError {
     }
 }
 
-/// Returns all faults that keep the images from booting in a VM with `ram_bytes` of RAM and this command
-/// line. `added` bytes of the command line are parameters for devices. Loads nothing.
-pub(crate) fn faults(
+/// How a kernel boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Where the first vCPU starts.
+    pub entry: Entry,
+    /// The first address after the memory that the kernel needs at its start.
+    pub end: u64,
+    /// The size in bytes of the kernel that was unpacked from a bzImage.
+    pub unpacked: Option<u64>,
+    /// A remark for the user, about "it", the kernel.
+    pub remark: Option<String>,
+}
+
+/// Describes how a kernel would boot in a VM with `ram_bytes` of RAM. Loads nothing.
+///
+/// # Errors
+/// Fails if it would not boot.
+pub fn describe(kernel: &ImageSource, ram_bytes: u64) -> Result<Description, ImageError> {
+    let (inspected, image) = inspect_kernel(kernel, ram_bytes)?;
+    Ok(Description {
+        entry: entry(&inspected, None),
+        end: inspected.end,
+        unpacked: image.unpacked().map(|kernel| kernel.as_ref().len() as u64),
+        remark: inspected.remark,
+    })
+}
+
+/// The result of checking the images of a VM.
+pub(crate) struct Checked {
+    /// All faults that keep them from booting.
+    pub(crate) faults: Vec<BootError>,
+    /// The kernel in a bzImage. As long as it is held, [`load`] need not unpack it again.
+    pub(crate) unpacked: Option<Unpacked>,
+}
+
+/// Checks the images of a VM with `ram_bytes` of RAM and this command line. `added` bytes of the command line
+/// are parameters for devices. Loads nothing.
+pub(crate) fn check(
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
     command_line: &str,
     added: usize,
     ram_bytes: u64,
-) -> Vec<BootError> {
+) -> Checked {
     let mut faults = Vec::new();
-    let inspected = inspect_kernel(kernel, ram_bytes).map(|(inspected, _)| inspected);
+    let mut unpacked = None;
+    let inspected = inspect_kernel(kernel, ram_bytes).map(|(inspected, image)| {
+        unpacked = image.unpacked().cloned();
+        inspected
+    });
     let limit = inspected.as_ref().map_or(COMMAND_LINE_MAX, |inspected| inspected.command_line_max);
     let line = check_command_line(command_line, added, limit);
     let initrd = initrd.map(|initrd| {
@@ -82,7 +124,16 @@ pub(crate) fn faults(
     faults.extend(inspected.err().map(BootError::kernel(kernel)));
     faults.extend(line.err().map(BootError::kernel(kernel)));
     faults.extend(initrd.and_then(Result::err));
-    faults
+    Checked { faults, unpacked }
+}
+
+/// What [`load`] has put into guest memory.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// Where the first vCPU starts.
+    pub(crate) entry: Entry,
+    /// A remark for the user on how the kernel is booted.
+    pub(crate) remark: Option<String>,
 }
 
 /// Fills fresh guest memory of `ram_bytes` with everything that the guest needs to start. This includes the
@@ -94,19 +145,33 @@ pub(crate) fn load(
     kernel: &ImageSource,
     initrd: Option<&ImageSource>,
     command_line: &str,
-) -> Result<Entry, BootError> {
+) -> Result<Loaded, BootError> {
     let (inspected, mut image) =
         inspect(kernel, command_line, ram_bytes).map_err(BootError::kernel(kernel))?;
-    let (entry, header) = load_kernel(memory, &inspected, &mut image).map_err(BootError::kernel(kernel))?;
+    load_kernel(memory, &inspected, &mut image).map_err(BootError::kernel(kernel))?;
     let initrd = match initrd {
         Some(source) => {
             Some(load_initrd(memory, source, &inspected, ram_bytes).map_err(BootError::initrd(source))?)
         }
         None => None,
     };
-    write_parameters(memory, &memory_map(ram_bytes, hole), entry, header, initrd, command_line)
+    let entry = entry(&inspected, initrd);
+    let map = memory_map(ram_bytes, hole);
+    write_parameters(memory, &map, entry, inspected.header, initrd, command_line)
         .map_err(BootError::kernel(kernel))?;
-    Ok(entry)
+    let remark = inspected.remark.map(|remark| format!("kernel {kernel}: {remark}"));
+    Ok(Loaded { entry, remark })
+}
+
+/// Chooses the protocol. PVH's start info can tell Linux of an initrd below 4 GiB only.
+fn entry(kernel: &Inspected, initrd: Option<Initrd>) -> Entry {
+    match kernel.format {
+        Format::Elf { linux_entry, .. } if initrd.is_some_and(Initrd::is_above_4g) => {
+            Entry::Linux64(linux_entry)
+        }
+        Format::Elf { entry, .. } => entry,
+        Format::BzImage { load } => Entry::Linux64(load + BZIMAGE_64_BIT_ENTRY),
+    }
 }
 
 fn inspect<'a>(
@@ -141,23 +206,22 @@ fn load_kernel(
     memory: &GuestMemory,
     inspected: &Inspected,
     image: &mut OpenImage<'_>,
-) -> Result<(Entry, Option<setup_header>), ImageError> {
+) -> Result<(), ImageError> {
     let himem = Some(GuestAddress(HIMEM_START));
     match &inspected.format {
-        Format::Elf { segments, entry } => {
+        Format::Elf { segments, .. } => {
             for Segment { start, offset, file_bytes, .. } in segments {
                 image.seek(SeekFrom::Start(*offset))?;
                 memory
                     .read_exact_volatile_from(GuestAddress(*start), image, *file_bytes as usize)
                     .map_err(|source| ImageError::GuestMemory { what: "the kernel", source })?;
             }
-            Ok((*entry, None))
         }
         Format::BzImage { load } => {
-            let loaded = BzImage::load(memory, Some(GuestAddress(*load)), image, himem)?;
-            Ok((Entry::Linux64(load + BZIMAGE_64_BIT_ENTRY), loaded.setup_header))
+            BzImage::load(memory, Some(GuestAddress(*load)), image, himem)?;
         }
     }
+    Ok(())
 }
 
 fn open_initrd(source: &ImageSource) -> Result<OpenImage<'_>, ImageError> {
@@ -165,7 +229,7 @@ fn open_initrd(source: &ImageSource) -> Result<OpenImage<'_>, ImageError> {
     if image.length() == 0 { Err(ImageError::EmptyInitrd) } else { Ok(image) }
 }
 
-/// Chooses the initrd's address: the highest possible page boundary.
+/// Chooses the initrd's address: the highest possible page boundary below 4 GiB, or else above.
 fn place<'a>(
     source: &'a ImageSource,
     kernel: &Inspected,
@@ -175,10 +239,18 @@ fn place<'a>(
     let size = image.length();
     let ram_end = ram_bytes.min(LOW_RAM_MAX);
     let limit = kernel.initrd_end_max.unwrap_or(ram_end).min(ram_end);
-    let start = limit.checked_sub(size).map(|start| start & !(PAGE_SIZE as u64 - 1));
-    match start {
-        Some(start) if start >= kernel.end => Ok((Initrd { start, size }, image)),
-        _ => Err(ImageError::InitrdTooLarge { size, kernel_end: kernel.end, limit }),
+    let within = |lowest: u64, limit: u64| {
+        let start = limit.checked_sub(size).map(|start| start & !(PAGE_SIZE as u64 - 1));
+        start.filter(|start| *start >= lowest)
+    };
+    let above = || {
+        let high = ram_ranges(ram_bytes).into_iter().find(|range| range.gpa >= HIGH_RAM_START);
+        let high = high.filter(|_| kernel.initrd_above_4g)?;
+        within(high.gpa, high.gpa + high.bytes)
+    };
+    match within(kernel.end, limit).or_else(above) {
+        Some(start) => Ok((Initrd { start, size }, image)),
+        None => Err(ImageError::InitrdTooLarge { size, kernel_end: kernel.end, limit }),
     }
 }
 
@@ -220,10 +292,10 @@ fn write_parameters(
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_images::{bzimage, elf64, pvh_elf};
+    use super::super::test_images::{bzimage, bzimage_with_payload, elf64, pack, pvh_elf};
     use super::*;
     use crate::vm::memory::VmMemory;
-    use crate::x86::layout::MP_TABLE;
+    use crate::x86::layout::{MP_TABLE, ZERO_PAGE};
 
     const RAM: u64 = 64 << 20;
 
@@ -232,7 +304,14 @@ mod tests {
     }
 
     fn load_into(memory: &VmMemory, kernel: Vec<u8>, initrd: Option<Vec<u8>>) -> Result<Entry, BootError> {
-        load(memory.view(), RAM, None, &source(kernel), initrd.map(source).as_ref(), "console=ttyS0")
+        let initrd = initrd.map(source);
+        let loaded = load(memory.view(), RAM, None, &source(kernel), initrd.as_ref(), "console=ttyS0");
+        loaded.map(|loaded| loaded.entry)
+    }
+
+    fn patched(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        image
     }
 
     fn bytes_at(memory: &VmMemory, address: u64, count: usize) -> Vec<u8> {
@@ -263,7 +342,8 @@ mod tests {
         std::fs::write(file.path(), pvh_elf(b"\xf4")).unwrap();
         let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
         let kernel = ImageSource::Path(file.path().to_owned());
-        assert_eq!(load(memory.view(), RAM, None, &kernel, None, "").unwrap(), Entry::Pvh(0x10_0000));
+        let loaded = load(memory.view(), RAM, None, &kernel, None, "").unwrap();
+        assert_eq!((loaded.entry, loaded.remark), (Entry::Pvh(0x10_0000), None));
         assert_eq!(bytes_at(&memory, 0x10_0000, 1), b"\xf4");
     }
 
@@ -281,13 +361,13 @@ mod tests {
         line: &str,
         ram: u64,
     ) -> Result<(), BootError> {
-        faults(kernel, initrd, line, 0, ram).into_iter().next().map_or(Ok(()), Err)
+        super::check(kernel, initrd, line, 0, ram).faults.into_iter().next().map_or(Ok(()), Err)
     }
 
     #[test]
     fn all_faults_are_found_at_once() {
         let nowhere = || ImageSource::Path("/nonexistent".into());
-        let all = faults(&nowhere(), Some(&nowhere()), "a\nb", 0, RAM);
+        let all = super::check(&nowhere(), Some(&nowhere()), "a\nb", 0, RAM).faults;
         let text: Vec<_> = all.iter().map(ToString::to_string).collect();
         assert!(matches!(
             all[..],
@@ -303,6 +383,62 @@ mod tests {
         assert!(refused(vec![]).to_string().contains("empty"));
         assert!(refused(vec![1; 3 << 20]).to_string().contains("more memory"));
         check(&source(kernel.clone()), Some(&source(vec![1; 2 << 20])), "", 4 << 20).unwrap();
+    }
+
+    #[test]
+    fn an_initrd_of_gibibytes_lies_above_the_gap_and_is_told_of_by_linux_own_protocol() {
+        const GIB: u64 = 1 << 30;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 * GIB).unwrap();
+        let initrd = ImageSource::Path(file.path().to_owned());
+        let linux = patched(bzimage(b"\xf4"), 0x236, &3_u16.to_le_bytes());
+        let kernels = [
+            (pvh_elf(b"\xf4"), Entry::Linux64(0x10_0000)),
+            (elf64(b"\xf4"), Entry::Linux64(0x10_0000)),
+            (bzimage_with_payload(&pack("lz4", &pvh_elf(b"\xf4"))), Entry::Linux64(0x10_0000)),
+            (linux, Entry::Linux64(0x100_0200)),
+        ];
+        for (kernel, expected) in kernels {
+            let kernel = source(kernel);
+            let (inspected, _) = inspect_kernel(&kernel, 8 * GIB).unwrap();
+            let (placed, _) = place(&initrd, &inspected, 8 * GIB).unwrap();
+            assert_eq!(placed, Initrd { start: 6 * GIB, size: 3 * GIB });
+            assert_eq!(entry(&inspected, Some(placed)), expected);
+            // There is RAM enough, but not in one piece.
+            let split = place(&initrd, &inspected, 5 * GIB).map(drop).unwrap_err();
+            assert!(matches!(split, ImageError::InitrdTooLarge { .. }), "{split}");
+        }
+        // A kernel that says nothing of addresses above 4 GiB.
+        let kernel = source(bzimage(b"\xf4"));
+        let (inspected, _) = inspect_kernel(&kernel, 8 * GIB).unwrap();
+        assert!(place(&initrd, &inspected, 8 * GIB).is_err());
+    }
+
+    #[test]
+    fn the_kernel_in_a_bzimage_is_loaded_like_the_same_elf_file() {
+        let code = b"\xb0\x2a\xf4";
+        for (kernel, expected) in
+            [(pvh_elf(code), Entry::Pvh(0x10_0000)), (elf64(code), Entry::Linux64(0x10_0000))]
+        {
+            let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
+            let image = bzimage_with_payload(&pack("zstd", &kernel));
+            assert_eq!(load_into(&memory, image, None).unwrap(), expected);
+            assert_eq!(bytes_at(&memory, 0x10_0000, code.len()), code);
+            // The setup header goes along with Linux' boot parameters, which PVH lacks.
+            let magic = bytes_at(&memory, ZERO_PAGE + 0x202, 4);
+            assert_eq!(magic == b"HdrS", expected == Entry::Linux64(0x10_0000));
+        }
+    }
+
+    #[test]
+    fn machines_that_are_built_together_share_what_validation_unpacked() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bzimage_with_payload(&pack("gzip", &pvh_elf(b"\xf4")))).unwrap();
+        let kernel = ImageSource::Path(file.path().to_owned());
+        let held = super::check(&kernel, None, "", 0, RAM).unpacked.unwrap();
+        let (_, image) = inspect_kernel(&kernel, RAM).unwrap();
+        let again = image.unpacked().unwrap();
+        assert_eq!(held.as_ref().as_ptr(), again.as_ref().as_ptr());
     }
 
     #[test]

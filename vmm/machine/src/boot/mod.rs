@@ -1,10 +1,11 @@
 //! Puts a kernel, its initrd and its boot structures into guest memory.
 //!
 //! Three kinds of image boot: an ELF file with a PVH note, a plain 64-bit ELF file, and a bzImage with a
-//! 64-bit entry. Errors name other known formats, and tell how to get a kernel from them. Images are
+//! 64-bit entry. The ELF file inside a bzImage is unpacked here, so that the guest need not do it. Errors name other known formats, and tell how to get a kernel from them. Images are
 //! untrusted: every address and length is checked against the file and against guest RAM before anything is
 //! copied.
 
+mod bzimage;
 mod foreign;
 pub(crate) mod image;
 pub(crate) mod load;
@@ -12,8 +13,10 @@ mod notes;
 pub(crate) mod params;
 #[cfg(any(test, feature = "test-images"))]
 pub mod test_images;
+mod unpack;
+mod unpacked;
 
-pub use load::BootError;
+pub use load::{BootError, Description, Entry, describe};
 
 use std::borrow::Cow;
 use std::fmt;
@@ -22,6 +25,8 @@ use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::PathBuf;
 
 use thiserror::Error;
+pub(crate) use unpacked::Unpacked;
+use unpacked::{Identity, Payload};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
@@ -104,6 +109,25 @@ pub enum ImageError {
         /// The first address.
         start: u64,
     },
+    /// The kernel in a bzImage cannot be unpacked.
+    #[error(
+        "its compressed kernel ({compression}) cannot be unpacked: {reason}; copy the file again, or give the \
+         vmlinux that it was made from"
+    )]
+    CannotUnpack {
+        /// The name of the compression.
+        compression: String,
+        /// The fault.
+        reason: String,
+    },
+    /// The kernel in a bzImage is larger than RAM.
+    #[error("it unpacks to {size} bytes, but usable RAM ends at {ram_end:#x}; give the VM more memory")]
+    UnpackedTooLarge {
+        /// The size in bytes.
+        size: u64,
+        /// The end of RAM below 4 GiB.
+        ram_end: u64,
+    },
     /// The initrd does not fit above the kernel.
     #[error(
         "the initrd of {size} bytes does not fit between the kernel's end at {kernel_end:#x} and {limit:#x}; \
@@ -158,6 +182,7 @@ pub(crate) struct OpenImage<'a> {
 enum Reader<'a> {
     File(File),
     Bytes(Cursor<&'a [u8]>),
+    Unpacked(Cursor<Unpacked>),
 }
 
 impl ImageSource {
@@ -183,6 +208,27 @@ impl OpenImage<'_> {
         self.length
     }
 
+    /// Replaces this image, a bzImage, by the kernel that it holds.
+    fn unpack(&mut self, payload: Payload) -> Result<(), ImageError> {
+        let identity = match &self.reader {
+            Reader::File(file) => Some(Identity::of(file)?),
+            Reader::Bytes(_) | Reader::Unpacked(_) => None,
+        };
+        let read = || self.read_at(payload.offset, payload.bytes as usize);
+        let unpacked = Unpacked::of(identity, payload, read)?;
+        self.length = unpacked.as_ref().len() as u64;
+        self.reader = Reader::Unpacked(Cursor::new(unpacked));
+        Ok(())
+    }
+
+    /// Returns the kernel that was unpacked from this image, if it was one.
+    pub(crate) fn unpacked(&self) -> Option<&Unpacked> {
+        match &self.reader {
+            Reader::Unpacked(unpacked) => Some(unpacked.get_ref()),
+            Reader::File(_) | Reader::Bytes(_) => None,
+        }
+    }
+
     /// Reads up to `length` bytes from `offset` on, and fewer at the end of the image.
     pub(crate) fn read_at(&mut self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         let length = self.length.saturating_sub(offset).min(length as u64) as usize;
@@ -198,6 +244,7 @@ impl Read for OpenImage<'_> {
         match &mut self.reader {
             Reader::File(file) => file.read(buffer),
             Reader::Bytes(bytes) => bytes.read(buffer),
+            Reader::Unpacked(kernel) => kernel.read(buffer),
         }
     }
 }
@@ -207,6 +254,7 @@ impl Seek for OpenImage<'_> {
         match &mut self.reader {
             Reader::File(file) => file.seek(position),
             Reader::Bytes(bytes) => bytes.seek(position),
+            Reader::Unpacked(kernel) => kernel.seek(position),
         }
     }
 }
@@ -219,6 +267,7 @@ impl ReadVolatile for OpenImage<'_> {
         match &mut self.reader {
             Reader::File(file) => file.read_volatile(buffer),
             Reader::Bytes(bytes) => bytes.read_volatile(buffer),
+            Reader::Unpacked(kernel) => kernel.read_volatile(buffer),
         }
     }
 }

@@ -19,11 +19,18 @@ const LOADER_WITHOUT_NUMBER: u8 = 0xff;
 /// The alignment of kernels without a setup header.
 const KERNEL_ALIGNMENT: u32 = 16 << 20;
 
-/// The range of the initrd, in guest physical addresses below 4 GiB.
+/// The range of the initrd, in guest physical addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Initrd {
     pub(crate) start: u64,
     pub(crate) size: u64,
+}
+
+impl Initrd {
+    /// Whether 32 bits cannot hold its addresses.
+    pub(crate) fn is_above_4g(self) -> bool {
+        self.start + self.size > 1 << 32
+    }
 }
 
 /// Writes PVH's start info, its list of modules and its memory map.
@@ -60,7 +67,7 @@ pub(crate) fn write_start_info(
     Ok(())
 }
 
-/// Writes Linux' boot parameters. `header` comes from a bzImage; an ELF file has none.
+/// Writes Linux' boot parameters. `header` comes from a bzImage; an ELF file of its own has none.
 pub(crate) fn write_zero_page(
     memory: &GuestMemory,
     map: &[MapEntry],
@@ -84,6 +91,8 @@ pub(crate) fn write_zero_page(
     if let Some(Initrd { start, size }) = initrd {
         params.hdr.ramdisk_image = start as u32;
         params.hdr.ramdisk_size = size as u32;
+        params.ext_ramdisk_image = (start >> 32) as u32;
+        params.ext_ramdisk_size = (size >> 32) as u32;
     }
     params.e820_entries = map.len() as u8;
     for (line, entry) in params.e820_table.iter_mut().zip(map) {
@@ -113,6 +122,18 @@ mod tests {
         let third = GuestAddress(info.memmap_paddr + 2 * 24);
         let line: hvm_memmap_table_entry = memory.view().read_obj(third).unwrap();
         assert_eq!((line.addr, line.size, line.type_), (1 << 20, RAM - (1 << 20), 1));
+    }
+
+    #[test]
+    fn an_initrd_above_4_gib_has_the_upper_halves_of_its_numbers_too() {
+        let memory = VmMemory::reserve(RAM, true, crate::HugePages::Off).unwrap();
+        let initrd = Initrd { start: 0x1_8000_0000, size: 0x1_0000_2000 };
+        assert!(initrd.is_above_4g() && !INITRD.is_above_4g());
+        write_zero_page(memory.view(), &memory_map(RAM, None), None, Some(initrd), 10).unwrap();
+        let params: boot_params = memory.view().read_obj(GuestAddress(ZERO_PAGE)).unwrap();
+        let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
+        assert_eq!((image, size), (0x8000_0000, 0x2000));
+        assert_eq!(({ params.ext_ramdisk_image }, { params.ext_ramdisk_size }), (1, 1));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Kernel images of a few bytes of machine code, for tests of the loaders.
 
+use std::io::Write;
+
 const CODE_AT: usize = 0x1000;
 const LOAD_ADDRESS: u64 = 0x10_0000;
 
@@ -88,5 +90,70 @@ pub fn bzimage(code: &[u8]) -> Vec<u8> {
     put(0x238, &2047_u32.to_le_bytes()); // command line size
     put(0x258, &0x100_0000_u64.to_le_bytes()); // preferred address
     put(0x260, &0x10_0000_u32.to_le_bytes()); // init_size
+    image
+}
+
+/// What the kernel's build can pack a kernel with, by the names of its programs.
+pub const COMPRESSIONS: [&str; 7] = ["gzip", "xz", "lzma", "bzip2", "lz4", "zstd", "none"];
+
+/// Packs a kernel as its build does: compressed, and the size behind it.
+///
+/// # Panics
+/// Panics for a compression that is not one of [`COMPRESSIONS`].
+pub fn pack(compression: &str, kernel: &[u8]) -> Vec<u8> {
+    let mut packed = match compression {
+        "gzip" => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(kernel).expect("compress by gzip");
+            // The format itself ends with the size.
+            return encoder.finish().expect("compress by gzip");
+        }
+        "xz" => {
+            let mut options = lzma_rust2::XzOptions::with_preset(0);
+            options.set_check_sum_type(lzma_rust2::CheckType::Crc32);
+            options.prepend_pre_filter(lzma_rust2::FilterType::BcjX86, 0);
+            let mut encoder = lzma_rust2::XzWriter::new(Vec::new(), options).expect("compress by xz");
+            encoder.write_all(kernel).expect("compress by xz");
+            encoder.finish().expect("compress by xz")
+        }
+        "lzma" => {
+            let options = lzma_rust2::LzmaOptions::with_preset(0);
+            let encoder = lzma_rust2::LzmaWriter::new_use_header(Vec::new(), &options, None);
+            let mut encoder = encoder.expect("compress by lzma");
+            encoder.write_all(kernel).expect("compress by lzma");
+            encoder.finish().expect("compress by lzma")
+        }
+        "bzip2" => {
+            let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+            encoder.write_all(kernel).expect("compress by bzip2");
+            encoder.finish().expect("compress by bzip2")
+        }
+        "lz4" => {
+            let mut packed = 0x184c_2102_u32.to_le_bytes().to_vec();
+            for block in kernel.chunks(8 << 20) {
+                let block = lz4_flex::block::compress(block);
+                packed.extend((block.len() as u32).to_le_bytes());
+                packed.extend(block);
+            }
+            packed
+        }
+        "zstd" => ruzstd::encoding::compress_to_vec(kernel, ruzstd::encoding::CompressionLevel::Fastest),
+        "none" => return kernel.to_vec(),
+        other => panic!("no compression is named {other}"),
+    };
+    packed.extend((kernel.len() as u32).to_le_bytes());
+    packed
+}
+
+/// Returns a bzImage with this payload. Its own code stops the processor.
+pub fn bzimage_with_payload(payload: &[u8]) -> Vec<u8> {
+    let mut code = b"\xf4".to_vec();
+    code.resize(0x100, 0);
+    // From the protected-mode kernel on.
+    let offset = (0x200 + code.len()) as u32;
+    code.extend(payload);
+    let mut image = bzimage(&code);
+    image[0x248..0x24c].copy_from_slice(&offset.to_le_bytes());
+    image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
     image
 }

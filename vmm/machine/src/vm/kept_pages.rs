@@ -43,7 +43,7 @@ impl Machine {
         let memory = VmMemory::reserve(BYTES, true, HugePages::Off).unwrap();
         // out 0x10, al; jmp back
         let kernel = ImageSource::Bytes { name: "loop", bytes: pvh_elf(b"\xe6\x10\xeb\xfc").into() };
-        let entry = load::load(memory.view(), BYTES, None, &kernel, None, "").unwrap();
+        let entry = load::load(memory.view(), BYTES, None, &kernel, None, "").unwrap().entry;
         registers::write_tables(memory.view(), entry).unwrap();
         let kvm = Arc::new(create_machine(hypervisor).unwrap());
         memory.register(&kvm, false).unwrap();

@@ -36,7 +36,8 @@ use samepage_sharing::service::{Membership, StartError};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::{BootError, load};
+use crate::boot::BootError;
+use crate::boot::load::{self, Loaded};
 use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig, VmSpec};
 use crate::console::{CopySink, FileSink, Log, PrefixSink};
 use crate::hypervisor::Hypervisor;
@@ -267,11 +268,13 @@ impl Vm {
         C: TryInto<Validated>,
         VmError: From<C::Error>,
     {
-        Self::build_validated(config.try_into()?.into_config(), hypervisor)
+        Self::build_validated(config.try_into()?, hypervisor)
     }
 
-    fn build_validated(mut config: VmConfig, hypervisor: &Hypervisor) -> Result<Self, VmError> {
-        let notices = give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
+    fn build_validated(config: Validated, hypervisor: &Hypervisor) -> Result<Self, VmError> {
+        let (mut config, unpacked) = config.into_parts();
+        let mut notices: Vec<_> =
+            give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
         let bytes = config.spec.memory.0;
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.spec.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
@@ -280,7 +283,10 @@ impl Vm {
         let hole = reserve_hole(&config, news.as_ref())?.map(Arc::new);
         let (kernel, initrd) = (config.kernel(), config.initrd());
         let command_line = config.kernel_command_line();
-        let entry = load::load(memory.view(), bytes, config.hole(), &kernel, initrd.as_ref(), &command_line)?;
+        let Loaded { entry, remark } =
+            load::load(memory.view(), bytes, config.hole(), &kernel, initrd.as_ref(), &command_line)?;
+        drop(unpacked);
+        notices.extend(remark.map(|remark| format!("VM {}: {remark}", config.spec.name)));
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
         let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.sharing.is_some())).collect();
         acpi::write(memory.view(), VCPUS, &virtio).map_err(VmError::Tables)?;
