@@ -3,8 +3,8 @@
 //!
 //! The device has ports 0x60 (data) and 0x64 (status and commands). The guest finds a keyboard that answers
 //! like an AT keyboard (scan code sets 1 and 2, translation by the controller), and no mouse. The only key
-//! presses are those of [`I8042::press_ctrl_alt_del`]. Commands that pulse the CPU's reset line write the
-//! reset event, and the VMM carries out the reset.
+//! presses are those of [`I8042::press_ctrl_alt_del`]. A command that pulses the CPU's reset line is noted for good, and
+//! the VMM carries out the reset: several vCPUs may ask at once, and each finds the note.
 //!
 //! Bytes from the keyboard wait in a queue of [`QUEUE_BYTES`]. Bytes that do not fit are lost, as on real
 //! hardware. Each byte that becomes readable raises the interrupt once, if the guest has enabled the
@@ -125,7 +125,7 @@ const RELEASED_SET_1: u8 = 0x80;
 
 /// A keyboard controller with a keyboard.
 pub struct I8042 {
-    reset: EventFd,
+    reset: bool,
     interrupt: EventFd,
     control: Control,
     output_port: u8,
@@ -145,11 +145,11 @@ pub struct I8042 {
 }
 
 impl I8042 {
-    /// Returns a controller that writes `reset` at each reset command. It writes `interrupt` for each byte
+    /// Returns a controller. It writes `interrupt` for each byte
     /// from the keyboard, if the guest has enabled the interrupt.
-    pub fn new(reset: EventFd, interrupt: EventFd) -> Self {
+    pub fn new(interrupt: EventFd) -> Self {
         Self {
-            reset,
+            reset: false,
             interrupt,
             control: Control::KEYBOARD_INTERRUPT | Control::SYSTEM | Control::MOUSE_OFF,
             output_port: OUTPUT_PORT,
@@ -239,9 +239,9 @@ impl I8042 {
         self.interrupt_for_queue();
     }
 
-    fn reset_machine(&self) {
-        // A full event counter means that a reset is pending already.
-        let _ = self.reset.write(1);
+    /// Returns whether the guest has ever given a reset command.
+    pub fn wants_reset(&self) -> bool {
+        self.reset
     }
 
     fn command(&mut self, command: u8) {
@@ -261,7 +261,7 @@ impl I8042 {
             | command::ECHO_AS_KEYBOARD
             | command::ECHO_AS_MOUSE
             | command::WRITE_MOUSE => self.awaits = Some(command),
-            command if command >= command::PULSE && command & RESET_LINE == 0 => self.reset_machine(),
+            command if command >= command::PULSE && command & RESET_LINE == 0 => self.reset = true,
             _ => {}
         }
     }
@@ -273,7 +273,7 @@ impl I8042 {
             Some(command::WRITE_OUTPUT_PORT) => {
                 self.output_port = byte;
                 if byte & RESET_LINE == 0 {
-                    self.reset_machine();
+                    self.reset = true;
                 }
             }
             Some(command::ECHO_AS_KEYBOARD) => self.enqueue(&[byte]),
@@ -355,16 +355,13 @@ mod tests {
 
     struct Machine {
         i8042: I8042,
-        reset: EventFd,
         interrupt: EventFd,
     }
 
     impl Machine {
         fn new() -> Self {
-            let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-            let (reset, interrupt) = (event(), event());
-            let i8042 = I8042::new(reset.try_clone().unwrap(), interrupt.try_clone().unwrap());
-            Self { i8042, reset, interrupt }
+            let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            Self { i8042: I8042::new(interrupt.try_clone().unwrap()), interrupt }
         }
 
         fn command(&mut self, command: u8) {
@@ -404,25 +401,30 @@ mod tests {
     }
 
     #[test]
-    fn reset_commands_alone_raise_the_event() {
-        let mut machine = Machine::new();
-        machine.command(0xfd);
-        machine.command(0xff);
-        machine.send(0xfe);
-        machine.i8042.write(u64::MAX, &[0xfe, 0xfe]);
-        assert!(machine.reset.read().is_err());
-
-        machine.command(0xfe);
-        assert_eq!(machine.reset.read().unwrap(), 1);
+    fn reset_commands_alone_reset_the_machine() {
+        let wants = |what: &dyn Fn(&mut Machine)| {
+            let mut machine = Machine::new();
+            what(&mut machine);
+            machine.i8042.wants_reset()
+        };
+        assert!(!wants(&|machine| {
+            machine.command(0xfd);
+            machine.command(0xff);
+            machine.send(0xfe);
+            machine.i8042.write(u64::MAX, &[0xfe, 0xfe]);
+            machine.command(0xd1);
+            machine.send(0x03);
+        }));
+        assert!(wants(&|machine| machine.command(0xfe)));
         // A wide write covers the command port with its second byte.
-        machine.i8042.write(3, &[0, 0xfe]);
-        assert_eq!(machine.reset.read().unwrap(), 1);
-        machine.command(0xd1);
-        machine.send(0x02);
-        assert_eq!(machine.reset.read().unwrap(), 1);
-        machine.command(0xd1);
-        machine.send(0x03);
-        assert!(machine.reset.read().is_err());
+        assert!(wants(&|machine| machine.i8042.write(3, &[0, 0xfe])));
+        assert!(wants(&|machine| {
+            machine.command(0xd1);
+            machine.send(0x02);
+            // Whoever looks later finds it too.
+            machine.command(0xd1);
+            machine.send(0x03);
+        }));
     }
 
     #[test]

@@ -123,7 +123,7 @@ fn done(client: &Client, method: &str, path: &str, body: Value) {
 fn configure(client: &Client, plan: &Plan) {
     let source = json!({ "kernel_image_path": "demo.elf", "boot_args": plan.to_string() });
     done(client, "PUT", "/boot-source", source);
-    done(client, "PUT", "/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": MEMORY_MIB }));
+    done(client, "PUT", "/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": MEMORY_MIB }));
 }
 
 fn act(client: &Client, action: &str) {
@@ -168,13 +168,13 @@ fn rs_sdk() {
         smt: Some(false),
         mem_size_mib: 64,
         track_dirty_pages: Some(false),
-        vcpu_count: 1,
+        vcpu_count: 2,
         huge_pages: Some(models::HugePageOption::None),
     };
     instance.put_machine_configuration(&machine).unwrap();
-    let machine = models::MachineConfiguration { vcpu_count: 2, ..machine };
+    let machine = models::MachineConfiguration { vcpu_count: 33, ..machine };
     assert!(instance.put_machine_configuration(&machine).is_err());
-    assert_eq!(instance.get_machine_configuration().unwrap().vcpu_count, 1);
+    assert_eq!(instance.get_machine_configuration().unwrap().vcpu_count, 2);
     instance
         .put_guest_boot_source(&models::BootSource {
             boot_args: Some(endless(0).to_string()),
@@ -330,8 +330,9 @@ fn faults() {
         machine.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         machine
     };
-    fault("PUT", "/machine-config", machine(json!({ "vcpu_count": 2 })), "vcpu_count");
-    fault("PUT", "/machine-config", machine(json!({ "smt": true })), "multithreading");
+    fault("PUT", "/machine-config", machine(json!({ "vcpu_count": 33 })), "vcpu_count");
+    fault("PUT", "/machine-config", machine(json!({ "vcpu_count": 0 })), "vcpu_count");
+    fault("PUT", "/machine-config", machine(json!({ "vcpu_count": 3, "smt": true })), "whole cores");
     fault("PUT", "/machine-config", machine(json!({ "cpu_template": "T2" })), "CPU templates");
     fault("PUT", "/machine-config", machine(json!({ "huge_pages": "2M" })), "hugetlbfs");
     fault("PUT", "/machine-config", machine(json!({ "mem_size_mib": 0 })), "memory size");
@@ -459,9 +460,9 @@ fn config_file() {
     let end = finished(&brief, json!({ "vsock": { "guest_cid": 3, "uds_path": "v" } }));
     end.assert_code(152);
     assert!(end.stderr.contains("vsock: samepage has no vsock device"), "{}", end.stderr);
-    let end = finished(&brief, json!({ "machine-config": { "vcpu_count": 4, "mem_size_mib": 64 } }));
+    let end = finished(&brief, json!({ "machine-config": { "vcpu_count": 40, "mem_size_mib": 64 } }));
     end.assert_code(152);
-    assert!(end.stderr.contains("machine-config: 4 vCPUs"), "{}", end.stderr);
+    assert!(end.stderr.contains("machine-config: 40 vCPUs"), "{}", end.stderr);
     fs::write(place.path("vm.json"), "{").unwrap();
     Running::start(place.firecracker(&arguments)).wait().assert_code(152);
 

@@ -16,7 +16,7 @@ use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
+use samepage_spec::{Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
@@ -164,6 +164,18 @@ pub(crate) struct VmOptions {
     /// Memory of each VM, in bytes or with K, M, G or T (KiB, MiB, GiB or TiB)
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     pub(crate) memory: u64,
+
+    /// Number of vCPUs of each VM
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
+    pub(crate) vcpus: u32,
+
+    /// Show guests each two vCPUs as the threads of one core, rather than each as a core
+    #[arg(long)]
+    pub(crate) smt: bool,
+
+    /// Processor features that guests are told of: the host's, or those of a level that other hosts have too
+    #[arg(long, value_enum, value_name = "host|PROFILE", default_value_t = Cpu::Host)]
+    pub(crate) cpu: Cpu,
 
     /// Number of VMs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]

@@ -40,6 +40,9 @@ fn vm(
         initrd: options.initrd.clone(),
         cmdline: expand(&options.cmdline),
         memory: Size(options.memory),
+        vcpus: options.vcpus,
+        smt: options.smt,
+        cpu: options.cpu,
         hugepages: options.hugepages,
         disks: options.disks.iter().map(disk).collect(),
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
@@ -56,7 +59,7 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
-    use samepage_spec::{CachePolicy, HugePages, MemoryHole, SharingMode};
+    use samepage_spec::{CachePolicy, Cpu, HugePages, MemoryHole, SharingMode};
 
     fn plan(arguments: &[&str]) -> Vec<(VmSpec, ConsoleConfig)> {
         let cli = Cli::parse_from([&["samepage", "run", "--kernel", "k"], arguments].concat());
@@ -87,6 +90,19 @@ mod tests {
         let both = specs(&["--count=2", "--hugepages", "thp"]);
         assert!(both.iter().all(|spec| spec.hugepages == HugePages::Thp));
         assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", "--hugepages=1G"]).is_err());
+    }
+
+    #[test]
+    fn vms_have_one_vcpu_unless_there_are_more() {
+        let cpus = |arguments: &[&str]| (specs(arguments)[0].vcpus, specs(arguments)[0].smt);
+        assert_eq!([cpus(&[]), cpus(&["--vcpus=4"])], [(1, false), (4, false)]);
+        assert_eq!(cpus(&["--vcpus", "254", "--smt"]), (254, true));
+        assert_eq!([specs(&[])[0].cpu, specs(&["--cpu=x86-64-v3"])[0].cpu], [Cpu::Host, Cpu::V3]);
+        assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", "--cpu=pentium"]).is_err());
+        for wrong in ["0", "255", "-1", "two"] {
+            let vcpus = format!("--vcpus={wrong}");
+            assert!(Cli::try_parse_from(["samepage", "run", "--kernel", "k", &vcpus]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

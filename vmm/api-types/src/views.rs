@@ -103,6 +103,8 @@ pub struct VmSummary {
     pub reason: Option<String>,
     /// Its memory.
     pub memory_bytes: u64,
+    /// Number of its vCPUs.
+    pub vcpus: u32,
     /// The group of VMs with which it shares memory.
     pub group: String,
     /// Which pages are shared. Always `off` if this process shares no memory.

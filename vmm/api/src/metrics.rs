@@ -212,6 +212,8 @@ impl Metrics {
         writer.counter("vm_console", "Output of a guest to its console", Some(Unit::Bytes), sent)?;
         let cpu = consoles.iter().map(|(record, vm)| ([("vm", record.name())], vm.cpu_time().as_secs_f64()));
         writer.counter("vm_cpu", "CPU time of a VM's vCPUs", Some(Unit::Seconds), cpu)?;
+        let vcpus = consoles.iter().map(|(record, _)| ([("vm", record.name())], record.spec().vcpus.into()));
+        writer.gauge("vm_vcpus", "Number of a VM's vCPUs", None, vcpus)?;
         let wanted = self.seen.sample.vms.iter().filter_map(|vm| {
             Some(([("vm", vm.name.as_str())], vm.working_set.as_ref()?.wanted_bytes as f64))
         });

@@ -117,6 +117,7 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
         since_time_seconds: unix_seconds(record.since()),
         reason: record.reason(),
         memory_bytes: spec.memory.0,
+        vcpus: spec.vcpus,
         group: spec.sharing.group.clone(),
         mode: record.effective_mode(),
         sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),

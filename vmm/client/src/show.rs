@@ -46,6 +46,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
             "NAME",
             "STATE",
             ">SINCE",
+            ">VCPUS",
             ">MEMORY",
             ">RESIDENT",
             ">SAVED",
@@ -58,6 +59,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
                 vm.name.clone(),
                 vm.state.name().to_owned(),
                 ago(vm.since_time_seconds, now()),
+                vm.vcpus.to_string(),
                 mebibytes(vm.memory_bytes),
                 maybe_mebibytes(vm.resident_bytes),
                 maybe_mebibytes(vm.saved_bytes),
@@ -87,6 +89,10 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
             line("because", reason.clone());
         }
         line("can", actions.join(", "));
+        line(
+            "vCPUs",
+            summary.vcpus.to_string() + if config.smt { ", two threads of a core each" } else { "" },
+        );
         line("memory", mebibytes(summary.memory_bytes));
         line("resident", maybe_mebibytes(summary.resident_bytes));
         line("saved", maybe_mebibytes(summary.saved_bytes));

@@ -239,6 +239,8 @@ impl Controller {
             initrd: source.initrd_path.clone(),
             cmdline: self.command_line(&source),
             memory: Size(self.machine_config.mem_size_mib << 20),
+            vcpus: self.machine_config.vcpu_count.into(),
+            smt: self.machine_config.smt,
             hugepages: match self.machine_config.huge_pages {
                 HugePagesConfig::Transparent => HugePages::Thp,
                 HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePages::Off,
@@ -307,15 +309,21 @@ fn disk_name(drive: &Drive, at: usize) -> String {
     if check_disk_id(&drive.drive_id).is_ok() { drive.drive_id.clone() } else { format!("drive{at}") }
 }
 
+/// Upper limit for the vCPUs, as in Firecracker's API.
+const MOST_VCPUS: u8 = 32;
+
 fn check_machine(config: &MachineConfig) -> Result<(), Fault> {
-    if config.vcpu_count != 1 {
+    if !(1..=MOST_VCPUS).contains(&config.vcpu_count) {
         return Err(Fault::new(format!(
-            "{} vCPUs are requested, but a VM of samepage has one: use \"vcpu_count\": 1.",
+            "{} vCPUs are requested: \"vcpu_count\" is 1 to {MOST_VCPUS}.",
             config.vcpu_count
         )));
     }
-    if config.smt {
-        return Err(Fault::missing("simultaneous multithreading in guests"));
+    if config.smt && config.vcpu_count > 1 && !config.vcpu_count.is_multiple_of(2) {
+        return Err(Fault::new(format!(
+            "{} vCPUs are not whole cores of 2 threads: with \"smt\" \"vcpu_count\" is 1 or even.",
+            config.vcpu_count
+        )));
     }
     if config.cpu_template.as_ref().is_some_and(|template| template != "None") {
         return Err(Fault::missing("CPU templates"));

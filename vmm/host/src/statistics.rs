@@ -126,6 +126,8 @@ pub struct VmSample {
     pub pages: VmStatistics,
     /// How many disk reads more memory would save, after the VM has read through the block cache.
     pub working_set: Option<WorkingSetSample>,
+    /// Number of its vCPUs.
+    pub vcpus: u32,
     /// CPU time of its vCPUs, in seconds.
     pub cpu_seconds: f64,
     /// Bytes that the disks read and wrote.
@@ -383,6 +385,7 @@ impl Sampler {
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,
             working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
+            vcpus: vm.vcpus(),
             cpu_seconds: vm.cpu_time().as_secs_f64(),
             io: IoSample::of(vm),
             claimed: claimed.as_ref().map(ClaimedSample::from),

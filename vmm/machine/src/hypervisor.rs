@@ -83,6 +83,8 @@ pub enum HypervisorError {
 pub struct Hypervisor {
     kvm: Kvm,
     supported_cpuid: CpuId,
+    /// Upper limit for the vCPUs of a VM, whose numbers are below it.
+    pub(crate) max_vcpus: u32,
     pub(crate) has_tsc_deadline: bool,
     pub(crate) needs_tss: bool,
     pub(crate) needs_identity_map: bool,
@@ -127,6 +129,7 @@ impl Hypervisor {
             supported_cpuid = cpuid::without_steal_time(&supported_cpuid).map_err(HypervisorError::Cpuid)?;
         }
         Ok(Self {
+            max_vcpus: u32::try_from(kvm.get_max_vcpus().min(kvm.get_max_vcpu_id())).unwrap_or(u32::MAX),
             has_tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             needs_tss: kvm.check_extension(Cap::SetTssAddr),
             needs_identity_map: kvm.check_extension(Cap::SetIdentityMapAddr),

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::{self, one_vcpu};
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
-use crate::{DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
+use crate::{Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -60,6 +61,17 @@ pub struct VmSpec {
     #[serde(default)]
     #[cfg_attr(feature = "schema", schema(schema_with = memory_schema))]
     pub memory: Size,
+    /// The number of vCPUs.
+    #[serde(default = "one_vcpu")]
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 254, default = 1))]
+    pub vcpus: u32,
+    /// Whether the guest sees each two vCPUs as the threads of one core, rather than each as a core.
+    #[serde(default)]
+    pub smt: bool,
+    /// The processor features that the guest is told of. Clones, and guests that move between unlike hosts, need a
+    /// profile that all these hosts have.
+    #[serde(default)]
+    pub cpu: Cpu,
     /// The size of the pages that back the memory.
     #[serde(default)]
     pub hugepages: HugePages,
@@ -136,6 +148,9 @@ impl VmSpec {
             initrd: None,
             cmdline: default_command_line(),
             memory: Size::default(),
+            vcpus: one_vcpu(),
+            smt: false,
+            cpu: Cpu::default(),
             hugepages: HugePages::default(),
             disks: Vec::new(),
             rng: RngSpec::default(),
@@ -149,13 +164,15 @@ impl VmSpec {
     /// Returns values that are out of range: their places as JSON pointers, and the reasons.
     #[must_use]
     pub fn faults(&self) -> Vec<(String, String)> {
+        let processors = cpu::faults(self.vcpus, self.smt).into_iter();
+        let processors = processors.map(|(field, reason)| (format!("/{field}"), reason));
         let disks = self.disks.iter().enumerate();
-        let faults = disks.flat_map(|(number, disk)| {
+        let disks = disks.flat_map(|(number, disk)| {
             let at = move |(field, reason)| (format!("/disks/{number}/{field}"), reason);
             disk.faults().into_iter().map(at)
         });
         let at_rng = |(field, reason)| (format!("/rng/{field}"), reason);
-        faults.chain(self.rng.limits.faults().into_iter().map(at_rng)).collect()
+        processors.chain(disks).chain(self.rng.limits.faults().into_iter().map(at_rng)).collect()
     }
 
     /// Makes all paths absolute, from the working directory of this process.

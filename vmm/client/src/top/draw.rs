@@ -31,7 +31,7 @@ const HELP: &str = "\
  t               what its pages are used for, as its guest says
  q or Ctrl-C     leave
 
- CPU%    of one core, in the guest and for it
+ CPU%    of one core, by all vCPUs, and for them
  RES     private pages, and the VM's share of each frame
  SHARED  its pages that are mapped to frames
  SAVED   memory saved by sharing, with zeros
@@ -221,6 +221,11 @@ fn draw_vms(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_stateful_widget(table, area, &mut state);
 }
 
+/// Returns a share of a core, in five letters at most: VMs with many vCPUs use more than one core.
+fn percent(cpu: f64) -> String {
+    if cpu < 999.95 { format!("{cpu:.1}") } else { format!("{cpu:.0}") }
+}
+
 fn cell(vm: &Vm, column: Column) -> (String, Style) {
     let plain = Style::new();
     let maybe = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), short);
@@ -232,7 +237,7 @@ fn cell(vm: &Vm, column: Column) -> (String, Style) {
     match column {
         Column::Name => (vm.name.clone(), plain),
         Column::State => (vm.state.name().to_owned(), state_style(vm.state)),
-        Column::Cpu => (vm.cpu.map_or_else(|| "-".to_owned(), |cpu| format!("{cpu:.1}")), plain),
+        Column::Cpu => (vm.cpu.map_or_else(|| "-".to_owned(), percent), plain),
         Column::Memory => (short(vm.memory), plain),
         Column::Resident => (maybe(vm.resident), plain.fg(RESIDENT)),
         Column::Shared => (maybe(vm.shared), plain),
@@ -423,6 +428,14 @@ mod tests {
         let buffer = terminal.backend().buffer().clone();
         let line = |y| (0..width).map(|x| buffer[(x, y)].symbol()).collect::<String>();
         (0..height).map(line).collect()
+    }
+
+    #[test]
+    fn many_vcpus_use_more_than_one_core() {
+        assert_eq!(
+            [0.04, 99.96, 400.0, 999.9, 999.96, 25_400.0].map(percent),
+            ["0.0", "100.0", "400.0", "999.9", "1000", "25400"]
+        );
     }
 
     #[test]

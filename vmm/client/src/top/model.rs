@@ -319,6 +319,7 @@ pub(super) mod tests {
             since_time_seconds: 0.0,
             reason: None,
             memory_bytes: 128 * mib,
+            vcpus: 2,
             group: "default".into(),
             mode: SharingMode::Full,
             resident_bytes: Some((40 + index) * mib),

@@ -19,8 +19,8 @@ use utoipa::ToSchema;
 use check::EntryPlaces;
 use read::{Entry, Read};
 use samepage_spec::{
-    ConsoleSpec, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec, SharingSpec, Size, VmSpec,
-    optional_memory_schema,
+    ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec, SharingSpec, Size,
+    VmSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -68,6 +68,13 @@ pub struct VmEntry {
     /// The size of the memory.
     #[schema(schema_with = optional_memory_schema)]
     pub memory: Option<Size>,
+    /// The number of vCPUs. By default 1.
+    #[schema(minimum = 1, maximum = 254)]
+    pub vcpus: Option<u32>,
+    /// Whether the guest sees each two vCPUs as the threads of one core. By default each is a core.
+    pub smt: Option<bool>,
+    /// The processor features that the guest is told of. By default the host's.
+    pub cpu: Option<Cpu>,
     /// The host's pages for the memory.
     pub hugepages: Option<HugePages>,
     /// Disks, in the guest's order.
@@ -95,6 +102,9 @@ macro_rules! with_fields {
             initrd,
             cmdline,
             memory,
+            vcpus,
+            smt,
+            cpu,
             hugepages,
             disks,
             rng,
@@ -141,6 +151,9 @@ impl VmEntry {
             initrd: self.initrd.as_deref().map(path),
             cmdline: text(self.cmdline.as_deref().unwrap_or(DEFAULT_COMMAND_LINE)),
             memory: self.memory.unwrap_or_default(),
+            vcpus: self.vcpus.unwrap_or(1),
+            smt: self.smt.unwrap_or(false),
+            cpu: self.cpu.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
             rng: self.rng.clone().unwrap_or_default(),

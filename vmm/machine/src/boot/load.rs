@@ -17,7 +17,6 @@ use crate::x86::layout::{
     COMMAND_LINE, COMMAND_LINE_MAX, HIGH_RAM_START, HIMEM_START, HoleRange, LOW_RAM_MAX, MapEntry,
     memory_map, ram_ranges,
 };
-use crate::x86::mptable;
 
 /// The start of the first vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -279,8 +278,6 @@ fn write_parameters(
     memory
         .write_slice(command_line.as_bytes(), GuestAddress(COMMAND_LINE))
         .map_err(|source| ImageError::GuestMemory { what: "the command line", source })?;
-    mptable::write(memory)
-        .map_err(|source| ImageError::GuestMemory { what: "the multiprocessor table", source })?;
     let written = match entry {
         Entry::Pvh(_) => params::write_start_info(memory, map, initrd),
         Entry::Linux64(_) => {
@@ -295,7 +292,7 @@ mod tests {
     use super::super::test_images::{bzimage, bzimage_with_payload, elf64, pack, pvh_elf};
     use super::*;
     use crate::vm::memory::VmMemory;
-    use crate::x86::layout::{MP_TABLE, ZERO_PAGE};
+    use crate::x86::layout::ZERO_PAGE;
 
     const RAM: u64 = 64 << 20;
 
@@ -332,7 +329,6 @@ mod tests {
             assert_eq!(load_into(&memory, image, None).unwrap(), entry);
             assert_eq!(bytes_at(&memory, code_at, code.len()), code);
             assert_eq!(bytes_at(&memory, COMMAND_LINE, 14), b"console=ttyS0\0");
-            assert_eq!(bytes_at(&memory, MP_TABLE, 4), b"_MP_");
         }
     }
 

@@ -14,7 +14,11 @@
 //!
 //! Kicking a vCPU makes it leave KVM_RUN. `immediate_exit` is set, so that KVM_RUN returns immediately if it
 //! has not begun. A signal makes it return if it has. Both happen under the lock under which the vCPU thread
-//! clears `immediate_exit` before it enters KVM_RUN, so no kick is lost.
+//! clears `immediate_exit` before it enters KVM_RUN, so no kick is lost. A vCPU that waits for its start by the guest is
+//! in KVM_RUN as well, and is kicked in the same way.
+//!
+//! A change of the goal wakes held vCPU threads, and the last thread that follows it wakes who waits for that. So the
+//! work for each change is proportional to the number of vCPUs.
 
 #![expect(unsafe_code, reason = "signals vCPU threads and writes to the page they share with KVM")]
 
@@ -25,7 +29,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use libc::{c_int, c_void, pthread_t, siginfo_t};
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -96,6 +100,9 @@ struct Vcpu {
 struct State {
     goal: Goal,
     vcpus: Vec<Vcpu>,
+    /// How many of them are running, and how many are gone.
+    running: usize,
+    gone: usize,
     end: Option<VmEnd>,
     /// CPU time of the vCPUs that have ended.
     spent: Duration,
@@ -106,15 +113,26 @@ impl State {
         self.vcpus.iter().filter_map(|vcpu| vcpu.target.as_ref()).for_each(KickTarget::kick);
     }
 
-    fn all(&self, phase_holds: impl Fn(Phase) -> bool) -> bool {
-        self.vcpus.iter().all(|vcpu| phase_holds(vcpu.phase))
+    fn set_phase(&mut self, number: usize, phase: Phase) {
+        for (in_phase, count) in [(Phase::Running, &mut self.running), (Phase::Gone, &mut self.gone)] {
+            *count -= usize::from(self.vcpus[number].phase == in_phase);
+            *count += usize::from(phase == in_phase);
+        }
+        self.vcpus[number].phase = phase;
+    }
+
+    fn has_ended(&self) -> bool {
+        self.end.is_some() && self.gone == self.vcpus.len()
     }
 }
 
 /// The control of a VM, shared with its vCPU threads and with every thread that may end it.
 pub(super) struct Control {
     state: Mutex<State>,
-    changed: Condvar,
+    /// Notified when the goal changes, for vCPU threads.
+    goal_changed: Condvar,
+    /// Notified when no vCPU runs any more, and when all are gone.
+    settled: Condvar,
     /// Written when the goal becomes END. Threads that wait on behalf of a vCPU then stop waiting.
     closing: EventFd,
     /// Written when the VM has ended.
@@ -130,10 +148,13 @@ impl Control {
             state: Mutex::new(State {
                 goal: Goal::Hold,
                 vcpus: Vec::new(),
+                running: 0,
+                gone: 0,
                 end: None,
                 spent: Duration::ZERO,
             }),
-            changed: Condvar::new(),
+            goal_changed: Condvar::new(),
+            settled: Condvar::new(),
             closing: event()?,
             ended: event()?,
         })
@@ -164,7 +185,7 @@ impl Control {
         let mut state = self.state.lock();
         if state.goal == Goal::Hold {
             state.goal = Goal::Run;
-            self.changed.notify_all();
+            self.goal_changed.notify_all();
         }
     }
 
@@ -175,9 +196,7 @@ impl Control {
             state.goal = Goal::Hold;
             state.kick_all();
         }
-        self.changed.wait_while(&mut state, |state| {
-            state.goal == Goal::Hold && !state.all(|phase| phase != Phase::Running)
-        });
+        self.settled.wait_while(&mut state, |state| state.goal == Goal::Hold && state.running > 0);
     }
 
     /// Ends the VM for this reason, unless it is already ending. Does not wait.
@@ -190,7 +209,10 @@ impl Control {
         state.end = Some(end);
         raise(&self.closing);
         state.kick_all();
-        self.note_change(&mut state);
+        self.goal_changed.notify_all();
+        // Who waits for a pause need not wait any longer.
+        self.settled.notify_all();
+        self.note_end(&state);
     }
 
     /// Returns the present state of the VM.
@@ -212,7 +234,7 @@ impl Control {
     /// Returns how the VM ended, or `None` if it has not ended.
     pub(super) fn end(&self) -> Option<VmEnd> {
         let state = self.state.lock();
-        if state.all(|phase| phase == Phase::Gone) { state.end.clone() } else { None }
+        if state.has_ended() { state.end.clone() } else { None }
     }
 
     /// Waits until the VM has ended.
@@ -220,11 +242,11 @@ impl Control {
         let mut state = self.state.lock();
         loop {
             if let Some(end) = &state.end
-                && state.all(|phase| phase == Phase::Gone)
+                && state.has_ended()
             {
                 return end.clone();
             }
-            self.changed.wait(&mut state);
+            self.settled.wait(&mut state);
         }
     }
 
@@ -242,18 +264,20 @@ impl Control {
 
     fn leave(&self, number: usize) {
         let mut state = self.state.lock();
-        let vcpu = &mut state.vcpus[number];
-        let spent = vcpu.target.take().map_or(Duration::ZERO, |target| target.cpu_time());
-        vcpu.phase = Phase::Gone;
-        state.spent += spent;
-        self.note_change(&mut state);
+        let target = state.vcpus[number].target.take();
+        state.spent += target.map_or(Duration::ZERO, |target| target.cpu_time());
+        state.set_phase(number, Phase::Gone);
+        if state.running == 0 {
+            self.settled.notify_all();
+        }
+        self.note_end(&state);
     }
 
-    fn note_change(&self, state: &mut MutexGuard<'_, State>) {
-        if state.end.is_some() && state.all(|phase| phase == Phase::Gone) {
+    fn note_end(&self, state: &State) {
+        if state.has_ended() {
             raise(&self.ended);
+            self.settled.notify_all();
         }
-        self.changed.notify_all();
     }
 }
 
@@ -269,28 +293,30 @@ pub(super) struct Member<'a> {
 }
 
 impl Member<'_> {
-    /// Waits while the VM is held. Returns `true` if the vCPU may run, and `false` if it must end. A vCPU
-    /// calls this after each interruption of KVM_RUN.
-    pub(super) fn may_run(&self) -> bool {
+    /// Waits while the VM is held. Returns `None` if the vCPU must end. Otherwise the vCPU may run, and the
+    /// answer is whether it was held. A vCPU calls this after each interruption of KVM_RUN.
+    pub(super) fn may_run(&self) -> Option<bool> {
         let mut state = self.control.state.lock();
+        let mut was_held = state.vcpus[self.number].phase == Phase::Held;
         loop {
-            let goal = state.goal;
-            let vcpu = &mut state.vcpus[self.number];
-            match goal {
+            match state.goal {
                 Goal::Run => {
-                    vcpu.phase = Phase::Running;
-                    if let Some(target) = &vcpu.target {
+                    state.set_phase(self.number, Phase::Running);
+                    if let Some(target) = &state.vcpus[self.number].target {
                         target.immediate_exit().store(0, Ordering::Release);
                     }
-                    return true;
+                    return Some(was_held);
                 }
-                Goal::End => return false,
+                Goal::End => return None,
                 Goal::Hold => {
-                    if vcpu.phase != Phase::Held {
-                        vcpu.phase = Phase::Held;
-                        self.control.changed.notify_all();
+                    if state.vcpus[self.number].phase != Phase::Held {
+                        was_held = true;
+                        state.set_phase(self.number, Phase::Held);
+                        if state.running == 0 {
+                            self.control.settled.notify_all();
+                        }
                     }
-                    self.control.changed.wait(&mut state);
+                    self.control.goal_changed.wait(&mut state);
                 }
             }
         }
@@ -336,7 +362,7 @@ mod tests {
             // SAFETY: `byte` is dropped after `member`.
             let member = unsafe { control.join(number, NonNull::from(&byte).cast()) };
             let mut runs = 0;
-            while member.may_run() {
+            while member.may_run().is_some() {
                 runs += 1;
                 while byte.load(Ordering::Acquire) == 0 {
                     std::thread::yield_now();
@@ -363,7 +389,7 @@ mod tests {
         for _ in 0..100 {
             control.run();
             control.hold();
-            assert!(control.state.lock().all(|phase| phase == Phase::Held));
+            assert!(control.state.lock().vcpus.iter().all(|vcpu| vcpu.phase == Phase::Held));
         }
         control.run();
         assert!(!is_readable(control.ended()));
@@ -378,6 +404,36 @@ mod tests {
         }
         control.run();
         control.hold();
+    }
+
+    #[test]
+    fn many_vcpus_follow_every_goal_and_the_first_end_counts() {
+        let control = Arc::new(Control::new().unwrap());
+        let threads: Vec<_> = (0..64).map(|_| spawn(&control)).collect();
+        for _ in 0..20 {
+            control.run();
+            control.hold();
+            let state = control.state.lock();
+            assert_eq!((state.running, state.gone), (0, 0));
+        }
+        control.run();
+        // One holds while another ends: neither waits for ever, and one reason remains.
+        let other = control.clone();
+        let holder = std::thread::spawn(move || other.hold());
+        let enders: Vec<_> = [VmEnd::PowerOff, VmEnd::Reset, VmEnd::Stopped]
+            .map(|end| (control.clone(), end))
+            .map(|(control, end)| std::thread::spawn(move || control.finish(end)))
+            .into();
+        let end = control.wait();
+        for thread in enders {
+            thread.join().unwrap();
+        }
+        holder.join().unwrap();
+        assert_eq!((control.end(), control.wait()), (Some(end.clone()), end));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(control.state.lock().gone, 64);
     }
 
     #[test]
@@ -407,6 +463,30 @@ mod tests {
         control.finish(VmEnd::Stopped);
         assert!(matches!(control.wait(), VmEnd::Stopped));
         assert_eq!(thread.join().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_vcpu_knows_whether_it_was_held() {
+        let control = Control::new().unwrap();
+        let byte = AtomicU8::new(0);
+        let number = control.add_vcpu();
+        // SAFETY: `byte` is dropped after `member`.
+        let member = unsafe { control.join(number, NonNull::from(&byte).cast()) };
+        control.run();
+        assert_eq!([member.may_run(), member.may_run()], [Some(true), Some(false)]);
+        std::thread::scope(|scope| {
+            let holder = scope.spawn(|| {
+                control.hold();
+                control.run();
+            });
+            while byte.load(Ordering::Acquire) == 0 {
+                std::thread::yield_now();
+            }
+            assert_eq!(member.may_run(), Some(true));
+            holder.join().unwrap();
+        });
+        control.finish(VmEnd::Stopped);
+        assert_eq!(member.may_run(), None);
     }
 
     #[test]

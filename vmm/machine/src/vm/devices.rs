@@ -117,7 +117,6 @@ pub(super) struct Devices {
     serial: Arc<Mutex<Serial>>,
     serial_stats: Arc<SerialStats>,
     keyboard: Arc<Mutex<I8042>>,
-    reset: EventFd,
     power: Arc<Mutex<Power>>,
     disks: Vec<Disk>,
     rng: Option<Arc<RngStats>>,
@@ -139,11 +138,9 @@ impl Devices {
         let serial = Serial::new(interrupt, console);
         let serial_stats = serial.stats().clone();
         let serial = Arc::new(Mutex::new(serial));
-        let reset = new_event()?;
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, KEYBOARD_IRQ)?;
-        let keyboard = I8042::new(reset.try_clone().map_err(VmError::Event)?, interrupt);
-        let keyboard = Arc::new(Mutex::new(keyboard));
+        let keyboard = Arc::new(Mutex::new(I8042::new(interrupt)));
 
         let mut ports = Bus::default();
         ports.insert(SERIAL_PORT.into(), serial::PORTS.into(), serial.clone());
@@ -220,7 +217,7 @@ impl Devices {
             places.attach(device, |source| VmError::Device { what: "the entropy device", source })?;
         }
         let mmio = places.into_bus();
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, reset, power, disks: attached, rng })
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks: attached, rng })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -239,11 +236,12 @@ impl Devices {
         self.mmio.write(address, data);
     }
 
-    /// Returns how the VM ends because of the last write to `port`: the keyboard controller's reset command, or soft off.
+    /// Returns how the VM ends because of writes to `port`: the keyboard controller's reset command, or soft off. Each
+    /// vCPU that asks gets the answer, so none goes on in a guest that another one has ended.
     pub(super) fn requested_end(&self, port: u16) -> Option<VmEnd> {
         let controller = i8042::BASE_PORT..i8042::BASE_PORT + i8042::PORTS;
         let management = POWER_PORT..POWER_PORT + power::PORTS;
-        if controller.contains(&port) && self.reset.read().is_ok() {
+        if controller.contains(&port) && self.keyboard.lock().wants_reset() {
             Some(VmEnd::Reset)
         } else if management.contains(&port) && self.power.lock().is_off() {
             Some(VmEnd::PowerOff)

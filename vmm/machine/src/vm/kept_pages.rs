@@ -14,13 +14,14 @@ use samepage_sharing::store::FrameStore;
 use samepage_sharing::{PAGE_SIZE, Ram};
 
 use super::memory::VmMemory;
-use super::{create_machine, create_vcpu};
+use super::{create_machine, processors};
 use crate::HugePages;
 use crate::boot::ImageSource;
 use crate::boot::load;
 use crate::boot::test_images::pvh_elf;
 use crate::hypervisor::Hypervisor;
 use crate::x86::registers;
+use crate::x86::topology::Topology;
 
 const BYTES: u64 = 4 << 20;
 /// Page numbers: the page for the time, and the page for the vCPUs' waiting time.
@@ -48,7 +49,14 @@ impl Machine {
         let kvm = Arc::new(create_machine(hypervisor).unwrap());
         memory.register(&kvm, false).unwrap();
         kvm.create_irq_chip().unwrap();
-        let vcpu = create_vcpu(hypervisor, &kvm, 0, 1).unwrap();
+        let vcpu = processors::create_one(
+            hypervisor,
+            &kvm,
+            hypervisor.supported_cpuid(),
+            Topology::new(1, false),
+            0,
+        )
+        .unwrap();
         registers::set_up(&vcpu, entry).unwrap();
         Self { vcpu, kvm, memory }
     }

@@ -4,6 +4,7 @@ mod asking;
 pub(crate) mod blocks;
 mod bus;
 mod changes;
+mod console_target;
 pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
@@ -11,20 +12,23 @@ mod hole;
 #[cfg(test)]
 mod kept_pages;
 pub(crate) mod memory;
+mod processors;
 mod provenance;
+#[cfg(test)]
+mod smp_tests;
 mod vcpu;
 pub(crate) mod virtio;
 
 use std::convert::Infallible;
 use std::error::Error as StdError;
 use std::fmt;
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::VmFd;
 use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::console::Console;
@@ -38,13 +42,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::BootError;
 use crate::boot::load::{self, Loaded};
-use crate::config::{ConfigError, ConsoleConfig, MemoryHole, Validated, VmConfig, VmSpec};
-use crate::console::{CopySink, FileSink, Log, PrefixSink};
+use crate::config::{ConfigError, MemoryHole, Validated, VmConfig, VmSpec};
+use crate::console::Log;
 use crate::hypervisor::Hypervisor;
 use crate::x86::acpi;
-use crate::x86::cpuid::{self, Topology};
 use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
-use crate::x86::{registers, reset_vector};
+use crate::x86::topology::Topology;
+use crate::x86::{mptable, registers, reset_vector};
 
 pub use asking::ASK_AGAIN_AFTER;
 use asking::Asking;
@@ -58,9 +62,6 @@ pub use memory::{MemorySlot, VmMemory};
 use vcpu::Vcpu;
 pub use virtio::MAX_VIRTIO;
 use virtio::mmio_devices;
-
-/// The number of a VM's vCPUs.
-const VCPUS: u8 = 1;
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,6 +138,14 @@ pub enum VmError {
         what: &'static str,
         /// The error of the system call.
         source: io::Error,
+    },
+    /// More vCPUs than KVM gives to a VM.
+    #[error("{asked} vCPUs: KVM gives a VM {most} at most on this host; ask for fewer")]
+    Vcpus {
+        /// The number in the description.
+        asked: u32,
+        /// The upper limit.
+        most: u32,
     },
     /// CPUID could not be prepared.
     #[error("describe the processor to the guest: {0}")]
@@ -239,6 +248,7 @@ impl VmHandle {
 /// A virtual machine. Dropping it ends it and frees its threads, files and memory.
 pub struct Vm {
     handle: VmHandle,
+    vcpus: u32,
     threads: Vec<JoinHandle<()>>,
     notices: Vec<String>,
     console_log: Option<Log>,
@@ -276,6 +286,10 @@ impl Vm {
         let mut notices: Vec<_> =
             give_up_hole_out_of_reach(&mut config, hypervisor.address_bits()).into_iter().collect();
         let bytes = config.spec.memory.0;
+        let vcpus = config.spec.vcpus;
+        processors::check_count(hypervisor, vcpus)?;
+        // The description has made sure of it.
+        let numbers = u8::try_from(vcpus).unwrap_or(u8::MAX);
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.spec.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
         let news = config.has_port().then(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
@@ -289,7 +303,8 @@ impl Vm {
         notices.extend(remark.map(|remark| format!("VM {}: {remark}", config.spec.name)));
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
         let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.sharing.is_some())).collect();
-        acpi::write(memory.view(), VCPUS, &virtio).map_err(VmError::Tables)?;
+        acpi::write(memory.view(), numbers, &virtio).map_err(VmError::Tables)?;
+        mptable::write(memory.view(), numbers).map_err(VmError::Tables)?;
         reset_vector::write(memory.view()).map_err(VmError::Tables)?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
@@ -300,6 +315,7 @@ impl Vm {
             hole.register(&kvm, slot).map_err(VmError::kvm("give the memory hole to KVM"))?;
         }
         add_interrupt_controllers(&kvm)?;
+        processors::use_long_apic_ids(&kvm);
         let control = Arc::new(Control::new().map_err(VmError::Event)?);
         let handle = VmHandle { name: config.spec.name.as_str().into(), control };
         let vm = handle.clone();
@@ -336,7 +352,7 @@ impl Vm {
             }
         });
         let (console, console_log) =
-            open_console(config.console, &config.spec.name, handle.control.closing())?;
+            console_target::open(config.console, &config.spec.name, handle.control.closing())?;
         let shared = membership.as_ref().map(|membership| SharedMemory {
             hints: membership.hints(),
             blocks: membership.blocks(),
@@ -350,11 +366,12 @@ impl Vm {
             shared.as_ref(),
             hole_device,
         )?);
-        let fd = create_vcpu(hypervisor, &kvm, 0, VCPUS.into())?;
-        registers::set_up(&fd, entry).map_err(VmError::kvm("set the vCPU's first registers"))?;
+        let topology = Topology::new(vcpus, config.spec.smt);
+        let fds = processors::create(hypervisor, &kvm, (topology, config.spec.cpu), entry)?;
 
         let mut vm = Self {
             handle,
+            vcpus,
             threads: Vec::new(),
             notices,
             console_log,
@@ -365,15 +382,22 @@ impl Vm {
             _hole: hole,
             memory,
         };
-        let vcpu = Vcpu { number: 0, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
-        let thread = vcpu.spawn(&config.spec.name, &vm.handle.control).map_err(VmError::Thread)?;
-        vm.threads.push(thread);
+        for (number, fd) in (0..).zip(fds) {
+            let vcpu = Vcpu { number, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
+            let thread = vcpu.spawn(&config.spec.name, &vm.handle.control).map_err(VmError::Thread)?;
+            vm.threads.push(thread);
+        }
         Ok(vm)
     }
 
     /// Returns the VM's name.
     pub fn name(&self) -> &str {
         self.handle.name()
+    }
+
+    /// Returns the number of the vCPUs.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
     }
 
     /// Returns a handle that ends the VM.
@@ -544,51 +568,6 @@ fn add_interrupt_controllers(kvm: &VmFd) -> Result<(), VmError> {
     kvm.create_irq_chip().map_err(VmError::kvm("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     kvm.create_pit2(pit).map_err(VmError::kvm("create the timer"))
-}
-
-fn create_vcpu(hypervisor: &Hypervisor, kvm: &VmFd, number: u32, count: u32) -> Result<VcpuFd, VmError> {
-    let fd = kvm.create_vcpu(number.into()).map_err(VmError::kvm("create a vCPU"))?;
-    let topology = Topology {
-        vcpu: number,
-        vcpus: count,
-        // Hosts without a stable counter report no frequency. Guests then measure it.
-        tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
-        tsc_deadline: hypervisor.has_tsc_deadline,
-    };
-    let entries = cpuid::for_vcpu(hypervisor.supported_cpuid(), topology).map_err(VmError::Cpuid)?;
-    fd.set_cpuid2(&entries).map_err(VmError::kvm("describe the processor to the guest"))?;
-    Ok(fd)
-}
-
-/// Opens the target of the console, and returns its file if that can be opened again.
-fn open_console(
-    console: ConsoleConfig,
-    vm: &str,
-    closing: &EventFd,
-) -> Result<(Box<dyn Write + Send>, Option<Log>), VmError> {
-    let failed = |path: &str| {
-        let path = path.to_owned();
-        |source| VmError::Console { path, source }
-    };
-    let sink: Box<dyn Write + Send> = match console {
-        ConsoleConfig::Stdio => Box::new(FileSink::stdout(closing).map_err(failed("standard output"))?),
-        ConsoleConfig::PrefixedStdio => {
-            let out = FileSink::stdout(closing).map_err(failed("standard output"))?;
-            Box::new(PrefixSink::new(vm, out))
-        }
-        ConsoleConfig::File(path) => {
-            let sink = FileSink::create(&path, closing).map_err(failed(&path.display().to_string()))?;
-            let log = sink.log(&path);
-            return Ok((Box::new(sink), log));
-        }
-        ConsoleConfig::Off => Box::new(io::sink()),
-        ConsoleConfig::Copied { to, copy } => {
-            let (to, log) = open_console(*to, vm, closing)?;
-            return Ok((Box::new(CopySink::new(copy, to)), log));
-        }
-        ConsoleConfig::Sink(sink) => sink,
-    };
-    Ok((sink, None))
 }
 
 #[cfg(test)]

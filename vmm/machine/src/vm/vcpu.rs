@@ -53,7 +53,12 @@ impl Vcpu {
         // SAFETY: the field lies within the shared page. `self`, and with it the mapping, is dropped after
         // `member`, which is declared later.
         let member = unsafe { control.join(member, page.add(offset_of!(kvm_run, immediate_exit))) };
-        while member.may_run() {
+        while let Some(was_held) = member.may_run() {
+            if was_held {
+                // Tells the guest's watchdogs that time has passed without it. Guests without KVM's clock get no such
+                // word.
+                let _ = self.fd.kvmclock_ctrl();
+            }
             if let Some(end) = self.run_until_kicked() {
                 control.finish(end);
                 break;

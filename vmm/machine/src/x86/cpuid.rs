@@ -4,6 +4,10 @@
 //! Documentation/virt/kvm/x86/cpuid.rst.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use samepage_spec::Cpu;
+
+use super::features;
+use super::topology::Topology;
 
 const HYPERVISOR_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -11,41 +15,50 @@ const KVM_STEAL_TIME: u32 = 1 << 5;
 /// The TLB flush that uses the page of steal time.
 const KVM_PV_TLB_FLUSH: u32 = 1 << 9;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
-const LEAF_1_ECX_VMX: u32 = 1 << 5;
-const LEAF_1_ECX_SMX: u32 = 1 << 6;
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
-const LEAF_1_EDX_MULTITHREADING: u32 = 1 << 28;
-const EXTENDED_1_ECX_SVM: u32 = 1 << 2;
-const EXTENDED_1_ECX_SKINIT: u32 = 1 << 12;
-/// Features of AMD's virtualization.
-const SVM_FEATURES: u32 = 0x8000_000a;
-/// AMD's encryption of guest memory.
-const ENCRYPTION: u32 = 0x8000_001f;
 /// Frequency of the APIC bus that KVM emulates.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// The values that differ between vCPUs, VMs and hosts.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Topology {
-    /// Number of the vCPU, which is also its APIC id.
+pub(crate) struct Identity {
+    /// Number of the vCPU, which is also its APIC id. Nothing else differs between the vCPUs of a VM.
     pub(crate) vcpu: u32,
-    /// Number of vCPUs: cores of one package, one thread each.
-    pub(crate) vcpus: u32,
+    /// All vCPUs of the VM.
+    pub(crate) topology: Topology,
     /// Frequency of the guest's time stamp counter in kHz, if KVM knows it.
     pub(crate) tsc_khz: Option<u32>,
     /// Whether KVM emulates the APIC timer's deadline mode.
     pub(crate) tsc_deadline: bool,
 }
 
-/// Returns the CPUID entries of one vCPU, made from the entries that KVM supports.
-pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, String> {
+/// Returns the entries that all vCPUs of a VM have in common, made from the entries that KVM supports.
+///
+/// # Errors
+/// Fails with the names of the features that this host lacks.
+pub(crate) fn for_vm(supported: &CpuId, cpu: Cpu) -> Result<CpuId, String> {
+    let mut entries = supported.as_slice().to_vec();
+    let missing = features::missing(&entries, cpu);
+    if !missing.is_empty() {
+        return Err(format!(
+            "guests cannot have the profile {cpu} on this host, since its KVM lacks {}; use --cpu host or a lower profile",
+            missing.join(", ")
+        ));
+    }
+    features::restrict(&mut entries, cpu);
+    CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
+}
+
+/// Returns the CPUID entries of one vCPU, made from those of its VM.
+pub(crate) fn for_vcpu(supported: &CpuId, identity: Identity) -> Result<CpuId, String> {
+    let Identity { vcpu, topology, tsc_khz, tsc_deadline } = identity;
     let mut entries = supported.as_slice().to_vec();
     for entry in &mut entries {
-        set_topology(entry, topology);
-        hide_virtualization(entry);
+        topology.describe(vcpu, entry);
+        announce_emulation(entry, tsc_deadline);
     }
-    if let Some(tsc_khz) = topology.tsc_khz {
+    if let Some(tsc_khz) = tsc_khz {
         add_timing(&mut entries, tsc_khz);
     }
     if entries.len() > KVM_MAX_CPUID_ENTRIES {
@@ -57,64 +70,17 @@ pub(crate) fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, S
     CpuId::from_entries(&entries).map_err(|error| format!("{error:?}"))
 }
 
-fn set_topology(entry: &mut kvm_cpuid_entry2, topology: Topology) {
-    let Topology { vcpu, vcpus, tsc_deadline, .. } = topology;
-    // The number of bits that distinguish the cores of the package.
-    let core_bits = vcpus.next_power_of_two().trailing_zeros();
-    match entry.function {
-        1 => {
-            entry.ebx = (entry.ebx & 0x0000_ffff) | vcpus.min(255) << 16 | (vcpu & 0xff) << 24;
-            entry.ecx |= LEAF_1_ECX_HYPERVISOR;
-            if tsc_deadline {
-                entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
-            }
-            set_bit(&mut entry.edx, LEAF_1_EDX_MULTITHREADING, vcpus > 1);
+/// Tells of the hypervisor, and of the timer that KVM emulates on any processor.
+fn announce_emulation(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
+    if entry.function == 1 {
+        entry.ecx |= LEAF_1_ECX_HYPERVISOR;
+        if tsc_deadline {
+            entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
         }
-        // Caches on Intel and on AMD: levels 1 and 2 belong to a core, level 3 to the package.
-        4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
-            let level = (entry.eax >> 5) & 7;
-            let sharers = if level >= 3 { vcpus } else { 1 };
-            entry.eax = (entry.eax & !(0xfff << 14)) | (sharers - 1).min(0xfff) << 14;
-            if entry.function == 4 {
-                entry.eax = (entry.eax & 0x03ff_ffff) | (vcpus - 1).min(0x3f) << 26;
-            }
-        }
-        0xb | 0x1f => {
-            let (shift, processors, kind) = match entry.index {
-                0 => (0, 1, 1),             // threads of a core
-                1 => (core_bits, vcpus, 2), // cores of the package
-                _ => (0, 0, 0),
-            };
-            entry.eax = shift;
-            entry.ebx = processors;
-            entry.ecx = (entry.index & 0xff) | kind << 8;
-            entry.edx = vcpu;
-        }
-        0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | core_bits << 12 | (vcpus - 1).min(0xff),
-        0x8000_001e => {
-            entry.eax = vcpu;
-            entry.ebx = vcpu & 0xff; // one thread in this core
-            entry.ecx = 0; // one node
-        }
-        _ => {}
     }
 }
 
-/// Prevents nested guests. For them, KVM pins pages (virtual-APIC page, posted-interrupt descriptor) that
-/// sharing remaps. Without these bits, KVM refuses the instructions, and the MSRs that describe them
-/// (IA32_FEATURE_CONTROL's VMX bits, IA32_VMX_*, EFER.SVME, VM_CR, VM_HSAVE_PA).
-fn hide_virtualization(entry: &mut kvm_cpuid_entry2) {
-    match entry.function {
-        1 => entry.ecx &= !(LEAF_1_ECX_VMX | LEAF_1_ECX_SMX),
-        0x8000_0001 => entry.ecx &= !(EXTENDED_1_ECX_SVM | EXTENDED_1_ECX_SKINIT),
-        SVM_FEATURES | ENCRYPTION => {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
-        }
-        _ => {}
-    }
-}
-
-fn set_bit(word: &mut u32, bit: u32, on: bool) {
+pub(super) fn set_bit(word: &mut u32, bit: u32, on: bool) {
     if on {
         *word |= bit;
     } else {
@@ -194,53 +160,31 @@ mod tests {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
     }
 
-    fn result(entries: &[kvm_cpuid_entry2], topology: Topology) -> Vec<kvm_cpuid_entry2> {
+    fn result(entries: &[kvm_cpuid_entry2], identity: Identity) -> Vec<kvm_cpuid_entry2> {
         let supported = complete(&CpuId::from_entries(entries).unwrap()).unwrap();
-        for_vcpu(&supported, topology).unwrap().as_slice().to_vec()
+        for_vcpu(&supported, identity).unwrap().as_slice().to_vec()
     }
 
-    const FOURTH_OF_SIX: Topology =
-        Topology { vcpu: 3, vcpus: 6, tsc_khz: Some(2_400_000), tsc_deadline: true };
+    fn fourth_of_six() -> Identity {
+        Identity { vcpu: 3, topology: Topology::new(6, false), tsc_khz: Some(2_400_000), tsc_deadline: true }
+    }
 
     #[test]
     fn a_vcpu_reads_its_own_number_everywhere() {
         let all = result(
             &[
-                entry(1, 0, [0x906ea, 0x7700_0800, 0, LEAF_1_EDX_MULTITHREADING]),
+                entry(1, 0, [0x906ea, 0x7700_0800, 0, 1 << 28]),
                 entry(0xb, 0, [9, 9, 9, 9]),
                 entry(0x8000_001e, 0, [9, 9, 9, 0]),
             ],
-            FOURTH_OF_SIX,
+            fourth_of_six(),
         );
         let find =
             |function, index| *all.iter().find(|e| (e.function, e.index) == (function, index)).unwrap();
         assert_eq!(find(1, 0).ebx, 0x0306_0800);
         assert_eq!(find(1, 0).ecx, LEAF_1_ECX_HYPERVISOR | LEAF_1_ECX_TSC_DEADLINE);
-        assert_eq!(
-            (find(0xb, 0).eax, find(0xb, 0).ebx, find(0xb, 0).ecx, find(0xb, 0).edx),
-            (0, 1, 0x100, 3)
-        );
-        assert_eq!(
-            (find(0xb, 1).eax, find(0xb, 1).ebx, find(0xb, 1).ecx, find(0xb, 1).edx),
-            (3, 6, 0x201, 3)
-        );
-        assert_eq!((find(0xb, 2).ebx, find(0xb, 2).ecx), (0, 2));
+        assert_eq!([0, 1, 2].map(|level| find(0xb, level).edx), [3; 3]);
         assert_eq!((find(0x8000_001e, 0).eax, find(0x8000_001e, 0).ebx), (3, 3));
-    }
-
-    #[test]
-    fn a_single_vcpu_is_no_multiprocessor() {
-        let alone = Topology { vcpu: 0, vcpus: 1, tsc_khz: None, tsc_deadline: false };
-        let all = result(
-            &[
-                entry(1, 0, [0, 0x1234_0800, 0, LEAF_1_EDX_MULTITHREADING]),
-                entry(4, 0, [0xfc00_4121, 0, 0, 0]),
-                entry(4, 3, [0xfc1f_c163, 0, 0, 0]),
-            ],
-            alone,
-        );
-        assert_eq!((all[0].ebx, all[0].edx), (0x0001_0800, 0));
-        assert_eq!((all[1].eax, all[2].eax), (0x0000_0121, 0x0000_0163));
     }
 
     #[test]
@@ -262,16 +206,41 @@ mod tests {
     }
 
     #[test]
-    fn no_vcpu_is_told_of_virtualization() {
-        let all = [entry(1, 0, [0, 0, u32::MAX, 0]), entry(0x8000_0001, 0, [1, 2, u32::MAX, 3])];
-        let features = [entry(0x8000_000a, 0, [1, 0x8000, 0, 0xffff]), entry(0x8000_001f, 0, [3, 4, 5, 6])];
-        for vcpu in 0..3 {
-            let topology = Topology { vcpu, vcpus: 3, ..FOURTH_OF_SIX };
-            let told = result(&[&all[..], &features].concat(), topology);
-            assert_eq!(told[0].ecx, !(1 << 5 | 1 << 6));
-            assert_eq!((told[1].eax, told[1].ecx, told[1].edx), (1, !(1 << 2 | 1 << 12), 3));
-            assert!(told[2..4].iter().all(|e| (e.eax, e.ebx, e.ecx, e.edx) == (0, 0, 0, 0)), "{told:?}");
+    fn vcpus_of_a_vm_differ_in_their_ids_alone() {
+        let leaves = [0, 1, 4, 7, 0xb, 0x1f, 0x8000_0001, 0x8000_0008, 0x8000_001d, 0x8000_001e];
+        let host: Vec<_> = leaves.map(|leaf| entry(leaf, 0, [0x21; 4])).into();
+        let supported = complete(&CpuId::from_entries(&host).unwrap()).unwrap();
+        let vm = for_vm(&supported, Cpu::Host).unwrap();
+        for smt in [false, true] {
+            let of = |vcpu| {
+                let identity = Identity { vcpu, topology: Topology::new(6, smt), ..fourth_of_six() };
+                for_vcpu(&vm, identity).unwrap().as_slice().to_vec()
+            };
+            let first = of(0);
+            for vcpu in 1..6 {
+                for (one, other) in first.iter().zip(of(vcpu)) {
+                    let mut other = other;
+                    match other.function {
+                        1 => other.ebx &= 0x00ff_ffff,
+                        0xb | 0x1f => other.edx = 0,
+                        0x8000_001e => (other.eax, other.ebx) = (0, other.ebx & !0xff),
+                        _ => {}
+                    }
+                    assert_eq!(*one, other, "vCPU {vcpu}");
+                }
+            }
         }
+    }
+
+    #[test]
+    fn a_profile_that_the_host_cannot_serve_is_refused_with_what_is_missing() {
+        let host = CpuId::from_entries(&[entry(1, 0, [0, 0, 0, u32::MAX])]).unwrap();
+        let refused = for_vm(&host, Cpu::V2).unwrap_err();
+        assert!(
+            refused.contains("x86-64-v2") && refused.contains("lacks syscall, nx, lm, sse3"),
+            "{refused}"
+        );
+        assert!(for_vm(&host, Cpu::Host).is_ok());
     }
 
     #[test]
@@ -284,9 +253,9 @@ mod tests {
 
     #[test]
     fn timing_is_announced_behind_kvm_s_signature_and_only_there() {
-        let with = result(&[entry(0x4000_0000, 0, [0x4000_0001, 0, 0, 0])], FOURTH_OF_SIX);
+        let with = result(&[entry(0x4000_0000, 0, [0x4000_0001, 0, 0, 0])], fourth_of_six());
         assert_eq!(with[0].eax, 0x4000_0010);
         assert_eq!((with[1].function, with[1].eax, with[1].ebx), (0x4000_0010, 2_400_000, 1_000_000));
-        assert_eq!(result(&[entry(0, 0, [1, 0, 0, 0])], FOURTH_OF_SIX).len(), 1);
+        assert_eq!(result(&[entry(0, 0, [1, 0, 0, 0])], fourth_of_six()).len(), 1);
     }
 }

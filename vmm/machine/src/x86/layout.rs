@@ -29,9 +29,12 @@ pub const HIMEM_START: u64 = 0x10_0000;
 /// End of the RAM below 1 MiB that guests may use.
 pub const EBDA_START: u64 = 0x9_fc00;
 
-/// The multiprocessor table and the pointer to it, in the last KiB below 640 KiB. Kernels search there before
-/// the BIOS area.
-pub(crate) const MP_TABLE: u64 = EBDA_START;
+/// The pointer to the multiprocessor table, in the last KiB below 640 KiB. Kernels search there before the BIOS area.
+pub(crate) const MP_POINTER: u64 = EBDA_START;
+/// Room for the pointer, and for the table where it is short.
+pub(crate) const MP_BYTES: u64 = 1024;
+/// A longer multiprocessor table: the start of the BIOS area.
+pub(crate) const MP_LONG_TABLE: u64 = 0xf_0000;
 
 /// ACPI's root pointer, in the area in which kernels look for it that are not told its address. The tables follow. They
 /// share a page with the reset vector, so that a VM has one page more for both.

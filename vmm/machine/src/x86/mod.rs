@@ -3,7 +3,10 @@
 
 pub(crate) mod acpi;
 pub(crate) mod cpuid;
+mod features;
 pub mod layout;
 pub(crate) mod mptable;
 pub(crate) mod registers;
 pub(crate) mod reset_vector;
+pub(crate) mod topology;
+mod xsave;

@@ -124,6 +124,11 @@ pub(crate) fn set_up(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Erro
     vcpu.set_lapic(&lapic)
 }
 
+/// Sets what firmware sets on all other vCPUs, and what their start leaves as it is. They wait for that.
+pub(crate) fn set_up_waiting(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    set_msrs(vcpu)
+}
+
 fn set_system_registers(registers: &mut kvm_sregs, entry: Entry) {
     let long = matches!(entry, Entry::Linux64(_));
     registers.gdt = kvm_dtable { base: GDT_START, limit: TSS_SELECTOR + 7, ..Default::default() };
