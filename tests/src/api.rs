@@ -89,7 +89,10 @@ impl Host {
     #[must_use]
     pub fn vm(&self, name: &str, plan: &Plan, start: bool) -> Value {
         let kernel = self.folder.path().join("demo.elf");
-        json!({ "name": name, "kernel": kernel, "memory": MEMORY, "cmdline": plan.to_string(), "start": start })
+        json!({
+            "name": name, "kernel": kernel, "memory": MEMORY, "vcpus": plan.cpus, "cmdline": plan.to_string(),
+            "start": start,
+        })
     }
 
     /// Sends a request, checks the response against the description, and returns its status and JSON.

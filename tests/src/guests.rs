@@ -60,6 +60,7 @@ impl Guest {
         let mut config = VmConfig::new(name, kernel);
         config.spec.cmdline = plan.to_string();
         config.spec.memory = Size(memory_bytes);
+        config.spec.vcpus = plan.cpus;
         config.sharing = sharing.cloned();
         config
     }

@@ -136,6 +136,10 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=256))]
     pub(crate) vms: u32,
 
+    /// Number of vCPUs of each VM. All of them work
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) vcpus: u32,
+
     /// CPU time for the search for identical pages, in percent of one core
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_percent)]
     pub(crate) cpu: f64,

@@ -7,8 +7,14 @@
 //! some are missing. So ring 3 does the rest (the interrupt table and the other page tables); it may write
 //! all memory and use all ports. The I/O bitmap of the TSS permits the ports, because a KVM that runs ring 3
 //! natively loses the I/O privilege level. The code contains no SSE instruction.
+//!
+//! Other processors start in real mode, at the copy of the trampoline below 1 MiB, and take the same way to ring 3 with
+//! the same tables. Each has a TSS and stacks of its own, by its number in the order of the starts. All TSS use one I/O
+//! bitmap.
 
 use core::arch::{asm, global_asm};
+
+use crate::demo::plan::MOST_PROCESSORS;
 
 /// Vector of the gate that halts until an interrupt, callable from ring 3. It is that of INT3, because a KVM
 /// that runs ring 3 natively may turn INT with a vector into an invalid opcode.
@@ -53,14 +59,14 @@ global_asm!(
         movl $0x80010033, %eax  /* CR0: PG, WP, NE, ET, MP, PE */
         movl %eax, %cr0
         /* RSP0; the I/O bitmap's place, and the byte of ones that must end it: all ports are permitted. */
-        movl $kernel_stack_top, task_state + 4
-        movw $104, task_state + 102
-        movb $0xff, task_state + 104 + 8192
+        movl $kernel_stack_top, task_states + 4
+        movw $(64 * 104), task_states + 102
+        movb $0xff, io_bitmap + 8192
         /* The TSS descriptor's base is in pieces that no relocation can fill in. */
-        movl $task_state, %eax
-        movw %ax, task_state_descriptor + 2
+        movl $task_states, %eax
+        movw %ax, task_state_descriptors + 2
         shrl $16, %eax
-        movb %al, task_state_descriptor + 4
+        movb %al, task_state_descriptors + 4
         lgdt gdt_pointer
         ljmpl $0x08, $1f
 
@@ -82,6 +88,55 @@ global_asm!(
         pushq $0x2              /* RFLAGS: interrupts off */
         pushq $0x23             /* CS */
         pushq $ring3_main
+        iretq
+
+    /* Another processor, in 32-bit mode with the trampoline's segments. */
+    .code32
+    processor_entry:
+        movl $0x10, %eax
+        movl %eax, %ds
+        movl $0x620, %eax
+        movl %eax, %cr4
+        movl $page_map, %eax
+        movl %eax, %cr3
+        movl $0xc0000080, %ecx
+        rdmsr
+        orl $0x100, %eax
+        wrmsr
+        movl $0x80010033, %eax
+        movl %eax, %cr0
+        lgdt gdt_pointer
+        ljmpl $0x08, $1f
+    .code64
+    1:  movl $0x10, %eax
+        movl %eax, %ss
+        movl $0x1b, %eax
+        movl %eax, %ds
+        movl %eax, %es
+        movl %eax, %fs
+        movl %eax, %gs
+        movl $1, %edi
+        lock xaddl %edi, next_processor
+        cmpl $64, %edi
+        jb 3f
+    2:  hlt                     /* one too many */
+        jmp 2b
+    3:  movl %edi, %eax
+        shll $9, %eax
+        leal kernel_stacks(%rax), %esp  /* the end of the stack before: the first is another's */
+        lidt idt_pointer
+        movl %edi, %eax
+        shll $4, %eax
+        addl $0x28, %eax
+        ltr %ax
+        movl %edi, %eax
+        shll $13, %eax
+        leal user_stacks - 8(%rax), %eax
+        pushq $0x1b
+        pushq %rax
+        pushq $0x2
+        pushq $0x23
+        pushq $ring3_processor
         iretq
 
     /* Interrupts are taken here and nowhere else; one that is already pending wakes the halt as well, since
@@ -134,11 +189,39 @@ global_asm!(
         movq $ring3_fault, (%rsp)
         movq $0x23, 8(%rsp)
         movq $0x2, 16(%rsp)
-        movq $(user_stack_top - 8), 24(%rsp)
+        movq $(fault_stack_top - 8), 24(%rsp)
         movq $0x1b, 32(%rsp)
         iretq
 
+    /* The first instructions of another processor, in real mode. They run at a copy of this code. */
+    .section .text.boot, "ax"
+    .code16
+    .balign 16
+    .globl trampoline
+    trampoline:
+        cli
+        xorw %ax, %ax
+        movw %ax, %ds
+        lgdtl 0x8000 + trampoline_gdt_pointer - trampoline
+        movl $0x11, %eax        /* CR0: ET, PE */
+        movl %eax, %cr0
+        ljmpl $0x08, $processor_entry
+    .balign 8
+    trampoline_gdt:
+        .quad 0
+        .quad 0x00cf9b000000ffff    /* 0x08: ring 0, 32-bit code */
+        .quad 0x00cf93000000ffff    /* 0x10: ring 0, data */
+    trampoline_gdt_pointer:
+        .word 23
+        .long 0x8000 + trampoline_gdt - trampoline
+    .globl trampoline_end
+    trampoline_end:
+    .code64
+
     .section .data.boot, "aw"
+    .balign 8
+    .globl next_processor
+    next_processor: .long 1
     .balign 8
     gdt:
         .quad 0
@@ -146,9 +229,11 @@ global_asm!(
         .quad 0x00cf93000000ffff    /* 0x10: ring 0, data */
         .quad 0x00cff3000000ffff    /* 0x18: ring 3, data */
         .quad 0x00affb000000ffff    /* 0x20: ring 3, 64-bit code */
-    task_state_descriptor:          /* 0x28 */
-        .quad 0x0000890000002068    /* limit: 104 bytes, 8192 of I/O bitmap and one that ends it */
+    .globl task_state_descriptors
+    task_state_descriptors:         /* 0x28; one for each processor */
+        .quad 0x0000890000003a00    /* limit: 64 TSS of 104 bytes, 8192 of I/O bitmap and one that ends it */
         .quad 0
+        .skip 16 * 63
     gdt_end:
     gdt_pointer:
         .word gdt_end - gdt - 1
@@ -168,13 +253,20 @@ global_asm!(
     .globl interrupt_table
     interrupt_table: .skip 4096
     .skip 4                     /* so that RSP0 is aligned */
-    task_state: .skip 104 + 8192 + 1
+    .globl task_states
+    task_states: .skip 64 * 104
+    io_bitmap: .skip 8192 + 1
     .balign 16
     .skip 1024
     kernel_stack_top:
     .balign 16
     .skip 65536
     user_stack_top:
+    .skip 8192
+    fault_stack_top:
+    .globl kernel_stacks
+    kernel_stacks: .skip 64 * 512
+    user_stacks: .skip 64 * 8192
     "#,
     options(att_syntax)
 );
@@ -186,6 +278,45 @@ unsafe extern "C" {
     static spurious_gate: [u8; 0];
     static exception_gates: [u8; 0];
     static mut interrupt_table: [[u64; 2]; 256];
+    static trampoline: [u8; 0];
+    static trampoline_end: [u8; 0];
+    static kernel_stacks: [u8; 0];
+    static mut task_states: [[u32; TASK_STATE_BYTES / 4]; MOST_PROCESSORS as usize];
+    static mut task_state_descriptors: [[u64; 2]; MOST_PROCESSORS as usize];
+}
+
+/// The page of the trampoline's copy. Nothing else lies there once the monitor's data has been read.
+pub(crate) const TRAMPOLINE_PAGE: u8 = 8;
+const TASK_STATE_BYTES: usize = 104;
+const KERNEL_STACK_BYTES: u64 = 512;
+/// The assembly has these numbers as literals.
+const _: () = assert!(MOST_PROCESSORS == 64 && TRAMPOLINE_PAGE as usize * 4096 == 0x8000);
+
+/// Makes all ready for the starts of other processors.
+///
+/// # Safety
+/// To be called once, when low memory is mapped and nothing in it is needed any more.
+pub(crate) unsafe fn prepare_processors() {
+    let first_bitmap = MOST_PROCESSORS as usize * TASK_STATE_BYTES;
+    for number in 1..MOST_PROCESSORS as usize {
+        let stack = (&raw const kernel_stacks).addr() as u64 + number as u64 * KERNEL_STACK_BYTES;
+        let bitmap = first_bitmap - number * TASK_STATE_BYTES;
+        // SAFETY: the number is in bounds, and no processor uses these entries yet.
+        unsafe {
+            let state = &raw mut task_states[number];
+            // RSP0 is at byte 4, and the bitmap's place at byte 102.
+            (&raw mut (*state)[1]).write_volatile(stack as u32);
+            (&raw mut (*state)[25]).write_volatile((bitmap as u32) << 16);
+            let base = state.addr() as u64;
+            let limit = (bitmap + 8192) as u64;
+            let low = limit | (base & 0xff_ffff) << 16 | 0x89 << 40 | (base >> 24 & 0xff) << 56;
+            (&raw mut task_state_descriptors[number]).write_volatile([low, base >> 32]);
+        }
+    }
+    let bytes = (&raw const trampoline_end).addr() - (&raw const trampoline).addr();
+    let copy = core::ptr::with_exposed_provenance_mut::<u8>(usize::from(TRAMPOLINE_PAGE) * 4096);
+    // SAFETY: the trampoline is code of this program, and the caller vouches for its place.
+    unsafe { core::ptr::copy_nonoverlapping((&raw const trampoline).cast::<u8>(), copy, bytes) };
 }
 
 /// Fills the interrupt table, which ring 0 has already loaded.
@@ -217,6 +348,18 @@ pub(crate) unsafe fn flush_translations() {
         asm!("int3", out("rax") _, options(nostack));
         install_gate(HALT_VECTOR, (&raw const halt_gate).addr() as u64, 3);
     }
+}
+
+/// Initial control words of the floating-point units: all exceptions masked.
+const MXCSR: u32 = 0x1f80;
+
+/// Brings the floating-point units of this processor into their initial state.
+///
+/// # Safety
+/// To be called before any code that uses them.
+pub(crate) unsafe fn set_up_floating_point() {
+    // SAFETY: the units exist in every 64-bit processor.
+    unsafe { asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR, options(nostack)) };
 }
 
 /// Fills one entry of the interrupt table, for callers from `ring` on inwards.

@@ -125,12 +125,8 @@ fn halt() {
     unsafe { asm!("int3", options(nostack)) }
 }
 
-/// Returns the ticks of the counter and of the timer in the same time, or `None` if there is no timer.
-fn calibrate() -> Option<(u64, u64)> {
-    // 0x10 to 0x15: an integrated APIC (Intel SDM, volume 3, section 12.4.8).
-    if !(0x10..0x20).contains(&(read(VERSION) & 0xff)) {
-        return None;
-    }
+/// Sets up the local APIC of this processor: on, no interrupts but those of its timer.
+pub(crate) fn set_up_apic() {
     write(SPURIOUS, APIC_ENABLED | SPURIOUS_VECTOR as u32);
     write(TASK_PRIORITY, 0);
     for lint in LVT_LINT {
@@ -138,6 +134,31 @@ fn calibrate() -> Option<(u64, u64)> {
     }
     write(LVT_TIMER, MASKED);
     write(DIVIDE, DIVIDE_BY_1);
+}
+
+/// Has all other processors start at a page below 1 MiB, in real mode: INIT, then SIPI.
+pub(crate) fn start_others(page: u8) {
+    const COMMAND: usize = 0x300;
+    const ALL_BUT_SELF: u32 = 0b11 << 18;
+    const ASSERT: u32 = 1 << 14;
+    const INIT: u32 = 0b101 << 8;
+    const STARTUP: u32 = 0b110 << 8;
+    const PENDING: u32 = 1 << 12;
+    for command in [INIT, STARTUP | u32::from(page)] {
+        write(COMMAND, ALL_BUT_SELF | ASSERT | command);
+        while read(COMMAND) & PENDING != 0 {
+            hint::spin_loop();
+        }
+    }
+}
+
+/// Returns the ticks of the counter and of the timer in the same time, or `None` if there is no timer.
+fn calibrate() -> Option<(u64, u64)> {
+    // 0x10 to 0x15: an integrated APIC (Intel SDM, volume 3, section 12.4.8).
+    if !(0x10..0x20).contains(&(read(VERSION) & 0xff)) {
+        return None;
+    }
+    set_up_apic();
     write(INITIAL_COUNT, u32::MAX);
 
     let timer_start = read(CURRENT_COUNT);

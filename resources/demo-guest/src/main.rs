@@ -21,6 +21,7 @@ mod memory;
 mod pages;
 mod paging;
 mod port;
+mod processors;
 mod start_info;
 mod virtio;
 
@@ -35,17 +36,15 @@ use demo::report::{Hex, Report, Text};
 use disk::Disk;
 use hole::Claims;
 use pages::Pages;
+use processors::{Task, Team, World};
 use start_info::{Handover, LONGEST_COMMAND_LINE};
-
-/// Initial control words of the floating-point units: all exceptions masked.
-const MXCSR: u32 = 0x1f80;
 
 /// The start of ring 3, called by the boot code with the monitor's address from `ebx`.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_main(start_info: usize) -> ! {
-    // SAFETY: this is the first code in ring 3, and the units exist in every 64-bit processor.
+    // SAFETY: this is the first code in ring 3.
     unsafe {
-        core::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR, options(nostack));
+        boot::set_up_floating_point();
         boot::install_gates();
         paging::map_low();
     }
@@ -79,8 +78,14 @@ fn run(handover: &Handover) -> ! {
     });
 
     let start = clock::now();
-    // SAFETY: all usable memory is mapped now, and nothing else uses the arena and its table.
-    let mut pages = unsafe { Pages::fill(&plan, &arena, &clock) };
+    let world = World { plan: &plan, arena: &arena, clock: &clock };
+    // SAFETY: all usable memory is mapped now, and this function does not return.
+    let team = unsafe { Team::start(&world) };
+    // SAFETY: nothing else uses this part of the arena and of its table.
+    let mut pages = unsafe { Pages::new(&world, team.first_part(&arena), 0, team.size()) };
+    team.begin(Task::Fill);
+    pages.fill();
+    team.finish(|| {});
     let counts = arena.counts();
     if plan.misbehaviour() == Some(Crash::Hang) {
         // Behave like a driver that finds a keyboard and then ignores it.
@@ -106,23 +111,26 @@ fn run(handover: &Handover) -> ! {
         // SAFETY: the monitor has given the place of the hole, and nothing else writes there.
         unsafe { Claims::open(&plan, mode, &clock) }.unwrap_or_else(|reason| fail(reason, 0))
     });
-    let rounds = rounds(&plan, &clock, &mut pages, disk.as_mut(), claims.as_mut());
+    let rounds = rounds(&world, &team, &mut pages, disk.as_mut(), claims.as_mut());
     if claims.is_none_or(|claims| claims.is_honest()) {
+        team.begin(Task::VerifyLast);
         pages.verify(false);
+        team.finish(|| {});
     }
-    let corrupt = pages.corrupt + disk.map_or(0, Disk::finish);
+    let corrupt = pages.corrupt + processors::others_corrupt() + disk.map_or(0, Disk::finish);
     port::print(Report::Done { rounds, corrupt });
     stop()
 }
 
 /// Does the plan's rounds. Returns the number of finished rounds.
 fn rounds(
-    plan: &Plan,
-    clock: &Clock,
+    world: &World<'_>,
+    team: &Team<'_>,
     pages: &mut Pages<'_>,
     mut disk: Option<&mut Disk<'_>>,
     mut claims: Option<&mut Claims<'_>>,
 ) -> u64 {
+    let World { plan, clock, .. } = *world;
     let mut round = 0;
     let mut reported = 0;
     loop {
@@ -143,11 +151,23 @@ fn rounds(
             port::print(Report::Walk { steps, us: clock.elapsed_us(start) });
         }
         let start = clock::now();
-        let Some(verified) = pages.verify(true) else { return round };
+        team.begin(Task::Verify);
+        let own = pages.verify(true);
+        if pages.quit {
+            team.quit();
+        }
+        let others = team.finish(|| {
+            pages.attend(1);
+            if pages.quit {
+                team.quit();
+            }
+        });
+        let Some(own) = own.filter(|_| !pages.quit) else { return round };
         round += 1;
         let us = clock.elapsed_us(start);
-        port::print(Report::Round { round, verified, writes: pages.writes - reported, us });
-        reported = pages.writes;
+        let writes = pages.writes + processors::others_writes();
+        port::print(Report::Round { round, verified: own + others, writes: writes - reported, us });
+        reported = writes;
         if round == plan.rounds {
             return round;
         }

@@ -1,11 +1,14 @@
 //! Fills, rewrites and verifies the arena.
 
+use core::ops::Range;
+
 use crate::clock::{self, Clock};
 use crate::demo::content::{Class, Contents, PAGE_BYTES, PAGE_WORDS, PageContent, mix};
 use crate::demo::layout::Arena;
 use crate::demo::plan::{Plan, Rate};
 use crate::demo::report::{Hex, Report};
 use crate::port;
+use crate::processors::{self, World};
 
 /// Pages to verify between two readings of the clock.
 const CHUNK: u64 = 16;
@@ -28,8 +31,13 @@ const QUIT: u8 = b'q';
 /// The version of a free page, whose content does not matter.
 const FREE: u32 = u32::MAX;
 
-/// The arena during the work.
+/// The arena during the work, or a processor's part of it.
 pub(crate) struct Pages<'a> {
+    /// Indexes of the pages of this processor.
+    part: Range<u64>,
+    /// Number of the processor, and of all that work.
+    processor: u32,
+    processors: u32,
     plan: &'a Plan,
     arena: &'a Arena,
     clock: &'a Clock,
@@ -51,20 +59,23 @@ pub(crate) struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    /// Fills the arena of `plan` with its base content.
+    /// Returns a part of the arena for one of so many processors; the first processor has the number 0.
     ///
     /// # Safety
-    /// While the value lives, all of the arena's pages and its version table must be mapped and unused by
+    /// While the value lives, the part's pages and their entries of the version table must be mapped and unused by
     /// others. They must be untouched since the machine started, so that the table is zero.
-    pub(crate) unsafe fn fill(plan: &'a Plan, arena: &'a Arena, clock: &'a Clock) -> Self {
+    pub(crate) unsafe fn new(world: &World<'a>, part: Range<u64>, processor: u32, processors: u32) -> Self {
+        let World { plan, arena, clock } = *world;
         let start = clock::now();
-        let contents = Contents::new(plan.seed, plan.vm);
-        let mut pages = Self {
+        Self {
+            part,
+            processor,
+            processors,
             plan,
             arena,
             clock,
-            contents,
-            random: mix(plan.vm.into()),
+            contents: Contents::new(plan.seed, plan.vm),
+            random: mix(u64::from(plan.vm) | u64::from(processor) << 32),
             last_version: 0,
             next_write: start,
             next_poll: start,
@@ -72,19 +83,22 @@ impl<'a> Pages<'a> {
             corrupt: 0,
             quit: false,
             scan_codes: 0,
-        };
-        for index in 0..arena.pages() {
-            pages.fill_page(index);
         }
-        pages.next_write = clock::now();
-        pages
+    }
+
+    /// Fills the part with its base content.
+    pub(crate) fn fill(&mut self) {
+        for index in self.part.clone() {
+            self.fill_page(index);
+        }
+        self.next_write = clock::now();
     }
 
     fn fill_page(&mut self, index: u64) {
         let Some(words) = self.page(index) else { return };
         let content = self.contents.page(self.arena.class(index), index, 0);
         for i in 0..PAGE_WORDS {
-            // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees.
+            // SAFETY: the page belongs to the arena, as the caller of `new` guarantees.
             unsafe { words.add(i).write(content.base(i)) };
         }
     }
@@ -104,7 +118,7 @@ impl<'a> Pages<'a> {
     }
 
     fn content(&self, index: u64) -> PageContent {
-        // SAFETY: the version table has an entry for each page, as the caller of `fill` guarantees.
+        // SAFETY: the version table has an entry for each page, as the caller of `new` guarantees.
         let version = unsafe { self.version(index).read() };
         self.contents.page(self.arena.class(index), index, version)
     }
@@ -113,7 +127,7 @@ impl<'a> Pages<'a> {
     /// or `None` if the host asked the guest to end before that.
     pub(crate) fn verify(&mut self, writing: bool) -> Option<u64> {
         let mut verified = 0;
-        for index in 0..self.arena.pages() {
+        for index in self.part.clone() {
             verified += u64::from(self.verify_page(index));
             if writing && index % CHUNK == 0 {
                 self.attend(CHUNK);
@@ -141,7 +155,7 @@ impl<'a> Pages<'a> {
             // The upper half of the product is as even a choice as the remainder, without a division.
             let index = ((u128::from(place) * u128::from(self.arena.pages())) >> 64) as u64;
             if let Some(words) = self.page(index) {
-                // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees, and the index is
+                // SAFETY: the page belongs to the arena, as the caller of `new` guarantees, and the index is
                 // within it.
                 place ^= unsafe { words.add(place as usize % PAGE_WORDS).read_volatile() };
             }
@@ -153,7 +167,7 @@ impl<'a> Pages<'a> {
     fn verify_page(&mut self, index: u64) -> bool {
         let Some(words) = self.page(index).filter(|_| !self.is_free(index)) else { return false };
         let content = self.content(index);
-        // SAFETY: the page belongs to the arena, as the caller of `fill` guarantees. The read is volatile,
+        // SAFETY: the page belongs to the arena, as the caller of `new` guarantees. The read is volatile,
         // because the memory may differ from what this program wrote.
         let read = |i: usize| unsafe { words.add(i).read_volatile() };
 
@@ -208,7 +222,7 @@ impl<'a> Pages<'a> {
             Rate::PerSecond(0) => {}
             Rate::Max => (0..fill_in).for_each(|_| self.write_any()),
             Rate::PerSecond(rate) => {
-                let step = (self.clock.tsc_khz * 1000 / u64::from(rate)).max(1);
+                let step = (self.clock.tsc_khz * 1000 * u64::from(self.processors) / u64::from(rate)).max(1);
                 if self.next_write.saturating_add(self.clock.ticks(LONGEST_BACKLOG_US)) < now {
                     self.next_write = now;
                 }
@@ -224,6 +238,10 @@ impl<'a> Pages<'a> {
 
     fn poll(&mut self, now: u64) {
         self.next_poll = now + self.clock.ticks(POLL_US);
+        if self.processor > 0 {
+            self.quit |= processors::must_quit();
+            return;
+        }
         while let Some(byte) = port::receive() {
             self.quit |= byte == QUIT;
         }
@@ -254,6 +272,11 @@ impl<'a> Pages<'a> {
         }
     }
 
+    /// Whether rewriting goes on without pauses.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.plan.rate == Rate::Max
+    }
+
     pub(crate) fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(1);
         mix(self.random)
@@ -261,11 +284,11 @@ impl<'a> Pages<'a> {
 
     /// Rewrites a random page among those that may be written, if one is found.
     fn write_any(&mut self) {
-        if self.arena.pages() == 0 {
+        if self.part.is_empty() {
             return;
         }
         for _ in 0..TRIES {
-            let index = self.random() % self.arena.pages();
+            let index = self.part.start + self.random() % (self.part.end - self.part.start);
             if self.plan.write.contains(self.arena.class(index)) && !self.is_free(index) {
                 return self.write(index);
             }
@@ -289,7 +312,7 @@ impl<'a> Pages<'a> {
 
     /// Returns whether the page is free.
     pub(crate) fn is_free(&self, index: u64) -> bool {
-        // SAFETY: the version table has an entry for each page, as the caller of `fill` guarantees.
+        // SAFETY: the version table has an entry for each page, as the caller of `new` guarantees.
         unsafe { self.version(index).read() == FREE }
     }
 
@@ -331,7 +354,7 @@ impl<'a> Pages<'a> {
         let restored = self.random() % 100 < self.plan.restore.into();
         let version = if restored { 0 } else { self.next_version() };
         // SAFETY: the version table has an entry for each page and the page belongs to the arena, as the
-        // caller of `fill` guarantees.
+        // caller of `new` guarantees.
         unsafe {
             self.version(index).write(version);
             let content = self.content(index);

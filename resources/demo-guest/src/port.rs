@@ -3,6 +3,8 @@
 //! Ring 3 may use ports, because the I/O bitmap of the boot code permits all of them.
 
 use core::arch::asm;
+use core::hint;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::demo::report::Report;
 
@@ -38,10 +40,23 @@ pub(crate) fn init() {
     }
 }
 
-/// Prints a report. The transmitter is assumed to be always ready: reading its status would cost as much as
+/// Whether a processor prints.
+static PRINTING: AtomicBool = AtomicBool::new(false);
+/// How often a processor looks whether another one has printed its line. A processor that has faulted while it printed
+/// must not keep others from reporting.
+const LOOKS: u32 = 1 << 28;
+
+/// Prints a report, as a whole line. The transmitter is assumed to be always ready: reading its status would cost as much as
 /// the byte itself, and a monitor's serial port never blocks.
 pub(crate) fn print(report: Report) {
+    for _ in 0..LOOKS {
+        if !PRINTING.swap(true, Ordering::Acquire) {
+            break;
+        }
+        hint::spin_loop();
+    }
     report.write(&mut |piece| piece.iter().for_each(|byte| write8(SERIAL, *byte)));
+    PRINTING.store(false, Ordering::Release);
 }
 
 /// Returns a byte that has arrived on the serial port.

@@ -11,6 +11,9 @@ use samepage_hole::{PARAMETER, parse_parameter};
 use super::client::ClientPlan;
 use super::content::Class;
 
+/// Upper limit for the processors that can share the work.
+pub const MOST_PROCESSORS: u32 = 64;
+
 /// A set of page classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Classes(u8);
@@ -228,6 +231,8 @@ pub struct Plan {
     pub seed: u32,
     /// This VM's number, which is the seed of its own pages and of all its writes.
     pub vm: u32,
+    /// Number of processors that share the work; [`MOST_PROCESSORS`] at most. One works where the memory hole is used.
+    pub cpus: u32,
     /// Limit for the pages in the arena; `None` for all usable memory.
     pub pages: Option<u64>,
     /// Usable pages to skip before the arena, to shift it against that of another VM.
@@ -269,6 +274,7 @@ impl Default for Plan {
             run: 64,
             seed: 1,
             vm: 0,
+            cpus: 1,
             pages: None,
             skip: 0,
             rate: Rate::PerSecond(0),
@@ -313,6 +319,7 @@ impl Plan {
             "run" => self.run = number32(value)?.max(1),
             "seed" => self.seed = number32(value)?,
             "vm" => self.vm = number32(value)?,
+            "cpus" => self.cpus = number32(value).filter(|cpus| (1..=MOST_PROCESSORS).contains(cpus))?,
             "pages" => self.pages = Some(number(value)?),
             "skip" => self.skip = number(value)?,
             "rate" if value == "max" => self.rate = Rate::Max,
@@ -360,6 +367,9 @@ impl fmt::Display for Plan {
         let default = Self::default();
         write!(f, "alike={} own={} zero={}", self.alike, self.own, self.zero)?;
         write!(f, " run={} seed={} vm={}", self.run, self.seed, self.vm)?;
+        if self.cpus != default.cpus {
+            write!(f, " cpus={}", self.cpus)?;
+        }
         if let Some(pages) = self.pages {
             write!(f, " pages={pages}")?;
         }
@@ -485,6 +495,7 @@ mod tests {
                 run: 7,
                 seed: 5,
                 vm: 99,
+                cpus: 64,
                 pages: Some(1234),
                 skip: 3,
                 rate: Rate::Max,
@@ -538,7 +549,7 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_handed_back_and_changes_nothing() {
-        let line = "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0 \
+        let line = "console=ttyS0 alike=101 own=x zero= run rate=-1 write=own,none crash=maybe seed=0x1g tsc_khz=0 cpus=65 \
              samepage.hole=1 hole_mode=odd";
         let (plan, ignored) = parse(line);
         assert_eq!(plan, Plan::default());

@@ -252,6 +252,15 @@ reports! {
         /// The word.
         option: Text = "option",
     }
+    /// The other processors were started, or not: then the first one does all the work.
+    "processors" Processors {
+        /// Processors that the plan asks for.
+        asked: u64 = "asked",
+        /// Processors that work.
+        working: u64 = "working",
+        /// Time that their start took, in microseconds.
+        us: u64 = "us",
+    }
     /// The arena is filled.
     "ready" Ready {
         /// Pages in the arena.

@@ -48,6 +48,8 @@ const REFRESH: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, Default)]
 struct Progress {
     ready: bool,
+    /// The vCPUs of a guest in which not all of them started, so that the first one works alone.
+    alone_of: Option<u64>,
     rounds: u64,
     verified: u64,
     writes: u64,
@@ -73,7 +75,7 @@ fn run(options: &DemoArgs) -> Result<Summary> {
     let settings = Settings { cpu_percent: options.cpu, ..Settings::default() };
     let sharing = Arc::new(Sharing::start(settings).context("memory cannot be shared on this host")?);
     sharing.pause();
-    let plan = plan();
+    let plan = Plan { cpus: options.vcpus, ..plan() };
     let counts = Arena::on_map(&plan, std::iter::once(0..MEMORY_BYTES))
         .context("lay out the guests' memory")?
         .counts();
@@ -192,6 +194,7 @@ fn start(
     let kernel = ImageSource::Bytes { name: "embedded guest", bytes: DEMO_GUEST.into() };
     let mut config = VmConfig::new(format!("demo-{index}"), kernel);
     config.spec.memory = Size(MEMORY_BYTES);
+    config.spec.vcpus = plan.cpus;
     config.spec.cmdline = plan.to_string();
     config.sharing = Some(Arc::clone(sharing));
     config.console = ConsoleConfig::Sink(Box::new(Lines { index, line: Vec::new(), reports }));
@@ -298,6 +301,7 @@ impl Progress {
     fn take(&mut self, report: &Report) {
         match report {
             Report::Ready { .. } => self.ready = true,
+            Report::Processors { asked, working, .. } if working < asked => self.alone_of = Some(*asked),
             Report::Round { round, verified, writes, .. } => {
                 self.rounds = *round;
                 self.verified += verified;

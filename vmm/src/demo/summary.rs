@@ -51,6 +51,8 @@ pub(super) struct Summary {
     pub rounds: u64,
     /// Pages with other content than their guest had written.
     pub corrupt: u64,
+    /// VMs in which one vCPU worked alone, because the guest could not start all others.
+    pub alone: Vec<String>,
     /// VMs that did not end with a reset by their guest, or lacked a last verification.
     pub unfinished: Vec<String>,
 }
@@ -73,7 +75,12 @@ impl Summary {
             .filter(|((_, progress), end)| progress.done.is_none() || **end != VmEnd::Reset)
             .map(|((vm, _), end)| format!("{}: {end}", vm.name))
             .collect();
+        let alone = last.vms.iter().zip(progress).filter_map(|(vm, progress)| {
+            let vcpus = progress.alone_of?;
+            Some(format!("{}: one vCPU worked alone, because not all {vcpus} vCPUs started", vm.name))
+        });
         Self {
+            alone: alone.collect(),
             vms: progress.len(),
             guest_bytes: last.guest_bytes,
             resident_before_bytes,
@@ -135,7 +142,7 @@ impl fmt::Display for Summary {
             "  Guests verified {} pages word by word in {} rounds each and\n  rewrote {} pages: {} corrupt.",
             self.pages_verified, self.rounds, self.pages_written, self.corrupt
         )?;
-        for vm in &self.unfinished {
+        for vm in self.alone.iter().chain(&self.unfinished) {
             writeln!(f, "  {vm}")?;
         }
         if self.saved_bytes < self.can_save_at_least_bytes {
