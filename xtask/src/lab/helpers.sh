@@ -89,6 +89,7 @@ show_all() {
 # it verifies them until a line on its console ends it.
 filling_guest() {
     make_initrd "$1" << 'E'
+echo "guest: $(nproc) processors"
 seq 1000000 > /tmp/alike
 dd if=/dev/urandom of=/tmp/own bs=1M count=4 2> /dev/null
 md5sum /tmp/alike /tmp/own > /tmp/sums

@@ -55,7 +55,9 @@ pub(super) fn command(kernel: &Path, initrd: &Path, options: &Options) -> Comman
     command.args(["-smp", &options.cpus.to_string(), "-m", &options.memory.to_string()]);
     command.args(["-display", "none", "-nodefaults", "-serial", "stdio", "-no-reboot"]);
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-    command.args(["-append", "console=ttyS0 panic=-1 mitigations=off quiet"]);
+    // A busy host makes the kernel doubt the time stamp counter. KVM then stops it in guests that do not run, so that
+    // they sleep for ever.
+    command.args(["-append", "console=ttyS0 panic=-1 mitigations=off tsc=reliable quiet"]);
     for disk in &options.disks {
         // A comma in a path is written twice.
         let path = disk.display().to_string().replace(',', ",,");
