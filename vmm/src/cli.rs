@@ -1,5 +1,6 @@
 //! The command line of `samepage`: its arguments, and their values before validation.
 
+mod cloud_init;
 mod disk;
 mod fields;
 mod rng;
@@ -16,10 +17,11 @@ use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
+use samepage_spec::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
+use cloud_init::parse_cloud_init;
 use disk::parse_disk;
 use rng::parse_rng;
 use samepage_analyze::args::AnalyzeArgs;
@@ -192,6 +194,12 @@ pub(crate) struct VmOptions {
     /// rate=BYTES (per second), iops=N and queues=N
     #[arg(long = "disk", value_name = "path=FILE[,FIELD...]", value_parser = parse_disk)]
     pub(crate) disks: Vec<DiskSpec>,
+
+    /// Add a disk with files for cloud-init, after the other disks: user-data=FILE, meta-data=FILE,
+    /// network-config=FILE and ssh-key=FILE (public keys). Without meta data, the guest gets the VM's name and the
+    /// keys. {index} and {name} are replaced
+    #[arg(long, value_name = "FIELD=FILE,...", value_parser = parse_cloud_init)]
+    pub(crate) cloud_init: Option<CloudInitSpec>,
 
     /// Whether each guest gets random bytes of the host from a virtio device. rate=BYTES and iops=N limit them
     /// per second

@@ -45,6 +45,7 @@ fn vm(
         cpu: options.cpu,
         hugepages: options.hugepages,
         disks: options.disks.iter().map(disk).collect(),
+        cloud_init: options.cloud_init.as_ref().map(|files| files.with_paths(path)),
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
         sharing: SharingSpec { group: expand(&options.share_group), mode: options.sharing },
         memory_hole: options.memory_hole,

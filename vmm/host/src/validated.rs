@@ -53,6 +53,7 @@ pub fn place(error: &ConfigError) -> Option<&str> {
         ConfigError::Name(NameError::Disk(_))
         | ConfigError::TooManyDisks(_)
         | ConfigError::DuplicateDiskId(_) => "/disks",
+        ConfigError::CloudInit(_) => "/cloud_init",
         ConfigError::Boot(BootError::Kernel {
             source: ImageError::CommandLineCharacter(_) | ImageError::CommandLineTooLong { .. },
             ..

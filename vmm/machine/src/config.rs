@@ -16,6 +16,7 @@ use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, Unpacked, load};
+use crate::seed::{self, SEED_ID, SeedError};
 use crate::vm::devices::MAX_DISKS;
 use crate::vm::virtio::mmio_parameters;
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
@@ -112,6 +113,9 @@ pub enum ConfigError {
     /// Two disks of a VM with one name.
     #[error("two disks are named {0}; give one of them another id=NAME")]
     DuplicateDiskId(String),
+    /// The disk for cloud-init.
+    #[error(transparent)]
+    CloudInit(#[from] SeedError),
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -161,9 +165,14 @@ impl VmConfig {
 
     /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
     pub(crate) fn mmio_device_count(&self, is_shared: bool) -> usize {
-        let VmSpec { disks, memory_hole, rng, .. } = &self.spec;
+        let VmSpec { memory_hole, rng, .. } = &self.spec;
         let port = is_shared && *memory_hole == MemoryHole::Port;
-        disks.len() + usize::from(port) + usize::from(rng.enabled)
+        self.disk_count() + usize::from(port) + usize::from(rng.enabled)
+    }
+
+    /// Returns the number of disks, with that for cloud-init.
+    fn disk_count(&self) -> usize {
+        self.spec.disks.len() + usize::from(self.spec.cloud_init.is_some())
     }
 
     /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
@@ -213,10 +222,15 @@ impl VmConfig {
         let of_value = |(place, reason)| ConfigError::Value { place, reason };
         let mut faults: Vec<_> = self.spec.faults().into_iter().map(of_value).collect();
         faults.extend([name, checked, group].into_iter().filter_map(Result::err));
-        if disks.len() > MAX_DISKS {
-            faults.push(ConfigError::TooManyDisks(disks.len()));
+        let count = self.disk_count();
+        if count > MAX_DISKS {
+            faults.push(ConfigError::TooManyDisks(count));
         }
         let mut ids = HashSet::new();
+        if let Some(files) = &self.spec.cloud_init {
+            ids.insert(SEED_ID.into());
+            faults.extend(seed::check(files, &self.spec.name).err().map(ConfigError::from));
+        }
         for (number, disk) in disks.iter().enumerate() {
             let id = disk.id(number);
             faults.extend(check_disk_id(&id).err().map(ConfigError::from));
@@ -365,6 +379,24 @@ mod tests {
             refused(|c| (c.spec.kernel, c.embedded_kernel) = ("/nonexistent".into(), None))
                 .contains("/nonexistent")
         );
+    }
+
+    #[test]
+    fn a_disk_for_cloud_init_is_one_of_the_disks() {
+        let mut config = config();
+        config.spec.cloud_init = Some(samepage_spec::CloudInitSpec::default());
+        assert_eq!(config.kernel_command_line(), "virtio_mmio.device=4K@0xd0000000:5");
+        let with_seed = |change: &dyn Fn(&mut VmConfig)| {
+            refused(|config| {
+                config.spec.cloud_init = Some(samepage_spec::CloudInitSpec::default());
+                change(config);
+            })
+        };
+        assert!(with_seed(&|c| c.spec.disks = vec![disk("cidata")]).contains("two disks are named cidata"));
+        let most = |c: &mut VmConfig| c.spec.disks = (0..MAX_DISKS).map(|n| disk(&n.to_string())).collect();
+        assert!(with_seed(&most).contains("at most"));
+        let missing = samepage_spec::CloudInitSpec { user_data: Some("/none".into()), ..Default::default() };
+        assert!(refused(|c| c.spec.cloud_init = Some(missing)).contains("user data for cloud-init, /none"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! same everywhere. The engine and the device models use these types without clap and without the API's schema,
 //! which are features.
 
+mod cloud_init;
 mod cpu;
 mod disk;
 mod hole;
@@ -16,6 +17,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use cloud_init::CloudInitSpec;
 pub use cpu::{Cpu, MAX_VCPUS, THREADS_OF_A_CORE};
 pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
 pub use hole::MemoryHole;

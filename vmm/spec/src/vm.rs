@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{self, one_vcpu};
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
-use crate::{Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
+use crate::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -79,6 +79,9 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schema(max_items = 8))]
     pub disks: Vec<DiskSpec>,
+    /// What cloud-init in the guest is told, on a disk after the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInitSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     #[serde(default)]
     pub rng: RngSpec,
@@ -153,6 +156,7 @@ impl VmSpec {
             cpu: Cpu::default(),
             hugepages: HugePages::default(),
             disks: Vec::new(),
+            cloud_init: None,
             rng: RngSpec::default(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
@@ -183,7 +187,8 @@ impl VmSpec {
         let disks = self.disks.iter_mut().flat_map(|disk| [Some(&mut disk.path), disk.backing.as_mut()]);
         let disks = disks.flatten();
         let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);
-        for path in images.chain(disks) {
+        let seed = self.cloud_init.iter_mut().flat_map(CloudInitSpec::paths);
+        for path in images.chain(disks).chain(seed) {
             *path = std::path::absolute(&path)?;
         }
         Ok(())

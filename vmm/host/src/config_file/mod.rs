@@ -19,8 +19,8 @@ use utoipa::ToSchema;
 use check::EntryPlaces;
 use read::{Entry, Read};
 use samepage_spec::{
-    ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec, SharingSpec, Size,
-    VmSpec, optional_memory_schema,
+    CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec,
+    SharingSpec, Size, VmSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -80,6 +80,8 @@ pub struct VmEntry {
     /// Disks, in the guest's order.
     #[schema(max_items = 8)]
     pub disks: Option<Vec<DiskSpec>>,
+    /// What cloud-init in the guest is told, on a disk after the others.
+    pub cloud_init: Option<CloudInitSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     pub rng: Option<RngSpec>,
     /// The file for console output, in addition to the backlog for clients.
@@ -107,6 +109,7 @@ macro_rules! with_fields {
             cpu,
             hugepages,
             disks,
+            cloud_init,
             rng,
             console,
             sharing,
@@ -156,6 +159,7 @@ impl VmEntry {
             cpu: self.cpu.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
+            cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),
             rng: self.rng.clone().unwrap_or_default(),
             console: ConsoleSpec {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),

@@ -45,6 +45,7 @@ use crate::boot::load::{self, Loaded};
 use crate::config::{ConfigError, MemoryHole, Validated, VmConfig, VmSpec};
 use crate::console::Log;
 use crate::hypervisor::Hypervisor;
+use crate::seed;
 use crate::x86::acpi;
 use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
 use crate::x86::topology::Topology;
@@ -358,16 +359,17 @@ impl Vm {
             blocks: membership.blocks(),
             slots: memory.slots(),
         });
+        let (spec, _seed) = seed::attach(config.spec).map_err(ConfigError::from)?;
         let devices = Arc::new(Devices::new(
             &kvm,
             (memory.view(), memory.ram().loss_flag()),
             console,
-            &config.spec,
+            &spec,
             shared.as_ref(),
             hole_device,
         )?);
-        let topology = Topology::new(vcpus, config.spec.smt);
-        let fds = processors::create(hypervisor, &kvm, (topology, config.spec.cpu), entry)?;
+        let topology = Topology::new(vcpus, spec.smt);
+        let fds = processors::create(hypervisor, &kvm, (topology, spec.cpu), entry)?;
 
         let mut vm = Self {
             handle,
@@ -384,7 +386,7 @@ impl Vm {
         };
         for (number, fd) in (0..).zip(fds) {
             let vcpu = Vcpu { number, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
-            let thread = vcpu.spawn(&config.spec.name, &vm.handle.control).map_err(VmError::Thread)?;
+            let thread = vcpu.spawn(&spec.name, &vm.handle.control).map_err(VmError::Thread)?;
             vm.threads.push(thread);
         }
         Ok(vm)
