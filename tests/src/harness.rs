@@ -12,7 +12,7 @@ use samepage_machine::Hypervisor;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::ram::Ram;
 use xtask::artifacts::Artifacts;
-use xtask::{lab, node, promtool, python};
+use xtask::{deb, lab, node, promtool, python};
 
 use crate::browser;
 
@@ -44,6 +44,8 @@ pub enum Need {
     Systemd,
     /// JavaScript programs from npm. Without them, a test is ignored.
     Node,
+    /// `cargo deb`, which writes Debian packages. Without it, a test is ignored.
+    CargoDeb,
     /// Prometheus' checker of metrics. Without it a test is ignored.
     Promtool,
 }
@@ -113,6 +115,9 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                     Ok(Completion::ignored_with(
                         "needs programs in JavaScript: `cargo xtask node` installs them",
                     ))
+                }
+                None if needs.contains(&Need::CargoDeb) && !deb::is_installed() => {
+                    Ok(Completion::ignored_with("needs cargo-deb: `cargo install cargo-deb` gets it"))
                 }
                 None if needs.contains(&Need::Promtool) && promtool::find().is_none() => {
                     Ok(Completion::ignored_with("needs promtool: `cargo xtask promtool` gets it"))

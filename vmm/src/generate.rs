@@ -6,15 +6,21 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::CommandFactory;
+use clap_complete::env::Shells;
 use samepage_host::{config_file, schema};
 use samepage_text::counted::counted;
 
 use crate::cli::{Cli, ConfigCommand};
 
-/// Prints completions for a shell.
+/// The variable with which a shell asks for completions.
+const COMPLETE: &str = "COMPLETE";
+
+/// Prints a script with which a shell asks this program for completions. So names of VMs are completed too.
 pub(crate) fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let (shells, name) = (Shells::builtins(), shell.to_string());
+    let completer = shells.completer(&name).with_context(|| format!("complete commands in {name}"))?;
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "samepage", &mut text);
+    completer.write_registration(COMPLETE, "samepage", "samepage", "samepage", &mut text)?;
     print(&text)
 }
 

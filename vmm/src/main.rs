@@ -12,7 +12,8 @@ mod upkeep;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use clap_complete::CompleteEnv;
 
 use cli::{Cli, Command};
 use samepage_process::tell;
@@ -30,6 +31,8 @@ fn main() -> ExitCode {
 }
 
 fn command() -> anyhow::Result<ExitCode> {
+    // A shell asks with a variable of its own how to complete a command line, and the process ends here.
+    CompleteEnv::with_factory(Cli::command).complete();
     // A wrong command line ends the process here, with status 2.
     let cli = Cli::parse();
     match &cli.command {

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod cache;
 pub mod check;
 mod cpio;
+pub mod deb;
 pub mod deny;
 pub mod disk;
 pub mod initramfs;

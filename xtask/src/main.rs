@@ -13,7 +13,7 @@ use xtask::artifacts::Artifacts;
 use xtask::cache::Cache;
 use xtask::lab::{self, Series};
 use xtask::suite::Choice;
-use xtask::{bench, check, disk, initramfs, kernel, node, promtool, python, setup};
+use xtask::{bench, check, deb, disk, initramfs, kernel, node, promtool, python, setup};
 
 /// Builds what the tests of samepage need, and runs every check of the project.
 ///
@@ -74,6 +74,8 @@ enum Task {
         /// Files and folders to copy into the folder of the script
         files: Vec<PathBuf>,
     },
+    /// Build the Debian package of samepage, and print its path. Installs cargo-deb if it is missing
+    Deb,
     /// Run every check: packages, guests, format, lint, docs, licences, advisories, tests
     Test {
         /// Run only the tests whose name contains this text, and no other check
@@ -107,6 +109,7 @@ fn main() -> ExitCode {
                 Err(error) => Err(error),
             }
         }
+        Task::Deb => print(deb::install().and_then(|()| deb::build())),
         Task::Test { filter, quick, jobs } => {
             let jobs = jobs.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get);
             return if check::run(&Choice { filter, quick, jobs }) {

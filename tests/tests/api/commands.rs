@@ -63,6 +63,13 @@ pub(crate) fn commands() {
     assert!(run(&["console", "web-0", "--backlog"]).contains("start ram="));
     let events = Running::start(client_command(&host, &["events", "--since", "0"]));
     events.stdout().wait_for_line("VM web-0 is stopped: the guest reset the machine");
+    // As bash asks after `samepage pause w` and a press of the tabulator.
+    let mut complete = client_command(&host, &["--", "samepage", "pause", "w"]);
+    complete.envs([("COMPLETE", "bash"), ("_CLAP_COMPLETE_INDEX", "2"), ("_CLAP_IFS", "\n")]);
+    let completed = Running::start(complete).wait();
+    completed.assert_code(0);
+    let offered: Vec<_> = completed.stdout.split_whitespace().collect();
+    assert_eq!(offered, ["web-0", "web-1"], "{}", completed.stdout);
     run(&["rm", "--all"]);
     events.stdout().wait_for_line("VM web-1 is deleted");
     assert_eq!(run(&["ps", "--json"]).trim(), "[]");
@@ -81,7 +88,13 @@ pub(crate) fn commands() {
     let nobody = Running::start(command(["ps", "--socket", "/nonexistent/socket"])).wait();
     nobody.assert_code(1);
     assert!(nobody.stderr.contains("samepage serve --socket"), "{}", nobody.stderr);
-    Running::start(command(["completions", "bash"])).wait().assert_code(0);
+    let script = Running::start(command(["completions", "bash"])).wait();
+    script.assert_code(0);
+    assert!(
+        script.stdout.contains("COMPLETE=\"bash\"") && script.stdout.contains("complete"),
+        "{}",
+        script.stdout
+    );
     let mut man = command(["man"]);
     man.arg(mistakes.path().join("man"));
     Running::start(man).wait().assert_code(0);

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use samepage_api_types::lifecycle::State;
 use samepage_process::control_socket;
 
+use crate::completion;
 use crate::socket::Client;
 
 /// A command that talks to a control socket.
@@ -125,7 +126,7 @@ fn parse_pattern(text: &str) -> Result<String, String> {
 #[derive(Debug, Args)]
 pub struct VmArgs {
     /// Name of the VM
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", add = completion::vms())]
     pub(crate) vm: String,
 
     #[command(flatten)]
@@ -136,7 +137,7 @@ pub struct VmArgs {
 #[derive(Debug, Args)]
 pub struct VmsArgs {
     /// Names of the VMs
-    #[arg(value_name = "VM", required_unless_present = "all")]
+    #[arg(value_name = "VM", required_unless_present = "all", add = completion::vms())]
     pub(crate) vms: Vec<String>,
 
     /// Apply the command to all VMs whose state allows it
@@ -162,7 +163,7 @@ pub struct StopArgs {
 #[derive(Debug, Args)]
 pub struct ResizeArgs {
     /// Name of the VM
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", add = completion::vms())]
     pub(crate) vm: String,
 
     /// Name of the disk
@@ -177,7 +178,7 @@ pub struct ResizeArgs {
 #[derive(Debug, Args)]
 pub struct SharingArgs {
     /// Name of the VM. Without it, the command shows the whole process
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", add = completion::vms())]
     pub(crate) vm: Option<String>,
 
     /// Set the sharing mode: all identical pages (full), only pages of zeros (zero), or nothing (off)
@@ -284,7 +285,7 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Args)]
 pub struct ConsoleArgs {
     /// Name of the VM
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", add = completion::vms())]
     pub(crate) vm: String,
 
     /// Print the guest's last output, and exit

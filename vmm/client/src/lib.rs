@@ -4,6 +4,7 @@
 //! error.
 
 pub mod args;
+mod completion;
 mod console;
 mod events;
 mod report_file;
