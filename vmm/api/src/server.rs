@@ -36,9 +36,9 @@ use samepage_api_types::problem::{Kind, PROBLEM_JSON};
 use samepage_host::registry::Registry;
 
 /// Limit for simultaneous connections, including those that only follow events or a console.
-const MAX_CONNECTIONS: usize = 256;
+pub(crate) const MAX_CONNECTIONS: usize = 256;
 /// Limit for simultaneous connections to the port.
-const MAX_HTTP_CONNECTIONS: usize = 64;
+pub(crate) const MAX_HTTP_CONNECTIONS: usize = 64;
 /// Time limit for a request's head, and for a connection without requests.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Buffer size of a connection, in bytes. A request's head must fit.

@@ -205,6 +205,31 @@ mod tests {
         assert_eq!(json["security"], json!([{}, { "token": [] }]));
     }
 
+    /// The page of limits has the numbers of the code.
+    #[test]
+    fn limits_are_those_of_the_documents() {
+        let page = include_str!("../../../../docs/limits.md");
+        let has = |what: &str, limit: &dyn std::fmt::Display| {
+            let row = page.lines().find(|line| line.starts_with(&format!("| {what}")));
+            let row = row.unwrap_or_else(|| panic!("docs/limits.md has no limit of {what}"));
+            assert!(row.contains(&format!("| {limit}")), "the limit is {limit}: {row}");
+        };
+        assert_eq!((MIN_RAM, MAX_RAM), (2 << 20, 8_796_093_022_208 - (4 << 30)));
+        has("virtio devices", &MAX_DISKS);
+        has("queues of a disk", &MAX_QUEUES);
+        has("kernel command line", &(COMMAND_LINE_MAX - 1));
+        has("name of a VM", &MAX_NAME);
+        has("name of a disk", &MAX_ID_LEN);
+        let kibibytes = format!("{} KiB", samepage_host::backlog::CAPACITY >> 10);
+        has("console that clients can read again", &kibibytes);
+        let mebibytes = |bytes: u64| format!("{} MiB", bytes >> 20);
+        has("file for cloud-init", &mebibytes(samepage_machine::seed::MAX_FILE_BYTES));
+        has("connections to the control socket", &crate::server::MAX_CONNECTIONS);
+        has("connections to the port", &crate::server::MAX_HTTP_CONNECTIONS);
+        has("body of a request", &mebibytes(crate::extract::MAX_BODY as u64));
+        has("runs of a map", &MOST_CELLS);
+    }
+
     /// The bounds that the code enforces are those of the description.
     #[test]
     fn bounds_are_those_that_are_enforced() {
