@@ -69,12 +69,21 @@ END
 cat > "$work/files/samepage.cfg" <<'END'
 # The host has a disk with the label cidata; no other source is asked, so that a boot without it does not wait.
 datasource_list: [NoCloud, None]
+# The only locale that exists without the package locales.
+locale: C.UTF-8
 system_info:
   network:
     renderers: [networkd]
 END
+cat > "$work/files/no-network.conf" <<'END'
+# A machine without a network has nothing to wait for.
+[Unit]
+ConditionPathExistsGlob=/sys/class/net/e*
+END
+wait=/etc/systemd/system/systemd-networkd-wait-online.service.d
 set -- "--customize-hook=copy-in $work/files/fstab /etc" \
     "--customize-hook=copy-in $work/files/samepage.cfg /etc/cloud/cloud.cfg.d" \
+    "--customize-hook=mkdir -p \"\$1\"$wait" "--customize-hook=copy-in $work/files/no-network.conf $wait" \
     '--customize-hook=chroot "$1" systemctl enable systemd-networkd' \
     '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_*_key* "$1"/etc/hostname' \
     '--customize-hook=: > "$1/etc/machine-id"'

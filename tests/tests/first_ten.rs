@@ -1,7 +1,8 @@
 //! *Your first ten VMs*: the commands of the page, exactly as they are printed.
 //!
-//! Stock kernels need hardware virtualisation, and the image is a large download. So a kernel that only halts stands in
-//! for Debian's, and small files for the image and the initial RAM disk. All else is as users have it.
+//! Stock kernels need hardware virtualisation, and the image is a large download. So a kernel that only waits for
+//! Ctrl-Alt-Del stands in for Debian's, and small files for the image and the initial RAM disk. All else is as users
+//! have it.
 
 use std::fs;
 use std::path::Path;
@@ -17,8 +18,8 @@ fn main() -> ExitCode {
     run_all(&[("the_commands_of_the_page_work_as_printed", &[Kvm], as_printed)])
 }
 
-/// The instruction `hlt`.
-const HALT: &[u8] = b"\xf4";
+/// A kernel that polls the keyboard (port 0x64) and resets the machine at a key, with the controller's command 0xfe.
+const KERNEL: &[u8] = b"\xe4\x64\xa8\x01\x74\xfa\xb0\xfe\xe6\x64\xf4";
 const PAGE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/first-ten-vms.md"));
 
 /// Returns the blocks of commands in the page.
@@ -38,7 +39,7 @@ fn blocks(page: &str) -> Vec<String> {
 fn as_printed() {
     let folder = tempfile::tempdir().expect("make a folder");
     let path = |name: &str| folder.path().join(name);
-    fs::write(path("vmlinuz"), pvh_elf(HALT)).expect("write the kernel");
+    fs::write(path("vmlinuz"), pvh_elf(KERNEL)).expect("write the kernel");
     fs::write(path("initrd.img"), "no initial RAM disk\n").expect("write the initial RAM disk");
     fs::write(path("debian.qcow2"), vec![7; 4 << 20]).expect("write the image");
     let shell = |command: &str| {

@@ -215,7 +215,8 @@ mod tests {
             assert!(row.contains(&format!("| {limit}")), "the limit is {limit}: {row}");
         };
         assert_eq!((MIN_RAM, MAX_RAM), (2 << 20, 8_796_093_022_208 - (4 << 30)));
-        has("virtio devices", &MAX_DISKS);
+        has("vCPUs", &samepage_spec::MAX_VCPUS);
+        has("disks, with that for cloud-init", &MAX_DISKS);
         has("queues of a disk", &MAX_QUEUES);
         has("kernel command line", &(COMMAND_LINE_MAX - 1));
         has("name of a VM", &MAX_NAME);
