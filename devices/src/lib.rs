@@ -7,12 +7,13 @@
 //! Everything that a guest writes (registers, rings, descriptors, requests) is hostile input. A device
 //! answers bad input with zeros, an I/O error or DEVICE_NEEDS_RESET for that device alone. It never panics,
 //! and its use of memory and time is bounded. Device models have no `unsafe`: they access guest memory only
-//! through the volatile copies of `vm-memory`, which also mark the dirty bitmap. Only [`disk`] contains
+//! through the volatile copies of `vm-memory`, which also mark the dirty bitmap. Only [`disk`] and [`net`] contain
 //! `unsafe`, for the memory that the host's kernel reads and writes.
 
 pub mod disk;
 pub mod doorbell;
 pub mod i8042;
+pub mod net;
 pub mod power;
 pub mod serial;
 pub mod virtio;

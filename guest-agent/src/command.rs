@@ -19,6 +19,9 @@ pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DE
   read:FILE:SIZE        the same for its first SIZE bytes, past the page cache
   write:FILE:SIZE:SEED  write SIZE bytes of content; report bytes and checksum
   sync                  write everything back to the devices
+  get:HOST:PORT         read all that HOST sends; report bytes and checksum
+  put:HOST:PORT:SIZE:SEED  send SIZE bytes of content; report bytes and checksum
+  echo:PORT             send back what the host sends to PORT of the socket device
   fill:SIZE:SEED        allocate SIZE of memory and fill it with content
   change:EVERY:SEED     give every EVERYth filled page content of another seed
   verify[:ROUNDS:MS]    check all filled memory, ROUNDS times, MS apart
@@ -32,7 +35,7 @@ pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DE
   poweroff, reboot      unmount everything and reset the machine (as init only)
 
   SIZE  bytes, or 64K, 16M, 1G          SEED  a number; 0 stands for zero bytes
-  MS    milliseconds";
+  MS    milliseconds           HOST  an IPv4 address, or vsock for the host";
 
 /// A command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +77,29 @@ pub enum Command {
     },
     /// Write back all file systems.
     Sync,
+    /// Read all that a program of the host sends.
+    Get {
+        /// An IPv4 address, or `vsock`.
+        host: String,
+        /// The port.
+        port: u32,
+    },
+    /// Send content to a program of the host.
+    Put {
+        /// An IPv4 address, or `vsock`.
+        host: String,
+        /// The port.
+        port: u32,
+        /// Number of bytes.
+        bytes: u64,
+        /// The seed of the content.
+        seed: u64,
+    },
+    /// Send back what a program of the host sends.
+    Echo {
+        /// The port of the socket device.
+        port: u32,
+    },
     /// Fill new memory with content.
     Fill {
         /// Number of pages.
@@ -160,6 +186,9 @@ impl Command {
             Self::Read { .. } => "read",
             Self::Write { .. } => "write",
             Self::Sync => "sync",
+            Self::Get { .. } => "get",
+            Self::Put { .. } => "put",
+            Self::Echo { .. } => "echo",
             Self::Fill { .. } => "fill",
             Self::Change { .. } => "change",
             Self::Verify { .. } => "verify",
@@ -200,6 +229,7 @@ impl FromStr for Command {
         };
         let size = |value: &str| parse_size(value).ok_or_else(|| invalid(value, "size"));
         let seed = |value: &str| value.parse().map_err(|_| invalid(value, "seed"));
+        let port = |value: &str| value.parse().map_err(|_| invalid(value, "port"));
         let time = |value: &str| {
             value.parse().map(Duration::from_millis).map_err(|_| invalid(value, "time in milliseconds"))
         };
@@ -223,6 +253,17 @@ impl FromStr for Command {
             ("write", _) => return usage("write:FILE:SIZE:SEED"),
             ("sync", []) => Self::Sync,
             ("sync", _) => return usage("sync"),
+            ("get", [host, at]) => Self::Get { host: (*host).to_owned(), port: port(at)? },
+            ("get", _) => return usage("get:HOST:PORT"),
+            ("put", [host, at, bytes, from]) => Self::Put {
+                host: (*host).to_owned(),
+                port: port(at)?,
+                bytes: size(bytes)?,
+                seed: seed(from)?,
+            },
+            ("put", _) => return usage("put:HOST:PORT:SIZE:SEED"),
+            ("echo", [at]) => Self::Echo { port: port(at)? },
+            ("echo", _) => return usage("echo:PORT"),
             ("fill", [bytes, from]) => Self::Fill {
                 pages: usize::try_from(size(bytes)?.div_ceil(PAGE_SIZE as u64))
                     .map_err(|_| invalid(bytes, "size"))?,

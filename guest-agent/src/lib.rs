@@ -29,3 +29,4 @@ pub mod init;
 pub mod memory;
 pub mod options;
 pub mod run;
+pub mod sockets;

@@ -6,6 +6,7 @@ use crate::hole;
 use crate::hole::check::Checked;
 use crate::hole::serve::{Options, Publisher};
 use crate::memory::{Memory, Mismatch};
+use crate::sockets;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -112,6 +113,15 @@ impl Runner {
             Command::Sum { path } => summed(path, files::sum(path, u64::MAX, Source::Cached))?,
             Command::Read { path, bytes } => summed(path, files::sum(path, *bytes, Source::Device))?,
             Command::Write { path, bytes, seed } => summed(path, files::write(path, *bytes, *seed))?,
+            Command::Get { host, port } => streamed(host, *port, sockets::get(host, *port))?,
+            Command::Put { host, port, bytes, seed } => {
+                streamed(host, *port, sockets::put(host, *port, *bytes, *seed))?
+            }
+            Command::Echo { port } => {
+                let listening = || say(format_args!("echo listens port={port}"));
+                let bytes = sockets::echo(*port, listening).map_err(at(Path::new("vsock")))?;
+                format!("port={port} bytes={bytes}")
+            }
             Command::Sync => {
                 rustix::fs::sync();
                 String::new()
@@ -172,6 +182,12 @@ fn at<E: Into<io::Error>>(path: &Path) -> impl FnOnce(E) -> Error {
 fn summed(path: &Path, result: io::Result<files::Summed>) -> Result<String, Error> {
     let summed = result.map_err(at(path))?;
     Ok(format!("path={} bytes={} fnv1a={}", path.display(), summed.bytes, summed.checksum))
+}
+
+fn streamed(host: &str, port: u32, result: io::Result<files::Summed>) -> Result<String, Error> {
+    let place = format!("{host}:{port}");
+    let summed = result.map_err(at(Path::new(&place)))?;
+    Ok(format!("host={place} bytes={} fnv1a={}", summed.bytes, summed.checksum))
 }
 
 /// Publishes once, and then continues on its own thread.

@@ -199,7 +199,7 @@ fn rs_sdk() {
     let network = models::NetworkInterface {
         guest_mac: None,
         host_dev_name: "tap0".into(),
-        iface_id: "eth0".into(),
+        iface_id: "eth-0".into(),
         rx_rate_limiter: None,
         tx_rate_limiter: None,
     };
@@ -351,7 +351,6 @@ fn faults() {
     fault("PUT", "/drives/a-b", drive(json!({ "drive_id": "a-b" })), "alphanumeric");
     fault("DELETE", "/drives/d", Value::Null, "unplug");
     for missing in [
-        "/network-interfaces/eth0",
         "/balloon",
         "/vsock",
         "/mmds",

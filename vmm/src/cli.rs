@@ -3,6 +3,7 @@
 mod cloud_init;
 mod disk;
 mod fields;
+mod net;
 mod rng;
 
 use std::ffi::OsString;
@@ -17,12 +18,13 @@ use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode};
+use samepage_spec::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
 use cloud_init::parse_cloud_init;
 use disk::parse_disk;
+use net::parse_net;
 use rng::parse_rng;
 use samepage_analyze::args::AnalyzeArgs;
 use samepage_client::args::{ClientCommand, Connection};
@@ -200,6 +202,13 @@ pub(crate) struct VmOptions {
     /// keys. {index} and {name} are replaced
     #[arg(long, value_name = "FIELD=FILE,...", value_parser = parse_cloud_init)]
     pub(crate) cloud_init: Option<CloudInitSpec>,
+
+    /// Add a network device on a tap: tap=NAME ({index} and {name} are replaced), which is made if the host has
+    /// none and the user may do so, or fd=N, an open file. Repeat the option for more devices. Further fields
+    /// are id=NAME, mac=ADDRESS, mtu=BYTES, queues=N, and limits per second: rx-rate=BYTES, rx-iops=FRAMES,
+    /// tx-rate=BYTES and tx-iops=FRAMES
+    #[arg(long = "net", value_name = "tap=NAME[,FIELD...]", value_parser = parse_net)]
+    pub(crate) networks: Vec<NetworkSpec>,
 
     /// Whether each guest gets random bytes of the host from a virtio device. rate=BYTES and iops=N limit them
     /// per second

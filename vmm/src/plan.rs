@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
-use samepage_spec::{ConsoleSpec, DiskSpec, SharingSpec, Size, VmSpec};
+use samepage_spec::{ConsoleSpec, DiskSpec, NetworkSpec, SharingSpec, Size, VmSpec};
 
 use crate::cli::{ConsoleArg, VmOptions};
 
@@ -30,6 +30,8 @@ fn vm(
         backing: disk.backing.as_deref().map(path),
         ..disk.clone()
     };
+    let network =
+        |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(expand), ..network.clone() };
     let console = match console {
         ConsoleArg::Stdio if options.count == 1 => ConsoleConfig::Stdio,
         ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
@@ -49,6 +51,7 @@ fn vm(
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },
         sharing: SharingSpec { group: expand(&options.share_group), mode: options.sharing },
         memory_hole: options.memory_hole,
+        networks: options.networks.iter().map(network).collect(),
         rng: options.rng.clone(),
         ..VmSpec::new(name, kernel)
     };
@@ -112,6 +115,14 @@ mod tests {
         assert_eq!([hole(&[]), hole(&["--memory-hole=on"])], [MemoryHole::On; 2]);
         assert_eq!(hole(&["--memory-hole", "off"]), MemoryHole::Off);
         assert_eq!(hole(&["--memory-hole", "port"]), MemoryHole::Port);
+    }
+
+    #[test]
+    fn each_vm_has_a_tap_of_its_own() {
+        let both = specs(&["--count=2", "--net=tap={name}-t{index},mtu=1400", "--net", "tap=lan{index}"]);
+        let taps = both[1].networks.iter().map(|network| network.tap.as_deref());
+        assert_eq!(taps.collect::<Vec<_>>(), [Some("vm-1-t1"), Some("lan1")]);
+        assert_eq!(both[1].networks[0].mtu, Some(1400));
     }
 
     #[test]

@@ -332,7 +332,8 @@ fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
     let mut reasons: Vec<(String, usize)> = Vec::new();
     let of_vm = |vm: Arc<Vm>| {
         let of_disks = vm.disks().iter().flat_map(|disk| &disk.notices);
-        vm.notices().iter().chain(of_disks).cloned().collect::<Vec<_>>()
+        let of_networks = vm.networks().iter().flat_map(|network| &network.notices);
+        vm.notices().iter().chain(of_disks).chain(of_networks).cloned().collect::<Vec<_>>()
     };
     for notice in vms.flat_map(of_vm) {
         // The part before the first colon names the VM or the disk.

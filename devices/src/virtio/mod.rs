@@ -38,6 +38,7 @@ pub mod block;
 mod chain;
 pub mod console;
 pub mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 #[cfg(test)]

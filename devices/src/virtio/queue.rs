@@ -1,7 +1,7 @@
 //! A queue in service: takes requests from the available ring and completes them into the used ring.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::{io, mem, thread};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -12,6 +12,11 @@ use super::Interrupt;
 use super::chain::{Buffers, ChainError};
 use crate::GuestMemory;
 use crate::disk::channel::ChannelLost;
+
+/// Flags and index at the start of a ring, in bytes.
+const RING_HEADER_BYTES: u64 = 4;
+/// Length of an element of the used ring.
+const USED_BYTES: usize = 8;
 
 /// The reason why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,12 @@ pub(crate) enum QueueError {
         "serve a virtio queue: a request has no status byte in guest memory; the driver must reset the device"
     )]
     NoStatus,
+    /// The driver's buffers have no room for a frame, or lie outside guest memory.
+    #[error(
+        "serve a virtio queue: the buffers for a frame have no room in guest memory; the driver must reset the \
+         device"
+    )]
+    NoRoom,
     /// The host has lost a part of guest memory.
     #[error("serve a virtio queue: the host has lost a part of guest memory; the VM must end")]
     MemoryLost,
@@ -78,11 +89,14 @@ pub(crate) struct ServedQueue {
     interrupt: Arc<Interrupt>,
     /// Whether requests were completed since the last notification of the driver.
     unannounced: bool,
+    /// The index of the used ring at that time.
+    announced: u16,
 }
 
 impl ServedQueue {
     pub(crate) fn new(queue: Queue, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
-        Self { queue, memory, interrupt, unannounced: false }
+        let announced = queue.next_used();
+        Self { queue, memory, interrupt, unannounced: false, announced }
     }
 
     pub(crate) fn memory(&self) -> &GuestMemory {
@@ -115,27 +129,67 @@ impl ServedQueue {
         Ok(self.queue.add_used(&self.memory, taken.head, written)?)
     }
 
+    /// Returns requests to the driver all at once, each with the number of bytes that the device wrote. So the
+    /// driver never sees some of them without the others.
+    pub(crate) fn complete_together(&mut self, mut done: Vec<(Taken, u32)>) -> Result<(), QueueError> {
+        let lost = self.check_memory();
+        // They end here, in either way.
+        done.iter_mut().for_each(|(taken, _)| taken.is_finished = true);
+        lost?;
+        let Some((last, others)) = done.split_last() else { return Ok(()) };
+        // The driver looks at no element before the index behind the last one is written.
+        let first = self.queue.next_used();
+        let size = self.queue.size();
+        for (place, (taken, written)) in (0_u16..).zip(others) {
+            let slot = u64::from(first.wrapping_add(place) % size);
+            let offset = RING_HEADER_BYTES + slot * USED_BYTES as u64;
+            let address = self.queue.used_ring().checked_add(offset).map(GuestAddress);
+            let address = address.ok_or(virtio_queue::Error::AddressOverflow)?;
+            let mut element = [0; USED_BYTES];
+            element[..4].copy_from_slice(&u32::from(taken.head).to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            self.memory.write_slice(&element, address).map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        self.queue.set_next_used(first.wrapping_add(others.len() as u16));
+        self.unannounced = true;
+        Ok(self.queue.add_used(&self.memory, last.0.head, last.1)?)
+    }
+
+    /// Returns the number of descriptors.
+    pub(crate) fn size(&self) -> usize {
+        usize::from(self.queue.size())
+    }
+
     /// Raises the interrupt, if the driver wants to know of the completed requests.
     pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
-        if mem::take(&mut self.unannounced)
-            && self.queue.needs_notification(&self.memory)?
-            && !self.interrupts_are_off()?
-        {
+        if mem::take(&mut self.unannounced) && self.wants_interrupt()? {
             self.interrupt.signal_used();
         }
         Ok(())
     }
 
-    /// Returns whether a driver without EVENT_IDX has set the flag against interrupts in the available ring.
-    fn interrupts_are_off(&self) -> Result<bool, QueueError> {
-        if self.queue.event_idx_enabled() {
-            return Ok(false);
-        }
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0)
+    /// Returns whether the driver wants an interrupt for what was completed since this was asked last
+    /// (virtio 1.2, section 2.7.10): with EVENT_IDX, if the request that it names is among it; otherwise, if it
+    /// has not set the flag against interrupts.
+    fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
+        let next = self.queue.next_used();
+        let announced = mem::replace(&mut self.announced, next);
+        // The driver writes what it wants, and then looks at the index once more.
+        fence(Ordering::SeqCst);
+        let offset = match self.queue.event_idx_enabled() {
+            true => RING_HEADER_BYTES + u64::from(self.queue.size()) * size_of::<u16>() as u64,
+            false => 0,
+        };
+        let address = self.queue.avail_ring().checked_add(offset).map(GuestAddress);
+        let address = address.ok_or(virtio_queue::Error::AddressOverflow)?;
+        let word: u16 =
+            self.memory.load(address, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+        let word = u16::from_le(word);
+        Ok(if self.queue.event_idx_enabled() {
+            next.wrapping_sub(word).wrapping_sub(1) < next.wrapping_sub(announced)
+        } else {
+            word & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+        })
     }
 
     /// Asks the driver not to notify while the worker checks the queue anyway.

@@ -45,6 +45,11 @@ pub(crate) trait Serve {
     /// Returns files that become readable at each new event, whether or not earlier events were read.
     fn events(&self) -> Vec<RawFd>;
 
+    /// Returns files that become readable or writable at each new event.
+    fn links(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
     /// Does all available work. Returns when nothing is left or the flag is set.
     ///
     /// # Errors
@@ -80,6 +85,10 @@ impl Worker {
                 let made = make().and_then(|service| {
                     for event in service.events() {
                         epoll.ctl(ControlOperation::Add, event, interest)?;
+                    }
+                    let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+                    for link in service.links() {
+                        epoll.ctl(ControlOperation::Add, link, EpollEvent::new(both, 0))?;
                     }
                     Ok(service)
                 });

@@ -8,7 +8,7 @@ pub mod devices;
 pub mod pages;
 
 use crate::lifecycle::{Action, State};
-use devices::RngStatistics;
+use devices::{NetworkView, RngStatistics};
 use samepage_spec::{CachePolicy, RateLimits, SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -276,6 +276,8 @@ pub struct VmView {
     pub console: Option<ConsoleView>,
     /// Its disks.
     pub disks: Vec<DiskView>,
+    /// Its network devices.
+    pub networks: Vec<NetworkView>,
     /// Counters of its entropy device since the last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngStatistics>,

@@ -33,6 +33,7 @@ impl From<HostError> for Refusal {
             }
             HostError::Disk { .. } | HostError::ImageFolder { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
             HostError::SharedDisk { .. } => Refusal::new(Kind::InUse, text).at("/disks"),
+            HostError::SharedTap { .. } => Refusal::new(Kind::InUse, text).at("/networks"),
             HostError::SharedConsole { .. } => Refusal::new(Kind::InUse, text).at("/console/file"),
             HostError::ConsoleFolder { .. } => {
                 Refusal::new(Kind::InvalidConfiguration, text).at("/console/file")
@@ -55,6 +56,7 @@ fn built(error: &VmError, text: String) -> Refusal {
         VmError::Boot(BootError::Kernel { .. }) => "/kernel",
         VmError::Boot(BootError::Initrd { .. }) => "/initrd",
         VmError::Disk { .. } => "/disks",
+        VmError::Network { .. } => "/networks",
         VmError::Console { .. } => "/console/file",
         // The host lacks a resource.
         _ => return Refusal::new(Kind::Unavailable, text),

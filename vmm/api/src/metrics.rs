@@ -11,10 +11,12 @@ use prometheus_client::registry::{Registry, Unit};
 use samepage_sharing::PAGE_SIZE;
 
 use crate::sampling::CachedSample;
+use crate::views::devices::networks;
 use crate::views::{self, saved_bytes};
 use samepage_api_types::by_type::TypeSample;
 use samepage_api_types::lifecycle::State;
 use samepage_api_types::views::DiskStatistics;
+use samepage_api_types::views::devices::NetworkStatistics;
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
 
@@ -109,7 +111,8 @@ impl Collector for Metrics {
         self.cache(&mut writer)?;
         self.vms(&mut writer)?;
         self.types(&mut writer)?;
-        self.disks(&mut writer)
+        self.disks(&mut writer)?;
+        self.networks(&mut writer)
     }
 }
 
@@ -270,6 +273,36 @@ impl Metrics {
             None,
             passes,
         )
+    }
+
+    fn networks(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let networks: Vec<_> = self
+            .records
+            .iter()
+            .flat_map(|record| networks(record).into_iter().map(move |network| (record.name(), network)))
+            .filter_map(|(vm, network)| Some((vm, network.id, network.statistics?)))
+            .collect();
+        let bytes = || Some(Unit::Bytes);
+        let counters: [(&str, &str, Option<Unit>, Count<NetworkStatistics>); 7] = [
+            ("network_received_frames", "Frames that the guest received", None, |net| net.received_frames),
+            ("network_sent_frames", "Frames that the guest sent", None, |net| net.sent_frames),
+            ("network_received", "Bytes of frames that the guest received", bytes(), |net| {
+                net.received_bytes
+            }),
+            ("network_sent", "Bytes of frames that the guest sent", bytes(), |net| net.sent_bytes),
+            ("network_received_dropped", "Frames for the guest that were dropped", None, |net| {
+                net.received_dropped
+            }),
+            ("network_sent_dropped", "Frames of the guest that were dropped", None, |net| net.sent_dropped),
+            ("network_errors", "How often the device or its link broke", None, |net| net.errors),
+        ];
+        for (name, help, unit, value) in counters {
+            let values = networks
+                .iter()
+                .map(|(vm, id, stats)| ([("vm", *vm), ("network", id.as_str())], value(stats) as f64));
+            writer.counter(name, help, unit, values)?;
+        }
+        Ok(())
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -1,6 +1,6 @@
 //! Builds the API's responses from the state of VMs and of the process.
 
-mod devices;
+pub(super) mod devices;
 pub(super) mod pages;
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -155,7 +155,8 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     });
     let summary = summary(record, sample);
     let actions = summary.state.actions().collect();
-    VmView { summary, actions, config, console, disks: disks(record), rng }
+    let (disks, networks) = (disks(record), devices::networks(record));
+    VmView { summary, actions, config, console, disks, networks, rng }
 }
 
 /// Returns the disks of a VM.

@@ -80,7 +80,7 @@ fn word(value: &impl Serialize) -> String {
 
 pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
     answer(&args.connection, &vm_path(&args.vm)?, |vm: &VmView| {
-        let VmView { summary, actions, config, console, disks, rng } = vm;
+        let VmView { summary, actions, config, console, disks, networks, rng } = vm;
         let actions: Vec<_> = actions.iter().map(|action| action.name()).collect();
         let mut table = Table::new(&["NAME", &summary.name]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
@@ -120,6 +120,19 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
             });
             let size = disk.size_bytes.map_or_else(String::new, |size| format!(" of {}", mebibytes(size)));
             line(&format!("disk {}", disk.id), format!("{}{size} {access}{figures}", disk.path));
+        }
+        for network in networks {
+            let state = match network.link_up {
+                Some(true) => ", up",
+                Some(false) => ", down",
+                None => "",
+            };
+            let figures = network.statistics.as_ref().map_or_else(String::new, |figures| {
+                let (read, written) = (mebibytes(figures.received_bytes), mebibytes(figures.sent_bytes));
+                format!(", {read} received, {written} sent, {}", counted(figures.errors, "error"))
+            });
+            let tap = network.tap.as_deref().unwrap_or("a file");
+            line(&format!("network {}", network.id), format!("{tap}, {}{state}{figures}", network.mac));
         }
         if let Some(rng) = rng {
             let errors = counted(rng.errors, "error");

@@ -32,10 +32,11 @@ fn apply_text(text: &str, controller: &mut Controller) -> anyhow::Result<()> {
             put(controller, part, &value).map_err(|fault| refused(part, fault))?;
         }
     }
-    if let Some(drives) = config.remove("drives") {
-        for drive in drives.as_array().context("drives: not a list")? {
-            let id = drive["drive_id"].as_str().context("drives: one has no drive_id")?;
-            put(controller, &format!("drives/{id}"), drive).map_err(|fault| refused("drives", fault))?;
+    for (part, name) in [("drives", "drive_id"), ("network-interfaces", "iface_id")] {
+        let Some(devices) = config.remove(part) else { continue };
+        for device in devices.as_array().with_context(|| format!("{part}: not a list"))? {
+            let id = device[name].as_str().with_context(|| format!("{part}: one has no {name}"))?;
+            put(controller, &format!("{part}/{id}"), device).map_err(|fault| refused(part, fault))?;
         }
     }
     if let Some(part) = config.keys().next() {

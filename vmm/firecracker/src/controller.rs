@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_machine::config::check_memory;
-use samepage_spec::{DiskSpec, HugePages, RngSpec, Size, VmSpec};
-use samepage_text::names::check_disk_id;
+use samepage_spec::{DiskSpec, HugePages, NetworkSpec, RngSpec, Size, VmSpec};
+use samepage_text::names::{check_disk_id, check_network_id};
 use serde_json::{Value, json};
 
 use super::VERSION;
@@ -21,7 +21,8 @@ use super::machine::{Activity, Machine};
 use super::metrics::Metrics;
 use super::model::{
     BootSource, Drive, DriveUpdate, EntropyDevice, HugePagesConfig, InstanceInfo, InstanceState,
-    LoggerConfig, MachineConfig, MachineConfigUpdate, MetricsConfig, SerialConfig, WantedState,
+    LoggerConfig, MachineConfig, MachineConfigUpdate, MetricsConfig, NetworkInterface,
+    NetworkInterfaceUpdate, RateLimiter, SerialConfig, WantedState,
 };
 
 /// The default command line of the kernel. As with Firecracker, it has no console.
@@ -37,6 +38,7 @@ pub(super) struct Controller {
     boot_source: Option<BootSource>,
     /// The root device first, then the others in the order of their creation.
     drives: Vec<Drive>,
+    networks: Vec<NetworkInterface>,
     entropy: Option<EntropyDevice>,
     serial_out: Option<PathBuf>,
     logger: Option<LoggerConfig>,
@@ -52,6 +54,7 @@ impl Controller {
             machine_config: MachineConfig::default(),
             boot_source: None,
             drives: Vec::new(),
+            networks: Vec::new(),
             entropy: None,
             serial_out: None,
             logger: None,
@@ -181,6 +184,51 @@ impl Controller {
         Ok(())
     }
 
+    pub(super) fn set_network(&mut self, interface: NetworkInterface) -> Result<(), Fault> {
+        self.before_start()?;
+        let others = || self.networks.iter().filter(|other| other.iface_id != interface.iface_id);
+        if let Some(other) = others().find(|other| other.host_dev_name == interface.host_dev_name) {
+            return Err(Fault::new(format!(
+                "Network interface {}: the tap {} is also that of {}. Give each interface its own tap.",
+                interface.iface_id, interface.host_dev_name, other.iface_id
+            )));
+        }
+        if let Some(mac) = interface.guest_mac
+            && others().any(|other| other.guest_mac == Some(mac))
+        {
+            return Err(Fault::new(format!("The MAC address is already in use: {mac}.")));
+        }
+        match self.networks.iter().position(|other| other.iface_id == interface.iface_id) {
+            Some(at) => self.networks[at] = interface,
+            None => self.networks.push(interface),
+        }
+        Ok(())
+    }
+
+    pub(super) fn change_network(&mut self, change: &NetworkInterfaceUpdate) -> Result<(), Fault> {
+        self.after_start()?;
+        let id = &change.iface_id;
+        let Some(at) = self.networks.iter().position(|interface| interface.iface_id == *id) else {
+            return Err(Fault::new(format!("There is no network interface {id}.")));
+        };
+        let interface = &self.networks[at];
+        let changed = |old: Option<RateLimiter>, new: Option<RateLimiter>| {
+            new.map(|new| old.unwrap_or_default().changed(new))
+        };
+        let receive = changed(interface.rx_rate_limiter, change.rx_rate_limiter);
+        let send = changed(interface.tx_rate_limiter, change.tx_rate_limiter);
+        if receive.is_none() && send.is_none() {
+            return Ok(());
+        }
+        let limits = |limiter: Option<RateLimiter>| limiter.map(RateLimiter::limits);
+        let name = network_name(interface, at);
+        self.machine.set_network_limits(&name, limits(receive), limits(send))?;
+        let interface = &mut self.networks[at];
+        interface.rx_rate_limiter = receive.or(interface.rx_rate_limiter);
+        interface.tx_rate_limiter = send.or(interface.tx_rate_limiter);
+        Ok(())
+    }
+
     pub(super) fn set_entropy(&mut self, device: EntropyDevice) -> Result<(), Fault> {
         self.before_start()?;
         self.entropy = Some(device);
@@ -235,6 +283,15 @@ impl Controller {
             limits: drive.rate_limiter.unwrap_or_default().limits(),
             ..DiskSpec::default()
         });
+        let networks = self.networks.iter().enumerate().map(|(at, interface)| NetworkSpec {
+            tap: Some(interface.host_dev_name.clone()),
+            id: Some(network_name(interface, at)),
+            mac: interface.guest_mac,
+            mtu: interface.mtu,
+            receive: interface.rx_rate_limiter.unwrap_or_default().limits(),
+            send: interface.tx_rate_limiter.unwrap_or_default().limits(),
+            ..NetworkSpec::default()
+        });
         let spec = VmSpec {
             initrd: source.initrd_path.clone(),
             cmdline: self.command_line(&source),
@@ -246,6 +303,7 @@ impl Controller {
                 HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePages::Off,
             },
             disks: disks.collect(),
+            networks: networks.collect(),
             rng: RngSpec {
                 enabled: self.entropy.is_some(),
                 limits: self.entropy.and_then(|device| device.rate_limiter).unwrap_or_default().limits(),
@@ -292,7 +350,7 @@ impl Controller {
             "machine-config": self.machine_config,
             "logger": self.logger,
             "metrics": self.metrics.as_ref().map(Metrics::config),
-            "network-interfaces": [],
+            "network-interfaces": self.networks,
             "pmem": [],
             "balloon": null,
             "cpu-config": null,
@@ -307,6 +365,12 @@ impl Controller {
 /// Returns the disk name of a drive: the drive's own name if it is valid.
 fn disk_name(drive: &Drive, at: usize) -> String {
     if check_disk_id(&drive.drive_id).is_ok() { drive.drive_id.clone() } else { format!("drive{at}") }
+}
+
+/// Returns the name of a network interface: the client's if it is valid.
+fn network_name(interface: &NetworkInterface, at: usize) -> String {
+    let id = &interface.iface_id;
+    if check_network_id(id).is_ok() { id.clone() } else { format!("interface{at}") }
 }
 
 /// Upper limit for the vCPUs, as in Firecracker's API.

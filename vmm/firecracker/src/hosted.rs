@@ -152,6 +152,17 @@ impl Machine for Hosted {
         Ok(self.client.send::<Value>(Method::PATCH, &path, &json!({ "limits": limits })).map(drop)?)
     }
 
+    fn set_network_limits(
+        &self,
+        network: &str,
+        receive: Option<RateLimits>,
+        send: Option<RateLimits>,
+    ) -> Result<(), Fault> {
+        let path = format!("{}/networks/{network}", self.path());
+        let change = json!({ "receive": receive, "send": send });
+        Ok(self.client.send::<Value>(Method::PATCH, &path, &change).map(drop)?)
+    }
+
     fn resize(&self, disk: &str) -> Result<(), Fault> {
         let path = format!("{}/disks/{disk}/resize", self.path());
         Ok(self.client.send::<Value>(Method::POST, &path, &json!({})).map(drop)?)

@@ -118,6 +118,23 @@ impl Machine for Local {
         Ok(())
     }
 
+    fn set_network_limits(
+        &self,
+        network: &str,
+        receive: Option<RateLimits>,
+        send: Option<RateLimits>,
+    ) -> Result<(), Fault> {
+        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
+        let network = vm.networks().iter().find(|other| other.id == network);
+        let network = network.ok_or_else(|| Fault::new("The VM has no such network device."))?;
+        for (limiter, limits) in network.limiters.iter().zip([receive, send]) {
+            if let Some(limits) = limits {
+                limiter.set(limits);
+            }
+        }
+        Ok(())
+    }
+
     fn resize(&self, disk: &str) -> Result<(), Fault> {
         let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
         let disk = vm.disks().iter().find(|other| other.id == disk);

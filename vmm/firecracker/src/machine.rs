@@ -45,6 +45,14 @@ pub(super) trait Machine: Send + Sync {
     /// Changes the limits of a disk, by its name.
     fn set_limits(&self, disk: &str, limits: RateLimits) -> Result<(), Fault>;
 
+    /// Changes the limits of a network device, by its name: for what the guest receives, and for what it sends.
+    fn set_network_limits(
+        &self,
+        network: &str,
+        receive: Option<RateLimits>,
+        send: Option<RateLimits>,
+    ) -> Result<(), Fault>;
+
     /// Sets the size of a disk, by its name, to the present size of its image.
     fn resize(&self, disk: &str) -> Result<(), Fault>;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use samepage_spec::Mac;
 use serde::{Deserialize, Serialize};
 
 /// `/machine-config`.
@@ -171,6 +172,33 @@ pub(super) struct SerialConfig {
     pub(super) serial_out_path: Option<PathBuf>,
     #[serde(default)]
     pub(super) rate_limiter: Option<TokenBucket>,
+}
+
+/// `/network-interfaces/{iface_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkInterface {
+    pub(super) iface_id: String,
+    pub(super) host_dev_name: String,
+    #[serde(default)]
+    pub(super) guest_mac: Option<Mac>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) mtu: Option<u16>,
+    #[serde(default)]
+    pub(super) rx_rate_limiter: Option<RateLimiter>,
+    #[serde(default)]
+    pub(super) tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// A change of `/network-interfaces/{iface_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkInterfaceUpdate {
+    pub(super) iface_id: String,
+    #[serde(default)]
+    pub(super) rx_rate_limiter: Option<RateLimiter>,
+    #[serde(default)]
+    pub(super) tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// `/entropy`.

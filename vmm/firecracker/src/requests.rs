@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use super::VERSION;
 use super::controller::Controller;
 use super::fault::Fault;
-use super::model::{ActionInfo, ActionType, Drive, DriveUpdate, VmUpdate};
+use super::model::{
+    ActionInfo, ActionType, Drive, DriveUpdate, NetworkInterface, NetworkInterfaceUpdate, VmUpdate,
+};
 
 /// The response to a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,8 +77,19 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
         ("PUT", ["logger"]) => controller.set_logger(parse(body)?).map(done),
         ("PUT", ["metrics"]) => controller.set_metrics(parse(body)?).map(done),
         ("PUT", ["serial"]) => controller.set_serial(parse(body)?).map(done),
+        ("PUT", ["network-interfaces", id]) => {
+            let interface: NetworkInterface = parse(body)?;
+            check_id(id, &interface.iface_id)?;
+            controller.set_network(interface).map(done)
+        }
+        ("PATCH", ["network-interfaces", id]) => {
+            let change: NetworkInterfaceUpdate = parse(body)?;
+            check_id(id, &change.iface_id)?;
+            controller.change_network(&change).map(done)
+        }
         ("PUT", ["entropy"]) => controller.set_entropy(parse(body)?).map(done),
         (_, [resource, ..]) if let Some(what) = missing(resource) => Err(Fault::missing(what)),
+        ("DELETE", ["network-interfaces", ..]) => Err(Fault::missing("way to unplug a network device")),
         ("DELETE", ["drives", ..]) => Err(Fault::missing("way to unplug a drive")),
         _ => Err(Fault::new(format!("Invalid request method and/or path: {method} {path}."))),
     }
@@ -86,7 +99,6 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
 /// configuration file.
 pub(super) fn missing(resource: &str) -> Option<&'static str> {
     Some(match resource {
-        "network-interfaces" => "network devices",
         "balloon" => "balloon device",
         "vsock" => "vsock device",
         "mmds" | "mmds-config" => "metadata service (MMDS)",

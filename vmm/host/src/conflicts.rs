@@ -1,4 +1,4 @@
-//! Resources that VMs cannot share: names, writable disks, and console files.
+//! Resources that VMs cannot share: names, writable disks, taps, and console files.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -6,13 +6,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::HostError;
-use samepage_machine::config::{ConfigError, DiskSpec, VmConfig};
+use samepage_machine::config::{ConfigError, DiskSpec, VmConfig, VmSpec};
+use samepage_spec::NetworkSpec;
 
 /// The files that a VM uses, and that other VMs may not use.
 #[derive(Debug, Clone)]
 pub struct Uses {
     name: String,
     disks: Vec<DiskSpec>,
+    networks: Vec<NetworkSpec>,
     console: Option<PathBuf>,
 }
 
@@ -20,7 +22,8 @@ impl Uses {
     /// Returns the files that a VM of this configuration uses.
     pub fn of(config: &VmConfig) -> Self {
         let console = config.console.file().map(Path::to_owned);
-        Self { name: config.spec.name.clone(), disks: config.spec.disks.clone(), console }
+        let VmSpec { name, disks, networks, .. } = config.spec.clone();
+        Self { name, disks, networks, console }
     }
 }
 
@@ -50,15 +53,19 @@ pub enum Part {
     Name,
     /// The disk of this number.
     Disk(usize),
+    /// The network device of this number.
+    Network(usize),
     /// The console's file.
     Console,
 }
 
 /// Returns all conflicts between VMs, and files that are missing: names that are not unique, missing files of
-/// disks, disks that one VM writes while another uses them, consoles without a folder or with a common file.
+/// disks, disks that one VM writes while another uses them, taps of two devices, consoles without a folder or
+/// with a common file.
 pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
     let mut disks: HashMap<Image, (&str, bool)> = HashMap::new();
+    let mut taps: HashMap<String, &str> = HashMap::new();
     let mut consoles: HashMap<&Path, &str> = HashMap::new();
     let mut found = Vec::new();
     for (number, uses) in vms.iter().enumerate() {
@@ -97,6 +104,15 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
             {
                 let first = first.to_owned();
                 tell(Part::Disk(place), HostError::SharedDisk { path, first, second: vm() });
+            }
+        }
+        for (place, network) in uses.networks.iter().enumerate() {
+            let tap = network.tap.clone().or_else(|| Some(format!("in file {}", network.fd?)));
+            if let Some(tap) = tap
+                && let Some(first) = taps.insert(tap.clone(), &uses.name)
+            {
+                let first = first.to_owned();
+                tell(Part::Network(place), HostError::SharedTap { tap, first, second: vm() });
             }
         }
         let Some(path) = uses.console.as_deref() else { continue };

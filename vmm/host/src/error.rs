@@ -75,6 +75,16 @@ pub enum HostError {
         /// The VM of the second disk; may be the same VM.
         second: String,
     },
+    /// Two network devices have one tap.
+    #[error("tap {tap} is used {}; give each network device a tap of its own", by_both(.first, .second))]
+    SharedTap {
+        /// The tap's name, or its file.
+        tap: String,
+        /// The VM of the first device.
+        first: String,
+        /// The VM of the second device; may be the same VM.
+        second: String,
+    },
     /// Two consoles have one file.
     #[error("console file {path} is used {}; give each VM a file of its own", by_both(.first, .second))]
     SharedConsole {
@@ -130,7 +140,8 @@ impl HostError {
     /// Returns a hint about templates in paths, to be appended to the message, where templates would help.
     #[must_use]
     pub fn hint_of_templates(&self) -> Option<&'static str> {
-        let shared = matches!(self, Self::SharedDisk { .. } | Self::SharedConsole { .. });
-        shared.then_some(" ({index} and {name} in a path stand for each VM's number and name)")
+        let shared =
+            matches!(self, Self::SharedDisk { .. } | Self::SharedTap { .. } | Self::SharedConsole { .. });
+        shared.then_some(" ({index} and {name} in a path or a tap stand for each VM's number and name)")
     }
 }

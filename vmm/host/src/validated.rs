@@ -54,6 +54,9 @@ pub fn place(error: &ConfigError) -> Option<&str> {
         | ConfigError::TooManyDisks(_)
         | ConfigError::DuplicateDiskId(_) => "/disks",
         ConfigError::CloudInit(_) => "/cloud_init",
+        ConfigError::Name(NameError::Network(_))
+        | ConfigError::TooManyNetworks(_)
+        | ConfigError::DuplicateNetworkId(_) => "/networks",
         ConfigError::Boot(BootError::Kernel {
             source: ImageError::CommandLineCharacter(_) | ImageError::CommandLineTooLong { .. },
             ..

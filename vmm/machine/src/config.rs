@@ -11,13 +11,14 @@ use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::Sharing;
-pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, RngSpec, Size, VmSpec};
-use samepage_text::names::{NameError, check_disk_id, check_group, check_name};
+pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VmSpec};
+use samepage_text::names::{NameError, check_disk_id, check_group, check_name, check_network_id};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, Unpacked, load};
 use crate::seed::{self, SEED_ID, SeedError};
 use crate::vm::devices::MAX_DISKS;
+use crate::vm::network::MAX_NETWORKS;
 use crate::vm::virtio::mmio_parameters;
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
 
@@ -102,6 +103,12 @@ pub enum ConfigError {
     /// More disks than a VM can have.
     #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
     TooManyDisks(usize),
+    /// More network devices than a VM can have.
+    #[error("{0} network devices: a VM can have {MAX_NETWORKS} at most")]
+    TooManyNetworks(usize),
+    /// Two network devices of a VM with one name.
+    #[error("two network devices are named {0}; give one of them another id=NAME")]
+    DuplicateNetworkId(String),
     /// A value that the schema of descriptions does not allow.
     #[error("{reason}")]
     Value {
@@ -165,9 +172,9 @@ impl VmConfig {
 
     /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
     pub(crate) fn mmio_device_count(&self, is_shared: bool) -> usize {
-        let VmSpec { memory_hole, rng, .. } = &self.spec;
+        let VmSpec { networks, memory_hole, rng, .. } = &self.spec;
         let port = is_shared && *memory_hole == MemoryHole::Port;
-        self.disk_count() + usize::from(port) + usize::from(rng.enabled)
+        self.disk_count() + usize::from(port) + networks.len() + usize::from(rng.enabled)
     }
 
     /// Returns the number of disks, with that for cloud-init.
@@ -238,6 +245,17 @@ impl VmConfig {
                 faults.push(ConfigError::DuplicateDiskId(id.into_owned()));
             } else {
                 ids.insert(id);
+            }
+        }
+        if self.spec.networks.len() > MAX_NETWORKS {
+            faults.push(ConfigError::TooManyNetworks(self.spec.networks.len()));
+        }
+        let mut ids = HashSet::new();
+        for (number, network) in self.spec.networks.iter().enumerate() {
+            let id = network.id(number);
+            faults.extend(check_network_id(&id).err().map(ConfigError::from));
+            if !ids.insert(id.clone()) {
+                faults.push(ConfigError::DuplicateNetworkId(id.into_owned()));
             }
         }
         let added = command_line.len().saturating_sub(cmdline.len());

@@ -8,6 +8,7 @@ mod cloud_init;
 mod cpu;
 mod disk;
 mod hole;
+mod network;
 mod rng;
 mod size;
 mod vm;
@@ -21,6 +22,7 @@ pub use cloud_init::CloudInitSpec;
 pub use cpu::{Cpu, MAX_VCPUS, THREADS_OF_A_CORE};
 pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
 pub use hole::MemoryHole;
+pub use network::{Mac, NetworkSpec};
 pub use rng::RngSpec;
 pub use size::Size;
 #[cfg(feature = "schema")]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{self, one_vcpu};
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
-use crate::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, RngSpec, SharingMode, Size};
+use crate::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, Size};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -82,6 +82,10 @@ pub struct VmSpec {
     /// What cloud-init in the guest is told, on a disk after the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInitSpec>,
+    /// The network devices, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schema(max_items = 4))]
+    pub networks: Vec<NetworkSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     #[serde(default)]
     pub rng: RngSpec,
@@ -157,6 +161,7 @@ impl VmSpec {
             hugepages: HugePages::default(),
             disks: Vec::new(),
             cloud_init: None,
+            networks: Vec::new(),
             rng: RngSpec::default(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
@@ -176,7 +181,15 @@ impl VmSpec {
             disk.faults().into_iter().map(at)
         });
         let at_rng = |(field, reason)| (format!("/rng/{field}"), reason);
-        processors.chain(disks).chain(self.rng.limits.faults().into_iter().map(at_rng)).collect()
+        let networks = self.networks.iter().enumerate().flat_map(|(number, network)| {
+            let at = move |(field, reason)| (format!("/networks/{number}/{field}"), reason);
+            network.faults().into_iter().map(at)
+        });
+        processors
+            .chain(disks)
+            .chain(networks)
+            .chain(self.rng.limits.faults().into_iter().map(at_rng))
+            .collect()
     }
 
     /// Makes all paths absolute, from the working directory of this process.

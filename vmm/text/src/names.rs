@@ -19,6 +19,11 @@ pub enum NameError {
     /// The name of a disk.
     #[error("a disk cannot be named {0:?}: use 1 to {MAX_DISK_ID} letters, digits, '.', '_' or '-'")]
     Disk(String),
+    /// The name of a network device.
+    #[error(
+        "a network device cannot be named {0:?}: use 1 to {MAX_DISK_ID} letters, digits, '.', '_' or '-'"
+    )]
+    Network(String),
 }
 
 /// Checks the name of a VM.
@@ -43,6 +48,14 @@ pub fn check_group(name: &str) -> Result<(), NameError> {
 /// Fails with the rules for names if the name is invalid.
 pub fn check_disk_id(id: &str) -> Result<(), NameError> {
     if is_name(id, MAX_DISK_ID) { Ok(()) } else { Err(NameError::Disk(id.to_owned())) }
+}
+
+/// Checks the name of a network device.
+///
+/// # Errors
+/// Fails with the rules for names if the name is invalid.
+pub fn check_network_id(id: &str) -> Result<(), NameError> {
+    if is_name(id, MAX_DISK_ID) { Ok(()) } else { Err(NameError::Network(id.to_owned())) }
 }
 
 fn is_name(text: &str, max: usize) -> bool {

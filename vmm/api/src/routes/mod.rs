@@ -2,6 +2,7 @@
 
 mod console;
 mod host;
+mod networks;
 mod pages;
 mod query;
 mod sharing;
@@ -65,6 +66,8 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(vms::disks))
         .routes(routes!(vms::resize_disk))
         .routes(routes!(vms::disk, vms::change_disk))
+        .routes(routes!(networks::list))
+        .routes(routes!(networks::show, networks::change))
         .routes(routes!(console::backlog))
         .routes(routes!(console::stream))
         .routes(routes!(console::input))
@@ -158,7 +161,7 @@ mod tests {
     use super::*;
     use crate::maps::MOST_CELLS;
     use samepage_host::statistics::MOST_PAIRS;
-    use samepage_machine::vm::MAX_DISKS;
+    use samepage_machine::vm::{MAX_DISKS, MAX_NETWORKS};
     use samepage_machine::x86::layout::{COMMAND_LINE_MAX, MAX_RAM, MIN_RAM};
     use samepage_text::names::MAX_NAME;
 
@@ -245,6 +248,7 @@ mod tests {
         assert_eq!(schema("LimitsSpec", "rate")["oneOf"][0]["minimum"], 1);
         assert_eq!(schema("LimitsSpec", "iops")["minimum"], 1);
         assert_eq!(schema("VmSpec", "disks")["maxItems"], MAX_DISKS);
+        assert_eq!(schema("VmSpec", "networks")["maxItems"], MAX_NETWORKS);
         let queues = schema("DiskSpec", "queues");
         assert_eq!((&queues["minimum"], &queues["maximum"]), (&json!(1), &json!(MAX_QUEUES)));
         assert_eq!(schema("VmSpec", "name")["maxLength"], MAX_NAME);

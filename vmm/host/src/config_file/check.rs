@@ -31,6 +31,7 @@ impl Loading {
             let pointer = match conflict.part {
                 Part::Name => "/name".to_owned(),
                 Part::Disk(number) => format!("/disks/{number}/path"),
+                Part::Network(number) => format!("/networks/{number}"),
                 Part::Console => "/console/file".to_owned(),
             };
             let hint = conflict.error.hint_of_templates().unwrap_or_default();

@@ -19,8 +19,8 @@ use utoipa::ToSchema;
 use check::EntryPlaces;
 use read::{Entry, Read};
 use samepage_spec::{
-    CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, RngSpec,
-    SharingSpec, Size, VmSpec, optional_memory_schema,
+    CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, NetworkSpec,
+    RngSpec, SharingSpec, Size, VmSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -82,6 +82,9 @@ pub struct VmEntry {
     pub disks: Option<Vec<DiskSpec>>,
     /// What cloud-init in the guest is told, on a disk after the others.
     pub cloud_init: Option<CloudInitSpec>,
+    /// Network devices, in the guest's order.
+    #[schema(max_items = 4)]
+    pub networks: Option<Vec<NetworkSpec>>,
     /// The device with random bytes of the host. By default a VM has one.
     pub rng: Option<RngSpec>,
     /// The file for console output, in addition to the backlog for clients.
@@ -110,6 +113,7 @@ macro_rules! with_fields {
             hugepages,
             disks,
             cloud_init,
+            networks,
             rng,
             console,
             sharing,
@@ -149,6 +153,8 @@ impl VmEntry {
             backing: disk.backing.as_deref().map(path),
             ..disk.clone()
         };
+        let network =
+            |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(text), ..network.clone() };
         let sharing = self.sharing.clone().unwrap_or_default();
         VmSpec {
             initrd: self.initrd.as_deref().map(path),
@@ -160,6 +166,7 @@ impl VmEntry {
             hugepages: self.hugepages.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
             cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),
+            networks: self.networks.iter().flatten().map(network).collect(),
             rng: self.rng.clone().unwrap_or_default(),
             console: ConsoleSpec {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),

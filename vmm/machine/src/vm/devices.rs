@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
 use super::memory::MemorySlot;
+use super::network::{self, Network};
 use super::provenance::DiskHints;
 use super::virtio::Places;
 use super::{VmEnd, VmError};
@@ -119,6 +120,7 @@ pub(super) struct Devices {
     keyboard: Arc<Mutex<I8042>>,
     power: Arc<Mutex<Power>>,
     disks: Vec<Disk>,
+    networks: Vec<Network>,
     rng: Option<Arc<RngStats>>,
 }
 
@@ -210,6 +212,13 @@ impl Devices {
         if let Some(console) = port {
             places.attach(console, VmError::Port)?;
         }
+        let mut networks = Vec::with_capacity(spec.networks.len());
+        for (number, described) in spec.networks.iter().enumerate() {
+            let (device, network) = network::open(&spec.name, number, described)?;
+            let what = "a network device";
+            places.attach(device, |source| VmError::Device { what, source })?;
+            networks.push(network);
+        }
         let mut rng = None;
         if spec.rng.enabled {
             let device = Rng::new(&spec.name, spec.rng.limits);
@@ -217,7 +226,8 @@ impl Devices {
             places.attach(device, |source| VmError::Device { what: "the entropy device", source })?;
         }
         let mmio = places.into_bus();
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks: attached, rng })
+        let disks = attached;
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks, networks, rng })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -277,6 +287,10 @@ impl Devices {
 
     pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
+    }
+
+    pub(super) fn networks(&self) -> &[Network] {
+        &self.networks
     }
 
     pub(super) fn rng_stats(&self) -> Option<&Arc<RngStats>> {

@@ -12,6 +12,7 @@ mod hole;
 #[cfg(test)]
 mod kept_pages;
 pub(crate) mod memory;
+pub(crate) mod network;
 mod processors;
 mod provenance;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use samepage_devices::doorbell::Doorbell;
+use samepage_devices::net::TapError;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::mmio::TransportError;
@@ -60,6 +62,7 @@ use devices::{Devices, HoleDevice, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
+pub use network::{MAX_NETWORKS, Network};
 use vcpu::Vcpu;
 pub use virtio::MAX_VIRTIO;
 use virtio::mmio_devices;
@@ -172,6 +175,14 @@ pub enum VmError {
         id: String,
         /// The error.
         source: Box<dyn StdError + Send + Sync>,
+    },
+    /// A network device.
+    #[error("network device {id}: {source}")]
+    Network {
+        /// The device's name.
+        id: String,
+        /// The error.
+        source: TapError,
     },
     /// The port of the memory hole.
     #[error("make the port of the memory hole: {0}")]
@@ -502,6 +513,11 @@ impl Vm {
     /// Returns remarks for the user on how the VM was built, in sentences.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// Returns the network devices, in the order of the configuration.
+    pub fn networks(&self) -> &[Network] {
+        self.devices.networks()
     }
 
     /// Returns the counters of the entropy device, if there is one.
