@@ -12,28 +12,40 @@ use anyhow::{Context, Result, bail};
 const SILENCE: Duration = Duration::from_secs(10 * 60);
 /// What the machine's first process says before the script's exit status.
 const EXIT: &str = "lab: exit ";
+/// What samepage says of a guest whose page tables the emulator has misread.
+const MISREAD: &str = "triple fault";
 
-/// Runs an emulator to its end. Returns the exit status of the script in the machine.
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct End {
+    /// The exit status of the script in the machine.
+    pub(super) status: u8,
+    /// A guest took an exception that it could not handle. The emulator causes that now and then.
+    pub(super) lost_a_guest: bool,
+}
+
+/// Runs an emulator to its end.
 ///
 /// # Errors
 /// The emulator cannot be started, the machine ends before its script, or it hangs.
-pub(super) fn run(command: &mut Command) -> Result<u8> {
+pub(super) fn run(command: &mut Command) -> Result<End> {
     follow(command, SILENCE)
 }
 
-fn follow(command: &mut Command, silence: Duration) -> Result<u8> {
+fn follow(command: &mut Command, silence: Duration) -> Result<End> {
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let mut child = Guard(child.with_context(|| format!("starting {program}"))?);
     let console = child.0.stdout.take().context("reading the machine's console")?;
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || read(console, &sender));
-    let mut status = None;
+    let (mut status, mut lost_a_guest) = (None, false);
     loop {
         match lines.recv_timeout(silence) {
             Ok(line) => {
                 let line = line.context("reading the machine's console")?;
                 status = exit_status(&line).or(status);
+                lost_a_guest |= line.contains(MISREAD);
                 println!("{line}");
                 io::stdout().flush().context("printing the machine's console")?;
             }
@@ -45,7 +57,7 @@ fn follow(command: &mut Command, silence: Duration) -> Result<u8> {
     }
     let ended = child.0.wait().with_context(|| format!("waiting for {program}"))?;
     match status {
-        Some(status) => Ok(status),
+        Some(status) => Ok(End { status, lost_a_guest }),
         None => bail!("the lab's machine ended before its script did ({program}: {ended})"),
     }
 }
@@ -87,9 +99,11 @@ mod tests {
 
     #[test]
     fn the_status_is_that_of_the_script() -> Result<()> {
-        assert_eq!(run(&mut shell(r"printf 'x\r\n\377\r\nlab: exit 0\r\n'"))?, 0);
+        let end = |status, lost_a_guest| End { status, lost_a_guest };
+        assert_eq!(run(&mut shell(r"printf 'x\r\n\377\r\nlab: exit 0\r\n'"))?, end(0, false));
         // The emulator's own status says nothing.
-        assert_eq!(run(&mut shell("echo lab: exit 7; exit 1"))?, 7);
+        assert_eq!(run(&mut shell("echo lab: exit 7; exit 1"))?, end(7, false));
+        assert_eq!(run(&mut shell("echo crashed: triple fault on; echo lab: exit 1"))?, end(1, true));
         Ok(())
     }
 

@@ -27,6 +27,8 @@ pub use kernels::Series;
 
 /// Says, if set to 1, that all scripts are a part of all checks. Otherwise [`SHORT`] alone is.
 pub const WANTED: &str = "SAMEPAGE_TESTS_LAB";
+/// How often a script is tried in which a guest has had a triple fault. docs/lab.md says where these come from.
+const ATTEMPTS: u32 = 3;
 /// Where the project's scripts are.
 const SCRIPTS: &str = "tests/lab";
 /// The script that is a part of all checks, and the kernel on which it runs.
@@ -176,8 +178,16 @@ fn run_script(cache: &Cache, kernel: Series, script: &Path, program: &Path, opti
     let agent = &initramfs::agent(cache)?;
     let contents = image::Contents { kernels: &kernels, program, agent, script, files: &options.files };
     contents.write(&initrd).context("building the file system of the lab's machine")?;
-    let mut command = qemu::command(&kernels.generic(), &initrd, options);
-    machine::run(&mut command)
+    let mut attempt = 1;
+    loop {
+        let mut command = qemu::command(&kernels.generic(), &initrd, options);
+        let end = machine::run(&mut command)?;
+        if end.status == 0 || !end.lost_a_guest || attempt == ATTEMPTS {
+            return Ok(end.status);
+        }
+        attempt += 1;
+        println!("\n-- lab: the emulator lost a guest; attempt {attempt} of {ATTEMPTS}");
+    }
 }
 
 /// The program to run in the lab: the one that [`PROGRAM`] names, or else one built with this profile.
