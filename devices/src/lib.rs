@@ -14,6 +14,7 @@ pub mod disk;
 pub mod doorbell;
 pub mod i8042;
 pub mod net;
+pub mod pci;
 pub mod power;
 pub mod serial;
 pub mod virtio;

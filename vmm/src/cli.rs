@@ -18,7 +18,9 @@ use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
-use samepage_spec::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode};
+use samepage_spec::{
+    CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, VirtioBus,
+};
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
@@ -219,6 +221,10 @@ pub(crate) struct VmOptions {
     /// them are split, so that the engine can share these
     #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePages::Off)]
     pub(crate) hugepages: HugePages,
+
+    /// How virtio devices are attached: each at registers of its own, or on a PCI bus with MSI-X
+    #[arg(long, value_enum, value_name = "mmio|pci", default_value_t = VirtioBus::Mmio)]
+    pub(crate) bus: VirtioBus,
 
     /// Which pages of the VMs' memory are shared
     #[arg(long, value_enum, value_name = "full|zero|off", default_value_t = SharingMode::Full)]

@@ -46,6 +46,7 @@ fn vm(
         smt: options.smt,
         cpu: options.cpu,
         hugepages: options.hugepages,
+        bus: options.bus,
         disks: options.disks.iter().map(disk).collect(),
         cloud_init: options.cloud_init.as_ref().map(|files| files.with_paths(path)),
         console: ConsoleSpec { file: console.file().map(Path::to_owned) },

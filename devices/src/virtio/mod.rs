@@ -1,8 +1,8 @@
 //! Virtio devices (virtio 1.2, modern interface only).
 //!
 //! There are three separate parts:
-//! - [`mmio::MmioTransport`] is the registers that the driver uses. It owns the lasting state: status,
-//!   negotiated features and queue addresses.
+//! - A transport, [`mmio::MmioTransport`] or [`pci::PciTransport`], is the registers that the driver uses. It owns
+//!   the lasting state: status, negotiated features and queue addresses.
 //! - A [`VirtioDevice`] is one kind of device. It starts when the driver is ready
 //!   ([`VirtioDevice::activate`]) and drops the driver's state at [`VirtioDevice::reset`].
 //! - The queues (`virtio_queue::Queue`) hold ring positions. They live from activation to reset, and belong
@@ -10,8 +10,8 @@
 //!
 //! # Locking
 //! A vCPU holds the transport while it accesses a register, so a worker never uses the transport. A worker
-//! notifies the driver through [`Interrupt`], which is lock-free. This matters because a worker's write to
-//! guest memory may block briefly while the engine has the page write-protected.
+//! notifies the driver through [`Interrupt`], whose locks nobody holds while waiting. This matters because a worker's
+//! write to guest memory may block briefly while the engine has the page write-protected.
 //!
 //! # Errors
 //! An invalid request gets an error status. An invalid ring or chain has no place for a status, so it breaks
@@ -26,6 +26,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use messages::Messages;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -37,12 +38,17 @@ use crate::GuestMemory;
 pub mod block;
 mod chain;
 pub mod console;
+pub mod messages;
 pub mod mmio;
 pub mod net;
+pub mod pci;
+#[cfg(test)]
+mod probe;
 mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+mod transport;
 mod worker;
 
 /// Features of every device here. The transport and the split rings provide them.
@@ -121,20 +127,37 @@ pub enum ActivateError {
 /// The connection from a device and its workers to the driver: the interrupt line, its cause, and
 /// DEVICE_NEEDS_RESET.
 ///
-/// Transport and workers share it. It has no locks.
+/// Transport and workers share it.
 #[derive(Debug)]
 pub struct Interrupt {
-    event: EventFd,
+    line: Line,
     status: AtomicU32,
     needs_reset: AtomicBool,
     /// Whether the host has lost a part of guest memory, which reads as zeros until the VM has ended.
     memory_lost: Arc<AtomicBool>,
 }
 
+/// How an interrupt gets to the guest.
+#[derive(Debug)]
+enum Line {
+    /// An input of the interrupt controllers. The driver reads the cause.
+    Pin(EventFd),
+    /// Messages, each for some causes.
+    Messages(Arc<Messages>),
+}
+
 impl Interrupt {
     pub(crate) fn new(event: EventFd) -> Self {
+        Self::on(Line::Pin(event))
+    }
+
+    pub(crate) fn of_messages(messages: Arc<Messages>) -> Self {
+        Self::on(Line::Messages(messages))
+    }
+
+    fn on(line: Line) -> Self {
         Self {
-            event,
+            line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             memory_lost: Arc::default(),
@@ -150,26 +173,37 @@ impl Interrupt {
         self.memory_lost.load(Ordering::SeqCst)
     }
 
-    /// Notifies the driver of used buffers in some queue.
+    /// Notifies the driver of used buffers in some queue. A driver that has a message for each queue gets all.
     pub fn signal_used(&self) {
-        self.signal(VIRTIO_MMIO_INT_VRING);
+        self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::AcqRel);
+        match &self.line {
+            Line::Pin(event) => raise(event),
+            Line::Messages(messages) => messages.signal_all_queues(),
+        }
+    }
+
+    /// Notifies the driver of used buffers in the queue of this index.
+    pub fn signal_queue(&self, queue: usize) {
+        self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::AcqRel);
+        match &self.line {
+            Line::Pin(event) => raise(event),
+            Line::Messages(messages) => messages.signal_queue(queue),
+        }
     }
 
     /// Notifies the driver of a change of the configuration space or the device's status.
     pub fn signal_config(&self) {
-        self.signal(VIRTIO_MMIO_INT_CONFIG);
+        self.status.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::AcqRel);
+        match &self.line {
+            Line::Pin(event) => raise(event),
+            Line::Messages(messages) => messages.signal_config(),
+        }
     }
 
     /// Tells the driver that the device cannot continue without a reset.
     pub fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
         self.signal_config();
-    }
-
-    fn signal(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::AcqRel);
-        // Writing fails only if the event counter is full. Then an interrupt is pending anyway.
-        let _ = self.event.write(1);
     }
 
     pub(crate) fn needs_reset(&self) -> bool {
@@ -189,6 +223,11 @@ impl Interrupt {
         self.status.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
     }
+}
+
+fn raise(event: &EventFd) {
+    // Writing fails only if the event counter is full. Then an interrupt is pending anyway.
+    let _ = event.write(1);
 }
 
 /// Serves a read of configuration space. Bytes beyond `config` read as zeros.

@@ -87,6 +87,8 @@ pub(crate) struct ServedQueue {
     queue: Queue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
+    /// The index of the queue, if the driver can have a message for it alone.
+    index: Option<usize>,
     /// Whether requests were completed since the last notification of the driver.
     unannounced: bool,
     /// The index of the used ring at that time.
@@ -96,7 +98,12 @@ pub(crate) struct ServedQueue {
 impl ServedQueue {
     pub(crate) fn new(queue: Queue, memory: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
         let announced = queue.next_used();
-        Self { queue, memory, interrupt, unannounced: false, announced }
+        Self { queue, memory, interrupt, index: None, unannounced: false, announced }
+    }
+
+    /// Says which queue it is, so that its completions interrupt the driver for no other queue.
+    pub(crate) fn with_index(self, index: usize) -> Self {
+        Self { index: Some(index), ..self }
     }
 
     pub(crate) fn memory(&self) -> &GuestMemory {
@@ -163,7 +170,10 @@ impl ServedQueue {
     /// Raises the interrupt, if the driver wants to know of the completed requests.
     pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
         if mem::take(&mut self.unannounced) && self.wants_interrupt()? {
-            self.interrupt.signal_used();
+            match self.index {
+                Some(index) => self.interrupt.signal_queue(index),
+                None => self.interrupt.signal_used(),
+            }
         }
         Ok(())
     }

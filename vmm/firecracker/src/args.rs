@@ -70,7 +70,7 @@ pub struct FirecrackerArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) describe_snapshot: Option<PathBuf>,
 
-    /// Refused: there is no PCI bus
+    /// Attach devices to a PCI bus
     #[arg(long)]
     pub(crate) enable_pci: bool,
 
@@ -86,12 +86,6 @@ impl FirecrackerArgs {
     /// Returns the reason why the arguments are refused, if they request a feature of Firecracker that
     /// samepage lacks.
     pub(super) fn refusal(&self) -> Option<&'static str> {
-        if self.enable_pci {
-            return Some(
-                "--enable-pci: samepage has no PCI bus; devices are on virtio-mmio, so guest kernels need \
-                 CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES. Start it without --enable-pci",
-            );
-        }
         self.metadata.as_ref().map(|_| {
             "--metadata: samepage has no metadata service (MMDS); pass data to the guest in boot_args or on \
              a drive, and start it without --metadata"
@@ -242,7 +236,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_refused_with_the_reason() {
         let refusal = |arguments: &[&str]| parse(arguments).unwrap().refusal();
-        assert!(refusal(&["--enable-pci"]).unwrap().contains("no PCI bus"));
+        assert_eq!(refusal(&["--enable-pci"]), None);
         assert!(refusal(&["--metadata", "m"]).unwrap().contains("no metadata service"));
         assert_eq!(refusal(&["--id", "a"]), None);
     }

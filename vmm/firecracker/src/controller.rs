@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_machine::config::check_memory;
-use samepage_spec::{DiskSpec, HugePages, NetworkSpec, RngSpec, Size, VmSpec};
+use samepage_spec::{DiskSpec, HugePages, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec};
 use samepage_text::names::{check_disk_id, check_network_id};
 use serde_json::{Value, json};
 
@@ -32,6 +32,7 @@ const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042
 /// The VM, before and after its start.
 pub(super) struct Controller {
     id: String,
+    enable_pci: bool,
     machine: Arc<dyn Machine>,
     log: Arc<Log>,
     machine_config: MachineConfig,
@@ -49,6 +50,7 @@ impl Controller {
     pub(super) fn new(args: &FirecrackerArgs, machine: Arc<dyn Machine>, log: Arc<Log>) -> Self {
         Self {
             id: args.id.clone(),
+            enable_pci: args.enable_pci,
             machine,
             log,
             machine_config: MachineConfig::default(),
@@ -302,6 +304,7 @@ impl Controller {
                 HugePagesConfig::Transparent => HugePages::Thp,
                 HugePagesConfig::None | HugePagesConfig::Hugetlbfs2M => HugePages::Off,
             },
+            bus: if self.enable_pci { VirtioBus::Pci } else { VirtioBus::Mmio },
             disks: disks.collect(),
             networks: networks.collect(),
             rng: RngSpec {

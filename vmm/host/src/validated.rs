@@ -51,7 +51,7 @@ pub fn place(error: &ConfigError) -> Option<&str> {
         ConfigError::Memory { .. } => "/memory",
         ConfigError::Name(NameError::Group(_)) => "/sharing/group",
         ConfigError::Name(NameError::Disk(_))
-        | ConfigError::TooManyDisks(_)
+        | ConfigError::TooManyDisks { .. }
         | ConfigError::DuplicateDiskId(_) => "/disks",
         ConfigError::CloudInit(_) => "/cloud_init",
         ConfigError::Name(NameError::Network(_))

@@ -11,13 +11,13 @@ use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::Sharing;
-pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VmSpec};
+pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name, check_network_id};
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, Unpacked, load};
 use crate::seed::{self, SEED_ID, SeedError};
-use crate::vm::devices::MAX_DISKS;
+use crate::vm::devices::{MAX_DISKS, most_disks};
 use crate::vm::network::MAX_NETWORKS;
 use crate::vm::virtio::mmio_parameters;
 use crate::x86::layout::{HoleRange, MAX_RAM, MIN_RAM};
@@ -101,8 +101,16 @@ pub enum ConfigError {
         reason: &'static str,
     },
     /// More disks than a VM can have.
-    #[error("{0} disks: a VM can have {MAX_DISKS} at most")]
-    TooManyDisks(usize),
+    #[error(
+        "{count} disks: a VM can have {most} at most{hint}",
+        hint = if *most == MAX_DISKS { ", or more with the bus pci" } else { "" }
+    )]
+    TooManyDisks {
+        /// The number of disks.
+        count: usize,
+        /// The upper limit on the VM's bus.
+        most: usize,
+    },
     /// More network devices than a VM can have.
     #[error("{0} network devices: a VM can have {MAX_NETWORKS} at most")]
     TooManyNetworks(usize),
@@ -172,6 +180,9 @@ impl VmConfig {
 
     /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
     pub(crate) fn mmio_device_count(&self, is_shared: bool) -> usize {
+        if self.spec.bus == VirtioBus::Pci {
+            return 0;
+        }
         let VmSpec { networks, memory_hole, rng, .. } = &self.spec;
         let port = is_shared && *memory_hole == MemoryHole::Port;
         self.disk_count() + usize::from(port) + networks.len() + usize::from(rng.enabled)
@@ -229,9 +240,9 @@ impl VmConfig {
         let of_value = |(place, reason)| ConfigError::Value { place, reason };
         let mut faults: Vec<_> = self.spec.faults().into_iter().map(of_value).collect();
         faults.extend([name, checked, group].into_iter().filter_map(Result::err));
-        let count = self.disk_count();
-        if count > MAX_DISKS {
-            faults.push(ConfigError::TooManyDisks(count));
+        let (count, most) = (self.disk_count(), most_disks(self.spec.bus));
+        if count > most {
+            faults.push(ConfigError::TooManyDisks { count, most });
         }
         let mut ids = HashSet::new();
         if let Some(files) = &self.spec.cloud_init {
@@ -441,6 +452,18 @@ mod tests {
         }
         config.spec.memory_hole = MemoryHole::Off;
         assert_eq!(config.kernel_command_line(), "quiet -- single");
+    }
+
+    #[test]
+    fn a_pci_bus_announces_itself_and_has_room_for_more_disks() {
+        let mut config = config();
+        config.spec.bus = VirtioBus::Pci;
+        config.spec.disks = (0..24).map(|n| disk(&n.to_string())).collect();
+        config.spec.cmdline = "quiet -- single".into();
+        assert_eq!(config.kernel_command_line(), "quiet -- single");
+        config.spec.disks.push(disk("more"));
+        let refused = Validated::try_from(config).unwrap_err().to_string();
+        assert!(refused.contains("24 at most"), "{refused}");
     }
 
     #[test]

@@ -60,6 +60,19 @@ pub enum HugePages {
     Thp,
 }
 
+/// How a VM's virtio devices are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum VirtioBus {
+    /// Each device has registers of its own, at an address that the kernel is told.
+    #[default]
+    Mmio,
+    /// On a PCI bus, with message-signalled interrupts (MSI-X).
+    Pci,
+}
+
 /// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = FormatSpec))]

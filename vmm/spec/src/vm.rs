@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{self, one_vcpu};
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
-use crate::{CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, Size};
+use crate::{
+    CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, Size, VirtioBus,
+};
 
 /// The group of VMs whose descriptions name none.
 pub const DEFAULT_GROUP: &str = "default";
@@ -75,9 +77,12 @@ pub struct VmSpec {
     /// The size of the pages that back the memory.
     #[serde(default)]
     pub hugepages: HugePages,
-    /// The disks, in the order in which the guest finds them.
+    /// How virtio devices are attached.
+    #[serde(default)]
+    pub bus: VirtioBus,
+    /// The disks, in the order in which the guest finds them. Up to 8, or 24 on PCI.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[cfg_attr(feature = "schema", schema(max_items = 8))]
+    #[cfg_attr(feature = "schema", schema(max_items = 24))]
     pub disks: Vec<DiskSpec>,
     /// What cloud-init in the guest is told, on a disk after the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -159,6 +164,7 @@ impl VmSpec {
             smt: false,
             cpu: Cpu::default(),
             hugepages: HugePages::default(),
+            bus: VirtioBus::default(),
             disks: Vec::new(),
             cloud_init: None,
             networks: Vec::new(),

@@ -252,6 +252,7 @@ impl VirtioDevice for Block {
         let mut workers = Vec::with_capacity(queues.len());
         for active in queues {
             let served = ServedQueue::new(active.queue, memory.clone(), interrupt.clone());
+            let served = served.with_index(active.index);
             let (common, name, notified) = (common.clone(), self.thread_name.clone(), active.event);
             let make = move || Service::new(common, served, notified, &name);
             let worker = Worker::spawn(self.thread_name.clone(), interrupt.clone(), make)

@@ -110,7 +110,7 @@ impl VirtioDevice for Console {
             let place = queues.iter().position(|queue| queue.index == index);
             let place = place.ok_or(ActivateError::QueueNotReady(index))?;
             let ActiveQueue { queue, event, .. } = queues.swap_remove(place);
-            Ok((ServedQueue::new(queue, memory.clone(), interrupt.clone()), event))
+            Ok((ServedQueue::new(queue, memory.clone(), interrupt.clone()).with_index(index), event))
         };
         let ends = Ends {
             control_in: end(CONTROL_IN)?,

@@ -1,72 +1,13 @@
-use std::sync::Mutex;
-
 use proptest::prelude::*;
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+};
 use virtio_queue::QueueT as _;
 
 use super::*;
+use crate::virtio::probe::{OWN_FEATURE, Probe, QUEUES};
 use crate::virtio::testing::*;
-use crate::virtio::{read_config, testing};
-
-const OWN_FEATURE: u64 = 1 << 5;
-const QUEUES: [u16; 2] = [256, 64];
-
-/// The transport's calls to the device.
-#[derive(Default)]
-struct Record {
-    active: Option<Activation>,
-    resets: usize,
-    refuse: bool,
-    config: [u8; 6],
-}
-
-#[derive(Clone, Default)]
-struct Probe(Arc<Mutex<Record>>);
-
-impl Probe {
-    fn is_active(&self) -> bool {
-        self.0.lock().unwrap().active.is_some()
-    }
-}
-
-impl VirtioDevice for Probe {
-    fn device_type(&self) -> u32 {
-        42
-    }
-
-    fn features(&self) -> u64 {
-        OWN_FEATURE
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUES
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config(&self.0.lock().unwrap().config, offset, data);
-    }
-
-    fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if let (0, &[first, ..]) = (offset, data) {
-            self.0.lock().unwrap().config[0] = first;
-        }
-    }
-
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut record = self.0.lock().unwrap();
-        assert!(record.active.is_none(), "activated twice without a reset");
-        if record.refuse {
-            return Err(ActivateError::QueueNotReady(0));
-        }
-        record.active = Some(activation);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        let mut record = self.0.lock().unwrap();
-        record.active = None;
-        record.resets += 1;
-    }
-}
+use crate::virtio::{ActiveQueue, RING_FEATURES, testing};
 
 fn probe() -> (Probe, Driver) {
     let probe = Probe::default();
@@ -122,7 +63,7 @@ fn features_are_checked_and_then_fixed() {
     // Writes after FEATURES_OK have no effect.
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES, 0xffff_ffff);
-    assert_eq!(driver.transport.driver_features, 1 << VIRTIO_F_VERSION_1);
+    assert_eq!(driver.transport.core.driver_features, 1 << VIRTIO_F_VERSION_1);
 }
 
 #[test]
@@ -195,8 +136,8 @@ fn taking_back_a_queue_stops_the_device() {
 fn reset_forgets_everything_at_any_time() {
     let (probe, mut driver) = probe();
     driver.start(RING_FEATURES);
-    driver.transport.interrupt.signal_used();
-    driver.transport.interrupt.set_needs_reset();
+    driver.transport.core.interrupt.signal_used();
+    driver.transport.core.interrupt.set_needs_reset();
     assert_eq!(driver.status(), DRIVER_OK | NEEDS_RESET);
 
     driver.set(VIRTIO_MMIO_STATUS, 0);
@@ -217,8 +158,8 @@ fn reset_forgets_everything_at_any_time() {
 fn interrupts_have_a_cause_until_acknowledged() {
     let (_, mut driver) = probe();
     driver.start(RING_FEATURES);
-    driver.transport.interrupt.signal_used();
-    driver.transport.interrupt.signal_config();
+    driver.transport.core.interrupt.signal_used();
+    driver.transport.core.interrupt.signal_config();
     assert_eq!(driver.interrupt().read().unwrap(), 2);
     assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
     driver.set(VIRTIO_MMIO_INTERRUPT_ACK, 1);
@@ -328,7 +269,7 @@ proptest! {
                     driver.set_up_queue(16, testing::DESCRIPTORS, AVAILABLE, USED);
                     driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
                 }
-                Access::BreakQueue => driver.transport.interrupt.set_needs_reset(),
+                Access::BreakQueue => driver.transport.core.interrupt.set_needs_reset(),
             }
 
             let status = driver.status();

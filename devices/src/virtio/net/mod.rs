@@ -185,7 +185,7 @@ impl VirtioDevice for Net {
         let mut take = |index: usize| {
             let place = queues.iter().position(|queue| queue.index == index)?;
             let ActiveQueue { queue, event, .. } = queues.swap_remove(place);
-            Some((ServedQueue::new(queue, memory.clone(), interrupt.clone()), event))
+            Some((ServedQueue::new(queue, memory.clone(), interrupt.clone()).with_index(index), event))
         };
         let count = if has(VIRTIO_NET_F_MQ) { self.links.len() } else { 1 };
         // Without several pairs, the queue for commands comes behind the first.

@@ -96,7 +96,7 @@ impl VirtioDevice for Rng {
         let Activation { memory, queues, interrupt, .. } = activation;
         let active = queues.into_iter().find(|queue| queue.index == 0);
         let active = active.ok_or(ActivateError::QueueNotReady(0))?;
-        let served = ServedQueue::new(active.queue, memory, interrupt.clone());
+        let served = ServedQueue::new(active.queue, memory, interrupt.clone()).with_index(0);
         let common = self.common.clone();
         let make = move || Service::new(common, served, active.event);
         let worker =

@@ -6,10 +6,10 @@
 
 mod check;
 mod json;
+mod mistakes;
 mod read;
 mod source;
 
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -17,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use check::EntryPlaces;
+pub use mistakes::{Mistake, Mistakes};
 use read::{Entry, Read};
 use samepage_spec::{
     CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, NetworkSpec,
-    RngSpec, SharingSpec, Size, VmSpec, optional_memory_schema,
+    RngSpec, SharingSpec, Size, VirtioBus, VmSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -77,8 +78,10 @@ pub struct VmEntry {
     pub cpu: Option<Cpu>,
     /// The host's pages for the memory.
     pub hugepages: Option<HugePages>,
+    /// How virtio devices are attached.
+    pub bus: Option<VirtioBus>,
     /// Disks, in the guest's order.
-    #[schema(max_items = 8)]
+    #[schema(max_items = 24)]
     pub disks: Option<Vec<DiskSpec>>,
     /// What cloud-init in the guest is told, on a disk after the others.
     pub cloud_init: Option<CloudInitSpec>,
@@ -111,6 +114,7 @@ macro_rules! with_fields {
             smt,
             cpu,
             hugepages,
+            bus,
             disks,
             cloud_init,
             networks,
@@ -164,6 +168,7 @@ impl VmEntry {
             smt: self.smt.unwrap_or(false),
             cpu: self.cpu.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
+            bus: self.bus.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
             cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),
             networks: self.networks.iter().flatten().map(network).collect(),
@@ -202,42 +207,6 @@ pub fn expand(text: &str, index: u32, name: &str) -> String {
     expanded.push_str(rest);
     expanded
 }
-
-/// A mistake in a configuration file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistake {
-    /// The file.
-    pub file: PathBuf,
-    /// The line, counted from 1, if it is known.
-    pub line: Option<usize>,
-    /// The mistake and the remedy.
-    pub text: String,
-}
-
-impl fmt::Display for Mistake {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
-        if let Some(line) = self.line {
-            write!(f, ":{line}")?;
-        }
-        write!(f, ": {}", self.text)
-    }
-}
-
-/// All mistakes of a configuration file and of the files that it includes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistakes(pub Vec<Mistake>);
-
-impl fmt::Display for Mistakes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().enumerate().try_for_each(|(number, mistake)| {
-            let separator = if number == 0 { "" } else { "\n" };
-            write!(f, "{separator}{mistake}")
-        })
-    }
-}
-
-impl std::error::Error for Mistakes {}
 
 /// Returns the VMs of a configuration file, validated.
 ///

@@ -146,7 +146,7 @@ mod tests {
         let (version, init_size) = (params.hdr.version, params.hdr.init_size);
         let (image, size) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
         assert_eq!((version, init_size, image, size), (0x20f, 77, 0x300_0000, 12345));
-        assert_eq!((params.hdr.type_of_loader, params.e820_entries), (0xff, 5));
+        assert_eq!((params.hdr.type_of_loader, params.e820_entries), (0xff, 6));
         assert_eq!({ params.acpi_rsdp_addr }, ACPI_START);
     }
 }

@@ -30,11 +30,22 @@ use super::network::{self, Network};
 use super::provenance::DiskHints;
 use super::virtio::Places;
 use super::{VmEnd, VmError};
-use crate::config::VmSpec;
+use crate::config::{VirtioBus, VmSpec};
 use crate::x86::layout::{KEYBOARD_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
 
 /// Upper limit for the disks of a VM.
 pub const MAX_DISKS: usize = 8;
+
+/// The same on a PCI bus, which has room for more devices.
+const MAX_PCI_DISKS: usize = 24;
+
+/// Returns the upper limit for the disks of a VM on this bus.
+pub(crate) fn most_disks(bus: VirtioBus) -> usize {
+    match bus {
+        VirtioBus::Mmio => MAX_DISKS,
+        VirtioBus::Pci => MAX_PCI_DISKS,
+    }
+}
 
 /// A disk of a running VM.
 pub struct Disk {
@@ -128,7 +139,7 @@ impl Devices {
     /// Makes the devices and connects them to KVM's interrupt lines and write notifications. They stop when
     /// the flag beside the memory says that a part of the memory was lost.
     pub(super) fn new(
-        kvm: &VmFd,
+        kvm: &Arc<VmFd>,
         (memory, lost): (&GuestMemory, Arc<AtomicBool>),
         console: Box<dyn Write + Send>,
         spec: &VmSpec,
@@ -159,7 +170,7 @@ impl Devices {
             Some(HoleDevice::Port(console)) => Some(console),
             None => None,
         };
-        let mut places = Places::new(kvm, memory, lost, mmio);
+        let mut places = Places::new(kvm, memory, lost, mmio, spec.bus);
         let mut attached = Vec::with_capacity(spec.disks.len());
         for disk in &spec.disks {
             let id = disk.id(attached.len()).into_owned();
@@ -225,7 +236,7 @@ impl Devices {
             rng = Some(device.stats());
             places.attach(device, |source| VmError::Device { what: "the entropy device", source })?;
         }
-        let mmio = places.into_bus();
+        let mmio = places.into_bus(&mut ports);
         let disks = attached;
         Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks, networks, rng })
     }

@@ -8,11 +8,13 @@ mod console_target;
 pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
+mod error;
 mod hole;
 #[cfg(test)]
 mod kept_pages;
 pub(crate) mod memory;
 pub(crate) mod network;
+mod pci;
 mod processors;
 mod provenance;
 #[cfg(test)]
@@ -20,10 +22,7 @@ mod smp_tests;
 mod vcpu;
 pub(crate) mod virtio;
 
-use std::convert::Infallible;
-use std::error::Error as StdError;
 use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,20 +30,16 @@ use std::time::Duration;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use samepage_devices::doorbell::Doorbell;
-use samepage_devices::net::TapError;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::console::Console;
-use samepage_devices::virtio::mmio::TransportError;
 use samepage_devices::virtio::rng::RngStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
-use samepage_sharing::service::{Membership, StartError};
-use thiserror::Error;
+use samepage_sharing::service::Membership;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::BootError;
 use crate::boot::load::{self, Loaded};
-use crate::config::{ConfigError, MemoryHole, Validated, VmConfig, VmSpec};
+use crate::config::{ConfigError, MemoryHole, Validated, VirtioBus, VmConfig, VmSpec};
 use crate::console::Log;
 use crate::hypervisor::Hypervisor;
 use crate::seed;
@@ -60,6 +55,7 @@ use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::{Devices, HoleDevice, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS};
+pub use error::VmError;
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 pub use network::{MAX_NETWORKS, Network};
@@ -113,117 +109,6 @@ impl VmState {
             VmState::Running => "running",
             VmState::Ended => "ended",
         }
-    }
-}
-
-/// The reason why a VM could not be built. The caller adds the VM's name.
-#[derive(Debug, Error)]
-pub enum VmError {
-    /// The configuration has a fault.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The kernel, the initrd or the command line has a fault.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// The memory could not be reserved.
-    #[error(
-        "reserve {bytes} bytes of guest memory: {source}; give the VM less memory, or raise the limits on address space (ulimit -v) and commit (vm.overcommit_memory)"
-    )]
-    Memory {
-        /// The size of the memory.
-        bytes: u64,
-        /// The error of the system call.
-        source: io::Error,
-    },
-    /// An ioctl of KVM failed.
-    #[error("{what}: {source}{}", kvm_hint(.source))]
-    Kvm {
-        /// The step that failed.
-        what: &'static str,
-        /// The error of the system call.
-        source: io::Error,
-    },
-    /// More vCPUs than KVM gives to a VM.
-    #[error("{asked} vCPUs: KVM gives a VM {most} at most on this host; ask for fewer")]
-    Vcpus {
-        /// The number in the description.
-        asked: u32,
-        /// The upper limit.
-        most: u32,
-    },
-    /// CPUID could not be prepared.
-    #[error("describe the processor to the guest: {0}")]
-    Cpuid(String),
-    /// The tables for the first instructions could not be written.
-    #[error("write the guest's first tables: {0}")]
-    Tables(vm_memory::GuestMemoryError),
-    /// The process is out of files or threads.
-    #[error("open an event: {0}; raise the limit of open files (ulimit -n)")]
-    Event(io::Error),
-    /// The console's file.
-    #[error("open the console {path}: {source}")]
-    Console {
-        /// The path, or a description of the target.
-        path: String,
-        /// The error of the system call.
-        source: io::Error,
-    },
-    /// A disk.
-    #[error("disk {id}: {source}")]
-    Disk {
-        /// The disk's name.
-        id: String,
-        /// The error.
-        source: Box<dyn StdError + Send + Sync>,
-    },
-    /// A network device.
-    #[error("network device {id}: {source}")]
-    Network {
-        /// The device's name.
-        id: String,
-        /// The error.
-        source: TapError,
-    },
-    /// The port of the memory hole.
-    #[error("make the port of the memory hole: {0}")]
-    Port(#[source] TransportError),
-    /// A virtio device that is no disk.
-    #[error("make {what}: {source}")]
-    Device {
-        /// The device.
-        what: &'static str,
-        /// The error.
-        source: TransportError,
-    },
-    /// The sharing engine could not accept the memory.
-    #[error("share the memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
-    Sharing(#[source] StartError),
-    /// A thread could not be started.
-    #[error(
-        "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"
-    )]
-    Thread(io::Error),
-}
-
-impl From<Infallible> for VmError {
-    /// A validated configuration has no errors.
-    fn from(never: Infallible) -> Self {
-        match never {}
-    }
-}
-
-impl VmError {
-    fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |error| VmError::Kvm { what, source: error.into() }
-    }
-}
-
-fn kvm_hint(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EBUSY) => "; another hypervisor may be using the processor's virtualization",
-        Some(libc::EMFILE) => "; raise the limit of open files (ulimit -n)",
-        Some(libc::ENOMEM) => "; the host is out of memory or of mappings (vm.max_map_count)",
-        _ => "",
     }
 }
 
@@ -315,7 +200,8 @@ impl Vm {
         notices.extend(remark.map(|remark| format!("VM {}: {remark}", config.spec.name)));
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
         let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.sharing.is_some())).collect();
-        acpi::write(memory.view(), numbers, &virtio).map_err(VmError::Tables)?;
+        let has_pci = config.spec.bus == VirtioBus::Pci;
+        acpi::write(memory.view(), numbers, &virtio, has_pci).map_err(VmError::Tables)?;
         mptable::write(memory.view(), numbers).map_err(VmError::Tables)?;
         reset_vector::write(memory.view()).map_err(VmError::Tables)?;
 

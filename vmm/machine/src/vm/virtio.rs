@@ -3,7 +3,9 @@
 //! Devices are attached one after the other, always in the same order of kinds. So a guest finds the devices of
 //! a VM at the same places at each start, and a further device moves only those behind it.
 //!
-//! There are fewer interrupt lines than devices. From the ninth device on, devices share the lines of earlier
+//! A VM has its devices on a PCI bus, or each behind registers of its own (virtio-mmio).
+//!
+//! With virtio-mmio there are fewer interrupt lines than devices. From the ninth device on, devices share the lines of earlier
 //! ones. Interrupts are edges, and a driver looks at its device's cause, so no interrupt is lost.
 
 use std::sync::Arc;
@@ -18,6 +20,8 @@ use samepage_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportError
 use super::VmError;
 use super::bus::Bus;
 use super::devices::{new_event, wire_interrupt};
+use super::pci::PciBus;
+use crate::config::VirtioBus;
 use crate::x86::acpi::VirtioMmio;
 use crate::x86::layout::{MMIO_IRQS, MMIO_START, MMIO_STRIDE};
 
@@ -26,17 +30,26 @@ pub const MAX_VIRTIO: usize = 2 * MMIO_IRQS.len();
 
 /// Attaches devices to a VM at one place after the other.
 pub(super) struct Places<'a> {
-    kvm: &'a VmFd,
+    kvm: &'a Arc<VmFd>,
     memory: &'a GuestMemory,
     /// Says that a part of the memory was lost, which stops the devices.
     lost: Arc<AtomicBool>,
     bus: Bus,
     free: Box<dyn Iterator<Item = (u64, u32)>>,
+    /// The PCI bus, of a VM that has one. Then all devices are there.
+    pci: Option<PciBus>,
 }
 
 impl<'a> Places<'a> {
-    pub(super) fn new(kvm: &'a VmFd, memory: &'a GuestMemory, lost: Arc<AtomicBool>, bus: Bus) -> Self {
-        Self { kvm, memory, lost, bus, free: Box::new(mmio_slots()) }
+    pub(super) fn new(
+        kvm: &'a Arc<VmFd>,
+        memory: &'a GuestMemory,
+        lost: Arc<AtomicBool>,
+        bus: Bus,
+        kind: VirtioBus,
+    ) -> Self {
+        let pci = (kind == VirtioBus::Pci).then(|| PciBus::new(kvm));
+        Self { kvm, memory, lost, bus, free: Box::new(mmio_slots()), pci }
     }
 
     /// Attaches a device, and connects it to KVM's interrupt lines and write notifications.
@@ -48,6 +61,14 @@ impl<'a> Places<'a> {
         device: impl VirtioDevice + 'static,
         failed: impl FnOnce(TransportError) -> VmError,
     ) -> Result<(), VmError> {
+        if let Some(pci) = &mut self.pci {
+            return pci.attach(
+                &mut self.bus,
+                (self.memory, Arc::clone(&self.lost)),
+                Box::new(device),
+                failed,
+            );
+        }
         let (base, irq) = self.free.next().expect("a validated VM has no more devices than places");
         let interrupt = new_event()?;
         wire_interrupt(self.kvm, &interrupt, irq)?;
@@ -63,8 +84,11 @@ impl<'a> Places<'a> {
         Ok(())
     }
 
-    /// Returns the bus with all devices.
-    pub(super) fn into_bus(self) -> Bus {
+    /// Returns the bus with all devices. Those on PCI can be found through ports as well.
+    pub(super) fn into_bus(mut self, ports: &mut Bus) -> Bus {
+        if let Some(pci) = self.pci.take() {
+            pci.connect(&mut self.bus, ports);
+        }
         self.bus
     }
 }

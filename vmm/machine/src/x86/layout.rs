@@ -5,8 +5,8 @@
 //! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs,
 //!              ACPI tables from 0xf_f000
 //! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
-//! 0xc000_0000  gap: the memory hole and its doorbell, virtio-mmio from 0xd000_0000, IO-APIC, LAPIC, KVM's
-//!              own pages
+//! 0xc000_0000  gap: the memory hole and its doorbell, virtio-mmio from 0xd000_0000, or PCI's devices from
+//!              0xd100_0000 and configuration space from 0xe000_0000; IO-APIC, LAPIC, KVM's own pages
 //! 0x1_0000_0000  the rest of RAM
 //! at a multiple of 1 GiB behind it, in a VM with so much RAM that the gap cannot hold it: the memory hole
 //! ```
@@ -61,6 +61,16 @@ pub const COMMAND_LINE_MAX: usize = 2048;
 /// Address of the first virtio-mmio device. The others follow at steps of 4 KiB.
 pub const MMIO_START: u64 = 0xd000_0000;
 pub(crate) const MMIO_STRIDE: u64 = 0x1000;
+/// Registers of the first device on the PCI bus. Those of the others follow.
+pub(crate) const PCI_MEMORY: u64 = 0xd100_0000;
+/// Length of the range for registers of devices on the PCI bus.
+pub(crate) const PCI_MEMORY_BYTES: u64 = 16 << 20;
+/// Configuration space of the one PCI bus: a page for each function.
+pub(crate) const PCI_CONFIG: u64 = 0xe000_0000;
+/// Length of the configuration space: 32 devices with 8 functions each.
+pub(crate) const PCI_CONFIG_BYTES: u64 = 1 << 20;
+/// Ports through which kernels without ACPI reach the configuration space.
+pub(crate) const PCI_PORTS: u16 = 0xcf8;
 /// Lines of the legacy interrupt controllers that no legacy device uses (0 timer, 1 keyboard, 2 cascade, 3
 /// and 4 serial, 8 clock, 12 mouse, 13 coprocessor).
 pub(crate) const MMIO_IRQS: [u32; 8] = [5, 6, 7, 9, 10, 11, 14, 15];
@@ -182,6 +192,8 @@ pub(crate) fn memory_map(bytes: u64, hole: Option<HoleRange>) -> Vec<MapEntry> {
         MapEntry { start: 0, bytes: EBDA_START, kind: MapKind::Ram },
         MapEntry { start: EBDA_START, bytes: HIMEM_START - EBDA_START, kind: MapKind::Reserved },
         MapEntry { start: HIMEM_START, bytes: low_end - HIMEM_START, kind: MapKind::Ram },
+        // Kernels use no configuration space that could be RAM or a place for devices.
+        MapEntry { start: PCI_CONFIG, bytes: PCI_CONFIG_BYTES, kind: MapKind::Reserved },
         MapEntry { start: IDENTITY_MAP, bytes: KVM_PAGES, kind: MapKind::Reserved },
     ];
     if bytes > LOW_RAM_MAX {

@@ -5,20 +5,23 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
-    Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path,
-    ResourceTemplate, Scope, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE,
+    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use samepage_devices::{i8042, power, serial};
 
 use super::VirtioMmio;
-use crate::x86::layout::{KEYBOARD_IRQ, MMIO_STRIDE, POWER_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
+use crate::x86::layout::{
+    KEYBOARD_IRQ, MMIO_STRIDE, PCI_CONFIG, PCI_CONFIG_BYTES, PCI_MEMORY, PCI_MEMORY_BYTES, PCI_PORTS,
+    POWER_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT,
+};
 
 /// What a driver is notified of when its button was pressed.
 const BUTTON_PRESSED: u8 = 0x80;
 
 /// Returns the code of all devices and of the one sleeping state.
-pub(super) fn aml(virtio: &[VirtioMmio]) -> Vec<u8> {
+pub(super) fn aml(virtio: &[VirtioMmio], has_pci: bool) -> Vec<u8> {
     let mut devices = Vec::new();
     serial_port(&mut devices);
     keyboard(&mut devices);
@@ -26,6 +29,9 @@ pub(super) fn aml(virtio: &[VirtioMmio]) -> Vec<u8> {
     event_device(&mut devices);
     for (number, device) in (0..).zip(virtio) {
         virtio_mmio(number, device, &mut devices);
+    }
+    if has_pci {
+        pci_bus(&mut devices);
     }
     let mut code = Scope::raw(Path::new("\\_SB_"), devices);
     let off = Package::new(vec![&power::SOFT_OFF, &ZERO, &ZERO, &ZERO]);
@@ -113,6 +119,34 @@ fn event_device(code: &mut Vec<u8>) {
                 ],
             ),
         ],
+    )
+    .to_aml_bytes(code);
+}
+
+/// The host bridge, with all that devices behind it can use, and what its configuration space takes. No device there
+/// has an interrupt line.
+fn pci_bus(code: &mut Vec<u8>) {
+    let bus = AddressSpace::new_bus_number(0_u16, 0_u16);
+    // Both lie below 4 GiB.
+    let (first, last) = (PCI_MEMORY as u32, (PCI_MEMORY + PCI_MEMORY_BYTES - 1) as u32);
+    let memory = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, first, last, None);
+    Device::new(
+        Path::new("PCI0"),
+        vec![
+            &name("_HID", &EISAName::new("PNP0A08")),
+            &name("_CID", &EISAName::new("PNP0A03")),
+            &name("_SEG", &ZERO),
+            &name("_BBN", &ZERO),
+            &name("_UID", &ZERO),
+            &name("_CCA", &ONE),
+            &resources(vec![&bus, &ports(PCI_PORTS, 8), &memory]),
+        ],
+    )
+    .to_aml_bytes(code);
+    let space = Memory32Fixed::new(true, PCI_CONFIG as u32, PCI_CONFIG_BYTES as u32);
+    Device::new(
+        Path::new("PCIC"),
+        vec![&name("_HID", &EISAName::new("PNP0C02")), &name("_UID", &ZERO), &resources(vec![&space])],
     )
     .to_aml_bytes(code);
 }

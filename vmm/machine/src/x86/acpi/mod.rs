@@ -10,7 +10,8 @@
 //!
 //! ```text
 //! RSDP ── XSDT ─┬─ FADT ── DSDT     fixed features; devices, in AML
-//!               └─ MADT             processors and interrupt controllers
+//!               ├─ MADT             processors and interrupt controllers
+//!               └─ MCFG             the PCI bus's configuration space, if there is a bus
 //! ```
 //!
 //! Source: Advanced Configuration and Power Interface Specification 6.5, chapter 5. Fields are little-endian.
@@ -23,13 +24,14 @@ use acpi_tables::Aml;
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use samepage_devices::{GuestMemory, i8042, power};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::layout::{ACPI_BYTES, ACPI_START, IO_APIC, LOCAL_APIC, POWER_PORT};
+use super::layout::{ACPI_BYTES, ACPI_START, IO_APIC, LOCAL_APIC, PCI_CONFIG, POWER_PORT};
 
 const MAKER: [u8; 6] = *b"SAMEPG";
 const PRODUCT: [u8; 8] = *b"MICROVM ";
@@ -42,6 +44,8 @@ const ALIGNMENT: usize = 16;
 
 /// Boot architecture: legacy devices on ports, an 8042; no VGA, no MSI, no PCIe power management, no clock in CMOS.
 const BOOT_ARCHITECTURE: u16 = 0b11_1111;
+/// The bit for no MSI.
+const NO_MSI: u16 = 1 << 3;
 /// What resets the machine: the keyboard controller's command register and its command that pulses the reset line.
 const RESET_PORT: u16 = i8042::BASE_PORT + i8042::PORTS - 1;
 const RESET_COMMAND: u8 = 0xfe;
@@ -57,8 +61,13 @@ pub(crate) struct VirtioMmio {
 
 /// Writes the tables of a machine with `vcpus` processors and these devices, in the order in which kernels are to find
 /// them.
-pub(crate) fn write(memory: &GuestMemory, vcpus: u8, virtio: &[VirtioMmio]) -> Result<(), GuestMemoryError> {
-    memory.write_slice(&Tables::new(vcpus, virtio).bytes, GuestAddress(ACPI_START))
+pub(crate) fn write(
+    memory: &GuestMemory,
+    vcpus: u8,
+    virtio: &[VirtioMmio],
+    has_pci: bool,
+) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&Tables::new(vcpus, virtio, has_pci).bytes, GuestAddress(ACPI_START))
 }
 
 /// Root pointer and tables, as they lie at [`ACPI_START`].
@@ -67,14 +76,17 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(vcpus: u8, virtio: &[VirtioMmio]) -> Self {
+    fn new(vcpus: u8, virtio: &[VirtioMmio], has_pci: bool) -> Self {
         // The root pointer is written when the address behind it is known.
         let mut tables = Self { bytes: vec![0; Rsdp::len()] };
-        let dsdt = tables.add(&dsdt(virtio));
-        let fadt = tables.add(&fadt(dsdt));
+        let dsdt = tables.add(&dsdt(virtio, has_pci));
+        let fadt = tables.add(&fadt(dsdt, has_pci));
         let madt = tables.add(&madt(vcpus));
         let mut xsdt = XSDT::new(MAKER, PRODUCT, REVISION);
         [fadt, madt].into_iter().for_each(|table| xsdt.add_entry(table));
+        if has_pci {
+            xsdt.add_entry(tables.add(&mcfg()));
+        }
         let xsdt = tables.add(&xsdt);
         let mut pointer = Vec::with_capacity(Rsdp::len());
         Rsdp::new(MAKER, xsdt).to_aml_bytes(&mut pointer);
@@ -94,14 +106,14 @@ impl Tables {
 }
 
 /// The differentiated system description: the devices.
-fn dsdt(virtio: &[VirtioMmio]) -> Sdt {
+fn dsdt(virtio: &[VirtioMmio], has_pci: bool) -> Sdt {
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, MAKER, PRODUCT, REVISION);
-    table.append_slice(&devices::aml(virtio));
+    table.append_slice(&devices::aml(virtio, has_pci));
     table
 }
 
 /// The fixed description: what the machine lacks, and how it is reset and put to sleep.
-fn fadt(dsdt: u64) -> FADT {
+fn fadt(dsdt: u64, has_pci: bool) -> FADT {
     let flags = [
         Flags::HwReducedAcpi,
         Flags::ResetRegSup,
@@ -112,13 +124,21 @@ fn fadt(dsdt: u64) -> FADT {
     ];
     let mut table = flags.into_iter().fold(FADTBuilder::new(MAKER, PRODUCT, REVISION), FADTBuilder::flag);
     table = table.dsdt_64(dsdt);
-    table.iapc_boot_arch = BOOT_ARCHITECTURE.into();
+    let boot_architecture = if has_pci { BOOT_ARCHITECTURE & !NO_MSI } else { BOOT_ARCHITECTURE };
+    table.iapc_boot_arch = boot_architecture.into();
     table.reset_reg = byte_port(RESET_PORT);
     table.reset_value = RESET_COMMAND;
     table.sleep_control_reg = byte_port(POWER_PORT + power::SLEEP_CONTROL);
     table.sleep_status_reg = byte_port(POWER_PORT + power::SLEEP_STATUS);
     table.hypervisor_vendor_identity = u64::from_le_bytes(*b"SAMEPAGE").into();
     table.finalize()
+}
+
+/// Where the configuration space of the PCI bus is.
+fn mcfg() -> MCFG {
+    let mut table = MCFG::new(MAKER, PRODUCT, REVISION);
+    table.add_ecam(PCI_CONFIG, 0, 0, 0);
+    table
 }
 
 fn byte_port(port: u16) -> GAS {
