@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
 use samepage_devices::disk::CachePolicy;
-use samepage_machine::config::RngSpec;
+use samepage_machine::config::{RngSpec, VirtioBus};
 use samepage_machine::vm::MAX_DISKS;
 use samepage_machine::{DiskSpec, Hypervisor, Size, VmConfig, VmEnd};
 use samepage_sharing::blocks::CacheSize;
@@ -79,6 +79,8 @@ impl LinuxGuest {
              sync,umount:/mnt,fill:{fill}K:7,verify:40:250,poweroff"
         );
         config.spec.memory = Size(MEMORY);
+        // One guest's disks are on a PCI bus, and the other's have registers in memory.
+        config.spec.bus = if seed.is_multiple_of(2) { VirtioBus::Pci } else { VirtioBus::Mmio };
         let common = artifacts.disk.clone();
         // With the kernel's page cache, disks report which blocks they read where.
         let data = DiskSpec { path: disk.clone(), id: Some("data".into()), ..DiskSpec::default() };
