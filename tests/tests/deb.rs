@@ -82,7 +82,7 @@ const PREPARE: &str = "
     cd $folder/host
     for part in dev proc sys; do mount --rbind /$part $part; done
     mount -t tmpfs tmpfs run; mount -t tmpfs tmpfs tmp; cp \"$1\" tmp/samepage.deb
-    echo host ready; exec chroot . sleep infinity";
+    exec chroot . sh -c 'echo host ready; exec sleep infinity'";
 
 impl Host {
     /// Returns `None` if the file system does not support this.

@@ -97,7 +97,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-client", &["kvm-", "axum", "samepage-devices", "samepage-machine"]),
     ("samepage-host", &["axum", "hyper", "http", "clap"]),
     ("samepage-api", &["clap", "ratatui"]),
-    ("samepage-firecracker", &["samepage-analyze", "clap_complete"]),
+    ("samepage-firecracker", &["samepage-analyze"]),
     ("samepage", &["samepage-bench", "samepage-tests", "xtask"]),
     ("samepage-bench", &["samepage-tests", "xtask"]),
     ("xtask", &["samepage-bench", "samepage-machine", "samepage-sharing"]),

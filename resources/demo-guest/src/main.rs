@@ -60,7 +60,10 @@ fn run(handover: &Handover) -> ! {
     let mut buffer = [0; LONGEST_COMMAND_LINE];
     let command_line = handover.command_line(&mut buffer);
     let plan = Plan::parse(command_line, |word| {
-        port::print(Report::Ignored { option: Text::new(word.as_bytes()) });
+        // The monitor describes all devices to kernels, also those for which this guest has no driver.
+        if !word.starts_with("virtio_mmio.device=") {
+            port::print(Report::Ignored { option: Text::new(word.as_bytes()) });
+        }
     });
     let arena = match Ram::new(handover.ram()).and_then(|ram| Arena::new(&plan, ram)) {
         Ok(arena) => arena,

@@ -58,6 +58,8 @@ fn built(error: &VmError, text: String) -> Refusal {
         VmError::Disk { .. } => "/disks",
         VmError::Network { .. } => "/networks",
         VmError::Console { .. } => "/console/file",
+        VmError::Cpuid(_) => "/cpu",
+        VmError::Vcpus { .. } => "/vcpus",
         // The host lacks a resource.
         _ => return Refusal::new(Kind::Unavailable, text),
     };

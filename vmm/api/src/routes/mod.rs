@@ -161,7 +161,7 @@ mod tests {
     use super::*;
     use crate::maps::MOST_CELLS;
     use samepage_host::statistics::MOST_PAIRS;
-    use samepage_machine::vm::{MAX_DISKS, MAX_NETWORKS};
+    use samepage_machine::vm::{MAX_DISKS, MAX_NETWORKS, MAX_PCI_DISKS};
     use samepage_machine::x86::layout::{COMMAND_LINE_MAX, MAX_RAM, MIN_RAM};
     use samepage_text::names::MAX_NAME;
 
@@ -220,6 +220,7 @@ mod tests {
         assert_eq!((MIN_RAM, MAX_RAM), (2 << 20, 8_796_093_022_208 - (4 << 30)));
         has("vCPUs", &samepage_spec::MAX_VCPUS);
         has("disks, with that for cloud-init", &MAX_DISKS);
+        has("the same with `--bus pci`", &MAX_PCI_DISKS);
         has("queues of a disk", &MAX_QUEUES);
         has("kernel command line", &(COMMAND_LINE_MAX - 1));
         has("name of a VM", &MAX_NAME);
@@ -247,7 +248,7 @@ mod tests {
         );
         assert_eq!(schema("LimitsSpec", "rate")["oneOf"][0]["minimum"], 1);
         assert_eq!(schema("LimitsSpec", "iops")["minimum"], 1);
-        assert_eq!(schema("VmSpec", "disks")["maxItems"], MAX_DISKS);
+        assert_eq!(schema("VmSpec", "disks")["maxItems"], MAX_PCI_DISKS);
         assert_eq!(schema("VmSpec", "networks")["maxItems"], MAX_NETWORKS);
         let queues = schema("DiskSpec", "queues");
         assert_eq!((&queues["minimum"], &queues["maximum"]), (&json!(1), &json!(MAX_QUEUES)));

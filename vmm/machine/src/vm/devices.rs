@@ -37,7 +37,7 @@ use crate::x86::layout::{KEYBOARD_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
 pub const MAX_DISKS: usize = 8;
 
 /// The same on a PCI bus, which has room for more devices.
-const MAX_PCI_DISKS: usize = 24;
+pub const MAX_PCI_DISKS: usize = 24;
 
 /// Returns the upper limit for the disks of a VM on this bus.
 pub(crate) fn most_disks(bus: VirtioBus) -> usize {

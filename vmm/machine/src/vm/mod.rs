@@ -54,7 +54,7 @@ use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
 use devices::{Devices, HoleDevice, SharedMemory};
-pub use devices::{Disk, FixedPolicy, MAX_DISKS};
+pub use devices::{Disk, FixedPolicy, MAX_DISKS, MAX_PCI_DISKS};
 pub use error::VmError;
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
