@@ -35,7 +35,8 @@ pub const HELP: &str = "  mount:DEV:DIR[:ro]    mount the ext2 file system on DE
   poweroff, reboot      unmount everything and reset the machine (as init only)
 
   SIZE  bytes, or 64K, 16M, 1G          SEED  a number; 0 stands for zero bytes
-  MS    milliseconds           HOST  an IPv4 address, or vsock for the host";
+  MS    milliseconds           HOST  an IPv4 address; vsock: the host;
+                               listen: whoever connects to PORT";
 
 /// A command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,14 +80,14 @@ pub enum Command {
     Sync,
     /// Read all that a program of the host sends.
     Get {
-        /// An IPv4 address, or `vsock`.
+        /// An IPv4 address, `vsock`, or `listen`.
         host: String,
         /// The port.
         port: u32,
     },
     /// Send content to a program of the host.
     Put {
-        /// An IPv4 address, or `vsock`.
+        /// An IPv4 address, `vsock`, or `listen`.
         host: String,
         /// The port.
         port: u32,

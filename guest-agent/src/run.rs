@@ -113,12 +113,15 @@ impl Runner {
             Command::Sum { path } => summed(path, files::sum(path, u64::MAX, Source::Cached))?,
             Command::Read { path, bytes } => summed(path, files::sum(path, *bytes, Source::Device))?,
             Command::Write { path, bytes, seed } => summed(path, files::write(path, *bytes, *seed))?,
-            Command::Get { host, port } => streamed(host, *port, sockets::get(host, *port))?,
+            Command::Get { host, port } => {
+                streamed(host, *port, sockets::get(host, *port, || say_listening("get", *port)))?
+            }
             Command::Put { host, port, bytes, seed } => {
-                streamed(host, *port, sockets::put(host, *port, *bytes, *seed))?
+                let listening = || say_listening("put", *port);
+                streamed(host, *port, sockets::put(host, *port, *bytes, *seed, listening))?
             }
             Command::Echo { port } => {
-                let listening = || say(format_args!("echo listens port={port}"));
+                let listening = || say_listening("echo", *port);
                 let bytes = sockets::echo(*port, listening).map_err(at(Path::new("vsock")))?;
                 format!("port={port} bytes={bytes}")
             }
@@ -173,6 +176,11 @@ impl Runner {
         figures.push_str(&format!("ms={}", start.elapsed().as_millis()));
         Ok(Next::Continue(figures))
     }
+}
+
+/// Says that a program can connect now.
+fn say_listening(command: &str, port: u32) {
+    say(format_args!("{command} listens port={port}"));
 }
 
 fn at<E: Into<io::Error>>(path: &Path) -> impl FnOnce(E) -> Error {

@@ -8,19 +8,28 @@ use crate::checksum::Fnv1a;
 use crate::content::{self, PAGE_SIZE};
 use crate::files::{BUFFER, Summed};
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The name of the host in commands, for its socket device.
 const HOST: &str = "vsock";
+/// In commands the other end that is to connect to the guest.
+const LISTEN: &str = "listen";
+/// How long a connection over TCP is tried, because the other end may start later.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The time between two attempts.
+const PAUSE: Duration = Duration::from_millis(100);
 
-/// Reads all that a program of `host` sends from `port`.
+/// Reads all that a program of `host` sends from `port`. With `listen` as the host, `ready` is called when it can
+/// connect.
 ///
 /// # Errors
 /// Fails if nobody listens there, or if the connection breaks.
-pub fn get(host: &str, port: u32) -> io::Result<Summed> {
-    let mut stream = connect(host, port)?;
+pub fn get(host: &str, port: u32, ready: impl FnOnce()) -> io::Result<Summed> {
+    let mut stream = open(host, port, ready)?;
     let mut summed = Summed { bytes: 0, checksum: Fnv1a::new() };
     let mut buf = vec![0; BUFFER];
     loop {
@@ -34,12 +43,13 @@ pub fn get(host: &str, port: u32) -> io::Result<Summed> {
     }
 }
 
-/// Sends the first `bytes` bytes of the stream of `seed`, and waits until the other end has closed.
+/// Sends the first `bytes` bytes of the stream of `seed`, and waits until the other end has closed. With `listen`
+/// as the host, `ready` is called when it can connect.
 ///
 /// # Errors
 /// Fails if nobody listens there, or if the connection breaks.
-pub fn put(host: &str, port: u32, bytes: u64, seed: u64) -> io::Result<Summed> {
-    let mut stream = connect(host, port)?;
+pub fn put(host: &str, port: u32, bytes: u64, seed: u64, ready: impl FnOnce()) -> io::Result<Summed> {
+    let mut stream = open(host, port, ready)?;
     let mut summed = Summed { bytes: 0, checksum: Fnv1a::new() };
     let mut buf = vec![0; BUFFER];
     while summed.bytes < bytes {
@@ -86,11 +96,40 @@ pub fn echo(port: u32, ready: impl FnOnce()) -> io::Result<u64> {
     }
 }
 
-fn connect(host: &str, port: u32) -> io::Result<File> {
-    if host != HOST {
-        let port = u16::try_from(port).map_err(|_| io::ErrorKind::InvalidInput)?;
-        return TcpStream::connect((host, port)).map(|stream| File::from(OwnedFd::from(stream)));
+/// Returns a connection to `port` of `host`, or the first one to `port` of the guest.
+fn open(host: &str, port: u32, ready: impl FnOnce()) -> io::Result<File> {
+    if host == HOST {
+        return connect_to_host(port);
     }
+    let port = u16::try_from(port).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let stream = if host == LISTEN {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
+        ready();
+        listener.accept()?.0
+    } else {
+        connect(host, port)?
+    };
+    Ok(File::from(OwnedFd::from(stream)))
+}
+
+/// Connects over TCP. Another guest may not listen yet, or may not have an address yet.
+fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
+    let address = SocketAddrV4::new(host.parse().map_err(|_| io::ErrorKind::InvalidInput)?, port);
+    let start = Instant::now();
+    loop {
+        match TcpStream::connect(address) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::HostUnreachable)
+                    && start.elapsed() < PATIENCE =>
+            {
+                thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn connect_to_host(port: u32) -> io::Result<File> {
     let socket = vsock()?;
     let address = address(libc::VMADDR_CID_HOST, port);
     // SAFETY: the address lives longer than the call, and its length is given.
@@ -126,8 +165,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
-    use std::thread;
+    use std::sync::mpsc;
 
     #[test]
     fn streams_have_the_content_and_the_checksum_of_files() {
@@ -139,10 +177,22 @@ mod tests {
             listener.accept().unwrap().0.write_all(&received).unwrap();
             received
         });
-        let put = put("127.0.0.1", port, 300_000, 5).unwrap();
-        let got = get("127.0.0.1", port).unwrap();
+        let put = put("127.0.0.1", port, 300_000, 5, || ()).unwrap();
+        let got = get("127.0.0.1", port, || ()).unwrap();
         assert_eq!((put.bytes, put), (300_000, got));
         assert!(server.join().unwrap() == content::bytes(5, 300_000));
-        assert!(connect("127.0.0.1", 70_000).is_err());
+        assert!(get("127.0.0.1", 70_000, || ()).is_err());
+        assert!(get("localhost", port, || ()).is_err());
+    }
+
+    #[test]
+    fn the_other_end_may_connect_instead() {
+        // A port that nobody has, as the kernel says.
+        let port = u32::from(TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
+        let (listens, listening) = mpsc::channel();
+        let server = thread::spawn(move || put("listen", port, 100_000, 6, || listens.send(()).unwrap()));
+        listening.recv().unwrap();
+        let got = get("127.0.0.1", port, || ()).unwrap();
+        assert_eq!((got.bytes, got), (100_000, server.join().unwrap().unwrap()));
     }
 }

@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use samepage_devices::net::{Tap, TapOptions};
 use samepage_machine::Hypervisor;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::ram::Ram;
@@ -32,6 +33,8 @@ pub enum Need {
     Kvm,
     /// Mounts and devices that only one process sees. Without them, a test is ignored.
     Mounts,
+    /// Taps that the process makes. Without them, a test is ignored.
+    Taps,
     /// A browser. Without one a test is ignored.
     Browser,
     /// Linux guests, which take minutes to build. Without them, a test is ignored.
@@ -48,6 +51,16 @@ pub enum Need {
     CargoDeb,
     /// Prometheus' checker of metrics. Without it a test is ignored.
     Promtool,
+}
+
+/// Makes a tap, which is gone at once. Returns why taps cannot be made or set up.
+fn without_taps() -> Option<String> {
+    let name = format!("sptry{}", std::process::id() % 1_000_000_000);
+    if let Err(error) = Tap::open(&TapOptions { source: Ok(name), queues: 1, mtu: None }) {
+        return Some(error.to_string());
+    }
+    let ip = Command::new("ip").arg("-V").output();
+    ip.err().map(|error| format!("`ip` of iproute2: {error}"))
 }
 
 /// Runs tests that need KVM.
@@ -91,6 +104,11 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                 Some(reason) => Err(format!("needs KVM: {reason} ({WITHOUT_KVM}=1 skips such tests)").into()),
                 None if needs.contains(&Need::Mounts) && !*MOUNTS => {
                     Ok(Completion::ignored_with("needs root, to mount and to make devices"))
+                }
+                None if needs.contains(&Need::Taps)
+                    && let Some(reason) = without_taps() =>
+                {
+                    Ok(Completion::ignored_with(format!("needs taps: {reason}")))
                 }
                 None if needs.contains(&Need::Browser) && browser::program().is_none() => {
                     Ok(Completion::ignored_with(browser::MISSING))

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 /// The packages for building guests and for testing disks, ACPI tables and units, in addition to the Rust toolchain.
-pub const PACKAGES: [&str; 17] = [
+pub const PACKAGES: [&str; 18] = [
     crate::kernel::SOURCE_PACKAGE,
     "acpica-tools",
     "bc",
@@ -15,6 +15,7 @@ pub const PACKAGES: [&str; 17] = [
     "e2fsprogs",
     "flex",
     "gcc",
+    "iproute2",
     "libc6-dev",
     "libelf-dev",
     "libssl-dev",
