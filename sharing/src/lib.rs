@@ -12,6 +12,7 @@
 //! - `frames`: who is on which frame. [`store`]: the frames, pages of a sealed memory file, each of which lives as
 //!   long as it has an owner. [`space`]: one VM's pages, and what they are mapped from.
 //! - [`changes`]: which pages were written, and which are at rest.
+//! - [`remote`]: memory of VMs that other processes hold.
 //! - `index`: where content is looked up, by digest or by content.
 //! - `policy`: what is worth it. [`budget`] and `pressure`: mappings; `huge`: which huge pages are split;
 //!   [`hints`]: what devices know about pages; [`claims`]: what guests say that their pages are for;
@@ -32,6 +33,7 @@ pub(crate) mod inspect;
 pub(crate) mod memory;
 pub(crate) mod numbers;
 pub(crate) mod policy;
+pub mod remote;
 pub mod service;
 
 pub use engine::{holds, removal, trust};

@@ -4,12 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The folders, from the ground up.
-const LAYERS: [&str; 11] = [
+const LAYERS: [&str; 12] = [
     "numbers",
     "collections",
     "memory",
     "frames",
     "changes",
+    "remote",
     "index",
     "policy",
     "blocks",

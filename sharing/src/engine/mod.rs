@@ -28,6 +28,7 @@ pub(crate) mod unmerge;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -60,6 +61,7 @@ use crate::policy::compaction::Compaction;
 use crate::policy::hints::{Blocks, Hints};
 use crate::policy::huge::HugeRanges;
 use crate::policy::pressure::Pressure;
+use crate::remote::worker::{Frames, PATIENCE, Process, Worker};
 
 /// How the engine works.
 #[derive(Clone, Debug)]
@@ -106,6 +108,9 @@ pub struct Settings {
     /// Pages that are read at once at most, before it is known whether the first of them match.
     #[doc(hidden)]
     pub batch: u32,
+    /// How long a worker may take for an answer.
+    #[doc(hidden)]
+    pub patience: Duration,
 }
 
 impl Default for Settings {
@@ -128,6 +133,7 @@ impl Default for Settings {
             compaction_windows: 32,
             interval_effort: intervals::STEP,
             batch: 1,
+            patience: PATIENCE,
         }
     }
 }
@@ -187,6 +193,7 @@ pub struct Engine {
     pub(crate) zero_digest: Digest,
     pub(crate) settle: bool,
     follow: bool,
+    patience: Duration,
     pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
     pub(crate) shortest_mapping: u32,
@@ -271,6 +278,7 @@ impl Engine {
             digester,
             settle: settings.settle,
             follow: settings.follow,
+            patience: settings.patience,
             lookahead: settings.lookahead,
             interval: Duration::from_millis(settings.rest_ms),
             shortest_mapping: settings.shortest_mapping,
@@ -351,6 +359,17 @@ impl Engine {
             self.pass.due = Instant::now();
         }
         self.members.add(space, log, huge, Mode::Full, on_lost)
+    }
+
+    /// Connects to a worker in another process, whose end of a [`pair`](crate::remote::worker::pair) is served. Its
+    /// VMs can be [added](Self::add_memory) then.
+    ///
+    /// # Errors
+    /// Fails if the worker is gone, does not answer, or is of another version.
+    pub fn greet(&self, socket: OwnedFd, process: Process) -> io::Result<Arc<Worker>> {
+        let file = self.store.readable()?;
+        let frames = Frames { file, capacity: self.store.capacity(), key: self.digester.key().to_vec() };
+        Worker::greet(socket, process, &frames, self.patience)
     }
 
     /// Where hints about a VM's pages go; `None` for a slot without a VM.

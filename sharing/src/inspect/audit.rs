@@ -4,7 +4,7 @@
 
 #![expect(unsafe_code, reason = "reads frames by address and the memory file's holes")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -83,11 +83,16 @@ impl Engine {
     /// Fails if the page maps cannot be read.
     pub fn audit(&mut self) -> io::Result<AuditReport> {
         let mut report = AuditReport::default();
-        let mappings = mappings(self.store.file().as_raw_fd())?;
+        let store = self.store.file().as_raw_fd();
+        let members = self.members.iter().filter(|member| !member.space.lost());
+        let processes: BTreeSet<u32> = members.map(|member| member.space.memory().process()).collect();
+        let maps = processes.into_iter().map(|process| Ok((process, mappings(store, process)?)));
+        let maps: HashMap<_, _> = maps.collect::<io::Result<_>>()?;
         let mut sharers: HashMap<Frame, u32> = HashMap::new();
         let mut mapped = 0;
         for member in self.members.iter().filter(|member| !member.space.lost()) {
-            mapped += self.audit_member(member, &mappings, &mut sharers, &mut report)?;
+            let mappings = &maps[&member.space.memory().process()];
+            mapped += self.audit_member(member, mappings, &mut sharers, &mut report)?;
         }
         let known: u64 =
             self.members.iter().filter(|m| !m.space.lost()).map(|m| u64::from(m.space.mappings())).sum();
@@ -257,8 +262,8 @@ impl Engine {
 /// Frames that are listed of those that hold memory and have no owner.
 const LISTED_FRAMES: usize = 8;
 
-/// The private and store mappings of this process, by address.
-fn mappings(store: i32) -> io::Result<Vec<Mapping>> {
+/// The private and store mappings of a process, by address.
+fn mappings(store: i32, process: u32) -> io::Result<Vec<Mapping>> {
     let link = fs::read_link(format!("/proc/self/fd/{store}"))?;
     let inode = {
         let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
@@ -271,7 +276,8 @@ fn mappings(store: i32) -> io::Result<Vec<Mapping>> {
     };
     let name = link.to_string_lossy().into_owned();
     let name = name.trim_end_matches(" (deleted)").to_owned();
-    Ok(fs::read_to_string("/proc/self/maps")?.lines().filter_map(|line| parse(line, &name, inode)).collect())
+    let maps = fs::read_to_string(format!("/proc/{process}/maps"))?;
+    Ok(maps.lines().filter_map(|line| parse(line, &name, inode)).collect())
 }
 
 /// Parses `start-end perms offset dev inode path`.

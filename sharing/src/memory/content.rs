@@ -42,6 +42,16 @@ impl Digester {
         Ok(Self { key })
     }
 
+    /// A digester with a key that another process has drawn. `None` where the key is too short or too long.
+    pub(crate) fn with_key(key: &[u8]) -> Option<Self> {
+        key.try_into().ok().map(|key| Self { key })
+    }
+
+    /// The key, for a process that is to have the same digests.
+    pub(crate) fn key(&self) -> &[u8] {
+        &self.key
+    }
+
     /// The digest of a page.
     #[must_use]
     pub fn digest(&self, page: &Page) -> Digest {
@@ -85,6 +95,11 @@ impl Snapshot {
     pub(crate) unsafe fn retake(&mut self, page: *const u8) {
         // SAFETY: promised by the caller.
         unsafe { copy(page, &mut self.0) }
+    }
+
+    /// The bytes, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut Page {
+        &mut self.0
     }
 
     /// Whether it holds zeros alone.

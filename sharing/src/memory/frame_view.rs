@@ -66,6 +66,11 @@ impl FrameView {
         self.base.as_ptr().wrapping_add(frame.number() as usize * PAGE_SIZE)
     }
 
+    /// Returns how many frames there is room for.
+    pub(crate) fn count(&self) -> u32 {
+        (self.bytes / PAGE_SIZE) as u32
+    }
+
     /// Whether the host could not supply a frame. What was read from frames may be zeros then, which are nobody's
     /// content: see [`loss`] for when to ask.
     pub(crate) fn lost(&self) -> bool {

@@ -133,6 +133,11 @@ impl Bytes<'_> {
         Self { first, pages, lasts: PhantomData }
     }
 
+    /// Names the bytes of pages that are the host's.
+    pub(crate) fn of(pages: &[Snapshot]) -> Bytes<'_> {
+        Bytes { first: pages.as_ptr().cast(), pages: pages.len() as u32, lasts: PhantomData }
+    }
+
     /// Returns how many pages they are.
     #[must_use]
     pub fn pages(&self) -> u32 {
@@ -207,6 +212,11 @@ impl Harvest {
         self.wanted.push((page, digest));
     }
 
+    /// Returns the pages that were asked for, and whether their digests were.
+    pub(crate) fn wanted(&self) -> &[(u32, bool)] {
+        &self.wanted
+    }
+
     /// Returns how many pages it has.
     pub(crate) fn len(&self) -> usize {
         self.wanted.len()
@@ -237,6 +247,11 @@ pub trait GuestMemory: Send + Sync + fmt::Debug {
 
     /// Returns where its first page is, in the address space of the process that has it mapped.
     fn address(&self) -> usize;
+
+    /// Returns the number of the process that has it mapped.
+    fn process(&self) -> u32 {
+        std::process::id()
+    }
 
     /// Whether a part of it was lost, by a call that failed or because the host could not supply it, or its VM is
     /// about to be removed. What was read from it is nobody's content then.

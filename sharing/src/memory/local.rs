@@ -45,7 +45,20 @@ impl Host {
     /// # Errors
     /// Fails if the page map or random numbers cannot be read.
     pub(crate) fn new(calls: Arc<dyn MemoryCalls>, frames: Arc<FrameView>, batch: u32) -> io::Result<Self> {
-        let (pagemap, digester) = (Arc::new(Pagemap::open()?), Arc::new(Digester::new()?));
+        Self::with(calls, frames, Arc::new(Digester::new()?), batch)
+    }
+
+    /// Opens the page map of this process. Digests are those of another process.
+    ///
+    /// # Errors
+    /// Fails if the page map cannot be read.
+    pub(crate) fn with(
+        calls: Arc<dyn MemoryCalls>,
+        frames: Arc<FrameView>,
+        digester: Arc<Digester>,
+        batch: u32,
+    ) -> io::Result<Self> {
+        let pagemap = Arc::new(Pagemap::open()?);
         Ok(Self { calls, pagemap, frames, digester, batch })
     }
 }

@@ -171,6 +171,11 @@ pub fn on_other_faults(handler: Handler) -> io::Result<()> {
     install()
 }
 
+/// Notes that memory of another process was lost, with that process.
+pub(crate) fn note() {
+    LOSSES.fetch_add(1, Ordering::SeqCst);
+}
+
 /// How many ranges were lost since the start of the process. Where it has not changed, no range was.
 pub fn count() -> u64 {
     LOSSES.load(Ordering::SeqCst)

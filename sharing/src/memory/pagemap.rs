@@ -61,6 +61,14 @@ struct ScanArgument {
 pub struct Entry(u64);
 
 impl Entry {
+    pub(crate) fn new(word: u64) -> Self {
+        Self(word)
+    }
+
+    pub(crate) fn word(self) -> u64 {
+        self.0
+    }
+
     /// The page is in memory.
     #[must_use]
     pub fn present(self) -> bool {

@@ -149,6 +149,19 @@ impl FrameStore {
         &self.file
     }
 
+    /// The memory file, to be read and mapped privately by another process.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses to open it again.
+    pub(crate) fn readable(&self) -> io::Result<OwnedFd> {
+        Ok(File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?.into())
+    }
+
+    /// How many frames it has room for.
+    pub(crate) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
     /// Takes `count` consecutive frames, the ones from `preferred` on where they are free. They read as zeros
     /// and are to be [filled](Self::fill). `None` where the store has no such extent left.
     pub fn allocate(&mut self, count: u32, preferred: Option<Frame>) -> Option<Hold> {
