@@ -34,7 +34,7 @@ const RATE: u64 = 256;
 pub(crate) const SAMPLED: u64 = u64::MAX / RATE + 1;
 
 /// Different stretches without a hit after which half of the sample goes.
-const FRESH: u32 = 8;
+const FRESH: u32 = 4;
 /// How often it is halved at most. One request of 32 blocks in 2,048 meets a sample as thin as this.
 const THINNEST: u32 = 5;
 /// A thin sample is thick again after so many times the blocks that lie between two of its stretches.
@@ -48,8 +48,8 @@ const EVIDENCE: i64 = 3 * WORTH;
 const MOST_FAILURES: u32 = 10;
 /// Blocks of the sample whose last reads are remembered: a sample of 16 GiB.
 const MOST_SEEN: usize = 1 << 14;
-/// Credit for a disk that one VM has to itself: 4 MiB. What it reads once is nobody else's.
-const OWN_CREDIT: i64 = 1 << 10;
+/// Credit for a disk that one VM has to itself: 1 MiB. What it reads once is nobody else's.
+const OWN_CREDIT: i64 = 1 << 8;
 /// Credit for a disk that others may read as well: 64 MiB. What the first VM reads, a second one is given.
 const COMMON_CREDIT: i64 = 1 << 14;
 

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Common;
 use super::header::{self, NUM_BUFFERS};
+use crate::disk::limit::RateLimiter;
 use crate::net::{HEADER_BYTES, Link, MAX_FRAME, MIN_FRAME, Sent};
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::{QueueError, ServedQueue, Taken};
@@ -52,8 +53,7 @@ struct Incoming {
     buffer: Vec<u8>,
     /// Length of the frame and its header in `buffer`.
     frame: Option<usize>,
-    /// Whether the frame has paid for its bytes.
-    is_allowed: bool,
+    limit: Limit,
     /// The guest's buffers for the frame so far, and their sizes in total.
     collected: Vec<(Taken, Buffers)>,
     room: u64,
@@ -67,7 +67,34 @@ struct Outgoing {
     buffers: Buffers,
     /// A frame in `buffer` that waits: its request, and its length with the header.
     frame: Option<(Taken, usize)>,
-    is_allowed: bool,
+    limit: Limit,
+}
+
+/// What the device's limits have said of a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Limit {
+    #[default]
+    Unknown,
+    /// It waits, and is counted.
+    Delayed,
+    /// It has paid for its bytes.
+    Passed,
+}
+
+impl Limit {
+    /// Asks the limits of a direction for a frame of so many bytes. A frame that has to wait is counted once,
+    /// however often the worker wakes before its time.
+    fn ask(&mut self, limiter: &RateLimiter, bytes: usize, throttled: &AtomicU64) -> Result<(), Duration> {
+        if *self == Self::Passed {
+            return Ok(());
+        }
+        let begun = limiter.begin(bytes as u64);
+        if begun.is_err() && *self == Self::Unknown {
+            count(throttled, 1);
+        }
+        *self = if begun.is_ok() { Self::Passed } else { Self::Delayed };
+        begun
+    }
 }
 
 fn count(counter: &AtomicU64, more: u64) {
@@ -83,7 +110,7 @@ impl Pair {
         sending: (ServedQueue, EventFd),
     ) -> Self {
         let buffers = Buffers::new(MAX_DESCRIPTORS);
-        let outgoing = Outgoing { buffer: Vec::new(), buffers, frame: None, is_allowed: false };
+        let outgoing = Outgoing { buffer: Vec::new(), buffers, frame: None, limit: Limit::Unknown };
         Self { common, link, features, receiving, sending, incoming: Incoming::default(), outgoing }
     }
 
@@ -127,15 +154,13 @@ impl Pair {
                         return Ok(Progress::Idle);
                     }
                 }
-                self.incoming.is_allowed = false;
+                self.incoming.limit = Limit::Unknown;
             }
             let Some(length) = self.incoming.frame else { return Ok(Progress::Idle) };
-            if !self.incoming.is_allowed {
-                if let Err(wait) = self.common.receive.begin((length - HEADER_BYTES) as u64) {
-                    count(&self.common.stats.throttled, 1);
-                    return Ok(Progress::Throttled(wait));
-                }
-                self.incoming.is_allowed = true;
+            let bytes = length - HEADER_BYTES;
+            let throttled = &self.common.stats.throttled;
+            if let Err(wait) = self.incoming.limit.ask(&self.common.receive, bytes, throttled) {
+                return Ok(Progress::Throttled(wait));
             }
             if !self.collect(length)? {
                 return Ok(Progress::Idle);
@@ -216,12 +241,10 @@ impl Pair {
             }
             let Some((_, length)) = &self.outgoing.frame else { continue };
             let length = *length;
-            if !self.outgoing.is_allowed {
-                if let Err(wait) = self.common.send.begin((length - HEADER_BYTES) as u64) {
-                    count(&self.common.stats.throttled, 1);
-                    return Ok(Progress::Throttled(wait));
-                }
-                self.outgoing.is_allowed = true;
+            let bytes = length - HEADER_BYTES;
+            let throttled = &self.common.stats.throttled;
+            if let Err(wait) = self.outgoing.limit.ask(&self.common.send, bytes, throttled) {
+                return Ok(Progress::Throttled(wait));
             }
             let sent = if self.common.state.is_up() {
                 self.link.send(&self.outgoing.buffer[..length]).unwrap_or_else(|error| {
@@ -250,7 +273,7 @@ impl Pair {
     /// Takes the next frame of the guest, or drops it. Returns false if there is none.
     fn take(&mut self) -> Result<bool, QueueError> {
         let (queue, _) = &mut self.sending;
-        let Outgoing { buffer, buffers, frame, is_allowed } = &mut self.outgoing;
+        let Outgoing { buffer, buffers, frame, limit } = &mut self.outgoing;
         let Some(taken) = queue.take(buffers)? else { return Ok(false) };
         let length = usize::try_from(buffers.readable.remaining()).unwrap_or(usize::MAX);
         let drops = |queue: &mut ServedQueue, taken| {
@@ -274,7 +297,7 @@ impl Pair {
         if checked != Some(Ok(())) {
             return drops(queue, taken);
         }
-        *is_allowed = false;
+        *limit = Limit::Unknown;
         *frame = Some((taken, length));
         Ok(true)
     }
@@ -283,7 +306,7 @@ impl Pair {
     pub(super) fn listen(&mut self) -> Result<bool, QueueError> {
         // A frame that waits for the limits or for the link goes first.
         let mut more = self.outgoing.frame.is_none() && self.sending.0.listen_to_driver()?;
-        let waits_for_buffers = self.incoming.frame.is_some() && self.incoming.is_allowed;
+        let waits_for_buffers = self.incoming.frame.is_some() && self.incoming.limit == Limit::Passed;
         more |= waits_for_buffers && self.receiving.0.listen_to_driver()?;
         Ok(more)
     }

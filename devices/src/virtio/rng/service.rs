@@ -59,7 +59,10 @@ impl Service {
                 }
                 return Ok(());
             }
-            let taken = match self.throttled.take() {
+            let delayed = self.throttled.take();
+            // The worker may wake before its time: for other events, or since clocks differ.
+            let is_new = delayed.is_none();
+            let taken = match delayed {
                 Some(taken) => Some(taken),
                 None => self.queue.take(&mut self.buffers)?,
             };
@@ -75,7 +78,7 @@ impl Service {
             if let Err(wait) = self.common.limiter.begin(wanted) {
                 // If the timer cannot be set, the request continues without a limit: otherwise it would hang.
                 if self.timer.reset(wait.max(Duration::from_nanos(1)), None).is_ok() {
-                    self.common.stats.throttled.fetch_add(1, Relaxed);
+                    self.common.stats.throttled.fetch_add(u64::from(is_new), Relaxed);
                     self.throttled = Some(taken);
                     return self.queue.notify_driver();
                 }
