@@ -296,7 +296,7 @@ impl Controller {
         });
         let spec = VmSpec {
             initrd: source.initrd_path.clone(),
-            cmdline: self.command_line(&source),
+            cmdline: command_line(&source, &self.drives, self.enable_pci),
             memory: Size(self.machine_config.mem_size_mib << 20),
             vcpus: self.machine_config.vcpu_count.into(),
             smt: self.machine_config.smt,
@@ -314,21 +314,6 @@ impl Controller {
             ..VmSpec::new(self.id.clone(), source.kernel_image_path)
         };
         self.machine.start(spec, self.serial_out.clone())
-    }
-
-    /// Returns the kernel's command line. The root device comes before the arguments for init.
-    fn command_line(&self, source: &BootSource) -> String {
-        let given = source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS);
-        let root =
-            self.drives.first().filter(|drive| drive.is_root_device).map_or_else(String::new, |drive| {
-                let device = drive.partuuid.as_ref().map(|uuid| format!("PARTUUID={uuid}"));
-                let access = if drive.is_read_only.unwrap_or(false) { "ro" } else { "rw" };
-                format!(" root={} {access}", device.as_deref().unwrap_or("/dev/vda"))
-            });
-        match given.split_once(" -- ") {
-            Some((kernel, init)) => format!("{kernel} pci=off{root} -- {init}"),
-            None => format!("{given} pci=off{root}").trim_start().to_owned(),
-        }
     }
 
     pub(super) fn want(&mut self, state: WantedState) -> Result<(), Fault> {
@@ -402,4 +387,41 @@ fn check_machine(config: &MachineConfig) -> Result<(), Fault> {
     }
     let bytes = config.mem_size_mib.checked_mul(1 << 20).unwrap_or(!0xfff);
     check_memory(bytes).map_err(|error| Fault::new(format!("The memory size is invalid: {error}.")))
+}
+
+/// Returns the kernel's command line, which holds `pci=off` for a machine without PCI as Firecracker's does. The root
+/// device comes before the arguments for init.
+fn command_line(source: &BootSource, drives: &[Drive], pci: bool) -> String {
+    let given = source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS);
+    let root = drives.first().filter(|drive| drive.is_root_device).map_or_else(String::new, |drive| {
+        let device = drive.partuuid.as_ref().map(|uuid| format!("PARTUUID={uuid}"));
+        let access = if drive.is_read_only.unwrap_or(false) { "ro" } else { "rw" };
+        format!(" root={} {access}", device.as_deref().unwrap_or("/dev/vda"))
+    });
+    let off = if pci { "" } else { " pci=off" };
+    match given.split_once(" -- ") {
+        Some((kernel, init)) => format!("{kernel}{off}{root} -- {init}"),
+        None => format!("{given}{off}{root}").trim_start().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_looks_for_pci_where_the_devices_are_there() {
+        let source = |boot_args: &str| BootSource {
+            kernel_image_path: "vmlinux".into(),
+            initrd_path: None,
+            boot_args: Some(boot_args.to_owned()),
+        };
+        let root = json!({ "drive_id": "rootfs", "is_root_device": true });
+        let drives: Vec<Drive> = vec![serde_json::from_value(root).expect("a drive")];
+        let line = |boot_args, drives, pci| command_line(&source(boot_args), drives, pci);
+        assert_eq!(line("console=ttyS0", &[], false), "console=ttyS0 pci=off");
+        assert_eq!(line("console=ttyS0", &drives, false), "console=ttyS0 pci=off root=/dev/vda rw");
+        assert_eq!(line("console=ttyS0 -- x", &drives, true), "console=ttyS0 root=/dev/vda rw -- x");
+        assert_eq!(line("", &[], true), "");
+    }
 }

@@ -81,7 +81,7 @@ impl Lists {
 }
 
 /// The mirror of Debian that the host uses.
-fn mirror() -> Result<String> {
+pub(super) fn mirror() -> Result<String> {
     let listing = process::output(Command::new("apt-get").args([
         "indextargets",
         "--format",

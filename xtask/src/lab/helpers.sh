@@ -55,11 +55,17 @@ state() {
     echo "  $(shared_pages) pages share"
 }
 
-# wait_for CONDITION: waits until a command succeeds, and shows what moves. Fails if samepage ends, or nothing moves.
+# wait_for CONDITION: waits until a command succeeds, and shows what moves. Fails if samepage ends, if a guest says that
+# it has failed, or if nothing moves.
 wait_for() {
     last='' still=0
     until eval "$1"; do
         kill -0 "$samepage" 2> /dev/null || { echo "samepage has ended"; show_all; exit 1; }
+        if grep -q "guest: FAILED" /tmp/*.log 2> /dev/null; then
+            echo "a guest has failed"
+            show_all
+            exit 1
+        fi
         now=$(state)
         if [ "$now" != "$last" ]; then
             echo "$(cut -d. -f1 /proc/uptime) s:"
@@ -79,7 +85,7 @@ show_all() {
         name=$(basename "$log" .log)
         echo "--- $name"
         samepage show "$name" || true
-        tail -n 30 "$log"
+        tail -n 60 "$log"
     done
     echo "--- the kernel"
     dmesg | tail -n 30
@@ -148,4 +154,23 @@ merge_pair() {
     samepage sharing --json > /tmp/sharing.json
     samepage show web-0 --json > /tmp/web-0.json
     leave
+}
+
+# enter_image: prepares the Debian image for `in_debian`, which runs a program of the image in /tmp.
+enter_image() {
+    mkdir /debian
+    mount -t ext4 -o ro /dev/vda /debian
+    for place in dev proc sys tmp; do mount --bind "/$place" "/debian/$place"; done
+}
+
+in_debian() {
+    chroot /debian /usr/bin/env -C /tmp PATH=/usr/sbin:/usr/bin HOME=/tmp "$@"
+}
+
+# ssh_to KEY ADDRESS [COMMAND]: the image's ssh, which does not ask whether it knows the guest.
+ssh_to() {
+    key=$1 guest=$2
+    shift 2
+    in_debian ssh -i "$key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
+        -o ConnectTimeout=120 "root@$guest" "$@"
 }

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use super::debian::Debian;
 use super::kernels::Kernels;
 use crate::cpio::{Archive, CHARACTER_DEVICE, DIRECTORY, FILE, PROGRAM};
 use crate::process;
@@ -25,6 +26,8 @@ pub(super) struct Contents<'a> {
     pub(super) program: &'a Path,
     /// The agent for guests.
     pub(super) agent: &'a Path,
+    /// The image that the machine has as a disk, whose kernel and initial RAM disk the script needs.
+    pub(super) debian: Option<&'a Debian>,
     /// What the machine runs.
     pub(super) script: &'a Path,
     /// Files and folders for the script.
@@ -57,6 +60,12 @@ impl Contents<'_> {
             tree.copy(&format!("root/modules/{}", name(&module)), &module)?;
         }
         tree.copy("root/samepage-agent", self.agent)?;
+        let service = crate::project_root().join("resources/samepage-agent.service");
+        tree.copy("root/samepage-agent.service", &service)?;
+        if let Some(debian) = self.debian {
+            tree.copy("root/debian/vmlinuz", &debian.kernel())?;
+            tree.copy("root/debian/initrd.img", &debian.initrd())?;
+        }
         tree.file("root/helpers.sh", FILE, HELPERS.as_bytes());
         tree.copy("root/script", self.script)?;
         for file in self.files {

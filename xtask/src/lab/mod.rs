@@ -8,6 +8,7 @@
 //! kernels `/root/vmlinuz` and `/root/vmlinuz-cloud` are there for its guests.
 
 mod apt;
+mod debian;
 mod image;
 mod kernels;
 mod machine;
@@ -31,6 +32,8 @@ pub const WANTED: &str = "SAMEPAGE_TESTS_LAB";
 const ATTEMPTS: u32 = 3;
 /// Where the project's scripts are.
 const SCRIPTS: &str = "tests/lab";
+/// Where those are that need a Debian image.
+const IMAGE_SCRIPTS: &str = "tests/lab/image";
 /// The script that is a part of all checks, and the kernel on which it runs.
 const SHORT: (&str, Series) = ("short.sh", Series::V6_12);
 /// Debian's packages for building the machine's file system.
@@ -141,7 +144,7 @@ fn run_all(cache: &Cache, program: &Path, options: &Options) -> Result<bool> {
     let mut all_passed = true;
     for kernel in Series::ALL.into_iter().filter(|kernel| options.kernel.is_none_or(|only| only == *kernel)) {
         for script in &scripts {
-            let name = script.file_name().unwrap_or_default().to_string_lossy();
+            let name = in_project(script);
             println!("\n-- lab: {name} on Linux {kernel}");
             let start = Instant::now();
             let result = run_script(cache, kernel, script, program, options);
@@ -151,7 +154,7 @@ fn run_all(cache: &Cache, program: &Path, options: &Options) -> Result<bool> {
                 Err(error) => format!("FAILED: {error:#}"),
             };
             all_passed &= matches!(result, Ok(0));
-            lines.push(format!("{kernel:<5} {name:<14} {:>7.1} s  {word}", start.elapsed().as_secs_f64()));
+            lines.push(format!("{kernel:<5} {name:<30} {:>7.1} s  {word}", start.elapsed().as_secs_f64()));
         }
     }
     println!("\n-- lab: summary");
@@ -159,28 +162,54 @@ fn run_all(cache: &Cache, program: &Path, options: &Options) -> Result<bool> {
     Ok(all_passed)
 }
 
-/// The project's scripts, by name.
+/// The project's scripts, by name. Those that need an image come last.
 fn scripts() -> Result<Vec<PathBuf>> {
-    let folder = crate::project_root().join(SCRIPTS);
-    let reading = || format!("reading {}", folder.display());
-    let entries = fs::read_dir(&folder).with_context(reading)?;
-    let paths: Result<Vec<_>, _> = entries.map(|entry| entry.map(|entry| entry.path())).collect();
-    let mut paths = paths.with_context(reading)?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "sh"));
-    paths.sort();
-    Ok(paths)
+    let mut all = Vec::new();
+    for folder in [SCRIPTS, IMAGE_SCRIPTS] {
+        let folder = crate::project_root().join(folder);
+        let reading = || format!("reading {}", folder.display());
+        let entries = fs::read_dir(&folder).with_context(reading)?;
+        let paths: Result<Vec<_>, _> = entries.map(|entry| entry.map(|entry| entry.path())).collect();
+        let mut paths = paths.with_context(reading)?;
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "sh"));
+        paths.sort();
+        all.append(&mut paths);
+    }
+    Ok(all)
+}
+
+/// The path of a script of the project's, from the project's folder.
+fn in_project(script: &Path) -> String {
+    let root = crate::project_root();
+    script.strip_prefix(&root).unwrap_or(script).display().to_string()
+}
+
+/// Whether a script is one of those that need a Debian image.
+fn needs_image(script: &Path) -> bool {
+    let folder = fs::canonicalize(script).ok();
+    let folder = folder.as_deref().and_then(Path::parent);
+    folder.is_some() && folder == fs::canonicalize(crate::project_root().join(IMAGE_SCRIPTS)).ok().as_deref()
 }
 
 fn run_script(cache: &Cache, kernel: Series, script: &Path, program: &Path, options: &Options) -> Result<u8> {
     let kernels = kernels::fetch(cache, kernel)?;
+    let debian = if needs_image(script) { Some(debian::build(cache)?) } else { None };
+    let disk = debian.as_ref().map(debian::Debian::disk);
     let work = tempfile::tempdir().context("making a folder for the machine's file system")?;
     let initrd = work.path().join("initrd");
     let agent = &initramfs::agent(cache)?;
-    let contents = image::Contents { kernels: &kernels, program, agent, script, files: &options.files };
+    let contents = image::Contents {
+        kernels: &kernels,
+        program,
+        agent,
+        debian: debian.as_ref(),
+        script,
+        files: &options.files,
+    };
     contents.write(&initrd).context("building the file system of the lab's machine")?;
     let mut attempt = 1;
     loop {
-        let mut command = qemu::command(&kernels.generic(), &initrd, options);
+        let mut command = qemu::command(&kernels.generic(), &initrd, disk.as_deref(), options);
         let end = machine::run(&mut command)?;
         if end.status == 0 || !end.lost_a_guest || attempt == ATTEMPTS {
             return Ok(end.status);
@@ -215,9 +244,21 @@ mod tests {
         for script in scripts {
             let text = fs::read_to_string(&script)?;
             assert!(text.starts_with("# "), "{} begins with no comment", script.display());
-            let name = script.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            assert!(page.contains(&format!("`{SCRIPTS}/{name}`")), "docs/lab.md says nothing about {name}");
+            let name = in_project(&script);
+            assert!(page.contains(&format!("`{name}`")), "docs/lab.md says nothing about {name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn scripts_that_need_an_image_are_known_by_their_folder() -> Result<()> {
+        let (with, without): (Vec<_>, Vec<_>) =
+            scripts()?.into_iter().partition(|script| needs_image(script));
+        assert!(
+            with.iter().all(|script| script.parent().is_some_and(|folder| folder.ends_with(IMAGE_SCRIPTS)))
+        );
+        assert!(!with.is_empty() && without.iter().all(|script| !script.starts_with(IMAGE_SCRIPTS)));
+        assert!(!needs_image(Path::new("/nonexistent/debian.sh")));
         Ok(())
     }
 

@@ -48,8 +48,8 @@ fn major(text: &str) -> Option<u32> {
     version.split('.').next()?.parse().ok()
 }
 
-/// The command line of a machine that boots this kernel with this file system.
-pub(super) fn command(kernel: &Path, initrd: &Path, options: &Options) -> Command {
+/// The command line of a machine that boots this kernel with this file system. An image is its first disk, and read-only.
+pub(super) fn command(kernel: &Path, initrd: &Path, image: Option<&Path>, options: &Options) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm,+npt"]);
     command.args(["-smp", &options.cpus.to_string(), "-m", &options.memory.to_string()]);
@@ -58,10 +58,12 @@ pub(super) fn command(kernel: &Path, initrd: &Path, options: &Options) -> Comman
     // A busy host makes the kernel doubt the time stamp counter. KVM then stops it in guests that do not run, so that
     // they sleep for ever.
     command.args(["-append", "console=ttyS0 panic=-1 mitigations=off tsc=reliable quiet"]);
-    for disk in &options.disks {
+    let disks = options.disks.iter().map(|disk| (disk.as_path(), "off"));
+    for (disk, readonly) in image.map(|image| (image, "on")).into_iter().chain(disks) {
         // A comma in a path is written twice.
         let path = disk.display().to_string().replace(',', ",,");
-        command.args(["-drive", &format!("file={path},format=raw,if=virtio,cache=unsafe")]);
+        let drive = format!("file={path},format=raw,if=virtio,cache=unsafe,readonly={readonly}");
+        command.args(["-drive", &drive]);
     }
     command
 }
@@ -80,9 +82,12 @@ mod tests {
     #[test]
     fn the_machine_has_the_disks_in_order() {
         let options = Options { disks: vec!["a,b.img".into(), "c.img".into()], ..Options::default() };
-        let command = command(Path::new("k"), Path::new("i"), &options);
+        let command = command(Path::new("k"), Path::new("i"), Some(Path::new("debian")), &options);
         let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy()).collect();
         let disks: Vec<_> = arguments.iter().filter(|argument| argument.starts_with("file=")).collect();
-        assert!(disks[0].starts_with("file=a,,b.img,") && disks[1].starts_with("file=c.img,"), "{disks:?}");
+        let starts = ["file=debian,", "file=a,,b.img,", "file=c.img,"];
+        assert!(disks.iter().zip(starts).all(|(disk, start)| disk.starts_with(start)), "{disks:?}");
+        let readonly: Vec<_> = disks.iter().map(|disk| disk.ends_with("readonly=on")).collect();
+        assert_eq!(readonly, [true, false, false]);
     }
 }
