@@ -135,7 +135,7 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                     ))
                 }
                 None if needs.contains(&Need::CargoDeb) && !deb::is_installed() => {
-                    Ok(Completion::ignored_with("needs cargo-deb: `cargo install cargo-deb` gets it"))
+                    Ok(Completion::ignored_with("needs cargo-deb: `cargo xtask setup` gets it"))
                 }
                 None if needs.contains(&Need::Promtool) && promtool::find().is_none() => {
                     Ok(Completion::ignored_with("needs promtool: `cargo xtask promtool` gets it"))

@@ -5,7 +5,7 @@
 use crate::artifacts::Artifacts;
 use crate::cache::Cache;
 use crate::suite::{self, Choice, Results};
-use crate::{deny, lab, node, process, promtool, python, setup};
+use crate::{deb, deny, lab, node, process, promtool, python, setup};
 use anyhow::{Context, Result, bail};
 use std::fs::OpenOptions;
 use std::time::{Duration, Instant};
@@ -43,6 +43,9 @@ pub fn run(choice: &Choice) -> bool {
         }
         if let Err(error) = Cache::of_user().and_then(|cache| promtool::build(&cache)) {
             println!("warning: tests that need promtool are skipped: {error:#}");
+        }
+        if let Err(error) = deb::install() {
+            println!("warning: tests of the Debian package are skipped: {error:#}");
         }
     }
     if choice.filter.is_none() {

