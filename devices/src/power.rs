@@ -1,10 +1,10 @@
 //! Power management of a machine with hardware-reduced ACPI: the registers by which a guest turns the machine off,
-//! and the power button.
+//! the power button, and news of the VM generation ID.
 //!
 //! The device has [`PORTS`] ports of one byte each, at the offsets [`SLEEP_CONTROL`], [`SLEEP_STATUS`] and [`EVENTS`].
 //! The machine knows one sleeping state, [`SOFT_OFF`]. A guest that asks for another one goes on. It reads from
 //! [`EVENTS`] what has happened since it read last. The VMM raises the interrupt of an event, after it has called
-//! [`Power::press_button`].
+//! [`Power::press_button`] or [`Power::tell_new_generation`].
 //!
 //! Source: Advanced Configuration and Power Interface Specification 6.5, section 4.8.3.7 "Sleep Control and Status
 //! Registers". The register of events is the machine's own; its ACPI tables hold the code that reads it.
@@ -30,6 +30,8 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// The event that the power button was pressed.
 pub const BUTTON_PRESSED: u8 = 1;
+/// The event that the VM generation ID is another one.
+pub const GENERATION_CHANGED: u8 = 2;
 
 /// The power management of a machine.
 #[derive(Debug, Default)]
@@ -42,6 +44,11 @@ impl Power {
     /// Notes that the power button was pressed. Whoever calls this raises the interrupt.
     pub fn press_button(&mut self) {
         self.events |= BUTTON_PRESSED;
+    }
+
+    /// Notes that the VM generation ID is another one. Whoever calls this has written it, and raises the interrupt.
+    pub fn tell_new_generation(&mut self) {
+        self.events |= GENERATION_CHANGED;
     }
 
     /// Whether the guest has turned the machine off.
@@ -103,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_press_of_the_button_is_read_once() {
+    fn each_event_is_read_once() {
         let mut power = Power::default();
         assert_eq!(read(&mut power, EVENTS), 0);
         power.press_button();
@@ -112,5 +119,9 @@ mod tests {
         power.write(EVENTS.into(), &[0xff]);
         assert_eq!([read(&mut power, SLEEP_CONTROL), read(&mut power, SLEEP_STATUS)], [0, 0]);
         assert_eq!([read(&mut power, EVENTS), read(&mut power, EVENTS)], [BUTTON_PRESSED, 0]);
+        power.tell_new_generation();
+        power.press_button();
+        let both = BUTTON_PRESSED | GENERATION_CHANGED;
+        assert_eq!([read(&mut power, EVENTS), read(&mut power, EVENTS)], [both, 0]);
     }
 }

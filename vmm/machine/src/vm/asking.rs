@@ -56,6 +56,11 @@ impl Vm {
             return false;
         }
         self.devices.press_power_button();
+        self.raise_event_interrupt()
+    }
+
+    /// Raises the interrupt of the event device. Returns `false` if KVM has refused.
+    pub(super) fn raise_event_interrupt(&self) -> bool {
         // An edge, as the ACPI tables have it.
         let raised = [true, false].map(|level| self.kvm.set_irq_line(POWER_IRQ, level));
         raised.iter().all(Result::is_ok)

@@ -276,6 +276,11 @@ impl Devices {
         self.power.lock().press_button();
     }
 
+    /// Notes for the guest that the VM generation ID is another one. The caller raises the interrupt.
+    pub(super) fn tell_new_generation(&self) {
+        self.power.lock().tell_new_generation();
+    }
+
     pub(super) fn keyboard_in_use(&self) -> bool {
         self.keyboard.lock().in_use()
     }

@@ -53,6 +53,9 @@ pub enum VmError {
     /// The tables for the first instructions could not be written.
     #[error("write the guest's first tables: {0}")]
     Tables(vm_memory::GuestMemoryError),
+    /// The host's kernel has no random bytes.
+    #[error("get random bytes for the VM generation ID: {0}")]
+    Random(io::Error),
     /// The process is out of files or threads.
     #[error("open an event: {0}; raise the limit of open files (ulimit -n)")]
     Event(io::Error),

@@ -9,6 +9,7 @@ pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
 mod error;
+mod generation;
 mod hole;
 #[cfg(test)]
 mod kept_pages;
@@ -204,6 +205,7 @@ impl Vm {
         acpi::write(memory.view(), numbers, &virtio, has_pci).map_err(VmError::Tables)?;
         mptable::write(memory.view(), numbers).map_err(VmError::Tables)?;
         reset_vector::write(memory.view()).map_err(VmError::Tables)?;
+        generation::write_new(memory.view())?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
         let logged = config.sharing.is_some() && changes::enable(&kvm);

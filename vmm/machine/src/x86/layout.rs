@@ -3,7 +3,7 @@
 //! ```text
 //! 0x0000_0000  boot structures (GDT, boot parameters, page tables, command line)
 //! 0x0009_fc00  legacy area, no RAM for the guest: EBDA with the multiprocessor table, VGA, option ROMs,
-//!              ACPI tables from 0xf_f000
+//!              ACPI tables from 0xf_f000, or from 0xf_e000 with many processors, VM generation ID, reset vector
 //! 0x0010_0000  kernel, then free RAM; initrd at the top of low RAM
 //! 0xc000_0000  gap: the memory hole and its doorbell, virtio-mmio from 0xd000_0000, or PCI's devices from
 //!              0xd100_0000 and configuration space from 0xe000_0000; IO-APIC, LAPIC, KVM's own pages
@@ -37,10 +37,15 @@ pub(crate) const MP_BYTES: u64 = 1024;
 pub(crate) const MP_LONG_TABLE: u64 = 0xf_0000;
 
 /// ACPI's root pointer, in the area in which kernels look for it that are not told its address. The tables follow. They
-/// share a page with the reset vector, so that a VM has one page more for both.
+/// share a page with the generation ID and the reset vector, so that a VM has one page more for all three.
 pub(crate) const ACPI_START: u64 = 0xf_f000;
 /// Upper limit for the pointer and the tables.
-pub(crate) const ACPI_BYTES: u64 = RESET_VECTOR - ACPI_START;
+pub(crate) const ACPI_BYTES: u64 = GENERATION_ID - ACPI_START;
+/// ACPI's table of processors where it is long: the page before the other tables.
+pub(crate) const ACPI_LONG_MADT: u64 = ACPI_START - PAGE_SIZE as u64;
+/// The VM generation ID, on a multiple of 8.
+pub(crate) const GENERATION_ID: u64 = RESET_VECTOR - GENERATION_ID_BYTES as u64;
+pub(crate) const GENERATION_ID_BYTES: usize = 16;
 /// Where a processor in real mode starts after a reset: F000:FFF0.
 pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 
@@ -100,6 +105,7 @@ const _: () = {
     assert!(PAGE_DIRECTORIES + 4 * page <= COMMAND_LINE);
     assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA_START);
     assert!(ACPI_START.is_multiple_of(16) && ACPI_START + ACPI_BYTES <= HIMEM_START);
+    assert!(GENERATION_ID.is_multiple_of(8));
 };
 
 /// A run of guest RAM that is contiguous for the guest and in the host's reservation.

@@ -11,7 +11,7 @@
 use samepage_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::layout::{ACPI_START, HIMEM_START, IO_APIC, LOCAL_APIC, MP_BYTES, MP_LONG_TABLE, MP_POINTER};
+use super::layout::{ACPI_LONG_MADT, HIMEM_START, IO_APIC, LOCAL_APIC, MP_BYTES, MP_LONG_TABLE, MP_POINTER};
 
 const SPECIFICATION_1_4: u8 = 4;
 const POINTER_BYTES: usize = 16;
@@ -130,7 +130,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 const _: () = {
     const LONGEST: u64 = 8192;
     assert!(MP_POINTER.is_multiple_of(16) && MP_POINTER + MP_BYTES <= MP_LONG_TABLE);
-    assert!(MP_LONG_TABLE + LONGEST <= ACPI_START && ACPI_START < HIMEM_START);
+    assert!(MP_LONG_TABLE + LONGEST <= ACPI_LONG_MADT && ACPI_LONG_MADT < HIMEM_START);
 };
 
 #[cfg(test)]
@@ -171,7 +171,7 @@ mod tests {
             assert_eq!(word(&table, 36), 0xfee0_0000);
             assert_eq!(usize::from(u16::from_le_bytes([table[34], table[35]])), read_entries(&table).len());
             let room = match address {
-                MP_LONG_TABLE => MP_LONG_TABLE..ACPI_START,
+                MP_LONG_TABLE => MP_LONG_TABLE..ACPI_LONG_MADT,
                 _ => EBDA_START..EBDA_START + MP_BYTES,
             };
             assert!(room.contains(&address) && address + table.len() as u64 <= room.end, "{vcpus}");

@@ -1,7 +1,8 @@
 //! The devices of the machine in AML, ACPI's byte code.
 //!
 //! The power button is a device without registers. When it is pressed, the generic event device has its interrupt;
-//! the kernel then runs `_EVT`, which reads the register of events and notifies the button's driver.
+//! the kernel then runs `_EVT`, which reads the register of events and notifies the button's driver. The driver of the
+//! VM generation ID learns of a new ID in the same way.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -13,12 +14,14 @@ use samepage_devices::{i8042, power, serial};
 
 use super::VirtioMmio;
 use crate::x86::layout::{
-    KEYBOARD_IRQ, MMIO_STRIDE, PCI_CONFIG, PCI_CONFIG_BYTES, PCI_MEMORY, PCI_MEMORY_BYTES, PCI_PORTS,
-    POWER_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT,
+    GENERATION_ID, KEYBOARD_IRQ, MMIO_STRIDE, PCI_CONFIG, PCI_CONFIG_BYTES, PCI_MEMORY, PCI_MEMORY_BYTES,
+    PCI_PORTS, POWER_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT,
 };
 
 /// What a driver is notified of when its button was pressed.
 const BUTTON_PRESSED: u8 = 0x80;
+/// What the driver of the VM generation ID is notified of when the ID is another one.
+const GENERATION_CHANGED: u8 = 0x80;
 
 /// Returns the code of all devices and of the one sleeping state.
 pub(super) fn aml(virtio: &[VirtioMmio], has_pci: bool) -> Vec<u8> {
@@ -26,6 +29,7 @@ pub(super) fn aml(virtio: &[VirtioMmio], has_pci: bool) -> Vec<u8> {
     serial_port(&mut devices);
     keyboard(&mut devices);
     power_button(&mut devices);
+    generation_id(&mut devices);
     event_device(&mut devices);
     for (number, device) in (0..).zip(virtio) {
         virtio_mmio(number, device, &mut devices);
@@ -89,10 +93,31 @@ fn power_button(code: &mut Vec<u8>) {
     Device::new(Path::new("PWRB"), vec![&hid, &name("_UID", &ZERO)]).to_aml_bytes(code);
 }
 
+/// The VM generation ID. The first compatible ID is the one of the specification, which is longer than ACPI allows;
+/// the second is what Hyper-V has beside it, and what Linux looks for.
+///
+/// Source: Microsoft, Virtual Machine Generation ID (2012), which asks for the names, the package ADDR with the lower
+/// and the upper half of the address, and the notification.
+fn generation_id(code: &mut Vec<u8>) {
+    // It lies below 1 MiB.
+    let address = GENERATION_ID as u32;
+    Device::new(
+        Path::new("VGEN"),
+        vec![
+            &name("_HID", &"SMPG0001"),
+            &name("_CID", &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
+            &name("_DDN", &"VM_Gen_Counter"),
+            &name("_UID", &ZERO),
+            &name("ADDR", &Package::new(vec![&address, &ZERO])),
+        ],
+    )
+    .to_aml_bytes(code);
+}
+
 fn event_device(code: &mut Vec<u8>) {
     let register = POWER_PORT + power::EVENTS;
     let happened = FieldEntry::Named(*b"EVTS", 8);
-    let button = Path::new("\\_SB_.PWRB");
+    let (button, generation) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.VGEN"));
     Device::new(
         Path::new("GED_"),
         vec![
@@ -116,6 +141,8 @@ fn event_device(code: &mut Vec<u8>) {
                     &Store::new(&Local(0), &Path::new("EVTS")),
                     &And::new(&Local(1), &Local(0), &power::BUTTON_PRESSED),
                     &If::new(&Local(1), vec![&Notify::new(&button, &BUTTON_PRESSED)]),
+                    &And::new(&Local(1), &Local(0), &power::GENERATION_CHANGED),
+                    &If::new(&Local(1), vec![&Notify::new(&generation, &GENERATION_CHANGED)]),
                 ],
             ),
         ],

@@ -31,7 +31,7 @@ use acpi_tables::xsdt::XSDT;
 use samepage_devices::{GuestMemory, i8042, power};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::layout::{ACPI_BYTES, ACPI_START, IO_APIC, LOCAL_APIC, PCI_CONFIG, POWER_PORT};
+use super::layout::{ACPI_BYTES, ACPI_LONG_MADT, ACPI_START, IO_APIC, LOCAL_APIC, PCI_CONFIG, POWER_PORT};
 
 const MAKER: [u8; 6] = *b"SAMEPG";
 const PRODUCT: [u8; 8] = *b"MICROVM ";
@@ -41,6 +41,8 @@ const DSDT_REVISION: u8 = 6;
 const HEADER_BYTES: u32 = 36;
 /// Tables begin on a boundary of so many bytes, as the root pointer has to.
 const ALIGNMENT: usize = 16;
+/// With more processors, their table is in a page of its own.
+const FEW_VCPUS: u8 = 128;
 
 /// Boot architecture: legacy devices on ports, an 8042; no VGA, no MSI, no PCIe power management, no clock in CMOS.
 const BOOT_ARCHITECTURE: u16 = 0b11_1111;
@@ -67,21 +69,30 @@ pub(crate) fn write(
     virtio: &[VirtioMmio],
     has_pci: bool,
 ) -> Result<(), GuestMemoryError> {
-    memory.write_slice(&Tables::new(vcpus, virtio, has_pci).bytes, GuestAddress(ACPI_START))
+    let Tables { bytes, long_madt } = Tables::new(vcpus, virtio, has_pci);
+    memory.write_slice(&bytes, GuestAddress(ACPI_START))?;
+    memory.write_slice(&long_madt, GuestAddress(ACPI_LONG_MADT))
 }
 
-/// Root pointer and tables, as they lie at [`ACPI_START`].
 struct Tables {
+    /// Root pointer and tables, as they lie at [`ACPI_START`].
     bytes: Vec<u8>,
+    /// The table of many processors, as it lies at [`ACPI_LONG_MADT`]; empty where the processors are few.
+    long_madt: Vec<u8>,
 }
 
 impl Tables {
     fn new(vcpus: u8, virtio: &[VirtioMmio], has_pci: bool) -> Self {
         // The root pointer is written when the address behind it is known.
-        let mut tables = Self { bytes: vec![0; Rsdp::len()] };
+        let mut tables = Self { bytes: vec![0; Rsdp::len()], long_madt: Vec::new() };
         let dsdt = tables.add(&dsdt(virtio, has_pci));
         let fadt = tables.add(&fadt(dsdt, has_pci));
-        let madt = tables.add(&madt(vcpus));
+        let madt = if vcpus <= FEW_VCPUS {
+            tables.add(&madt(vcpus))
+        } else {
+            madt(vcpus).to_aml_bytes(&mut tables.long_madt);
+            ACPI_LONG_MADT
+        };
         let mut xsdt = XSDT::new(MAKER, PRODUCT, REVISION);
         [fadt, madt].into_iter().for_each(|table| xsdt.add_entry(table));
         if has_pci {
@@ -92,7 +103,8 @@ impl Tables {
         Rsdp::new(MAKER, xsdt).to_aml_bytes(&mut pointer);
         tables.bytes[..pointer.len()].copy_from_slice(&pointer);
         // Interrupt lines bound the number of devices, and the type that of processors. A test has most of both.
-        assert!(tables.bytes.len() as u64 <= ACPI_BYTES, "the ACPI tables are too long");
+        let is_short = tables.long_madt.len() as u64 <= ACPI_START - ACPI_LONG_MADT;
+        assert!(tables.bytes.len() as u64 <= ACPI_BYTES && is_short, "the ACPI tables are too long");
         tables
     }
 

@@ -10,7 +10,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::vm::virtio::{MAX_VIRTIO, mmio_devices};
-use crate::x86::layout::{MIN_RAM, MapKind, PCI_CONFIG_BYTES, POWER_IRQ, memory_map};
+use crate::x86::layout::{
+    GENERATION_ID, GENERATION_ID_BYTES, MIN_RAM, MapKind, PCI_CONFIG_BYTES, POWER_IRQ, memory_map,
+};
 
 /// As many devices as there can be.
 fn virtio() -> Vec<VirtioMmio> {
@@ -32,7 +34,10 @@ fn sum(bytes: &[u8]) -> u8 {
 /// The table at a guest address: its signature is that one, its checksum is right.
 fn table<'a>(tables: &'a Tables, address: u64, signature: &[u8; 4]) -> &'a [u8] {
     assert!(address.is_multiple_of(16));
-    let rest = &tables.bytes[(address - ACPI_START) as usize..];
+    let rest = match address.checked_sub(ACPI_START) {
+        Some(offset) => &tables.bytes[offset as usize..],
+        None => &tables.long_madt[(address - ACPI_LONG_MADT) as usize..],
+    };
     assert_eq!(&rest[..4], signature);
     let table = &rest[..dword(rest, 4) as usize];
     assert_eq!(sum(table), 0, "the checksum of {}", String::from_utf8_lossy(signature));
@@ -60,17 +65,22 @@ fn port(table: &[u8], at: usize) -> u16 {
 
 #[test]
 fn all_tables_are_found_and_lie_in_reserved_memory() {
-    for (vcpus, virtio) in [(1, vec![]), (1, virtio()), (254, virtio())] {
-        let tables = Tables::new(vcpus, &virtio, false);
-        let ends = find(&tables).map(|table| table.as_ptr_range().end);
-        assert!(ends.iter().all(|end| *end <= tables.bytes.as_ptr_range().end));
-        let end = ACPI_START + tables.bytes.len() as u64;
-        assert!(end <= ACPI_START + ACPI_BYTES);
-        let map = memory_map(MIN_RAM, None);
-        let entry = map.iter().find(|entry| (entry.start..entry.start + entry.bytes).contains(&ACPI_START));
+    let map = memory_map(MIN_RAM, None);
+    let is_reserved = |start, end| {
+        let entry = map.iter().find(|entry| (entry.start..entry.start + entry.bytes).contains(&start));
         let entry = entry.expect("the memory map has the area");
-        assert!(entry.kind == MapKind::Reserved && end <= entry.start + entry.bytes);
+        entry.kind == MapKind::Reserved && end <= entry.start + entry.bytes
+    };
+    for (vcpus, virtio) in [(1, vec![]), (1, virtio()), (FEW_VCPUS, virtio()), (254, virtio())] {
+        let tables = Tables::new(vcpus, &virtio, false);
+        assert_eq!(tables.long_madt.is_empty(), vcpus <= FEW_VCPUS);
+        let [fadt, _, dsdt] = find(&tables).map(|table| table.as_ptr_range().end);
+        assert!([fadt, dsdt].iter().all(|end| *end <= tables.bytes.as_ptr_range().end));
+        let end = ACPI_START + tables.bytes.len() as u64;
+        assert!(end <= GENERATION_ID && is_reserved(ACPI_LONG_MADT, end));
+        assert!(tables.long_madt.len() as u64 <= ACPI_START - ACPI_LONG_MADT);
     }
+    assert!(is_reserved(GENERATION_ID, GENERATION_ID + GENERATION_ID_BYTES as u64));
 }
 
 #[test]
@@ -159,7 +169,10 @@ fn acpi_s_own_compiler_takes_the_tables_apart_and_puts_the_devices_together_agai
     }
     let source = std::fs::read_to_string(dir.path().join("dsdt.dsl")).unwrap();
     assert_eq!(source.matches("LNRO0005").count(), MAX_VIRTIO, "{source}");
-    for part in ["PNP0A08", "PNP0501", "PNP0303", "PNP0C0C", "ACPI0013", "_S5", "Notify (\\_SB.PWRB, 0x80)"] {
+    let devices = ["PNP0A08", "PNP0501", "PNP0303", "PNP0C0C", "ACPI0013", "_S5"];
+    let generation = ["\"VM_Gen_Counter\"", "\"VMGENCTR\"", "0x000FFFE0"];
+    let notified = ["Notify (\\_SB.PWRB, 0x80)", "Notify (\\_SB.VGEN, 0x80)"];
+    for part in devices.into_iter().chain(generation).chain(notified) {
         assert!(source.contains(part), "no {part} in {source}");
     }
     let said = iasl(dir.path(), &["-oa", "-p", "again", "dsdt.dsl"]);
