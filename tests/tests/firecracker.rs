@@ -306,8 +306,8 @@ fn faults() {
     Running::start(place.firecracker(&["--nothing"])).wait().assert_code(153);
     Running::start(place.firecracker(&["--level", "Loud"])).wait().assert_code(152);
     let refused = Running::start(place.firecracker(&["--metadata", "file"])).wait();
-    refused.assert_code(153);
-    assert!(refused.stderr.contains("no metadata service"), "{}", refused.stderr);
+    refused.assert_code(152);
+    assert!(refused.stderr.contains("read file"), "{}", refused.stderr);
     assert!(!refused.stderr.contains("Usage"), "{}", refused.stderr);
 
     let (running, client) = place.serve("socket", &["--id", "a", "--metrics-path", "metrics"]);
@@ -354,8 +354,6 @@ fn faults() {
     for missing in [
         "/balloon",
         "/vsock",
-        "/mmds",
-        "/mmds/config",
         "/snapshot/create",
         "/snapshot/load",
         "/cpu-config",
@@ -365,6 +363,19 @@ fn faults() {
         fault("PUT", missing, json!({}), "samepage has no");
     }
     fault("GET", "/balloon", Value::Null, "samepage has no");
+    let mmds = |networks: Value| json!({ "version": "V2", "network_interfaces": networks });
+    fault("PUT", "/mmds/config", mmds(json!([])), "is empty");
+    fault("PUT", "/mmds/config", mmds(json!(["eth0"])), "does not correspond");
+    let elsewhere = json!({ "network_interfaces": ["eth0"], "ipv4_address": "169.254.0.1" });
+    fault("PUT", "/mmds/config", elsewhere, "not link local");
+    fault("PUT", "/mmds/config", json!({ "version": "V3", "network_interfaces": [] }), "V3");
+    fault("PATCH", "/mmds", json!({ "a": 1 }), "not initialized");
+    assert_eq!(ask(&client, "GET", "/mmds", Value::Null), (200, Value::Null));
+    done(&client, "PUT", "/mmds", json!({ "a": 1, "b": { "c": 2 } }));
+    done(&client, "PATCH", "/mmds", json!({ "a": null, "b": { "d": 3 } }));
+    assert_eq!(ask(&client, "GET", "/mmds", Value::Null), (200, json!({ "b": { "c": 2, "d": 3 } })));
+    let (status, said) = ask(&client, "PATCH", "/mmds", json!({ "e": "x".repeat(51_190) }));
+    assert_eq!(status, 413, "{said}");
     fault("GET", "/nothing", Value::Null, "GET /nothing");
     let (status, said) = ask(&client, "PUT", "/logger", json!({ "level": "x".repeat(60_000) }));
     assert_eq!(status, 413, "{said}");

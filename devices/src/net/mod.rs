@@ -4,8 +4,10 @@
 //! copied between guest memory and a buffer of the device: nothing pins guest memory, and what the device writes
 //! there is in the dirty bitmap.
 
+use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 mod tap;
 
@@ -40,6 +42,19 @@ pub struct Offloads {
     pub tso6: bool,
     /// UDP.
     pub ufo: bool,
+}
+
+/// A service of this process that a guest reaches by its network device. It takes frames of the guest before the link
+/// does, and has frames for the guest. Frames have no header of virtio-net here. Calls do not wait.
+pub trait Detour: Send + fmt::Debug {
+    /// Takes a frame of the guest if it is for the service. Returns whether it was.
+    fn take(&mut self, frame: &[u8]) -> bool;
+
+    /// Writes the next frame for the guest into `buffer`. Returns its length; `None` if there is no frame at present.
+    fn next(&mut self, buffer: &mut [u8]) -> Option<usize>;
+
+    /// Returns after which time there may be a frame for the guest, even if the guest sends nothing.
+    fn wait(&mut self) -> Option<Duration>;
 }
 
 /// One way for frames, in both directions. Calls do not wait.

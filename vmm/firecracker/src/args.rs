@@ -11,7 +11,7 @@ use super::VERSION;
 /// The name under which the program acts as Firecracker.
 const NAME: &str = "firecracker";
 /// Firecracker's exit status for wrong arguments.
-pub(super) const WRONG_ARGUMENTS: u8 = 153;
+const WRONG_ARGUMENTS: u8 = 153;
 
 /// Run one VM behind the API of Firecracker. If a link with the name `firecracker` starts the program, it is
 /// this command.
@@ -74,23 +74,16 @@ pub struct FirecrackerArgs {
     #[arg(long)]
     pub(crate) enable_pci: bool,
 
-    /// Refused: there is no metadata service
-    #[arg(long, value_name = "FILE")]
+    /// Give the guest the metadata (MMDS) of this JSON file
+    #[arg(long, value_name = "FILE", conflicts_with = "host")]
     pub(crate) metadata: Option<PathBuf>,
+
+    /// Upper limit for the metadata, in bytes of JSON. The default is the longest body of a request
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mmds_size_limit: Option<usize>,
 
     #[command(flatten)]
     pub(crate) accepted: AcceptedArgs,
-}
-
-impl FirecrackerArgs {
-    /// Returns the reason why the arguments are refused, if they request a feature of Firecracker that
-    /// samepage lacks.
-    pub(super) fn refusal(&self) -> Option<&'static str> {
-        self.metadata.as_ref().map(|_| {
-            "--metadata: samepage has no metadata service (MMDS); pass data to the guest in boot_args or on \
-             a drive, and start it without --metadata"
-        })
-    }
 }
 
 /// Arguments that are accepted without effect.
@@ -128,10 +121,6 @@ pub struct AcceptedArgs {
     /// The time of the process's start is not reported
     #[arg(long, value_name = "MICROSECONDS")]
     parent_cpu_time_us: Option<u64>,
-
-    /// There is no metadata service
-    #[arg(long, value_name = "BYTES")]
-    mmds_size_limit: Option<usize>,
 
     /// More arguments, which a jailer passes on
     #[arg(last = true, action = ArgAction::Append, hide = true)]
@@ -228,16 +217,9 @@ mod tests {
             &["--id", ""],
             &["--no-seccomp", "--seccomp-filter=f"],
             &["--nothing"],
+            &["--metadata", "m", "--host", "s"],
         ] {
             assert!(parse(wrong).unwrap_err().use_stderr(), "{wrong:?}");
         }
-    }
-
-    #[test]
-    fn what_is_missing_is_refused_with_the_reason() {
-        let refusal = |arguments: &[&str]| parse(arguments).unwrap().refusal();
-        assert_eq!(refusal(&["--enable-pci"]), None);
-        assert!(refusal(&["--metadata", "m"]).unwrap().contains("no metadata service"));
-        assert_eq!(refusal(&["--id", "a"]), None);
     }
 }

@@ -39,6 +39,10 @@ fn apply_text(text: &str, controller: &mut Controller) -> anyhow::Result<()> {
             put(controller, &format!("{part}/{id}"), device).map_err(|fault| refused(part, fault))?;
         }
     }
+    // It names network interfaces.
+    if let Some(value) = config.remove("mmds-config") {
+        put(controller, "mmds/config", &value).map_err(|fault| refused("mmds-config", fault))?;
+    }
     if let Some(part) = config.keys().next() {
         match missing(part) {
             Some(what) => bail!("{part}: samepage has no {what}"),

@@ -18,6 +18,7 @@ use super::args::FirecrackerArgs;
 use super::fault::Fault;
 use super::log::Log;
 use super::machine::{Activity, Machine};
+use super::metadata::Mmds;
 use super::metrics::Metrics;
 use super::model::{
     BootSource, Drive, DriveUpdate, EntropyDevice, HugePagesConfig, InstanceInfo, InstanceState,
@@ -33,7 +34,7 @@ const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042
 pub(super) struct Controller {
     id: String,
     enable_pci: bool,
-    machine: Arc<dyn Machine>,
+    pub(super) machine: Arc<dyn Machine>,
     log: Arc<Log>,
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
@@ -41,6 +42,7 @@ pub(super) struct Controller {
     drives: Vec<Drive>,
     networks: Vec<NetworkInterface>,
     entropy: Option<EntropyDevice>,
+    pub(super) mmds: Mmds,
     serial_out: Option<PathBuf>,
     logger: Option<LoggerConfig>,
     metrics: Option<Metrics>,
@@ -58,6 +60,7 @@ impl Controller {
             drives: Vec::new(),
             networks: Vec::new(),
             entropy: None,
+            mmds: Mmds::new(args),
             serial_out: None,
             logger: None,
             metrics: None,
@@ -207,6 +210,11 @@ impl Controller {
         Ok(())
     }
 
+    /// Whether there is a network interface with this name.
+    pub(super) fn has_network(&self, id: &str) -> bool {
+        self.networks.iter().any(|interface| interface.iface_id == id)
+    }
+
     pub(super) fn change_network(&mut self, change: &NetworkInterfaceUpdate) -> Result<(), Fault> {
         self.after_start()?;
         let id = &change.iface_id;
@@ -313,7 +321,13 @@ impl Controller {
             },
             ..VmSpec::new(self.id.clone(), source.kernel_image_path)
         };
-        self.machine.start(spec, self.serial_out.clone())
+        let services = self.mmds.services(|id| {
+            let mut networks = self.networks.iter().enumerate();
+            networks
+                .find(|(_, network)| network.iface_id == id)
+                .map(|(at, network)| network_name(network, at))
+        });
+        self.machine.start(spec, self.serial_out.clone(), services)
     }
 
     pub(super) fn want(&mut self, state: WantedState) -> Result<(), Fault> {
@@ -344,7 +358,7 @@ impl Controller {
             "cpu-config": null,
             "entropy": self.entropy,
             "memory-hotplug": null,
-            "mmds-config": null,
+            "mmds-config": self.mmds.config(),
             "vsock": null,
         })
     }

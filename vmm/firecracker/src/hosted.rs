@@ -32,7 +32,7 @@ use super::Exit;
 use super::args::FirecrackerArgs;
 use super::fault::Fault;
 use super::log::Log;
-use super::machine::{Activity, DriveCounts, Machine};
+use super::machine::{Activity, DriveCounts, Machine, Services};
 use super::server::Server;
 
 /// The connection to the VM's console, and the bytes that came with the response.
@@ -102,7 +102,11 @@ impl Hosted {
 }
 
 impl Machine for Hosted {
-    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
+    fn has_services(&self) -> bool {
+        false
+    }
+
+    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>, _: Services) -> Result<(), Fault> {
         let is_shown_elsewhere = console.is_some();
         spec.console.file = console;
         spec.make_absolute().map_err(|error| Fault::new(format!("A path cannot be resolved: {error}.")))?;

@@ -19,6 +19,7 @@ mod limits;
 mod local;
 mod log;
 mod machine;
+mod metadata;
 mod metrics;
 mod model;
 mod requests;
@@ -51,8 +52,6 @@ enum Exit {
     Error = 1,
     /// The configuration file or the value of an option is wrong.
     BadConfiguration = 152,
-    /// The command line is wrong.
-    BadArguments = args::WRONG_ARGUMENTS as isize,
 }
 
 impl From<Exit> for ExitCode {
@@ -73,10 +72,6 @@ pub fn main(args: &FirecrackerArgs) -> anyhow::Result<ExitCode> {
     if args.snapshot_version || args.describe_snapshot.is_some() {
         tell("there are no snapshots");
         return Ok(Exit::Error.into());
-    }
-    if let Some(reason) = args.refusal() {
-        tell(reason);
-        return Ok(Exit::BadArguments.into());
     }
     let log = match Log::new(args) {
         Ok(log) => Arc::new(log),
@@ -114,6 +109,12 @@ fn run(
         && let Err(Fault { message, .. }) = controller.set_metrics_path(path)
     {
         tell(message);
+        return Ok(Exit::BadConfiguration);
+    }
+    if let Some(path) = &args.metadata
+        && let Err(error) = controller.read_mmds(path)
+    {
+        tell(tell::causes(&error));
         return Ok(Exit::BadConfiguration);
     }
     if let Some(path) = &args.config_file

@@ -23,7 +23,7 @@ use super::Exit;
 use super::args::FirecrackerArgs;
 use super::fault::Fault;
 use super::log::Log;
-use super::machine::{Activity, DriveCounts, Machine};
+use super::machine::{Activity, DriveCounts, Machine, Services};
 use super::server::Server;
 use samepage_host::engine::start_sharing;
 use samepage_host::stdin::{Input, Typed};
@@ -76,10 +76,15 @@ impl Local {
 }
 
 impl Machine for Local {
-    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault> {
+    fn has_services(&self) -> bool {
+        true
+    }
+
+    fn start(&self, mut spec: VmSpec, console: Option<PathBuf>, services: Services) -> Result<(), Fault> {
         let stdio = console.is_none().then_some(ConsoleConfig::Stdio);
         spec.console.file = console;
-        let vm = validate(spec, stdio).map_err(HostError::from)?;
+        let mut vm = validate(spec, stdio).map_err(HostError::from)?;
+        vm.answer_at(services);
         let record = self.registry.create(vec![vm])?.remove(0);
         let started = self.act(Action::Start);
         if started.is_err()

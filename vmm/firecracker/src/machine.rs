@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use samepage_metadata::Detour;
 use samepage_spec::{RateLimits, VmSpec};
 
 use super::fault::Fault;
@@ -25,10 +26,17 @@ pub(super) struct DriveCounts {
     pub(super) throttled: u64,
 }
 
+/// Services of this process, each with the name of a network device.
+pub(super) type Services = Vec<(String, Box<dyn Detour>)>;
+
 /// A VM that is started once. Faults are messages for the client.
 pub(super) trait Machine: Send + Sync {
-    /// Creates the VM and starts it. The console goes to the file, or to this process's standard output.
-    fn start(&self, spec: VmSpec, console: Option<PathBuf>) -> Result<(), Fault>;
+    /// Whether the guest can reach services of this process.
+    fn has_services(&self) -> bool;
+
+    /// Creates the VM and starts it. The console goes to the file, or to this process's standard output. The services
+    /// answer at network devices with these names.
+    fn start(&self, spec: VmSpec, console: Option<PathBuf>, services: Services) -> Result<(), Fault>;
 
     /// Returns the state; `None` before the start.
     fn activity(&self) -> Option<Activity>;

@@ -87,6 +87,10 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
             check_id(id, &change.iface_id)?;
             controller.change_network(&change).map(done)
         }
+        ("GET", ["mmds"]) => Answer::of(&controller.mmds()?),
+        ("PUT", ["mmds"]) => controller.put_mmds(parse(body)?).map(done),
+        ("PATCH", ["mmds"]) => controller.patch_mmds(&parse(body)?).map(done),
+        ("PUT", ["mmds", "config"]) => controller.set_mmds_config(parse(body)?).map(done),
         ("PUT", ["entropy"]) => controller.set_entropy(parse(body)?).map(done),
         (_, [resource, ..]) if let Some(what) = missing(resource) => Err(Fault::missing(what)),
         ("DELETE", ["network-interfaces", ..]) => Err(Fault::missing("way to unplug a network device")),
@@ -101,7 +105,6 @@ pub(super) fn missing(resource: &str) -> Option<&'static str> {
     Some(match resource {
         "balloon" => "balloon device",
         "vsock" => "vsock device",
-        "mmds" | "mmds-config" => "metadata service (MMDS)",
         "snapshot" => "snapshots",
         "cpu-config" => "CPU templates",
         "pmem" => "persistent memory devices",

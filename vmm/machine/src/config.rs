@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use samepage_devices::net::Detour;
 use samepage_hole::PARAMETER;
 use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
@@ -81,6 +82,8 @@ pub struct VmConfig {
     /// The engine that shares the guest's memory, from before the start to the end. `None` for a VM that shares
     /// no memory.
     pub sharing: Option<Arc<Sharing>>,
+    /// Services of this process that the guest reaches by its network devices, each with the name of the device.
+    pub detours: Vec<(String, Box<dyn Detour>)>,
 }
 
 /// A fault in a VM's configuration.
@@ -140,7 +143,7 @@ impl From<VmSpec> for VmConfig {
     /// Returns a VM that shares no memory, and whose console goes where the description says.
     fn from(spec: VmSpec) -> Self {
         let console = spec.console.file.clone().map_or(ConsoleConfig::Off, ConsoleConfig::File);
-        Self { spec, embedded_kernel: None, console, sharing: None }
+        Self { spec, embedded_kernel: None, console, sharing: None, detours: Vec::new() }
     }
 }
 
@@ -319,6 +322,11 @@ impl Validated {
     /// Backs the VM's memory with small pages, whatever its description said.
     pub fn use_small_pages(&mut self) {
         self.config.spec.hugepages = HugePages::Off;
+    }
+
+    /// Has services of this process answer the guest at network devices with these names.
+    pub fn answer_at(&mut self, detours: Vec<(String, Box<dyn Detour>)>) {
+        self.config.detours = detours;
     }
 
     /// Sends a copy of the console's output to a writer that never waits.

@@ -15,7 +15,7 @@
 //! ring or chain, or a buffer outside guest memory, breaks the device until it is reset. If the link's other end
 //! is gone, the guest sees its link go down.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use samepage_spec::RateLimits;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -26,7 +26,7 @@ use super::worker::Worker;
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config};
 use crate::disk::limit::RateLimiter;
 use crate::disk::wakers::Wakers;
-use crate::net::{Link, Offloads};
+use crate::net::{Detour, HEADER_BYTES, Link, Offloads};
 
 mod header;
 mod pair;
@@ -68,6 +68,28 @@ struct Common {
     wakers: Arc<Wakers>,
     stats: Arc<NetStats>,
     state: Arc<LinkState>,
+    detour: OnceLock<Mutex<Box<dyn Detour>>>,
+}
+
+impl Common {
+    /// Calls the service that some frames are for, if there is one.
+    fn detour<T>(&self, call: impl FnOnce(&mut dyn Detour) -> Option<T>) -> Option<T> {
+        call(&mut **self.detour.get()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Passes a frame of the guest, behind its header, to the service. Returns whether it was for the service.
+    fn is_taken(&self, frame: &[u8]) -> bool {
+        self.detour(|detour| detour.take(&frame[HEADER_BYTES..]).then_some(())).is_some()
+    }
+
+    /// Writes the service's next frame for the guest into `buffer`, behind a header. Returns the length of both.
+    fn answer(&self, buffer: &mut [u8]) -> Option<usize> {
+        self.detour(|detour| {
+            let (header, frame) = buffer.split_at_mut(HEADER_BYTES);
+            header.fill(0);
+            detour.next(frame).map(|length| HEADER_BYTES + length)
+        })
+    }
 }
 
 /// A network device.
@@ -113,6 +135,7 @@ impl Net {
             wakers,
             stats: Arc::default(),
             state: Arc::default(),
+            detour: OnceLock::new(),
         };
         Self {
             thread_name: format!("net-{}-{}", config.vm, config.id).replace('\0', "?"),
@@ -139,6 +162,11 @@ impl Net {
     /// Returns the limits for frames to the guest and of the guest, which may be changed at any time.
     pub fn limiters(&self) -> [Arc<RateLimiter>; 2] {
         [self.common.receive.clone(), self.common.send.clone()]
+    }
+
+    /// Has a service take the guest's frames that are for it. A device has one at most; further ones are ignored.
+    pub fn set_detour(&self, detour: Box<dyn Detour>) {
+        let _ = self.common.detour.set(Mutex::new(detour));
     }
 
     /// Gives the guest back the work that a driver had taken, and leaves one queue of several.

@@ -142,8 +142,13 @@ impl Pair {
                     return Ok(Progress::Idle);
                 }
                 self.incoming.buffer.resize(BUFFER_BYTES, 0);
-                match self.link.receive(&mut self.incoming.buffer) {
-                    Ok(None) => return Ok(Progress::Idle),
+                let buffer = &mut self.incoming.buffer;
+                let answer = self.common.answer(buffer);
+                match answer.map_or_else(|| self.link.receive(buffer), |length| Ok(Some(length))) {
+                    Ok(None) => {
+                        let wait = self.common.detour(|detour| detour.wait());
+                        return Ok(wait.map_or(Progress::Idle, Progress::Throttled));
+                    }
                     Ok(Some(_)) if !self.common.state.is_up() => {
                         count(&self.common.stats.received_dropped, 1);
                         continue;
@@ -246,13 +251,15 @@ impl Pair {
             if let Err(wait) = self.outgoing.limit.ask(&self.common.send, bytes, throttled) {
                 return Ok(Progress::Throttled(wait));
             }
-            let sent = if self.common.state.is_up() {
+            let sent = if !self.common.state.is_up() {
+                Sent::Dropped
+            } else if self.common.is_taken(&self.outgoing.buffer[..length]) {
+                Sent::Done
+            } else {
                 self.link.send(&self.outgoing.buffer[..length]).unwrap_or_else(|error| {
                     self.lose_link(&error);
                     Sent::Dropped
                 })
-            } else {
-                Sent::Dropped
             };
             let stats = &self.common.stats;
             match sent {

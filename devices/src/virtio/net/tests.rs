@@ -16,6 +16,8 @@ use crate::net::{HEADER_BYTES, Sent};
 use crate::virtio::RING_FEATURES;
 use crate::virtio::testing::{QUEUE_SIZE, *};
 
+mod detour;
+
 const MAC: [u8; 6] = [2, 0, 0, 1, 2, 3];
 const RECEIVE: usize = 0;
 const SEND: usize = 1;

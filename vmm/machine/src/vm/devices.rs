@@ -13,6 +13,7 @@ use samepage_devices::disk::limit::RateLimiter;
 use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format, NewImage};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
+use samepage_devices::net::Detour;
 use samepage_devices::power::{self, Power};
 use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
@@ -145,6 +146,7 @@ impl Devices {
         spec: &VmSpec,
         sharing: Option<&SharedMemory<'_>>,
         hole: Option<HoleDevice>,
+        mut detours: Vec<(String, Box<dyn Detour>)>,
     ) -> Result<Self, VmError> {
         let interrupt = new_event()?;
         wire_interrupt(kvm, &interrupt, SERIAL_IRQ)?;
@@ -226,6 +228,9 @@ impl Devices {
         let mut networks = Vec::with_capacity(spec.networks.len());
         for (number, described) in spec.networks.iter().enumerate() {
             let (device, network) = network::open(&spec.name, number, described)?;
+            if let Some(at) = detours.iter().position(|(id, _)| *id == network.id) {
+                device.set_detour(detours.swap_remove(at).1);
+            }
             let what = "a network device";
             places.attach(device, |source| VmError::Device { what, source })?;
             networks.push(network);

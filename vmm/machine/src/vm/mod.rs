@@ -266,6 +266,7 @@ impl Vm {
             &spec,
             shared.as_ref(),
             hole_device,
+            config.detours,
         )?);
         let topology = Topology::new(vcpus, spec.smt);
         let fds = processors::create(hypervisor, &kvm, (topology, spec.cpu), entry)?;
