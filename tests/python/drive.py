@@ -4,6 +4,7 @@ Arguments: the folder with a folder for the VM, as the package has it; the VM's 
 its command line.
 """
 
+import os
 import sys
 
 from firecracker.api import Api
@@ -25,13 +26,14 @@ assert api.version.get().json()["firecracker_version"].startswith("1.")
 api.boot.put(kernel_image_path=kernel, boot_args=command_line)
 api.machine_config.put(vcpu_count=1, mem_size_mib=64)
 try:
-    api.vsock.put(guest_cid=3, uds_path=f"{data}/vsock")
+    api.create_snapshot.put(snapshot_path=f"{data}/snapshot", mem_file_path=f"{data}/memory")
 except APIError as error:
-    assert "vsock" in str(error), error
+    assert "snapshots" in str(error), error
 else:
-    raise AssertionError("there is a vsock device")
+    raise AssertionError("there are snapshots")
+api.vsock.put(guest_cid=3, uds_path=f"{data}/vsock")
 api.actions.put(action_type="InstanceStart")
-assert state() == "Running"
+assert state() == "Running" and os.path.exists(f"{data}/vsock")
 api.vm.patch(state="Paused")
 assert state() == "Paused"
 api.vm.patch(state="Resumed")

@@ -351,15 +351,9 @@ fn faults() {
     fault("PUT", "/drives/d", drive(json!({ "path_on_host": null })), "path_on_host");
     fault("PUT", "/drives/a-b", drive(json!({ "drive_id": "a-b" })), "alphanumeric");
     fault("DELETE", "/drives/d", Value::Null, "unplug");
-    for missing in [
-        "/balloon",
-        "/vsock",
-        "/snapshot/create",
-        "/snapshot/load",
-        "/cpu-config",
-        "/pmem/p",
-        "/hotplug/memory",
-    ] {
+    for missing in
+        ["/balloon", "/snapshot/create", "/snapshot/load", "/cpu-config", "/pmem/p", "/hotplug/memory"]
+    {
         fault("PUT", missing, json!({}), "samepage has no");
     }
     fault("GET", "/balloon", Value::Null, "samepage has no");
@@ -468,9 +462,12 @@ fn config_file() {
     let end = finished(&Plan { crash: Some(Crash::Triple), ..brief.clone() }, json!({}));
     end.assert_code(1);
     assert!(end.stderr.contains("triple fault"), "{}", end.stderr);
-    let end = finished(&brief, json!({ "vsock": { "guest_cid": 3, "uds_path": "v" } }));
+    let end = finished(&brief, json!({ "vsock": { "guest_cid": 2, "uds_path": "v" } }));
     end.assert_code(152);
-    assert!(end.stderr.contains("vsock: samepage has no vsock device"), "{}", end.stderr);
+    assert!(end.stderr.contains("vsock: The vsock device is invalid: 2 is no"), "{}", end.stderr);
+    let end = finished(&brief, json!({ "balloon": { "amount_mib": 1, "deflate_on_oom": true } }));
+    end.assert_code(152);
+    assert!(end.stderr.contains("balloon: samepage has no balloon device"), "{}", end.stderr);
     let end = finished(&brief, json!({ "machine-config": { "vcpu_count": 40, "mem_size_mib": 64 } }));
     end.assert_code(152);
     assert!(end.stderr.contains("machine-config: 40 vCPUs"), "{}", end.stderr);

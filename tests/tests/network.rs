@@ -1,11 +1,16 @@
-//! Linux guests on a network of the host while their memory is merged, and taps of all kinds.
+//! Linux guests on a network of the host and with sockets of its programs, while their memory is merged, and taps of
+//! all kinds.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4};
 use std::os::fd::RawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -13,7 +18,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
 use samepage_devices::net::{HEADER_BYTES, Link, Sent, Tap, TapError, TapOptions};
-use samepage_machine::config::NetworkSpec;
+use samepage_machine::config::{NetworkSpec, VsockSpec};
 use samepage_machine::{Hypervisor, Size, VmConfig, VmEnd};
 use samepage_resources::DEMO_GUEST;
 use samepage_resources::demo::plan::Plan;
@@ -33,6 +38,11 @@ fn main() -> ExitCode {
             "two_linux_vms_talk_over_a_bridge_while_they_are_merged",
             &[Need::Kvm, Need::LinuxGuest, Need::Taps],
             talk_over_a_bridge,
+        ),
+        (
+            "linux_talks_to_programs_of_the_host_over_sockets",
+            &[Need::Kvm, Need::LinuxGuest],
+            talk_over_sockets,
         ),
         ("a_tap_with_two_queues_uses_those_that_the_guest_does", &[Need::Taps], use_two_queues),
         ("a_tap_serves_one_vm_at_a_time", &[Need::Taps], use_one_tap_twice),
@@ -191,10 +201,8 @@ fn talk_over_a_bridge() {
         said(&talker.guest, "verify ok");
     }
     audit(&sharing);
-    for Talker { guest, .. } in &talkers {
-        let statistics = guest.vm.membership().expect("it shares").statistics().expect("figures");
-        assert!(statistics.pages_merged >= FILLED_PAGES, "{statistics:?}");
-    }
+    let statistics = sharing.statistics();
+    assert!(statistics.merges >= FILLED_PAGES, "{statistics:?}");
     for talker in talkers {
         assert!(said(&talker.guest, "done").ends_with(" failed=0"));
         assert_eq!(talker.guest.vm.wait(), VmEnd::Reset);
@@ -207,6 +215,93 @@ fn talk_over_a_bridge() {
 
 fn options(name: &str, queues: usize) -> TapOptions {
     TapOptions { source: Ok(name.to_owned()), queues, mtu: None }
+}
+
+/// Sends a stream through a guest's echo, and reads it at the same time.
+fn echo(mut stream: UnixStream, seed: u64, bytes: usize) {
+    let mut writer = stream.try_clone().expect("a second handle");
+    let said = content::bytes(seed, bytes);
+    let writing = thread::spawn({
+        let said = said.clone();
+        move || {
+            writer.write_all(&said).expect("the guest reads");
+            writer.shutdown(Shutdown::Write).expect("the end of it");
+        }
+    });
+    let mut heard = Vec::new();
+    stream.read_to_end(&mut heard).expect("the echo");
+    writing.join().expect("all was written");
+    assert!(heard == said, "{} bytes of an echo differ", heard.len());
+}
+
+/// Connects to a port of a guest.
+fn call(uds: &PathBuf, port: u16) -> UnixStream {
+    let mut stream = UnixStream::connect(uds).expect("the device listens");
+    writeln!(stream, "CONNECT {port}").expect("the device reads");
+    let mut answer = Vec::new();
+    while answer.last() != Some(&b'\n') {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("an answer");
+        answer.extend(byte);
+    }
+    assert!(answer.starts_with(b"OK "), "{answer:?}");
+    stream
+}
+
+fn talk_over_sockets() {
+    const BYTES: usize = 1 << 20;
+    let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (hypervisor, sharing) =
+        (hypervisor(), sharing(Settings { cpu_percent: 50.0, ..Settings::default() }));
+    let guests = [40, 50].map(|seed| {
+        let uds = dir.path().join(format!("v{seed}"));
+        let listener = UnixListener::bind(dir.path().join(format!("v{seed}_7000"))).expect("a socket");
+        let server = thread::spawn(move || {
+            let mut received = Vec::new();
+            listener.accept().expect("the guest connects").0.read_to_end(&mut received).expect("its stream");
+            let mut stream = listener.accept().expect("the guest connects again").0;
+            stream.write_all(&content::bytes(seed + 1, BYTES)).expect("the guest reads");
+            received
+        });
+        let mut config = VmConfig::new(format!("sockets{seed}"), artifacts.kernel.clone().into());
+        config.spec.initrd = Some(artifacts.initramfs.clone());
+        let fill = FILLED_PAGES * 4;
+        config.spec.cmdline = format!(
+            "{COMMAND_LINE} agent=fill:{fill}K:7,put:vsock:7000:{BYTES}:{seed},get:vsock:7000,echo:{PORT},\
+             verify:4:250,poweroff"
+        );
+        config.spec.memory = Size(MEMORY);
+        config.spec.vsock = Some(VsockSpec { uds: uds.clone(), cid: None });
+        config.sharing = Some(Arc::clone(&sharing));
+        (Guest::start(&hypervisor, config), uds, seed, server)
+    });
+    for (guest, uds, seed, server) in guests {
+        println!("put{}", said(&guest, "put ok"));
+        let got = said(&guest, "get ok");
+        println!("get{got}");
+        let sum = Fnv1a::of(&content::bytes(seed + 1, BYTES));
+        assert!(got.contains(&format!(" bytes={BYTES} fnv1a={sum}")), "{got}, not {sum}");
+        assert!(server.join().expect("the program of the host") == content::bytes(seed, BYTES));
+        said(&guest, "echo listens");
+        // A port on which nobody listens.
+        let mut stream = UnixStream::connect(&uds).expect("the device listens");
+        stream.write_all(b"CONNECT 9\n").expect("the device reads");
+        assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
+        echo(call(&uds, PORT), seed + 2, BYTES);
+        println!("echo{}", said(&guest, "echo ok"));
+        audit(&sharing);
+        said(&guest, "verify ok");
+        assert!(said(&guest, "done").ends_with(" failed=0"));
+        assert_eq!(guest.vm.wait(), VmEnd::Reset);
+        let stats = guest.vm.vsock_stats().expect("the VM has the device");
+        println!("{stats:?}");
+        assert_eq!((stats.connections.load(Relaxed), stats.errors.load(Relaxed)), (3, 0));
+        drop(guest);
+        assert!(!uds.exists());
+    }
+    let statistics = sharing.statistics();
+    assert!(statistics.merges >= FILLED_PAGES, "{statistics:?}");
 }
 
 /// Sends a broadcast frame from the host into the tap of this name, whose address is `from`. `port` tells flows

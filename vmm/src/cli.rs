@@ -5,6 +5,7 @@ mod disk;
 mod fields;
 mod net;
 mod rng;
+mod vsock;
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_spec::{
     CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, VirtioBus,
+    VsockSpec,
 };
 use samepage_text::names;
 use samepage_text::size::parse_size;
@@ -31,6 +33,7 @@ use rng::parse_rng;
 use samepage_analyze::args::AnalyzeArgs;
 use samepage_client::args::{ClientCommand, Connection};
 use samepage_firecracker::args::FirecrackerArgs;
+use vsock::parse_vsock;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -211,6 +214,12 @@ pub(crate) struct VmOptions {
     /// tx-rate=BYTES and tx-iops=FRAMES
     #[arg(long = "net", value_name = "tap=NAME[,FIELD...]", value_parser = parse_net)]
     pub(crate) networks: Vec<NetworkSpec>,
+
+    /// Connect programs of guest and host by sockets (vsock). A program of the host connects to this Unix socket
+    /// and writes `CONNECT PORT`; one of the guest connects to a port P of the host, whose socket is PATH_P.
+    /// {index} and {name} are replaced; cid=N is the guest's address
+    #[arg(long, value_name = "uds=PATH[,cid=N]", value_parser = parse_vsock)]
+    pub(crate) vsock: Option<VsockSpec>,
 
     /// Whether each guest gets random bytes of the host from a virtio device. rate=BYTES and iops=N limit them
     /// per second

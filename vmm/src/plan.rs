@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use samepage_host::config_file::expand;
 use samepage_machine::ConsoleConfig;
-use samepage_spec::{ConsoleSpec, DiskSpec, NetworkSpec, SharingSpec, Size, VmSpec};
+use samepage_spec::{ConsoleSpec, DiskSpec, NetworkSpec, SharingSpec, Size, VmSpec, VsockSpec};
 
 use crate::cli::{ConsoleArg, VmOptions};
 
@@ -32,6 +32,7 @@ fn vm(
     };
     let network =
         |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(expand), ..network.clone() };
+    let vsock = |vsock: &VsockSpec| VsockSpec { uds: path(&vsock.uds), ..vsock.clone() };
     let console = match console {
         ConsoleArg::Stdio if options.count == 1 => ConsoleConfig::Stdio,
         ConsoleArg::Stdio => ConsoleConfig::PrefixedStdio,
@@ -53,6 +54,7 @@ fn vm(
         sharing: SharingSpec { group: expand(&options.share_group), mode: options.sharing },
         memory_hole: options.memory_hole,
         networks: options.networks.iter().map(network).collect(),
+        vsock: options.vsock.as_ref().map(vsock),
         rng: options.rng.clone(),
         ..VmSpec::new(name, kernel)
     };

@@ -49,6 +49,7 @@ pub mod rng;
 #[cfg(test)]
 mod testing;
 mod transport;
+pub mod vsock;
 mod worker;
 
 /// Features of every device here. The transport and the split rings provide them.

@@ -120,8 +120,12 @@ impl Driver {
 
     /// Sets up queue `number`, of the usual size.
     pub(super) fn set_up_queue_number(&mut self, number: u32, descriptors: u64, available: u64, used: u64) {
+        self.set_up_queue_of(number, QUEUE_SIZE.into(), descriptors, available, used);
+    }
+
+    fn set_up_queue_of(&mut self, number: u32, size: u32, descriptors: u64, available: u64, used: u64) {
         self.set(VIRTIO_MMIO_QUEUE_SEL, number);
-        self.set(VIRTIO_MMIO_QUEUE_NUM, QUEUE_SIZE.into());
+        self.set(VIRTIO_MMIO_QUEUE_NUM, size);
         for (register, address) in [
             (VIRTIO_MMIO_QUEUE_DESC_LOW, descriptors),
             (VIRTIO_MMIO_QUEUE_AVAIL_LOW, available),
@@ -285,5 +289,84 @@ impl Driver {
 
     pub(super) fn interrupt(&self) -> &EventFd {
         &self.interrupt
+    }
+}
+
+/// Where the available and the used part of a [`Ring`] are, behind its descriptors.
+pub(super) const AVAILABLE_OFFSET: u64 = 0x400;
+pub(super) const USED_OFFSET: u64 = 0x800;
+
+/// The driver's view of one of several queues, without EVENT_IDX. Each has a page for its rings, and a page for each
+/// buffer.
+pub(super) struct Ring {
+    pub(super) queue: usize,
+    pub(super) size: u16,
+    pub(super) available: u16,
+    used: u16,
+}
+
+impl Ring {
+    pub(super) fn new(queue: usize, size: u16) -> Self {
+        Self { queue, size, available: 0, used: 0 }
+    }
+
+    /// Returns the address of the descriptors.
+    pub(super) fn base(&self) -> u64 {
+        0x1000 * (1 + self.queue as u64)
+    }
+
+    /// Returns the address of a buffer.
+    pub(super) fn buffer(&self, index: u16) -> u64 {
+        BUFFERS + 0x1_0000 * self.queue as u64 + 0x1000 * u64::from(index)
+    }
+
+    /// Tells the device where the queue is, after a reset.
+    pub(super) fn set_up(&mut self, driver: &mut Driver) {
+        (self.available, self.used) = (0, 0);
+        let base = self.base();
+        driver.memory.write_slice(&[0; 0x1000], GuestAddress(base)).unwrap();
+        let (queue, size) = (self.queue as u32, self.size.into());
+        driver.set_up_queue_of(queue, size, base, base + AVAILABLE_OFFSET, base + USED_OFFSET);
+    }
+
+    /// Makes the chain at `head` available, and notifies the device.
+    pub(super) fn make_available(&mut self, driver: &mut Driver, head: u16) {
+        let available = self.base() + AVAILABLE_OFFSET;
+        let slot = available + 4 + 2 * u64::from(self.available % self.size);
+        driver.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        self.available = self.available.wrapping_add(1);
+        driver.memory.store(self.available, GuestAddress(available + 2), Ordering::SeqCst).unwrap();
+        driver.notify_queue(self.queue as u32);
+    }
+
+    /// Makes one buffer available, and notifies the device.
+    pub(super) fn give(&mut self, driver: &mut Driver, index: u16, (address, len, is_written): Buffer) {
+        let flags = if is_written { VRING_DESC_F_WRITE } else { 0 };
+        driver.put_descriptor(self.base(), index, Descriptor::new(address, len, flags as u16, 0));
+        self.make_available(driver, index);
+    }
+
+    /// Returns the next completed chain, if there is one: its head, and the number of bytes written.
+    pub(super) fn poll(&mut self, driver: &Driver) -> Option<(u16, u32)> {
+        let ring = self.base() + USED_OFFSET;
+        let index: u16 = driver.memory.load(GuestAddress(ring + 2), Ordering::SeqCst).unwrap();
+        if index == self.used {
+            return None;
+        }
+        let slot = ring + 4 + 8 * u64::from(self.used % self.size);
+        let element: VirtqUsedElem = driver.memory.read_obj(GuestAddress(slot)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        Some((element.id() as u16, element.len()))
+    }
+
+    /// Waits for the next completed chain. Fails the test if the device breaks instead.
+    pub(super) fn wait(&mut self, driver: &mut Driver) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.poll(driver) {
+                return used;
+            }
+            assert_eq!(driver.status(), DRIVER_OK);
+            driver.wait_interrupt();
+        }
     }
 }

@@ -8,7 +8,7 @@ pub mod devices;
 pub mod pages;
 
 use crate::lifecycle::{Action, State};
-use devices::{NetworkView, RngStatistics};
+use devices::{NetworkView, RngStatistics, VsockStatistics};
 use samepage_spec::{CachePolicy, RateLimits, SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -278,6 +278,9 @@ pub struct VmView {
     pub disks: Vec<DiskView>,
     /// Its network devices.
     pub networks: Vec<NetworkView>,
+    /// Counters of its socket device since the last boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockStatistics>,
     /// Counters of its entropy device since the last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngStatistics>,

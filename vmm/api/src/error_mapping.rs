@@ -34,6 +34,7 @@ impl From<HostError> for Refusal {
             HostError::Disk { .. } | HostError::ImageFolder { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
             HostError::SharedDisk { .. } => Refusal::new(Kind::InUse, text).at("/disks"),
             HostError::SharedTap { .. } => Refusal::new(Kind::InUse, text).at("/networks"),
+            HostError::SharedSocket { .. } => Refusal::new(Kind::InUse, text).at("/vsock/uds"),
             HostError::SharedConsole { .. } => Refusal::new(Kind::InUse, text).at("/console/file"),
             HostError::ConsoleFolder { .. } => {
                 Refusal::new(Kind::InvalidConfiguration, text).at("/console/file")
@@ -57,6 +58,7 @@ fn built(error: &VmError, text: String) -> Refusal {
         VmError::Boot(BootError::Initrd { .. }) => "/initrd",
         VmError::Disk { .. } => "/disks",
         VmError::Network { .. } => "/networks",
+        VmError::Vsock(_) => "/vsock/uds",
         VmError::Console { .. } => "/console/file",
         VmError::Cpuid(_) => "/cpu",
         VmError::Vcpus { .. } => "/vcpus",

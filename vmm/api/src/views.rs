@@ -144,6 +144,7 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     // This field is an option of the request, not a property of the VM.
     config.start = None;
     let vm = record.vm();
+    let vsock = vm.as_ref().and_then(|vm| Some((&**vm.vsock_stats()?).shown()));
     let rng = vm.as_ref().and_then(|vm| Some((&**vm.rng_stats()?).shown()));
     let console = vm.map(|vm| {
         let stats = vm.serial_stats();
@@ -156,7 +157,7 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     let summary = summary(record, sample);
     let actions = summary.state.actions().collect();
     let (disks, networks) = (disks(record), devices::networks(record));
-    VmView { summary, actions, config, console, disks, networks, rng }
+    VmView { summary, actions, config, console, disks, networks, vsock, rng }
 }
 
 /// Returns the disks of a VM.

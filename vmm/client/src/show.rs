@@ -80,7 +80,7 @@ fn word(value: &impl Serialize) -> String {
 
 pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
     answer(&args.connection, &vm_path(&args.vm)?, |vm: &VmView| {
-        let VmView { summary, actions, config, console, disks, networks, rng } = vm;
+        let VmView { summary, actions, config, console, disks, networks, vsock, rng } = vm;
         let actions: Vec<_> = actions.iter().map(|action| action.name()).collect();
         let mut table = Table::new(&["NAME", &summary.name]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
@@ -133,6 +133,12 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
             });
             let tap = network.tap.as_deref().unwrap_or("a file");
             line(&format!("network {}", network.id), format!("{tap}, {}{state}{figures}", network.mac));
+        }
+        if let Some((vsock, described)) = vsock.as_ref().zip(config.vsock.as_ref()) {
+            let (read, written) = (mebibytes(vsock.received_bytes), mebibytes(vsock.sent_bytes));
+            let connections = counted(vsock.connections, "connection");
+            let path = described.uds.display();
+            line("vsock", format!("{path}, {connections}, {read} received, {written} sent"));
         }
         if let Some(rng) = rng {
             let errors = counted(rng.errors, "error");

@@ -11,7 +11,7 @@ use super::fault::Fault;
 use super::requests::{missing, put};
 
 /// The parts that correspond to requests, in the order of the requests.
-const PARTS: [&str; 6] = ["logger", "metrics", "machine-config", "boot-source", "serial", "entropy"];
+const PARTS: [&str; 7] = ["logger", "metrics", "machine-config", "boot-source", "serial", "vsock", "entropy"];
 
 /// Configures the VM from a file and starts it.
 ///

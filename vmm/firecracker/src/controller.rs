@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use samepage_machine::config::check_memory;
-use samepage_spec::{DiskSpec, HugePages, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec};
+use samepage_spec::{DiskSpec, HugePages, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec, VsockSpec};
 use samepage_text::names::{check_disk_id, check_network_id};
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ use super::metrics::Metrics;
 use super::model::{
     BootSource, Drive, DriveUpdate, EntropyDevice, HugePagesConfig, InstanceInfo, InstanceState,
     LoggerConfig, MachineConfig, MachineConfigUpdate, MetricsConfig, NetworkInterface,
-    NetworkInterfaceUpdate, RateLimiter, SerialConfig, WantedState,
+    NetworkInterfaceUpdate, RateLimiter, SerialConfig, VsockDevice, WantedState,
 };
 
 /// The default command line of the kernel. As with Firecracker, it has no console.
@@ -41,6 +41,7 @@ pub(super) struct Controller {
     /// The root device first, then the others in the order of their creation.
     drives: Vec<Drive>,
     networks: Vec<NetworkInterface>,
+    vsock: Option<VsockDevice>,
     entropy: Option<EntropyDevice>,
     pub(super) mmds: Mmds,
     serial_out: Option<PathBuf>,
@@ -59,6 +60,7 @@ impl Controller {
             boot_source: None,
             drives: Vec::new(),
             networks: Vec::new(),
+            vsock: None,
             entropy: None,
             mmds: Mmds::new(args),
             serial_out: None,
@@ -239,6 +241,15 @@ impl Controller {
         Ok(())
     }
 
+    pub(super) fn set_vsock(&mut self, device: VsockDevice) -> Result<(), Fault> {
+        self.before_start()?;
+        if let Some((_, reason)) = vsock_spec(&device).faults().into_iter().next() {
+            return Err(Fault::new(format!("The vsock device is invalid: {reason}.")));
+        }
+        self.vsock = Some(device);
+        Ok(())
+    }
+
     pub(super) fn set_entropy(&mut self, device: EntropyDevice) -> Result<(), Fault> {
         self.before_start()?;
         self.entropy = Some(device);
@@ -315,6 +326,7 @@ impl Controller {
             bus: if self.enable_pci { VirtioBus::Pci } else { VirtioBus::Mmio },
             disks: disks.collect(),
             networks: networks.collect(),
+            vsock: self.vsock.as_ref().map(vsock_spec),
             rng: RngSpec {
                 enabled: self.entropy.is_some(),
                 limits: self.entropy.and_then(|device| device.rate_limiter).unwrap_or_default().limits(),
@@ -359,7 +371,7 @@ impl Controller {
             "entropy": self.entropy,
             "memory-hotplug": null,
             "mmds-config": self.mmds.config(),
-            "vsock": null,
+            "vsock": self.vsock,
         })
     }
 }
@@ -367,6 +379,10 @@ impl Controller {
 /// Returns the disk name of a drive: the drive's own name if it is valid.
 fn disk_name(drive: &Drive, at: usize) -> String {
     if check_disk_id(&drive.drive_id).is_ok() { drive.drive_id.clone() } else { format!("drive{at}") }
+}
+
+fn vsock_spec(device: &VsockDevice) -> VsockSpec {
+    VsockSpec { uds: device.uds_path.clone(), cid: Some(device.guest_cid) }
 }
 
 /// Returns the name of a network interface: the client's if it is valid.

@@ -201,6 +201,17 @@ pub(super) struct NetworkInterfaceUpdate {
     pub(super) tx_rate_limiter: Option<RateLimiter>,
 }
 
+/// `/vsock`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct VsockDevice {
+    /// Deprecated by Firecracker, and without effect there too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) vsock_id: Option<String>,
+    pub(super) guest_cid: u32,
+    pub(super) uds_path: PathBuf,
+}
+
 /// `/entropy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -91,6 +91,7 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
         ("PUT", ["mmds"]) => controller.put_mmds(parse(body)?).map(done),
         ("PATCH", ["mmds"]) => controller.patch_mmds(&parse(body)?).map(done),
         ("PUT", ["mmds", "config"]) => controller.set_mmds_config(parse(body)?).map(done),
+        ("PUT", ["vsock"]) => controller.set_vsock(parse(body)?).map(done),
         ("PUT", ["entropy"]) => controller.set_entropy(parse(body)?).map(done),
         (_, [resource, ..]) if let Some(what) = missing(resource) => Err(Fault::missing(what)),
         ("DELETE", ["network-interfaces", ..]) => Err(Fault::missing("way to unplug a network device")),
@@ -104,7 +105,6 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
 pub(super) fn missing(resource: &str) -> Option<&'static str> {
     Some(match resource {
         "balloon" => "balloon device",
-        "vsock" => "vsock device",
         "snapshot" => "snapshots",
         "cpu-config" => "CPU templates",
         "pmem" => "persistent memory devices",

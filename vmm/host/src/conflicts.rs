@@ -1,4 +1,4 @@
-//! Resources that VMs cannot share: names, writable disks, taps, and console files.
+//! Resources that VMs cannot share: names, writable disks, taps, sockets, and console files.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -15,6 +15,7 @@ pub struct Uses {
     name: String,
     disks: Vec<DiskSpec>,
     networks: Vec<NetworkSpec>,
+    socket: Option<PathBuf>,
     console: Option<PathBuf>,
 }
 
@@ -22,8 +23,8 @@ impl Uses {
     /// Returns the files that a VM of this configuration uses.
     pub fn of(config: &VmConfig) -> Self {
         let console = config.console.file().map(Path::to_owned);
-        let VmSpec { name, disks, networks, .. } = config.spec.clone();
-        Self { name, disks, networks, console }
+        let VmSpec { name, disks, networks, vsock, .. } = config.spec.clone();
+        Self { name, disks, networks, socket: vsock.map(|vsock| vsock.uds), console }
     }
 }
 
@@ -55,17 +56,20 @@ pub enum Part {
     Disk(usize),
     /// The network device of this number.
     Network(usize),
+    /// The socket device.
+    Vsock,
     /// The console's file.
     Console,
 }
 
 /// Returns all conflicts between VMs, and files that are missing: names that are not unique, missing files of
-/// disks, disks that one VM writes while another uses them, taps of two devices, consoles without a folder or
-/// with a common file.
+/// disks, disks that one VM writes while another uses them, taps of two devices, sockets of two VMs, consoles
+/// without a folder or with a common file.
 pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
     let mut disks: HashMap<Image, (&str, bool)> = HashMap::new();
     let mut taps: HashMap<String, &str> = HashMap::new();
+    let mut sockets: HashMap<&Path, &str> = HashMap::new();
     let mut consoles: HashMap<&Path, &str> = HashMap::new();
     let mut found = Vec::new();
     for (number, uses) in vms.iter().enumerate() {
@@ -114,6 +118,12 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
                 let first = first.to_owned();
                 tell(Part::Network(place), HostError::SharedTap { tap, first, second: vm() });
             }
+        }
+        if let Some(path) = uses.socket.as_deref()
+            && let Some(first) = sockets.insert(path, &uses.name)
+        {
+            let (path, first) = (path.to_owned(), first.to_owned());
+            tell(Part::Vsock, HostError::SharedSocket { path, first, second: vm() });
         }
         let Some(path) = uses.console.as_deref() else { continue };
         let file = path.metadata();
@@ -205,6 +215,18 @@ mod tests {
         check(&[with("a", "/dev/null".into()), with("b", "/dev/null".into())]).unwrap();
         let text = check(&[with("a", in_folder("x")), with("b", in_folder("x"))]).unwrap_err().to_string();
         assert!(text.contains("used by VM a and by VM b"), "{text}");
+    }
+
+    #[test]
+    fn a_socket_device_has_a_path_of_its_own() {
+        let with = |name, uds: &str| {
+            let mut config = vm(name, &[]);
+            config.spec.vsock = Some(samepage_spec::VsockSpec { uds: uds.into(), cid: None });
+            config
+        };
+        check(&[with("a", "/run/a"), with("b", "/run/b")]).unwrap();
+        let text = check(&[with("a", "/run/v"), with("b", "/run/v")]).unwrap_err().to_string();
+        assert!(text.contains("socket /run/v is used by VM a and by VM b"), "{text}");
     }
 
     #[test]

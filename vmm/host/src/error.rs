@@ -85,6 +85,16 @@ pub enum HostError {
         /// The VM of the second device; may be the same VM.
         second: String,
     },
+    /// Two socket devices have one socket.
+    #[error("socket {path} is used {}; give each VM a path of its own", by_both(.first, .second))]
+    SharedSocket {
+        /// The socket.
+        path: PathBuf,
+        /// The VM of the first device.
+        first: String,
+        /// The VM of the second device.
+        second: String,
+    },
     /// Two consoles have one file.
     #[error("console file {path} is used {}; give each VM a file of its own", by_both(.first, .second))]
     SharedConsole {
@@ -140,8 +150,13 @@ impl HostError {
     /// Returns a hint about templates in paths, to be appended to the message, where templates would help.
     #[must_use]
     pub fn hint_of_templates(&self) -> Option<&'static str> {
-        let shared =
-            matches!(self, Self::SharedDisk { .. } | Self::SharedTap { .. } | Self::SharedConsole { .. });
+        let shared = matches!(
+            self,
+            Self::SharedDisk { .. }
+                | Self::SharedTap { .. }
+                | Self::SharedSocket { .. }
+                | Self::SharedConsole { .. }
+        );
         shared.then_some(" ({index} and {name} in a path or a tap stand for each VM's number and name)")
     }
 }

@@ -12,7 +12,9 @@ use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::service::Sharing;
-pub use samepage_spec::{DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec};
+pub use samepage_spec::{
+    DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec, VsockSpec,
+};
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name, check_network_id};
 use thiserror::Error;
 
@@ -186,9 +188,10 @@ impl VmConfig {
         if self.spec.bus == VirtioBus::Pci {
             return 0;
         }
-        let VmSpec { networks, memory_hole, rng, .. } = &self.spec;
+        let VmSpec { networks, vsock, memory_hole, rng, .. } = &self.spec;
         let port = is_shared && *memory_hole == MemoryHole::Port;
-        self.disk_count() + usize::from(port) + networks.len() + usize::from(rng.enabled)
+        let others = [port, vsock.is_some(), rng.enabled].map(usize::from);
+        self.disk_count() + networks.len() + others.iter().sum::<usize>()
     }
 
     /// Returns the number of disks, with that for cloud-init.

@@ -12,6 +12,7 @@ mod network;
 mod rng;
 mod size;
 mod vm;
+mod vsock;
 
 use std::fmt;
 use std::str::FromStr;
@@ -30,6 +31,7 @@ pub use size::schema::optional_memory as optional_memory_schema;
 pub use vm::{
     ConsoleSpec, DEFAULT_COMMAND_LINE, DEFAULT_GROUP, MAX_RAM, MIN_RAM, PAGE_SIZE, SharingSpec, VmSpec,
 };
+pub use vsock::VsockSpec;
 
 /// Which pages of a VM's memory are shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

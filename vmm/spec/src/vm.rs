@@ -10,6 +10,7 @@ use crate::cpu::{self, one_vcpu};
 use crate::size::schema::memory as memory_schema;
 use crate::{
     CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, Size, VirtioBus,
+    VsockSpec,
 };
 
 /// The group of VMs whose descriptions name none.
@@ -91,6 +92,9 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schema(max_items = 4))]
     pub networks: Vec<NetworkSpec>,
+    /// The device over which programs of guest and host talk without a network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     #[serde(default)]
     pub rng: RngSpec,
@@ -168,6 +172,7 @@ impl VmSpec {
             disks: Vec::new(),
             cloud_init: None,
             networks: Vec::new(),
+            vsock: None,
             rng: RngSpec::default(),
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
@@ -191,9 +196,11 @@ impl VmSpec {
             let at = move |(field, reason)| (format!("/networks/{number}/{field}"), reason);
             network.faults().into_iter().map(at)
         });
+        let at_vsock = |(field, reason)| (format!("/vsock/{field}"), reason);
         processors
             .chain(disks)
             .chain(networks)
+            .chain(self.vsock.iter().flat_map(VsockSpec::faults).map(at_vsock))
             .chain(self.rng.limits.faults().into_iter().map(at_rng))
             .collect()
     }
@@ -207,7 +214,8 @@ impl VmSpec {
         let disks = disks.flatten();
         let images = self.initrd.iter_mut().chain(self.console.file.iter_mut()).chain([&mut self.kernel]);
         let seed = self.cloud_init.iter_mut().flat_map(CloudInitSpec::paths);
-        for path in images.chain(disks).chain(seed) {
+        let socket = self.vsock.iter_mut().map(|vsock| &mut vsock.uds);
+        for path in images.chain(disks).chain(seed).chain(socket) {
             *path = std::path::absolute(&path)?;
         }
         Ok(())
@@ -230,6 +238,18 @@ mod tests {
         for wrong in ["-1", "1.5", "\"1X\"", "null", "[]", "true", "99999999999999999999999"] {
             assert!(memory(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn all_paths_become_absolute() {
+        let json = r#"{"name":"a","kernel":"k","initrd":"i","console":{"file":"c"},"vsock":{"uds":"v"},
+                       "disks":[{"path":"d","backing":"b"}]}"#;
+        let mut spec = parse(json).unwrap();
+        spec.make_absolute().unwrap();
+        let VmSpec { kernel, initrd, console, vsock, disks, .. } = spec;
+        let optional = [initrd, console.file, vsock.map(|vsock| vsock.uds), disks[0].backing.clone()];
+        let paths = optional.into_iter().flatten().chain([kernel, disks[0].path.clone()]);
+        assert_eq!(paths.filter(|path| path.is_absolute()).count(), 6);
     }
 
     #[test]

@@ -6,11 +6,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use samepage_hole::port::{Decoder, HOST_BYTES, Item, MAX_FLAGS, NAME};
 use samepage_hole::{FrameRange, GuestHeader, HostHeader, MAX_RANGES, bytes_for, port};
-use virtio_bindings::bindings::virtio_mmio::{
-    VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
-};
-use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
+use virtio_bindings::bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -65,27 +62,6 @@ fn header() -> HostHeader {
     HostHeader { frames: FRAMES, doorbell: 0, ranges, requested: 3, interval_ms: 0 }
 }
 
-/// The driver's view of one queue. Rings and buffers have a page each.
-struct Ring {
-    queue: usize,
-    available: u16,
-    used: u16,
-}
-
-impl Ring {
-    fn size(&self) -> u16 {
-        QUEUE_SIZES[self.queue]
-    }
-
-    fn base(&self) -> u64 {
-        0x1000 * (1 + self.queue as u64)
-    }
-
-    fn buffer(&self, index: u16) -> u64 {
-        BUFFERS + 0x1_0000 * self.queue as u64 + 0x1000 * u64::from(index)
-    }
-}
-
 /// A guest with a driver for the device.
 struct Guest {
     driver: Driver,
@@ -95,16 +71,13 @@ struct Guest {
     news: EventFd,
 }
 
-const AVAILABLE_OFFSET: u64 = 0x400;
-const USED_OFFSET: u64 = 0x800;
-
 impl Guest {
     /// A guest whose driver is ready.
     fn started() -> Self {
         let (hole, rung) = TestHole::new();
         let news = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let console = Console::new("vm", hole.clone(), news.try_clone().unwrap());
-        let rings = [0, 1, 2, 3, 4, 5].map(|queue| Ring { queue, available: 0, used: 0 });
+        let rings = [0, 1, 2, 3, 4, 5].map(|queue| Ring::new(queue, QUEUE_SIZES[queue]));
         let mut guest = Self { driver: Driver::new(console), rings, hole, rung, news };
         guest.start();
         guest
@@ -115,22 +88,7 @@ impl Guest {
         // Without EVENT_IDX the device notifies for each buffer.
         let features = RING_FEATURES & !(1 << 29) | 1 << VIRTIO_CONSOLE_F_MULTIPORT;
         assert_eq!(self.driver.negotiate(features), FEATURES_OK);
-        self.driver.memory.write_slice(&[0; 0x7000], GuestAddress(0x1000)).unwrap();
-        for ring in &mut self.rings {
-            (ring.available, ring.used) = (0, 0);
-            let (base, size) = (ring.base(), ring.size());
-            for (register, value) in [
-                (VIRTIO_MMIO_QUEUE_SEL, ring.queue as u32),
-                (VIRTIO_MMIO_QUEUE_NUM, size.into()),
-                (VIRTIO_MMIO_QUEUE_DESC_LOW, base as u32),
-                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, (base + AVAILABLE_OFFSET) as u32),
-                (VIRTIO_MMIO_QUEUE_USED_LOW, (base + USED_OFFSET) as u32),
-                (VIRTIO_MMIO_QUEUE_READY, 1),
-            ] {
-                self.driver.set(register, value);
-            }
-            assert_eq!(self.driver.get(VIRTIO_MMIO_QUEUE_READY), 1);
-        }
+        self.rings.iter_mut().for_each(|ring| ring.set_up(&mut self.driver));
         self.driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     }
 
@@ -151,21 +109,12 @@ impl Guest {
 
     /// Makes a buffer available to the device.
     fn give(&mut self, queue: usize, index: u16, address: u64, length: u32, is_written: bool) {
-        let memory = &self.driver.memory;
-        let ring = &mut self.rings[queue];
-        let descriptor = Descriptor::new(address, length, if is_written { 2 } else { 0 }, 0);
-        memory.write_obj(descriptor, GuestAddress(ring.base() + 16 * u64::from(index))).unwrap();
-        let slot = ring.base() + AVAILABLE_OFFSET + 4 + 2 * u64::from(ring.available % ring.size());
-        memory.write_obj(index, GuestAddress(slot)).unwrap();
-        ring.available = ring.available.wrapping_add(1);
-        let index = GuestAddress(ring.base() + AVAILABLE_OFFSET + 2);
-        memory.store(ring.available, index, Ordering::Release).unwrap();
-        self.driver.notify_queue(queue as u32);
+        self.rings[queue].give(&mut self.driver, index, (address, length, is_written));
     }
 
     /// Provides buffers of this length for all descriptors of a queue.
     fn fill(&mut self, queue: usize, length: u32) {
-        for index in 0..self.rings[queue].size() {
+        for index in 0..self.rings[queue].size {
             let address = self.rings[queue].buffer(index);
             self.give(queue, index, address, length, true);
         }
@@ -173,26 +122,11 @@ impl Guest {
 
     /// Returns the next used buffer, if there is one: its index and the bytes written.
     fn poll(&mut self, queue: usize) -> Option<(u16, u32)> {
-        let memory = &self.driver.memory;
-        let ring = &mut self.rings[queue];
-        let used: u16 = memory.load(GuestAddress(ring.base() + USED_OFFSET + 2), Ordering::Acquire).unwrap();
-        if used == ring.used {
-            return None;
-        }
-        let slot = ring.base() + USED_OFFSET + 4 + 8 * u64::from(ring.used % ring.size());
-        let element: VirtqUsedElem = memory.read_obj(GuestAddress(slot)).unwrap();
-        ring.used = ring.used.wrapping_add(1);
-        Some((element.id() as u16, element.len()))
+        self.rings[queue].poll(&self.driver)
     }
 
     fn wait(&mut self, queue: usize) -> (u16, u32) {
-        loop {
-            if let Some(used) = self.poll(queue) {
-                return used;
-            }
-            assert_eq!(self.driver.status(), DRIVER_OK);
-            self.driver.wait_interrupt();
-        }
+        self.rings[queue].wait(&mut self.driver)
     }
 
     /// Returns the content of the next used buffer of a queue, and makes the buffer available again.

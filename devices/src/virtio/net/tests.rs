@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use samepage_spec::Size;
 use virtio_bindings::bindings::virtio_mmio::*;
-use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -87,13 +87,6 @@ impl Link for TestLink {
     }
 }
 
-/// The driver's view of one queue: rings of 16 descriptors, and a page for each buffer.
-#[derive(Default)]
-struct Ring {
-    available: u16,
-    used: u16,
-}
-
 /// A guest with a driver for the device, and the other ends of its links.
 struct Guest {
     driver: Driver,
@@ -133,38 +126,25 @@ impl Guest {
     fn start(&mut self, features: u64) {
         assert_eq!(self.driver.negotiate(PLAIN | features), FEATURES_OK);
         let queues = if features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.links.len() + 1 } else { 2 };
-        self.rings = (0..queues).map(|_| Ring::default()).collect();
-        self.driver.memory.write_slice(&[0; 0x8000], GuestAddress(0x1000)).unwrap();
-        for queue in 0..queues {
-            let base = Self::base(queue);
-            self.driver.set_up_queue_number(queue as u32, base, base + 0x400, base + 0x800);
-        }
+        self.rings = (0..queues).map(|queue| Ring::new(queue, QUEUE_SIZE)).collect();
+        self.rings.iter_mut().for_each(|ring| ring.set_up(&mut self.driver));
         self.driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     }
 
-    fn base(queue: usize) -> u64 {
-        0x1000 * (1 + queue as u64)
-    }
-
     fn buffer(queue: usize, index: u16) -> u64 {
-        BUFFERS + 0x1_0000 * queue as u64 + 0x1000 * u64::from(index)
+        Ring::new(queue, QUEUE_SIZE).buffer(index)
     }
 
     /// Makes a chain available, whose first descriptor has this number.
     fn give(&mut self, queue: usize, first: u16, buffers: &[Buffer]) {
-        let base = Self::base(queue);
+        let base = self.rings[queue].base();
         for (index, &(address, length, is_written)) in (first..).zip(buffers) {
             let more = usize::from(index - first) + 1 < buffers.len();
             let flags = u16::from(more) | if is_written { 2 } else { 0 };
             let descriptor = Descriptor::new(address, length, flags, index + 1);
             self.driver.put_descriptor(base, index, descriptor);
         }
-        let ring = &mut self.rings[queue];
-        let slot = base + 0x404 + 2 * u64::from(ring.available % QUEUE_SIZE);
-        self.driver.memory.write_obj(first, GuestAddress(slot)).unwrap();
-        ring.available = ring.available.wrapping_add(1);
-        self.driver.memory.store(ring.available, GuestAddress(base + 0x402), SeqCst).unwrap();
-        self.driver.notify_queue(queue as u32);
+        self.rings[queue].make_available(&mut self.driver, first);
     }
 
     /// Offers a buffer for frames.
@@ -181,26 +161,11 @@ impl Guest {
     }
 
     fn poll(&mut self, queue: usize) -> Option<(u16, u32)> {
-        let base = Self::base(queue);
-        let ring = &mut self.rings[queue];
-        let used: u16 = self.driver.memory.load(GuestAddress(base + 0x802), SeqCst).unwrap();
-        if used == ring.used {
-            return None;
-        }
-        let slot = base + 0x804 + 8 * u64::from(ring.used % QUEUE_SIZE);
-        let element: VirtqUsedElem = self.driver.memory.read_obj(GuestAddress(slot)).unwrap();
-        ring.used = ring.used.wrapping_add(1);
-        Some((element.id() as u16, element.len()))
+        self.rings[queue].poll(&self.driver)
     }
 
     fn wait(&mut self, queue: usize) -> (u16, u32) {
-        loop {
-            if let Some(used) = self.poll(queue) {
-                return used;
-            }
-            assert_eq!(self.driver.status(), DRIVER_OK);
-            self.driver.wait_interrupt();
-        }
+        self.rings[queue].wait(&mut self.driver)
     }
 
     fn bytes(&self, address: u64, length: u32) -> Vec<u8> {

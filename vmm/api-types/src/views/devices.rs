@@ -53,6 +53,21 @@ pub struct NetworkStatistics {
     pub last_error: Option<String>,
 }
 
+/// Counters of a socket device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VsockStatistics {
+    /// Connections that were opened, in both directions.
+    pub connections: u64,
+    /// Connections that were refused or broken.
+    pub resets: u64,
+    /// Bytes of data for the guest.
+    pub received_bytes: u64,
+    /// Bytes of data of the guest.
+    pub sent_bytes: u64,
+    /// How often the device broke, and needed a reset.
+    pub errors: u64,
+}
+
 /// Counters of an entropy device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RngStatistics {

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use samepage_api_types::views::devices::{NetworkStatistics, NetworkView, RngStatistics};
+use samepage_api_types::views::devices::{NetworkStatistics, NetworkView, RngStatistics, VsockStatistics};
 use samepage_devices::virtio::net::NetStats;
 use samepage_devices::virtio::rng::RngStats;
+use samepage_devices::virtio::vsock::VsockStats;
 use samepage_host::record::Record;
 
 use super::Shown;
@@ -44,6 +45,18 @@ impl Shown<NetworkStatistics> for &NetStats {
             throttled: self.throttled.load(Relaxed),
             errors: self.errors.load(Relaxed),
             last_error: self.last_error(),
+        }
+    }
+}
+
+impl Shown<VsockStatistics> for &VsockStats {
+    fn shown(self) -> VsockStatistics {
+        VsockStatistics {
+            connections: self.connections.load(Relaxed),
+            resets: self.resets.load(Relaxed),
+            received_bytes: self.received_bytes.load(Relaxed),
+            sent_bytes: self.sent_bytes.load(Relaxed),
+            errors: self.errors.load(Relaxed),
         }
     }
 }

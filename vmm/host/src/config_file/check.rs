@@ -32,6 +32,7 @@ impl Loading {
                 Part::Name => "/name".to_owned(),
                 Part::Disk(number) => format!("/disks/{number}/path"),
                 Part::Network(number) => format!("/networks/{number}"),
+                Part::Vsock => "/vsock/uds".into(),
                 Part::Console => "/console/file".to_owned(),
             };
             let hint = conflict.error.hint_of_templates().unwrap_or_default();

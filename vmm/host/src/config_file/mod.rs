@@ -21,7 +21,7 @@ pub use mistakes::{Mistake, Mistakes};
 use read::{Entry, Read};
 use samepage_spec::{
     CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, NetworkSpec,
-    RngSpec, SharingSpec, Size, VirtioBus, VmSpec, optional_memory_schema,
+    RngSpec, SharingSpec, Size, VirtioBus, VmSpec, VsockSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -88,6 +88,8 @@ pub struct VmEntry {
     /// Network devices, in the guest's order.
     #[schema(max_items = 4)]
     pub networks: Option<Vec<NetworkSpec>>,
+    /// The device over which programs of guest and host talk without a network.
+    pub vsock: Option<VsockSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     pub rng: Option<RngSpec>,
     /// The file for console output, in addition to the backlog for clients.
@@ -118,6 +120,7 @@ macro_rules! with_fields {
             disks,
             cloud_init,
             networks,
+            vsock,
             rng,
             console,
             sharing,
@@ -159,6 +162,7 @@ impl VmEntry {
         };
         let network =
             |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(text), ..network.clone() };
+        let vsock = |vsock: &VsockSpec| VsockSpec { uds: path(&vsock.uds), ..vsock.clone() };
         let sharing = self.sharing.clone().unwrap_or_default();
         VmSpec {
             initrd: self.initrd.as_deref().map(path),
@@ -172,6 +176,7 @@ impl VmEntry {
             disks: self.disks.iter().flatten().map(disk).collect(),
             cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),
             networks: self.networks.iter().flatten().map(network).collect(),
+            vsock: self.vsock.as_ref().map(vsock),
             rng: self.rng.clone().unwrap_or_default(),
             console: ConsoleSpec {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),

@@ -19,6 +19,7 @@ use samepage_devices::serial::{self, Serial, SerialStats};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::rng::{Rng, RngStats};
+use samepage_devices::virtio::vsock::{Vsock, VsockStats};
 use samepage_sharing::blocks::admission::Readers;
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
@@ -133,6 +134,7 @@ pub(super) struct Devices {
     power: Arc<Mutex<Power>>,
     disks: Vec<Disk>,
     networks: Vec<Network>,
+    vsock: Option<Arc<VsockStats>>,
     rng: Option<Arc<RngStats>>,
 }
 
@@ -235,6 +237,12 @@ impl Devices {
             places.attach(device, |source| VmError::Device { what, source })?;
             networks.push(network);
         }
+        let mut vsock = None;
+        if let Some(described) = &spec.vsock {
+            let device = Vsock::new(&spec.name, described.cid(), &described.uds).map_err(VmError::Vsock)?;
+            vsock = Some(device.stats());
+            places.attach(device, |source| VmError::Device { what: "the socket device", source })?;
+        }
         let mut rng = None;
         if spec.rng.enabled {
             let device = Rng::new(&spec.name, spec.rng.limits);
@@ -243,7 +251,7 @@ impl Devices {
         }
         let mmio = places.into_bus(&mut ports);
         let disks = attached;
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks, networks, rng })
+        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks, networks, vsock, rng })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -312,6 +320,10 @@ impl Devices {
 
     pub(super) fn networks(&self) -> &[Network] {
         &self.networks
+    }
+
+    pub(super) fn vsock_stats(&self) -> Option<&Arc<VsockStats>> {
+        self.vsock.as_ref()
     }
 
     pub(super) fn rng_stats(&self) -> Option<&Arc<RngStats>> {

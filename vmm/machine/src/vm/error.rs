@@ -6,6 +6,7 @@ use std::io;
 
 use samepage_devices::net::TapError;
 use samepage_devices::virtio::mmio::TransportError;
+use samepage_devices::virtio::vsock::VsockError;
 use samepage_sharing::service::StartError;
 use thiserror::Error;
 
@@ -83,6 +84,9 @@ pub enum VmError {
         /// The error.
         source: TapError,
     },
+    /// The socket device.
+    #[error("socket device: {0}")]
+    Vsock(#[source] VsockError),
     /// The port of the memory hole.
     #[error("make the port of the memory hole: {0}")]
     Port(#[source] TransportError),

@@ -34,6 +34,7 @@ use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::rng::RngStats;
+use samepage_devices::virtio::vsock::VsockStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::service::Membership;
@@ -407,6 +408,11 @@ impl Vm {
     /// Returns the network devices, in the order of the configuration.
     pub fn networks(&self) -> &[Network] {
         self.devices.networks()
+    }
+
+    /// Returns the counters of the socket device, if there is one.
+    pub fn vsock_stats(&self) -> Option<&Arc<VsockStats>> {
+        self.devices.vsock_stats()
     }
 
     /// Returns the counters of the entropy device, if there is one.
