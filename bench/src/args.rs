@@ -13,6 +13,7 @@ use super::linux::lookahead::LookaheadArgs;
 use super::linux::types::TypesArgs;
 use super::replay::ReplayArgs;
 use super::startup::StartupArgs;
+use super::workers::WorkerArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -56,6 +57,9 @@ pub(super) enum Benchmark {
     Lookahead(LookaheadArgs),
     /// Compare sharing with and without the page types that Linux guests publish, and by type
     Types(TypesArgs),
+    /// Hold the memory of VMs for a benchmark of processes
+    #[command(hide = true)]
+    Worker(WorkerArgs),
 }
 
 /// The arguments of `samepage bench sharing`.

@@ -44,6 +44,7 @@ mod startup;
 mod state;
 mod table;
 mod vms;
+mod workers;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -90,6 +91,7 @@ const WORKLOADS: &[Workload] = &[
     Workload { name: "faults", measure: vms::faults },
     Workload { name: "slowdown", measure: vms::slowdown },
     Workload { name: "tlb", measure: vms::tlb },
+    Workload { name: "workers", measure: workers::measure },
 ];
 
 fn main() -> ExitCode {
@@ -103,6 +105,7 @@ fn main() -> ExitCode {
 /// Runs the command.
 fn run(args: &BenchArgs) -> Result<ExitCode> {
     let result = match &args.benchmark {
+        Benchmark::Worker(args) => workers::serve(*args).map(|()| ExitCode::SUCCESS),
         Benchmark::Sharing(args) => compare_sharing(args),
         Benchmark::CacheSimulation(args) => {
             replay::measure(args).and_then(|report| print(args.json, &report, replay::Report::format))

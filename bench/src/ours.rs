@@ -4,6 +4,7 @@
 //! The engine follows the VMs' change logs, as for running VMs. Its intervals end when there is nothing left
 //! to do: time is simulated.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use anyhow::{Context, Result, ensure};
 use samepage_sharing::calls::Linux;
 use samepage_sharing::changes::ChangeLog;
 use samepage_sharing::engine::{Engine, Settings, Step};
+use samepage_sharing::remote::worker::{Process, VmIndex, Worker};
+use samepage_sharing::space::SpaceError;
 use samepage_sharing::statistics::EngineStatistics;
 use samepage_sharing::store::FrameStore;
 
@@ -53,6 +56,28 @@ impl Ours {
             self.engine
                 .add(vm.ram(), Some(log), Box::new(move |_| lost.store(true, Ordering::Relaxed)))
                 .context("share memory")?;
+        }
+        Ok(())
+    }
+
+    /// Connects to a worker in another process.
+    ///
+    /// # Errors
+    /// Fails if the worker does not answer.
+    pub(super) fn greet(&self, socket: OwnedFd, process: Process) -> Result<Arc<Worker>> {
+        self.engine.greet(socket, process).context("greet a worker")
+    }
+
+    /// Adds the first VMs of a worker.
+    ///
+    /// # Errors
+    /// Fails if the worker has fewer.
+    pub(super) fn add_workers(&mut self, worker: &Arc<Worker>, vms: u32) -> Result<()> {
+        for vm in 0..vms {
+            let mut vm = worker.vm(VmIndex::new(vm)).context("ask a worker for its VM")?;
+            let (log, lost) = (vm.take_log(), Arc::clone(&self.lost));
+            let on_lost = Box::new(move |_: &SpaceError| lost.store(true, Ordering::Relaxed));
+            self.engine.add_memory(vm.memory, vm.is_huge, log, on_lost).context("share memory")?;
         }
         Ok(())
     }
