@@ -14,6 +14,7 @@ use crate::blocks::block_index::BlockKey;
 use crate::blocks::working_set::{self, WorkingSet};
 use crate::changes::ChangeLog;
 use crate::changes::follower::Follower;
+use crate::engine::far::Reach;
 use crate::engine::modes::Unshare;
 use crate::frames::space::{LostHandler, Space, SpaceError};
 use crate::index::Contents;
@@ -83,6 +84,8 @@ pub(crate) struct Member {
     pub(crate) claims: Option<Box<Claims>>,
     /// Which of its pages are shared.
     pub(crate) types: SharedTypes,
+    /// How long its runs are, where it is in another process.
+    pub(crate) reach: Reach,
     /// How many of its first pages were taken out of all indexes, since it has lost memory.
     pub(crate) retired: u32,
     /// Its number among all that the engine ever had: another VM in its slot has another.
@@ -313,6 +316,7 @@ impl Members {
             claims: None,
             types: self.types,
             space,
+            reach: Reach::default(),
             retired: 0,
             id: self.ids,
             base,
@@ -426,6 +430,13 @@ impl Contents for Members {
     fn read(&self, entry: GlobalPage) -> Box<Snapshot> {
         let (slot, page) = self.locate(entry);
         self.at(slot).space.memory().read(page)
+    }
+
+    fn is_alike(&self, content: &Page, entry: GlobalPage) -> bool {
+        let (slot, page) = self.locate(entry);
+        let memory = self.at(slot).space.memory();
+        // To ask takes longer than the order to merge, which compares.
+        memory.is_far() || memory.order(content, page).is_eq()
     }
 
     fn order(&self, content: &Page, entry: GlobalPage) -> cmp::Ordering {

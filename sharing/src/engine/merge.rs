@@ -14,7 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::engine::Engine;
-use crate::engine::members::{Flags, Member, Mode};
+use crate::engine::far::follows;
+use crate::engine::members::{Flags, Mode};
 use crate::engine::neighbours::{OnFrame, Twins, Way, run_length};
 use crate::frames::space::{SpaceError, WINDOW_PAGES};
 use crate::frames::store::{Frame, Hold};
@@ -23,6 +24,9 @@ use crate::memory::content::Page;
 use crate::memory::guest::{Harvest, Seen, Source};
 use crate::numbers::{Digest, Slot};
 use crate::policy::pressure::value;
+
+/// Pages that are read at once where a question takes as long as some pages, even if each of them may match.
+const FAR_BATCH: u32 = 16;
 
 /// Failed comparisons after which a run is given up: its pages are changing.
 const MISSES: u32 = 8;
@@ -41,7 +45,8 @@ impl Engine {
         // matches.
         let memory = Arc::clone(self.members.at(slot).space.memory());
         let batch = memory.batch();
-        let mut size = 1;
+        let least = if memory.is_far() { FAR_BATCH.min(batch) } else { 1 };
+        let mut size = least;
         let mut page = run.start;
         while page < run.end && !memory.lost() {
             let next = self.choose(slot, page..run.end, ready, size, harvest);
@@ -60,7 +65,7 @@ impl Engine {
             }
             page = page.max(next);
             let none_matched = self.counters.merges + self.counters.zeroed == merges;
-            size = if none_matched { (2 * size).min(batch) } else { 1 };
+            size = if none_matched { (2 * size).min(batch) } else { least };
         }
         run.end
     }
@@ -207,6 +212,9 @@ impl Engine {
 
     /// Maps a frame over a page, and its neighbours over the page's neighbours.
     pub(crate) fn merge_stable(&mut self, slot: Slot, page: u32, end: u32, frame: Frame) -> u32 {
+        if self.is_far([slot; 2]) {
+            return self.merge_far_stable(slot, page, end, frame);
+        }
         let longest = self.longest_run();
         let Self { store, members, counters, .. } = self;
         let pair = OnFrame { member: members.at(slot), page, store, frame };
@@ -226,6 +234,9 @@ impl Engine {
     /// Makes frames of a page and its twin that are not shared yet, and of their neighbours.
     pub(crate) fn merge_unstable(&mut self, slot: Slot, page: u32, end: u32, twin: (Slot, u32)) -> u32 {
         let (twin_slot, twin_page) = twin;
+        if self.is_far([slot, twin_slot]) {
+            return self.merge_far_unstable(slot, page, end, twin);
+        }
         let longest = self.longest_run();
         let Self { members, counters, .. } = self;
         let member = members.at(slot);
@@ -241,10 +252,6 @@ impl Engine {
         let backward = pair.matching(Way::Behind, page.min(twin_page).min(longest - forward), effort);
         let (first, twin_first, count) = (page - backward, twin_page - backward, forward + backward);
 
-        let follows = |member: &Member, first: u32| {
-            let before = first.checked_sub(1)?;
-            member.space.attached(before).then(|| member.space.refers(before))?.map(|frame| frame + 1)
-        };
         let preferred = follows(other, twin_first).or_else(|| follows(member, first));
         let Some(hold) = self.store.allocate(count, preferred) else {
             self.counters.refusals += 1;
@@ -306,8 +313,20 @@ impl Engine {
     }
 
     /// Merges a run, leaving out pages that differ under protection. Returns how many were merged.
-    fn merge_run(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
-        let merged = self.map_frames(slot, first, frame, count);
+    pub(crate) fn merge_run(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
+        self.merge_until(slot, first, frame, count, MISSES)
+    }
+
+    /// Merges a run up to so many pages that differ under protection. Returns how many were merged.
+    pub(crate) fn merge_until(
+        &mut self,
+        slot: Slot,
+        first: u32,
+        frame: Frame,
+        count: u32,
+        misses: u32,
+    ) -> u32 {
+        let merged = self.map_until(slot, first, frame, count, misses);
         self.counters.merges += u64::from(merged);
         let space = &mut self.members.at_mut(slot).space;
         if space.backing().census().is_some() {
@@ -322,6 +341,10 @@ impl Engine {
 
     /// Maps frames over a run, leaving out pages that differ under protection. Returns how many are mapped.
     pub(crate) fn map_frames(&mut self, slot: Slot, first: u32, frame: Frame, count: u32) -> u32 {
+        self.map_until(slot, first, frame, count, MISSES)
+    }
+
+    fn map_until(&mut self, slot: Slot, first: u32, frame: Frame, count: u32, most_misses: u32) -> u32 {
         // Digests are kept with pages as long as these are on no frame.
         debug_assert!(count <= WINDOW_PAGES);
         let mut digests = [Digest::default(); WINDOW_PAGES as usize];
@@ -332,7 +355,7 @@ impl Engine {
         let mut done = 0;
         let mut total = 0;
         let mut misses = 0;
-        while done < count && misses < MISSES {
+        while done < count && misses < most_misses {
             let member = self.members.at_mut(slot);
             let outcome = member.space.merge(first + done, frame + done, count - done, &mut self.store);
             let failed = outcome.is_err();
@@ -366,7 +389,14 @@ impl Engine {
     }
 
     /// Whether a run is worth its mappings, and `more` of them, and the process can bear them.
-    fn affordable(&mut self, slot: Slot, first: u32, count: u32, source: Source, more: i64) -> bool {
+    pub(crate) fn affordable(
+        &mut self,
+        slot: Slot,
+        first: u32,
+        count: u32,
+        source: Source,
+        more: i64,
+    ) -> bool {
         let added = more + self.members.at(slot).space.mappings_added(first, count, source);
         if added <= 0 {
             return true;

@@ -53,6 +53,10 @@ pub(crate) trait Contents {
     fn read(&self, entry: Self::Entry) -> Box<Snapshot>;
     /// Compares a content with the entry's.
     fn order(&self, content: &Page, entry: Self::Entry) -> cmp::Ordering;
+    /// Whether a content is the entry's, which has its digest, as far as is known without much effort.
+    fn is_alike(&self, content: &Page, entry: Self::Entry) -> bool {
+        self.order(content, entry).is_eq()
+    }
     /// The digest under which it was entered.
     fn digest(&self, entry: Self::Entry) -> Digest;
     /// Whether what is read there is its content: not once its memory was lost.
@@ -148,7 +152,7 @@ impl Index {
                     let entry = C::Entry::new(entry);
                     besides != Some(entry) && contents.readable(entry) && contents.shares(entry) && {
                         effort.comparisons += 1;
-                        contents.order(wanted.page, entry).is_eq()
+                        contents.is_alike(wanted.page, entry)
                     }
                 })
             }

@@ -253,6 +253,11 @@ pub trait GuestMemory: Send + Sync + fmt::Debug {
         std::process::id()
     }
 
+    /// Whether a question takes as long as some ten pages: it goes to another process.
+    fn is_far(&self) -> bool {
+        false
+    }
+
     /// Whether a part of it was lost, by a call that failed or because the host could not supply it, or its VM is
     /// about to be removed. What was read from it is nobody's content then.
     fn lost(&self) -> bool;

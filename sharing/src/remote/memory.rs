@@ -164,6 +164,10 @@ impl GuestMemory for RemoteMemory {
         self.worker.process()
     }
 
+    fn is_far(&self) -> bool {
+        true
+    }
+
     fn lost(&self) -> bool {
         self.lost.load(Ordering::Acquire) || self.worker.is_out_of_reach()
     }

@@ -92,6 +92,10 @@ impl GuestMemory for Distant {
         self.address
     }
 
+    fn is_far(&self) -> bool {
+        true
+    }
+
     fn lost(&self) -> bool {
         self.ask(|memory| memory.lost())
     }
