@@ -231,6 +231,10 @@ pub(crate) struct VmOptions {
     #[arg(long, value_enum, value_name = "off|thp", default_value_t = HugePages::Off)]
     pub(crate) hugepages: HugePages,
 
+    /// Prefer memory of this NUMA node of the host
+    #[arg(long, value_name = "N")]
+    pub(crate) host_numa_node: Option<u32>,
+
     /// How virtio devices are attached: each at registers of its own, or on a PCI bus with MSI-X
     #[arg(long, value_enum, value_name = "mmio|pci", default_value_t = VirtioBus::Mmio)]
     pub(crate) bus: VirtioBus,

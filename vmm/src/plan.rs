@@ -47,6 +47,7 @@ fn vm(
         smt: options.smt,
         cpu: options.cpu,
         hugepages: options.hugepages,
+        host_numa_node: options.host_numa_node,
         bus: options.bus,
         disks: options.disks.iter().map(disk).collect(),
         cloud_init: options.cloud_init.as_ref().map(|files| files.with_paths(path)),
@@ -76,6 +77,13 @@ mod tests {
 
     fn specs(arguments: &[&str]) -> Vec<VmSpec> {
         plan(arguments).into_iter().map(|(spec, _)| spec).collect()
+    }
+
+    #[test]
+    fn each_vm_prefers_the_node_that_is_named() {
+        assert_eq!(specs(&[])[0].host_numa_node, None);
+        let both = specs(&["--count=2", "--host-numa-node", "1"]);
+        assert!(both.iter().all(|spec| spec.host_numa_node == Some(1)));
     }
 
     fn consoles(arguments: &[&str]) -> Vec<ConsoleConfig> {

@@ -207,6 +207,40 @@ impl Ram {
         self.range(0, self.pages()).advise()
     }
 
+    /// Has the kernel take memory for this RAM from a NUMA node of the host, as long as the node has some. To be called
+    /// before the memory is first touched. Frames that are mapped over it are where they are; what the guest makes
+    /// private again, and memory of the shadow, follow this or the thread that touches them.
+    ///
+    /// # Errors
+    /// What mbind said: `EINVAL` for a node that is not there, `ENOSYS` for a kernel without nodes.
+    pub fn prefer_node(&self, node: u32) -> io::Result<()> {
+        let mut nodes = [0_u64; 16];
+        let word = nodes.get_mut(node as usize / 64);
+        *word.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))? = 1 << (node % 64);
+        // The kernel reads one bit less than it is told of.
+        let bits = 64 * nodes.len() + 1;
+        let policy = libc::c_long::from(libc::MPOL_PREFERRED);
+        const NO_FLAGS: libc::c_long = 0;
+        // Both in the same way, so that the kernel still makes one mapping of them, and the lead as well.
+        for (address, bytes) in [(self.shadow, SHADOW_LEAD + self.bytes()), (self.base, self.bytes())] {
+            // SAFETY: the ranges are this RAM's own. The call changes no content, and reads the mask, which is as long
+            // as it is told.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_mbind,
+                    address.as_ptr(),
+                    bytes,
+                    policy,
+                    nodes.as_ptr(),
+                    bits,
+                    NO_FLAGS,
+                )
+            };
+            succeeded(result == 0)?;
+        }
+        Ok(())
+    }
+
     /// From now on the address space is left to the process when this value goes: a failed call
     /// tore a hole into it, where the kernel may have placed another mapping since.
     pub(crate) fn tear(&self) {

@@ -19,6 +19,7 @@ use samepage_text::names::{NameError, check_disk_id, check_group, check_name, ch
 use thiserror::Error;
 
 use crate::boot::{BootError, ImageSource, Unpacked, load};
+use crate::numa;
 use crate::seed::{self, SEED_ID, SeedError};
 use crate::vm::devices::{MAX_DISKS, most_disks};
 use crate::vm::network::MAX_NETWORKS;
@@ -246,6 +247,9 @@ impl VmConfig {
         let of_value = |(place, reason)| ConfigError::Value { place, reason };
         let mut faults: Vec<_> = self.spec.faults().into_iter().map(of_value).collect();
         faults.extend([name, checked, group].into_iter().filter_map(Result::err));
+        let node = self.spec.host_numa_node.and_then(numa::unavailable);
+        let place = || "/host_numa_node".to_owned();
+        faults.extend(node.map(|reason| ConfigError::Value { place: place(), reason }));
         let (count, most) = (self.disk_count(), most_disks(self.spec.bus));
         if count > most {
             faults.push(ConfigError::TooManyDisks { count, most });

@@ -13,6 +13,7 @@ pub mod config;
 mod console;
 pub mod huge_pages;
 pub mod hypervisor;
+mod numa;
 pub mod seed;
 pub mod vm;
 pub mod x86;

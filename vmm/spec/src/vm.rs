@@ -78,6 +78,10 @@ pub struct VmSpec {
     /// The size of the pages that back the memory.
     #[serde(default)]
     pub hugepages: HugePages,
+    /// The host's NUMA node whose memory the VM prefers. By default the kernel chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(maximum = 1023))]
+    pub host_numa_node: Option<u32>,
     /// How virtio devices are attached.
     #[serde(default)]
     pub bus: VirtioBus,
@@ -168,6 +172,7 @@ impl VmSpec {
             smt: false,
             cpu: Cpu::default(),
             hugepages: HugePages::default(),
+            host_numa_node: None,
             bus: VirtioBus::default(),
             disks: Vec::new(),
             cloud_init: None,

@@ -78,6 +78,9 @@ pub struct VmEntry {
     pub cpu: Option<Cpu>,
     /// The host's pages for the memory.
     pub hugepages: Option<HugePages>,
+    /// The host's NUMA node whose memory the VM prefers. By default the kernel chooses.
+    #[schema(maximum = 1023)]
+    pub host_numa_node: Option<u32>,
     /// How virtio devices are attached.
     pub bus: Option<VirtioBus>,
     /// Disks, in the guest's order.
@@ -116,6 +119,7 @@ macro_rules! with_fields {
             smt,
             cpu,
             hugepages,
+            host_numa_node,
             bus,
             disks,
             cloud_init,
@@ -172,6 +176,7 @@ impl VmEntry {
             smt: self.smt.unwrap_or(false),
             cpu: self.cpu.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
+            host_numa_node: self.host_numa_node,
             bus: self.bus.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
             cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),

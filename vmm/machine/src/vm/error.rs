@@ -32,6 +32,14 @@ pub enum VmError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// The memory could not be taken from a NUMA node.
+    #[error("take guest memory from node {node} of the host: {source}; leave the node out")]
+    NumaNode {
+        /// The number of the node.
+        node: u32,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// An ioctl of KVM failed.
     #[error("{what}: {source}{}", kvm_hint(.source))]
     Kvm {

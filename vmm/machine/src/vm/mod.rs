@@ -191,6 +191,9 @@ impl Vm {
         let numbers = u8::try_from(vcpus).unwrap_or(u8::MAX);
         let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.spec.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
+        if let Some(node) = config.spec.host_numa_node {
+            memory.ram().prefer_node(node).map_err(|source| VmError::NumaNode { node, source })?;
+        }
         let news = config.has_port().then(|| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
         let news = news.transpose().map_err(VmError::Event)?;
         let hole = reserve_hole(&config, news.as_ref())?.map(Arc::new);
@@ -286,7 +289,8 @@ impl Vm {
             memory,
         };
         for (number, fd) in (0..).zip(fds) {
-            let vcpu = Vcpu { number, fd, memory: vm.memory.view().clone(), devices: vm.devices.clone() };
+            let (memory, devices) = (vm.memory.view().clone(), vm.devices.clone());
+            let vcpu = Vcpu { number, fd, memory, devices, node: spec.host_numa_node };
             let thread = vcpu.spawn(&spec.name, &vm.handle.control).map_err(VmError::Thread)?;
             vm.threads.push(thread);
         }

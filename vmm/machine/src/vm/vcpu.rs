@@ -17,6 +17,7 @@ use super::VmEnd;
 use super::control::{Control, kick_signal};
 use super::crash::{CrashKind, CrashReport};
 use super::devices::Devices;
+use crate::numa;
 
 /// Size of a thread's stack in bytes: enough for device models that write to a console. Untouched pages cost
 /// no memory.
@@ -28,6 +29,8 @@ pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) memory: GuestMemory,
     pub(super) devices: Arc<Devices>,
+    /// The host's NUMA node whose memory its thread prefers.
+    pub(super) node: Option<u32>,
 }
 
 impl Vcpu {
@@ -49,6 +52,10 @@ impl Vcpu {
         // The kick must arrive even if the thread that started the VM blocks signals. The call cannot fail,
         // because the signal is valid.
         let _ = unblock_signal(kick_signal());
+        if let Some(node) = self.node {
+            // The memory of the VM has the same policy already, so the kernel knows the node.
+            let _ = numa::prefer(node);
+        }
         let page = NonNull::from(self.fd.get_kvm_run()).cast::<u8>();
         // SAFETY: the field lies within the shared page. `self`, and with it the mapping, is dropped after
         // `member`, which is declared later.
