@@ -287,8 +287,8 @@ impl Controller {
 
     pub(super) fn flush_metrics(&mut self) -> Result<(), Fault> {
         self.after_start()?;
-        let drives = self.machine.drives();
-        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(&drives))
+        let devices = self.machine.counts();
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(&devices))
     }
 
     /// Creates and starts the VM.

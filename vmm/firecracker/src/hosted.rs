@@ -17,7 +17,7 @@ use anyhow::Context;
 use hyper::Method;
 use parking_lot::Mutex;
 use samepage_api_types::lifecycle::{Action, State};
-use samepage_api_types::views::{DiskStatistics, DiskView, VmSummary};
+use samepage_api_types::views::{VmSummary, VmView};
 use samepage_client::socket::{Client, ClientError};
 use samepage_machine::VmEnd;
 use samepage_process::escape::{EscapeFilter, HELP, Key};
@@ -32,7 +32,7 @@ use super::Exit;
 use super::args::FirecrackerArgs;
 use super::fault::Fault;
 use super::log::Log;
-use super::machine::{Activity, DriveCounts, Machine, Services};
+use super::machine::{Activity, DeviceCounts, Machine, Services};
 use super::server::Server;
 
 /// The connection to the VM's console, and the bytes that came with the response.
@@ -172,23 +172,30 @@ impl Machine for Hosted {
         Ok(self.client.send::<Value>(Method::POST, &path, &json!({})).map(drop)?)
     }
 
-    fn drives(&self) -> Vec<(String, DriveCounts)> {
-        let disks: Vec<DiskView> = self.client.get(&(self.path() + "/disks")).unwrap_or_default();
-        disks.into_iter().filter_map(|disk| Some((disk.id, disk.statistics?.into()))).collect()
-    }
-}
-
-impl From<DiskStatistics> for DriveCounts {
-    fn from(counted: DiskStatistics) -> Self {
-        Self {
-            reads: counted.reads,
-            writes: counted.writes,
-            flushes: counted.flushes,
-            read_bytes: counted.read_bytes,
-            written_bytes: counted.written_bytes,
-            errors: counted.errors,
-            throttled: counted.throttled,
-        }
+    fn counts(&self) -> Vec<DeviceCounts> {
+        let Ok(vm) = self.client.get::<VmView>(&self.path()) else { return Vec::new() };
+        let disks = vm.disks.into_iter().filter_map(|disk| {
+            let of = disk.statistics?;
+            let counts =
+                [of.reads, of.writes, of.flushes, of.read_bytes, of.written_bytes, of.errors, of.throttled];
+            Some(DeviceCounts::drive(&disk.id, counts))
+        });
+        let networks = vm.networks.into_iter().filter_map(|network| {
+            let of = network.statistics?;
+            let counts = [
+                of.received_frames,
+                of.received_bytes,
+                of.received_dropped,
+                of.sent_frames,
+                of.sent_bytes,
+                of.sent_dropped,
+                of.errors,
+            ];
+            Some(DeviceCounts::network(&network.id, counts))
+        });
+        let entropy =
+            vm.rng.map(|of| DeviceCounts::entropy([of.requests, of.bytes, of.throttled, of.errors]));
+        disks.chain(networks).chain(entropy).collect()
     }
 }
 

@@ -23,7 +23,7 @@ use super::Exit;
 use super::args::FirecrackerArgs;
 use super::fault::Fault;
 use super::log::Log;
-use super::machine::{Activity, DriveCounts, Machine, Services};
+use super::machine::{Activity, DeviceCounts, Machine, Services};
 use super::server::Server;
 use samepage_host::engine::start_sharing;
 use samepage_host::stdin::{Input, Typed};
@@ -147,22 +147,39 @@ impl Machine for Local {
         refreshed.map(drop).map_err(|error| Fault::new(format!("{error}.")))
     }
 
-    fn drives(&self) -> Vec<(String, DriveCounts)> {
+    fn counts(&self) -> Vec<DeviceCounts> {
         let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
-        let counts = vm.disks().iter().map(|disk| {
-            let stats = &disk.stats;
-            let counts = DriveCounts {
-                reads: stats.reads.load(Relaxed),
-                writes: stats.writes.load(Relaxed),
-                flushes: stats.flushes.load(Relaxed),
-                read_bytes: stats.read_bytes.load(Relaxed),
-                written_bytes: stats.written_bytes.load(Relaxed),
-                errors: stats.errors.load(Relaxed),
-                throttled: stats.throttled.load(Relaxed),
-            };
-            (disk.id.clone(), counts)
+        let disks = vm.disks().iter().map(|disk| {
+            let of = &disk.stats;
+            let counters = [
+                &of.reads,
+                &of.writes,
+                &of.flushes,
+                &of.read_bytes,
+                &of.written_bytes,
+                &of.errors,
+                &of.throttled,
+            ];
+            DeviceCounts::drive(&disk.id, counters.map(|counter| counter.load(Relaxed)))
         });
-        counts.collect()
+        let networks = vm.networks().iter().map(|network| {
+            let of = &network.stats;
+            let counters = [
+                &of.received_frames,
+                &of.received_bytes,
+                &of.received_dropped,
+                &of.sent_frames,
+                &of.sent_bytes,
+                &of.sent_dropped,
+                &of.errors,
+            ];
+            DeviceCounts::network(&network.id, counters.map(|counter| counter.load(Relaxed)))
+        });
+        let entropy = vm.rng_stats().map(|of| {
+            let counters = [&of.requests, &of.bytes, &of.throttled, &of.errors];
+            DeviceCounts::entropy(counters.map(|counter| counter.load(Relaxed)))
+        });
+        disks.chain(networks).chain(entropy).collect()
     }
 }
 

@@ -14,16 +14,79 @@ pub(super) enum Activity {
     Paused,
 }
 
-/// Counters of a drive since the start.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct DriveCounts {
-    pub(super) reads: u64,
-    pub(super) writes: u64,
-    pub(super) flushes: u64,
-    pub(super) read_bytes: u64,
-    pub(super) written_bytes: u64,
-    pub(super) errors: u64,
-    pub(super) throttled: u64,
+/// A kind of device, with the names of its counters in Firecracker's metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum DeviceKind {
+    Drive,
+    Network,
+    Entropy,
+}
+
+impl DeviceKind {
+    pub(super) const ALL: [Self; 3] = [Self::Drive, Self::Network, Self::Entropy];
+
+    /// Returns the name of the kind's sums.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Drive => "block",
+            Self::Network => "net",
+            Self::Entropy => "entropy",
+        }
+    }
+
+    /// Returns the names of its counters, in the order of [`DeviceCounts::counts`].
+    pub(super) fn counters(self) -> &'static [&'static str] {
+        match self {
+            Self::Drive => &[
+                "read_count",
+                "write_count",
+                "flush_count",
+                "read_bytes",
+                "write_bytes",
+                "execute_fails",
+                "rate_limiter_throttled_events",
+            ],
+            // Received is what the guest receives.
+            Self::Network => &[
+                "rx_packets_count",
+                "rx_bytes_count",
+                "rx_fails",
+                "tx_packets_count",
+                "tx_bytes_count",
+                "tx_fails",
+                "event_fails",
+            ],
+            Self::Entropy => &[
+                "entropy_event_count",
+                "entropy_bytes",
+                "entropy_rate_limiter_throttled",
+                "entropy_event_fails",
+            ],
+        }
+    }
+}
+
+/// Counters of a device since the start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DeviceCounts {
+    pub(super) kind: DeviceKind,
+    /// The name of the device within the VM; empty where there is one of its kind at most.
+    pub(super) id: String,
+    pub(super) counts: Vec<u64>,
+}
+
+impl DeviceCounts {
+    pub(super) fn drive(id: &str, counts: [u64; 7]) -> Self {
+        Self { kind: DeviceKind::Drive, id: id.to_owned(), counts: counts.to_vec() }
+    }
+
+    pub(super) fn network(id: &str, counts: [u64; 7]) -> Self {
+        Self { kind: DeviceKind::Network, id: id.to_owned(), counts: counts.to_vec() }
+    }
+
+    pub(super) fn entropy(counts: [u64; 4]) -> Self {
+        Self { kind: DeviceKind::Entropy, id: String::new(), counts: counts.to_vec() }
+    }
 }
 
 /// Services of this process, each with the name of a network device.
@@ -64,6 +127,6 @@ pub(super) trait Machine: Send + Sync {
     /// Sets the size of a disk, by its name, to the present size of its image.
     fn resize(&self, disk: &str) -> Result<(), Fault>;
 
-    /// Returns the counters of each disk, by name; none before the start and after the end.
-    fn drives(&self) -> Vec<(String, DriveCounts)>;
+    /// Returns the counters of all devices that have some; none before the start and after the end.
+    fn counts(&self) -> Vec<DeviceCounts>;
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::fault::Fault;
 use super::log;
-use super::machine::DriveCounts;
+use super::machine::{DeviceCounts, DeviceKind};
 use super::model::MetricsConfig;
 
 /// The writer of metrics.
@@ -18,7 +18,8 @@ pub(super) struct Metrics {
     id: String,
     config: MetricsConfig,
     file: File,
-    told: HashMap<String, DriveCounts>,
+    /// What was written of each device, by kind and name.
+    told: HashMap<(DeviceKind, String), Vec<u64>>,
 }
 
 impl Metrics {
@@ -34,15 +35,15 @@ impl Metrics {
     }
 
     /// Writes a line.
-    pub(super) fn write(&mut self, drives: &[(String, DriveCounts)]) -> Result<(), Fault> {
-        let line = self.line(drives).to_string() + "\n";
+    pub(super) fn write(&mut self, devices: &[DeviceCounts]) -> Result<(), Fault> {
+        let line = self.line(devices).to_string() + "\n";
         self.file.write_all(line.as_bytes()).map_err(|error| {
             let path = self.config.metrics_path.display();
             Fault::new(format!("Cannot write metrics to {path}: {error}."))
         })
     }
 
-    fn line(&mut self, drives: &[(String, DriveCounts)]) -> Value {
+    fn line(&mut self, devices: &[DeviceCounts]) -> Value {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut line = Map::new();
         line.insert("utc_timestamp_ms".to_owned(), json!(now.as_millis() as u64));
@@ -52,51 +53,27 @@ impl Metrics {
         if let Some(properties) = &self.config.properties {
             line.insert("properties".to_owned(), json!(properties));
         }
-        let mut all = DriveCounts::default();
-        for (name, counted) in drives {
-            let told = self.told.insert(name.clone(), counted.clone()).unwrap_or_default();
-            let new = counted.since(&told);
-            all = all.plus(&new);
-            line.insert(format!("block_{name}"), new.to_json());
+        for kind in DeviceKind::ALL {
+            let mut sums = vec![0_u64; kind.counters().len()];
+            for DeviceCounts { id, counts, .. } in devices.iter().filter(|device| device.kind == kind) {
+                let told = self.told.insert((kind, id.clone()), counts.clone());
+                let told = told.unwrap_or_else(|| vec![0; counts.len()]);
+                let new = counts.iter().zip(told).map(|(now, told)| now.saturating_sub(told));
+                let new: Vec<_> = new.collect();
+                sums.iter_mut().zip(&new).for_each(|(sum, new)| *sum = sum.saturating_add(*new));
+                if !id.is_empty() {
+                    line.insert(format!("{}_{id}", kind.name()), named(kind, &new));
+                }
+            }
+            line.insert(kind.name().to_owned(), named(kind, &sums));
         }
-        line.insert("block".to_owned(), all.to_json());
         Value::Object(line)
     }
 }
 
-impl DriveCounts {
-    /// Combines each count with the other's.
-    fn with(&self, other: &Self, combine: impl Fn(u64, u64) -> u64) -> Self {
-        Self {
-            reads: combine(self.reads, other.reads),
-            writes: combine(self.writes, other.writes),
-            flushes: combine(self.flushes, other.flushes),
-            read_bytes: combine(self.read_bytes, other.read_bytes),
-            written_bytes: combine(self.written_bytes, other.written_bytes),
-            errors: combine(self.errors, other.errors),
-            throttled: combine(self.throttled, other.throttled),
-        }
-    }
-
-    fn since(&self, before: &Self) -> Self {
-        self.with(before, u64::saturating_sub)
-    }
-
-    fn plus(&self, other: &Self) -> Self {
-        self.with(other, u64::saturating_add)
-    }
-
-    fn to_json(&self) -> Value {
-        json!({
-            "read_count": self.reads,
-            "write_count": self.writes,
-            "flush_count": self.flushes,
-            "read_bytes": self.read_bytes,
-            "write_bytes": self.written_bytes,
-            "execute_fails": self.errors,
-            "rate_limiter_throttled_events": self.throttled,
-        })
-    }
+fn named(kind: DeviceKind, counts: &[u64]) -> Value {
+    let names = kind.counters().iter().map(|name| (*name).to_owned());
+    Value::Object(names.zip(counts.iter().map(|count| json!(count))).collect())
 }
 
 #[cfg(test)]
@@ -109,13 +86,28 @@ mod tests {
         let config =
             MetricsConfig { metrics_path: path.to_path_buf(), emit_id: Some(true), properties: None };
         let mut metrics = Metrics::open("a", config).unwrap();
-        let counted = |reads| vec![("root".to_owned(), DriveCounts { reads, ..DriveCounts::default() })];
+        let counted = |reads| {
+            let network = DeviceCounts::network("eth0", [1, 1000 * reads, 0, 2, 60, 0, 0]);
+            [
+                DeviceCounts::drive("root", [reads, 0, 0, 0, 0, 0, 0]),
+                network,
+                DeviceCounts::entropy([reads; 4]),
+            ]
+        };
         metrics.write(&counted(3)).unwrap();
         metrics.write(&counted(5)).unwrap();
+        metrics.write(&[]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let reads = lines.iter().map(|line| line["block_root"]["read_count"].as_u64().unwrap());
-        assert_eq!(reads.collect::<Vec<_>>(), [3, 2]);
+        assert_eq!(reads.take(2).collect::<Vec<_>>(), [3, 2]);
+        assert_eq!(lines[1]["net_eth0"]["rx_bytes_count"], 2000);
+        assert_eq!(
+            (&lines[0]["net"]["tx_packets_count"], &lines[1]["net"]["tx_packets_count"]),
+            (&json!(2), &json!(0))
+        );
+        assert_eq!(lines[0]["entropy"]["entropy_bytes"], 3);
+        assert_eq!((&lines[2]["net"]["rx_fails"], &lines[2]["net_eth0"]), (&json!(0), &Value::Null));
         assert_eq!((&lines[1]["block"]["read_count"], &lines[1]["id"]), (&json!(2), &json!("a")));
     }
 }
