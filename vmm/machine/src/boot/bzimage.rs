@@ -140,9 +140,15 @@ fn find_payload(
     Ok(Ok(Payload { compression, offset, bytes, unpacked: compression.unpacked_size(bytes, tail) }))
 }
 
-/// Checks that an unpacked kernel is not larger than RAM, where all of it has to be.
+/// Checks that an unpacked kernel is not larger than RAM, where all of it has to be, and that what is read to unpack it
+/// is not longer than any kernel. A file can be as long as it declares to be, with holes.
 fn check_room(payload: Payload, ram_end: u64) -> Result<(), ImageError> {
-    let Payload { unpacked: size, .. } = payload;
+    let Payload { unpacked: size, bytes, .. } = payload;
+    if bytes > MAX_UNPACKED {
+        return Err(ImageError::Malformed(format!(
+            "its compressed kernel is {bytes} bytes long, and no kernel is larger than {MAX_UNPACKED}"
+        )));
+    }
     if size > MAX_UNPACKED {
         return Err(ImageError::Malformed(format!(
             "its compressed kernel declares to hold {size} bytes, and no kernel is larger than {MAX_UNPACKED}"
@@ -232,6 +238,18 @@ mod tests {
             let said = refused(bzimage_with_payload(&payload));
             assert!(said.contains(part), "{said}");
         }
+    }
+
+    #[test]
+    fn a_compressed_kernel_that_is_longer_than_any_kernel_is_not_read() {
+        let image = bzimage_with_payload(&pack("gzip", &pvh_elf(b"\xf4")));
+        let long = patched(image, 0x24c, &(MAX_UNPACKED as u32 + 1).to_le_bytes());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), long).unwrap();
+        file.as_file().set_len(2 * MAX_UNPACKED).unwrap();
+        let source = ImageSource::Path(file.path().to_owned());
+        let said = inspect(&mut source.open().unwrap(), RAM).unwrap_err().to_string();
+        assert!(said.contains("no kernel is larger"), "{said}");
     }
 
     #[test]
