@@ -1,20 +1,28 @@
-//! A process frees the memory of VMs that have ended.
+//! What memory VMs cost: a process frees that of VMs that have ended, and a large VM costs what its guest touches.
 
 use std::fs;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use samepage_machine::boot::test_images::pvh_elf;
+use samepage_machine::{ImageSource, Size, Vm, VmConfig, VmEnd};
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan};
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
+use samepage_sharing::engine::Settings;
 use samepage_tests::api::Host;
 use samepage_tests::console::TIME_LIMIT;
+use samepage_tests::guests::{hypervisor, sharing};
 use samepage_tests::harness;
+use samepage_tests::process::Holdings;
 use serde_json::json;
 
 fn main() -> ExitCode {
-    harness::run(&[("a_process_gives_back_the_memory_of_vms_that_are_gone", rounds)])
+    harness::run(&[
+        ("a_process_gives_back_the_memory_of_vms_that_are_gone", rounds),
+        ("a_vm_with_512_gib_costs_what_its_guest_touches", large),
+    ])
 }
 
 const ROUNDS: u32 = 3;
@@ -79,4 +87,52 @@ fn live(host: &Host) {
         counted["pages_sharing"].as_u64().unwrap() + counted["zero_pages"].as_u64().unwrap() >= wanted / 8
     });
     each(&|vm| assert_eq!(host.ask("DELETE", &format!("/vms/{}", name(vm)), None).0, 204));
+}
+
+/// Memory of the large VM, in bytes.
+const LARGE: u64 = 512 << 30;
+/// What its guest may cost the process, in bytes, besides what grows with the guest's memory.
+const FIXED_BYTES: u64 = 8 << 20;
+/// A bit for each page. The process notes by one whether the host has written to the page.
+const BITS: u64 = LARGE / 4096 / 8;
+/// Bits for each page where the engine shares them, as long as it has seen none of them.
+const SHARED_BITS: u64 = 16;
+
+/// Kernel memory for the process's page tables, in bytes.
+fn page_tables() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("the process has a status");
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("VmPTE:")).expect("the kernel counts page tables");
+    let kib: u64 = line.split_whitespace().next().and_then(|kib| kib.parse().ok()).expect("a number of KiB");
+    kib << 10
+}
+
+fn large() {
+    let hypervisor = hypervisor();
+    let engine = sharing(Settings::default());
+    for engine in [None, Some(&engine)] {
+        let before = (Holdings::now().private_bytes, page_tables());
+        // Its guest stops in a few instructions, with soft off.
+        let code = b"\x66\xba\x00\x06\xb0\x34\xee\xf4\xeb\xfd";
+        let kernel = ImageSource::Bytes { name: "a guest that powers off", bytes: pvh_elf(code).into() };
+        let mut config = VmConfig::new("large", kernel);
+        config.spec.memory = Size(LARGE);
+        config.sharing = engine.cloned();
+        let start = Instant::now();
+        let vm = Vm::build(config, &hypervisor).expect("a VM");
+        let built = start.elapsed();
+        let slots: Vec<_> = vm.memory().slots().iter().map(|slot| slot.range.bytes).collect();
+        assert_eq!((slots.len(), slots.iter().sum::<u64>()), (2, LARGE));
+        vm.start();
+        assert_eq!(vm.wait(), VmEnd::PowerOff);
+        let more = |now: u64, before: u64| now.saturating_sub(before);
+        let private = more(Holdings::now().private_bytes, before.0);
+        let tables = more(page_tables(), before.1);
+        println!(
+            "512 GiB{}: built in {built:?}; {private} bytes of the process, {tables} of page tables",
+            if engine.is_some() { ", shared" } else { "" }
+        );
+        let bits = if engine.is_some() { SHARED_BITS * BITS } else { BITS };
+        assert!(private <= bits + FIXED_BYTES && tables <= FIXED_BYTES, "{private} and {tables}");
+    }
 }

@@ -93,13 +93,23 @@ impl PageSet {
     /// The first page at or after `from` that is in.
     #[must_use]
     pub fn next_from(&self, from: u32) -> Option<u32> {
-        let first = from as usize / 64;
-        let word = self.words.get(first)? & (u64::MAX << (from % 64));
-        if word != 0 {
-            return Some((first * 64) as u32 + word.trailing_zeros());
-        }
-        let index = first + 1 + self.words[first + 1..].iter().position(|&word| word != 0)?;
-        Some((index * 64) as u32 + self.words[index].trailing_zeros())
+        self.next_within(from..u32::MAX)
+    }
+
+    /// The first page of a range that is in. Looks at the range alone, so that who goes through a large set by the
+    /// piece looks at each word once.
+    #[must_use]
+    pub fn next_within(&self, pages: Range<u32>) -> Option<u32> {
+        let (first, end) = (pages.start as usize / 64, (pages.end as usize).div_ceil(64));
+        let words = self.words.get(first..end.min(self.words.len()))?;
+        let word = words.first()? & (u64::MAX << (pages.start % 64));
+        let page = if word != 0 {
+            (first * 64) as u32 + word.trailing_zeros()
+        } else {
+            let index = 1 + words[1..].iter().position(|&word| word != 0)?;
+            ((first + index) * 64) as u32 + words[index].trailing_zeros()
+        };
+        (page < pages.end).then_some(page)
     }
 
     /// The pages in order.
@@ -116,7 +126,7 @@ impl PageSet {
     pub fn runs_within(&self, pages: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
         let mut next = pages.start;
         std::iter::from_fn(move || {
-            let start = (next < pages.end).then(|| self.next_from(next)).flatten()?;
+            let start = self.next_within(next..pages.end)?;
             let end = self.end_of_run(start).min(pages.end);
             next = end;
             (start < end).then_some(start..end)
@@ -278,6 +288,9 @@ mod tests {
             prop_assert_eq!(set.count() as usize, model.len());
             for from in [0, 63, 64, 150, 299] {
                 prop_assert_eq!(set.next_from(from), model.range(from..).next().copied());
+                for end in [from, from + 1, from + 63, from + 64, from + 65, u32::MAX] {
+                    prop_assert_eq!(set.next_within(from..end), model.range(from..end).next().copied());
+                }
             }
         }
     }

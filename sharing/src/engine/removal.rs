@@ -128,8 +128,8 @@ impl Engine {
                 self.cache.copies.remove(member.global_page(page));
             });
         }
-        let mapped = member.space.backing().on_frames().next_from(start);
-        removal.mapped = mapped.is_some_and(|page| removal.piece.contains(&page));
+        let on_frames = member.space.backing().on_frames();
+        removal.mapped = on_frames.next_within(removal.piece.clone()).is_some();
     }
 
     /// Lets a VM's RAM go, which no longer runs, while the engine does nothing else: its pages become zeros and
