@@ -35,6 +35,8 @@ pub enum Need {
     Mounts,
     /// Taps that the process makes. Without them, a test is ignored.
     Taps,
+    /// passt, for networks without privileges. Without it, a test is ignored.
+    Passt,
     /// A browser. Without one a test is ignored.
     Browser,
     /// Linux guests, which take minutes to build. Without them, a test is ignored.
@@ -109,6 +111,11 @@ pub fn run_all(tests: &[NeedyTest]) -> ExitCode {
                     && let Some(reason) = without_taps() =>
                 {
                     Ok(Completion::ignored_with(format!("needs taps: {reason}")))
+                }
+                None if needs.contains(&Need::Passt)
+                    && let Err(error) = Command::new("passt").arg("--version").output() =>
+                {
+                    Ok(Completion::ignored_with(format!("needs passt: {error}; `apt install passt` gets it")))
                 }
                 None if needs.contains(&Need::Browser) && browser::program().is_none() => {
                     Ok(Completion::ignored_with(browser::MISSING))

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddrV4};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv, sendto, socket};
+use rustix::process::{Pid, Signal, kill_process};
 use samepage_agent::checksum::Fnv1a;
 use samepage_agent::content;
+use samepage_devices::net::passt::{GATEWAY, GUEST};
 use samepage_devices::net::{HEADER_BYTES, Link, Sent, Tap, TapError, TapOptions};
 use samepage_machine::config::{NetworkSpec, VsockSpec};
 use samepage_machine::{Hypervisor, Size, VmConfig, VmEnd};
@@ -43,6 +45,16 @@ fn main() -> ExitCode {
             "linux_talks_to_programs_of_the_host_over_sockets",
             &[Need::Kvm, Need::LinuxGuest],
             talk_over_sockets,
+        ),
+        (
+            "two_linux_vms_talk_over_passt_and_one_loses_it",
+            &[Need::Kvm, Need::LinuxGuest, Need::Passt],
+            talk_over_passt,
+        ),
+        (
+            "a_network_of_the_user_that_cannot_be_had_is_told",
+            &[Need::Kvm, Need::Passt],
+            refuse_networks_of_the_user,
         ),
         ("a_tap_with_two_queues_uses_those_that_the_guest_does", &[Need::Taps], use_two_queues),
         ("a_tap_serves_one_vm_at_a_time", &[Need::Taps], use_one_tap_twice),
@@ -302,6 +314,144 @@ fn talk_over_sockets() {
     }
     let statistics = sharing.statistics();
     assert!(statistics.merges >= FILLED_PAGES, "{statistics:?}");
+}
+
+/// Returns the processes of passt that this process has started.
+fn passts() -> Vec<Pid> {
+    let own = std::process::id().to_string();
+    let processes = fs::read_dir("/proc").expect("/proc").filter_map(|entry| {
+        let entry = entry.ok()?;
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        // Number, name in brackets, state, and the parent's number. passt's own name may have a suffix.
+        let (name, rest) = stat.split_once(" (")?.1.rsplit_once(") ")?;
+        let parent = rest.split(' ').nth(1)?;
+        (name.starts_with("passt") && parent == own && !rest.starts_with('Z')).then_some(pid)
+    });
+    processes.collect()
+}
+
+/// A guest on a network of the user.
+struct User {
+    guest: Guest,
+    /// The host's ports that lead to the guest's ports from [`PORT`] on.
+    ports: [u16; 2],
+    seed: u64,
+    server: thread::JoinHandle<Vec<u8>>,
+}
+
+impl User {
+    fn start(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, seed: u64, bytes: usize) -> Self {
+        let artifacts = Artifacts::locate().expect("the guests were there a moment ago");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("the port").port();
+        let server = thread::spawn(move || {
+            let mut received = Vec::new();
+            listener.accept().expect("the guest connects").0.read_to_end(&mut received).expect("its stream");
+            let mut stream = listener.accept().expect("the guest connects again").0;
+            stream.write_all(&content::bytes(seed + 1, bytes)).expect("the guest reads");
+            received
+        });
+        // Ports that are free, as the kernel says.
+        let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
+        let ports = free.each_ref().map(|socket| socket.local_addr().expect("the port").port());
+        drop(free);
+        let mut config = VmConfig::new(format!("user{seed}"), artifacts.kernel.clone().into());
+        config.spec.initrd = Some(artifacts.initramfs.clone());
+        let (fill, second) = (FILLED_PAGES * 4, PORT + 1);
+        config.spec.cmdline = format!(
+            "{COMMAND_LINE} ip={GUEST}::{GATEWAY}:255.255.255.0::eth0:off agent=fill:{fill}K:7,\
+             put:{GATEWAY}:{port}:{bytes}:{seed},get:{GATEWAY}:{port},get:listen:{PORT},verify:4:250,\
+             get:listen:{second},poweroff"
+        );
+        config.spec.memory = Size(MEMORY);
+        let publish = [format!("{}:{PORT}", ports[0]), format!("{}:{second}", ports[1])];
+        let publish = publish.map(|text| text.parse().expect("a port")).into();
+        config.spec.networks =
+            vec![NetworkSpec { user: true, publish, host_loopback: true, ..NetworkSpec::default() }];
+        config.sharing = Some(Arc::clone(sharing));
+        Self { guest: Guest::start(hypervisor, config), ports, seed, server }
+    }
+
+    /// Sends the guest a stream through one of its published ports.
+    fn send(&self, number: usize, seed: u64, bytes: usize) {
+        let guest_port = PORT + number as u16;
+        said(&self.guest, &format!("get listens port={guest_port}"));
+        let mut stream = TcpStream::connect(("127.0.0.1", self.ports[number])).expect("passt listens");
+        stream.write_all(&content::bytes(seed, bytes)).expect("the guest reads");
+        drop(stream);
+        self.has_got(&format!("listen:{guest_port}"), seed, bytes);
+    }
+
+    fn has_got(&self, host: &str, seed: u64, bytes: usize) {
+        let got = said(&self.guest, &format!("get ok host={host}"));
+        println!("get {host}{got}");
+        let sum = Fnv1a::of(&content::bytes(seed, bytes));
+        assert!(got.contains(&format!(" bytes={bytes} fnv1a={sum}")), "{got}, not {sum}");
+    }
+
+    fn is_up(&self) -> bool {
+        self.guest.vm.networks()[0].link.is_up()
+    }
+}
+
+fn talk_over_passt() {
+    const BYTES: usize = 256 << 10;
+    let (hypervisor, sharing) =
+        (hypervisor(), sharing(Settings { cpu_percent: 50.0, ..Settings::default() }));
+    assert_eq!(passts(), []);
+    let mut users: Vec<_> =
+        [60, 70].into_iter().map(|seed| User::start(&hypervisor, &sharing, seed, BYTES)).collect();
+    for user in &users {
+        println!("put{}", said(&user.guest, "put ok"));
+        user.has_got(&format!("{GATEWAY}:"), user.seed + 1, BYTES);
+        user.send(0, user.seed + 2, BYTES);
+    }
+    audit(&sharing);
+    users.iter().for_each(|user| drop(said(&user.guest, "verify ok")));
+    // A process that dies takes the network of its VM with it, and nothing else.
+    let processes = passts();
+    assert_eq!(processes.len(), 2);
+    kill_process(processes[0], Signal::KILL).expect("it is this process's");
+    let deadline = Instant::now() + TIME_LIMIT;
+    // The device notices it in a thread of its own, which tells nobody here.
+    while users.iter().all(User::is_up) {
+        assert!(Instant::now() < deadline, "nobody notices that passt has died");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let lost = users.remove(users.iter().position(|user| !user.is_up()).expect("one has lost it"));
+    let error = lost.guest.vm.networks()[0].stats.last_error().expect("an error");
+    assert!(error.contains("passt has ended") && error.contains("SIGKILL"), "{error}");
+    let kept = users.remove(0);
+    assert!(kept.is_up());
+    kept.send(1, kept.seed + 3, BYTES);
+    assert!(said(&kept.guest, "done").ends_with(" failed=0"));
+    assert_eq!(kept.guest.vm.wait(), VmEnd::Reset);
+    for user in [lost, kept] {
+        assert!(user.server.join().expect("the program of the host") == content::bytes(user.seed, BYTES));
+        println!("{:?}", user.guest.vm.networks()[0].stats);
+        drop(user.guest);
+    }
+    assert_eq!(passts(), []);
+    let statistics = sharing.statistics();
+    assert!(statistics.merges >= FILLED_PAGES, "{statistics:?}");
+}
+
+fn refuse_networks_of_the_user() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let kernel = dir.path().join("demo");
+    fs::write(&kernel, DEMO_GUEST).expect("room for a kernel");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let publish = format!("user,publish={}:22", taken.local_addr().expect("the port").port());
+    for (path, net, wanted) in [
+        (dir.path().as_os_str(), "user", "apt install passt"),
+        (&std::env::var_os("PATH").expect("a path"), &publish, "ends at once: Failed to bind"),
+    ] {
+        let mut command = program::command(["run", "--memory", "16M", "--net", net, "--kernel"]);
+        let output = command.arg(&kernel).env("PATH", path).output().expect("the program can be run");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && told.contains(wanted), "{told}");
+    }
 }
 
 /// Sends a broadcast frame from the host into the tap of this name, whose address is `from`. `port` tells flows

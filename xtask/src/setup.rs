@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 /// The packages for building guests and for testing disks, ACPI tables and units, in addition to the Rust toolchain.
-pub const PACKAGES: [&str; 20] = [
+pub const PACKAGES: [&str; 21] = [
     crate::kernel::SOURCE_PACKAGE,
     "acpica-tools",
     "bc",
@@ -24,6 +24,8 @@ pub const PACKAGES: [&str; 20] = [
     "mmdebstrap",
     // For reading the disk of cloud-init.
     "mtools",
+    // For networks without privileges.
+    "passt",
     "patch",
     "python3-venv",
     "qemu-system-x86",

@@ -1,4 +1,4 @@
-//! Where the frames of a network device go: a tap of the host's kernel.
+//! Where the frames of a network device go: a tap of the host's kernel, or a process of the user's.
 //!
 //! A [`Link`] carries whole Ethernet frames, each behind the header of virtio-net ([`HEADER_BYTES`]). Frames are
 //! copied between guest memory and a buffer of the device: nothing pins guest memory, and what the device writes
@@ -9,8 +9,11 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+pub mod passt;
+mod stream;
 mod tap;
 
+pub use stream::StreamLink;
 pub use tap::{OpenTap, Tap, TapError, TapOptions};
 
 /// Length of `struct virtio_net_hdr_v1` (virtio 1.2, section 5.1.6), in bytes.
@@ -74,6 +77,14 @@ pub trait Link: Send + Sync {
     /// # Errors
     /// Fails if the link is gone for good.
     fn send(&self, frame: &[u8]) -> io::Result<Sent>;
+
+    /// Sends what is left of a frame that the link has taken.
+    ///
+    /// # Errors
+    /// Fails if the link is gone for good.
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Returns the work that the link can take.
     fn offloads(&self) -> Offloads;

@@ -121,7 +121,7 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
             let size = disk.size_bytes.map_or_else(String::new, |size| format!(" of {}", mebibytes(size)));
             line(&format!("disk {}", disk.id), format!("{}{size} {access}{figures}", disk.path));
         }
-        for network in networks {
+        for (network, described) in networks.iter().zip(&config.networks) {
             let state = match network.link_up {
                 Some(true) => ", up",
                 Some(false) => ", down",
@@ -131,7 +131,8 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
                 let (read, written) = (mebibytes(figures.received_bytes), mebibytes(figures.sent_bytes));
                 format!(", {read} received, {written} sent, {}", counted(figures.errors, "error"))
             });
-            let tap = network.tap.as_deref().unwrap_or("a file");
+            let other = if described.user { "the user's" } else { "a file" };
+            let tap = network.tap.as_deref().unwrap_or(other);
             line(&format!("network {}", network.id), format!("{tap}, {}{state}{figures}", network.mac));
         }
         if let Some((vsock, described)) = vsock.as_ref().zip(config.vsock.as_ref()) {

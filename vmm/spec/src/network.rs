@@ -7,10 +7,13 @@ use std::str::FromStr;
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::{MAX_QUEUES, RateLimits};
+use crate::{MAX_QUEUES, Publish, RateLimits};
 
 /// Bounds of the MTU: the least that IPv4 allows, and the most that a packet can have, in bytes.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65_521;
+
+/// Upper limit for the published ports of a device.
+const MAX_PUBLISHED: usize = 64;
 
 /// A network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,18 @@ pub struct NetworkSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schema(minimum = 0))]
     pub fd: Option<i32>,
+    /// Instead of a tap, a network that needs no privileges: a process of passt opens the guest's connections as the
+    /// user's own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub user: bool,
+    /// Ports of the host that lead to the guest, on a network of the user.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schema(max_items = 64))]
+    pub publish: Vec<Publish>,
+    /// Whether the guest reaches programs that listen on the host's 127.0.0.1, at the address of its gateway, on a
+    /// network of the user. By default it does not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub host_loopback: bool,
     /// The name of the device within the VM. By default `net` and the number of the device, from 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
@@ -80,14 +95,31 @@ impl NetworkSpec {
     pub fn faults(&self) -> Vec<(String, String)> {
         let mut faults = Vec::new();
         let mut fault = |field: &str, reason: String| faults.push((field.to_owned(), reason));
-        match (&self.tap, self.fd) {
-            (Some(_), Some(_)) => fault("fd", "a network device has one tap: give tap or fd".to_owned()),
-            (None, None) => fault("tap", "the tap of a network device is missing".to_owned()),
-            (None, Some(fd)) if fd < 0 => fault("fd", format!("{fd} is no number of a file")),
-            (None, Some(_)) if self.queues() > 1 => {
+        match (&self.tap, self.fd, self.user) {
+            (Some(_), Some(_), _) => fault("fd", "a network device has one tap: give tap or fd".to_owned()),
+            (None, None, false) => {
+                fault("tap", "a network device has a tap (tap or fd), or is the user's (user)".to_owned());
+            }
+            (Some(_), _, true) | (_, Some(_), true) => {
+                fault("user", "a network device has a tap, or is the user's".to_owned());
+            }
+            (None, Some(fd), _) if fd < 0 => fault("fd", format!("{fd} is no number of a file")),
+            (None, Some(_), _) if self.queues() > 1 => {
                 fault("queues", "a file is one queue: name the tap instead, or use one queue".to_owned());
             }
+            (None, _, true) if self.queues() > 1 => {
+                fault("queues", "a network of the user has one queue".to_owned());
+            }
             _ => {}
+        }
+        if !self.user && !self.publish.is_empty() {
+            fault("publish", "ports are published by a network of the user (user)".to_owned());
+        }
+        if !self.user && self.host_loopback {
+            fault("host_loopback", "only a network of the user (user) has this field".to_owned());
+        }
+        if self.publish.len() > MAX_PUBLISHED {
+            fault("publish", format!("{} ports: {MAX_PUBLISHED} at most", self.publish.len()));
         }
         if let Some(queues) = self.queues.filter(|queues| !(1..=MAX_QUEUES).contains(queues)) {
             fault("queues", format!("{queues} queues: a network device has 1 to {MAX_QUEUES}"));
@@ -235,6 +267,14 @@ mod tests {
         assert!(faults(r#"{"fd": 5}"#).is_empty());
         assert_eq!(faults("{}"), ["tap"]);
         assert_eq!(faults(r#"{"tap": "a", "fd": 3}"#), ["fd"]);
+        assert!(faults(r#"{"user": true, "publish": ["2222:22"], "host_loopback": true}"#).is_empty());
+        assert_eq!(faults(r#"{"user": true, "tap": "a"}"#), ["user"]);
+        assert_eq!(faults(r#"{"user": true, "fd": 3}"#), ["user"]);
+        assert_eq!(faults(r#"{"user": true, "queues": 2}"#), ["queues"]);
+        assert_eq!(
+            faults(r#"{"tap": "a", "publish": ["1:1"], "host_loopback": true}"#),
+            ["publish", "host_loopback"]
+        );
         assert_eq!(faults(r#"{"fd": -3}"#), ["fd"]);
         assert_eq!(faults(r#"{"fd": 3, "queues": 2}"#), ["queues"]);
         assert_eq!(faults(r#"{"tap": "a", "queues": 0, "mtu": 60}"#), ["queues", "mtu"]);

@@ -13,6 +13,15 @@ pub(super) fn parse_net(text: &str) -> Result<NetworkSpec, String> {
         let number = |range: &str| format!("{value:?} is not {range}");
         match name {
             "tap" if !value.is_empty() => net.tap = Some(value.to_owned()),
+            "user" if value.is_empty() => net.user = true,
+            "publish" => net.publish.push(value.parse()?),
+            "host-loopback" => {
+                net.host_loopback = match value {
+                    "on" => true,
+                    "off" => false,
+                    _ => return Err(format!("host-loopback is on or off, not {value:?}")),
+                }
+            }
             "fd" => net.fd = Some(value.parse().map_err(|_| number("the number of an open file"))?),
             "id" => {
                 names::check_network_id(value).map_err(|error| error.to_string())?;
@@ -28,8 +37,9 @@ pub(super) fn parse_net(text: &str) -> Result<NetworkSpec, String> {
             "tx-rate" | "tx-iops" => drop(parse_limit_field(&mut net.send, &name[3..], value)?),
             _ => {
                 return Err(format!(
-                    "unknown field {field:?}; fields are tap=NAME, fd=N, id=NAME, mac=ADDRESS, mtu=BYTES, \
-                     queues=N, and the limits rx-rate=BYTES, rx-iops=N, tx-rate=BYTES and tx-iops=N"
+                    "unknown field {field:?}; fields are tap=NAME, fd=N, user, publish=HOST:GUEST, \
+                     host-loopback=on|off, id=NAME, mac=ADDRESS, mtu=BYTES, queues=N, and the limits \
+                     rx-rate=BYTES, rx-iops=N, tx-rate=BYTES and tx-iops=N"
                 ));
             }
         }
@@ -64,8 +74,17 @@ mod tests {
                 ..plain
             })
         );
+        let user = parse_net("user,publish=2222:22,publish=0.0.0.0:53:53/udp,host-loopback=on").unwrap();
+        assert!(user.user && user.host_loopback);
+        assert_eq!(user.publish, ["2222:22", "0.0.0.0:53:53/udp"].map(|text| text.parse().unwrap()));
         for wrong in [
             "",
+            "user=x",
+            "user,tap=a",
+            "user,queues=2",
+            "user,publish=22",
+            "user,host-loopback",
+            "tap=a,publish=1:1",
             "tap0",
             "tap=",
             "tap=a,fd=3",

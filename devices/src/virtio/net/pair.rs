@@ -129,8 +129,9 @@ impl Pair {
     /// Notes that the link's other end is gone.
     fn lose_link(&self, error: &std::io::Error) {
         if self.common.state.is_alive() {
-            self.common.stats.record_error(format!("the link is gone: {error}"));
-            self.common.state.set_gone();
+            let reason = format!("the link is gone: {error}");
+            self.common.stats.record_error(reason.clone());
+            self.common.state.set_gone(&reason);
         }
     }
 
@@ -240,6 +241,9 @@ impl Pair {
 
     /// Passes frames of the guest to the link.
     pub(super) fn send(&mut self) -> Result<Progress, QueueError> {
+        if let Err(error) = self.link.flush() {
+            self.lose_link(&error);
+        }
         for _ in 0..BATCH {
             if self.outgoing.frame.is_none() && !self.take()? {
                 return Ok(Progress::Idle);

@@ -1,7 +1,8 @@
 //! Counters of a network device, and the state of its link.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::virtio::Interrupt;
 
@@ -39,8 +40,10 @@ impl NetStats {
     }
 }
 
+/// Told why a link is gone.
+type Observer = Box<dyn Fn(&str) + Send + Sync>;
+
 /// The state of the link, as the guest sees it.
-#[derive(Debug)]
 pub struct LinkState {
     /// Whether the user has the link up.
     wanted: AtomicBool,
@@ -48,12 +51,20 @@ pub struct LinkState {
     alive: AtomicBool,
     generation: AtomicU32,
     driver: Mutex<Option<Arc<Interrupt>>>,
+    observer: OnceLock<Observer>,
+}
+
+impl fmt::Debug for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkState").field("is_up", &self.is_up()).finish_non_exhaustive()
+    }
 }
 
 impl Default for LinkState {
     fn default() -> Self {
         let (wanted, alive) = (AtomicBool::new(true), AtomicBool::new(true));
-        Self { wanted, alive, generation: AtomicU32::new(0), driver: Mutex::default() }
+        let (generation, driver, observer) = Default::default();
+        Self { wanted, alive, generation, driver, observer }
     }
 }
 
@@ -70,10 +81,18 @@ impl LinkState {
         }
     }
 
+    /// Has the first observer told when the other end is gone.
+    pub fn on_gone(&self, observer: impl Fn(&str) + Send + Sync + 'static) {
+        let _ = self.observer.set(Box::new(observer));
+    }
+
     /// Notes that the other end is gone for good.
-    pub(super) fn set_gone(&self) {
+    pub(super) fn set_gone(&self, reason: &str) {
         if self.alive.swap(false, Ordering::SeqCst) {
             self.tell();
+            if let Some(observer) = self.observer.get() {
+                observer(reason);
+            }
         }
     }
 

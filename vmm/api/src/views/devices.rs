@@ -20,7 +20,10 @@ pub(crate) fn networks(record: &Record) -> Vec<NetworkView> {
             present.map_or(described, |present| present.limiters[direction].limits())
         };
         NetworkView {
-            tap: present.map(|present| present.tap.clone()).or_else(|| network.tap.clone()),
+            tap: present
+                .map(|present| present.tap.clone())
+                .filter(|tap| !tap.is_empty())
+                .or_else(|| network.tap.clone()),
             mac: network.mac(&spec.name, number),
             link_up: present.map(|present| present.link.is_up()),
             receive: limits(0, network.receive),

@@ -4,7 +4,6 @@ use std::convert::Infallible;
 use std::error::Error as StdError;
 use std::io;
 
-use samepage_devices::net::TapError;
 use samepage_devices::virtio::mmio::TransportError;
 use samepage_devices::virtio::vsock::VsockError;
 use samepage_sharing::service::StartError;
@@ -90,7 +89,7 @@ pub enum VmError {
         /// The device's name.
         id: String,
         /// The error.
-        source: TapError,
+        source: Box<dyn StdError + Send + Sync>,
     },
     /// The socket device.
     #[error("socket device: {0}")]
