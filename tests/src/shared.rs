@@ -53,6 +53,38 @@ pub fn start_all(hypervisor: &Hypervisor, sharing: &Arc<Sharing>, count: u32, pl
         .collect()
 }
 
+/// Has guests rewrite their pages until so many pages were merged, with an audit after each quarter. Then it ends them,
+/// and checks that pages were written again after they were merged.
+///
+/// # Panics
+/// Panics if nothing is merged, a page is corrupt, or an audit fails.
+pub fn merge_and_break(sharing: &Sharing, guests: Vec<Guest>, wanted: u64) {
+    let (mut audited, mut merges, mut progress) = (0, 0, Instant::now());
+    while merges < wanted {
+        for guest in &guests {
+            guest.console.wait_for_round(guest.console.round() + 1);
+        }
+        let statistics = sharing.statistics();
+        if statistics.merges > merges {
+            (merges, progress) = (statistics.merges, Instant::now());
+        }
+        // On a busy host, the engine may not merge anything within one round of the guests.
+        assert!(progress.elapsed() < TIME_LIMIT, "guests write and nothing is merged: {statistics:?}");
+        if merges / (wanted / 4).max(1) > audited {
+            audited += 1;
+            audit(sharing);
+        }
+    }
+    audit(sharing);
+    let rounds: Vec<_> = guests.iter().map(|guest| guest.console.round()).collect();
+    let spent: Vec<_> = guests.iter().map(|guest| guest.vm.cpu_time()).collect();
+    guests.into_iter().for_each(Guest::finish);
+    let statistics = sharing.statistics();
+    println!("{} merges, {} breaks, rounds {rounds:?}, {spent:?}", statistics.merges, statistics.breaks);
+    assert!(statistics.breaks > wanted / 10, "{statistics:?}");
+    assert_eq!(statistics.refusals, 0, "{statistics:?}");
+}
+
 /// Returns a plan that rewrites pages as fast as possible and restores half of them, so that they are merged
 /// and broken repeatedly.
 #[must_use]

@@ -2,18 +2,16 @@
 
 use std::process::ExitCode;
 use std::sync::mpsc;
-use std::time::Instant;
 
 use samepage_resources::demo::layout::Arena;
 use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::{Notice, Sharing};
-use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness;
 use samepage_tests::process::{Holdings, Meter};
-use samepage_tests::shared::{MEMORY, audit, churn, start_all, wait_ready, wait_until};
+use samepage_tests::shared::{MEMORY, audit, churn, merge_and_break, start_all, wait_ready, wait_until};
 
 fn main() -> ExitCode {
     harness::run(&[
@@ -73,29 +71,7 @@ fn integrity_with(settings: Settings, wanted: u64) {
     let sharing = sharing(settings);
     let guests = start_all(&hypervisor, &sharing, 4, &churn());
     guests.iter().for_each(wait_ready);
-    let (mut audited, mut merges, mut progress) = (0, 0, Instant::now());
-    while merges < wanted {
-        for guest in &guests {
-            guest.console.wait_for_round(guest.console.round() + 1);
-        }
-        let statistics = sharing.statistics();
-        if statistics.merges > merges {
-            (merges, progress) = (statistics.merges, Instant::now());
-        }
-        // On a busy host, the engine may not merge anything within one round of the guests.
-        assert!(progress.elapsed() < TIME_LIMIT, "guests write and nothing is merged: {statistics:?}");
-        if merges / (wanted / 4).max(1) > audited {
-            audited += 1;
-            audit(&sharing);
-        }
-    }
-    audit(&sharing);
-    let rounds: Vec<_> = guests.iter().map(|guest| guest.console.round()).collect();
-    guests.into_iter().for_each(Guest::finish);
-    let statistics = sharing.statistics();
-    println!("{} merges, {} breaks, rounds {rounds:?}", statistics.merges, statistics.breaks);
-    assert!(statistics.breaks > wanted / 10, "{statistics:?}");
-    assert_eq!(statistics.refusals, 0, "{statistics:?}");
+    merge_and_break(&sharing, guests, wanted);
 }
 
 /// Returns the notices for users.

@@ -12,7 +12,7 @@ use samepage_tests::console::{Console, TIME_LIMIT};
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
 use samepage_tests::process::Holdings;
-use samepage_tests::shared::{MEMORY, audit, churn, start_all, wait_ready};
+use samepage_tests::shared::{MEMORY, churn, merge_and_break, start_all, wait_ready};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -50,25 +50,7 @@ fn integrity() {
         assert_eq!((working(&guest.console), guest.vm.vcpus()), (u64::from(VCPUS), VCPUS));
         wait_ready(guest);
     }
-    let (mut merges, mut progress) = (0, Instant::now());
-    while merges < wanted {
-        for guest in &guests {
-            guest.console.wait_for_round(guest.console.round() + 1);
-        }
-        let statistics = sharing.statistics();
-        if statistics.merges > merges {
-            (merges, progress) = (statistics.merges, Instant::now());
-        }
-        assert!(progress.elapsed() < TIME_LIMIT, "guests write and nothing is merged: {statistics:?}");
-    }
-    audit(&sharing);
-    let rounds: Vec<_> = guests.iter().map(|guest| guest.console.round()).collect();
-    let spent: Vec<_> = guests.iter().map(|guest| guest.vm.cpu_time()).collect();
-    guests.into_iter().for_each(Guest::finish);
-    let statistics = sharing.statistics();
-    println!("{} merges, {} breaks, rounds {rounds:?}, {spent:?}", statistics.merges, statistics.breaks);
-    assert!(statistics.breaks > wanted / 10, "{statistics:?}");
-    assert_eq!(statistics.refusals, 0, "{statistics:?}");
+    merge_and_break(&sharing, guests, wanted);
 }
 
 fn start_and_stop() {
