@@ -18,7 +18,7 @@ samepage run --kernel vmlinuz-cloud --initrd /tmp/guest.cpio --name web --memory
 samepage=$!
 wait_for 'all_say "guest: holds"'
 all_say "guest: the types agree" || { show_all; exit 1; }
-private() { samepage show web --json | number pages_private; }
+private() { samepage stats --json | number pages_private; }
 before=$(private)
 echo "the guest has $before pages of its own; it frees 16,384"
 echo | samepage console web > /dev/null 2>&1
