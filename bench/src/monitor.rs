@@ -1,7 +1,7 @@
 //! The compared monitors and their processes.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,16 +14,26 @@ pub(super) const GUEST_MIB: u32 = 64;
 /// The demo guest's command line: a few pages of memory, then idle for ever.
 const COMMAND_LINE: &str = "pages=8 crash=sleep vm=";
 
-/// Returns the command by which samepage runs `vms` guests, as users run it, with statistics on request.
-pub(super) fn samepage(program: &Path, kernel: &Path, vms: u32, statistics: bool) -> Command {
-    let mut command = Command::new(program);
-    command.arg("run").arg("--kernel").arg(kernel);
-    command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &vms.to_string()]);
-    command.args(["--cmdline", &format!("{COMMAND_LINE}{{index}}")]);
-    if statistics {
-        command.args(["--stats", "-"]);
+/// samepage, and how its VMs are described.
+#[derive(Debug)]
+pub(super) struct Samepage {
+    pub(super) program: PathBuf,
+    /// As `samepage run` has it.
+    pub(super) bus: String,
+}
+
+impl Samepage {
+    /// Returns the command that runs `vms` guests, as users run it, with statistics on request.
+    pub(super) fn command(&self, kernel: &Path, vms: u32, statistics: bool) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("run").arg("--kernel").arg(kernel);
+        command.args(["--memory", &format!("{GUEST_MIB}M"), "--count", &vms.to_string()]);
+        command.args(["--cmdline", &format!("{COMMAND_LINE}{{index}}"), "--bus", &self.bus]);
+        if statistics {
+            command.args(["--stats", "-"]);
+        }
+        command
     }
-    command
 }
 
 /// Returns the command by which QEMU runs guest number `vm`.

@@ -11,7 +11,7 @@ use super::report::{MemoryRow, Pair, Spread, StartupReport, TimeRow};
 use super::rounds;
 use super::smaps::{self, Memory};
 use crate::host::Host;
-use crate::monitor::{self, GUEST_MIB, Running};
+use crate::monitor::{self, GUEST_MIB, Running, Samepage};
 use crate::qemu;
 use crate::report::Figure;
 
@@ -22,7 +22,7 @@ const SECONDS_TO_GIVE_BACK: u32 = 3;
 const PAGE_KIB: u64 = 4;
 
 /// Measures start-up times, then memory.
-pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Result<StartupReport> {
+pub(super) fn startup(args: &StartupArgs, samepage: &Samepage, guests: &Files) -> Result<StartupReport> {
     let mut host = Host::look()?;
     let qemu = qemu::version().map_err(Error::msg)?;
     let times = vec![
@@ -33,12 +33,12 @@ pub(super) fn startup(args: &StartupArgs, samepage: &Path, guests: &Files) -> Re
     numbers.sort_unstable();
     numbers.dedup();
     let memory = numbers.into_iter().map(|vms| memory(vms, samepage, &guests.demo)).collect::<Result<_>>()?;
-    let rounds = rounds::measure(args.rounds, samepage, &guests.demo)?;
+    let rounds = rounds::measure(args.rounds, &samepage.program, &guests.demo)?;
     host.look_again()?;
     Ok(StartupReport::new(host, qemu, (GUEST_MIB, args.runs), (times, memory, rounds)))
 }
 
-fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result<TimeRow> {
+fn time(what: &'static str, runs: u32, samepage: &Samepage, kernel: &Path) -> Result<TimeRow> {
     let milliseconds =
         |command: &mut _| monitor::time_to_first_byte(command).map(|elapsed| elapsed.as_secs_f64() * 1000.0);
     let mut samples = Pair { samepage: Vec::new(), qemu: Vec::new() };
@@ -49,7 +49,7 @@ fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result
         if !first_samepage {
             qemu = milliseconds(&mut monitor::qemu(kernel, 0))?;
         }
-        let own = milliseconds(&mut monitor::samepage(samepage, kernel, 1, false))?;
+        let own = milliseconds(&mut samepage.command(kernel, 1, false))?;
         if first_samepage {
             qemu = milliseconds(&mut monitor::qemu(kernel, 0))?;
         }
@@ -66,8 +66,8 @@ fn time(what: &'static str, runs: u32, samepage: &Path, kernel: &Path) -> Result
     Ok(TimeRow::new(what, Pair { samepage: spread(samples.samepage)?, qemu: spread(samples.qemu)? }))
 }
 
-fn memory(vms: u32, samepage: &Path, kernel: &Path) -> Result<MemoryRow> {
-    let mut own = Running::start(&mut monitor::samepage(samepage, kernel, vms, true))?;
+fn memory(vms: u32, samepage: &Samepage, kernel: &Path) -> Result<MemoryRow> {
+    let mut own = Running::start(&mut samepage.command(kernel, vms, true))?;
     own.wait_until_idle(vms)?;
     let samepage = memory_at_rest(&mut own)?;
     drop(own);

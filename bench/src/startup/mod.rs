@@ -11,6 +11,7 @@ use anyhow::Result;
 use clap::Args;
 use samepage_machine::Hypervisor;
 
+use super::monitor::Samepage;
 use super::program;
 pub(crate) use report::StartupReport;
 
@@ -30,6 +31,10 @@ pub(crate) struct StartupArgs {
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 
+    /// How samepage attaches its virtio devices, of which each VM has one: on a PCI bus, or without
+    #[arg(long, value_name = "BUS", default_value = "mmio", value_parser = ["mmio", "pci"])]
+    pub(crate) bus: String,
+
     /// Print the results as JSON, and nothing else
     #[arg(long)]
     pub(crate) json: bool,
@@ -41,5 +46,6 @@ pub(crate) struct StartupArgs {
 /// Fails without KVM or QEMU, and if a monitor does not start its guest.
 pub(super) fn measure(args: &StartupArgs) -> Result<StartupReport> {
     Hypervisor::open()?;
-    measure::startup(args, &program::path()?, &guest::Files::write()?)
+    let samepage = Samepage { program: program::path()?, bus: args.bus.clone() };
+    measure::startup(args, &samepage, &guest::Files::write()?)
 }

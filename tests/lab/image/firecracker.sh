@@ -16,7 +16,7 @@ cp /root/debian/vmlinuz vmlinux-6.1
 # enough for the 128 MiB that a guest has by default.
 mkdir /tmp/modules
 version=$(ls /debian/lib/modules)
-for module in ext4 virtio_pci virtio_blk virtio_net; do
+for module in ext4 virtio_mmio virtio_pci virtio_blk virtio_net; do
     in_debian modprobe -S "$version" --show-depends $module
 done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' > /tmp/needed
 number=100

@@ -167,10 +167,11 @@ in_debian() {
     chroot /debian /usr/bin/env -C /tmp PATH=/usr/sbin:/usr/bin HOME=/tmp "$@"
 }
 
-# ssh_to KEY ADDRESS [COMMAND]: the image's ssh, which does not ask whether it knows the guest.
+# ssh_to KEY ADDRESS [COMMAND]: the image's ssh, which does not ask whether it knows the guest. It ends after LIMIT
+# seconds, so that a script that waits shows what moves.
 ssh_to() {
     key=$1 guest=$2
     shift 2
-    in_debian ssh -i "$key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
+    in_debian timeout "${LIMIT:-3600}" ssh -i "$key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
         -o ConnectTimeout=120 "root@$guest" "$@"
 }

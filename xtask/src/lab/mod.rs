@@ -184,11 +184,11 @@ fn in_project(script: &Path) -> String {
     script.strip_prefix(&root).unwrap_or(script).display().to_string()
 }
 
-/// Whether a script is one of those that need a Debian image.
+/// Whether a script is one of those that need a Debian image, at any depth.
 fn needs_image(script: &Path) -> bool {
-    let folder = fs::canonicalize(script).ok();
-    let folder = folder.as_deref().and_then(Path::parent);
-    folder.is_some() && folder == fs::canonicalize(crate::project_root().join(IMAGE_SCRIPTS)).ok().as_deref()
+    let folder = fs::canonicalize(crate::project_root().join(IMAGE_SCRIPTS));
+    let script = fs::canonicalize(script);
+    matches!((script, folder), (Ok(script), Ok(folder)) if script.starts_with(&folder))
 }
 
 fn run_script(cache: &Cache, kernel: Series, script: &Path, program: &Path, options: &Options) -> Result<u8> {
@@ -259,6 +259,7 @@ mod tests {
         );
         assert!(!with.is_empty() && without.iter().all(|script| !script.starts_with(IMAGE_SCRIPTS)));
         assert!(!needs_image(Path::new("/nonexistent/debian.sh")));
+        assert!(needs_image(&crate::project_root().join(IMAGE_SCRIPTS).join("long/pair.sh")));
         Ok(())
     }
 
