@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use messages::Messages;
+use queue::ServedQueue;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -99,6 +100,20 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// The connection to the driver.
     pub interrupt: Arc<Interrupt>,
+}
+
+impl Activation {
+    /// Takes a queue out, to be served, with the event by which the driver notifies it.
+    ///
+    /// # Errors
+    /// Fails if the driver has not set it up, or it was taken before.
+    fn take(&mut self, index: usize) -> Result<(ServedQueue, EventFd), ActivateError> {
+        let place = self.queues.iter().position(|queue| queue.index == index);
+        let place = place.ok_or(ActivateError::QueueNotReady(index))?;
+        let ActiveQueue { queue, event, .. } = self.queues.swap_remove(place);
+        let served = ServedQueue::new(queue, self.memory.clone(), self.interrupt.clone());
+        Ok((served.with_index(index), event))
+    }
 }
 
 /// A queue that the driver has set up.

@@ -2,7 +2,14 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{ActivateError, Activation, VirtioDevice, read_config};
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+};
+use virtio_queue::QueueT as _;
+
+use super::{ActivateError, Activation, RING_FEATURES, VirtioDevice, read_config};
 
 pub(super) const OWN_FEATURE: u64 = 1 << 5;
 pub(super) const QUEUES: [u16; 2] = [256, 64];
@@ -22,6 +29,28 @@ pub(super) struct Probe(pub(super) Arc<Mutex<Record>>);
 impl Probe {
     pub(super) fn is_active(&self) -> bool {
         self.0.lock().unwrap().active.is_some()
+    }
+}
+
+impl Probe {
+    /// Checks that the device runs exactly if the status says so, with checked features and queues.
+    pub(super) fn check(&self, status: u32) -> Result<(), TestCaseError> {
+        let record = self.0.lock().unwrap();
+        if status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            prop_assert!(record.active.is_none());
+        }
+        if status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+            prop_assert!(status & VIRTIO_CONFIG_S_DRIVER_OK == 0);
+        }
+        if let Some(activation) = &record.active {
+            prop_assert_eq!(activation.features & !(RING_FEATURES | OWN_FEATURE), 0);
+            prop_assert!(activation.features & (1 << VIRTIO_F_VERSION_1) != 0);
+            for active in &activation.queues {
+                prop_assert!(active.queue.is_valid(&activation.memory));
+                prop_assert!(active.queue.size() <= QUEUES[active.index]);
+            }
+        }
+        Ok(())
     }
 }
 

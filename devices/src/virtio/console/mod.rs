@@ -26,9 +26,8 @@ use samepage_hole::Hole;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::ServedQueue;
 use super::worker::Worker;
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config};
+use super::{ActivateError, Activation, VirtioDevice, read_config};
 
 mod control;
 mod service;
@@ -100,29 +99,22 @@ impl VirtioDevice for Console {
         read_config(&config, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, mut queues, interrupt } = activation;
-        if features & (1 << VIRTIO_CONSOLE_F_MULTIPORT) == 0 {
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        if activation.features & (1 << VIRTIO_CONSOLE_F_MULTIPORT) == 0 {
             // A port requires control messages.
             return Err(ActivateError::QueueNotReady(CONTROL_IN));
         }
-        let mut end = |index| {
-            let place = queues.iter().position(|queue| queue.index == index);
-            let place = place.ok_or(ActivateError::QueueNotReady(index))?;
-            let ActiveQueue { queue, event, .. } = queues.swap_remove(place);
-            Ok((ServedQueue::new(queue, memory.clone(), interrupt.clone()).with_index(index), event))
-        };
         let ends = Ends {
-            control_in: end(CONTROL_IN)?,
-            control_out: end(CONTROL_OUT)?,
-            port_in: end(PORT_IN)?,
-            port_out: end(PORT_OUT)?,
+            control_in: activation.take(CONTROL_IN)?,
+            control_out: activation.take(CONTROL_OUT)?,
+            port_in: activation.take(PORT_IN)?,
+            port_out: activation.take(PORT_OUT)?,
         };
         let news = self.news.try_clone().map_err(ActivateError::Worker)?;
         let hole = self.hole.clone();
         let make = move || Ok(Service::new(hole, ends, news));
-        let worker =
-            Worker::spawn(self.thread_name.clone(), interrupt, make).map_err(ActivateError::Worker)?;
+        let worker = Worker::spawn(self.thread_name.clone(), activation.interrupt, make)
+            .map_err(ActivateError::Worker)?;
         self.worker = Some(worker);
         Ok(())
     }

@@ -21,9 +21,8 @@ use samepage_spec::RateLimits;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
-use super::queue::ServedQueue;
 use super::worker::Worker;
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config};
+use super::{ActivateError, Activation, VirtioDevice, read_config};
 use crate::disk::limit::RateLimiter;
 use crate::disk::wakers::Wakers;
 use crate::net::{Detour, HEADER_BYTES, Link, Offloads};
@@ -207,26 +206,17 @@ impl VirtioDevice for Net {
         self.common.state.generation()
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, mut queues, interrupt } = activation;
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let features = activation.features;
         let has = |feature: u32| features & (1 << feature) != 0;
-        let mut take = |index: usize| {
-            let place = queues.iter().position(|queue| queue.index == index)?;
-            let ActiveQueue { queue, event, .. } = queues.swap_remove(place);
-            Some((ServedQueue::new(queue, memory.clone(), interrupt.clone()).with_index(index), event))
-        };
         let count = if has(VIRTIO_NET_F_MQ) { self.links.len() } else { 1 };
         // Without several pairs, the queue for commands comes behind the first.
-        let control = if has(VIRTIO_NET_F_CTRL_VQ) {
-            Some(take(2 * count).ok_or(ActivateError::QueueNotReady(2 * count))?)
-        } else {
-            None
-        };
+        let control = has(VIRTIO_NET_F_CTRL_VQ).then(|| activation.take(2 * count)).transpose()?;
         let mut pairs = Vec::with_capacity(count);
         for (number, link) in self.links.iter().take(count).enumerate() {
             let (receive, send) = (2 * number, 2 * number + 1);
             // Linux sets up as many pairs as it has processors.
-            let (Some(receiving), Some(sending)) = (take(receive), take(send)) else {
+            let (Ok(receiving), Ok(sending)) = (activation.take(receive), activation.take(send)) else {
                 if number == 0 {
                     return Err(ActivateError::QueueNotReady(receive));
                 }
@@ -250,9 +240,9 @@ impl VirtioDevice for Net {
         }
         let common = self.common.clone();
         let make = move || Service::new(common, pairs, control);
-        self.common.state.set_driver(Some(interrupt.clone()));
-        let worker =
-            Worker::spawn(self.thread_name.clone(), interrupt, make).map_err(ActivateError::Worker)?;
+        self.common.state.set_driver(Some(activation.interrupt.clone()));
+        let worker = Worker::spawn(self.thread_name.clone(), activation.interrupt, make)
+            .map_err(ActivateError::Worker)?;
         self.worker = Some(worker);
         Ok(())
     }

@@ -14,7 +14,6 @@ use std::sync::atomic::AtomicU64;
 use samepage_spec::RateLimits;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::queue::ServedQueue;
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::disk::limit::RateLimiter;
@@ -92,15 +91,12 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, interrupt, .. } = activation;
-        let active = queues.into_iter().find(|queue| queue.index == 0);
-        let active = active.ok_or(ActivateError::QueueNotReady(0))?;
-        let served = ServedQueue::new(active.queue, memory, interrupt.clone()).with_index(0);
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let (served, event) = activation.take(0)?;
         let common = self.common.clone();
-        let make = move || Service::new(common, served, active.event);
-        let worker =
-            Worker::spawn(self.thread_name.clone(), interrupt, make).map_err(ActivateError::Worker)?;
+        let make = move || Service::new(common, served, event);
+        let worker = Worker::spawn(self.thread_name.clone(), activation.interrupt, make)
+            .map_err(ActivateError::Worker)?;
         self.worker = Some(worker);
         Ok(())
     }

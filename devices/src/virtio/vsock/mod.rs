@@ -35,9 +35,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
-use super::queue::ServedQueue;
 use super::worker::Worker;
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config};
+use super::{ActivateError, Activation, VirtioDevice, read_config};
 
 mod connection;
 mod packet;
@@ -192,19 +191,12 @@ impl VirtioDevice for Vsock {
         read_config(&u64::from(self.common.cid).to_le_bytes(), offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, mut queues, interrupt, .. } = activation;
-        let mut take = |index| {
-            let place = queues.iter().position(|queue| queue.index == index);
-            let place = place.ok_or(ActivateError::QueueNotReady(index))?;
-            let ActiveQueue { queue, event, .. } = queues.swap_remove(place);
-            Ok((ServedQueue::new(queue, memory.clone(), interrupt.clone()).with_index(index), event))
-        };
-        let (receiving, sending) = (take(0)?, take(1)?);
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let (receiving, sending) = (activation.take(0)?, activation.take(1)?);
         let common = self.common.clone();
         let make = move || Service::new(common, receiving, sending);
-        let worker =
-            Worker::spawn(self.thread_name.clone(), interrupt, make).map_err(ActivateError::Worker)?;
+        let worker = Worker::spawn(self.thread_name.clone(), activation.interrupt, make)
+            .map_err(ActivateError::Worker)?;
         self.worker = Some(worker);
         Ok(())
     }
