@@ -74,10 +74,10 @@ impl Ours {
     /// Fails if the worker has fewer.
     pub(super) fn add_workers(&mut self, worker: &Arc<Worker>, vms: u32) -> Result<()> {
         for vm in 0..vms {
-            let mut vm = worker.vm(VmIndex::new(vm)).context("ask a worker for its VM")?;
-            let (log, lost) = (vm.take_log(), Arc::clone(&self.lost));
+            let vm = worker.vm(VmIndex::new(vm)).context("ask a worker for its VM")?;
+            let lost = Arc::clone(&self.lost);
             let on_lost = Box::new(move |_: &SpaceError| lost.store(true, Ordering::Relaxed));
-            self.engine.add_memory(vm.memory, vm.is_huge, log, on_lost).context("share memory")?;
+            self.engine.add_memory(vm.memory, vm.is_huge, vm.log, on_lost).context("share memory")?;
         }
         Ok(())
     }

@@ -167,9 +167,8 @@ impl Started {
         let mut started = Self { child, control, worker, slots: Vec::new() };
         assert_eq!(started.line(), "ready");
         for vm in 0..VMS {
-            let Ok(mut vm) = started.worker.vm(VmIndex::new(vm)) else { break };
-            let log = vm.take_log();
-            started.slots.push(engine.add_memory(vm.memory, vm.is_huge, log, losses().1).unwrap());
+            let Ok(vm) = started.worker.vm(VmIndex::new(vm)) else { break };
+            started.slots.push(engine.add_memory(vm.memory, vm.is_huge, vm.log, losses().1).unwrap());
         }
         started
     }

@@ -10,7 +10,7 @@ use crate::remote::worker::Worker;
 
 /// The log of one VM, in a worker.
 #[derive(Debug)]
-pub struct RemoteLog {
+pub(crate) struct RemoteLog {
     worker: Arc<Worker>,
     vm: VmIndex,
     pages: u32,

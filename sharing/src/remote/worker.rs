@@ -97,22 +97,13 @@ pub(crate) struct Frames {
 }
 
 /// A VM of a worker's, to be [added](crate::engine::Engine::add_memory) to the engine.
-#[derive(Debug)]
 pub struct RemoteVm {
     /// Its memory.
     pub memory: Arc<dyn GuestMemory>,
     /// What notes the writes to it, if anything does.
-    pub log: Option<Box<RemoteLog>>,
+    pub log: Option<Box<dyn ChangeLog>>,
     /// Huge pages are wanted for it.
     pub is_huge: bool,
-}
-
-impl RemoteVm {
-    /// The log as the engine takes it.
-    #[must_use]
-    pub fn take_log(&mut self) -> Option<Box<dyn ChangeLog>> {
-        self.log.take().map(|log| log as Box<dyn ChangeLog>)
-    }
 }
 
 impl Worker {
@@ -155,8 +146,8 @@ impl Worker {
         let (description, _) =
             self.ask(vm, Question::Describe, |_| {}, take).ok_or(io::ErrorKind::NotConnected)?;
         let description = description?;
-        let log =
-            description.has_log.then(|| Box::new(RemoteLog::new(Arc::clone(self), vm, description.pages)));
+        let log = || Box::new(RemoteLog::new(Arc::clone(self), vm, description.pages)) as Box<dyn ChangeLog>;
+        let log = description.has_log.then(log);
         let memory = Arc::new(RemoteMemory::new(Arc::clone(self), vm, description, BATCH));
         Ok(RemoteVm { memory, log, is_huge: description.is_huge })
     }
