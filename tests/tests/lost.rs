@@ -6,16 +6,17 @@ use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
 use samepage_machine::VmEnd;
-use samepage_resources::demo::plan::Plan;
+use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_sharing::PAGE_SIZE;
 use samepage_tests::guests::{Guest, aggressive, hypervisor, sharing};
 use samepage_tests::harness;
-use samepage_tests::shared::{audit, churn, start_all, wait_ready};
+use samepage_tests::shared::{audit, churn, start_all, wait_ready, wait_until};
 
 fn main() -> ExitCode {
     harness::run(&[
         ("a_vm_whose_memory_is_unmapped_ends_alone", unmapped),
         ("a_vm_whose_backing_is_cut_off_ends_alone", cut_off),
+        ("a_loss_that_the_vcpu_finds_first_ends_the_vm_alone", found_by_the_vcpu),
     ])
 }
 
@@ -32,17 +33,29 @@ fn lose(guest: &Guest, access: i32, flags: i32, file: i32) {
     assert_eq!(mapped, at, "{}", std::io::Error::last_os_error());
 }
 
-fn ends_alone(lose: impl Fn(&Guest)) {
+fn ends_alone(engine_looks: bool, lose: impl Fn(&Guest)) {
     let hypervisor = hypervisor();
     let sharing = sharing(aggressive());
-    let mut guests = start_all(&hypervisor, &sharing, 3, &Plan { pages: Some(8192), ..churn() });
+    let rate = if engine_looks { Rate::Max } else { Rate::PerSecond(100) };
+    let plan = Plan { pages: Some(8192), rate, ..churn() };
+    let mut guests = start_all(&hypervisor, &sharing, 3, &plan);
     guests.iter().for_each(wait_ready);
     let victim = guests.remove(1);
     victim.console.wait_for_round(victim.console.round() + 1);
+    if !engine_looks {
+        // So many that some of the lost pages are among them.
+        wait_until(&sharing, "sharing", || sharing.statistics().pages_sharing > u64::from(LOST / 4));
+        sharing.pause();
+    }
     lose(&victim);
     let VmEnd::Failed(reason) = victim.vm.wait() else { panic!("{:?}", victim.vm.end()) };
     println!("{reason}");
     assert!(reason.contains("memory"), "{reason}");
+    if !engine_looks {
+        // The engine has read none of what was lost, so its notes of these pages are wrong.
+        audit(&sharing);
+        sharing.resume();
+    }
     for guest in &guests {
         guest.console.wait_for_round(guest.console.round() + 3);
     }
@@ -58,13 +71,21 @@ fn ends_alone(lose: impl Fn(&Guest)) {
 }
 
 fn unmapped() {
-    ends_alone(|victim| lose(victim, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1));
+    ends_alone(true, |victim| lose(victim, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1));
 }
 
 fn cut_off() {
+    cut_off_while_the_engine(true);
+}
+
+fn found_by_the_vcpu() {
+    cut_off_while_the_engine(false);
+}
+
+fn cut_off_while_the_engine(looks: bool) {
     let file = tempfile::tempfile().expect("make a file");
     file.set_len(PAGE_SIZE as u64).expect("make it a page long");
-    ends_alone(|victim| {
+    ends_alone(looks, |victim| {
         lose(victim, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, file.as_raw_fd());
     });
 }

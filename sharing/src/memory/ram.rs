@@ -248,8 +248,9 @@ impl Ram {
         self.torn.store(true, Ordering::Release);
     }
 
-    /// Notes that a page is lost, whose VM is told otherwise.
-    pub(crate) fn lose(&self, page: u32) {
+    /// Notes that a page is lost, or that the VM cannot use one. The engine leaves a RAM alone that has lost
+    /// memory. The caller tells the VM.
+    pub fn lose(&self, page: u32) {
         self.watch.lose(page as usize * PAGE_SIZE);
     }
 

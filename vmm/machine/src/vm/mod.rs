@@ -289,7 +289,7 @@ impl Vm {
             memory,
         };
         for (number, fd) in (0..).zip(fds) {
-            let (memory, devices) = (vm.memory.view().clone(), vm.devices.clone());
+            let (memory, devices) = (vm.memory.clone(), vm.devices.clone());
             let vcpu = Vcpu { number, fd, memory, devices, node: spec.host_numa_node };
             let thread = vcpu.spawn(&spec.name, &vm.handle.control).map_err(VmError::Thread)?;
             vm.threads.push(thread);

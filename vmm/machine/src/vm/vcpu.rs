@@ -10,13 +10,13 @@ use std::{io, thread};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use samepage_devices::GuestMemory;
 use vmm_sys_util::signal::unblock_signal;
 
 use super::VmEnd;
 use super::control::{Control, kick_signal};
 use super::crash::{CrashKind, CrashReport};
 use super::devices::Devices;
+use super::memory::VmMemory;
 use crate::numa;
 
 /// Size of a thread's stack in bytes: enough for device models that write to a console. Untouched pages cost
@@ -27,7 +27,7 @@ const STACK_BYTES: usize = 256 << 10;
 pub(super) struct Vcpu {
     pub(super) number: u32,
     pub(super) fd: VcpuFd,
-    pub(super) memory: GuestMemory,
+    pub(super) memory: VmMemory,
     pub(super) devices: Arc<Devices>,
     /// The host's NUMA node whose memory its thread prefers.
     pub(super) node: Option<u32>,
@@ -116,13 +116,15 @@ impl Vcpu {
                     let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
                     CrashKind::InternalError { suberror }
                 }
-                Ok(VcpuExit::MemoryFault { gpa, .. }) => return Some(memory_lost(Some(gpa), libc::EFAULT)),
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                    return Some(self.memory_lost(Some(gpa), libc::EFAULT));
+                }
                 Ok(other) => CrashKind::Unexpected(format!("{other:?}")),
                 Err(error) => match error.errno() {
                     libc::EINTR => return None,
                     libc::EAGAIN => continue,
                     errno @ (libc::EFAULT | libc::ENOMEM | libc::EHWPOISON) => {
-                        return Some(memory_lost(None, errno));
+                        return Some(self.memory_lost(None, errno));
                     }
                     errno => {
                         let source = io::Error::from_raw_os_error(errno);
@@ -130,7 +132,7 @@ impl Vcpu {
                     }
                 },
             };
-            return Some(VmEnd::Crashed(CrashReport::take(crash, self.number, &self.fd, &self.memory)));
+            return Some(VmEnd::Crashed(CrashReport::take(crash, self.number, &self.fd, self.memory.view())));
         }
     }
 
@@ -140,17 +142,19 @@ impl Vcpu {
         let width = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
         usize::from(width).max(1)
     }
-}
 
-fn memory_lost(gpa: Option<u64>, errno: i32) -> VmEnd {
-    let place = gpa.map_or_else(String::new, |gpa| format!(" at guest address {gpa:#x}"));
-    let why = match errno {
-        libc::ENOMEM => "the host is out of memory for this VM; give it a larger limit, or run fewer VMs",
-        libc::EHWPOISON => "the host's memory is faulty there; see the kernel log (dmesg)",
-        _ => "the host cannot supply it: its mapping is gone, or an I/O error hit swapped memory",
-    };
-    VmEnd::Failed(format!(
-        "guest memory{place} cannot be used: {why} ({})",
-        io::Error::from_raw_os_error(errno)
-    ))
+    /// Ends the VM, and keeps the engine from its memory: what the engine has noted of it may be wrong by now.
+    fn memory_lost(&self, gpa: Option<u64>, errno: i32) -> VmEnd {
+        let place = gpa.map_or_else(String::new, |gpa| format!(" at guest address {gpa:#x}"));
+        let why = match errno {
+            libc::ENOMEM => "the host is out of memory for this VM; give it a larger limit, or run fewer VMs",
+            libc::EHWPOISON => "the host's memory is faulty there; see the kernel log (dmesg)",
+            _ => "the host cannot supply it: its mapping is gone, or an I/O error hit swapped memory",
+        };
+        self.memory.ram().lose(0);
+        VmEnd::Failed(format!(
+            "guest memory{place} cannot be used: {why} ({})",
+            io::Error::from_raw_os_error(errno)
+        ))
+    }
 }
