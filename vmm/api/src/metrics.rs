@@ -11,12 +11,12 @@ use prometheus_client::registry::{Registry, Unit};
 use samepage_sharing::PAGE_SIZE;
 
 use crate::sampling::CachedSample;
-use crate::views::devices::networks;
+use crate::views::devices;
 use crate::views::{self, saved_bytes};
 use samepage_api_types::by_type::TypeSample;
 use samepage_api_types::lifecycle::State;
 use samepage_api_types::views::DiskStatistics;
-use samepage_api_types::views::devices::NetworkStatistics;
+use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
 
@@ -100,7 +100,22 @@ impl Writer<'_> {
             labels => family.encode_family(&labels)?.encode_counter::<NoLabels, f64, f64>(&value, None),
         })
     }
+
+    /// Writes counters of devices, each with its labels.
+    fn devices<const LABELS: usize, T>(
+        &mut self,
+        devices: &[([(&'static str, &str); LABELS], T)],
+        counters: impl IntoIterator<Item = Counter<T>>,
+    ) -> fmt::Result {
+        counters.into_iter().try_for_each(|(name, help, unit, value)| {
+            let values = devices.iter().map(|(labels, counted)| (*labels, value(counted) as f64));
+            self.counter(name, help, unit, values)
+        })
+    }
 }
+
+/// A counter of devices: its name, help and unit.
+type Counter<T> = (&'static str, &'static str, Option<Unit>, Count<T>);
 
 type NoLabels = [(&'static str, &'static str); 0];
 
@@ -112,7 +127,9 @@ impl Collector for Metrics {
         self.vms(&mut writer)?;
         self.types(&mut writer)?;
         self.disks(&mut writer)?;
-        self.networks(&mut writer)
+        self.networks(&mut writer)?;
+        self.sockets(&mut writer)?;
+        self.entropy(&mut writer)
     }
 }
 
@@ -276,14 +293,17 @@ impl Metrics {
     }
 
     fn networks(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let networks: Vec<_> = self
-            .records
+        let networks = self.records.iter().flat_map(|record| {
+            let networks = devices::networks(record).into_iter();
+            networks.filter_map(move |network| Some((record.name(), network.id, network.statistics?)))
+        });
+        let networks: Vec<_> = networks.collect();
+        let networks: Vec<_> = networks
             .iter()
-            .flat_map(|record| networks(record).into_iter().map(move |network| (record.name(), network)))
-            .filter_map(|(vm, network)| Some((vm, network.id, network.statistics?)))
+            .map(|(vm, id, counted)| ([("vm", *vm), ("network", id.as_str())], counted))
             .collect();
         let bytes = || Some(Unit::Bytes);
-        let counters: [(&str, &str, Option<Unit>, Count<NetworkStatistics>); 7] = [
+        let counters: [Counter<&NetworkStatistics>; 7] = [
             ("network_received_frames", "Frames that the guest received", None, |net| net.received_frames),
             ("network_sent_frames", "Frames that the guest sent", None, |net| net.sent_frames),
             ("network_received", "Bytes of frames that the guest received", bytes(), |net| {
@@ -296,23 +316,56 @@ impl Metrics {
             ("network_sent_dropped", "Frames of the guest that were dropped", None, |net| net.sent_dropped),
             ("network_errors", "How often the device or its link broke", None, |net| net.errors),
         ];
-        for (name, help, unit, value) in counters {
-            let values = networks
-                .iter()
-                .map(|(vm, id, stats)| ([("vm", *vm), ("network", id.as_str())], value(stats) as f64));
-            writer.counter(name, help, unit, values)?;
-        }
-        Ok(())
+        writer.devices(&networks, counters)
+    }
+
+    fn sockets(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let sockets = self.records.iter();
+        let sockets: Vec<_> = sockets
+            .filter_map(|record| Some(([("vm", record.name())], devices::vsock(&*record.vm()?)?)))
+            .collect();
+        let bytes = || Some(Unit::Bytes);
+        let counters: [Counter<VsockStatistics>; 9] = [
+            ("vsock_connections", "Connections that were opened", None, |vsock| vsock.connections),
+            ("vsock_ended", "Connections that were opened and are over", None, |vsock| vsock.ended),
+            ("vsock_resets", "Connections that the device refused, ended or broke", None, |vsock| {
+                vsock.resets
+            }),
+            ("vsock_timeouts", "Programs of the host that waited too long for the guest", None, |vsock| {
+                vsock.timeouts
+            }),
+            ("vsock_received_packets", "Packets for the guest", None, |vsock| vsock.received_packets),
+            ("vsock_received", "Data for the guest", bytes(), |vsock| vsock.received_bytes),
+            ("vsock_sent_packets", "Packets of the guest", None, |vsock| vsock.sent_packets),
+            ("vsock_sent", "Data of the guest", bytes(), |vsock| vsock.sent_bytes),
+            ("vsock_errors", "How often the socket device broke", None, |vsock| vsock.errors),
+        ];
+        writer.devices(&sockets, counters)
+    }
+
+    fn entropy(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let entropy = self.records.iter();
+        let entropy: Vec<_> = entropy
+            .filter_map(|record| Some(([("vm", record.name())], devices::rng(&*record.vm()?)?)))
+            .collect();
+        let counters: [Counter<RngStatistics>; 4] = [
+            ("rng_requests", "Requests for random bytes that were answered", None, |rng| rng.requests),
+            ("rng", "Random bytes that the guest got", Some(Unit::Bytes), |rng| rng.bytes),
+            ("rng_throttled", "Requests for random bytes that limits delayed", None, |rng| rng.throttled),
+            ("rng_errors", "How often the entropy device broke", None, |rng| rng.errors),
+        ];
+        writer.devices(&entropy, counters)
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let disks: Vec<_> = self
-            .records
-            .iter()
-            .flat_map(|record| views::disks(record).into_iter().map(move |disk| (record.name(), disk)))
-            .filter_map(|(vm, disk)| Some((vm, disk.id, disk.statistics?)))
-            .collect();
-        let counters: [(&str, &str, Option<Unit>, Count<DiskStatistics>); 6] = [
+        let disks = self.records.iter().flat_map(|record| {
+            let disks = views::disks(record).into_iter();
+            disks.filter_map(move |disk| Some((record.name(), disk.id, disk.statistics?)))
+        });
+        let disks: Vec<_> = disks.collect();
+        let disks: Vec<_> =
+            disks.iter().map(|(vm, id, counted)| ([("vm", *vm), ("disk", id.as_str())], counted)).collect();
+        let counters: [Counter<&DiskStatistics>; 6] = [
             ("disk_reads", "Read requests that succeeded", None, |disk| disk.reads),
             ("disk_writes", "Write requests that succeeded", None, |disk| disk.writes),
             ("disk_flushes", "Flush requests that succeeded", None, |disk| disk.flushes),
@@ -320,13 +373,7 @@ impl Metrics {
             ("disk_read", "Bytes of successful reads", Some(Unit::Bytes), |disk| disk.read_bytes),
             ("disk_written", "Bytes of successful writes", Some(Unit::Bytes), |disk| disk.written_bytes),
         ];
-        for (name, help, unit, value) in counters {
-            let values = disks
-                .iter()
-                .map(|(vm, disk, stats)| ([("vm", *vm), ("disk", disk.as_str())], value(stats) as f64));
-            writer.counter(name, help, unit, values)?;
-        }
-        Ok(())
+        writer.devices(&disks, counters)
     }
 }
 

@@ -144,8 +144,8 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     // This field is an option of the request, not a property of the VM.
     config.start = None;
     let vm = record.vm();
-    let vsock = vm.as_ref().and_then(|vm| Some((&**vm.vsock_stats()?).shown()));
-    let rng = vm.as_ref().and_then(|vm| Some((&**vm.rng_stats()?).shown()));
+    let vsock = vm.as_deref().and_then(devices::vsock);
+    let rng = vm.as_deref().and_then(devices::rng);
     let console = vm.map(|vm| {
         let stats = vm.serial_stats();
         ConsoleView {

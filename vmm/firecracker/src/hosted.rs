@@ -195,7 +195,20 @@ impl Machine for Hosted {
         });
         let entropy =
             vm.rng.map(|of| DeviceCounts::entropy([of.requests, of.bytes, of.throttled, of.errors]));
-        disks.chain(networks).chain(entropy).collect()
+        let vsock = vm.vsock.map(|of| {
+            let counts = [
+                of.connections,
+                of.ended,
+                of.resets,
+                of.received_packets,
+                of.received_bytes,
+                of.sent_packets,
+                of.sent_bytes,
+                of.errors,
+            ];
+            DeviceCounts::vsock(counts)
+        });
+        disks.chain(networks).chain(entropy).chain(vsock).collect()
     }
 }
 

@@ -179,7 +179,20 @@ impl Machine for Local {
             let counters = [&of.requests, &of.bytes, &of.throttled, &of.errors];
             DeviceCounts::entropy(counters.map(|counter| counter.load(Relaxed)))
         });
-        disks.chain(networks).chain(entropy).collect()
+        let vsock = vm.vsock_stats().map(|of| {
+            let counters = [
+                &of.connections,
+                &of.ended,
+                &of.resets,
+                &of.received_packets,
+                &of.received_bytes,
+                &of.sent_packets,
+                &of.sent_bytes,
+                &of.errors,
+            ];
+            DeviceCounts::vsock(counters.map(|counter| counter.load(Relaxed)))
+        });
+        disks.chain(networks).chain(entropy).chain(vsock).collect()
     }
 }
 

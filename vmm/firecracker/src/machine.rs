@@ -20,10 +20,11 @@ pub(super) enum DeviceKind {
     Drive,
     Network,
     Entropy,
+    Vsock,
 }
 
 impl DeviceKind {
-    pub(super) const ALL: [Self; 3] = [Self::Drive, Self::Network, Self::Entropy];
+    pub(super) const ALL: [Self; 4] = [Self::Drive, Self::Network, Self::Entropy, Self::Vsock];
 
     /// Returns the name of the kind's sums.
     pub(super) fn name(self) -> &'static str {
@@ -31,6 +32,7 @@ impl DeviceKind {
             Self::Drive => "block",
             Self::Network => "net",
             Self::Entropy => "entropy",
+            Self::Vsock => "vsock",
         }
     }
 
@@ -62,6 +64,16 @@ impl DeviceKind {
                 "entropy_rate_limiter_throttled",
                 "entropy_event_fails",
             ],
+            Self::Vsock => &[
+                "conns_added",
+                "conns_removed",
+                "conns_killed",
+                "rx_packets_count",
+                "rx_bytes_count",
+                "tx_packets_count",
+                "tx_bytes_count",
+                "muxer_event_fails",
+            ],
         }
     }
 }
@@ -86,6 +98,10 @@ impl DeviceCounts {
 
     pub(super) fn entropy(counts: [u64; 4]) -> Self {
         Self { kind: DeviceKind::Entropy, id: String::new(), counts: counts.to_vec() }
+    }
+
+    pub(super) fn vsock(counts: [u64; 8]) -> Self {
+        Self { kind: DeviceKind::Vsock, id: String::new(), counts: counts.to_vec() }
     }
 }
 

@@ -86,12 +86,13 @@ mod tests {
         let config =
             MetricsConfig { metrics_path: path.to_path_buf(), emit_id: Some(true), properties: None };
         let mut metrics = Metrics::open("a", config).unwrap();
-        let counted = |reads| {
+        let counted = |reads: u64| {
             let network = DeviceCounts::network("eth0", [1, 1000 * reads, 0, 2, 60, 0, 0]);
             [
                 DeviceCounts::drive("root", [reads, 0, 0, 0, 0, 0, 0]),
                 network,
                 DeviceCounts::entropy([reads; 4]),
+                DeviceCounts::vsock([reads, 0, 0, 0, 7, 0, 0, 0]),
             ]
         };
         metrics.write(&counted(3)).unwrap();
@@ -107,6 +108,8 @@ mod tests {
             (&json!(2), &json!(0))
         );
         assert_eq!(lines[0]["entropy"]["entropy_bytes"], 3);
+        assert_eq!(lines.iter().map(|line| &line["vsock"]["conns_added"]).collect::<Vec<_>>(), [3, 2, 0]);
+        assert_eq!((&lines[0]["vsock"]["rx_bytes_count"], &lines[0]["vsock_"]), (&json!(7), &Value::Null));
         assert_eq!((&lines[2]["net"]["rx_fails"], &lines[2]["net_eth0"]), (&json!(0), &Value::Null));
         assert_eq!((&lines[1]["block"]["read_count"], &lines[1]["id"]), (&json!(2), &json!("a")));
     }

@@ -183,7 +183,7 @@ impl Connection {
         self.host_ended |= halves;
     }
 
-    /// Notes that the program has closed both halves.
+    /// Notes that the program has closed both halves, or that the guest does not answer.
     pub(super) fn hang_up(&mut self) -> Fate {
         match self.stage {
             // The guest has not been asked.
@@ -202,6 +202,11 @@ impl Connection {
     pub(super) fn into_rest(self) -> Option<Rest> {
         let has_rest = self.guest_ended & NO_SEND != 0 && !self.outgoing.is_empty();
         has_rest.then_some(Rest { stream: self.stream, outgoing: self.outgoing })
+    }
+
+    /// Whether the guest has agreed to it, or has asked for it.
+    pub(super) fn is_open(&self) -> bool {
+        self.stage == Stage::Open
     }
 
     /// Whether there is something for the guest.

@@ -16,6 +16,9 @@
 //! One worker thread serves all connections in turn. There are [`MAX_CONNECTIONS`] at most. The device holds 64 KiB
 //! of data for each. The guest knows how much room is left, and the device knows the guest's room.
 //!
+//! A program has a minute to write its line, and the guest 10 s to answer. Then the program's connection is closed.
+//! At most [`MAX_PENDING`] programs wait, so those that get no answer leave room for others' connections.
+//!
 //! Either end can end its half of a connection and go on reading. If the guest has ended a connection and forgets it,
 //! the program of the host still gets what the device holds for it.
 //!
@@ -43,11 +46,15 @@ mod packet;
 mod service;
 #[cfg(test)]
 mod tests;
+mod waits;
 
 use service::Service;
+use waits::Limits;
 
 /// Upper limit for the connections of a device.
 pub const MAX_CONNECTIONS: usize = 256;
+/// Upper limit for those of them that programs of the host have asked for, and that are not answered.
+pub const MAX_PENDING: usize = 64;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// Counters of a device since the last boot.
@@ -55,10 +62,18 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 pub struct VsockStats {
     /// Connections that were opened, in both directions.
     pub connections: AtomicU64,
-    /// Connections that were refused or broken by the device.
+    /// Those of them that are over.
+    pub ended: AtomicU64,
+    /// Connections that were refused, ended or broken by the device.
     pub resets: AtomicU64,
+    /// Programs of the host that were turned away because they said no port in time, or the guest did not answer.
+    pub timeouts: AtomicU64,
+    /// Packets for the guest.
+    pub received_packets: AtomicU64,
     /// Bytes of data for the guest.
     pub received_bytes: AtomicU64,
+    /// Packets of the guest.
+    pub sent_packets: AtomicU64,
     /// Bytes of data of the guest.
     pub sent_bytes: AtomicU64,
     /// How often the device broke.
@@ -96,6 +111,7 @@ struct Common {
     /// Device and inode of the socket's file.
     file: Option<(u64, u64)>,
     listener: UnixListener,
+    limits: Limits,
     stats: Arc<VsockStats>,
 }
 
@@ -126,7 +142,7 @@ impl Vsock {
         let failed = |source| VsockError::Bind { path: path.to_owned(), source };
         listener.set_nonblocking(true).map_err(failed)?;
         let (path, file) = (path.to_owned(), file_of(path));
-        let common = Common { cid, path, file, listener, stats: Arc::default() };
+        let common = Common { cid, path, file, listener, limits: Limits::default(), stats: Arc::default() };
         // A zero byte would end the thread's name early.
         let thread_name = format!("vsock-{vm}").replace('\0', "?");
         Ok(Self { thread_name, common: Arc::new(common), worker: None })

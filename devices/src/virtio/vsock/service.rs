@@ -13,7 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{BUFFER_BYTES, Caller, Connection, Fate, Rest};
 use super::packet::{FromGuest, HEADER_BYTES, HOST_CID, Operation, Ports, ToGuest};
-use super::{Common, MAX_CONNECTIONS, dial};
+use super::waits::Waits;
+use super::{Common, MAX_CONNECTIONS, MAX_PENDING, dial};
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::{QueueError, ServedQueue, Taken};
 use crate::virtio::worker::{Serve, StopFlag};
@@ -55,6 +56,8 @@ pub(super) struct Service {
     /// Watches the sockets. It is readable itself when one of them has an event.
     epoll: Epoll,
     sockets: HashMap<u64, Socket>,
+    /// Callers, and connections that the guest has not answered.
+    waits: Waits,
     connections: HashMap<Ports, Entry>,
     /// Connections that may have something for the guest, in turn.
     ready: VecDeque<Ports>,
@@ -85,6 +88,7 @@ impl Service {
             sending,
             epoll,
             sockets: HashMap::new(),
+            waits: Waits::new()?,
             connections: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
@@ -111,12 +115,13 @@ impl Service {
     fn accept(&mut self) {
         while self.may_accept {
             match self.common.listener.accept() {
-                // Beyond the limit a program is turned away at once.
-                Ok((stream, _)) if self.sockets.len() < MAX_CONNECTIONS => {
+                // Beyond the limits a program is turned away at once.
+                Ok((stream, _)) if self.sockets.len() < MAX_CONNECTIONS && self.waits.len() < MAX_PENDING => {
                     if stream.set_nonblocking(true).is_err() {
                         continue;
                     }
-                    if let Ok(number) = self.watch(&stream) {
+                    let Ok(number) = self.watch(&stream) else { continue };
+                    if self.waits.begin(number, self.common.limits.line).is_ok() {
                         self.sockets.insert(number, Socket::Caller(Caller::new(stream)));
                     }
                 }
@@ -151,7 +156,7 @@ impl Service {
                 Some(Socket::Caller(caller)) => match caller.port() {
                     Ok(None) => {}
                     Ok(Some(port)) => self.call(number, port),
-                    Err(_) => drop(self.sockets.remove(&number)),
+                    Err(_) => self.close(number),
                 },
                 Some(Socket::Rest(rest)) => {
                     let is_over = rest.flush();
@@ -177,9 +182,38 @@ impl Service {
         Ok(count > 0)
     }
 
+    /// Ends what has waited for too long.
+    fn give_up(&mut self) -> Result<(), QueueError> {
+        let failed = |source| QueueError::Host { what: "set the timer of sockets", source };
+        for number in self.waits.expired().map_err(failed)? {
+            self.common.stats.timeouts.fetch_add(1, Relaxed);
+            match self.sockets.get(&number) {
+                Some(Socket::Connection(ports)) => {
+                    let ports = *ports;
+                    let Some(entry) = self.connections.get_mut(&ports) else { continue };
+                    let fate = entry.connection.hang_up();
+                    self.settle(ports, fate);
+                }
+                _ => self.close(number),
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes a socket that is no connection.
+    fn close(&mut self, number: u64) {
+        self.waits.end(number);
+        self.sockets.remove(&number);
+    }
+
     /// Asks the guest for a connection to `port`, for the program at this socket.
     fn call(&mut self, number: u64, port: u32) {
         let Some(Socket::Caller(caller)) = self.sockets.remove(&number) else { return };
+        self.waits.end(number);
+        if self.waits.begin(number, self.common.limits.answer).is_err() {
+            // Nobody would end the wait.
+            return self.count_reset();
+        }
         let ports = loop {
             let ports = Ports { host: self.next_port, guest: port };
             self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
@@ -216,6 +250,10 @@ impl Service {
 
     fn remove(&mut self, ports: Ports) {
         let Some(Entry { connection, socket, .. }) = self.connections.remove(&ports) else { return };
+        self.waits.end(socket);
+        if connection.is_open() {
+            self.common.stats.ended.fetch_add(1, Relaxed);
+        }
         match connection.into_rest() {
             // Its socket stays until the program has read the rest, or has gone.
             Some(rest) => drop(self.sockets.insert(socket, Socket::Rest(rest))),
@@ -259,6 +297,7 @@ impl Service {
                 return Err(taken.break_queue(lost));
             }
             queue.complete(taken, 0)?;
+            self.common.stats.sent_packets.fetch_add(1, Relaxed);
             let addresses = (u64::from(self.common.cid), HOST_CID);
             if let Some(packet) = packet.filter(|packet| (packet.source, packet.destination) == addresses) {
                 self.handle(&packet);
@@ -288,6 +327,7 @@ impl Service {
                 self.common.stats.sent_bytes.fetch_add(data.len() as u64, Relaxed);
                 match packet.operation {
                     Some(Operation::Response) if fate == Fate::Keep => {
+                        self.waits.end(entry.socket);
                         self.common.stats.connections.fetch_add(1, Relaxed);
                     }
                     _ => {}
@@ -344,6 +384,7 @@ impl Service {
                 return Err(taken.break_queue(QueueError::Ring(virtio_queue::Error::GuestMemory(error))));
             }
             queue.complete(taken, (HEADER_BYTES + length) as u32)?;
+            self.common.stats.received_packets.fetch_add(1, Relaxed);
             self.common.stats.received_bytes.fetch_add(length as u64, Relaxed);
             sent += 1;
         }
@@ -390,6 +431,7 @@ impl Service {
             if stop.is_set() {
                 return Ok(());
             }
+            self.give_up()?;
             let mut more = self.poll_sockets()?;
             more |= self.take_packets()?;
             more |= self.send_packets()?;
@@ -413,7 +455,8 @@ impl Service {
 
 impl Serve for Service {
     fn events(&self) -> Vec<RawFd> {
-        vec![self.receiving.1.as_raw_fd(), self.sending.1.as_raw_fd(), self.epoll.as_raw_fd()]
+        let (receiving, sending) = (&self.receiving.1, &self.sending.1);
+        vec![receiving.as_raw_fd(), sending.as_raw_fd(), self.epoll.as_raw_fd(), self.waits.as_raw_fd()]
     }
 
     fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
@@ -429,6 +472,8 @@ impl Serve for Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
+        let open = self.connections.values().filter(|entry| entry.connection.is_open()).count();
+        self.common.stats.ended.fetch_add(open as u64, Relaxed);
         if let Some(taken) = self.held.take() {
             let _ = taken.break_queue(QueueError::NoRoom);
         }

@@ -45,8 +45,13 @@ struct Guest {
 
 impl Guest {
     fn started() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    fn with_limits(limits: Limits) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let vsock = Vsock::new("vm", CID, &dir.path().join("v")).unwrap();
+        let mut vsock = Vsock::new("vm", CID, &dir.path().join("v")).unwrap();
+        Arc::get_mut(&mut vsock.common).unwrap().limits = limits;
         let stats = vsock.stats();
         let rings = [0, 1, 2].map(|queue| Ring::new(queue, QUEUE_SIZE));
         let mut guest = Self { driver: Driver::new(vsock), rings, dir, stats };
@@ -202,8 +207,15 @@ fn a_program_of_the_host_calls_the_guest() {
     guest.say(ports, SHUTDOWN, 3, 13, &[]);
     assert_eq!(guest.hear_operation(RESET).ports, ports);
     assert_eq!(program.read(&mut [0]).unwrap(), 0);
-    let counted = [&guest.stats.connections, &guest.stats.sent_bytes, &guest.stats.received_bytes];
-    assert_eq!(counted.map(|counter| counter.load(Relaxed)), [1, 18, 13]);
+    let counted = [
+        &guest.stats.connections,
+        &guest.stats.ended,
+        &guest.stats.sent_packets,
+        &guest.stats.sent_bytes,
+        &guest.stats.received_packets,
+        &guest.stats.received_bytes,
+    ];
+    assert_eq!(counted.map(|counter| counter.load(Relaxed)), [1, 1, 4, 18, 4, 13]);
 }
 
 #[test]
@@ -337,8 +349,12 @@ fn buffers_that_cannot_be_used_break_the_device_until_its_reset() {
             guest.begin();
         }
         guest.give(queue, 0, address, length, queue == 0);
-        let mut program = guest.dial();
-        program.write_all(b"CONNECT 1\n").unwrap();
+        // A buffer for the guest is taken when there is something to say. Otherwise nobody may call: the call would
+        // wait for the device to work again.
+        let program = (queue == 0).then(|| guest.dial());
+        if let Some(mut program) = program.as_ref() {
+            program.write_all(b"CONNECT 1\n").unwrap();
+        }
         guest.driver.wait_needs_reset();
         assert_eq!(guest.stats.errors.load(Relaxed), 1);
         guest.start();
@@ -468,4 +484,72 @@ fn connections_have_their_turns() {
         guest.say(first_ports, CREDIT_UPDATE, 0, room, &[]);
     }
     panic!("the second connection has no turn");
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_not_waited_for() {
+    let limits = Limits { line: Duration::from_secs(600), answer: Duration::from_millis(20) };
+    let mut guest = Guest::with_limits(limits);
+    // The time of connections that are open does not end.
+    let mut program = guest.dial();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    let request = guest.hear_operation(REQUEST);
+    assert_eq!(program.read(&mut [0]).unwrap(), 0);
+    assert_eq!(guest.hear_operation(RESET).ports, request.ports);
+    // An answer that comes too late finds nobody.
+    guest.say(request.ports, RESPONSE, 0, 0, &[]);
+    assert_eq!(guest.hear_operation(RESET).ports, request.ports);
+    // A guest without buffers was never asked, and is not told.
+    guest.begin();
+    let mut program = guest.dial();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    assert_eq!(program.read(&mut [0]).unwrap(), 0);
+    guest.start();
+    let (_program, ports) = guest.calling();
+    guest.say(ports, CREDIT_REQUEST, 0, 0, &[]);
+    assert_eq!(guest.hear_operation(CREDIT_UPDATE).ports, ports);
+    let counted = [&guest.stats.timeouts, &guest.stats.connections, &guest.stats.ended];
+    assert_eq!(counted.map(|counter| counter.load(Relaxed)), [2, 1, 0]);
+}
+
+#[test]
+fn a_connection_outlives_the_limits_once_it_is_open() {
+    let limit = Duration::from_millis(100);
+    let mut guest = Guest::with_limits(Limits { line: limit, answer: limit });
+    let (mut program, ports) = loop {
+        let mut program = guest.dial();
+        program.write_all(b"CONNECT 52\n").unwrap();
+        let request = guest.hear_operation(REQUEST);
+        guest.say(request.ports, RESPONSE, 0, 0, &[]);
+        if matches!(program.read(&mut [0]), Ok(1)) {
+            break (program, request.ports);
+        }
+        // A busy host was slower than the limit: one reset for that, and one for the answer.
+        guest.hear_operation(RESET);
+        guest.hear_operation(RESET);
+    };
+    // The time of a program that says nothing ends later.
+    assert_eq!(guest.dial().read(&mut [0]).unwrap(), 0);
+    assert!(guest.stats.timeouts.load(Relaxed) >= 1);
+    assert_eq!(line(&mut program), format!("K {}\n", ports.0));
+    guest.say(ports, DATA, 0, 0, b"still here");
+    assert_eq!(read(&mut program, 10), b"still here");
+}
+
+#[test]
+fn programs_that_wait_leave_room_for_others() {
+    let mut guest = Guest::started();
+    let silent: Vec<_> = (0..MAX_PENDING).map(|_| guest.dial()).collect();
+    assert_eq!(guest.dial().read(&mut [0]).unwrap(), 0);
+    let (mut program, ports) = guest.calling();
+    guest.say(ports, DATA, 0, 0, b"hello");
+    assert_eq!(read(&mut program, 5), b"hello");
+    // They have not said what they want, so they can still be served.
+    let mut first = &silent[0];
+    first.write_all(b"CONNECT 52\n").unwrap();
+    let request = guest.hear_operation(REQUEST);
+    guest.say(request.ports, RESPONSE, 0, 0, &[]);
+    first.read_exact(&mut [0; 3]).unwrap();
+    // One that is served waits no longer.
+    guest.called();
 }

@@ -58,10 +58,18 @@ pub struct NetworkStatistics {
 pub struct VsockStatistics {
     /// Connections that were opened, in both directions.
     pub connections: u64,
-    /// Connections that were refused or broken.
+    /// Those of them that are over.
+    pub ended: u64,
+    /// Connections that were refused, ended or broken by the device.
     pub resets: u64,
+    /// Programs of the host that were turned away because they said no port in time, or the guest did not answer.
+    pub timeouts: u64,
+    /// Packets for the guest.
+    pub received_packets: u64,
     /// Bytes of data for the guest.
     pub received_bytes: u64,
+    /// Packets of the guest.
+    pub sent_packets: u64,
     /// Bytes of data of the guest.
     pub sent_bytes: u64,
     /// How often the device broke, and needed a reset.

@@ -7,6 +7,7 @@ use samepage_devices::virtio::net::NetStats;
 use samepage_devices::virtio::rng::RngStats;
 use samepage_devices::virtio::vsock::VsockStats;
 use samepage_host::record::Record;
+use samepage_machine::Vm;
 
 use super::Shown;
 
@@ -36,6 +37,16 @@ pub(crate) fn networks(record: &Record) -> Vec<NetworkView> {
     networks.collect()
 }
 
+/// Returns the counters of the VM's socket device, if it has one.
+pub(crate) fn vsock(vm: &Vm) -> Option<VsockStatistics> {
+    vm.vsock_stats().map(|stats| (&**stats).shown())
+}
+
+/// Returns the counters of the VM's entropy device, if it has one.
+pub(crate) fn rng(vm: &Vm) -> Option<RngStatistics> {
+    vm.rng_stats().map(|stats| (&**stats).shown())
+}
+
 impl Shown<NetworkStatistics> for &NetStats {
     fn shown(self) -> NetworkStatistics {
         NetworkStatistics {
@@ -56,8 +67,12 @@ impl Shown<VsockStatistics> for &VsockStats {
     fn shown(self) -> VsockStatistics {
         VsockStatistics {
             connections: self.connections.load(Relaxed),
+            ended: self.ended.load(Relaxed),
             resets: self.resets.load(Relaxed),
+            timeouts: self.timeouts.load(Relaxed),
+            received_packets: self.received_packets.load(Relaxed),
             received_bytes: self.received_bytes.load(Relaxed),
+            sent_packets: self.sent_packets.load(Relaxed),
             sent_bytes: self.sent_bytes.load(Relaxed),
             errors: self.errors.load(Relaxed),
         }
