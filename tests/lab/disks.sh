@@ -12,10 +12,10 @@ make_initrd /tmp/guest.cpio modules << 'E1'
 sum() { dd if="$1" bs=128k 2> /dev/null | md5sum | cut -d' ' -f1; }
 echo "guest: base $(sum /dev/vda)"
 for round in 1 2 3; do
-    (cat /proc/sys/kernel/random/uuid; seq 1000000) | head -c 4M > /tmp/content
+    (cat /proc/sys/kernel/random/uuid; seq 1000000) | head -c 4m > /tmp/content
     dd if=/tmp/content of=/dev/vdb bs=64k conv=fsync 2> /dev/null
     echo 3 > /proc/sys/vm/drop_caches
-    [ "$(head -c 4M /dev/vdb | md5sum)" = "$(md5sum < /tmp/content)" ] || echo "guest: CORRUPT own disk"
+    [ "$(head -c 4m /dev/vdb | md5sum)" = "$(md5sum < /tmp/content)" ] || echo "guest: CORRUPT own disk"
     echo "guest: round $round base $(sum /dev/vda)"
 done
 echo "guest: own $(md5sum < /tmp/content | cut -d' ' -f1)"
@@ -33,6 +33,6 @@ samepage sharing
 leave
 for vm in 0 1; do
     [ "$(grep -c "base $base" "/tmp/web-$vm.log")" = 4 ] || { echo "web-$vm read something else"; exit 1; }
-    grep -q "own $(head -c 4M "/tmp/own-$vm.img" | md5sum | cut -d' ' -f1)" "/tmp/web-$vm.log"
+    grep -q "own $(head -c 4m "/tmp/own-$vm.img" | md5sum | cut -d' ' -f1)" "/tmp/web-$vm.log"
 done
 [ "$(echo "$cache" | number served_from_guests)" -gt 0 ]
