@@ -11,9 +11,9 @@ use crate::{process, setup};
 
 /// Debian's packages that build the image.
 pub(super) const BUILDERS: [&str; 3] = ["e2fsprogs", "mmdebstrap", "qemu-utils"];
-/// Debian's packages in the image, in addition to those that it always has: a compiler for the guests, and for the lab's
-/// machine a client of HTTP. ssh is there anyway.
-const PACKAGES: &str = "curl,gcc,libc6-dev";
+/// Debian's packages in the image, in addition to those that it always has: a compiler, sockets for scripts, and what
+/// shows and makes networks. The lab's machine uses these as well. ssh and Python are there anyway.
+const PACKAGES: &str = "curl,ethtool,gcc,libc6-dev,passt,socat";
 const SCRIPT: &str = "resources/debian-image.sh";
 /// To be raised when this module builds another image with the same script.
 const RECIPE: &str = "lab debian 1";

@@ -56,9 +56,10 @@ state() {
 }
 
 # wait_for CONDITION: waits until a command succeeds, and shows what moves. Fails if samepage ends, if a guest says that
-# it has failed, or if nothing moves.
+# it has failed, or if nothing moves. What comes and goes is no movement: a state counts once.
 wait_for() {
-    last='' still=0
+    : > /tmp/states
+    still=0
     until eval "$1"; do
         kill -0 "$samepage" 2> /dev/null || { echo "samepage has ended"; show_all; exit 1; }
         if grep -q "guest: FAILED" /tmp/*.log 2> /dev/null; then
@@ -66,11 +67,11 @@ wait_for() {
             show_all
             exit 1
         fi
-        now=$(state)
-        if [ "$now" != "$last" ]; then
-            echo "$(cut -d. -f1 /proc/uptime) s:"
-            echo "$now"
-            last=$now still=0
+        now=$(state | tr '\n' '|')
+        if ! grep -qxF -e "$now" /tmp/states; then
+            echo "$now" >> /tmp/states
+            echo "$(cut -d. -f1 /proc/uptime) s:|$now" | tr '|' '\n'
+            still=0
         fi
         still=$((still + 1))
         [ "$still" -lt "$PATIENCE" ] || { echo "nothing moved for $PATIENCE s"; show_all; exit 1; }
@@ -96,8 +97,14 @@ show_all() {
 filling_guest() {
     make_initrd "$1" << 'E'
 echo "guest: $(nproc) processors"
+echo "guest: VM generation ID of" $(ls /sys/bus/*/drivers/vmgenid 2> /dev/null | grep :)
+# On machines with memory above 4 GiB, the zone Normal is there.
+free_above() { sed -n '/zone *Normal/,/min/s/^ *pages free *//p' /proc/zoneinfo; }
+before=$(free_above)
 seq 1000000 > /tmp/alike
 dd if=/dev/urandom of=/tmp/own bs=1M count=4 2> /dev/null
+after=$(free_above)
+echo "guest: $((${before:-0} - ${after:-0})) pages above 4 GiB"
 md5sum /tmp/alike /tmp/own > /tmp/sums
 echo "guest: filled"
 round=0
@@ -132,15 +139,16 @@ leave() {
     fi
 }
 
-# merge_pair KERNEL PAGES [OPTION...]: runs two such guests with these options of `samepage run`, until they share that
-# many pages and have verified them. Fails if a guest finds a wrong page, or an audit fails. Leaves what
+# merge_pair KERNEL PAGES [OPTION...]: runs two such guests of MEMORY with these options of `samepage run`, until they
+# share that many pages and have verified them. Fails if a guest finds a wrong page, or an audit fails. Leaves what
 # `samepage sharing` said in /tmp/sharing.json.
 merge_pair() {
     kernel=$1 pages=$2
     shift 2
     filling_guest /tmp/guest.cpio
-    samepage run --kernel "$kernel" --initrd /tmp/guest.cpio --count 2 --name web --memory 192M --cmdline "$CMDLINE" \
-        --console 'file=/tmp/{name}.log' --socket "$SAMEPAGE_SOCKET" --sharing-cpu 50 --audit "$@" 2> /tmp/stderr &
+    samepage run --kernel "$kernel" --initrd /tmp/guest.cpio --count 2 --name web --cmdline "$CMDLINE" \
+        --memory "${MEMORY:-192M}" --console 'file=/tmp/{name}.log' --socket "$SAMEPAGE_SOCKET" --sharing-cpu 50 \
+        --audit "$@" 2> /tmp/stderr &
     samepage=$!
     echo "the guests boot and fill their memory"
     wait_for 'all_say "guest: filled"'

@@ -12,22 +12,26 @@ use anyhow::{Context, Result, bail};
 const SILENCE: Duration = Duration::from_secs(10 * 60);
 /// What the machine's first process says before the script's exit status.
 const EXIT: &str = "lab: exit ";
-/// What samepage says of a guest whose page tables the emulator has misread.
-const MISREAD: &str = "triple fault";
+/// What is printed where the emulator has spoiled a guest: samepage says the first, and a script that waits for a guest
+/// the second. docs/lab.md says why.
+const SPOILED: [&str; 2] = ["triple fault", "nothing moved for "];
+/// What the machine's own kernel says when it cannot go on.
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// How a run ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct End {
     /// The exit status of the script in the machine.
     pub(super) status: u8,
-    /// A guest took an exception that it could not handle. The emulator causes that now and then.
-    pub(super) lost_a_guest: bool,
+    /// A guest took an exception that it could not handle or stood still, or the machine's own kernel panicked. The
+    /// emulator causes that now and then.
+    pub(super) lost: bool,
 }
 
 /// Runs an emulator to its end.
 ///
 /// # Errors
-/// The emulator cannot be started, the machine ends before its script, or it hangs.
+/// The emulator cannot be started, the machine ends before its script without a panic, or it hangs.
 pub(super) fn run(command: &mut Command) -> Result<End> {
     follow(command, SILENCE)
 }
@@ -39,13 +43,14 @@ fn follow(command: &mut Command, silence: Duration) -> Result<End> {
     let console = child.0.stdout.take().context("reading the machine's console")?;
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || read(console, &sender));
-    let (mut status, mut lost_a_guest) = (None, false);
+    let (mut status, mut lost, mut panicked) = (None, false, false);
     loop {
         match lines.recv_timeout(silence) {
             Ok(line) => {
                 let line = line.context("reading the machine's console")?;
                 status = exit_status(&line).or(status);
-                lost_a_guest |= line.contains(MISREAD);
+                lost |= SPOILED.iter().any(|text| line.contains(text));
+                panicked |= line.contains(PANIC);
                 println!("{line}");
                 io::stdout().flush().context("printing the machine's console")?;
             }
@@ -57,7 +62,9 @@ fn follow(command: &mut Command, silence: Duration) -> Result<End> {
     }
     let ended = child.0.wait().with_context(|| format!("waiting for {program}"))?;
     match status {
-        Some(status) => Ok(End { status, lost_a_guest }),
+        Some(status) => Ok(End { status, lost }),
+        // A script prints the consoles of guests, which may have panicked too. Then the script has a status.
+        None if panicked => Ok(End { status: 1, lost: true }),
         None => bail!("the lab's machine ended before its script did ({program}: {ended})"),
     }
 }
@@ -99,11 +106,20 @@ mod tests {
 
     #[test]
     fn the_status_is_that_of_the_script() -> Result<()> {
-        let end = |status, lost_a_guest| End { status, lost_a_guest };
+        let end = |status, lost| End { status, lost };
         assert_eq!(run(&mut shell(r"printf 'x\r\n\377\r\nlab: exit 0\r\n'"))?, end(0, false));
         // The emulator's own status says nothing.
         assert_eq!(run(&mut shell("echo lab: exit 7; exit 1"))?, end(7, false));
         assert_eq!(run(&mut shell("echo crashed: triple fault on; echo lab: exit 1"))?, end(1, true));
+        assert_eq!(run(&mut shell("echo nothing moved for 300 s; echo lab: exit 1"))?, end(1, true));
+        Ok(())
+    }
+
+    #[test]
+    fn a_panic_counts_where_it_ends_the_machine() -> Result<()> {
+        let panic = "echo '[ 1.0] Kernel panic - not syncing: corrupted stack'";
+        assert_eq!(run(&mut shell(panic))?, End { status: 1, lost: true });
+        assert_eq!(run(&mut shell(&format!("{panic}; echo lab: exit 1")))?, End { status: 1, lost: false });
         Ok(())
     }
 
