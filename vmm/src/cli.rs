@@ -108,6 +108,9 @@ pub(crate) enum Command {
     },
     #[command(flatten)]
     Client(ClientCommand),
+    /// Hold VMs for another process
+    #[command(hide = true)]
+    Worker,
     /// Check configuration files
     Config {
         #[command(subcommand)]
@@ -342,6 +345,12 @@ pub(crate) struct ProcessArgs {
     /// Start the VMs of this configuration file (TOML, or JSON if its name ends in .json)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+
+    /// Hold the VMs in worker processes, so many VMs in each at most. If a worker ends, its VMs end, and others go on.
+    /// 0 holds all VMs in this process. VMs in workers have no memory hole yet, and their disks no block cache
+    #[arg(long, value_name = "COUNT", env = "SAMEPAGE_VMS_PER_WORKER", default_value_t = 0)]
+    #[arg(value_parser = clap::value_parser!(u32).range(..=1024))]
+    pub(crate) vms_per_worker: u32,
 
     /// Average CPU time for the search for identical pages, in percent of one core. Above 100, several
     /// threads search

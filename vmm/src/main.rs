@@ -12,6 +12,7 @@ mod upkeep;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use clap_complete::CompleteEnv;
 
@@ -44,6 +45,9 @@ fn command() -> anyhow::Result<ExitCode> {
         Command::Bench { arguments } => bench::main(arguments),
         Command::Client(command) => samepage_client::main(command),
         Command::Create(args) => create::main(args),
+        Command::Worker => {
+            samepage_worker::serve::main().context("hold VMs for another process").map(|()| ExitCode::SUCCESS)
+        }
         Command::Config { command } => generate::config(command),
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { folder } => generate::manual(folder),

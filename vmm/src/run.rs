@@ -3,7 +3,7 @@
 use samepage_host::engine::start_sharing;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,13 +20,15 @@ use samepage_host::host_limits::HostMemory;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
 use samepage_host::validated::validate;
 use samepage_host::{config_file, registry::Common, registry::Registry};
-use samepage_machine::{ConsoleConfig, Hypervisor, Validated, Vm, VmEnd, huge_pages};
+use samepage_machine::{ConsoleConfig, Hypervisor, Validated, VmEnd, huge_pages};
 use samepage_process::poll::{is_readable_now, wait_readable};
 use samepage_process::signals::{Hangup, ShutdownSignals};
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_spec::{HugePages, SharingMode, VmSpec};
 use samepage_text::counted::counted;
+use samepage_worker::machine::Machine;
+use samepage_worker::pool::Workers;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SocketAccess};
@@ -144,7 +146,8 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
 
     let settings = settings(process);
     let sharing = if plan.is_sharing { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
-    let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit };
+    let workers = workers(process.vms_per_worker);
+    let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit, workers };
     let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {
         let registry = Arc::downgrade(&registry);
@@ -328,14 +331,9 @@ impl Process<'_> {
 }
 
 /// Prints the remarks on VMs and disks, once for each reason.
-fn tell_notices(vms: impl Iterator<Item = Arc<Vm>>) {
+fn tell_notices(vms: impl Iterator<Item = Arc<dyn Machine>>) {
     let mut reasons: Vec<(String, usize)> = Vec::new();
-    let of_vm = |vm: Arc<Vm>| {
-        let of_disks = vm.disks().iter().flat_map(|disk| &disk.notices);
-        let of_networks = vm.networks().iter().flat_map(|network| &network.notices);
-        vm.notices().iter().chain(of_disks).chain(of_networks).cloned().collect::<Vec<_>>()
-    };
-    for notice in vms.flat_map(of_vm) {
+    for notice in vms.flat_map(|vm| vm.notices()) {
         // The part before the first colon names the VM or the disk.
         let reason =
             |text: &str| text.split_once(": ").map_or_else(|| text.to_owned(), |(_, why)| why.to_owned());
@@ -369,6 +367,16 @@ fn check_host(vms: &[Validated], ratio: f64) -> anyhow::Result<()> {
         memory.check(requested, ratio)?;
     }
     Ok(())
+}
+
+/// Returns what starts worker processes, if VMs are to be in some.
+fn workers(per_worker: u32) -> Option<Arc<Workers>> {
+    if per_worker == 0 {
+        return None;
+    }
+    // The file may have been replaced by another version since this process started.
+    let program = PathBuf::from("/proc/self/exe");
+    Some(Arc::new(Workers::new(program, per_worker)))
 }
 
 fn settings(args: &ProcessArgs) -> Settings {

@@ -44,6 +44,17 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "samepage-worker",
+        &[
+            "samepage-api-types",
+            "samepage-devices",
+            "samepage-machine",
+            "samepage-process",
+            "samepage-sharing",
+            "samepage-spec",
+        ],
+    ),
+    (
         "samepage-host",
         &[
             "samepage-api-types",
@@ -53,6 +64,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-sharing",
             "samepage-spec",
             "samepage-text",
+            "samepage-worker",
         ],
     ),
     (
@@ -66,6 +78,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-spec",
             "samepage-text",
             "samepage-web",
+            "samepage-worker",
         ],
     ),
     (
@@ -81,6 +94,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "samepage-sharing",
             "samepage-spec",
             "samepage-text",
+            "samepage-worker",
         ],
     ),
 ];
@@ -98,6 +112,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("samepage-api-types", &["kvm-", "axum", "hyper", "tokio", "clap", "libc", "samepage-sharing"]),
     ("samepage-web", &["kvm-", "axum", "hyper", "tokio"]),
     ("samepage-client", &["kvm-", "axum", "samepage-devices", "samepage-machine"]),
+    ("samepage-worker", &["axum", "hyper", "tokio", "clap"]),
     ("samepage-host", &["axum", "hyper", "http", "clap"]),
     ("samepage-api", &["clap", "ratatui"]),
     ("samepage-firecracker", &["samepage-analyze"]),

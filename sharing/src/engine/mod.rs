@@ -368,9 +368,13 @@ impl Engine {
     /// # Errors
     /// Fails if the worker is gone, does not answer, or is of another version.
     pub fn greet(&self, socket: OwnedFd, process: Process) -> io::Result<Arc<Worker>> {
+        Worker::greet(socket, process, &self.frames_for_workers()?, self.patience)
+    }
+
+    /// What a worker is told of the frames.
+    pub(crate) fn frames_for_workers(&self) -> io::Result<Frames> {
         let file = self.store.readable()?;
-        let frames = Frames { file, capacity: self.store.capacity(), key: self.digester.key().to_vec() };
-        Worker::greet(socket, process, &frames, self.patience)
+        Ok(Frames { file, capacity: self.store.capacity(), key: self.digester.key().to_vec() })
     }
 
     /// Where hints about a VM's pages go; `None` for a slot without a VM.

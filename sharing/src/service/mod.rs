@@ -3,6 +3,7 @@
 
 #![expect(unsafe_code, reason = "asks for the size of memory")]
 
+pub mod elsewhere;
 pub(crate) mod group;
 pub(crate) mod pace;
 pub(crate) mod worker;

@@ -7,6 +7,7 @@ use samepage_host::validated::place;
 use samepage_machine::boot::BootError;
 use samepage_machine::config::ConfigError;
 use samepage_machine::vm::VmError;
+use samepage_worker::pool::BuildError;
 
 impl From<HostError> for Refusal {
     fn from(error: HostError) -> Self {
@@ -40,6 +41,8 @@ impl From<HostError> for Refusal {
                 Refusal::new(Kind::InvalidConfiguration, text).at("/console/file")
             }
             HostError::Build { source, .. } => built(&source, text),
+            HostError::Worker { source: BuildError::Refused(_), .. } => Refusal::new(Kind::InvalidConfiguration, text),
+            HostError::Worker { .. } => Refusal::new(Kind::Unavailable, text),
             HostError::Watch(_) => Refusal::new(Kind::Unavailable, text),
             HostError::Overcommitted(_) => Refusal::new(Kind::Overcommitted, text),
             HostError::NotSharing(..) => Refusal::new(Kind::NotSharing, text)

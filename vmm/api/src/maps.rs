@@ -10,13 +10,14 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::map::MapCell;
 use samepage_sharing::pagemap::Pagemap;
 use tokio::sync::Mutex;
 
 use samepage_api_types::views::pages::MapView;
 use samepage_host::record::Record;
-use samepage_machine::vm::Vm;
+use samepage_worker::machine::Machine;
 
 /// Upper limit for the cells of a map.
 pub(super) const MOST_CELLS: u32 = 16_384;
@@ -116,7 +117,7 @@ fn sum(cells: &[MapCell]) -> MapCell {
     all
 }
 
-fn look(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Map> {
+fn look(vm: &dyn Machine, pagemap: &Pagemap, cells: u32) -> io::Result<Map> {
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
     let Some(membership) = vm.membership() else {
         return Ok(Map { time, publishing: false, cells: own_pages(vm, pagemap, cells)? });
@@ -126,12 +127,10 @@ fn look(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Map> {
 }
 
 /// Returns the cells of a VM whose memory no engine shares: all touched pages are private.
-fn own_pages(vm: &Vm, pagemap: &Pagemap, cells: u32) -> io::Result<Vec<MapCell>> {
-    let ram = vm.ram();
-    let pages = ram.pages();
+fn own_pages(vm: &dyn Machine, pagemap: &Pagemap, cells: u32) -> io::Result<Vec<MapCell>> {
+    let pages = (vm.memory_bytes() / PAGE_SIZE as u64) as u32;
     let size = pages.div_ceil(cells).max(1);
-    let mut runs = Vec::new();
-    pagemap.private(ram.range(0, pages), &mut runs)?;
+    let runs = vm.touched(pagemap)?;
     let mut map: Vec<_> = (0..pages)
         .step_by(size as usize)
         .map(|first| {

@@ -226,7 +226,7 @@ impl Metrics {
         let consoles: Vec<_> =
             self.records.iter().filter_map(|record| Some((record, record.vm()?))).collect();
         let sent = consoles.iter().map(|(record, vm)| {
-            let sent = vm.serial_stats().sent.load(std::sync::atomic::Ordering::Relaxed);
+            let sent = vm.devices().console.sent_bytes;
             ([("vm", record.name())], sent as f64)
         });
         writer.counter("vm_console", "Output of a guest to its console", Some(Unit::Bytes), sent)?;
@@ -240,7 +240,7 @@ impl Metrics {
         let help = "Additional memory that would save 95 % of the reads that more memory can save";
         writer.gauge("vm_wanted", help, Some(Unit::Bytes), wanted)?;
         let read = consoles.iter().flat_map(|(record, vm)| {
-            let io = IoSample::of(vm);
+            let io = IoSample::of(&vm.devices());
             let sources = [
                 ("guests", io.from_guests_bytes),
                 ("host", io.from_host_bytes),
@@ -322,7 +322,7 @@ impl Metrics {
     fn sockets(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let sockets = self.records.iter();
         let sockets: Vec<_> = sockets
-            .filter_map(|record| Some(([("vm", record.name())], devices::vsock(&*record.vm()?)?)))
+            .filter_map(|record| Some(([("vm", record.name())], record.vm()?.devices().vsock?)))
             .collect();
         let bytes = || Some(Unit::Bytes);
         let counters: [Counter<VsockStatistics>; 9] = [
@@ -346,7 +346,7 @@ impl Metrics {
     fn entropy(&self, writer: &mut Writer<'_>) -> fmt::Result {
         let entropy = self.records.iter();
         let entropy: Vec<_> = entropy
-            .filter_map(|record| Some(([("vm", record.name())], devices::rng(&*record.vm()?)?)))
+            .filter_map(|record| Some(([("vm", record.name())], record.vm()?.devices().rng?)))
             .collect();
         let counters: [Counter<RngStatistics>; 4] = [
             ("rng_requests", "Requests for random bytes that were answered", None, |rng| rng.requests),

@@ -3,16 +3,11 @@
 pub(super) mod devices;
 pub(super) mod pages;
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use samepage_api_types::views::{
-    CacheCounters, CacheSources, CacheView, ConsoleView, CurvePoint, DiskStatistics, DiskView, EngineView,
-    GroupView, IoView, PairView, SettingsView, SharingView, VmMemoryView, VmSharingView, VmSummary, VmView,
-    WorkingSetView,
+    CacheCounters, CacheSources, CacheView, CurvePoint, DiskView, EngineView, GroupView, IoView, PairView,
+    SettingsView, SharingView, VmMemoryView, VmSharingView, VmSummary, VmView, WorkingSetView,
 };
 use samepage_devices::disk::cache::BLOCK_SIZE;
-use samepage_devices::virtio::block::BlockStats;
-use samepage_machine::vm::Disk;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::blocks::statistics::CacheStatistics;
 use samepage_sharing::engine::{Order, Settings};
@@ -22,6 +17,7 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use samepage_host::events::unix_seconds;
 use samepage_host::record::Record;
 use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
+use samepage_worker::report::DeviceReport;
 
 /// Conversion of an internal type to the API's type.
 trait Shown<View> {
@@ -128,7 +124,7 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
         zero_bytes: bytes(|pages| pages.zero_pages),
         wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
         cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
-        io: vm.as_ref().map(|vm| (&IoSample::of(vm)).shown()),
+        io: vm.as_ref().map(|vm| (&IoSample::of(&vm.devices())).shown()),
     }
 }
 
@@ -143,37 +139,36 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     config.sharing.mode = record.mode();
     // This field is an option of the request, not a property of the VM.
     config.start = None;
-    let vm = record.vm();
-    let vsock = vm.as_deref().and_then(devices::vsock);
-    let rng = vm.as_deref().and_then(devices::rng);
-    let console = vm.map(|vm| {
-        let stats = vm.serial_stats();
-        ConsoleView {
-            sent_bytes: stats.sent.load(Relaxed),
-            lost_bytes: stats.lost.load(Relaxed),
-            received_bytes: stats.received.load(Relaxed),
-        }
-    });
+    let devices = record.vm().map(|vm| vm.devices());
     let summary = summary(record, sample);
     let actions = summary.state.actions().collect();
-    let (disks, networks) = (disks(record), devices::networks(record));
+    let disks = disks_of(record, devices.as_ref());
+    let networks = devices::networks_of(record, devices.as_ref());
+    let (vsock, rng) =
+        devices.as_ref().map_or((None, None), |devices| (devices.vsock.clone(), devices.rng.clone()));
+    let console = devices.map(|devices| devices.console);
     VmView { summary, actions, config, console, disks, networks, vsock, rng }
 }
 
 /// Returns the disks of a VM.
 pub(super) fn disks(record: &Record) -> Vec<DiskView> {
-    let vm = record.vm();
+    disks_of(record, record.vm().map(|vm| vm.devices()).as_ref())
+}
+
+fn disks_of(record: &Record, devices: Option<&DeviceReport>) -> Vec<DiskView> {
     let disks = record.spec().disks.iter().enumerate().map(|(number, disk)| {
         let id = disk.id(number).into_owned();
-        let counted = vm.as_ref().and_then(|vm| vm.disks().iter().find(|counted| counted.id == id));
-        let statistics = counted.map(|counted| (&*counted.stats).shown());
-        let path = disk.path.display().to_string();
-        let limits = counted.map_or(disk.limits, |counted| counted.limiter.limits());
-        let notices = counted.map_or_else(Vec::new, |counted| counted.notices.clone());
-        let cache = counted.map_or(disk.cache(), Disk::cache);
-        let size_bytes = counted.map(|counted| counted.size.bytes());
-        let readonly = disk.readonly;
-        DiskView { id, path, readonly, size_bytes, cache, limits, notices, statistics }
+        let counted = devices.and_then(|devices| devices.disk(&id));
+        DiskView {
+            path: disk.path.display().to_string(),
+            readonly: disk.readonly,
+            size_bytes: counted.map(|counted| counted.size_bytes),
+            cache: counted.map_or(disk.cache(), |counted| counted.cache),
+            limits: counted.map_or(disk.limits, |counted| counted.limits),
+            notices: counted.map_or_else(Vec::new, |counted| counted.notices.clone()),
+            statistics: counted.map(|counted| counted.statistics.clone()),
+            id,
+        }
     });
     disks.collect()
 }
@@ -208,25 +203,6 @@ pub(super) fn sharing(sample: &Sample, settings: &Settings, sharing: Option<&Sha
         statistics,
         groups: sample.groups.iter().map(Shown::shown).collect(),
         pairs: most_pairs(sample, 10),
-    }
-}
-
-impl Shown<DiskStatistics> for &BlockStats {
-    fn shown(self) -> DiskStatistics {
-        let stats = self;
-        DiskStatistics {
-            reads: stats.reads.load(Relaxed),
-            writes: stats.writes.load(Relaxed),
-            flushes: stats.flushes.load(Relaxed),
-            read_bytes: stats.read_bytes.load(Relaxed),
-            written_bytes: stats.written_bytes.load(Relaxed),
-            blocks_from_guests: stats.blocks_from_guests.load(Relaxed),
-            blocks_from_host: stats.blocks_from_host.load(Relaxed),
-            blocks_fetched: stats.blocks_fetched.load(Relaxed),
-            throttled: stats.throttled.load(Relaxed),
-            errors: stats.errors.load(Relaxed),
-            last_error: stats.last_error(),
-        }
     }
 }
 

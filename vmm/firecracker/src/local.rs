@@ -3,7 +3,6 @@
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Context;
 use samepage_api_types::lifecycle::{Action, State};
@@ -18,6 +17,7 @@ use samepage_process::signals::ShutdownSignals;
 use samepage_sharing::engine::Settings;
 use samepage_spec::{RateLimits, VmSpec};
 use samepage_text::counted::counted;
+use samepage_worker::machine::{DeviceChange, DeviceError};
 
 use super::Exit;
 use super::args::FirecrackerArgs;
@@ -51,7 +51,7 @@ pub(super) fn start(args: &FirecrackerArgs, log: Arc<Log>) -> anyhow::Result<(Ar
         sharing.on_notice(move |notice| log.info(notice));
     }
     // Each process has one VM, so the starter of the processes must decide about overcommitment.
-    let common = Common { sharing, settings, overcommit: f64::INFINITY };
+    let common = Common { sharing, settings, overcommit: f64::INFINITY, workers: None };
     let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VM")?);
     Ok((Arc::new(Local { name: args.id.clone(), registry: registry.clone() }), Watch { registry, log }))
 }
@@ -65,6 +65,14 @@ impl From<HostError> for Fault {
 impl Local {
     fn record(&self) -> Result<Arc<Record>, Fault> {
         self.registry.find(&self.name).map_err(|_| Fault::not_started())
+    }
+
+    fn change(&self, id: &str, change: DeviceChange, kind: &str) -> Result<(), Fault> {
+        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
+        vm.change_device(id, change).map_err(|error| match error {
+            DeviceError::Missing => Fault::new(format!("The VM has no such {kind}.")),
+            DeviceError::Refused(reason) => Fault::new(format!("{reason}.")),
+        })
     }
 
     fn act(&self, action: Action) -> Result<(), Fault> {
@@ -117,10 +125,7 @@ impl Machine for Local {
     }
 
     fn set_limits(&self, disk: &str, limits: RateLimits) -> Result<(), Fault> {
-        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
-        let disk = vm.disks().iter().find(|other| other.id == disk);
-        disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.limiter.set(limits);
-        Ok(())
+        self.change(disk, DeviceChange::DiskLimits(limits), "disk")
     }
 
     fn set_network_limits(
@@ -129,68 +134,52 @@ impl Machine for Local {
         receive: Option<RateLimits>,
         send: Option<RateLimits>,
     ) -> Result<(), Fault> {
-        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
-        let network = vm.networks().iter().find(|other| other.id == network);
-        let network = network.ok_or_else(|| Fault::new("The VM has no such network device."))?;
-        for (limiter, limits) in network.limiters.iter().zip([receive, send]) {
-            if let Some(limits) = limits {
-                limiter.set(limits);
-            }
-        }
-        Ok(())
+        let changes = [receive.map(DeviceChange::NetworkReceive), send.map(DeviceChange::NetworkSend)];
+        changes.into_iter().flatten().try_for_each(|change| self.change(network, change, "network device"))
     }
 
     fn resize(&self, disk: &str) -> Result<(), Fault> {
-        let vm = self.record()?.vm().ok_or_else(|| Fault::new("The VM has ended."))?;
-        let disk = vm.disks().iter().find(|other| other.id == disk);
-        let refreshed = disk.ok_or_else(|| Fault::new("The VM has no such disk."))?.size.refresh();
-        refreshed.map(drop).map_err(|error| Fault::new(format!("{error}.")))
+        self.change(disk, DeviceChange::DiskSize, "disk")
     }
 
     fn counts(&self) -> Vec<DeviceCounts> {
         let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
-        let disks = vm.disks().iter().map(|disk| {
-            let of = &disk.stats;
-            let counters = [
-                &of.reads,
-                &of.writes,
-                &of.flushes,
-                &of.read_bytes,
-                &of.written_bytes,
-                &of.errors,
-                &of.throttled,
-            ];
-            DeviceCounts::drive(&disk.id, counters.map(|counter| counter.load(Relaxed)))
+        let devices = vm.devices();
+        let disks = devices.disks.iter().map(|disk| {
+            let of = &disk.statistics;
+            let counters =
+                [of.reads, of.writes, of.flushes, of.read_bytes, of.written_bytes, of.errors, of.throttled];
+            DeviceCounts::drive(&disk.id, counters)
         });
-        let networks = vm.networks().iter().map(|network| {
-            let of = &network.stats;
+        let networks = devices.networks.iter().map(|network| {
+            let of = &network.statistics;
             let counters = [
-                &of.received_frames,
-                &of.received_bytes,
-                &of.received_dropped,
-                &of.sent_frames,
-                &of.sent_bytes,
-                &of.sent_dropped,
-                &of.errors,
+                of.received_frames,
+                of.received_bytes,
+                of.received_dropped,
+                of.sent_frames,
+                of.sent_bytes,
+                of.sent_dropped,
+                of.errors,
             ];
-            DeviceCounts::network(&network.id, counters.map(|counter| counter.load(Relaxed)))
+            DeviceCounts::network(&network.id, counters)
         });
-        let entropy = vm.rng_stats().map(|of| {
-            let counters = [&of.requests, &of.bytes, &of.throttled, &of.errors];
-            DeviceCounts::entropy(counters.map(|counter| counter.load(Relaxed)))
-        });
-        let vsock = vm.vsock_stats().map(|of| {
+        let entropy = devices
+            .rng
+            .iter()
+            .map(|of| DeviceCounts::entropy([of.requests, of.bytes, of.throttled, of.errors]));
+        let vsock = devices.vsock.iter().map(|of| {
             let counters = [
-                &of.connections,
-                &of.ended,
-                &of.resets,
-                &of.received_packets,
-                &of.received_bytes,
-                &of.sent_packets,
-                &of.sent_bytes,
-                &of.errors,
+                of.connections,
+                of.ended,
+                of.resets,
+                of.received_packets,
+                of.received_bytes,
+                of.sent_packets,
+                of.sent_bytes,
+                of.errors,
             ];
-            DeviceCounts::vsock(counters.map(|counter| counter.load(Relaxed)))
+            DeviceCounts::vsock(counters)
         });
         disks.chain(networks).chain(entropy).chain(vsock).collect()
     }

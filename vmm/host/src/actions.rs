@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::{Action, State};
-use samepage_machine::vm::{Vm, VmState};
+use samepage_machine::vm::VmState;
 use samepage_spec::SharingMode;
+use samepage_worker::machine::Machine;
 
 use crate::error::HostError;
 use crate::record::{Cause, Record, Turn};
@@ -78,7 +79,7 @@ impl Registry {
         }
     }
 
-    fn machine(&self, record: &Record, action: Action) -> Result<Arc<Vm>, HostError> {
+    fn machine(&self, record: &Record, action: Action) -> Result<Arc<dyn Machine>, HostError> {
         let illegal = || HostError::Illegal { vm: record.name().to_owned(), state: record.state(), action };
         record.vm().ok_or_else(illegal)
     }
@@ -117,7 +118,7 @@ impl Registry {
         if self.is_closing()
             && let Some(vm) = record.vm()
         {
-            vm.handle().request_stop();
+            vm.request_stop();
         }
         self.run(record, action)
     }
@@ -126,7 +127,7 @@ impl Registry {
     pub fn end(&self, record: &Record, cause: Cause) {
         if let Some(vm) = record.vm() {
             record.note_cause(cause);
-            vm.handle().request_stop();
+            vm.request_stop();
             vm.wait();
         }
         record.wait_collected();

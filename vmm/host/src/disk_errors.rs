@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::events::EventLog;
 use samepage_api_types::events::Happening;
-use samepage_machine::vm::Vm;
+use samepage_worker::machine::Machine;
 
 /// A handler of disk errors. It is called with a sentence, and a disk's worker waits until it returns.
 pub type DiskErrorHandler = Box<dyn Fn(&str) + Send + Sync>;
@@ -34,11 +34,9 @@ impl DiskErrors {
     }
 
     /// Passes on the errors of a VM's disks from now on.
-    pub(crate) fn watch(self: &Arc<Self>, vm: &Vm) {
-        for disk in vm.disks() {
-            let (disk_errors, vm, id) = (Arc::clone(self), vm.name().to_owned(), disk.id.clone());
-            disk.stats.observe_host_errors(Box::new(move |message| disk_errors.tell(&vm, &id, message)));
-        }
+    pub(crate) fn watch(self: &Arc<Self>, vm: &dyn Machine) {
+        let (disk_errors, name) = (Arc::clone(self), vm.name().to_owned());
+        vm.observe_disk_errors(Arc::new(move |disk, message| disk_errors.tell(&name, disk, message)));
     }
 
     fn tell(&self, vm: &str, disk: &str, message: &str) {

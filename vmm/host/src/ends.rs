@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use samepage_machine::vm::{Vm, VmEnd};
+use samepage_machine::vm::VmEnd;
+use samepage_worker::machine::Machine;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// A machine that has ended and is gone.
@@ -40,14 +41,14 @@ impl Ends {
     }
 
     /// Watches a machine, which may have ended already.
-    pub(crate) fn watch(&self, vm: &Vm, number: MachineNumber) -> io::Result<()> {
+    pub(crate) fn watch(&self, vm: &dyn Machine, number: MachineNumber) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, number);
-        self.epoll.ctl(ControlOperation::Add, vm.end_event().as_raw_fd(), event)
+        self.epoll.ctl(ControlOperation::Add, vm.end_event(), event)
     }
 
-    pub(crate) fn forget(&self, vm: &Vm) {
+    pub(crate) fn forget(&self, vm: &dyn Machine) {
         // The call fails only if the file is not watched, and then there is nothing to do.
-        let _ = self.epoll.ctl(ControlOperation::Delete, vm.end_event().as_raw_fd(), EpollEvent::default());
+        let _ = self.epoll.ctl(ControlOperation::Delete, vm.end_event(), EpollEvent::default());
     }
 
     /// Returns machines that have ended and are still watched, up to 16. Does not wait.

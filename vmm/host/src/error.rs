@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use samepage_api_types::lifecycle::{Action, State};
 use samepage_machine::config::ConfigError;
 use samepage_machine::vm::{VmEnd, VmError};
+use samepage_worker::pool::BuildError;
 use thiserror::Error;
 
 use crate::host_limits::Overcommitted;
@@ -51,6 +52,14 @@ pub enum HostError {
         vm: String,
         /// The step that failed.
         source: VmError,
+    },
+    /// The machine cannot be built in a worker process.
+    #[error("VM {vm}: {source}")]
+    Worker {
+        /// The VM's name.
+        vm: String,
+        /// The step that failed.
+        source: BuildError,
     },
     /// The file of a disk is missing or cannot be inspected.
     #[error("VM {vm}: disk {path}: {source}")]

@@ -13,8 +13,9 @@ use crate::backlog::Backlog;
 use crate::conflicts::Uses;
 use crate::ends::MachineNumber;
 use samepage_api_types::lifecycle::State;
-use samepage_machine::vm::{Vm, VmEnd, VmState};
+use samepage_machine::vm::{VmEnd, VmState};
 use samepage_spec::{SharingMode, VmSpec};
+use samepage_worker::machine::Machine;
 
 /// How long an operation waits for other operations on the same VM.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,8 +48,8 @@ impl fmt::Display for Cause {
 
 /// A VM's machine.
 #[derive(Clone, Debug)]
-pub(crate) struct Machine {
-    pub(crate) vm: Arc<Vm>,
+pub(crate) struct Installed {
+    pub(crate) vm: Arc<dyn Machine>,
     pub(crate) number: MachineNumber,
 }
 
@@ -74,7 +75,7 @@ pub struct Record {
 
 #[derive(Debug)]
 struct Body {
-    machine: Option<Machine>,
+    machine: Option<Installed>,
     /// Whether the machine has run.
     has_run: bool,
     /// Whether a machine is being built: the VM uses files and memory.
@@ -128,11 +129,11 @@ impl Record {
     }
 
     /// Returns the machine, if there is one.
-    pub fn vm(&self) -> Option<Arc<Vm>> {
+    pub fn vm(&self) -> Option<Arc<dyn Machine>> {
         self.machine().map(|machine| machine.vm)
     }
 
-    pub(crate) fn machine(&self) -> Option<Machine> {
+    pub(crate) fn machine(&self) -> Option<Installed> {
         self.body.lock().machine.clone()
     }
 
@@ -142,10 +143,10 @@ impl Record {
     }
 
     /// Calls `look` with the machine, if there is one. The machine is not freed meanwhile.
-    pub fn inspect<T>(&self, look: impl FnOnce(&Vm) -> T) -> Option<T> {
+    pub fn inspect<T>(&self, look: impl FnOnce(&dyn Machine) -> T) -> Option<T> {
         let _inspected = self.inspected.lock();
         let vm = self.vm()?;
-        Some(look(&vm))
+        Some(look(&*vm))
     }
 
     /// Returns which pages are to be shared.
@@ -229,7 +230,7 @@ impl Record {
     }
 
     /// Installs a machine, which does not run yet.
-    pub(crate) fn install(&self, machine: Machine) {
+    pub(crate) fn install(&self, machine: Installed) {
         if let Ok(room) = self.room.try_clone() {
             machine.vm.set_serial_room_event(room);
         }
@@ -240,7 +241,7 @@ impl Record {
     }
 
     /// Removes a machine that never ran.
-    pub(crate) fn uninstall(&self) -> Option<Machine> {
+    pub(crate) fn uninstall(&self) -> Option<Installed> {
         let machine = self.body.lock().machine.take();
         self.collected.notify_all();
         self.gone.notify_waiters();
@@ -339,7 +340,7 @@ impl Body {
     }
 
     fn state(&self) -> State {
-        let Some(Machine { vm, .. }) = &self.machine else {
+        let Some(Installed { vm, .. }) = &self.machine else {
             return self.end.as_ref().map_or(State::Created, state_after);
         };
         match vm.state() {

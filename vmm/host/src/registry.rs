@@ -25,14 +25,16 @@ use crate::ends::{Ended, Ends, MachineNumber};
 use crate::error::HostError;
 use crate::events::EventLog;
 use crate::host_limits::HostMemory;
-use crate::record::{Machine, Record};
+use crate::record::{Installed, Record};
 use crate::statistics::{self, Sample, Sampler};
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::State;
 use samepage_machine::config::{ConfigError, HugePages, Validated};
 use samepage_machine::huge_pages;
 use samepage_machine::hypervisor::Hypervisor;
-use samepage_machine::vm::{Vm, VmEnd, VmState};
+use samepage_machine::vm::{VmEnd, VmState};
+use samepage_worker::machine::Machine;
+use samepage_worker::pool::Workers;
 
 /// Resources and settings that all VMs of the process have in common.
 #[derive(Debug)]
@@ -43,6 +45,8 @@ pub struct Common {
     pub settings: Settings,
     /// The factor by which the VMs' memory may exceed the host's available memory.
     pub overcommit: f64,
+    /// The processes that hold the machines; `None` if this process holds them.
+    pub workers: Option<Arc<Workers>>,
 }
 
 /// The VMs of a process.
@@ -126,20 +130,20 @@ impl Registry {
         }
         // A shutdown in the meantime did not see all of the new VMs.
         if self.is_closing() {
-            records.iter().filter_map(|record| record.vm()).for_each(|vm| vm.handle().request_stop());
+            records.iter().filter_map(|record| record.vm()).for_each(|vm| vm.request_stop());
         }
         Ok(records)
     }
 
     /// Builds machines and gives them to their records. All or none. They do not run yet.
     pub(crate) fn build(&self, configs: Vec<Validated>, records: &[Arc<Record>]) -> Result<(), HostError> {
-        let vms = build_all(&self.hypervisor, configs)?;
-        let mut installed = records.iter().zip(vms).map(|(record, vm)| self.install(record, Arc::new(vm)));
+        let vms = build_all(&self.hypervisor, &self.common, configs)?;
+        let mut installed = records.iter().zip(vms).map(|(record, vm)| self.install(record, vm));
         let done = installed.try_for_each(|installed| installed);
         if done.is_err() {
             for record in records {
                 if let Some(vm) = record.vm() {
-                    self.ends.forget(&vm);
+                    self.ends.forget(&*vm);
                 }
                 drop(record.uninstall());
             }
@@ -147,17 +151,19 @@ impl Registry {
         Ok(done?)
     }
 
-    fn install(&self, record: &Record, vm: Arc<Vm>) -> io::Result<()> {
+    fn install(&self, record: &Record, vm: Arc<dyn Machine>) -> io::Result<()> {
         let number = self.ends.next_number();
-        self.disk_errors.watch(&vm);
-        record.install(Machine { vm: Arc::clone(&vm), number });
+        self.disk_errors.watch(&*vm);
+        record.install(Installed { vm: Arc::clone(&vm), number });
         // Ends are looked up by the record's machine, so they are watched after that.
-        self.ends.watch(&vm, number)
+        self.ends.watch(&*vm, number)
     }
 
     /// Adds the process's engine and the console's backlog to a configuration.
     pub(crate) fn complete(&self, mut config: Validated, record: &Record) -> Validated {
-        config.share_with(self.common.sharing.clone());
+        if self.common.workers.is_none() {
+            config.share_with(self.common.sharing.clone());
+        }
         config.set_mode(record.mode());
         if config.spec().hugepages == HugePages::Thp && huge_pages::unavailable().is_some() {
             config.use_small_pages();
@@ -192,7 +198,7 @@ impl Registry {
         conflicts::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
             // Memory that present VMs use is part of their promised memory.
-            let taken = statistics::rss_anon().unwrap_or(0);
+            let taken = statistics::rss_anon().unwrap_or(0) + self.workers_private();
             memory.available = memory.available.saturating_add(taken);
             let requested = all.iter().map(|record| record.spec.memory.0);
             if let Err(error) = memory.check(requested.fold(0, u64::saturating_add), self.common.overcommit) {
@@ -201,6 +207,13 @@ impl Registry {
             }
         }
         Ok(())
+    }
+
+    /// Returns the private anonymous memory of the worker processes, in bytes.
+    fn workers_private(&self) -> u64 {
+        let processes = self.common.workers.as_ref().map_or_else(Vec::new, |workers| workers.processes());
+        // A worker may have ended by now.
+        processes.into_iter().filter_map(|id| statistics::rss_anon_of(id).ok()).sum()
     }
 
     /// Returns the VM of this name.
@@ -218,7 +231,7 @@ impl Registry {
     }
 
     /// Returns the machines of all VMs, in the order in which they were added.
-    pub fn machines(&self) -> Vec<Arc<Vm>> {
+    pub fn machines(&self) -> Vec<Arc<dyn Machine>> {
         self.by_start().iter().filter_map(|record| record.vm()).collect()
     }
 
@@ -237,7 +250,9 @@ impl Registry {
     /// Fails if `/proc` cannot be read.
     pub fn sample(&self, sampler: &Sampler, records: &[Arc<Record>]) -> io::Result<Sample> {
         let vms = records.iter().filter_map(|record| record.inspect(|vm| sampler.vm(vm)));
-        sampler.process(self.sharing().map(Arc::as_ref), vms.collect::<io::Result<_>>()?)
+        let mut sample = sampler.process(self.sharing().map(Arc::as_ref), vms.collect::<io::Result<_>>()?)?;
+        sample.add_private(self.workers_private());
+        Ok(sample)
     }
 
     /// Takes apart the machines that have ended, and returns their ends. To be called by one thread, when
@@ -259,9 +274,9 @@ impl Registry {
     fn collect_one(&self, number: MachineNumber) -> Option<Ended> {
         let record = self.records.lock().values().find(|record| record.has_machine(number)).cloned()?;
         let vm = record.vm()?;
-        self.ends.forget(&vm);
+        self.ends.forget(&*vm);
         let end = vm.wait();
-        let console_lost = vm.serial_stats().lost.load(Ordering::Relaxed);
+        let console_lost = vm.devices().console.lost_bytes;
         // The record's reference is the last one, unless other threads still use the machine.
         drop(vm);
         let is_reset = record.is_reset(&end);
@@ -315,14 +330,14 @@ impl Registry {
         for record in records {
             let Some(vm) = record.vm() else { continue };
             if record.state() == State::Paused {
-                vm.resume();
+                vm.start();
                 record.note_change();
                 self.tell_state(&record);
             }
             if record.state() == State::Running && vm.ask_to_end() {
                 asked.push(record.name().to_owned());
             } else {
-                vm.handle().request_stop();
+                vm.request_stop();
             }
         }
         asked
@@ -336,7 +351,7 @@ impl Registry {
     /// Refuses further VMs, and ends all VMs without asking their guests. All are to be collected.
     pub fn close(&self) {
         self.is_ending.store(true, Ordering::SeqCst);
-        self.machines().iter().for_each(|vm| vm.handle().request_stop());
+        self.machines().iter().for_each(|vm| vm.request_stop());
     }
 
     pub(crate) fn is_closing(&self) -> bool {

@@ -8,12 +8,9 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use samepage_devices::disk::cache::BLOCK_SIZE;
-use samepage_devices::virtio::block::BlockStats;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::blocks::statistics::CacheStatistics;
 use samepage_sharing::blocks::working_set::Curve;
@@ -27,8 +24,10 @@ use serde::Serialize;
 
 use crate::host_limits::field_kib;
 use samepage_api_types::by_type::{self, ByType, TypeSample};
-use samepage_machine::vm::Vm;
+use samepage_api_types::views::DiskStatistics;
 use samepage_spec::{SharingMode, SharingSpec};
+use samepage_worker::machine::Machine;
+use samepage_worker::report::DeviceReport;
 
 /// Upper limit for the pairs of VMs in a sample: all pairs of 32 VMs.
 pub const MOST_PAIRS: usize = 32 * 31 / 2;
@@ -245,25 +244,22 @@ impl IoSample {
 
     /// Returns the counters of a VM's disks since the last boot.
     #[must_use]
-    pub fn of(vm: &Vm) -> Self {
+    pub fn of(devices: &DeviceReport) -> Self {
         let mut all = Self::default();
-        vm.disks().iter().for_each(|disk| all.add(Self::from(&*disk.stats)));
+        devices.disks.iter().for_each(|disk| all.add(Self::from(&disk.statistics)));
         all
     }
 }
 
-impl From<&BlockStats> for IoSample {
-    fn from(stats: &BlockStats) -> Self {
-        // A block is delivered before the request it belongs to counts as read.
-        let read = stats.read_bytes.load(Relaxed);
-        let bytes = |blocks: &AtomicU64| blocks.load(Relaxed) * BLOCK_SIZE;
-        let from_guests_bytes = bytes(&stats.blocks_from_guests);
-        let from_host_bytes = bytes(&stats.blocks_from_host);
+impl From<&DiskStatistics> for IoSample {
+    fn from(disk: &DiskStatistics) -> Self {
+        let from_guests_bytes = disk.blocks_from_guests * BLOCK_SIZE;
+        let from_host_bytes = disk.blocks_from_host * BLOCK_SIZE;
         Self {
             from_guests_bytes,
             from_host_bytes,
-            from_disk_bytes: read.saturating_sub(from_guests_bytes + from_host_bytes),
-            written_bytes: stats.written_bytes.load(Relaxed),
+            from_disk_bytes: disk.read_bytes.saturating_sub(from_guests_bytes + from_host_bytes),
+            written_bytes: disk.written_bytes,
         }
     }
 }
@@ -313,7 +309,7 @@ impl Sampler {
     pub fn sample<'a>(
         &self,
         sharing: Option<&Sharing>,
-        vms: impl IntoIterator<Item = &'a Vm>,
+        vms: impl IntoIterator<Item = &'a dyn Machine>,
     ) -> io::Result<Sample> {
         let vms = vms.into_iter().map(|vm| self.vm(vm)).collect::<io::Result<Vec<_>>>()?;
         self.process(sharing, vms)
@@ -357,15 +353,13 @@ impl Sampler {
     ///
     /// # Errors
     /// Fails if `/proc` cannot be read.
-    pub fn vm(&self, vm: &Vm) -> io::Result<VmSample> {
-        let ram = vm.ram();
+    pub fn vm(&self, vm: &dyn Machine) -> io::Result<VmSample> {
         let pages = match vm.membership() {
             Some(membership) => membership.statistics()?,
             None => {
-                let mut runs = Vec::new();
-                self.pagemap.private(ram.range(0, ram.pages()), &mut runs)?;
+                let runs = vm.touched(&self.pagemap)?;
                 VmStatistics {
-                    pages: ram.pages().into(),
+                    pages: vm.memory_bytes() / PAGE_SIZE as u64,
                     pages_private: runs.iter().map(|run| u64::from(run.end - run.start)).sum(),
                     mappings: 1,
                     ..VmStatistics::default()
@@ -381,13 +375,13 @@ impl Sampler {
             state: vm.state().name(),
             group,
             mode,
-            memory_bytes: ram.bytes() as u64,
+            memory_bytes: vm.memory_bytes(),
             resident_bytes: resident * PAGE_SIZE as u64,
             pages,
             working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
             vcpus: vm.vcpus(),
             cpu_seconds: vm.cpu_time().as_secs_f64(),
-            io: IoSample::of(vm),
+            io: IoSample::of(&vm.devices()),
             claimed: claimed.as_ref().map(ClaimedSample::from),
             frames: vm.membership().map(Membership::frames),
         })
@@ -422,9 +416,29 @@ fn pairs(vms: &[VmSample]) -> Vec<PairSample> {
 /// # Errors
 /// Fails if `/proc/self/status` cannot be read or lacks the figure.
 pub fn rss_anon() -> io::Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
+    rss_anon_in("/proc/self/status")
+}
+
+/// Returns the private anonymous memory of another process, in bytes.
+///
+/// # Errors
+/// Fails if the process is gone.
+pub(crate) fn rss_anon_of(process: u32) -> io::Result<u64> {
+    rss_anon_in(&format!("/proc/{process}/status"))
+}
+
+fn rss_anon_in(path: &str) -> io::Result<u64> {
+    let status = fs::read_to_string(path)?;
     field_kib(&status, "RssAnon:")
-        .ok_or_else(|| io::Error::other("/proc/self/status has no RssAnon: Linux 4.5 or newer is needed"))
+        .ok_or_else(|| io::Error::other(format!("{path} has no RssAnon: Linux 4.5 or newer is needed")))
+}
+
+impl Sample {
+    /// Adds private memory of other processes that hold VMs, in bytes.
+    pub(crate) fn add_private(&mut self, bytes: u64) {
+        self.private_bytes += bytes;
+        self.resident_bytes += bytes;
+    }
 }
 
 #[cfg(test)]

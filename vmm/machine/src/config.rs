@@ -11,6 +11,7 @@ use samepage_hole::PARAMETER;
 use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
+use samepage_sharing::remote::serve::Vms;
 use samepage_sharing::service::Sharing;
 pub use samepage_spec::{
     DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec, VsockSpec,
@@ -85,6 +86,9 @@ pub struct VmConfig {
     /// The engine that shares the guest's memory, from before the start to the end. `None` for a VM that shares
     /// no memory.
     pub sharing: Option<Arc<Sharing>>,
+    /// The memory that this process offers to an engine in another process. The guest's memory is added to it, for that
+    /// engine to share. A VM has this or `sharing`, or neither.
+    pub elsewhere: Option<Arc<Vms>>,
     /// Services of this process that the guest reaches by its network devices, each with the name of the device.
     pub detours: Vec<(String, Box<dyn Detour>)>,
 }
@@ -146,7 +150,7 @@ impl From<VmSpec> for VmConfig {
     /// Returns a VM that shares no memory, and whose console goes where the description says.
     fn from(spec: VmSpec) -> Self {
         let console = spec.console.file.clone().map_or(ConsoleConfig::Off, ConsoleConfig::File);
-        Self { spec, embedded_kernel: None, console, sharing: None, detours: Vec::new() }
+        Self { spec, embedded_kernel: None, console, sharing: None, elsewhere: None, detours: Vec::new() }
     }
 }
 
@@ -171,6 +175,11 @@ impl VmConfig {
     /// Returns the initial RAM disk.
     pub(crate) fn initrd(&self) -> Option<ImageSource> {
         self.spec.initrd.clone().map(ImageSource::Path)
+    }
+
+    /// Whether an engine of this or of another process shares the guest's memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.sharing.is_some() || self.elsewhere.is_some()
     }
 
     /// Returns the place of the guest's memory hole, if it gets one.
@@ -319,6 +328,16 @@ impl Validated {
     /// Has an engine share the VM's memory.
     pub fn share_with(&mut self, sharing: Option<Arc<Sharing>>) {
         self.config.sharing = sharing;
+    }
+
+    /// Offers the VM's memory to an engine of another process.
+    pub fn offer_to(&mut self, elsewhere: Option<Arc<Vms>>) {
+        self.config.elsewhere = elsewhere;
+    }
+
+    /// Takes the target of the console out, which is off then.
+    pub fn take_console(&mut self) -> ConsoleConfig {
+        std::mem::take(&mut self.config.console)
     }
 
     /// Changes which pages of the VM's memory are shared.

@@ -34,6 +34,7 @@ use samepage_machine::boot::ImageSource;
 use samepage_machine::config::{ConsoleConfig, Size, VmConfig};
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
+use samepage_worker::machine::Machine;
 use summary::Summary;
 
 /// Memory of each VM, in bytes, and the part of it that the guest fills, in pages.
@@ -251,7 +252,9 @@ struct Demo {
 
 impl Demo {
     fn sample(&self) -> Result<Sample> {
-        self.sampler.sample(Some(&self.sharing), &self.vms).context("take statistics")
+        self.sampler
+            .sample(Some(&self.sharing), self.vms.iter().map(|vm| vm as &dyn Machine))
+            .context("take statistics")
     }
 
     /// Processes reports and draws until the phase is finished. Returns the last sample, or `None` if the phase makes no

@@ -5,6 +5,7 @@ use samepage_api_types::problem::Kind;
 use samepage_api_types::views::devices::NetworkView;
 use samepage_host::record::Record;
 use samepage_spec::RateLimits;
+use samepage_worker::machine::DeviceChange;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -67,20 +68,19 @@ pub(super) async fn change(
         }
     }
     find(&record, &id)?;
-    let vm = record.vm();
-    let network = vm.as_ref().and_then(|vm| vm.networks().iter().find(|network| network.id == id));
-    let Some(network) = network else {
+    let closed = || {
         let name = record.state().name();
         let detail = format!("VM {} is {name} and has no open network devices", record.name());
-        return Err(Refusal::new(Kind::IllegalTransition, detail).help("start the VM first"));
+        Refusal::new(Kind::IllegalTransition, detail).help("start the VM first")
     };
-    for (limiter, limits) in network.limiters.iter().zip([receive, send]) {
-        if let Some(limits) = limits {
-            limiter.set(limits);
-        }
-    }
-    if let Some(up) = link_up {
-        network.link.set(up);
+    let vm = record.vm().ok_or_else(closed)?;
+    let changes = [
+        receive.map(DeviceChange::NetworkReceive),
+        send.map(DeviceChange::NetworkSend),
+        link_up.map(DeviceChange::NetworkLink),
+    ];
+    for change in changes.into_iter().flatten() {
+        vm.change_device(&id, change).map_err(|_| closed())?;
     }
     find(&record, &id).map(Json)
 }

@@ -23,8 +23,9 @@ use samepage_host::error::HostError;
 use samepage_host::record::{Cause, Record, Turn};
 use samepage_host::registry::Registry;
 use samepage_host::validated::validate;
-use samepage_machine::vm::{ASK_AGAIN_AFTER, Disk, Vm as RunningVm};
+use samepage_machine::vm::ASK_AGAIN_AFTER;
 use samepage_spec::{CachePolicy, RateLimits, VmSpec};
+use samepage_worker::machine::{DeviceChange, DeviceError, Machine};
 
 /// List VMs
 ///
@@ -108,7 +109,7 @@ pub(super) async fn remove(api: &Api, record: &Arc<Record>) -> Result<(), Refusa
     // Another operation that waits for the VM can stop waiting.
     if let Some(vm) = record.vm() {
         record.note_cause(Cause::Deleted);
-        vm.handle().request_stop();
+        vm.request_stop();
     }
     let turn = turn(api, record).await?;
     let registry = api.registry.clone();
@@ -155,7 +156,7 @@ pub(super) async fn act(
         // Another operation that waits for the VM can stop waiting.
         if let Some(vm) = record.vm() {
             record.note_cause(Cause::Killed);
-            vm.handle().request_stop();
+            vm.request_stop();
         }
     }
     let turn = turn(&api, &record).await?;
@@ -296,17 +297,13 @@ pub(super) async fn change_disk(
         return Err(Refusal::new(Kind::InvalidConfiguration, reason).at(format!("/{place}")));
     }
     let vm = running(&record, &id)?;
-    let disk = open_disk(&record, &vm, &id)?;
     if let Some(cache) = cache {
         // Check first what can be refused, so that the whole change is made or nothing.
-        disk.set_cache(cache).map_err(|error| {
-            Refusal::new(Kind::IllegalTransition, error.to_string())
-                .at("/cache")
-                .help("create the VM with this cache policy")
-        })?;
+        change(&record, &vm, &id, DeviceChange::DiskCache(cache))
+            .map_err(|refusal| refusal.at("/cache").help("create the VM with this cache policy"))?;
     }
     if let Some(limits) = limits {
-        disk.limiter.set(limits);
+        change(&record, &vm, &id, DeviceChange::DiskLimits(limits))?;
     }
     find_disk(&record, &id).map(Json)
 }
@@ -324,21 +321,23 @@ pub(super) async fn resize_disk(VmAndDisk(record, id): VmAndDisk) -> Result<Json
     // A file system may take its time.
     let resize = move || {
         let vm = running(&record, &id)?;
-        let refreshed = open_disk(&record, &vm, &id)?.size.refresh();
-        refreshed.map_err(|error| Refusal::new(Kind::IllegalTransition, error.to_string()))?;
+        change(&record, &vm, &id, DeviceChange::DiskSize)?;
         find_disk(&record, &id).map(Json)
     };
     blocking(move || Ok(resize())).await?
 }
 
 /// The VM, if it has a disk of that name and is there to use it.
-fn running(record: &Record, id: &str) -> Result<Arc<RunningVm>, Refusal> {
+fn running(record: &Record, id: &str) -> Result<Arc<dyn Machine>, Refusal> {
     find_disk(record, id)?;
     record.vm().ok_or_else(|| no_disks(record))
 }
 
-fn open_disk<'a>(record: &Record, vm: &'a RunningVm, id: &str) -> Result<&'a Disk, Refusal> {
-    vm.disks().iter().find(|disk| disk.id == id).ok_or_else(|| no_disks(record))
+fn change(record: &Record, vm: &Arc<dyn Machine>, id: &str, change: DeviceChange) -> Result<(), Refusal> {
+    vm.change_device(id, change).map_err(|error| match error {
+        DeviceError::Missing => no_disks(record),
+        DeviceError::Refused(reason) => Refusal::new(Kind::IllegalTransition, reason),
+    })
 }
 
 fn no_disks(record: &Record) -> Refusal {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use kvm_ioctls::VcpuFd;
 use samepage_devices::GuestMemory;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Longest instruction of x86.
@@ -13,7 +14,7 @@ const PAGE_MASK: u64 = 0xfff;
 const RESET: (u64, u64) = (0xfff0, 0xffff_0000);
 
 /// The reason why the guest cannot continue. The numbers are those of KVM and of the hardware.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CrashKind {
     /// KVM_EXIT_SHUTDOWN.
     TripleFault,
@@ -76,7 +77,7 @@ impl CrashKind {
 }
 
 /// A crash, its place and its meaning.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CrashReport {
     /// The kind of the crash.
     pub kind: CrashKind,

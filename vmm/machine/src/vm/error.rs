@@ -108,6 +108,11 @@ pub enum VmError {
     /// The sharing engine could not accept the memory.
     #[error("share the memory: {0}; the host is out of memory or of mappings (vm.max_map_count)")]
     Sharing(#[source] StartError),
+    /// The memory could not be offered to the sharing engine of another process.
+    #[error(
+        "offer the memory to the sharing engine: {0}; the host is out of memory or of mappings (vm.max_map_count)"
+    )]
+    Offer(#[source] io::Error),
     /// A thread could not be started.
     #[error(
         "start the thread of a vCPU: {0}; raise the limits on processes (ulimit -u, pids.max) and on mappings (vm.max_map_count)"

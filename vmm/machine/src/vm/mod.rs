@@ -18,6 +18,7 @@ pub(crate) mod network;
 mod pci;
 mod processors;
 mod provenance;
+mod registration;
 #[cfg(test)]
 mod smp_tests;
 mod vcpu;
@@ -37,7 +38,9 @@ use samepage_devices::virtio::rng::RngStats;
 use samepage_devices::virtio::vsock::VsockStats;
 use samepage_sharing::Ram;
 use samepage_sharing::changes::ChangeLog;
+use samepage_sharing::remote::worker::VmIndex;
 use samepage_sharing::service::Membership;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::load::{self, Loaded};
@@ -61,12 +64,13 @@ pub use error::VmError;
 use hole::{HeardHole, HoleMemory};
 pub use memory::{MemorySlot, VmMemory};
 pub use network::{MAX_NETWORKS, Network};
+use registration::Registration;
 use vcpu::Vcpu;
 pub use virtio::MAX_VIRTIO;
 use virtio::mmio_devices;
 
 /// How a VM ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmEnd {
     /// The guest reset the machine. There is no next boot: this ends the VM.
     Reset,
@@ -155,6 +159,7 @@ pub struct Vm {
     // Fields are dropped in this order: users of guest memory come before it.
     devices: Arc<Devices>,
     membership: Option<Membership>,
+    registration: Option<Registration>,
     kvm: Arc<VmFd>,
     _hole: Option<Arc<HoleMemory>>,
     memory: VmMemory,
@@ -189,7 +194,7 @@ impl Vm {
         processors::check_count(hypervisor, vcpus)?;
         // The description has made sure of it.
         let numbers = u8::try_from(vcpus).unwrap_or(u8::MAX);
-        let memory = VmMemory::reserve(bytes, config.sharing.is_some(), config.spec.hugepages)
+        let memory = VmMemory::reserve(bytes, config.is_shared(), config.spec.hugepages)
             .map_err(|source| VmError::Memory { bytes, source })?;
         if let Some(node) = config.spec.host_numa_node {
             memory.ram().prefer_node(node).map_err(|source| VmError::NumaNode { node, source })?;
@@ -212,7 +217,7 @@ impl Vm {
         generation::write_new(memory.view())?;
 
         let kvm = Arc::new(create_machine(hypervisor)?);
-        let logged = config.sharing.is_some() && changes::enable(&kvm);
+        let logged = config.is_shared() && changes::enable(&kvm);
         memory.register(&kvm, logged).map_err(VmError::kvm("give guest memory to KVM"))?;
         if let Some(hole) = hole.as_ref().filter(|_| !config.has_port()) {
             let slot = memory.slots().len() as u32;
@@ -230,17 +235,25 @@ impl Vm {
             let tell = move |loss| vm.fail(format!("its memory hole was lost: {loss}"));
             hole.on_loss(tell).map_err(VmError::Thread)?;
         }
+        let log = || {
+            logged.then(|| {
+                let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
+                log
+            })
+        };
+        let registration = match &config.elsewhere {
+            Some(vms) => {
+                Some(Registration::new(vms, Arc::clone(memory.ram()), log()).map_err(VmError::Offer)?)
+            }
+            None => None,
+        };
         let membership = match config.sharing {
             Some(sharing) => {
                 let vm = handle.clone();
                 let lost =
                     move |error: &_| vm.fail(format!("its memory was lost while it was shared: {error}"));
                 let ram = Arc::clone(memory.ram());
-                let log = logged.then(|| {
-                    let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
-                    log
-                });
-                let member = sharing.add(ram, log, &config.spec.sharing, Box::new(lost));
+                let member = sharing.add(ram, log(), &config.spec.sharing, Box::new(lost));
                 Some(member.map_err(VmError::Sharing)?)
             }
             None => None,
@@ -283,6 +296,7 @@ impl Vm {
             console_log,
             devices,
             membership,
+            registration,
             kvm,
             asking: Asking::default(),
             _hole: hole,
@@ -356,6 +370,11 @@ impl Vm {
     /// Returns the VM's membership in the sharing engine; `None` if it shares no memory.
     pub fn membership(&self) -> Option<&Membership> {
         self.membership.as_ref()
+    }
+
+    /// Returns the number by which an engine of another process asks for the VM's memory, if one shares it.
+    pub fn index(&self) -> Option<VmIndex> {
+        self.registration.as_ref().map(Registration::index)
     }
 
     /// Returns the state of the vCPUs.

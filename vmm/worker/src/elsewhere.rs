@@ -1,0 +1,273 @@
+//! A machine in a worker process.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use samepage_machine::vm::{VmEnd, VmState};
+use samepage_sharing::pagemap::Pagemap;
+use samepage_sharing::service::Membership;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Machine};
+use crate::messages::{Answer, Order, VmNumber};
+use crate::process::{Gone, WorkerProcess};
+use crate::report::DeviceReport;
+
+/// What a worker tells of one VM.
+pub(crate) struct Remote {
+    state: Mutex<State>,
+    changed: Condvar,
+    end_event: EventFd,
+    console: Mutex<Box<dyn Write + Send>>,
+    room: Mutex<Option<EventFd>>,
+    observer: Mutex<Option<DiskErrorObserver>>,
+}
+
+struct State {
+    runs: bool,
+    end: Option<VmEnd>,
+}
+
+impl Remote {
+    /// A VM that does not run yet. `console` gets its output, and never waits.
+    pub(crate) fn new(console: Box<dyn Write + Send>) -> io::Result<Self> {
+        Ok(Self {
+            state: Mutex::new(State { runs: false, end: None }),
+            changed: Condvar::new(),
+            end_event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            console: Mutex::new(console),
+            room: Mutex::default(),
+            observer: Mutex::default(),
+        })
+    }
+
+    /// The first end counts.
+    pub(crate) fn tell_end(&self, end: VmEnd) {
+        let mut state = self.state.lock();
+        if state.end.is_none() {
+            state.end = Some(end);
+            self.changed.notify_all();
+            // A full counter is readable as well.
+            let _ = self.end_event.write(1);
+        }
+    }
+
+    pub(crate) fn tell_room(&self) {
+        if let Some(room) = &*self.room.lock() {
+            let _ = room.write(1);
+        }
+    }
+
+    pub(crate) fn copy_console(&self, bytes: &[u8]) {
+        // The writer keeps what it can.
+        let _ = self.console.lock().write_all(bytes);
+    }
+
+    pub(crate) fn tell_disk_error(&self, disk: &str, message: &str) {
+        let observer = self.observer.lock().clone();
+        if let Some(observer) = observer {
+            observer(disk, message);
+        }
+    }
+
+    fn set_runs(&self, runs: bool) {
+        self.state.lock().runs = runs;
+    }
+
+    fn wait(&self) -> VmEnd {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(end) = &state.end {
+                return end.clone();
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+}
+
+/// What the machine is.
+pub(crate) struct Identity {
+    pub(crate) name: String,
+    pub(crate) number: VmNumber,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_bytes: u64,
+    pub(crate) notices: Vec<String>,
+}
+
+/// A machine in a worker process. Dropping it ends it, takes its memory from the engine, and has the worker free it.
+pub(crate) struct MachineElsewhere {
+    pub(crate) identity: Identity,
+    pub(crate) remote: Arc<Remote>,
+    pub(crate) membership: Option<Membership>,
+    pub(crate) worker: Arc<WorkerProcess>,
+    /// What was seen last, for a worker that is gone.
+    pub(crate) last: Mutex<(Duration, DeviceReport)>,
+    /// Gives the worker's place back.
+    pub(crate) on_drop: Box<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for MachineElsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MachineElsewhere")
+            .field("name", &self.identity.name)
+            .field("worker", &self.worker.id())
+            .finish_non_exhaustive()
+    }
+}
+
+impl MachineElsewhere {
+    fn ask(&self, order: Order) -> Result<Answer, Gone> {
+        self.worker.ask(self.identity.number, order)
+    }
+
+    fn is_true(&self, order: Order) -> bool {
+        matches!(self.ask(order), Ok(Answer::Truth(true)))
+    }
+
+    fn look(&self) -> (Duration, DeviceReport) {
+        if let Ok(Answer::Looked { cpu_nanoseconds, devices }) = self.ask(Order::Look) {
+            *self.last.lock() = (Duration::from_nanos(cpu_nanoseconds), devices);
+        }
+        self.last.lock().clone()
+    }
+}
+
+impl Machine for MachineElsewhere {
+    fn name(&self) -> &str {
+        &self.identity.name
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.identity.vcpus
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.identity.memory_bytes
+    }
+
+    fn start(&self) {
+        self.remote.set_runs(true);
+        // A worker that is gone has told the end.
+        let _ = self.ask(Order::Start);
+    }
+
+    fn pause(&self) {
+        if matches!(self.ask(Order::Pause), Ok(Answer::Done)) {
+            self.remote.set_runs(false);
+        } else {
+            self.remote.wait();
+        }
+    }
+
+    fn request_stop(&self) {
+        self.worker.tell(self.identity.number, Order::Stop);
+    }
+
+    fn wait(&self) -> VmEnd {
+        self.remote.wait()
+    }
+
+    fn end(&self) -> Option<VmEnd> {
+        self.remote.state.lock().end.clone()
+    }
+
+    fn end_event(&self) -> RawFd {
+        self.remote.end_event.as_raw_fd()
+    }
+
+    fn state(&self) -> VmState {
+        let state = self.remote.state.lock();
+        match (&state.end, state.runs) {
+            (Some(_), _) => VmState::Ended,
+            (None, true) => VmState::Running,
+            (None, false) => VmState::Held,
+        }
+    }
+
+    fn cpu_time(&self) -> Duration {
+        self.look().0
+    }
+
+    fn membership(&self) -> Option<&Membership> {
+        self.membership.as_ref()
+    }
+
+    fn touched(&self, _: &Pagemap) -> io::Result<Vec<Range<u32>>> {
+        match self.ask(Order::Touched) {
+            Ok(Answer::Runs(runs)) => Ok(runs.into_iter().map(|(first, end)| first..end).collect()),
+            Ok(Answer::Failed(reason)) => Err(io::Error::other(reason)),
+            Ok(_) => Err(io::ErrorKind::InvalidData.into()),
+            // Its memory is gone with it.
+            Err(Gone) => Ok(Vec::new()),
+        }
+    }
+
+    fn reopen_console(&self) -> Result<(), String> {
+        match self.ask(Order::ReopenConsole) {
+            Ok(Answer::Failed(reason)) => Err(reason),
+            Ok(_) | Err(Gone) => Ok(()),
+        }
+    }
+
+    fn serial_input(&self, data: &[u8]) -> usize {
+        match self.ask(Order::Type(data.to_vec())) {
+            Ok(Answer::Taken(count)) => count.min(data.len()),
+            _ => 0,
+        }
+    }
+
+    fn set_serial_room_event(&self, event: EventFd) {
+        *self.remote.room.lock() = Some(event);
+    }
+
+    fn press_ctrl_alt_del(&self) -> bool {
+        self.is_true(Order::PressCtrlAltDel)
+    }
+
+    fn ask_to_end(&self) -> bool {
+        self.is_true(Order::AskToEnd)
+    }
+
+    fn ask_again(&self) {
+        let _ = self.ask(Order::AskAgain);
+    }
+
+    fn notices(&self) -> Vec<String> {
+        self.identity.notices.clone()
+    }
+
+    fn devices(&self) -> DeviceReport {
+        self.look().1
+    }
+
+    fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError> {
+        match self.ask(Order::Change { id: id.to_owned(), change }) {
+            Ok(Answer::Done) => Ok(()),
+            Ok(Answer::Failed(reason)) => Err(DeviceError::Refused(reason)),
+            Ok(_) | Err(Gone) => Err(DeviceError::Missing),
+        }
+    }
+
+    fn observe_disk_errors(&self, observer: DiskErrorObserver) {
+        *self.remote.observer.lock() = Some(observer);
+    }
+}
+
+impl Drop for MachineElsewhere {
+    fn drop(&mut self) {
+        if self.end().is_none() {
+            self.request_stop();
+            self.wait();
+        }
+        // The engine empties the memory while the worker still has it.
+        drop(self.membership.take());
+        let _ = self.ask(Order::Free);
+        self.worker.forget(self.identity.number);
+        (self.on_drop)();
+    }
+}

@@ -1,0 +1,220 @@
+//! A VM's machine, wherever it is.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use samepage_machine::vm::{Vm, VmEnd, VmState};
+use samepage_sharing::pagemap::Pagemap;
+use samepage_sharing::service::Membership;
+use samepage_spec::{CachePolicy, RateLimits};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::report::DeviceReport;
+
+/// Called with a disk's name and a sentence for each error of the host.
+pub type DiskErrorObserver = Arc<dyn Fn(&str, &str) + Send + Sync>;
+
+/// Why a device cannot be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The machine has no such device, or has it no more.
+    #[error("the VM has no such device")]
+    Missing,
+    /// The device refuses, with the reason in a sentence.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A change of a device that needs no new boot.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub enum DeviceChange {
+    /// Another cache policy for a disk's further reads.
+    DiskCache(CachePolicy),
+    /// Other limits per second for a disk.
+    DiskLimits(RateLimits),
+    /// A disk gets the present size of its image.
+    DiskSize,
+    /// Frames of a network device pass, or do not.
+    NetworkLink(bool),
+    /// Other limits per second for what the guest receives.
+    NetworkReceive(RateLimits),
+    /// Other limits per second for what the guest sends.
+    NetworkSend(RateLimits),
+}
+
+/// A machine that was built. Dropping it ends it and frees all that it has.
+pub trait Machine: fmt::Debug + Send + Sync {
+    /// Returns the VM's name.
+    fn name(&self) -> &str;
+    /// Returns the number of the vCPUs.
+    fn vcpus(&self) -> u32;
+    /// Returns the size of RAM, in bytes.
+    fn memory_bytes(&self) -> u64;
+    /// Starts the guest, or resumes it after a pause.
+    fn start(&self);
+    /// Pauses the guest. On return its vCPUs have stopped.
+    fn pause(&self);
+    /// Asks the VM to stop without asking its guest, and does not wait.
+    fn request_stop(&self);
+    /// Waits until the VM has ended, and returns how.
+    fn wait(&self) -> VmEnd;
+    /// Returns how the VM ended, if it has.
+    fn end(&self) -> Option<VmEnd>;
+    /// Returns a file that becomes readable, and stays so, when the VM has ended.
+    fn end_event(&self) -> RawFd;
+    /// Returns the state of the vCPUs.
+    fn state(&self) -> VmState;
+    /// Returns the CPU time of the vCPUs.
+    fn cpu_time(&self) -> Duration;
+    /// Returns the VM's membership in the sharing engine; `None` if it shares no memory.
+    fn membership(&self) -> Option<&Membership>;
+    /// Returns the runs of pages that have memory, of a VM that shares none.
+    ///
+    /// # Errors
+    /// Fails if the page map cannot be read.
+    fn touched(&self, pagemap: &Pagemap) -> io::Result<Vec<Range<u32>>>;
+    /// Opens the console's file again, if it has one.
+    ///
+    /// # Errors
+    /// Fails with a sentence if the file cannot be opened. Then output goes to the previous file.
+    fn reopen_console(&self) -> Result<(), String>;
+    /// Types to the console. Returns how many bytes from the start were accepted.
+    fn serial_input(&self, data: &[u8]) -> usize;
+    /// Sets the event that is written when the console accepts more.
+    fn set_serial_room_event(&self, event: EventFd);
+    /// Presses Ctrl, Alt and Delete. Returns `false` if the guest reads nothing from its keyboard.
+    fn press_ctrl_alt_del(&self) -> bool;
+    /// Asks the guest to shut down. Returns `false` if there is no way to.
+    fn ask_to_end(&self) -> bool;
+    /// Asks a guest in another way that was asked before and still runs.
+    fn ask_again(&self);
+    /// Returns remarks for the user on how the VM was built, in sentences.
+    fn notices(&self) -> Vec<String>;
+    /// Returns what the devices have counted, and how they are set.
+    fn devices(&self) -> DeviceReport;
+    /// Changes a device.
+    ///
+    /// # Errors
+    /// Fails if there is no such device, or if it refuses.
+    fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError>;
+    /// Passes errors of the host at disks on from now on.
+    fn observe_disk_errors(&self, observer: DiskErrorObserver);
+}
+
+impl Machine for Vm {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.vcpus()
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.ram().bytes() as u64
+    }
+
+    fn start(&self) {
+        self.start();
+    }
+
+    fn pause(&self) {
+        self.pause();
+    }
+
+    fn request_stop(&self) {
+        self.handle().request_stop();
+    }
+
+    fn wait(&self) -> VmEnd {
+        self.wait()
+    }
+
+    fn end(&self) -> Option<VmEnd> {
+        self.end()
+    }
+
+    fn end_event(&self) -> RawFd {
+        self.end_event().as_raw_fd()
+    }
+
+    fn state(&self) -> VmState {
+        self.state()
+    }
+
+    fn cpu_time(&self) -> Duration {
+        self.cpu_time()
+    }
+
+    fn membership(&self) -> Option<&Membership> {
+        self.membership()
+    }
+
+    fn touched(&self, pagemap: &Pagemap) -> io::Result<Vec<Range<u32>>> {
+        let mut runs = Vec::new();
+        pagemap.private(self.ram().range(0, self.ram().pages()), &mut runs)?;
+        Ok(runs)
+    }
+
+    fn reopen_console(&self) -> Result<(), String> {
+        self.reopen_console().map_err(|error| error.to_string())
+    }
+
+    fn serial_input(&self, data: &[u8]) -> usize {
+        self.serial_input(data)
+    }
+
+    fn set_serial_room_event(&self, event: EventFd) {
+        self.set_serial_room_event(event);
+    }
+
+    fn press_ctrl_alt_del(&self) -> bool {
+        self.press_ctrl_alt_del()
+    }
+
+    fn ask_to_end(&self) -> bool {
+        self.ask_to_end()
+    }
+
+    fn ask_again(&self) {
+        self.ask_again();
+    }
+
+    fn notices(&self) -> Vec<String> {
+        let of_disks = self.disks().iter().flat_map(|disk| &disk.notices);
+        let of_networks = self.networks().iter().flat_map(|network| &network.notices);
+        self.notices().iter().chain(of_disks).chain(of_networks).cloned().collect()
+    }
+
+    fn devices(&self) -> DeviceReport {
+        DeviceReport::of(self)
+    }
+
+    fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError> {
+        let disk = || self.disks().iter().find(|disk| disk.id == id).ok_or(DeviceError::Missing);
+        let network = || self.networks().iter().find(|network| network.id == id).ok_or(DeviceError::Missing);
+        let refused = |error: &dyn fmt::Display| DeviceError::Refused(error.to_string());
+        match change {
+            DeviceChange::DiskCache(policy) => disk()?.set_cache(policy).map_err(|error| refused(&error))?,
+            DeviceChange::DiskLimits(limits) => disk()?.limiter.set(limits),
+            DeviceChange::DiskSize => {
+                disk()?.size.refresh().map_err(|error| refused(&error))?;
+            }
+            DeviceChange::NetworkLink(up) => network()?.link.set(up),
+            DeviceChange::NetworkReceive(limits) => network()?.limiters[0].set(limits),
+            DeviceChange::NetworkSend(limits) => network()?.limiters[1].set(limits),
+        }
+        Ok(())
+    }
+
+    fn observe_disk_errors(&self, observer: DiskErrorObserver) {
+        for disk in self.disks() {
+            let (observer, id) = (Arc::clone(&observer), disk.id.clone());
+            disk.stats.observe_host_errors(Box::new(move |message| observer(&id, message)));
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Worker processes, as many as the VMs need.
+
+use std::io;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use samepage_machine::config::{ConsoleConfig, Validated};
+use samepage_machine::vm::VmState;
+use samepage_sharing::service::Sharing;
+use samepage_sharing::service::elsewhere::Place;
+use samepage_spec::VmSpec;
+
+use crate::elsewhere::{Identity, MachineElsewhere, Remote};
+use crate::machine::Machine;
+use crate::messages::{Answer, Build, Order, Target};
+use crate::process::WorkerProcess;
+use crate::report::DeviceReport;
+
+/// Why a machine cannot be built in a worker.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// No worker can be started.
+    #[error("start a worker process: {0}; raise the limits on processes (ulimit -u, pids.max)")]
+    Start(#[source] io::Error),
+    /// The console or the kernel is one that only this process has.
+    #[error("a worker process cannot have {0}")]
+    Own(&'static str),
+    /// The worker refuses, with the reason in a sentence.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Starts workers, and finds one for each VM.
+#[derive(Debug)]
+pub struct Workers {
+    program: PathBuf,
+    per_worker: u32,
+    processes: Mutex<Vec<Arc<WorkerProcess>>>,
+}
+
+impl Workers {
+    /// Returns a pool without workers, each of which is to have so many VMs at most. `program` becomes a worker by the
+    /// argument [`ARGUMENT`](crate::process::ARGUMENT).
+    #[must_use]
+    pub fn new(program: PathBuf, per_worker: u32) -> Self {
+        Self { program, per_worker: per_worker.max(1), processes: Mutex::default() }
+    }
+
+    /// Returns the numbers of the worker processes.
+    #[must_use]
+    pub fn processes(&self) -> Vec<u32> {
+        let processes = self.processes.lock();
+        processes.iter().filter(|worker| !worker.is_gone()).map(|worker| worker.id()).collect()
+    }
+
+    /// A worker with room for one more VM, which has its place then.
+    fn worker(&self) -> Result<Arc<WorkerProcess>, BuildError> {
+        let mut processes = self.processes.lock();
+        processes.retain(|worker| !worker.is_gone());
+        let has_room = |worker: &&Arc<WorkerProcess>| worker.places.load(Ordering::Relaxed) < self.per_worker;
+        let worker = match processes.iter().find(has_room) {
+            Some(worker) => Arc::clone(worker),
+            None => {
+                let worker = WorkerProcess::start(&self.program).map_err(BuildError::Start)?;
+                processes.push(Arc::clone(&worker));
+                worker
+            }
+        };
+        worker.places.fetch_add(1, Ordering::Relaxed);
+        Ok(worker)
+    }
+
+    /// Gives a VM's place back. A worker without VMs is ended.
+    fn leave(&self, worker: &Arc<WorkerProcess>) {
+        let mut processes = self.processes.lock();
+        if worker.places.fetch_sub(1, Ordering::Relaxed) == 1 {
+            processes.retain(|other| !Arc::ptr_eq(other, worker));
+            worker.end();
+        }
+    }
+
+    /// Builds a machine in a worker. `sharing` is the engine that is to share its memory.
+    ///
+    /// # Errors
+    /// Fails if no worker can be started, or if it refuses.
+    pub fn build(
+        self: &Arc<Self>,
+        mut config: Validated,
+        sharing: Option<&Sharing>,
+    ) -> Result<Arc<dyn Machine>, BuildError> {
+        let (console, copy) = console(config.take_console())?;
+        if config.config().embedded_kernel.is_some() || !config.config().detours.is_empty() {
+            return Err(BuildError::Own("a kernel or a service of another process"));
+        }
+        let spec = config.into_spec();
+        let worker = self.worker()?;
+        let built = self.build_in(&worker, spec, (console, copy), sharing);
+        if built.is_err() {
+            self.leave(&worker);
+        }
+        built.map(|machine| Arc::new(machine) as Arc<dyn Machine>)
+    }
+
+    fn build_in(
+        self: &Arc<Self>,
+        worker: &Arc<WorkerProcess>,
+        spec: VmSpec,
+        (console, copy): (Target, Box<dyn Write + Send>),
+        sharing: Option<&Sharing>,
+    ) -> Result<MachineElsewhere, BuildError> {
+        let refused = |error: &dyn std::fmt::Display| BuildError::Refused(error.to_string());
+        let number = worker.new_number();
+        let place = sharing.map(|sharing| sharing.place(&spec.sharing.group)).transpose();
+        let place = place.map_err(|error| refused(&error))?;
+        let connect = |place: &Place| worker.connect(place, number).map_err(BuildError::Refused);
+        let connected = place.as_ref().map(connect).transpose()?.flatten();
+        let (group, engine) = connected.unzip();
+        let remote = Arc::new(Remote::new(copy).map_err(BuildError::Start)?);
+        worker.listen_for(number, &remote);
+        let forget = |error| {
+            worker.forget(number);
+            error
+        };
+        let (name, vcpus, memory_bytes, mode) =
+            (spec.name.clone(), spec.vcpus, spec.memory.0, spec.sharing.mode);
+        let build = Order::Build(Box::new(Build { spec, console, group }));
+        let (index, notices) = match worker.ask(number, build) {
+            Ok(Answer::Built { index, notices }) => (index, notices),
+            Ok(Answer::Failed(reason)) => return Err(forget(BuildError::Refused(reason))),
+            Ok(other) => return Err(forget(refused(&format_args!("unexpected answer {other:?}")))),
+            Err(gone) => return Err(forget(refused(&gone))),
+        };
+        let identity = Identity { name, number, vcpus, memory_bytes, notices };
+        let pool: Weak<Self> = Arc::downgrade(self);
+        let left = Arc::clone(worker);
+        let mut machine = MachineElsewhere {
+            identity,
+            remote: Arc::clone(&remote),
+            membership: None,
+            worker: Arc::clone(worker),
+            last: Mutex::new((std::time::Duration::ZERO, DeviceReport::default())),
+            on_drop: Box::new(|| {}),
+        };
+        if let Some(place) = place {
+            let vm = index.zip(engine).map(|(index, engine)| engine.vm(index)).transpose();
+            let vm = vm.map_err(|error| refused(&format_args!("ask for its memory: {error}")))?;
+            let (lost, of) = (Arc::clone(worker), number);
+            let on_lost = Box::new(move |error: &_| {
+                let reason = format!("its memory was lost while it was shared: {error}");
+                lost.tell(of, Order::Fail(reason));
+            });
+            machine.membership = Some(place.share(vm, mode, on_lost).map_err(|error| refused(&error))?);
+        }
+        debug_assert!(machine.state() != VmState::Running);
+        machine.on_drop = Box::new(move || {
+            if let Some(pool) = pool.upgrade() {
+                pool.leave(&left);
+            }
+        });
+        Ok(machine)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.processes.lock().iter().for_each(|worker| worker.end());
+    }
+}
+
+/// Where the console goes in the worker, and what gets a copy here.
+fn console(console: ConsoleConfig) -> Result<(Target, Box<dyn Write + Send>), BuildError> {
+    let (to, copy) = match console {
+        ConsoleConfig::Copied { to, copy } => (*to, copy),
+        other => (other, Box::new(io::sink()) as Box<dyn Write + Send>),
+    };
+    let target = match to {
+        ConsoleConfig::Off => Target::Nowhere,
+        ConsoleConfig::Stdio => Target::Stdio,
+        ConsoleConfig::PrefixedStdio => Target::PrefixedStdio,
+        ConsoleConfig::File(path) => Target::File(path),
+        ConsoleConfig::Copied { .. } | ConsoleConfig::Sink(_) => {
+            return Err(BuildError::Own("a console of another process"));
+        }
+    };
+    Ok((target, copy))
+}

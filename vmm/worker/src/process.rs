@@ -1,0 +1,266 @@
+//! A worker process, as the managing process has it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{self, SyncSender};
+use std::thread;
+
+use parking_lot::Mutex;
+use samepage_machine::vm::VmEnd;
+use samepage_sharing::remote::worker::{self, Process, Worker};
+use samepage_sharing::service::elsewhere::{GroupMark, Place};
+
+use crate::elsewhere::Remote;
+use crate::messages::{Answer, GroupNumber, Order, Request, Told, VmNumber};
+use crate::wire::{self, Receiver, Sender};
+
+/// The argument that makes the program a worker.
+pub const ARGUMENT: &str = "worker";
+/// Stack of the thread that listens to a worker, in bytes.
+const STACK_BYTES: usize = 128 << 10;
+
+/// A worker process.
+pub(crate) struct WorkerProcess {
+    id: u32,
+    sender: Mutex<Sender>,
+    pending: Mutex<Pending>,
+    next_request: AtomicU64,
+    next_vm: AtomicU32,
+    vms: Mutex<HashMap<VmNumber, Arc<Remote>>>,
+    groups: Mutex<Groups>,
+    /// VMs that it has, or is about to have.
+    pub(crate) places: AtomicU32,
+    is_gone: AtomicBool,
+}
+
+#[derive(Default)]
+struct Pending {
+    replies: HashMap<u64, SyncSender<Answer>>,
+    /// Nobody replies any more.
+    is_closed: bool,
+}
+
+#[derive(Default)]
+struct Groups {
+    next: u32,
+    connected: Vec<(GroupMark, GroupNumber, Arc<Worker>)>,
+}
+
+impl fmt::Debug for WorkerProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerProcess").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// The worker is gone, and its VMs with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("its worker process has ended")]
+pub(crate) struct Gone;
+
+impl WorkerProcess {
+    /// Starts a worker.
+    pub(crate) fn start(program: &Path) -> io::Result<Arc<Self>> {
+        let (ours, theirs) = wire::pair()?;
+        let child = Command::new(program)
+            .arg0("samepage")
+            .arg(ARGUMENT)
+            .stdin(Stdio::from(theirs))
+            // Keys that end the managing process are not for its workers.
+            .process_group(0)
+            .spawn()?;
+        let (sender, receiver) = wire::split(ours)?;
+        let worker = Arc::new(Self {
+            id: child.id(),
+            sender: Mutex::new(sender),
+            pending: Mutex::default(),
+            next_request: AtomicU64::new(0),
+            next_vm: AtomicU32::new(0),
+            vms: Mutex::default(),
+            groups: Mutex::default(),
+            places: AtomicU32::new(0),
+            is_gone: AtomicBool::new(false),
+        });
+        let listening = Arc::clone(&worker);
+        thread::Builder::new()
+            .name(format!("worker-{}", child.id()))
+            .stack_size(STACK_BYTES)
+            .spawn(move || listening.listen(receiver, child))?;
+        Ok(worker)
+    }
+
+    /// Returns the number of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Whether the process has ended.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::Acquire)
+    }
+
+    /// Ends the process, which has no VMs any more.
+    pub(crate) fn end(&self) {
+        if let Some(process) = i32::try_from(self.id).ok().and_then(rustix::process::Pid::from_raw)
+            && !self.is_gone()
+        {
+            // The thread that listens reaps it, and only then its number can be another's.
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        }
+    }
+
+    pub(crate) fn new_number(&self) -> VmNumber {
+        VmNumber(self.next_vm.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Has a VM told what the worker says of it.
+    pub(crate) fn listen_for(&self, number: VmNumber, remote: &Arc<Remote>) {
+        self.vms.lock().insert(number, Arc::clone(remote));
+        // The worker may have ended before.
+        if self.is_gone() {
+            remote.tell_end(VmEnd::Failed(Gone.to_string()));
+        }
+    }
+
+    pub(crate) fn forget(&self, number: VmNumber) {
+        self.vms.lock().remove(&number);
+    }
+
+    /// Has something done, and waits for nothing.
+    pub(crate) fn tell(&self, vm: VmNumber, order: Order) {
+        let number = self.next_request.fetch_add(1, Ordering::Relaxed);
+        // A worker that is gone has told the ends of its VMs.
+        let _ = self.sender.lock().send(&Request { number, vm, order }, None);
+    }
+
+    /// Has something done, and waits for the answer.
+    pub(crate) fn ask(&self, vm: VmNumber, order: Order) -> Result<Answer, Gone> {
+        self.ask_with(vm, order, None)
+    }
+
+    fn ask_with(&self, vm: VmNumber, order: Order, with: Option<BorrowedFd<'_>>) -> Result<Answer, Gone> {
+        let number = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = mpsc::sync_channel(1);
+        {
+            let mut pending = self.pending.lock();
+            if pending.is_closed {
+                return Err(Gone);
+            }
+            pending.replies.insert(number, reply);
+        }
+        let sent = self.sender.lock().send(&Request { number, vm, order }, with);
+        if sent.is_err() {
+            self.pending.lock().replies.remove(&number);
+            return Err(Gone);
+        }
+        // Nobody replies once the worker is gone: then the sending half is dropped.
+        answer.recv().map_err(|_| Gone)
+    }
+
+    /// Connects the engine of a group, if it is not connected yet. `None` where sharing has stopped for the group.
+    pub(crate) fn connect(
+        &self,
+        place: &Place,
+        vm: VmNumber,
+    ) -> Result<Option<(GroupNumber, Arc<Worker>)>, String> {
+        let mut groups = self.groups.lock();
+        groups.connected.retain(|(mark, _, worker)| mark.exists() && !worker.has_ended());
+        if let Some((_, number, worker)) = groups.connected.iter().find(|(mark, ..)| place.is_in(mark)) {
+            return Ok(Some((*number, Arc::clone(worker))));
+        }
+        let failed = |error: &dyn fmt::Display| format!("connect its worker to the sharing engine: {error}");
+        let (ours, theirs) = worker::pair().map_err(|error| failed(&error))?;
+        let process = Process::of(self.id).map_err(|error| failed(&error))?;
+        let number = GroupNumber(groups.next);
+        groups.next += 1;
+        // The worker waits for what the engine says first.
+        let (asked, connected) = thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                let asked = self.ask_with(vm, Order::Connect(number), Some(theirs.as_fd()));
+                // The engine notices a worker that has refused.
+                drop(theirs);
+                asked
+            });
+            let connected = place.connect(ours, process);
+            (asking.join(), connected)
+        });
+        let connected = connected.map_err(|error| failed(&error))?;
+        match asked.map_err(|_| failed(&"a thread panicked"))?.map_err(|gone| failed(&gone))? {
+            Answer::Done => {}
+            Answer::Failed(reason) => return Err(failed(&reason)),
+            other => return Err(failed(&format_args!("unexpected answer {other:?}"))),
+        }
+        let Some(worker) = connected else { return Ok(None) };
+        groups.connected.push((place.mark(), number, Arc::clone(&worker)));
+        Ok(Some((number, worker)))
+    }
+
+    fn listen(&self, mut receiver: Receiver, mut child: Child) {
+        // An error: the worker is gone, or says what makes no sense.
+        while let Ok((told, _)) = receiver.receive::<Told>() {
+            self.heed(told);
+        }
+        self.end();
+        let ended = child.wait();
+        self.is_gone.store(true, Ordering::Release);
+        let pending = &mut *self.pending.lock();
+        pending.is_closed = true;
+        pending.replies.clear();
+        for (_, _, worker) in &self.groups.lock().connected {
+            worker.look();
+        }
+        let reason =
+            format!("its worker process ended: {}", ended.map_or_else(|error| error.to_string(), why));
+        let vms: Vec<_> = self.vms.lock().values().cloned().collect();
+        for vm in vms {
+            vm.tell_end(VmEnd::Failed(reason.clone()));
+        }
+    }
+
+    fn heed(&self, told: Told) {
+        let find = |vm: VmNumber| self.vms.lock().get(&vm).cloned();
+        match told {
+            Told::Reply { number, answer } => {
+                if let Some(reply) = self.pending.lock().replies.remove(&number) {
+                    // Whoever asked waits for it.
+                    let _ = reply.send(answer);
+                }
+            }
+            Told::Console { vm, text } => {
+                if let Some(vm) = find(vm) {
+                    vm.copy_console(&text.chars().map(|char| char as u8).collect::<Vec<_>>());
+                }
+            }
+            Told::Room { vm } => {
+                if let Some(vm) = find(vm) {
+                    vm.tell_room();
+                }
+            }
+            Told::Ended { vm, end } => {
+                if let Some(vm) = find(vm) {
+                    vm.tell_end(end);
+                }
+            }
+            Told::DiskError { vm, disk, message } => {
+                if let Some(vm) = find(vm) {
+                    vm.tell_disk_error(&disk, &message);
+                }
+            }
+        }
+    }
+}
+
+/// Why a worker has ended.
+fn why(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("killed by signal {signal}"),
+        (None, Some(code)) => format!("exit status {code}"),
+        (None, None) => status.to_string(),
+    }
+}
