@@ -10,9 +10,11 @@ use super::api::ApiArgs;
 use super::block::BlockArgs;
 use super::cache::CacheArgs;
 use super::linux::lookahead::LookaheadArgs;
+use super::linux::requests::RequestsArgs;
 use super::linux::types::TypesArgs;
 use super::replay::ReplayArgs;
 use super::startup::StartupArgs;
+use super::unpack::UnpackArgs;
 use super::workers::WorkerArgs;
 
 const EXAMPLES: &str = "\
@@ -57,6 +59,10 @@ pub(super) enum Benchmark {
     Lookahead(LookaheadArgs),
     /// Compare sharing with and without the page types that Linux guests publish, and by type
     Types(TypesArgs),
+    /// Count exits and interrupts for each request to a disk and each frame, over MMIO and over PCI
+    Requests(RequestsArgs),
+    /// Compare the times to a kernel's first instruction by what the kernel is compressed by
+    Unpack(UnpackArgs),
     /// Hold the memory of VMs for a benchmark of processes
     #[command(hide = true)]
     Worker(WorkerArgs),

@@ -3,7 +3,8 @@
 //! `samepage bench sharing` compares the sharing engine with the kernel's KSM on the same memory, alternately
 //! in one process and one run. It prints ratios, because these are stable where times are not. [`replay`]:
 //! `samepage bench cache-simulation`, [`cache`]: `samepage bench cache`, [`block`]: `samepage bench block`,
-//! [`startup`]: `samepage bench startup`, [`linux`]: `samepage bench lookahead` and `samepage bench types`.
+//! [`startup`]: `samepage bench startup`, [`unpack`]: `samepage bench unpack`, [`linux`]: `samepage bench lookahead`,
+//! `samepage bench types` and `samepage bench requests`.
 //!
 //! A benchmark fails if it cannot measure, never because of a poor figure. KSM's settings are restored in
 //! every case. See `docs/bench-sharing.md`.
@@ -43,6 +44,7 @@ mod sharers;
 mod startup;
 mod state;
 mod table;
+mod unpack;
 mod vms;
 mod workers;
 
@@ -104,31 +106,36 @@ fn main() -> ExitCode {
 
 /// Runs the command.
 fn run(args: &BenchArgs) -> Result<ExitCode> {
-    let result = match &args.benchmark {
-        Benchmark::Worker(args) => workers::serve(*args).map(|()| ExitCode::SUCCESS),
-        Benchmark::Sharing(args) => compare_sharing(args),
-        Benchmark::CacheSimulation(args) => {
-            replay::measure(args).and_then(|report| print(args.json, &report, replay::Report::format))
-        }
-        Benchmark::Cache(args) => {
-            cache::measure(args).and_then(|report| print(args.json, &report, cache::Report::format))
-        }
-        Benchmark::Block(args) => {
-            block::measure(args).and_then(|report| print(args.json, &report, block::Report::format))
-        }
-        Benchmark::Api(args) => {
-            api::measure(args).and_then(|report| print(args.json, &report, api::Report::format))
-        }
-        Benchmark::Startup(args) => {
-            startup::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
-        }
-        Benchmark::Lookahead(args) => {
-            linux::lookahead::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
-        }
-        Benchmark::Types(args) => {
-            linux::types::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
-        }
-    };
+    let result =
+        match &args.benchmark {
+            Benchmark::Worker(args) => workers::serve(*args).map(|()| ExitCode::SUCCESS),
+            Benchmark::Sharing(args) => compare_sharing(args),
+            Benchmark::CacheSimulation(args) => {
+                replay::measure(args).and_then(|report| print(args.json, &report, replay::Report::format))
+            }
+            Benchmark::Cache(args) => {
+                cache::measure(args).and_then(|report| print(args.json, &report, cache::Report::format))
+            }
+            Benchmark::Block(args) => {
+                block::measure(args).and_then(|report| print(args.json, &report, block::Report::format))
+            }
+            Benchmark::Api(args) => {
+                api::measure(args).and_then(|report| print(args.json, &report, api::Report::format))
+            }
+            Benchmark::Startup(args) => {
+                startup::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
+            }
+            Benchmark::Lookahead(args) => linux::lookahead::measure(args)
+                .and_then(|report| print(args.json, &report, ToString::to_string)),
+            Benchmark::Types(args) => {
+                linux::types::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
+            }
+            Benchmark::Requests(args) => linux::requests::measure(args)
+                .and_then(|report| print(args.json, &report, ToString::to_string)),
+            Benchmark::Unpack(args) => {
+                unpack::measure(args).and_then(|report| print(args.json, &report, ToString::to_string))
+            }
+        };
     result.or_else(|error| match error.downcast_ref::<Interrupted>() {
         Some(interrupted) => {
             tell(interrupted);

@@ -5,7 +5,6 @@ pub mod agent;
 pub mod api;
 pub mod browser;
 pub mod console;
-pub mod exits;
 pub mod guests;
 pub mod harness;
 pub mod process;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use samepage_machine::exits::Counters;
 use samepage_machine::{ConsoleConfig, Hypervisor, Size, Vm, VmConfig, VmEnd};
 use samepage_resources::demo::plan::{HoleMode, Plan};
 use samepage_resources::demo::report::Report;
@@ -16,7 +17,6 @@ use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use samepage_tests::agent::{figure, said};
 use samepage_tests::console::TIME_LIMIT;
-use samepage_tests::exits::Counters;
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness::{self, Need};
 use samepage_tests::process::Holdings;
@@ -187,9 +187,17 @@ struct Watch {
     lines: Sender<Line>,
 }
 
+fn count(counters: &Counters, name: &str) -> u64 {
+    counters.get(name).expect("KVM counts exits and accesses to devices")
+}
+
 impl Write for Watch {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let now = || self.counters.get().map_or((0, 0), |counters| (counters.exits(), counters.mmio()));
+        let now = || {
+            self.counters
+                .get()
+                .map_or((0, 0), |counters| (count(counters, "exits"), count(counters, "mmio_exits")))
+        };
         for &byte in bytes {
             if self.line.is_empty() {
                 self.start = now();

@@ -24,9 +24,12 @@ pub fn run(arguments: &[OsString]) -> Result<()> {
     let mut command = Command::new(build()?);
     command.args(arguments);
     let is_help = arguments.iter().any(|argument| argument == "--help" || argument == "-h");
-    if ["lookahead", "types"].contains(&name) && !is_help {
+    if ["lookahead", "types", "requests"].contains(&name) && !is_help {
         let Artifacts { kernel, initramfs, disk } = Artifacts::build()?;
         command.arg("--kernel").arg(kernel).arg("--initrd").arg(initramfs).arg("--disk").arg(disk);
+    }
+    if name == "unpack" && !is_help {
+        command.arg("--kernel").arg(Artifacts::build()?.kernel);
     }
     process::run(&mut command)
 }

@@ -2,6 +2,7 @@
 //! `cargo xtask artifacts` builds.
 
 pub(crate) mod lookahead;
+pub(crate) mod requests;
 mod series;
 pub(crate) mod types;
 

@@ -18,7 +18,7 @@ const NOTE_TYPE: u32 = 18;
 
 /// 32-bit code that writes a line to the first serial port with its first instructions, then halts.
 #[rustfmt::skip]
-const CODE: [u8; 14] = [
+pub(crate) const CODE: [u8; 14] = [
     0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
     0xb0, b'!',                   // mov al, '!'
     0xee,                         // out dx, al

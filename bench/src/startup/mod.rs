@@ -1,7 +1,7 @@
 //! `samepage bench startup`: measures the time until a guest's first output, and a VM's memory in addition to
 //! its own. Compares them with QEMU's microvm with the same guests, alternately.
 
-mod guest;
+pub(crate) mod guest;
 mod measure;
 mod report;
 mod rounds;

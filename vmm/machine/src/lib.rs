@@ -2,6 +2,7 @@
 //!
 //! - [`Hypervisor`] is the host's KVM, opened once.
 //! - [`VmConfig`] describes a VM, and [`Vm`] is a VM.
+//! - [`exits`] counts how often a vCPU leaves its guest.
 //! - [`huge_pages`] tells whether the host can back a VM's memory with huge pages.
 //!
 //! Guests are not trusted. All data from guests (registers, descriptors, requests) and from kernel images is
@@ -11,6 +12,7 @@
 pub mod boot;
 pub mod config;
 mod console;
+pub mod exits;
 pub mod huge_pages;
 pub mod hypervisor;
 mod numa;

@@ -1,4 +1,4 @@
-//! KVM's counts of a vCPU's exits.
+//! KVM's counts of a vCPU's exits, for measurements.
 //!
 //! KVM provides its counters in a self-describing binary form: `Documentation/virt/kvm/api.rst`, 4.133
 //! (`KVM_GET_STATS_FD`).
@@ -20,8 +20,8 @@ const DESCRIPTOR: u64 = 16;
 #[derive(Debug)]
 pub struct Counters {
     file: File,
-    exits: u64,
-    mmio: u64,
+    /// Name and position of each.
+    places: Vec<(String, u64)>,
 }
 
 impl Counters {
@@ -37,48 +37,48 @@ impl Counters {
         });
         let vcpus: Vec<_> = files.collect();
         let &[vcpu] = vcpus.as_slice() else { return None };
-        // SAFETY: the file belongs to the vCPU, and the calling tests drop no VM meanwhile.
+        // SAFETY: the file belongs to the vCPU, and callers drop no VM meanwhile.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu) };
         // SAFETY: the request takes no argument, and returns a file or an error.
         let file = File::from(unsafe { ioctl(vcpu, GetStatsFd) }.ok()?);
-        Some(Self { exits: place(&file, "exits").ok()??, mmio: place(&file, "mmio_exits").ok()??, file })
+        Some(Self { places: places(&file).ok()?, file })
     }
 
-    /// Returns the number of all exits.
-    ///
-    /// # Panics
-    /// Panics if KVM does not provide it.
+    /// Returns a counter by KVM's name for it, such as `exits`, `mmio_exits` or `irq_injections`. `None` if this KVM
+    /// does not have it.
     #[must_use]
-    pub fn exits(&self) -> u64 {
-        number(&self.file, self.exits).expect("KVM counts exits")
+    pub fn get(&self, name: &str) -> Option<u64> {
+        let (_, place) = self.places.iter().find(|(known, _)| known == name)?;
+        number(&self.file, *place).ok()
     }
 
-    /// Returns the number of exits to user space for accesses to a device's memory.
-    ///
-    /// # Panics
-    /// Panics if KVM does not provide it.
+    /// Returns all counters, with their names.
     #[must_use]
-    pub fn mmio(&self) -> u64 {
-        number(&self.file, self.mmio).expect("KVM counts accesses to devices")
+    pub fn all(&self) -> Vec<(&str, u64)> {
+        let counters = self.places.iter();
+        counters.filter_map(|(name, place)| Some((name.as_str(), number(&self.file, *place).ok()?))).collect()
     }
 }
 
-/// Returns the position of a counter's value.
-fn place(file: &File, name: &str) -> io::Result<Option<u64>> {
+/// Returns the names and positions of all counters of one number. Histograms are left out.
+fn places(file: &File) -> io::Result<Vec<(String, u64)>> {
     // Flags, length of a name and number of descriptors, then the positions of the names, the descriptors and
     // the data.
     let header = |index: u64| word(file, 4 * index).map(u64::from);
     let (name_bytes, count, descriptors, data) = (header(1)?, header(2)?, header(4)?, header(5)?);
+    let mut places = Vec::new();
     for index in 0..count {
         let at = descriptors + index * (DESCRIPTOR + name_bytes);
+        // Flags (4 bytes), exponent and number of values (2 each), offset (4), and 4 for histograms.
+        let values = word(file, at + 4)? >> 16;
         let mut bytes = vec![0; name_bytes as usize];
         file.read_exact_at(&mut bytes, at + DESCRIPTOR)?;
-        if bytes.split(|&byte| byte == 0).next() == Some(name.as_bytes()) {
-            // Flags (4 bytes), exponent and size (2 each), offset (4), and 4 for histograms.
-            return Ok(Some(data + u64::from(word(file, at + 8)?)));
+        let name = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
+        if values == 1 {
+            places.push((String::from_utf8_lossy(name).into_owned(), data + u64::from(word(file, at + 8)?)));
         }
     }
-    Ok(None)
+    Ok(places)
 }
 
 fn word(file: &File, at: u64) -> io::Result<u32> {
