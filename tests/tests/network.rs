@@ -1,6 +1,9 @@
 //! Linux guests on a network of the host and with sockets of its programs, while their memory is merged, and taps of
 //! all kinds.
 
+#[path = "network/published.rs"]
+mod published;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
@@ -56,6 +59,8 @@ fn main() -> ExitCode {
             &[Need::Kvm, Need::Passt],
             refuse_networks_of_the_user,
         ),
+        ("published_ports_of_udp_and_ipv6_lead_to_the_guest", &[Need::Passt], published::lead_to_the_guest),
+        ("published_ports_belong_to_one_vm_each", &[Need::Kvm, Need::Passt], published::belong_to_one_vm),
         ("a_tap_with_two_queues_uses_those_that_the_guest_does", &[Need::Taps], use_two_queues),
         ("a_tap_serves_one_vm_at_a_time", &[Need::Taps], use_one_tap_twice),
         (

@@ -213,8 +213,9 @@ pub(crate) struct VmOptions {
 
     /// Add a network device on a tap: tap=NAME ({index} and {name} are replaced), which is made if the host has
     /// none and the user may do so, or fd=N, an open file. Or add one without privileges, through passt: user, with
-    /// publish=HOST:GUEST for ports of the guest. Repeat the option for more devices. Further fields are id=NAME, mac=ADDRESS, mtu=BYTES, queues=N, and limits per second: rx-rate=BYTES, rx-iops=FRAMES,
-    /// tx-rate=BYTES and tx-iops=FRAMES
+    /// publish=HOST:GUEST for ports of the guest ({index} in HOST is replaced). Repeat the option for more devices.
+    /// Further fields are id=NAME, mac=ADDRESS, mtu=BYTES, queues=N, and limits per second: rx-rate=BYTES,
+    /// rx-iops=FRAMES, tx-rate=BYTES and tx-iops=FRAMES
     #[arg(long = "net", value_name = "tap=NAME|user[,FIELD...]", value_parser = parse_net)]
     pub(crate) networks: Vec<NetworkSpec>,
 

@@ -30,8 +30,7 @@ fn vm(
         backing: disk.backing.as_deref().map(path),
         ..disk.clone()
     };
-    let network =
-        |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(expand), ..network.clone() };
+    let network = |network: &NetworkSpec| network.for_vm(index, expand);
     let vsock = |vsock: &VsockSpec| VsockSpec { uds: path(&vsock.uds), ..vsock.clone() };
     let console = match console {
         ConsoleArg::Stdio if options.count == 1 => ConsoleConfig::Stdio,

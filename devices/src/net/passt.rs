@@ -119,6 +119,7 @@ fn arguments(options: &PasstOptions) -> Vec<String> {
     add("--netmask", PREFIX_BITS.to_string());
     add("--gateway", GATEWAY.to_string());
     add("--mtu", mtu.to_string());
+    // A host's port that is no number was refused before.
     for Publish { address, host, guest, udp } in publish {
         add(if *udp { "--udp-ports" } else { "--tcp-ports" }, format!("{address}/{host}:{guest}"));
     }

@@ -34,7 +34,7 @@ impl From<HostError> for Refusal {
             }
             HostError::Disk { .. } | HostError::ImageFolder { .. } => Refusal::new(Kind::InvalidConfiguration, text).at("/disks"),
             HostError::SharedDisk { .. } => Refusal::new(Kind::InUse, text).at("/disks"),
-            HostError::SharedTap { .. } => Refusal::new(Kind::InUse, text).at("/networks"),
+            HostError::SharedTap { .. } | HostError::SharedPort { .. } => Refusal::new(Kind::InUse, text).at("/networks"),
             HostError::SharedSocket { .. } => Refusal::new(Kind::InUse, text).at("/vsock/uds"),
             HostError::SharedConsole { .. } => Refusal::new(Kind::InUse, text).at("/console/file"),
             HostError::ConsoleFolder { .. } => {

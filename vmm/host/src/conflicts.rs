@@ -1,4 +1,4 @@
-//! Resources that VMs cannot share: names, writable disks, taps, sockets, and console files.
+//! Resources that VMs cannot share: names, writable disks, taps, published ports, sockets, and console files.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::HostError;
 use samepage_machine::config::{ConfigError, DiskSpec, VmConfig, VmSpec};
-use samepage_spec::NetworkSpec;
+use samepage_spec::{HostPort, NetworkSpec, Publish};
 
 /// The files that a VM uses, and that other VMs may not use.
 #[derive(Debug, Clone)]
@@ -63,12 +63,13 @@ pub enum Part {
 }
 
 /// Returns all conflicts between VMs, and files that are missing: names that are not unique, missing files of
-/// disks, disks that one VM writes while another uses them, taps of two devices, sockets of two VMs, consoles
-/// without a folder or with a common file.
+/// disks, disks that one VM writes while another uses them, taps of two devices, ports that two devices publish, sockets
+/// of two VMs, consoles without a folder or with a common file.
 pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
     let mut names = HashSet::new();
     let mut disks: HashMap<Image, (&str, bool)> = HashMap::new();
     let mut taps: HashMap<String, &str> = HashMap::new();
+    let mut ports: HashMap<(&HostPort, bool), Vec<(&Publish, &str)>> = HashMap::new();
     let mut sockets: HashMap<&Path, &str> = HashMap::new();
     let mut consoles: HashMap<&Path, &str> = HashMap::new();
     let mut found = Vec::new();
@@ -117,6 +118,15 @@ pub fn conflicts(vms: &[Uses]) -> Vec<Conflict> {
             {
                 let first = first.to_owned();
                 tell(Part::Network(place), HostError::SharedTap { tap, first, second: vm() });
+            }
+            for publish in &network.publish {
+                // Ports of one number may be at several addresses.
+                let same = ports.entry((&publish.host, publish.udp)).or_default();
+                if let Some((_, first)) = same.iter().find(|(other, _)| publish.collides(other)) {
+                    let (port, first) = (publish.to_string(), (*first).to_owned());
+                    tell(Part::Network(place), HostError::SharedPort { port, first, second: vm() });
+                }
+                same.push((publish, &uses.name));
             }
         }
         if let Some(path) = uses.socket.as_deref()
@@ -215,6 +225,24 @@ mod tests {
         check(&[with("a", "/dev/null".into()), with("b", "/dev/null".into())]).unwrap();
         let text = check(&[with("a", in_folder("x")), with("b", in_folder("x"))]).unwrap_err().to_string();
         assert!(text.contains("used by VM a and by VM b"), "{text}");
+    }
+
+    #[test]
+    fn a_published_port_is_that_of_one_device() {
+        let with = |name, ports: &[&str]| {
+            let mut config = vm(name, &[]);
+            let publish = ports.iter().map(|port| port.parse().unwrap()).collect();
+            config.spec.networks = vec![NetworkSpec { user: true, publish, ..NetworkSpec::default() }];
+            config
+        };
+        check(&[with("a", &["80:80", "80:80/udp"]), with("b", &["81:80", "127.0.0.2:80:80"])]).unwrap();
+        let text = check(&[with("a", &["80:80"]), with("b", &["0.0.0.0:80:1"])]).unwrap_err().to_string();
+        assert!(text.contains("port 0.0.0.0:80:1 is published by VM a and by VM b"), "{text}");
+        let text = check(&[with("a", &["80:80", "80:81"])]).unwrap_err().to_string();
+        assert!(text.contains("port 80:81 is published twice by VM a"), "{text}");
+        let found = conflicts(&[Uses::of(&with("a", &["80:80"])), Uses::of(&with("b", &["81:80", "80:80"]))]);
+        assert_eq!((found[0].vm, found[0].part, found.len()), (1, Part::Network(0), 1));
+        assert!(found[0].error.hint_of_templates().unwrap().contains("{index} in a published port"));
     }
 
     #[test]

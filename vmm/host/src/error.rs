@@ -94,6 +94,16 @@ pub enum HostError {
         /// The VM of the second device; may be the same VM.
         second: String,
     },
+    /// Two network devices publish one port of the host.
+    #[error("the host's port {port} is published {}; give each a port of its own", by_both(.first, .second))]
+    SharedPort {
+        /// The port, as in the description of the second.
+        port: String,
+        /// The VM of the first device.
+        first: String,
+        /// The VM of the second device; may be the same VM.
+        second: String,
+    },
     /// Two socket devices have one socket.
     #[error("socket {path} is used {}; give each VM a path of its own", by_both(.first, .second))]
     SharedSocket {
@@ -163,9 +173,10 @@ impl HostError {
             self,
             Self::SharedDisk { .. }
                 | Self::SharedTap { .. }
+                | Self::SharedPort { .. }
                 | Self::SharedSocket { .. }
                 | Self::SharedConsole { .. }
         );
-        shared.then_some(" ({index} and {name} in a path or a tap stand for each VM's number and name)")
+        shared.then_some(" ({index} and {name} in a path or a tap, and {index} in a published port, stand for each VM's number and name)")
     }
 }

@@ -32,6 +32,11 @@ pub fn config_schema() -> String {
     group["pattern"] = GROUP.into();
     // A name has at most this number of letters, and each may come from the longest template.
     group["maxLength"] = json!(group["maxLength"].as_u64().map(|letters| letters * "{index}".len() as u64));
+    let port = &mut schema["$defs"]["PublishSpec"]["pattern"];
+    if let Some((host, rest)) = port.as_str().and_then(|pattern| pattern.strip_prefix('^')?.split_once(':')) {
+        // In a file, the number of a VM may be a part of the host's port.
+        *port = format!(r"^({host}|[0-9]{{0,5}}\{{index\}}[0-9]{{0,5}}):{rest}").into();
+    }
     // Values of constant types can always be serialised.
     let text = serde_json::to_string_pretty(&schema).unwrap_or_default();
     text.replace(PREFIXES.0, PREFIXES.1) + "\n"

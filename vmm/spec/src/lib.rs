@@ -25,7 +25,7 @@ pub use cpu::{Cpu, MAX_VCPUS, THREADS_OF_A_CORE};
 pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
 pub use hole::MemoryHole;
 pub use network::{Mac, NetworkSpec};
-pub use publish::Publish;
+pub use publish::{HostPort, Publish};
 pub use rng::RngSpec;
 pub use size::Size;
 #[cfg(feature = "schema")]

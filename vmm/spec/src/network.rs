@@ -84,6 +84,13 @@ impl NetworkSpec {
         self.mac.unwrap_or_else(|| Mac::of(vm, number))
     }
 
+    /// Returns the device of the VM of this number, of which `text` replaces what stands for the VM in texts.
+    #[must_use]
+    pub fn for_vm(&self, index: u32, text: impl Fn(&str) -> String) -> Self {
+        let publish = self.publish.iter().map(|publish| publish.for_vm(index)).collect();
+        Self { tap: self.tap.as_deref().map(text), publish, ..self.clone() }
+    }
+
     /// Returns the number of pairs of queues.
     #[must_use]
     pub fn queues(&self) -> usize {
@@ -120,6 +127,10 @@ impl NetworkSpec {
         }
         if self.publish.len() > MAX_PUBLISHED {
             fault("publish", format!("{} ports: {MAX_PUBLISHED} at most", self.publish.len()));
+        }
+        let wrong = self.publish.iter().enumerate();
+        for (number, reason) in wrong.filter_map(|(number, publish)| Some((number, publish.fault()?))) {
+            fault(&format!("publish/{number}"), reason);
         }
         if let Some(queues) = self.queues.filter(|queues| !(1..=MAX_QUEUES).contains(queues)) {
             fault("queues", format!("{queues} queues: a network device has 1 to {MAX_QUEUES}"));

@@ -5,7 +5,8 @@ use samepage_text::names;
 
 use super::fields::{fields, parse_limit_field};
 
-/// Returns the device that an argument describes, before `{index}` and `{name}` are replaced in its tap.
+/// Returns the device that an argument describes, before `{index}` and `{name}` are replaced in its tap, and `{index}` in
+/// the ports that it publishes.
 pub(super) fn parse_net(text: &str) -> Result<NetworkSpec, String> {
     let mut net = NetworkSpec { queues: Some(1), ..NetworkSpec::default() };
     for field in fields(text) {
@@ -44,7 +45,8 @@ pub(super) fn parse_net(text: &str) -> Result<NetworkSpec, String> {
             }
         }
     }
-    match net.faults().into_iter().next() {
+    // All VMs have the faults of the first.
+    match net.for_vm(0, str::to_owned).faults().into_iter().next() {
         Some((_, reason)) => Err(reason),
         None => Ok(net),
     }
@@ -77,9 +79,13 @@ mod tests {
         let user = parse_net("user,publish=2222:22,publish=0.0.0.0:53:53/udp,host-loopback=on").unwrap();
         assert!(user.user && user.host_loopback);
         assert_eq!(user.publish, ["2222:22", "0.0.0.0:53:53/udp"].map(|text| text.parse().unwrap()));
+        let several = parse_net("user,publish=22{index}:22,publish=[::]:5{index}:53/udp").unwrap();
+        assert_eq!(several.for_vm(4, str::to_owned).publish[1], "[::]:54:53/udp".parse().unwrap());
         for wrong in [
             "",
             "user=x",
+            "user,publish={index}:22",
+            "user,publish=22{name}:22",
             "user,tap=a",
             "user,queues=2",
             "user,publish=22",

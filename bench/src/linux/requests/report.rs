@@ -11,11 +11,12 @@ use crate::host::Host;
 use crate::report::Figure;
 
 /// KVM's counters in the table, with their columns.
-const COLUMNS: [(&str, &str); 4] = [
+const COLUMNS: [(&str, &str); 5] = [
     ("exits", "exits"),
     ("mmio_exits", "to samepage"),
     ("halt_exits", "halts"),
     ("irq_injections", "interrupts"),
+    ("insn_emulation", "interpreted"),
 ];
 
 /// Results of `samepage bench requests`.

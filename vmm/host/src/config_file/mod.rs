@@ -164,8 +164,7 @@ impl VmEntry {
             backing: disk.backing.as_deref().map(path),
             ..disk.clone()
         };
-        let network =
-            |network: &NetworkSpec| NetworkSpec { tap: network.tap.as_deref().map(text), ..network.clone() };
+        let network = |network: &NetworkSpec| network.for_vm(index, text);
         let vsock = |vsock: &VsockSpec| VsockSpec { uds: path(&vsock.uds), ..vsock.clone() };
         let sharing = self.sharing.clone().unwrap_or_default();
         VmSpec {
