@@ -1,5 +1,5 @@
-# Firecracker's guide "Getting started": its calls of the API, its network, and its ssh, on a kernel of Debian's that
-# finds its devices by ACPI and on PCI.
+# Firecracker's guide "Getting started": its calls of the API, its network, its ssh and its metadata, on a kernel of
+# Debian's that finds its devices by ACPI and on PCI.
 set -eu
 . ./helpers.sh
 enter_image
@@ -37,10 +37,14 @@ chmod 700 "$root/root" "$root/root/.ssh"
 cp /bin/busybox "$root/bin"
 for name in init getty reboot ip ifconfig sh; do ln -s /bin/busybox "$root/sbin/$name"; done
 ln -s /bin/busybox "$root/bin/sh"
-for file in /usr/sbin/sshd $(in_debian ldd /usr/sbin/sshd | grep -o '/[^ ]*'); do
+for program in /usr/sbin/sshd /usr/bin/curl; do
+    echo "$program"
+    in_debian ldd "$program" | grep -o '/[^ ]*'
+done | sort -u > /tmp/copied
+while read -r file; do
     mkdir -p "$root$(dirname "$file")"
     in_debian cp -L "$file" "$root$file"
-done
+done < /tmp/copied
 printf 'root:x:0:0::/root:/bin/sh\nsshd:x:100:100::/run/sshd:/bin/false\n' > "$root/etc/passwd"
 printf 'PermitRootLogin yes\nUsePAM no\n' > "$root/etc/ssh/sshd_config"
 in_debian ssh-keygen -q -t ed25519 -N '' -f "$root/etc/ssh/ssh_host_ed25519_key"
@@ -118,6 +122,19 @@ sudo curl -X PUT --unix-socket "${API_SOCKET}" \
     }" \
     "http://localhost/network-interfaces/net1"
 
+# Metadata, as in Firecracker's page about these.
+sudo curl -X PUT --unix-socket "${API_SOCKET}" \
+    --data '{
+        "network_interfaces": ["net1"],
+        "version": "V2"
+    }' \
+    "http://localhost/mmds/config"
+sudo curl -X PUT --unix-socket "${API_SOCKET}" \
+    --data '{
+        "latest": { "meta-data": { "ami-id": "ami-12345678", "reservation-id": "r-fea54097" } }
+    }' \
+    "http://localhost/mmds"
+
 sudo curl -X PUT --unix-socket "${API_SOCKET}" \
     --data "{
         \"action_type\": \"InstanceStart\"
@@ -129,6 +146,12 @@ KEY_NAME=/tmp/debian.id_rsa
 wait_for 'ssh_to $KEY_NAME 172.16.0.2 "ip route add default via 172.16.0.1 dev eth0"'
 ssh_to $KEY_NAME 172.16.0.2 "echo 'nameserver 8.8.8.8' > /etc/resolv.conf"
 ssh_to $KEY_NAME 172.16.0.2 "echo 'options single-request-reopen' >> /etc/resolv.conf"
+ssh_to $KEY_NAME 172.16.0.2 "ip route add 169.254.169.254 dev eth0"
+ssh_to $KEY_NAME 172.16.0.2 'TOKEN=$(curl -s -X PUT "http://169.254.169.254/latest/api/token" \
+    -H "X-metadata-token-ttl-seconds: 21600"); curl -s -H "X-metadata-token: $TOKEN" \
+    "http://169.254.169.254/latest/meta-data/ami-id"' > /tmp/metadata
+echo "the guest's metadata: $(cat /tmp/metadata)"
+grep -q '^ami-12345678' /tmp/metadata
 ssh_to $KEY_NAME 172.16.0.2 "ip route; cat /etc/resolv.conf; uname -r; free; reboot"
 status=0
 wait "$samepage" || status=$?

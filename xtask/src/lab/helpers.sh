@@ -70,7 +70,7 @@ wait_for() {
         now=$(state | tr '\n' '|')
         if ! grep -qxF -e "$now" /tmp/states; then
             echo "$now" >> /tmp/states
-            echo "$(cut -d. -f1 /proc/uptime) s:|$now" | tr '|' '\n'
+            echo "$(cut -d. -f1 /proc/uptime) s:|${now%|}" | tr '|' '\n'
             still=0
         fi
         still=$((still + 1))
