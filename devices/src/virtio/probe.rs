@@ -30,6 +30,11 @@ impl Probe {
     pub(super) fn is_active(&self) -> bool {
         self.0.lock().unwrap().active.is_some()
     }
+
+    /// Shows what the transport has handed to the device, which runs.
+    pub(super) fn with_activation<T>(&self, show: impl FnOnce(&Activation) -> T) -> T {
+        show(self.0.lock().unwrap().active.as_ref().expect("the device runs"))
+    }
 }
 
 impl Probe {

@@ -43,14 +43,14 @@ fn initialisation_hands_the_queues_to_the_device() {
     driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
     assert_eq!(driver.status(), DRIVER_OK);
 
-    let record = probe.0.lock().unwrap();
-    let activation = record.active.as_ref().unwrap();
-    assert_eq!(activation.features, RING_FEATURES);
-    let [ActiveQueue { index: 0, queue, .. }] = &activation.queues[..] else {
-        panic!("one queue was set up");
-    };
-    assert_eq!((queue.size(), queue.desc_table(), queue.avail_ring()), (16, DESCRIPTORS, AVAILABLE));
-    assert_eq!((queue.used_ring(), queue.event_idx_enabled()), (USED, true));
+    probe.with_activation(|activation| {
+        assert_eq!(activation.features, RING_FEATURES);
+        let [ActiveQueue { index: 0, queue, .. }] = &activation.queues[..] else {
+            panic!("one queue was set up");
+        };
+        assert_eq!((queue.size(), queue.desc_table(), queue.avail_ring()), (16, DESCRIPTORS, AVAILABLE));
+        assert_eq!((queue.used_ring(), queue.event_idx_enabled()), (USED, true));
+    });
 }
 
 #[test]
@@ -109,11 +109,10 @@ fn a_ready_queue_does_not_change() {
     assert!(driver.set_up_queue(16, DESCRIPTORS, AVAILABLE, USED));
     driver.set_up_queue(32, BUFFERS, BUFFERS, BUFFERS);
     driver.set(VIRTIO_MMIO_STATUS, DRIVER_OK);
-    {
-        let record = probe.0.lock().unwrap();
-        let queue = &record.active.as_ref().unwrap().queues[0].queue;
+    probe.with_activation(|activation| {
+        let queue = &activation.queues[0].queue;
         assert_eq!((queue.size(), queue.desc_table()), (16, DESCRIPTORS));
-    }
+    });
 
     // A queue that was not set up in time stays unused.
     driver.set(VIRTIO_MMIO_QUEUE_SEL, 1);

@@ -140,13 +140,11 @@ fn initialisation_hands_the_queues_and_their_messages_to_the_device() {
     driver.start();
     driver.set::<2>(0x10, 0);
     assert_eq!((driver.status(), driver.get::<2>(0x10)), (DRIVER_OK, 0));
-    {
-        let record = probe.0.lock().unwrap();
-        let activation = record.active.as_ref().unwrap();
+    probe.with_activation(|activation| {
         assert_eq!((activation.queues.len(), activation.queues[0].index), (1, 0));
         activation.interrupt.signal_queue(0);
         activation.interrupt.signal_config();
-    }
+    });
     let sent = |driver: &Driver, vector: usize| driver.messages.events()[vector].read().unwrap_or(0);
     assert_eq!((sent(&driver, 0), sent(&driver, 1), sent(&driver, 2)), (1, 1, 0));
     let told = driver.told.lock().unwrap().clone();
