@@ -38,6 +38,7 @@ mod uring;
 pub(crate) mod wakers;
 
 pub use open::{OpenError, ResizeError};
+pub use qcow2::create::NewFile;
 use samepage_spec::RateLimits;
 pub use samepage_spec::{CachePolicy, Format};
 
@@ -119,6 +120,7 @@ pub struct Disk {
     wakers: Arc<Wakers>,
     threads: Mutex<Weak<ThreadPool>>,
     notices: Vec<String>,
+    new_file: Option<NewFile>,
     lost: AtomicBool,
     must_write_zeros: AtomicBool,
 }
@@ -136,9 +138,20 @@ impl Disk {
     /// Fails if a file cannot be opened, is in use, or is not an image of the format, if its backing image is another
     /// one, or if it cannot be created.
     pub fn open(options: &DiskOptions) -> Result<Self, OpenError> {
-        if let Some(new) = &options.create {
-            qcow2::create::if_missing(&options.path, options.backing.as_deref(), new)?;
+        let new_file = match &options.create {
+            Some(new) => qcow2::create::if_missing(&options.path, options.backing.as_deref(), new)?,
+            None => None,
+        };
+        match Self::open_existing(options) {
+            Ok(disk) => Ok(Self { new_file, ..disk }),
+            Err(error) => {
+                new_file.inspect(NewFile::remove);
+                Err(error)
+            }
         }
+    }
+
+    fn open_existing(options: &DiskOptions) -> Result<Self, OpenError> {
         let file = ImageFile::open(&options.path, options.read_only)?;
         let looks_like_qcow2 = file.looks_like_qcow2()?;
         let (format, trusted) = match options.format {
@@ -196,6 +209,7 @@ impl Disk {
             wakers,
             threads: Mutex::default(),
             notices: Vec::new(),
+            new_file: None,
             lost: AtomicBool::new(false),
             must_write_zeros: AtomicBool::new(false),
         }
@@ -224,6 +238,11 @@ impl Disk {
     /// Returns sentences for the user about how the disk is accessed.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// Returns the file of the image if [`open`](Self::open) has created it.
+    pub fn new_file(&self) -> Option<&NewFile> {
+        self.new_file.as_ref()
     }
 
     pub(crate) fn locks(&self) -> &Arc<RangeLocks> {

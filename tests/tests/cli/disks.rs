@@ -50,6 +50,21 @@ pub(crate) fn written() {
     }
 }
 
+pub(crate) fn left_over() {
+    let scratch = Scratch::new();
+    scratch.sparse("base.img", 1 << 20);
+    let disk = "--disk=path=vm.qcow2,backing=base.img,create";
+    // The socket is the last device.
+    let end = scratch.start(short().to_string(), &[disk, "--vsock=uds=missing/socket"]).wait();
+    end.assert_code(1);
+    assert!(scratch.read("vm.qcow2").is_err());
+    scratch.start(short().to_string(), &[disk]).wait().assert_code(0);
+    assert!(scratch.read("vm.qcow2").is_ok());
+    // An image that was there before stays.
+    scratch.start(short().to_string(), &[disk, "--vsock=uds=missing/socket"]).wait().assert_code(1);
+    assert!(scratch.read("vm.qcow2").is_ok());
+}
+
 pub(crate) fn read_only() {
     let scratch = Scratch::new();
     let mut image = vec![0; 1 << 20];

@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         ("more_memory_than_the_host_has_needs_overcommit", &[Kvm], guests::overcommit),
         ("what_a_guest_writes_is_in_its_image", &[Kvm], disks::written),
         ("a_read_only_disk_serves_several_guests_and_stays_as_it_is", &[Kvm], disks::read_only),
+        ("a_vm_that_cannot_be_built_leaves_no_image", &[Kvm], disks::left_over),
         ("a_disk_in_use_is_refused_until_it_is_free", &[Kvm], disks::in_use),
         ("statistics_add_up_while_guests_share", &[Kvm], stats::while_sharing),
         ("statistics_tell_groups_and_modes", &[Kvm], stats::groups_and_modes),

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -33,15 +33,34 @@ struct Base {
     size: u64,
 }
 
-/// Creates the image at `path` if there is nothing.
+/// The file of an image that was created, and that no guest has used yet.
+#[derive(Clone, Debug)]
+pub struct NewFile {
+    path: PathBuf,
+    /// Its device and inode.
+    file: (u64, u64),
+}
+
+impl NewFile {
+    /// Removes the file, which nobody needs. To be called before a guest runs.
+    pub fn remove(&self) {
+        // Somebody may have put another file in its place.
+        let there = self.path.symlink_metadata().map(|file| (file.dev(), file.ino()));
+        if there.is_ok_and(|there| there == self.file) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Creates the image at `path` if there is nothing. Returns the file if it is this call's.
 pub(in super::super) fn if_missing(
     path: &Path,
     backing: Option<&Path>,
     new: &NewImage,
-) -> Result<(), OpenError> {
+) -> Result<Option<NewFile>, OpenError> {
     let failed = |reason: String| OpenError::Create { path: path.to_owned(), reason };
     match path.symlink_metadata() {
-        Ok(_) => return Ok(()),
+        Ok(_) => return Ok(None),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(source) => return Err(OpenError::Io { action: "inspect", path: path.to_owned(), source }),
     }
@@ -115,19 +134,25 @@ impl Base {
     }
 }
 
-/// Writes a new image next to its path, and moves it there.
-fn write(path: &Path, size: u64, backing: Option<(String, Format)>) -> io::Result<()> {
+/// Writes a new image next to its path, and moves it there. Returns `None` if there is another one by then.
+fn write(path: &Path, size: u64, backing: Option<(String, Format)>) -> io::Result<Option<NewFile>> {
     let (temporary, file) = temporary(path)?;
     let written = fill(&file, size, backing).and_then(|()| match fs::hard_link(&temporary, path) {
         // Another program has been faster.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        linked => linked,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+        Err(error) => Err(error),
+        Ok(()) => {
+            let file = file.metadata()?;
+            Ok(Some(NewFile { path: path.to_owned(), file: (file.dev(), file.ino()) }))
+        }
     });
     let removed = fs::remove_file(&temporary);
-    written.and(removed)?;
+    let new = written?;
+    removed?;
     // The name must last as long as the guest's data.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
+    File::open(folder)?.sync_all()?;
+    Ok(new)
 }
 
 /// Creates a file that has no user yet.

@@ -31,7 +31,7 @@ use super::{ActivateError, Activation, VirtioDevice, read_config};
 use crate::disk::cache::{BlockCache, ImageId};
 use crate::disk::image::Image;
 use crate::disk::limit::RateLimiter;
-use crate::disk::{Disk, DiskOptions, OpenError};
+use crate::disk::{Disk, DiskOptions, NewFile, OpenError};
 
 mod request;
 mod service;
@@ -128,6 +128,11 @@ impl Block {
             disk.set_cache(cache);
         }
         Self::new(&config.vm, &config.id, config.queues, disk)
+    }
+
+    /// Returns the file of the image if [`open`](Self::open) has created it.
+    pub fn new_file(&self) -> Option<&NewFile> {
+        self.disk.new_file()
     }
 
     /// Returns a disk with the name `id` of the VM `vm`, on an open image.

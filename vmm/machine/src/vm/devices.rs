@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use samepage_devices::GuestMemory;
 use samepage_devices::disk::cache::BlockCache;
 use samepage_devices::disk::limit::RateLimiter;
-use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format, NewImage};
+use samepage_devices::disk::{CachePolicy, DiskOptions, Engine, Format, NewFile, NewImage};
 use samepage_devices::doorbell::{DOORBELL_BYTES, Doorbell};
 use samepage_devices::i8042::{self, I8042};
 use samepage_devices::net::Detour;
@@ -136,9 +136,25 @@ pub(super) struct Devices {
     networks: Vec<Network>,
     vsock: Option<Arc<VsockStats>>,
     rng: Option<Arc<RngStats>>,
+    new_files: Mutex<NewFiles>,
+}
+
+/// Images that were created for a VM. Dropping this value removes them, so a VM that cannot be built leaves none.
+#[derive(Default)]
+struct NewFiles(Vec<NewFile>);
+
+impl Drop for NewFiles {
+    fn drop(&mut self) {
+        self.0.iter().for_each(NewFile::remove);
+    }
 }
 
 impl Devices {
+    /// Lets images that were created stay, because the VM has been built. To be called before its guest runs.
+    pub(super) fn keep_new_files(&self) {
+        self.new_files.lock().0.clear();
+    }
+
     /// Makes the devices and connects them to KVM's interrupt lines and write notifications. They stop when
     /// the flag beside the memory says that a part of the memory was lost.
     pub(super) fn new(
@@ -176,6 +192,7 @@ impl Devices {
         };
         let mut places = Places::new(kvm, memory, lost, mmio, spec.bus);
         let mut attached = Vec::with_capacity(spec.disks.len());
+        let mut new_files = NewFiles::default();
         for disk in &spec.disks {
             let id = disk.id(attached.len()).into_owned();
             let cached = keep(disk.cache()).is_some();
@@ -208,6 +225,7 @@ impl Devices {
             });
             let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
+            new_files.0.extend(block.new_file().cloned());
             if let Some(SharedMemory { hints, slots, .. }) = sharing {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
@@ -251,7 +269,20 @@ impl Devices {
         }
         let mmio = places.into_bus(&mut ports);
         let disks = attached;
-        Ok(Self { ports, mmio, serial, serial_stats, keyboard, power, disks, networks, vsock, rng })
+        let new_files = Mutex::new(new_files);
+        Ok(Self {
+            ports,
+            mmio,
+            serial,
+            serial_stats,
+            keyboard,
+            power,
+            disks,
+            networks,
+            vsock,
+            rng,
+            new_files,
+        })
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {

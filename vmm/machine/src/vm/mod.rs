@@ -308,6 +308,7 @@ impl Vm {
             let thread = vcpu.spawn(&spec.name, &vm.handle.control).map_err(VmError::Thread)?;
             vm.threads.push(thread);
         }
+        vm.devices.keep_new_files();
         Ok(vm)
     }
 

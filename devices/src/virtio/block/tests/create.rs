@@ -178,3 +178,23 @@ fn a_backing_image_that_is_written_is_refused() {
     assert!(refused(&writer).contains("in use"));
     drop((disk, second));
 }
+
+#[test]
+fn a_new_image_that_nobody_needs_is_removed() {
+    let (folder, base, _) = raw();
+    let path = folder.path().join("vm.qcow2");
+    let disk = created(&path, &base);
+    let new = disk.new_file().cloned().expect("it is this disk's");
+    drop(disk);
+    // It stays until somebody says so, and an image that was there is nobody's to remove.
+    assert!(created(&path, &base).new_file().is_none());
+    new.remove();
+    assert!(!path.exists());
+    new.remove();
+    // Another file in its place stays. The first one exists for so long, or the other could get its inode.
+    let disk = created(&path, &base);
+    fs::rename(&path, folder.path().join("moved")).unwrap();
+    fs::write(&path, "mine").unwrap();
+    disk.new_file().unwrap().remove();
+    assert_eq!(fs::read(&path).unwrap(), b"mine");
+}
