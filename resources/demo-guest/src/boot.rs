@@ -38,16 +38,8 @@ global_asm!(
     .asciz "Xen"
     .quad pvh_entry
 
-    .section .text.boot, "ax"
-    .code32
-    .globl pvh_entry
-    pvh_entry:
-        cld
-        /* 0x67: present, writable, user, accessed, dirty; 0xe7: the same, and a 2 MiB page. */
-        movl $(page_directory_pointers + 0x67), page_map
-        movl $(boot_directory + 0x67), page_directory_pointers
-        movl $0xe7, boot_directory
-        movl $0x2000e7, boot_directory + 8
+    /* Paging and long mode, with the page tables for the first 4 MiB. Changes EAX, ECX and EDX. */
+    .macro long_mode
         movl $0x620, %eax       /* CR4: PAE, OSFXSR, OSXMMEXCPT */
         movl %eax, %cr4
         movl $page_map, %eax
@@ -58,6 +50,30 @@ global_asm!(
         wrmsr
         movl $0x80010033, %eax  /* CR0: PG, WP, NE, ET, MP, PE */
         movl %eax, %cr0
+    .endm
+
+    /* Segments of 64-bit code: a stack in ring 0, and data of ring 3. Changes EAX. */
+    .macro segments
+        movl $0x10, %eax
+        movl %eax, %ss
+        movl $0x1b, %eax
+        movl %eax, %ds
+        movl %eax, %es
+        movl %eax, %fs
+        movl %eax, %gs
+    .endm
+
+    .section .text.boot, "ax"
+    .code32
+    .globl pvh_entry
+    pvh_entry:
+        cld
+        /* 0x67: present, writable, user, accessed, dirty; 0xe7: the same, and a 2 MiB page. */
+        movl $(page_directory_pointers + 0x67), page_map
+        movl $(boot_directory + 0x67), page_directory_pointers
+        movl $0xe7, boot_directory
+        movl $0x2000e7, boot_directory + 8
+        long_mode
         /* RSP0; the I/O bitmap's place, and the byte of ones that must end it: all ports are permitted. */
         movl $kernel_stack_top, task_states + 4
         movw $(64 * 104), task_states + 102
@@ -71,13 +87,7 @@ global_asm!(
         ljmpl $0x08, $1f
 
     .code64
-    1:  movl $0x10, %eax
-        movl %eax, %ss
-        movl $0x1b, %eax
-        movl %eax, %ds
-        movl %eax, %es
-        movl %eax, %fs
-        movl %eax, %gs
+    1:  segments
         movl $kernel_stack_top, %esp
         lidt idt_pointer
         movl $0x28, %eax
@@ -95,26 +105,11 @@ global_asm!(
     processor_entry:
         movl $0x10, %eax
         movl %eax, %ds
-        movl $0x620, %eax
-        movl %eax, %cr4
-        movl $page_map, %eax
-        movl %eax, %cr3
-        movl $0xc0000080, %ecx
-        rdmsr
-        orl $0x100, %eax
-        wrmsr
-        movl $0x80010033, %eax
-        movl %eax, %cr0
+        long_mode
         lgdt gdt_pointer
         ljmpl $0x08, $1f
     .code64
-    1:  movl $0x10, %eax
-        movl %eax, %ss
-        movl $0x1b, %eax
-        movl %eax, %ds
-        movl %eax, %es
-        movl %eax, %fs
-        movl %eax, %gs
+    1:  segments
         movl $1, %edi
         lock xaddl %edi, next_processor
         cmpl $64, %edi
