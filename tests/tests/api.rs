@@ -411,7 +411,10 @@ fn events() {
 
 fn metrics() {
     let host = Host::serve(&[]);
-    host.done("POST", "/vms", Some(&host.vm("a", &endless(0), true)));
+    let sockets = tempfile::tempdir().unwrap();
+    let mut vm = host.vm("a", &endless(0), true);
+    vm["vsock"] = json!({ "uds": sockets.path().join("a") });
+    host.done("POST", "/vms", Some(&vm));
     host.wait_for("/vms/a/sharing", "a look at the VM", |vm| vm["statistics"].is_object());
     let answer = host.client.raw("GET".parse().unwrap(), "/metrics", Vec::new()).unwrap();
     assert!(answer.media_type.starts_with("application/openmetrics-text"), "{}", answer.media_type);
@@ -438,6 +441,8 @@ fn metrics() {
         "samepage_vm_disk_read_bytes_total{vm=\"a\",source=\"disk\"} 0",
         "samepage_cache_read_bytes_total{source=\"guests\"} 0",
         "samepage_cache_limit_bytes",
+        "samepage_rng_bytes_total{vm=\"a\"} 0",
+        "samepage_vsock_timeouts_total{vm=\"a\"} 0",
     ] {
         assert!(text.contains(series), "{series} is missing:\n{text}");
     }
