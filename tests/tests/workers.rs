@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use samepage_resources::demo::plan::{Plan, Rate};
+use samepage_resources::demo::plan::{HoleMode, Plan, Rate};
 use samepage_tests::api::Host;
 use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness;
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     harness::run(&[
         ("vms_of_several_workers_share_and_end_as_others_do", share_and_end),
         ("a_worker_that_is_killed_takes_its_vms_along_and_nobody_else", killed),
+        ("a_guest_in_a_worker_tells_what_its_pages_are_for", types),
         ("a_console_in_a_worker_is_read_and_typed_to", console),
     ])
 }
@@ -152,5 +153,20 @@ fn console() {
     assert!(text.trim_end().ends_with("corrupt=0"), "{text}");
     let (status, answer): (u16, Value) = server.ask("POST", "/vms/a/console/input", None);
     assert!(status >= 400, "{answer}");
+    end(server, 0);
+}
+
+fn types() {
+    let server = Host::serve(&["--vms-per-worker", "1", "--sharing-cpu", "100", "--audit"]);
+    for (vm, name) in [(0, "a"), (1, "b")] {
+        let plan =
+            Plan { vm, hole_mode: Some(HoleMode::Honest), rounds: 0, every_ms: 200, ..Plan::default() };
+        server.done("POST", "/vms", Some(&server.vm(name, &plan, true)));
+    }
+    let publishing = |pages: &Value| pages["publishing"] == true;
+    server.wait_for("/vms/a/pages", "page types", publishing);
+    // Free pages come back only if the guest sees what the engine asks for, and answers.
+    let freed = |pages: &Value| pages["given_back_bytes"].as_u64().is_some_and(|bytes| bytes > 0);
+    server.wait_for("/vms/b/pages", "free memory", freed);
     end(server, 0);
 }

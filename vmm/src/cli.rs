@@ -348,7 +348,7 @@ pub(crate) struct ProcessArgs {
     pub(crate) config: Option<PathBuf>,
 
     /// Hold the VMs in worker processes, so many VMs in each at most. If a worker ends, its VMs end, and others go on.
-    /// 0 holds all VMs in this process. VMs in workers have no memory hole yet, and their disks no block cache
+    /// 0 holds all VMs in this process. Disks of VMs in workers have no block cache yet
     #[arg(long, value_name = "COUNT", env = "SAMEPAGE_VMS_PER_WORKER", default_value_t = 0)]
     #[arg(value_parser = clap::value_parser!(u32).range(..=1024))]
     pub(crate) vms_per_worker: u32,

@@ -48,6 +48,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "samepage-api-types",
             "samepage-devices",
+            "samepage-hole",
             "samepage-machine",
             "samepage-process",
             "samepage-sharing",

@@ -152,16 +152,16 @@ mod tests {
     use crate::memory::calls::Linux;
     use crate::memory::ram::Ram;
     use crate::numbers::Slot;
-    use crate::policy::budget::Budget;
+    use crate::policy::budget::Budgets;
 
     /// An engine with a VM that nobody follows, and whose cache holds this many blocks.
     fn caching(limit: CacheLimit, blocks: u32) -> (Engine, Slot) {
         let store = FrameStore::create(4096).unwrap();
         let calls = Linux::open(Arc::clone(store.file())).unwrap();
         let settings = Settings { longest_pause_ms: 3_600_000, ..Settings::default() };
-        let budget = Arc::new(Budget::new(None));
+        let budgets = Arc::new(Budgets::new(None));
         let limit = Arc::new(limit);
-        let mut engine = Engine::with_budget(&settings, store, Box::new(calls), budget, limit).unwrap();
+        let mut engine = Engine::with_budgets(&settings, store, Box::new(calls), budgets, limit).unwrap();
         engine.alone = true;
         let ram = Ram::reserve(64 * PAGE_SIZE).unwrap();
         ram.use_small_pages().unwrap();

@@ -239,10 +239,10 @@ impl Engine {
 
     /// Returns how many pages are dealt with: at least one.
     fn change_run(&mut self, slot: Slot, first: u32, new: Frame, count: u32) -> u32 {
-        let Self { members, store, stable, counters, share, .. } = self;
+        let Self { members, store, stable, counters, .. } = self;
         let member = members.at_mut(slot);
         let added = member.space.mappings_added(first, count, Source::Frames(new));
-        if added > 0 && added + 2 > share.budget().room() {
+        if added > 0 && added + 2 > member.budget().room() {
             return count;
         }
         let mut dead = Vec::new();

@@ -40,7 +40,8 @@ impl Engine {
     /// that a run of any length is worth them.
     pub(crate) fn is_far(&self, slots: [Slot; 2]) -> bool {
         let is_far = |&slot: &Slot| self.members.at(slot).space.memory().is_far();
-        slots.iter().any(is_far) && self.share.budget().shortest_run() == 1
+        let is_ample = |&slot: &Slot| self.members.at(slot).budget().shortest_run() == 1;
+        slots.iter().any(is_far) && slots.iter().all(is_ample)
     }
 
     /// How many neighbours a run may have, the page itself included.

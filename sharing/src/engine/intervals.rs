@@ -210,7 +210,7 @@ impl Engine {
 
     /// Has pages scanned again for which there was no room, where there is more of it now.
     fn admit_denied(&mut self) {
-        let budget = self.share.budget();
+        let budget = self.budgets.own();
         if self.pressure.eased(budget.room(), budget.ample()) {
             self.members.iter_mut().filter_map(|member| member.follower.as_mut()).for_each(Follower::admit);
         }

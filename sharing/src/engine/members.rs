@@ -20,6 +20,7 @@ use crate::frames::space::{LostHandler, Space, SpaceError};
 use crate::index::Contents;
 use crate::memory::content::{Page, Snapshot};
 use crate::numbers::{Digest, GlobalPage, Slot};
+use crate::policy::budget::{Budget, Share};
 use crate::policy::claims::{Claims, SharedTypes};
 use crate::policy::hints::Hints;
 use crate::policy::huge::HugeRanges;
@@ -92,6 +93,8 @@ pub(crate) struct Member {
     pub(crate) id: u64,
     base: GlobalPage,
     on_lost: LostHandler,
+    /// Its part of the mappings of the process that has its memory.
+    share: Share,
 }
 
 impl Member {
@@ -246,6 +249,16 @@ impl Member {
         }
     }
 
+    /// How many mappings its process has, and may have.
+    pub(crate) fn budget(&self) -> &Budget {
+        self.share.budget()
+    }
+
+    /// Lets the budget know how many mappings it has.
+    pub(crate) fn report_mappings(&mut self) {
+        self.share.set(self.space.mappings().into(), 1);
+    }
+
     pub(crate) fn tell_lost(&self, error: &SpaceError) {
         (self.on_lost)(error);
     }
@@ -292,6 +305,7 @@ impl Members {
         huge: Option<HugeRanges>,
         mode: Mode,
         on_lost: LostHandler,
+        budget: Arc<Budget>,
     ) -> io::Result<Slot> {
         let pages = space.pages();
         let base = self.free_places(pages).ok_or_else(|| {
@@ -321,6 +335,7 @@ impl Members {
             id: self.ids,
             base,
             on_lost,
+            share: Share::new(budget),
         });
         Ok(slot)
     }

@@ -401,8 +401,8 @@ impl Engine {
         if added <= 0 {
             return true;
         }
-        self.report_mappings();
-        let budget = self.share.budget();
+        self.members.at_mut(slot).report_mappings();
+        let budget = self.members.at(slot).budget();
         let value = value(count, added);
         let shortest = budget.shortest_run();
         let least = if shortest == 1 { 0 } else { shortest };
@@ -411,7 +411,10 @@ impl Engine {
             value >= least.max(self.pressure.floor()) && added + 2 * i64::from(MISSES) <= budget.room();
         if !affordable {
             self.counters.denied += 1;
-            self.pressure.denied(value, budget.room());
+            // What is taken apart for better runs is taken apart in this process.
+            if !self.members.at(slot).space.memory().is_far() {
+                self.pressure.denied(value, self.budgets.own().room());
+            }
             let member = self.members.at_mut(slot);
             (first..first + count).for_each(|page| member.denied(page));
         }

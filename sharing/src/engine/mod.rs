@@ -56,7 +56,7 @@ use crate::memory::guest::{GuestMemory, Harvest};
 use crate::memory::local::{Host, LocalMemory};
 use crate::memory::ram::{PAGE_SIZE, Ram};
 use crate::numbers::{Digest, Slot};
-use crate::policy::budget::{Budget, Share};
+use crate::policy::budget::Budgets;
 use crate::policy::claims::SharedTypes;
 use crate::policy::compaction::Compaction;
 use crate::policy::hints::{Blocks, Hints};
@@ -186,7 +186,8 @@ pub struct Engine {
     pub(crate) host: Host,
     pub(crate) store: FrameStore,
     pub(crate) members: Members,
-    pub(crate) share: Share,
+    /// The mappings of this process and of workers.
+    pub(crate) budgets: Arc<Budgets>,
     /// Nobody else keeps the budget and the limit true.
     pub(crate) alone: bool,
     pub(crate) digester: Arc<Digester>,
@@ -251,8 +252,8 @@ impl Engine {
     /// Fails if the page map or random numbers cannot be read.
     pub fn new(settings: &Settings, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Self> {
         let limit = Arc::new(CacheLimit::new(settings.block_cache));
-        let budget = Arc::new(Budget::new(settings.mappings_limit));
-        Ok(Self { alone: true, ..Self::with_budget(settings, store, calls, budget, limit)? })
+        let budgets = Arc::new(Budgets::new(settings.mappings_limit));
+        Ok(Self { alone: true, ..Self::with_budgets(settings, store, calls, budgets, limit)? })
     }
 
     /// An engine without VMs that has its part of a budget of mappings, and of the limit on cached blocks. The
@@ -260,11 +261,11 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::new`].
-    pub(crate) fn with_budget(
+    pub(crate) fn with_budgets(
         settings: &Settings,
         store: FrameStore,
         calls: Box<dyn MemoryCalls>,
-        budget: Arc<Budget>,
+        budgets: Arc<Budgets>,
         limit: Arc<CacheLimit>,
     ) -> io::Result<Self> {
         let host = store.host(calls.into(), settings.batch)?;
@@ -273,7 +274,7 @@ impl Engine {
             host,
             store,
             members: Members::new(settings.types),
-            share: Share::new(budget),
+            budgets,
             alone: false,
             zero_digest: digester.digest(&[0; PAGE_SIZE]),
             digester,
@@ -359,7 +360,13 @@ impl Engine {
         if log.is_none() {
             self.pass.due = Instant::now();
         }
-        self.members.add(space, log, huge, Mode::Full, on_lost)
+        let memory = space.memory();
+        let budget = if memory.is_far() {
+            self.budgets.of_worker(memory.process())
+        } else {
+            Arc::clone(self.budgets.own())
+        };
+        self.members.add(space, log, huge, Mode::Full, on_lost, budget)
     }
 
     /// Connects to a worker in another process, whose end of a [`pair`](crate::remote::worker::pair) is served. Its
@@ -428,23 +435,21 @@ impl Engine {
         self.store.dead() > 0 && self.store.reclaim(&*self.host.calls) > 0
     }
 
-    /// Keeps the count of the process's mappings true.
+    /// Keeps the counts of the processes' mappings true.
     pub(crate) fn recount(&mut self) {
         let force = std::mem::take(&mut self.membership_changed);
         self.report_mappings();
-        let budget = self.share.budget();
         if force {
-            budget.ask_for_recount();
+            self.budgets.all().iter().for_each(|budget| budget.ask_for_recount());
         }
         if self.alone {
-            // A count that failed leaves the last one in force.
-            let _ = budget.recount();
+            self.budgets.recount();
         }
     }
 
-    /// Lets the budget know how many mappings the VMs have.
+    /// Lets the budgets know how many mappings the VMs have.
     pub(crate) fn report_mappings(&mut self) {
-        self.share.set(self.members.mappings(), self.members.count() as u64);
+        self.members.iter_mut().for_each(Member::report_mappings);
     }
 
     /// Whether there may be something to do: an engine without VMs may still cache blocks.
@@ -458,7 +463,7 @@ impl Engine {
     }
 
     pub(crate) fn shortest_run(&self) -> u32 {
-        self.share.budget().shortest_run().max(self.pressure.floor())
+        self.budgets.own().shortest_run().max(self.pressure.floor())
     }
 
     pub(crate) fn metadata_bytes(&self) -> usize {

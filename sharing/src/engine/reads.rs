@@ -461,7 +461,7 @@ impl Engine {
         if added <= 0 {
             return true;
         }
-        let budget = self.share.budget();
+        let budget = member.budget();
         let shortest = budget.shortest_run();
         let least = if shortest == 1 { 0 } else { shortest };
         // What goes past the cache leaves a mapping where all see it, and a note where nobody looks.

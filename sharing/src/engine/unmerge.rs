@@ -77,13 +77,13 @@ impl Engine {
     }
 
     fn end_counting(&self, limit: u32, classes: &[i64; CLASSES]) -> Work {
-        let budget = self.share.budget();
+        let budget = self.budgets.own();
         after_counting(limit, classes, (2 * budget.ample() - budget.room()).max(1))
     }
 
     fn unmerge_below(&mut self, slot: Slot, page: u32, below: u32) -> Work {
         self.pressure.unmerging_below(below);
-        let budget = self.share.budget();
+        let budget = self.budgets.own();
         let enough = budget.room() >= 2 * budget.ample();
         let Some(next) = self.members.next_from(slot).filter(|_| !enough) else { return Work::None };
         let mut page = if next == slot { page } else { 0 };

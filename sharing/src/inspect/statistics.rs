@@ -195,6 +195,7 @@ impl Engine {
     #[must_use]
     pub fn statistics(&self) -> EngineStatistics {
         let windows = self.members.iter().map(|member| member.space.memory().longest_window());
+        let budget = self.budgets.tightest();
         EngineStatistics {
             pages_shared: self.store.shared().into(),
             pages_sharing: self.store.sharing(),
@@ -225,8 +226,8 @@ impl Engine {
             metadata_bytes: self.metadata_bytes() as u64,
             page_table_bytes: self.store.page_table_bytes(),
             guest_mappings: self.members.mappings(),
-            mappings: self.share.budget().used(),
-            mappings_limit: self.share.budget().limit(),
+            mappings: budget.used(),
+            mappings_limit: budget.limit(),
             shortest_run: self.shortest_run().into(),
             longest_window_us: windows.max().unwrap_or_default().as_micros() as u64,
             groups_stopped: u64::from(self.stop.get().is_some()),

@@ -1,11 +1,14 @@
-//! Mappings, a budget of the whole process: the kernel allows `vm.max_map_count` of them, and at
+//! Mappings, a budget of each process: the kernel allows `vm.max_map_count` of them, and at
 //! the limit thread creation and malloc fail as well. Merging stops at a reserve before that, and the
 //! nearer it comes, the longer must a run be that is worth the mappings it needs.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 /// Mappings kept free for the process itself.
 const RESERVE: u64 = 4096;
@@ -23,6 +26,8 @@ const AMPLE: u64 = 8;
 pub struct Budget {
     limit: u64,
     reserve: u64,
+    /// The process, if it is another one.
+    process: Option<u32>,
     /// Guest RAM's mappings, those of all engines.
     guest: AtomicU64,
     vms: AtomicU64,
@@ -45,12 +50,18 @@ impl Budget {
         Self {
             limit,
             reserve: RESERVE.min(limit / 2),
+            process: None,
             guest: AtomicU64::new(0),
             vms: AtomicU64::new(0),
             other: AtomicU64::new(0),
             counted: AtomicU64::new(0),
             steps: AtomicU32::new(u32::MAX),
         }
+    }
+
+    /// The budget of another process, under the kernel's limit.
+    pub(crate) fn of(process: u32) -> Self {
+        Self { process: Some(process), ..Self::new(None) }
     }
 
     /// The limit on mappings.
@@ -120,14 +131,73 @@ impl Budget {
         let due = steps >= RECOUNT_STEPS || changed >= few;
         if due {
             self.steps.store(0, Ordering::Relaxed);
-            self.other.store(mappings_of_process()?.saturating_sub(guest), Ordering::Relaxed);
+            let all = self
+                .process
+                .map_or_else(mappings_of_process, |process| mappings_in(&format!("/proc/{process}/maps")))?;
+            self.other.store(all.saturating_sub(guest), Ordering::Relaxed);
             self.counted.store(guest, Ordering::Relaxed);
         }
         Ok(())
     }
 }
 
-/// One engine's part of the mappings; given back when dropped.
+/// The budgets of this process and of worker processes.
+#[derive(Debug)]
+pub struct Budgets {
+    own: Arc<Budget>,
+    /// By the numbers of the processes, as long as they have VMs.
+    workers: Mutex<BTreeMap<u32, Weak<Budget>>>,
+}
+
+impl Budgets {
+    /// This process has a limit of the caller's, or the kernel's. Workers have the kernel's.
+    #[must_use]
+    pub fn new(limit: Option<u64>) -> Self {
+        Self { own: Arc::new(Budget::new(limit)), workers: Mutex::default() }
+    }
+
+    /// The budget of this process.
+    #[must_use]
+    pub fn own(&self) -> &Arc<Budget> {
+        &self.own
+    }
+
+    /// The budget of a worker.
+    #[must_use]
+    pub fn of_worker(&self, process: u32) -> Arc<Budget> {
+        let mut workers = self.workers.lock();
+        if let Some(budget) = workers.get(&process).and_then(Weak::upgrade) {
+            return budget;
+        }
+        workers.retain(|_, budget| budget.strong_count() > 0);
+        let budget = Arc::new(Budget::of(process));
+        workers.insert(process, Arc::downgrade(&budget));
+        budget
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Budget>> {
+        let workers = self.workers.lock();
+        std::iter::once(Arc::clone(&self.own)).chain(workers.values().filter_map(Weak::upgrade)).collect()
+    }
+
+    /// Keeps all of them true. A count that failed leaves the last one in force: a worker may be gone by now.
+    pub fn recount(&self) {
+        self.all().iter().for_each(|budget| {
+            let _ = budget.recount();
+        });
+    }
+
+    /// The budget of the process that has the least room.
+    #[must_use]
+    pub fn tightest(&self) -> Arc<Budget> {
+        let tightest = self.all().into_iter().min_by_key(|budget| budget.room());
+        tightest.unwrap_or_else(|| Arc::clone(&self.own))
+    }
+}
+
+/// A part of the mappings; given back when dropped.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
@@ -148,7 +218,7 @@ impl Share {
         &self.budget
     }
 
-    /// Notes how many mappings the RAM of this engine's VMs has, and how many VMs they are.
+    /// Notes how many mappings the RAM of VMs has, and how many VMs they are.
     pub fn set(&mut self, mappings: u64, vms: u64) {
         // The difference, modulo 2^64: atomics wrap around.
         self.budget.guest.fetch_add(mappings.wrapping_sub(self.mappings), Ordering::Relaxed);
@@ -168,7 +238,11 @@ impl Drop for Share {
 /// # Errors
 /// Where `/proc/self/maps` cannot be read.
 pub fn mappings_of_process() -> io::Result<u64> {
-    let mut maps = BufReader::with_capacity(1 << 16, fs::File::open("/proc/self/maps")?);
+    mappings_in("/proc/self/maps")
+}
+
+fn mappings_in(path: &str) -> io::Result<u64> {
+    let mut maps = BufReader::with_capacity(1 << 16, fs::File::open(path)?);
     let mut mappings = 0;
     while maps.skip_until(b'\n')? > 0 {
         mappings += 1;
@@ -212,6 +286,22 @@ mod tests {
         assert_eq!([ample - 1, ample / 2 - 1, ample / 5, 1].map(&mut shortest)[..3], [2, 4, 8]);
         assert!(shortest(1) >= 1024);
         assert_eq!(shortest(0), u32::MAX);
+    }
+
+    #[test]
+    fn workers_have_budgets_of_their_own() {
+        let budgets = Budgets::new(Some(20_000));
+        let worker = budgets.of_worker(std::process::id());
+        assert!(Arc::ptr_eq(&worker, &budgets.of_worker(std::process::id())));
+        budgets.recount();
+        let (own, others) = (budgets.own().room(), worker.room());
+        assert!(others > own, "{others} {own}");
+        let mut share = Share::new(Arc::clone(&worker));
+        share.set(60_000, 1);
+        assert_eq!((budgets.own().room(), worker.room()), (own, others - 60_064));
+        assert!(Arc::ptr_eq(&worker, &budgets.tightest()));
+        drop((worker, share));
+        assert_eq!(budgets.all().len(), 1);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::memory::calls::{Linux, MemoryCalls};
 use crate::memory::uffd::UffdError;
 use crate::memory::wakes::Watch;
 use crate::numbers::Slot;
-use crate::policy::budget::Budget;
+use crate::policy::budget::Budgets;
 use crate::service::{DEFAULT_GROUP, StartError};
 
 /// One group.
@@ -40,7 +40,7 @@ pub(crate) struct Group {
 pub(crate) struct Groups {
     settings: Settings,
     frames: u32,
-    budget: Arc<Budget>,
+    budgets: Arc<Budgets>,
     limit: Arc<CacheLimit>,
     /// Wakes writers of all groups; started with the first group that needs it.
     watch: Mutex<Option<Arc<Watch>>>,
@@ -63,9 +63,9 @@ struct Entry {
 
 impl Groups {
     pub(crate) fn new(settings: Settings, frames: u32) -> Self {
-        let budget = Arc::new(Budget::new(settings.mappings_limit));
+        let budgets = Arc::new(Budgets::new(settings.mappings_limit));
         let limit = Arc::new(CacheLimit::new(settings.block_cache));
-        Self { settings, frames, budget, limit, watch: Mutex::default(), known: Mutex::default() }
+        Self { settings, frames, budgets, limit, watch: Mutex::default(), known: Mutex::default() }
     }
 
     /// The kernel's calls for one more group.
@@ -81,8 +81,8 @@ impl Groups {
         &self.settings
     }
 
-    pub(crate) fn budget(&self) -> &Budget {
-        &self.budget
+    pub(crate) fn budgets(&self) -> &Budgets {
+        &self.budgets
     }
 
     /// Puts a group up that uses a store and calls of the caller's.
@@ -94,13 +94,12 @@ impl Groups {
     }
 
     fn engine(&self, store: FrameStore, calls: Box<dyn MemoryCalls>) -> io::Result<Engine> {
-        Engine::with_budget(&self.settings, store, calls, Arc::clone(&self.budget), Arc::clone(&self.limit))
+        Engine::with_budgets(&self.settings, store, calls, Arc::clone(&self.budgets), Arc::clone(&self.limit))
     }
 
     /// Keeps the budget of mappings and the limit on cached blocks true, while no engine is held up by it.
     pub(crate) fn look_around(&self, now: Instant) {
-        // A count that failed leaves the last one in force.
-        let _ = self.budget.recount();
+        self.budgets.recount();
         if self.limit.used() > 0 {
             self.limit.refresh(now);
         }
@@ -161,8 +160,9 @@ impl Groups {
             sum.add(&statistics);
             each.push((group.name.clone(), statistics));
         }
-        sum.mappings = self.budget.used();
-        sum.mappings_limit = self.budget.limit();
+        // Those of the process that has the least room.
+        let tightest = self.budgets.tightest();
+        (sum.mappings, sum.mappings_limit) = (tightest.used(), tightest.limit());
         (sum, each)
     }
 }

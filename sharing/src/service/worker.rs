@@ -157,7 +157,7 @@ impl Crew {
     fn notice(&self) {
         let handler = self.on_notice.lock();
         let Some(handler) = &*handler else { return };
-        let budget = self.groups.budget();
+        let budget = self.groups.budgets().tightest();
         if budget.shortest_run() > 1 && !self.told_short.swap(true, Ordering::Relaxed) {
             handler(Notice::ShortOfMappings { used: budget.used(), limit: budget.limit() });
         }

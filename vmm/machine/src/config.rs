@@ -86,11 +86,25 @@ pub struct VmConfig {
     /// The engine that shares the guest's memory, from before the start to the end. `None` for a VM that shares
     /// no memory.
     pub sharing: Option<Arc<Sharing>>,
-    /// The memory that this process offers to an engine in another process. The guest's memory is added to it, for that
-    /// engine to share. A VM has this or `sharing`, or neither.
-    pub elsewhere: Option<Arc<Vms>>,
+    /// The engine of another process that shares the guest's memory. A VM has this or `sharing`, or neither.
+    pub elsewhere: Option<Elsewhere>,
     /// Services of this process that the guest reaches by its network devices, each with the name of the device.
     pub detours: Vec<(String, Box<dyn Detour>)>,
+}
+
+/// The way to an engine in another process.
+#[derive(Clone)]
+pub struct Elsewhere {
+    /// The memory that this process offers to that engine.
+    pub vms: Arc<Vms>,
+    /// Called when the guest has published what its pages are for.
+    pub ring: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Elsewhere").field("vms", &self.vms).finish_non_exhaustive()
+    }
 }
 
 /// A fault in a VM's configuration.
@@ -184,13 +198,13 @@ impl VmConfig {
 
     /// Returns the place of the guest's memory hole, if it gets one.
     pub(crate) fn hole(&self) -> Option<HoleRange> {
-        let mapped = self.spec.memory_hole == MemoryHole::On && self.sharing.is_some();
+        let mapped = self.spec.memory_hole == MemoryHole::On && self.is_shared();
         mapped.then(|| HoleRange::of(self.spec.memory.0))
     }
 
     /// Whether the guest publishes page types through a port.
     pub(crate) fn has_port(&self) -> bool {
-        self.spec.memory_hole == MemoryHole::Port && self.sharing.is_some()
+        self.spec.memory_hole == MemoryHole::Port && self.is_shared()
     }
 
     /// Returns the number of virtio-mmio devices of a VM that shares memory, or does not.
@@ -212,7 +226,7 @@ impl VmConfig {
     /// Returns the command line for the kernel: the configured one, with parameters for the disks and the
     /// memory hole before the arguments for init.
     pub fn kernel_command_line(&self) -> String {
-        self.command_line(self.sharing.is_some())
+        self.command_line(self.is_shared())
     }
 
     /// Returns the same for a VM that shares memory, or does not.
@@ -328,11 +342,6 @@ impl Validated {
     /// Has an engine share the VM's memory.
     pub fn share_with(&mut self, sharing: Option<Arc<Sharing>>) {
         self.config.sharing = sharing;
-    }
-
-    /// Offers the VM's memory to an engine of another process.
-    pub fn offer_to(&mut self, elsewhere: Option<Arc<Vms>>) {
-        self.config.elsewhere = elsewhere;
     }
 
     /// Takes the target of the console out, which is off then.

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use samepage_machine::vm::{VmEnd, VmState};
+use samepage_hole::{FrameRange, Hole};
+use samepage_machine::vm::{HoleMemory, VmEnd, VmState};
+use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::pagemap::Pagemap;
-use samepage_sharing::service::Membership;
+use samepage_sharing::service::{Bell, Membership};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Machine};
@@ -26,6 +28,8 @@ pub(crate) struct Remote {
     console: Mutex<Box<dyn Write + Send>>,
     room: Mutex<Option<EventFd>>,
     observer: Mutex<Option<DiskErrorObserver>>,
+    /// Tells the engine that the guest has published what its pages are for.
+    bell: Mutex<Option<Bell>>,
 }
 
 struct State {
@@ -43,6 +47,7 @@ impl Remote {
             console: Mutex::new(console),
             room: Mutex::default(),
             observer: Mutex::default(),
+            bell: Mutex::default(),
         })
     }
 
@@ -75,6 +80,16 @@ impl Remote {
         }
     }
 
+    pub(crate) fn set_bell(&self, bell: Bell) {
+        *self.bell.lock() = Some(bell);
+    }
+
+    pub(crate) fn ring(&self) {
+        if let Some(bell) = &*self.bell.lock() {
+            bell.ring();
+        }
+    }
+
     fn set_runs(&self, runs: bool) {
         self.state.lock().runs = runs;
     }
@@ -86,6 +101,33 @@ impl Remote {
                 return end.clone();
             }
             self.changed.wait(&mut state);
+        }
+    }
+}
+
+/// The memory hole of a guest in a worker process.
+#[derive(Debug)]
+pub(crate) struct RemoteHole {
+    pub(crate) memory: HoleMemory,
+    pub(crate) worker: Arc<WorkerProcess>,
+    pub(crate) number: VmNumber,
+    /// The guest reads the header through a port.
+    pub(crate) is_port: bool,
+}
+
+impl ClaimSource for RemoteHole {
+    fn hole(&self) -> Hole<'_> {
+        self.memory.hole()
+    }
+
+    fn ranges(&self) -> &[FrameRange] {
+        self.memory.ranges()
+    }
+
+    fn request(&self, number: u32) {
+        self.memory.request(number);
+        if self.is_port {
+            self.worker.tell(self.number, Order::HoleNews);
         }
     }
 }

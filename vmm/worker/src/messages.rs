@@ -62,6 +62,8 @@ pub(crate) enum Order {
     },
     /// Tell which pages have memory.
     Touched,
+    /// The header of the memory hole has changed.
+    HoleNews,
 }
 
 /// A machine to be built.
@@ -78,6 +80,7 @@ pub(crate) struct Build {
 pub(crate) enum Answer {
     Done,
     Truth(bool),
+    /// The memory hole comes with this, if there is one.
     Built {
         /// The number by which the engine asks for the VM's memory.
         index: Option<VmIndex>,
@@ -108,6 +111,10 @@ pub(crate) enum Told {
     Console {
         vm: VmNumber,
         text: String,
+    },
+    /// The guest has published what its pages are for.
+    Bell {
+        vm: VmNumber,
     },
     /// The console accepts more input.
     Room {

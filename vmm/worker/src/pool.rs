@@ -8,12 +8,12 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use samepage_machine::config::{ConsoleConfig, Validated};
-use samepage_machine::vm::VmState;
+use samepage_machine::vm::{HoleMemory, VmState};
 use samepage_sharing::service::Sharing;
 use samepage_sharing::service::elsewhere::Place;
-use samepage_spec::VmSpec;
+use samepage_spec::{MemoryHole, VmSpec};
 
-use crate::elsewhere::{Identity, MachineElsewhere, Remote};
+use crate::elsewhere::{Identity, MachineElsewhere, Remote, RemoteHole};
 use crate::machine::Machine;
 use crate::messages::{Answer, Build, Order, Target};
 use crate::process::WorkerProcess;
@@ -126,11 +126,12 @@ impl Workers {
         };
         let (name, vcpus, memory_bytes, mode) =
             (spec.name.clone(), spec.vcpus, spec.memory.0, spec.sharing.mode);
+        let is_port = spec.memory_hole == MemoryHole::Port;
         let build = Order::Build(Box::new(Build { spec, console, group }));
-        let (index, notices) = match worker.ask(number, build) {
-            Ok(Answer::Built { index, notices }) => (index, notices),
-            Ok(Answer::Failed(reason)) => return Err(forget(BuildError::Refused(reason))),
-            Ok(other) => return Err(forget(refused(&format_args!("unexpected answer {other:?}")))),
+        let ((index, notices), hole) = match worker.ask_with(number, build, None) {
+            Ok((Answer::Built { index, notices }, hole)) => ((index, notices), hole),
+            Ok((Answer::Failed(reason), _)) => return Err(forget(BuildError::Refused(reason))),
+            Ok((other, _)) => return Err(forget(refused(&format_args!("unexpected answer {other:?}")))),
             Err(gone) => return Err(forget(refused(&gone))),
         };
         let identity = Identity { name, number, vcpus, memory_bytes, notices };
@@ -152,7 +153,16 @@ impl Workers {
                 let reason = format!("its memory was lost while it was shared: {error}");
                 lost.tell(of, Order::Fail(reason));
             });
-            machine.membership = Some(place.share(vm, mode, on_lost).map_err(|error| refused(&error))?);
+            let shares = vm.is_some();
+            let membership = place.share(vm, mode, on_lost).map_err(|error| refused(&error))?;
+            if let Some(file) = hole.filter(|_| shares) {
+                let memory = HoleMemory::open(file, memory_bytes);
+                let memory =
+                    memory.map_err(|error| refused(&format_args!("map its memory hole: {error}")))?;
+                let hole = RemoteHole { memory, worker: Arc::clone(worker), number, is_port };
+                remote.set_bell(membership.listen(Arc::new(hole)));
+            }
+            machine.membership = Some(membership);
         }
         debug_assert!(machine.state() != VmState::Running);
         machine.on_drop = Box::new(move || {

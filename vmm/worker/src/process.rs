@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -42,7 +42,7 @@ pub(crate) struct WorkerProcess {
 
 #[derive(Default)]
 struct Pending {
-    replies: HashMap<u64, SyncSender<Answer>>,
+    replies: HashMap<u64, SyncSender<Reply>>,
     /// Nobody replies any more.
     is_closed: bool,
 }
@@ -58,6 +58,9 @@ impl fmt::Debug for WorkerProcess {
         f.debug_struct("WorkerProcess").field("id", &self.id).finish_non_exhaustive()
     }
 }
+
+/// An answer, and the descriptor that came with it.
+type Reply = (Answer, Option<OwnedFd>);
 
 /// The worker is gone, and its VMs with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -141,10 +144,16 @@ impl WorkerProcess {
 
     /// Has something done, and waits for the answer.
     pub(crate) fn ask(&self, vm: VmNumber, order: Order) -> Result<Answer, Gone> {
-        self.ask_with(vm, order, None)
+        self.ask_with(vm, order, None).map(|(answer, _)| answer)
     }
 
-    fn ask_with(&self, vm: VmNumber, order: Order, with: Option<BorrowedFd<'_>>) -> Result<Answer, Gone> {
+    /// The same, with a descriptor in each direction.
+    pub(crate) fn ask_with(
+        &self,
+        vm: VmNumber,
+        order: Order,
+        with: Option<BorrowedFd<'_>>,
+    ) -> Result<Reply, Gone> {
         let number = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = mpsc::sync_channel(1);
         {
@@ -185,7 +194,7 @@ impl WorkerProcess {
                 let asked = self.ask_with(vm, Order::Connect(number), Some(theirs.as_fd()));
                 // The engine notices a worker that has refused.
                 drop(theirs);
-                asked
+                asked.map(|(answer, _)| answer)
             });
             let connected = place.connect(ours, process);
             (asking.join(), connected)
@@ -203,8 +212,8 @@ impl WorkerProcess {
 
     fn listen(&self, mut receiver: Receiver, mut child: Child) {
         // An error: the worker is gone, or says what makes no sense.
-        while let Ok((told, _)) = receiver.receive::<Told>() {
-            self.heed(told);
+        while let Ok((told, with)) = receiver.receive::<Told>() {
+            self.heed(told, with);
         }
         self.end();
         let ended = child.wait();
@@ -223,18 +232,23 @@ impl WorkerProcess {
         }
     }
 
-    fn heed(&self, told: Told) {
+    fn heed(&self, told: Told, with: Option<OwnedFd>) {
         let find = |vm: VmNumber| self.vms.lock().get(&vm).cloned();
         match told {
             Told::Reply { number, answer } => {
                 if let Some(reply) = self.pending.lock().replies.remove(&number) {
                     // Whoever asked waits for it.
-                    let _ = reply.send(answer);
+                    let _ = reply.send((answer, with));
                 }
             }
             Told::Console { vm, text } => {
                 if let Some(vm) = find(vm) {
                     vm.copy_console(&text.chars().map(|char| char as u8).collect::<Vec<_>>());
+                }
+            }
+            Told::Bell { vm } => {
+                if let Some(vm) = find(vm) {
+                    vm.ring();
                 }
             }
             Told::Room { vm } => {

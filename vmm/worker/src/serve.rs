@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 
 use parking_lot::Mutex;
-use samepage_machine::config::{ConsoleConfig, VmConfig};
+use samepage_machine::config::{ConsoleConfig, Elsewhere, VmConfig};
 use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::Vm;
 use samepage_sharing::pagemap::Pagemap;
@@ -69,7 +69,10 @@ pub fn main() -> io::Result<()> {
 
 impl Worker {
     fn take(self: &Arc<Self>, request: Request, with: Option<OwnedFd>) {
-        let is_quick = matches!(request.order, Order::Start | Order::Stop | Order::Fail(_) | Order::Look);
+        let is_quick = matches!(
+            request.order,
+            Order::Start | Order::Stop | Order::Fail(_) | Order::Look | Order::HoleNews
+        );
         if is_quick {
             return self.carry_out(request, with);
         }
@@ -87,14 +90,18 @@ impl Worker {
 
     fn carry_out(&self, request: Request, with: Option<OwnedFd>) {
         let Request { number, vm, order } = request;
-        let answer = self.answer(vm, order, with).unwrap_or_else(Answer::Failed);
-        self.outbox.send(&Told::Reply { number, answer });
+        let (answer, hole) = match order {
+            Order::Build(build) => self.build(vm, *build),
+            order => self.answer(vm, order, with).map(|answer| (answer, None)),
+        }
+        .unwrap_or_else(|reason| (Answer::Failed(reason), None));
+        let hole = hole.as_ref().map(|hole| hole.as_fd());
+        self.outbox.send_with(&Told::Reply { number, answer }, hole);
     }
 
     fn answer(&self, number: VmNumber, order: Order, with: Option<OwnedFd>) -> Result<Answer, String> {
         match order {
             Order::Connect(group) => return self.connect(group, with),
-            Order::Build(build) => return self.build(number, *build),
             Order::Free => {
                 let vm = self.vms.lock().remove(&number);
                 if let Some(vm) = vm {
@@ -109,7 +116,12 @@ impl Worker {
         }
         let vm = self.vms.lock().get(&number).cloned().ok_or("the worker has no such VM")?;
         Ok(match order {
+            // Carried out above.
             Order::Connect(_) | Order::Build(_) | Order::Free => Answer::Done,
+            Order::HoleNews => {
+                vm.tell_hole_news();
+                Answer::Done
+            }
             Order::Start => {
                 vm.start();
                 Answer::Done
@@ -173,7 +185,8 @@ impl Worker {
         Ok(Answer::Done)
     }
 
-    fn build(&self, number: VmNumber, build: Build) -> Result<Answer, String> {
+    /// Returns the file of the machine's memory hole as well.
+    fn build(&self, number: VmNumber, build: Build) -> Result<(Answer, Option<Arc<OwnedFd>>), String> {
         let Build { spec, console, group } = build;
         let vms = match group {
             Some(group) => Some(self.groups.lock().get(&group).cloned().ok_or("the group is not connected")?),
@@ -187,7 +200,11 @@ impl Worker {
         };
         let copy = Box::new(ConsoleCopy::new(&self.outbox, number));
         let console = ConsoleConfig::Copied { to: Box::new(target), copy };
-        let config = VmConfig { console, elsewhere: vms, ..VmConfig::from(spec) };
+        let elsewhere = vms.map(|vms| {
+            let outbox = Arc::clone(&self.outbox);
+            Elsewhere { vms, ring: Arc::new(move || outbox.send(&Told::Bell { vm: number })) }
+        });
+        let config = VmConfig { console, elsewhere, ..VmConfig::from(spec) };
         let vm = Vm::build(config, &self.hypervisor).map_err(|error| error.to_string())?;
         let outbox = Arc::clone(&self.outbox);
         vm.observe_disk_errors(Arc::new(move |disk, message| {
@@ -195,9 +212,9 @@ impl Worker {
             outbox.send(&Told::DiskError { vm: number, disk, message });
         }));
         let vm = Arc::new(vm);
-        let (index, notices) = (vm.index(), Machine::notices(&*vm));
+        let (index, notices, hole) = (vm.index(), Machine::notices(&*vm), vm.hole_file().cloned());
         self.watch.add(number, &vm).map_err(|error| format!("watch the VM: {error}"))?;
         self.vms.lock().insert(number, vm);
-        Ok(Answer::Built { index, notices })
+        Ok((Answer::Built { index, notices }, hole))
     }
 }

@@ -1,6 +1,6 @@
 //! The memory hole of one VM: memory outside RAM in which the guest publishes what its pages are for.
 //!
-//! The hole is anonymous memory in its own KVM slot, without a dirty log. So a guest's writes cause no VM
+//! The hole is memory of its own in its own KVM slot, without a dirty log. So a guest's writes cause no VM
 //! exits, and the engine never shares this memory. An untouched hole costs address space, and one page for
 //! the header. A full hole costs a thousandth of the guest's RAM. Devices cannot access it, because it is not
 //! part of [`GuestMemory`](samepage_devices::GuestMemory).
@@ -8,27 +8,33 @@
 #![expect(unsafe_code, reason = "maps memory, looks at it as words, and hands its address to KVM")]
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use samepage_devices::virtio::console::PortHole;
 use samepage_hole::{FrameRange, Hole, HostHeader, MAX_RANGES};
 use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::loss::{self, Loss, Watch};
-use samepage_sharing::service::Bell;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::x86::layout::{HoleRange, frame_ranges};
 
+/// A file of a hole keeps its length, so that nobody loses memory by another process.
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
 /// Memory of a hole. Users of its address must be dropped before it.
 #[derive(Debug)]
-pub(super) struct HoleMemory {
+pub struct HoleMemory {
     base: NonNull<AtomicU32>,
     range: HoleRange,
     frames: Vec<FrameRange>,
+    /// The memory as a file, where an engine of another process reads it.
+    file: Option<Arc<OwnedFd>>,
     /// Written when the host's header has changed, if the guest cannot see the change itself.
     news: Option<EventFd>,
     /// `None` while the memory is being unmapped. Lost memory reads as zeros, which say nothing about any
@@ -47,22 +53,62 @@ impl HoleMemory {
     /// # Errors
     /// Fails with the error of mmap if address space, the commit limit or mappings run out.
     pub(super) fn reserve(ram_bytes: u64, range: HoleRange) -> io::Result<Self> {
+        let memory = Self::map(ram_bytes, range, None)?;
+        memory.describe();
+        Ok(memory)
+    }
+
+    /// Returns the same in a file, which another process can map.
+    ///
+    /// # Errors
+    /// Fails like [`HoleMemory::reserve`].
+    pub(super) fn in_file(ram_bytes: u64, range: HoleRange) -> io::Result<Self> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("samepage-hole", flags)?;
+        ftruncate(&file, range.bytes)?;
+        fcntl_add_seals(&file, SEALS)?;
+        let memory = Self::map(ram_bytes, range, Some(Arc::new(file)))?;
+        memory.describe();
+        Ok(memory)
+    }
+
+    /// Maps the hole of a guest in another process, which has RAM of this length.
+    ///
+    /// # Errors
+    /// Fails if the file is none that [`HoleMemory::in_file`] has made, or like [`HoleMemory::reserve`].
+    pub fn open(file: OwnedFd, ram_bytes: u64) -> io::Result<Self> {
+        let range = HoleRange::of(ram_bytes);
+        if !fcntl_get_seals(&file)?.contains(SEALS) || fstat(&file)?.st_size as u64 != range.bytes {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is no memory hole of this VM"));
+        }
+        Self::map(ram_bytes, range, Some(Arc::new(file)))
+    }
+
+    /// Returns the memory as a file, if it is one.
+    pub(super) fn file(&self) -> Option<&Arc<OwnedFd>> {
+        self.file.as_ref()
+    }
+
+    fn map(ram_bytes: u64, range: HoleRange, file: Option<Arc<OwnedFd>>) -> io::Result<Self> {
         let bytes = range.bytes as usize;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (kind, fd) = match &file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        let flags = kind | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, fd, 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let mut memory = Self { base, range, frames: frame_ranges(ram_bytes), news: None, watch: None };
+        let mut memory = Self { base, range, frames: frame_ranges(ram_bytes), file, news: None, watch: None };
         // SAFETY: the range belongs to this value. With huge pages, a guest could fill one word and make the
         // host hold a whole huge page. A kernel without huge pages returns an error, which does not matter.
         unsafe { libc::madvise(base.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
         // SAFETY: the range was just mapped for this value, which ends the watch before it unmaps the range.
         memory.watch = Some(unsafe { loss::watch(base.as_ptr().addr(), bytes) }?);
-        memory.describe();
         Ok(memory)
     }
 
@@ -75,15 +121,18 @@ impl HoleMemory {
         self.watch.as_ref().map_or(Ok(()), |watch| watch.on_loss(tell))
     }
 
-    /// Returns a hole for a guest that accesses it only through a port. `news` is written when the host's
-    /// header changes.
-    ///
-    /// # Errors
-    /// Fails like [`HoleMemory::reserve`].
-    pub(super) fn behind_port(ram_bytes: u64, news: EventFd) -> io::Result<Self> {
-        let mut memory = Self::reserve(ram_bytes, HoleRange::of(ram_bytes))?;
-        memory.news = Some(news);
-        Ok(memory)
+    /// The guest accesses the hole only through a port. `news` is written when the host's header changes.
+    pub(super) fn behind_port(mut self, news: EventFd) -> Self {
+        self.news = Some(news);
+        self
+    }
+
+    /// Tells a guest behind a port that the host's header has changed.
+    pub(super) fn tell_news(&self) {
+        if let Some(news) = &self.news {
+            // A full event counter is readable, and the waiting thread needs no more than that.
+            let _ = news.write(1);
+        }
     }
 
     fn describe(&self) {
@@ -135,17 +184,17 @@ impl ClaimSource for HoleMemory {
 
     fn request(&self, number: u32) {
         self.hole().set_requested(number);
-        if let Some(news) = &self.news {
-            // A full event counter is readable, and the waiting thread needs no more than that.
-            let _ = news.write(1);
-        }
+        self.tell_news();
     }
 }
 
-/// A hole behind a port, and the engine that receives its notifications.
+/// Called when the guest says that a pass is over.
+pub(super) type Ring = Arc<dyn Fn() + Send + Sync>;
+
+/// A hole behind a port, and what hears its notifications.
 pub(super) struct HeardHole {
     pub(super) memory: Arc<HoleMemory>,
-    pub(super) bell: Bell,
+    pub(super) ring: Ring,
 }
 
 impl PortHole for HeardHole {
@@ -154,7 +203,7 @@ impl PortHole for HeardHole {
     }
 
     fn ring(&self) {
-        self.bell.ring();
+        (self.ring)();
     }
 }
 
@@ -180,6 +229,23 @@ mod tests {
 
     fn reserve(ram_bytes: u64) -> HoleMemory {
         HoleMemory::reserve(ram_bytes, HoleRange::of(ram_bytes)).unwrap()
+    }
+
+    #[test]
+    fn another_process_reads_and_writes_the_same_hole() {
+        let here = HoleMemory::in_file(GIB, HoleRange::of(GIB)).unwrap();
+        let file = here.file().unwrap().try_clone().unwrap();
+        // Whoever has it cannot take memory away.
+        assert!(ftruncate(&file, 0).is_err());
+        let there = HoleMemory::open(file, GIB).unwrap();
+        there.request(7);
+        assert_eq!(here.hole().host_header().unwrap().requested, 7);
+        assert_eq!(here.hole().host_header(), there.hole().host_header());
+        let other = memfd_create("other", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&other, HoleRange::of(GIB).bytes).unwrap();
+        assert_eq!(HoleMemory::open(other, GIB).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        let file = here.file().unwrap().try_clone().unwrap();
+        assert_eq!(HoleMemory::open(file, 2 * GIB).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
@@ -220,7 +286,8 @@ mod tests {
     #[test]
     fn news_are_told_where_a_guest_does_not_see_them() {
         let news = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let memory = HoleMemory::behind_port(GIB, news.try_clone().unwrap()).unwrap();
+        let memory =
+            HoleMemory::reserve(GIB, HoleRange::of(GIB)).unwrap().behind_port(news.try_clone().unwrap());
         assert!(news.read().is_err());
         memory.request(7);
         assert_eq!((news.read().unwrap(), memory.hole().host_header().unwrap().requested), (1, 7));

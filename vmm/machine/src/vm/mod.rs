@@ -25,6 +25,7 @@ mod vcpu;
 pub(crate) mod virtio;
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -61,7 +62,8 @@ pub use crash::{CrashKind, CrashReport};
 use devices::{Devices, HoleDevice, SharedMemory};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS, MAX_PCI_DISKS};
 pub use error::VmError;
-use hole::{HeardHole, HoleMemory};
+pub use hole::HoleMemory;
+use hole::{HeardHole, Ring};
 pub use memory::{MemorySlot, VmMemory};
 pub use network::{MAX_NETWORKS, Network};
 use registration::Registration;
@@ -161,7 +163,7 @@ pub struct Vm {
     membership: Option<Membership>,
     registration: Option<Registration>,
     kvm: Arc<VmFd>,
-    _hole: Option<Arc<HoleMemory>>,
+    hole: Option<Arc<HoleMemory>>,
     memory: VmMemory,
 }
 
@@ -209,7 +211,7 @@ impl Vm {
         drop(unpacked);
         notices.extend(remark.map(|remark| format!("VM {}: {remark}", config.spec.name)));
         registers::write_tables(memory.view(), entry).map_err(VmError::Tables)?;
-        let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.sharing.is_some())).collect();
+        let virtio: Vec<_> = mmio_devices(config.mmio_device_count(config.is_shared())).collect();
         let has_pci = config.spec.bus == VirtioBus::Pci;
         acpi::write(memory.view(), numbers, &virtio, has_pci).map_err(VmError::Tables)?;
         mptable::write(memory.view(), numbers).map_err(VmError::Tables)?;
@@ -242,8 +244,8 @@ impl Vm {
             })
         };
         let registration = match &config.elsewhere {
-            Some(vms) => {
-                Some(Registration::new(vms, Arc::clone(memory.ram()), log()).map_err(VmError::Offer)?)
+            Some(there) => {
+                Some(Registration::new(&there.vms, Arc::clone(memory.ram()), log()).map_err(VmError::Offer)?)
             }
             None => None,
         };
@@ -258,14 +260,19 @@ impl Vm {
             }
             None => None,
         };
-        let hole_device = hole.as_ref().zip(membership.as_ref()).map(|(hole, membership)| {
-            let bell = membership.listen(hole.clone());
-            match news {
-                None => HoleDevice::Doorbell(hole.doorbell(), Doorbell::new(move || bell.ring())),
-                Some(news) => {
-                    let heard = HeardHole { memory: Arc::clone(hole), bell };
-                    HoleDevice::Port(Console::new(&config.spec.name, Arc::new(heard), news))
-                }
+        let ring: Option<Ring> = match (&hole, &membership, &config.elsewhere) {
+            (Some(hole), Some(membership), _) => {
+                let bell = membership.listen(hole.clone());
+                Some(Arc::new(move || bell.ring()))
+            }
+            (Some(_), None, Some(there)) => Some(Arc::clone(&there.ring)),
+            _ => None,
+        };
+        let hole_device = hole.as_ref().zip(ring).map(|(hole, ring)| match news {
+            None => HoleDevice::Doorbell(hole.doorbell(), Doorbell::new(move || ring())),
+            Some(news) => {
+                let heard = HeardHole { memory: Arc::clone(hole), ring };
+                HoleDevice::Port(Console::new(&config.spec.name, Arc::new(heard), news))
             }
         });
         let (console, console_log) =
@@ -299,7 +306,7 @@ impl Vm {
             registration,
             kvm,
             asking: Asking::default(),
-            _hole: hole,
+            hole,
             memory,
         };
         for (number, fd) in (0..).zip(fds) {
@@ -376,6 +383,18 @@ impl Vm {
     /// Returns the number by which an engine of another process asks for the VM's memory, if one shares it.
     pub fn index(&self) -> Option<VmIndex> {
         self.registration.as_ref().map(Registration::index)
+    }
+
+    /// Returns the memory hole as a file, if an engine of another process reads it.
+    pub fn hole_file(&self) -> Option<&Arc<OwnedFd>> {
+        self.hole.as_ref()?.file()
+    }
+
+    /// Tells the guest that the engine of another process has changed the header of the memory hole.
+    pub fn tell_hole_news(&self) {
+        if let Some(hole) = &self.hole {
+            hole.tell_news();
+        }
     }
 
     /// Returns the state of the vCPUs.
@@ -463,15 +482,18 @@ impl Drop for Vm {
 /// Reserves the memory hole of a VM that has one. `news` is for a memory hole behind a port.
 fn reserve_hole(config: &VmConfig, news: Option<&EventFd>) -> Result<Option<HoleMemory>, VmError> {
     let bytes = config.spec.memory.0;
-    let memory = match (config.hole(), news) {
-        (Some(range), _) => HoleMemory::reserve(bytes, range),
-        (None, Some(news)) => {
-            let news = news.try_clone().map_err(VmError::Event)?;
-            HoleMemory::behind_port(bytes, news)
-        }
-        (None, None) => return Ok(None),
+    let range = config.hole().or_else(|| news.map(|_| HoleRange::of(bytes)));
+    let Some(range) = range else { return Ok(None) };
+    let reserved = match &config.elsewhere {
+        Some(_) => HoleMemory::in_file(bytes, range),
+        None => HoleMemory::reserve(bytes, range),
     };
-    memory.map(Some).map_err(|source| VmError::Memory { bytes: HoleRange::of(bytes).bytes, source })
+    let memory = reserved.map_err(|source| VmError::Memory { bytes: range.bytes, source })?;
+    let news = news.map(EventFd::try_clone).transpose().map_err(VmError::Event)?;
+    Ok(Some(match news {
+        Some(news) => memory.behind_port(news),
+        None => memory,
+    }))
 }
 
 /// Removes a memory hole that processors of this host cannot address. Returns a remark for the user.

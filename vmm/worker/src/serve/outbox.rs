@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 
@@ -36,7 +37,12 @@ impl Outbox {
 
     /// Sends a message. If the other process is gone, the thread that receives requests notices.
     pub(super) fn send(&self, told: &Told) {
-        let _ = self.sender.lock().send(told, None);
+        self.send_with(told, None);
+    }
+
+    /// The same, with a descriptor.
+    pub(super) fn send_with(&self, told: &Told, with: Option<BorrowedFd<'_>>) {
+        let _ = self.sender.lock().send(told, with);
     }
 
     /// Sends what a console has written so far, and then a message.
