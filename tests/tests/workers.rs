@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     harness::run(&[
         ("vms_of_several_workers_share_and_end_as_others_do", share_and_end),
         ("a_worker_that_is_killed_takes_its_vms_along_and_nobody_else", killed),
+        ("a_worker_that_does_not_answer_holds_up_nobody_else", silent),
         ("a_guest_in_a_worker_tells_what_its_pages_are_for", types),
         ("a_console_in_a_worker_is_read_and_typed_to", console),
     ])
@@ -169,4 +170,27 @@ fn types() {
     let freed = |pages: &Value| pages["given_back_bytes"].as_u64().is_some_and(|bytes| bytes > 0);
     server.wait_for("/vms/b/pages", "free memory", freed);
     end(server, 0);
+}
+
+fn silent() {
+    let server = Host::serve(&["--vms-per-worker", "1", "--no-sharing"]);
+    server.done("POST", "/vms", Some(&server.vm("other", &quiet(0), true)));
+    let other = workers(&server);
+    server.done("POST", "/vms", Some(&server.vm("stuck", &quiet(1), true)));
+    wait_until("a round", || round(&server, "stuck") > 0);
+    let stuck = *workers(&server).difference(&other).next().expect("a worker");
+    let signal = |signal| kill_process(Pid::from_raw(stuck).expect("a process"), signal).expect("signal it");
+    signal(Signal::STOP);
+    // All of this ends while the worker does not answer.
+    assert_eq!(server.done("GET", "/vms", None).as_array().map(Vec::len), Some(2));
+    assert_eq!(state(&server, "stuck"), "running");
+    assert_eq!(server.act("other", "pause"), "paused");
+    assert_eq!(server.act("other", "resume"), "running");
+    let (before, seen) = (round(&server, "stuck"), round(&server, "other"));
+    wait_until("a round of the other VM", || round(&server, "other") > seen);
+    assert_eq!(round(&server, "stuck"), before);
+    signal(Signal::CONT);
+    wait_until("a round of the VM that was stuck", || round(&server, "stuck") > before);
+    let finished = server.end();
+    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
 }

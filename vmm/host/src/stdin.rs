@@ -87,7 +87,10 @@ impl Input {
             // A room event that was written meanwhile has had its effect.
             let _ = self.room.read();
         }
-        if let Some(vm) = self.record.vm() {
+        // The console is locked while a reader of its output stalls: nothing waits for it that has nothing to type.
+        if !self.waiting.is_empty()
+            && let Some(vm) = self.record.vm()
+        {
             let taken = vm.serial_input(&self.waiting);
             self.waiting.drain(..taken);
         }

@@ -20,6 +20,9 @@ use crate::messages::{Answer, Order, VmNumber};
 use crate::process::{Gone, WorkerProcess};
 use crate::report::DeviceReport;
 
+/// How long figures are waited for. Lists show those of before for a worker that does not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// What a worker tells of one VM.
 pub(crate) struct Remote {
     state: Mutex<State>,
@@ -172,7 +175,8 @@ impl MachineElsewhere {
     }
 
     fn look(&self) -> (Duration, DeviceReport) {
-        if let Ok(Answer::Looked { cpu_nanoseconds, devices }) = self.ask(Order::Look) {
+        let looked = self.worker.ask_within(self.identity.number, Order::Look, PATIENCE);
+        if let Some(Answer::Looked { cpu_nanoseconds, devices }) = looked {
             *self.last.lock() = (Duration::from_nanos(cpu_nanoseconds), devices);
         }
         self.last.lock().clone()
@@ -240,12 +244,13 @@ impl Machine for MachineElsewhere {
     }
 
     fn touched(&self, _: &Pagemap) -> io::Result<Vec<Range<u32>>> {
-        match self.ask(Order::Touched) {
-            Ok(Answer::Runs(runs)) => Ok(runs.into_iter().map(|(first, end)| first..end).collect()),
-            Ok(Answer::Failed(reason)) => Err(io::Error::other(reason)),
-            Ok(_) => Err(io::ErrorKind::InvalidData.into()),
+        match self.worker.ask_within(self.identity.number, Order::Touched, PATIENCE) {
+            Some(Answer::Runs(runs)) => Ok(runs.into_iter().map(|(first, end)| first..end).collect()),
+            Some(Answer::Failed(reason)) => Err(io::Error::other(reason)),
+            Some(_) => Err(io::ErrorKind::InvalidData.into()),
             // Its memory is gone with it.
-            Err(Gone) => Ok(Vec::new()),
+            None if self.worker.is_gone() => Ok(Vec::new()),
+            None => Err(io::Error::new(io::ErrorKind::TimedOut, "its worker process does not answer")),
         }
     }
 

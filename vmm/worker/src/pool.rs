@@ -23,7 +23,9 @@ use crate::report::DeviceReport;
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// No worker can be started.
-    #[error("start a worker process: {0}; raise the limits on processes (ulimit -u, pids.max)")]
+    #[error(
+        "start a worker process: {0}; raise the limits on processes (ulimit -u, pids.max) and on open files (ulimit -n)"
+    )]
     Start(#[source] io::Error),
     /// The console or the kernel is one that only this process has.
     #[error("a worker process cannot have {0}")]

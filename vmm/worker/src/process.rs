@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, SyncSender};
 use std::thread;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use samepage_machine::vm::VmEnd;
@@ -61,6 +62,9 @@ impl fmt::Debug for WorkerProcess {
 
 /// An answer, and the descriptor that came with it.
 type Reply = (Answer, Option<OwnedFd>);
+
+/// Where a reply arrives.
+type Receiving = mpsc::Receiver<Reply>;
 
 /// The worker is gone, and its VMs with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -147,13 +151,34 @@ impl WorkerProcess {
         self.ask_with(vm, order, None).map(|(answer, _)| answer)
     }
 
-    /// The same, with a descriptor in each direction.
+    /// Asks for something that whoever waits can do without. `None` if the worker is gone or does not answer in time.
+    pub(crate) fn ask_within(&self, vm: VmNumber, order: Order, limit: Duration) -> Option<Answer> {
+        let (number, answer) = self.send(vm, order, None).ok()?;
+        let answer = answer.recv_timeout(limit);
+        if answer.is_err() {
+            self.pending.lock().replies.remove(&number);
+        }
+        answer.ok().map(|(answer, _)| answer)
+    }
+
+    /// The same as [`ask`](Self::ask), with a descriptor in each direction.
     pub(crate) fn ask_with(
         &self,
         vm: VmNumber,
         order: Order,
         with: Option<BorrowedFd<'_>>,
     ) -> Result<Reply, Gone> {
+        let (_, answer) = self.send(vm, order, with)?;
+        // Nobody replies once the worker is gone: then the sending half is dropped.
+        answer.recv().map_err(|_| Gone)
+    }
+
+    fn send(
+        &self,
+        vm: VmNumber,
+        order: Order,
+        with: Option<BorrowedFd<'_>>,
+    ) -> Result<(u64, Receiving), Gone> {
         let number = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = mpsc::sync_channel(1);
         {
@@ -168,8 +193,7 @@ impl WorkerProcess {
             self.pending.lock().replies.remove(&number);
             return Err(Gone);
         }
-        // Nobody replies once the worker is gone: then the sending half is dropped.
-        answer.recv().map_err(|_| Gone)
+        Ok((number, answer))
     }
 
     /// Connects the engine of a group, if it is not connected yet. `None` where sharing has stopped for the group.
@@ -184,7 +208,9 @@ impl WorkerProcess {
             return Ok(Some((*number, Arc::clone(worker))));
         }
         let failed = |error: &dyn fmt::Display| format!("connect its worker to the sharing engine: {error}");
-        let (ours, theirs) = worker::pair().map_err(|error| failed(&error))?;
+        let out_of_files = "raise the limit of open files (ulimit -n)";
+        let (ours, theirs) =
+            worker::pair().map_err(|error| failed(&format_args!("{error}; {out_of_files}")))?;
         let process = Process::of(self.id).map_err(|error| failed(&error))?;
         let number = GroupNumber(groups.next);
         groups.next += 1;

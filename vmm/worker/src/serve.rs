@@ -44,6 +44,8 @@ struct Worker {
 /// # Errors
 /// Fails if the host lacks KVM, or if standard input is no connection.
 pub fn main() -> io::Result<()> {
+    // Whoever looks for the user of a file sees this name. Without it, another name is no harm.
+    let _ = rustix::thread::set_name(c"samepage");
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     let (sender, mut receiver) = wire::split(socket)?;
     let outbox = Outbox::start(sender)?;
