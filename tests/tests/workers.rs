@@ -54,6 +54,18 @@ fn workers(server: &Host) -> BTreeSet<i32> {
     ids.filter(is_worker).collect()
 }
 
+/// The worker process that has a VM: one of its threads is named after the VM.
+fn worker_of(server: &Host, vm: &str) -> Pid {
+    let has_vm = |id: &i32| {
+        let threads = fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+        let names = threads.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+        names.into_iter().any(|name| name.trim() == format!("vcpu-{vm}-0"))
+    };
+    let workers: Vec<_> = workers(server).into_iter().filter(has_vm).collect();
+    let [worker] = workers[..] else { panic!("{workers:?} have VM {vm}") };
+    Pid::from_raw(worker).expect("a process")
+}
+
 fn state(server: &Host, vm: &str) -> String {
     server.done("GET", &format!("/vms/{vm}"), None)["state"].as_str().expect("a state").to_owned()
 }
@@ -87,11 +99,12 @@ fn quiet(vm: u32) -> Plan {
 
 fn share_and_end() {
     let server = Host::serve(&["--vms-per-worker", "2", "--sharing-cpu", "100", "--audit"]);
-    assert!(workers(&server).is_empty());
+    wait_until("a spare worker", || workers(&server).len() == 1);
     for (index, name) in ["a", "b", "c"].into_iter().enumerate() {
         server.done("POST", "/vms", Some(&server.vm(name, &quiet(index as u32), true)));
     }
-    assert_eq!(workers(&server).len(), 2);
+    assert_ne!(worker_of(&server, "b"), worker_of(&server, "c"));
+    wait_until("two workers and a spare one", || workers(&server).len() == 3);
     // More than the VMs of one worker have in common.
     wait_until("sharing between workers", || {
         let all = server.done("GET", "/sharing", None);
@@ -109,9 +122,16 @@ fn share_and_end() {
     assert!(shown["console"]["sent_bytes"].as_u64().expect("output") > 0, "{shown}");
     let refused = json!({ "name": "d", "kernel": "/dev/null" });
     assert!(server.ask("POST", "/vms", Some(&refused)).0 >= 400);
+    let mut tap = server.vm("d", &quiet(3), false);
+    tap["networks"] = json!([{ "fd": 9 }]);
+    let (status, refused) = server.ask("POST", "/vms", Some(&tap));
+    assert!(
+        status >= 400 && refused["detail"].as_str().is_some_and(|text| text.contains("fd=")),
+        "{refused}"
+    );
     server.done("DELETE", "/vms/c", None);
     // It was alone in its worker.
-    wait_until("the end of a worker without VMs", || workers(&server).len() == 1);
+    wait_until("the end of a worker without VMs", || workers(&server).len() == 2);
     end(server, 0);
 }
 
@@ -120,17 +140,14 @@ fn killed() {
     let server = Host::serve(&["--vms-per-worker", "1", "--sharing-cpu", "100", "--audit"]);
     let plan = |vm| Plan { vm, pages: Some(1024), ..churn() };
     server.done("POST", "/vms", Some(&server.vm("witness", &plan(0), true)));
-    let witness = workers(&server);
     server.done("POST", "/vms", Some(&server.vm("victim", &plan(1), true)));
     for kill in 0..kills {
         wait_until("sharing", || shared(&server) > 0);
         let before = round(&server, "witness");
-        let victim: Vec<_> = workers(&server).difference(&witness).copied().collect();
-        let [victim] = victim[..] else { panic!("{victim:?}") };
+        let victim = worker_of(&server, "victim");
         // At any point of whatever it does.
         std::thread::sleep(Duration::from_micros(u64::from(kill) * 1_717 % 20_000));
-        let process = Pid::from_raw(victim).expect("a process");
-        kill_process(process, Signal::KILL).expect("kill the worker");
+        kill_process(victim, Signal::KILL).expect("kill the worker");
         wait_until("the end of the VM", || state(&server, "victim") == "failed");
         let shown = server.done("GET", "/vms/victim", None);
         let reason = shown["reason"].as_str().expect("a reason");
@@ -175,11 +192,10 @@ fn types() {
 fn silent() {
     let server = Host::serve(&["--vms-per-worker", "1", "--no-sharing"]);
     server.done("POST", "/vms", Some(&server.vm("other", &quiet(0), true)));
-    let other = workers(&server);
     server.done("POST", "/vms", Some(&server.vm("stuck", &quiet(1), true)));
     wait_until("a round", || round(&server, "stuck") > 0);
-    let stuck = *workers(&server).difference(&other).next().expect("a worker");
-    let signal = |signal| kill_process(Pid::from_raw(stuck).expect("a process"), signal).expect("signal it");
+    let stuck = worker_of(&server, "stuck");
+    let signal = |signal| kill_process(stuck, signal).expect("signal it");
     signal(Signal::STOP);
     // All of this ends while the worker does not answer.
     assert_eq!(server.done("GET", "/vms", None).as_array().map(Vec::len), Some(2));

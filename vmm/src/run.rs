@@ -147,6 +147,9 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     let settings = settings(process);
     let sharing = if plan.is_sharing { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
     let workers = workers(process.vms_per_worker);
+    if let Some(workers) = workers.as_ref().filter(|_| plan.is_server) {
+        workers.keep_spare();
+    }
     let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit, workers };
     let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {

@@ -177,6 +177,9 @@ impl HostError {
                 | Self::SharedSocket { .. }
                 | Self::SharedConsole { .. }
         );
-        shared.then_some(" ({index} and {name} in a path or a tap, and {index} in a published port, stand for each VM's number and name)")
+        shared.then_some(
+            " ({index} in a path, a tap or a published port stands for each VM's number, and {name} in a path or a tap \
+             for its name)",
+        )
     }
 }

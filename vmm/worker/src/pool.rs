@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::thread;
 
 use parking_lot::Mutex;
 use samepage_machine::config::{ConsoleConfig, Validated};
@@ -18,6 +19,9 @@ use crate::machine::Machine;
 use crate::messages::{Answer, Build, Order, Target};
 use crate::process::WorkerProcess;
 use crate::report::DeviceReport;
+
+/// Stack of the thread that starts a spare worker, in bytes.
+const STACK_BYTES: usize = 128 << 10;
 
 /// Why a machine cannot be built in a worker.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,8 @@ pub struct Workers {
     program: PathBuf,
     per_worker: u32,
     processes: Mutex<Vec<Arc<WorkerProcess>>>,
+    /// A worker without VMs, so that no VM waits for the start of its worker.
+    spare: Mutex<Option<Arc<WorkerProcess>>>,
 }
 
 impl Workers {
@@ -48,25 +54,47 @@ impl Workers {
     /// argument [`ARGUMENT`](crate::process::ARGUMENT).
     #[must_use]
     pub fn new(program: PathBuf, per_worker: u32) -> Self {
-        Self { program, per_worker: per_worker.max(1), processes: Mutex::default() }
+        Self { program, per_worker: per_worker.max(1), processes: Mutex::default(), spare: Mutex::default() }
+    }
+
+    /// Starts a worker that waits for VMs, unless there is one, and keeps one ready from now on.
+    pub fn keep_spare(self: &Arc<Self>) {
+        let pool = Arc::downgrade(self);
+        // Without the thread or the worker, the next VM waits for the start of its own.
+        let _ = thread::Builder::new().name("spare-worker".into()).stack_size(STACK_BYTES).spawn(move || {
+            let Some(pool) = pool.upgrade() else { return };
+            let mut spare = pool.spare.lock();
+            if spare.as_ref().is_none_or(|worker| worker.is_gone()) {
+                *spare = WorkerProcess::start(&pool.program).ok();
+            }
+        });
     }
 
     /// Returns the numbers of the worker processes.
     #[must_use]
     pub fn processes(&self) -> Vec<u32> {
         let processes = self.processes.lock();
-        processes.iter().filter(|worker| !worker.is_gone()).map(|worker| worker.id()).collect()
+        let spare = self.spare.lock();
+        processes.iter().chain(&*spare).filter(|worker| !worker.is_gone()).map(|worker| worker.id()).collect()
     }
 
     /// A worker with room for one more VM, which has its place then.
-    fn worker(&self) -> Result<Arc<WorkerProcess>, BuildError> {
+    fn worker(self: &Arc<Self>) -> Result<Arc<WorkerProcess>, BuildError> {
         let mut processes = self.processes.lock();
         processes.retain(|worker| !worker.is_gone());
         let has_room = |worker: &&Arc<WorkerProcess>| worker.places.load(Ordering::Relaxed) < self.per_worker;
         let worker = match processes.iter().find(has_room) {
             Some(worker) => Arc::clone(worker),
             None => {
-                let worker = WorkerProcess::start(&self.program).map_err(BuildError::Start)?;
+                // A spare that is about to start is as fast as another one.
+                let spare = self.spare.lock().take();
+                if spare.is_some() {
+                    self.keep_spare();
+                }
+                let worker = match spare.filter(|worker| !worker.is_gone()) {
+                    Some(worker) => worker,
+                    None => WorkerProcess::start(&self.program).map_err(BuildError::Start)?,
+                };
                 processes.push(Arc::clone(&worker));
                 worker
             }
@@ -96,6 +124,11 @@ impl Workers {
         let (console, copy) = console(config.take_console())?;
         if config.config().embedded_kernel.is_some() || !config.config().detours.is_empty() {
             return Err(BuildError::Own("a kernel or a service of another process"));
+        }
+        if config.spec().networks.iter().any(|network| network.fd.is_some()) {
+            return Err(BuildError::Own(
+                "a tap that was opened for another process (fd=); give the tap's name",
+            ));
         }
         let spec = config.into_spec();
         let worker = self.worker()?;
@@ -178,7 +211,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.processes.lock().iter().for_each(|worker| worker.end());
+        self.processes.lock().iter().chain(&*self.spare.lock()).for_each(|worker| worker.end());
     }
 }
 

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use samepage_machine::vm::VmEnd;
 use samepage_sharing::remote::worker::{self, Process, Worker};
 use samepage_sharing::service::elsewhere::{GroupMark, Place};
@@ -30,6 +31,8 @@ const STACK_BYTES: usize = 128 << 10;
 /// A worker process.
 pub(crate) struct WorkerProcess {
     id: u32,
+    /// Stands for this process, whoever has its number later.
+    handle: OwnedFd,
     sender: Mutex<Sender>,
     pending: Mutex<Pending>,
     next_request: AtomicU64,
@@ -85,6 +88,7 @@ impl WorkerProcess {
         let (sender, receiver) = wire::split(ours)?;
         let worker = Arc::new(Self {
             id: child.id(),
+            handle: pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?,
             sender: Mutex::new(sender),
             pending: Mutex::default(),
             next_request: AtomicU64::new(0),
@@ -114,12 +118,8 @@ impl WorkerProcess {
 
     /// Ends the process, which has no VMs any more.
     pub(crate) fn end(&self) {
-        if let Some(process) = i32::try_from(self.id).ok().and_then(rustix::process::Pid::from_raw)
-            && !self.is_gone()
-        {
-            // The thread that listens reaps it, and only then its number can be another's.
-            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
-        }
+        // It may have ended already.
+        let _ = pidfd_send_signal(&self.handle, Signal::KILL);
     }
 
     pub(crate) fn new_number(&self) -> VmNumber {
