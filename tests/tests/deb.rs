@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::LazyLock;
 
 use rustix::process::Signal;
 use samepage_tests::harness::Need::{CargoDeb, Kvm, Mounts};
@@ -18,13 +17,11 @@ fn main() -> ExitCode {
     ])
 }
 
-/// Returns a package of the program that the tests use.
-fn package() -> &'static Path {
-    static PACKAGE: LazyLock<PathBuf> = LazyLock::new(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("deb");
-        xtask::deb::package(program::path(), &folder).expect("a package")
-    });
-    &PACKAGE
+/// Returns a package of the program that the tests use. Tests are processes that run side by side, so each one that
+/// asks has a folder of its own.
+fn package(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("deb-{test}"));
+    xtask::deb::package(program::path(), &folder).expect("a package")
 }
 
 fn done(command: &mut Command) -> String {
@@ -35,8 +32,8 @@ fn done(command: &mut Command) -> String {
 }
 
 fn content() {
-    let folder = tempfile::tempdir().expect("make a folder");
-    done(Command::new("dpkg-deb").arg("-x").arg(package()).arg(folder.path()));
+    let (folder, package) = (tempfile::tempdir().expect("make a folder"), package("content"));
+    done(Command::new("dpkg-deb").arg("-x").arg(&package).arg(folder.path()));
     let path = |name: &str| folder.path().join(name);
     for name in [
         "usr/bin/samepage",
@@ -57,11 +54,11 @@ fn content() {
     );
     assert!(checked.contains("0 VMs, no mistakes"), "{checked}");
     done(Command::new("bash").arg("-n").arg(path("usr/share/bash-completion/completions/samepage")));
-    let field = |name: &str| done(Command::new("dpkg-deb").arg("-f").arg(package()).arg(name));
+    let field = |name: &str| done(Command::new("dpkg-deb").arg("-f").arg(&package).arg(name));
     assert_eq!(field("Package").trim(), "samepage");
     assert!(field("Depends").contains("libc6"), "{}", field("Depends"));
     assert_eq!(
-        done(Command::new("dpkg-deb").arg("-I").arg(package()).arg("conffiles")).trim(),
+        done(Command::new("dpkg-deb").arg("-I").arg(&package).arg("conffiles")).trim(),
         "/etc/samepage/vms.toml"
     );
 }
@@ -111,7 +108,7 @@ impl Host {
 }
 
 fn installed() {
-    let Some(host) = Host::new(package()) else {
+    let Some(host) = Host::new(&package("installed")) else {
         println!("this host's file system cannot be the lower one of an overlay: nothing to see");
         return;
     };

@@ -5,7 +5,7 @@
 
 use crate::{process, project_root};
 use anyhow::{Context, Result, ensure};
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -50,6 +50,10 @@ pub fn build() -> Result<PathBuf> {
 pub fn package(program: &Path, folder: &Path) -> Result<PathBuf> {
     let parts = project_root().join(PARTS);
     fs::create_dir_all(&parts).with_context(|| format!("making {}", parts.display()))?;
+    // Another package may be in the making: both use these parts.
+    let path = parts.with_extension("lock");
+    let lock = File::create(&path).with_context(|| format!("making {}", path.display()))?;
+    lock.lock().with_context(|| format!("locking {}", path.display()))?;
     let manual = parts.join("man");
     if manual.exists() {
         fs::remove_dir_all(&manual).with_context(|| format!("emptying {}", manual.display()))?;

@@ -174,7 +174,7 @@ impl Engine {
         let frame = hold.first();
         let space = &self.members.at(slot).space;
         let added = space.mappings_added(first, count, Source::Frames(frame));
-        self.members.at_mut(slot).report_mappings();
+        self.report_mappings();
         let budget = self.members.at(slot).budget();
         let room = added <= 0 || budget.room() >= added + ROOM && budget.shortest_run() <= count;
         let mut lent = room;

@@ -401,7 +401,7 @@ impl Engine {
         if added <= 0 {
             return true;
         }
-        self.members.at_mut(slot).report_mappings();
+        self.report_mappings();
         let budget = self.members.at(slot).budget();
         let value = value(count, added);
         let shortest = budget.shortest_run();

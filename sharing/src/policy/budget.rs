@@ -220,6 +220,9 @@ impl Share {
 
     /// Notes how many mappings the RAM of VMs has, and how many VMs they are.
     pub fn set(&mut self, mappings: u64, vms: u64) {
+        if (mappings, vms) == (self.mappings, self.vms) {
+            return;
+        }
         // The difference, modulo 2^64: atomics wrap around.
         self.budget.guest.fetch_add(mappings.wrapping_sub(self.mappings), Ordering::Relaxed);
         self.budget.vms.fetch_add(vms.wrapping_sub(self.vms), Ordering::Relaxed);
