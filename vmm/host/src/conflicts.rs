@@ -242,7 +242,7 @@ mod tests {
         assert!(text.contains("port 80:81 is published twice by VM a"), "{text}");
         let found = conflicts(&[Uses::of(&with("a", &["80:80"])), Uses::of(&with("b", &["81:80", "80:80"]))]);
         assert_eq!((found[0].vm, found[0].part, found.len()), (1, Part::Network(0), 1));
-        assert!(found[0].error.hint_of_templates().unwrap().contains("{index} in a published port"));
+        assert!(found[0].error.hint_of_templates().unwrap().contains("a published port"));
     }
 
     #[test]
