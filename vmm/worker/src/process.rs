@@ -244,9 +244,12 @@ impl WorkerProcess {
         self.end();
         let ended = child.wait();
         self.is_gone.store(true, Ordering::Release);
-        let pending = &mut *self.pending.lock();
-        pending.is_closed = true;
-        pending.replies.clear();
+        {
+            // Not held for longer: who connects an engine has the groups, and asks.
+            let mut pending = self.pending.lock();
+            pending.is_closed = true;
+            pending.replies.clear();
+        }
         for (_, _, worker) in &self.groups.lock().connected {
             worker.look();
         }
