@@ -175,7 +175,6 @@ impl Drop for Passt {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::net::{HEADER_BYTES, Link, MAX_FRAME};
@@ -188,9 +187,12 @@ mod tests {
     fn fake(script: &str) -> (tempfile::TempDir, String) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("passt");
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         let path = path.to_str().unwrap().to_owned();
+        // A program that this process writes cannot be started while a child of another test has a copy of the
+        // open file. So a child writes it.
+        let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+        let status = Command::new("sh").args(["-c", write, &path, script]).status().unwrap();
+        assert!(status.success());
         (dir, path)
     }
 

@@ -164,11 +164,18 @@ impl StreamLink {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Shutdown;
+
     use super::*;
 
     fn pair() -> (StreamLink, UnixStream) {
         let (ours, other) = UnixStream::pair().unwrap();
         (StreamLink::new(ours).unwrap(), other)
+    }
+
+    /// Ends the connection now. A child process that another test starts may hold a copy of the socket for a moment.
+    fn close(socket: &UnixStream) {
+        socket.shutdown(Shutdown::Both).unwrap();
     }
 
     fn message(length: usize) -> Vec<u8> {
@@ -194,7 +201,7 @@ mod tests {
         // Frames without an Ethernet header are skipped.
         other.write_all(&[message(3), message(20)].concat()).unwrap();
         assert_eq!(link.receive(&mut buffer).unwrap(), Some(32));
-        drop(other);
+        close(&other);
         assert!(link.receive(&mut buffer).is_err());
     }
 
@@ -226,7 +233,7 @@ mod tests {
             }
         }
         assert_eq!(read, sent * 1004);
-        drop(other);
+        close(&other);
         assert!(link.send(&frame).is_err());
     }
 }

@@ -197,6 +197,15 @@ mod tests {
         EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap()
     }
 
+    /// Closes the reader and waits until no reader is left. A child process that another test starts may hold a
+    /// copy for a moment.
+    fn close(reader: io::PipeReader, writer: &io::PipeWriter) {
+        drop(reader);
+        let mut files = [libc::pollfd { fd: writer.as_raw_fd(), events: 0, revents: 0 }];
+        poll::wait(&mut files).unwrap();
+        assert_eq!(files[0].revents, libc::POLLERR);
+    }
+
     #[test]
     fn lines_get_the_name_and_partial_ones_come_at_the_end() {
         let mut out = Vec::new();
@@ -291,7 +300,7 @@ mod tests {
     fn the_copy_is_whole_whatever_becomes_of_the_rest() {
         let (reader, writer) = io::pipe().unwrap();
         let (copied, copy) = io::pipe().unwrap();
-        drop(reader);
+        close(reader, &writer);
         let file = File::from(std::os::fd::OwnedFd::from(writer));
         let to = Box::new(FileSink::new(file, &event()).unwrap());
         let mut sink = CopySink::new(Box::new(copy), to);
@@ -303,7 +312,7 @@ mod tests {
     #[test]
     fn a_pipe_whose_reader_is_gone_is_an_error() {
         let (reader, writer) = io::pipe().unwrap();
-        drop(reader);
+        close(reader, &writer);
         let file = File::from(std::os::fd::OwnedFd::from(writer));
         let mut sink = FileSink::new(file, &event()).unwrap();
         assert_eq!(sink.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
