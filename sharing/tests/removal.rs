@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::counted::counted_engine;
 use common::followed::{Clock, Vm, following};
-use common::{Fault, audit, engine, faulty_engine};
+use common::{Fault, Guest, audit, engine, faulty_engine, losses, no_rest, pass};
 use samepage_sharing::engine::Step;
 
 /// Pages of a VM: 80 MiB.
@@ -122,5 +122,36 @@ fn a_removal_that_the_kernel_refuses_can_be_begun_again() {
     engine.remove(vms[0].slot).unwrap();
     assert_eq!(engine.statistics().pages_sharing, 0);
     (0..5000).for_each(|page| vms[1].guest.check(page, alike(page)));
+    audit(&mut engine);
+}
+
+#[test]
+fn pages_of_a_vm_that_goes_never_show_the_frames_that_they_had_left() {
+    const PAGES: u32 = 64;
+    let guests = [Guest::new(PAGES), Guest::new(PAGES)];
+    let is_going = Arc::new(AtomicBool::new(false));
+    let (reader, going) = (Guest { ram: Arc::clone(&guests[0].ram) }, Arc::clone(&is_going));
+    let mut engine = faulty_engine(&no_rest(false), move |name| {
+        // A device may still be at work.
+        if name == "map" && going.load(Ordering::Relaxed) {
+            (0..PAGES).for_each(|page| reader.check(page, 1 << 40 | alike(page)));
+        }
+        Fault::None
+    });
+    let slots = guests.each_ref().map(|guest| {
+        (0..PAGES).for_each(|page| guest.write(page, alike(page)));
+        engine.add(guest.ram.clone(), None, losses().1).unwrap()
+    });
+    pass(&mut engine);
+    assert_eq!(engine.statistics().pages_sharing, u64::from(PAGES));
+    // Both leave their frames, which die.
+    for (number, guest) in (1..).zip(&guests) {
+        (0..PAGES).for_each(|page| guest.write(page, number << 40 | alike(page)));
+    }
+    pass(&mut engine);
+    assert_eq!(engine.statistics().frames, 0);
+    audit(&mut engine);
+    is_going.store(true, Ordering::Relaxed);
+    engine.remove(slots[0]).unwrap();
     audit(&mut engine);
 }

@@ -227,35 +227,49 @@ impl Engine {
         self.store.drop_spare(&*self.host.calls);
         let (charged, live) = (self.store.charged_bytes().unwrap_or(0), u64::from(self.store.live()));
         if self.store.dead() == 0 && charged > live * PAGE_SIZE as u64 {
-            let leaked = self.ownerless_with_memory();
+            let leaked = self.ownerless_with_memory().map(|frame| self.describe_ownerless(frame));
+            let leaked: Vec<_> = leaked.take(LISTED_FRAMES).collect();
             report.problem(|| {
-                format!("the store is charged {charged} bytes for {live} frames; without owners: {leaked:?}")
+                let listed = leaked.join(", ");
+                format!("the store is charged {charged} bytes for {live} frames; without owners: {listed}")
             });
         }
     }
 }
 
 impl Engine {
-    /// The first frames that hold memory and have no owner, as the kernel says where there is data.
-    fn ownerless_with_memory(&self) -> Vec<Frame> {
+    /// The frames that hold memory and have no owner, as the kernel says where there is data.
+    fn ownerless_with_memory(&self) -> impl Iterator<Item = Frame> + '_ {
         let seek = |from: u64, whence| {
             // SAFETY: moves the position of the store's file, which nobody uses.
             let at = unsafe { libc::lseek(self.store.file().as_raw_fd(), from as i64, whence) };
             u64::try_from(at).ok()
         };
-        let (mut found, mut at) = (Vec::new(), 0);
-        while found.len() < LISTED_FRAMES
-            && let Some(data) = seek(at, libc::SEEK_DATA)
-            && let Some(hole) = seek(data, libc::SEEK_HOLE)
-        {
+        let mut at = 0;
+        let extents = std::iter::from_fn(move || {
+            let data = seek(at, libc::SEEK_DATA)?;
+            at = seek(data, libc::SEEK_HOLE)?;
             let first = (data / PAGE_SIZE as u64) as u32;
-            let frames =
-                Frame::new(first).run((hole.div_ceil(PAGE_SIZE as u64) as u32).saturating_sub(first));
-            found
-                .extend(frames.filter(|&frame| !self.store.is_live(frame)).take(LISTED_FRAMES - found.len()));
-            at = hole;
-        }
-        found
+            Some(Frame::new(first).run((at.div_ceil(PAGE_SIZE as u64) as u32).saturating_sub(first)))
+        });
+        extents.flatten().filter(|&frame| !self.store.is_live(frame))
+    }
+
+    /// Says what is in such a frame, and which pages' mappings refer to it: who touched it may be told by that.
+    fn describe_ownerless(&self, frame: Frame) -> String {
+        let mut page: Page = [0; PAGE_SIZE];
+        let content = match self.store.read(frame, &mut page) {
+            Ok(()) if page.iter().all(|&byte| byte == 0) => "zeros",
+            Ok(()) => "content",
+            Err(_) => "unreadable",
+        };
+        let pages = self.members.iter().flat_map(|member| {
+            let space = &member.space;
+            let refers = move |&page: &u32| space.refers(page) == Some(frame);
+            space.backing().on_frames().runs_within(0..space.pages()).flatten().filter(refers)
+        });
+        let pages: Vec<_> = pages.collect();
+        format!("frame {frame} ({content}, left by pages {pages:?})")
     }
 }
 

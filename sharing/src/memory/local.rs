@@ -198,11 +198,11 @@ impl LocalMemory {
     fn empty_part(&self, part: Range<u32>, mapped: bool) -> io::Result<()> {
         let calls = &*self.host.calls;
         let pages = self.range(&part);
-        // Threads that map or fault go on meanwhile, which they do not while a mapping is replaced.
-        let discarded = calls.discard(pages).is_ok();
-        if (mapped || !discarded)
-            && let Err(error) = calls.map(pages, Source::Zeros, Over::Pages)
-        {
+        // Threads that map or fault go on while pages are discarded, which they do not while a mapping is replaced.
+        // But a page without its private copy shows the frame that it is mapped to, and had perhaps left. That frame
+        // is another's by now, or takes memory for whoever looks.
+        let discarded = !mapped && calls.discard(pages).is_ok();
+        if !discarded && let Err(error) = calls.map(pages, Source::Zeros, Over::Pages) {
             match calls.map(pages, Source::Zeros, Over::Hole) {
                 Ok(()) => {}
                 // They are there, as they were.
