@@ -295,13 +295,32 @@ impl Host {
         self.running.threads().iter().filter(|name| of_vm(name)).count()
     }
 
+    /// Kills the process, which has no time for anything. Returns its folder.
+    ///
+    /// # Panics
+    /// Panics if there is no such process.
+    #[must_use]
+    pub fn kill(self) -> TempDir {
+        self.running.signal(Signal::KILL);
+        self.folder
+    }
+
     /// Ends the process as users do.
     #[must_use]
     pub fn end(self) -> Finished {
+        self.end_and_keep().0
+    }
+
+    /// Ends the process as users do, and returns its folder as well.
+    ///
+    /// # Panics
+    /// Panics if the process does not end, or leaves its socket behind.
+    #[must_use]
+    pub fn end_and_keep(self) -> (Finished, TempDir) {
         self.running.signal(Signal::TERM);
         let finished = self.running.wait();
         assert!(!self.client.socket().exists(), "the socket was left behind");
-        finished
+        (finished, self.folder)
     }
 }
 

@@ -9,6 +9,7 @@ pub mod guests;
 pub mod harness;
 pub mod process;
 pub mod program;
+pub mod progress;
 pub mod proxy;
 pub mod shared;
 pub mod terminal;

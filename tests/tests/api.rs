@@ -387,6 +387,7 @@ fn events() {
             Happening::Crash { vm, .. } => crashed = vm == "b",
             Happening::Deleted { vm } => deleted = vm == "b",
             Happening::Limit { .. } => limited = true,
+            Happening::Adopted { .. } | Happening::Left { .. } => panic!("there is no folder for the state"),
             Happening::Disk { vm, disk, message } => panic!("disk {disk} of VM {vm}: {message}"),
             Happening::Missed { count } => panic!("{count} events were missed"),
         }

@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use samepage_resources::demo::plan::{HoleMode, Plan, Rate};
 use samepage_tests::api::Host;
-use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness;
+use samepage_tests::progress::wait_until;
 use samepage_tests::shared::churn;
 use serde_json::{Value, json};
 
@@ -25,19 +25,6 @@ fn main() -> ExitCode {
         ("a_guest_in_a_worker_tells_what_its_pages_are_for", types),
         ("a_console_in_a_worker_is_read_and_typed_to", console),
     ])
-}
-
-/// Waits until a condition holds.
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < TIME_LIMIT, "{what} did not come about");
-        // Other processes have no events for this one.
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    if begun.elapsed() > Duration::from_secs(10) {
-        println!("{what} took {} s", begun.elapsed().as_secs());
-    }
 }
 
 /// The worker processes of a server.
@@ -66,33 +53,6 @@ fn worker_of(server: &Host, vm: &str) -> Pid {
     Pid::from_raw(worker).expect("a process")
 }
 
-fn state(server: &Host, vm: &str) -> String {
-    server.done("GET", &format!("/vms/{vm}"), None)["state"].as_str().expect("a state").to_owned()
-}
-
-fn shared(server: &Host) -> u64 {
-    server.done("GET", "/sharing", None)["statistics"]["pages_sharing"].as_u64().expect("a number")
-}
-
-/// The last round in which a guest has verified all its memory.
-fn round(server: &Host, vm: &str) -> u64 {
-    let console = server.console(vm);
-    let number = |line: &str| line.strip_prefix("round=")?.split(' ').next()?.parse().ok();
-    console.lines().rev().find_map(number).unwrap_or(0)
-}
-
-/// Ends the process, whose guests have found no wrong byte, and whose books were right at each end.
-fn end(server: Host, status: i32) {
-    for vm in server.done("GET", "/vms", None).as_array().expect("a list") {
-        let console = server.console(vm["name"].as_str().expect("a name"));
-        assert!(!console.contains("corrupt=") || console.contains("corrupt=0"), "{console}");
-    }
-    let finished = server.end();
-    assert_eq!(finished.status.code(), Some(status), "{}", finished.stderr);
-    let audits: Vec<_> = finished.stderr.lines().filter(|line| line.contains("audit of")).collect();
-    assert!(!audits.is_empty() && audits.iter().all(|line| line.ends_with("passed")), "{}", finished.stderr);
-}
-
 fn quiet(vm: u32) -> Plan {
     Plan { vm, rounds: 0, pages: Some(2048), ..Plan::default() }
 }
@@ -110,12 +70,12 @@ fn share_and_end() {
         let all = server.done("GET", "/sharing", None);
         all["pairs"].as_array().is_some_and(|pairs| pairs.len() == 3)
     });
-    assert!(shared(&server) > 0);
+    assert!(server.shared() > 0);
     assert_eq!(server.act("a", "pause"), "paused");
     assert_eq!(server.act("a", "resume"), "running");
     assert_eq!(server.act("b", "reset"), "running");
-    let before = round(&server, "a");
-    wait_until("more rounds", || round(&server, "a") != before);
+    let before = server.round("a");
+    wait_until("more rounds", || server.round("a") != before);
     assert_eq!(server.act("c", "stop"), "stopped");
     let shown = server.done("GET", "/vms/a", None);
     assert!(shown["cpu_seconds"].as_f64().expect("CPU time") > 0.0, "{shown}");
@@ -132,7 +92,7 @@ fn share_and_end() {
     server.done("DELETE", "/vms/c", None);
     // It was alone in its worker.
     wait_until("the end of a worker without VMs", || workers(&server).len() == 2);
-    end(server, 0);
+    drop(server.end_sound(0));
 }
 
 fn killed() {
@@ -142,36 +102,36 @@ fn killed() {
     server.done("POST", "/vms", Some(&server.vm("witness", &plan(0), true)));
     server.done("POST", "/vms", Some(&server.vm("victim", &plan(1), true)));
     for kill in 0..kills {
-        wait_until("sharing", || shared(&server) > 0);
-        let before = round(&server, "witness");
+        wait_until("sharing", || server.shared() > 0);
+        let before = server.round("witness");
         let victim = worker_of(&server, "victim");
         // At any point of whatever it does.
         std::thread::sleep(Duration::from_micros(u64::from(kill) * 1_717 % 20_000));
         kill_process(victim, Signal::KILL).expect("kill the worker");
-        wait_until("the end of the VM", || state(&server, "victim") == "failed");
+        wait_until("the end of the VM", || server.state("victim") == "failed");
         let shown = server.done("GET", "/vms/victim", None);
         let reason = shown["reason"].as_str().expect("a reason");
         assert!(reason.contains("worker") && reason.contains("signal 9"), "{reason}");
-        wait_until("its frames", || shared(&server) == 0);
-        wait_until("a round of the other VM", || round(&server, "witness") > before);
+        wait_until("its frames", || server.shared() == 0);
+        wait_until("a round of the other VM", || server.round("witness") > before);
         assert_eq!(server.act("victim", "start"), "running");
     }
-    assert_eq!(state(&server, "witness"), "running");
+    assert_eq!(server.state("witness"), "running");
     // The process says that VMs have failed.
-    end(server, 1);
+    drop(server.end_sound(1));
 }
 
 fn console() {
     let server = Host::serve(&["--vms-per-worker", "8", "--audit"]);
     let plan = Plan { rounds: 1, rate: Rate::PerSecond(0), pages: Some(64), ..Plan::default() };
     server.done("POST", "/vms", Some(&server.vm("a", &plan, true)));
-    wait_until("the end of the guest", || state(&server, "a") == "stopped");
+    wait_until("the end of the guest", || server.state("a") == "stopped");
     let text = server.console("a");
     // The last line came before the end.
     assert!(text.trim_end().ends_with("corrupt=0"), "{text}");
     let (status, answer): (u16, Value) = server.ask("POST", "/vms/a/console/input", None);
     assert!(status >= 400, "{answer}");
-    end(server, 0);
+    drop(server.end_sound(0));
 }
 
 fn types() {
@@ -186,27 +146,27 @@ fn types() {
     // Free pages come back only if the guest sees what the engine asks for, and answers.
     let freed = |pages: &Value| pages["given_back_bytes"].as_u64().is_some_and(|bytes| bytes > 0);
     server.wait_for("/vms/b/pages", "free memory", freed);
-    end(server, 0);
+    drop(server.end_sound(0));
 }
 
 fn silent() {
     let server = Host::serve(&["--vms-per-worker", "1", "--no-sharing"]);
     server.done("POST", "/vms", Some(&server.vm("other", &quiet(0), true)));
     server.done("POST", "/vms", Some(&server.vm("stuck", &quiet(1), true)));
-    wait_until("a round", || round(&server, "stuck") > 0);
+    wait_until("a round", || server.round("stuck") > 0);
     let stuck = worker_of(&server, "stuck");
     let signal = |signal| kill_process(stuck, signal).expect("signal it");
     signal(Signal::STOP);
     // All of this ends while the worker does not answer.
     assert_eq!(server.done("GET", "/vms", None).as_array().map(Vec::len), Some(2));
-    assert_eq!(state(&server, "stuck"), "running");
+    assert_eq!(server.state("stuck"), "running");
     assert_eq!(server.act("other", "pause"), "paused");
     assert_eq!(server.act("other", "resume"), "running");
-    let (before, seen) = (round(&server, "stuck"), round(&server, "other"));
-    wait_until("a round of the other VM", || round(&server, "other") > seen);
-    assert_eq!(round(&server, "stuck"), before);
+    let (before, seen) = (server.round("stuck"), server.round("other"));
+    wait_until("a round of the other VM", || server.round("other") > seen);
+    assert_eq!(server.round("stuck"), before);
     signal(Signal::CONT);
-    wait_until("a round of the VM that was stuck", || round(&server, "stuck") > before);
+    wait_until("a round of the VM that was stuck", || server.round("stuck") > before);
     let finished = server.end();
     assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
 }

@@ -323,6 +323,16 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) no_sharing: bool,
 
+    /// Folder in which worker processes wait if this process is killed: their VMs go on, and the next `samepage serve`
+    /// with the same folder adopts them. Needs --vms-per-worker. Only the owner may write to the folder
+    #[arg(long, value_name = "DIR", env = "SAMEPAGE_STATE")]
+    pub(crate) state: Option<PathBuf>,
+
+    /// How long a worker process whose VMs have all ended waits to be adopted, in seconds. Then it leaves a report in
+    /// the folder
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=31_536_000))]
+    pub(crate) adoption_timeout: u32,
+
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
 }

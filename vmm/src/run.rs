@@ -8,15 +8,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use samepage_api::http::{HttpOptions, Token};
 use samepage_api::listener::SocketOptions;
 use samepage_api::{server::Listeners, server::Server};
-use samepage_api_types::lifecycle::Action;
+use samepage_api_types::lifecycle::{Action, State};
 use samepage_host::conflicts::{self, Uses};
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
 use samepage_host::host_limits::HostMemory;
+use samepage_host::record::Record;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
 use samepage_host::validated::validate;
 use samepage_host::{config_file, registry::Common, registry::Registry};
@@ -29,6 +30,7 @@ use samepage_spec::{HugePages, SharingMode, VmSpec};
 use samepage_text::counted::counted;
 use samepage_worker::machine::Machine;
 use samepage_worker::pool::Workers;
+use samepage_worker::state::StateFolder;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SocketAccess};
@@ -77,6 +79,8 @@ struct Plan<'a> {
     has_terminal: bool,
     /// Whether the process continues without VMs.
     is_server: bool,
+    /// Where workers wait for the next process if this one is killed.
+    state: Option<StateFolder>,
 }
 
 /// Runs all VMs of the command line until they have ended.
@@ -89,7 +93,15 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let no_sharing = "--sharing off";
     host(
         vms,
-        &Plan { process: &args.process, socket, is_sharing, no_sharing, has_terminal, is_server: false },
+        Plan {
+            process: &args.process,
+            socket,
+            is_sharing,
+            no_sharing,
+            has_terminal,
+            is_server: false,
+            state: None,
+        },
     )
 }
 
@@ -98,17 +110,30 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let socket = Some(socket_options(args.socket.as_deref(), &args.socket_access)?);
     let is_sharing = !args.no_sharing;
     let no_sharing = "--no-sharing";
+    let state = args.state.as_deref().map(|folder| state(folder, args)).transpose()?;
     host(
         Vec::new(),
-        &Plan {
+        Plan {
             process: &args.process,
             socket,
             is_sharing,
             no_sharing,
             has_terminal: false,
             is_server: true,
+            state,
         },
     )
+}
+
+/// Takes the folder in which workers wait.
+fn state(folder: &Path, args: &ServeArgs) -> anyhow::Result<StateFolder> {
+    if args.process.vms_per_worker == 0 {
+        bail!(
+            "--state {} keeps the VMs of worker processes only; add --vms-per-worker COUNT, or leave --state out",
+            folder.display()
+        );
+    }
+    Ok(StateFolder::take(folder, Duration::from_secs(args.adoption_timeout.into()))?)
 }
 
 /// Returns the options of the socket at this path, or at the default one.
@@ -122,9 +147,9 @@ fn http_options(process: &ProcessArgs) -> anyhow::Result<Option<HttpOptions>> {
     Ok(process.http.map(|address| HttpOptions { address, token }))
 }
 
-fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<ExitCode> {
+fn host(named: Vec<(VmSpec, ConsoleConfig)>, mut plan: Plan<'_>) -> anyhow::Result<ExitCode> {
     upkeep::keep_arenas_few();
-    let Plan { process, .. } = plan;
+    let process = plan.process;
     let of_file = process.config.as_deref().map_or(Ok(Vec::new()), config_file::load)?;
     let mut vms = Vec::with_capacity(named.len() + of_file.len());
     for (spec, console) in named {
@@ -137,7 +162,9 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         Some(hint) => anyhow!("{error}{hint}"),
         None => error.into(),
     })?;
-    check_host(&vms, process.overcommit)?;
+    if plan.state.is_none() {
+        check_host(&vms, process.overcommit)?;
+    }
     let hypervisor = Hypervisor::open()?;
     let hangup = Hangup::new();
     let signals = ShutdownSignals::catch_with_hangup().context("catch the signals that end the process")?;
@@ -146,12 +173,31 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
 
     let settings = settings(process);
     let sharing = if plan.is_sharing { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
-    let workers = workers(process.vms_per_worker);
+    let workers = workers(process.vms_per_worker, plan.state.take());
+    let common = Common {
+        sharing: sharing.clone(),
+        settings,
+        overcommit: process.overcommit,
+        workers: workers.clone(),
+    };
+    let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
+    // Lets workers go before the registry would end their VMs.
+    let _registry = Arc::clone(&registry);
+    let mut keeping = Keeping { workers: workers.clone(), all: false };
+    let adopted = adopt(&registry, workers.as_ref())?;
+    let starts = |vm: &Validated| !plan.is_server || vm.spec().start.unwrap_or(true);
+    let mut to_start = Vec::new();
+    vms.retain(|vm| match adopted.iter().find(|record| record.name() == vm.spec().name) {
+        Some(record) if record.state() == State::Created && starts(vm) => {
+            to_start.push(Arc::clone(record));
+            false
+        }
+        Some(_) => false,
+        None => true,
+    });
     if let Some(workers) = workers.as_ref().filter(|_| plan.is_server) {
         workers.keep_spare();
     }
-    let common = Common { sharing: sharing.clone(), settings, overcommit: process.overcommit, workers };
-    let registry = Arc::new(Registry::new(hypervisor, common).context("watch the VMs")?);
     if let Some(sharing) = &sharing {
         let registry = Arc::downgrade(&registry);
         sharing.on_notice(move |notice| {
@@ -162,8 +208,10 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         });
     }
     registry.on_disk_error(Box::new(|message| tell(message)));
-    let starts: Vec<_> = vms.iter().map(|vm| !plan.is_server || vm.spec().start.unwrap_or(true)).collect();
+    let starts: Vec<_> = vms.iter().map(starts).collect();
     let records = registry.create(vms)?;
+    let new = records.iter().zip(starts).filter(|(_, start)| *start);
+    to_start.extend(new.map(|(record, _)| Arc::clone(record)));
     tell_notices(records.iter().filter_map(|record| record.vm()));
     let input = match records.as_slice() {
         [record] if plan.has_terminal => Input::open(record)?,
@@ -179,12 +227,13 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     if let Some(socket) = plan.socket.as_ref().filter(|_| plan.is_server) {
         tell(format_args!("the control socket is {}", socket.path.display()));
     }
-    for (record, _) in records.iter().zip(starts).filter(|(_, start)| *start) {
+    for record in &to_start {
         if let Some(turn) = record.try_turn() {
             registry.act(&turn, Action::Start)?;
         }
     }
-    drop(records);
+    drop((adopted, to_start, records));
+    keeping.all = true;
     let stats = process.stats.as_ref();
     let (audit, stop_timeout) = (process.audit, Duration::from_secs(process.stop_timeout.into()));
     let mut upkeep = Upkeep::new().context("open a timer")?;
@@ -202,6 +251,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
         upkeep,
     };
     let outcome = process.watch(plan.is_server)?;
+    keeping.end();
     // Clients learn of all ends before the socket is removed.
     drop(server);
     if let Some(statistics) = process.statistics {
@@ -210,6 +260,50 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, plan: &Plan<'_>) -> anyhow::Result<
     }
     Ok(if plan.is_server && outcome == Outcome::GuestCrashed { Outcome::AllEnded } else { outcome }
         .exit_code())
+}
+
+/// If this process fails, leaves the VMs of workers to the next one that uses the folder for the state.
+struct Keeping {
+    workers: Option<Arc<Workers>>,
+    /// Not only VMs that were adopted.
+    all: bool,
+}
+
+impl Keeping {
+    /// All VMs have ended, and so may their workers.
+    fn end(mut self) {
+        if let Some(workers) = self.workers.take() {
+            workers.close();
+        }
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        match &self.workers {
+            Some(workers) if self.all => workers.let_go(),
+            Some(workers) => workers.let_go_adopted(),
+            None => {}
+        }
+    }
+}
+
+/// Adopts the VMs that an earlier process has left. Returns all that are listed.
+fn adopt(registry: &Registry, workers: Option<&Arc<Workers>>) -> anyhow::Result<Vec<Arc<Record>>> {
+    let Some(workers) = workers else { return Ok(Vec::new()) };
+    let adoption = workers.adopt().context("read the state folder")?;
+    for left in &adoption.left {
+        tell(left);
+    }
+    for vm in &adoption.missed {
+        tell(format_args!("VM {}: it ended while no samepage managed it: {}", vm.spec.name, vm.end));
+    }
+    let records = registry.adopt(adoption).context("adopt VMs")?;
+    if !records.is_empty() {
+        let vms = counted(records.len() as u64, "VM");
+        tell(format_args!("adopted {vms}, which share no more memory until their next start"));
+    }
+    Ok(registry.list())
 }
 
 /// The running process.
@@ -373,13 +467,13 @@ fn check_host(vms: &[Validated], ratio: f64) -> anyhow::Result<()> {
 }
 
 /// Returns what starts worker processes, if VMs are to be in some.
-fn workers(per_worker: u32) -> Option<Arc<Workers>> {
+fn workers(per_worker: u32, state: Option<StateFolder>) -> Option<Arc<Workers>> {
     if per_worker == 0 {
         return None;
     }
     // The file may have been replaced by another version since this process started.
     let program = PathBuf::from("/proc/self/exe");
-    Some(Arc::new(Workers::new(program, per_worker)))
+    Some(Arc::new(Workers::new(program, per_worker, state)))
 }
 
 fn settings(args: &ProcessArgs) -> Settings {

@@ -163,23 +163,27 @@ impl Server {
     /// # Errors
     /// Fails if the engine says what makes no sense.
     pub fn run(mut self) -> io::Result<()> {
+        let outcome = self.answer_all();
+        // Each window is closed by the answer that has opened it. Nobody asks again, so who was missed is woken now.
+        self.calls.wake_latecomers();
+        match outcome {
+            Err(error) if is_gone(&error) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    fn answer_all(&mut self) -> io::Result<()> {
         let mut may_wait = false;
         loop {
             if may_wait && !self.is_asked_soon()? {
                 self.calls.wake_latecomers();
                 may_wait = false;
             }
-            let Request { vm, question } = match self.socket.receive() {
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-                received => received?,
-            };
+            let Request { vm, question } = self.socket.receive()?;
             may_wait |=
                 matches!(question, Question::Remap(_) | Question::Restore(_) | Question::Empty { .. });
             let reply = self.reply(vm, question);
-            match self.socket.send(&reply) {
-                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => return Ok(()),
-                sent => sent?,
-            }
+            self.socket.send(&reply)?;
         }
     }
 
@@ -197,6 +201,12 @@ impl Server {
         // After the reading: see `loss`.
         Reply { lost: vm.memory.lost(), answer }
     }
+}
+
+/// Whether the engine has ended. It may have left an answer unread.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | BrokenPipe | ConnectionReset)
 }
 
 /// Whether pages are of a memory of so many pages, so many of them at most.

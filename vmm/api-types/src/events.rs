@@ -93,6 +93,22 @@ pub enum Happening {
         /// The error.
         message: String,
     },
+    /// A VM goes on whose managing process has ended. This process manages it now.
+    Adopted {
+        /// The VM's name.
+        vm: String,
+        /// The state.
+        state: State,
+        /// The number of the worker process that holds the VM.
+        worker: u32,
+    },
+    /// A worker process goes on that this process cannot manage.
+    Left {
+        /// The number of the worker process.
+        worker: u32,
+        /// Why, and what to do.
+        message: String,
+    },
     /// A limit was reached.
     Limit {
         /// The limit, and what to do.
@@ -114,6 +130,8 @@ impl Happening {
             Happening::Crash { .. } => "crash",
             Happening::Deleted { .. } => "deleted",
             Happening::Disk { .. } => "disk",
+            Happening::Adopted { .. } => "adopted",
+            Happening::Left { .. } => "left",
             Happening::Limit { .. } => "limit",
             Happening::Missed { .. } => "missed",
         }

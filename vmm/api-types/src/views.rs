@@ -109,7 +109,7 @@ pub struct VmSummary {
     pub group: String,
     /// Which pages are shared. Always `off` if this process shares no memory.
     pub mode: SharingMode,
-    /// Why sharing has stopped for the group; absent while it works.
+    /// Why sharing has stopped for the VM or its group; absent while it works.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sharing_stopped: Option<String>,
     /// Memory that the VM takes of the host: its private pages, and its share of each frame. Absent before the

@@ -17,6 +17,7 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use samepage_host::events::unix_seconds;
 use samepage_host::record::Record;
 use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
+use samepage_worker::machine::Machine;
 use samepage_worker::report::DeviceReport;
 
 /// Conversion of an internal type to the API's type.
@@ -116,7 +117,7 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
         vcpus: spec.vcpus,
         group: spec.sharing.group.clone(),
         mode: record.effective_mode(),
-        sharing_stopped: vm.as_ref().and_then(|vm| Some(vm.membership()?.stopped()?.to_string())),
+        sharing_stopped: vm.as_deref().and_then(sharing_stopped),
         resident_bytes: sample.map(|sample| sample.resident_bytes),
         saved_bytes: sample.map(saved_bytes),
         shared_bytes: bytes(|pages| pages.pages_merged),
@@ -125,6 +126,13 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
         wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
         cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
         io: vm.as_ref().map(|vm| (&IoSample::of(&vm.devices())).shown()),
+    }
+}
+
+fn sharing_stopped(vm: &dyn Machine) -> Option<String> {
+    match vm.membership() {
+        Some(membership) => Some(membership.stopped()?.to_string()),
+        None => vm.unshared().map(str::to_owned),
     }
 }
 

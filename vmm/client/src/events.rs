@@ -65,6 +65,10 @@ fn tell(data: &str) -> Option<String> {
         Happening::Crash { vm, report } => format!("VM {vm} crashed: {report}"),
         Happening::Deleted { vm } => format!("VM {vm} is deleted"),
         Happening::Disk { vm, disk, message } => format!("VM {vm}: disk {disk}: {message}"),
+        Happening::Adopted { vm, state, worker } => {
+            format!("VM {vm} was adopted, and is {} (worker process {worker})", state.name())
+        }
+        Happening::Left { worker, message } => format!("worker process {worker} is left alone: {message}"),
         Happening::Limit { message } => message,
         Happening::Missed { count } => format!("{} missing here", counted(count, "event")),
     };

@@ -65,7 +65,7 @@ pub(super) fn list(args: &PsArgs) -> anyhow::Result<()> {
                 maybe_mebibytes(vm.saved_bytes),
                 vm.group.clone(),
                 if vm.sharing_stopped.is_some() { "stopped".to_owned() } else { word(&vm.mode) },
-                vm.reason.clone().unwrap_or_default(),
+                vm.reason.clone().or_else(|| vm.sharing_stopped.clone()).unwrap_or_default(),
             ]);
         }
         table.to_string()

@@ -162,10 +162,11 @@ impl Registry {
         }
         record.set_mode(mode);
         self.note_change();
-        if let Some(vm) = record.vm()
-            && let Some(membership) = vm.membership()
-        {
-            membership.set_mode(mode);
+        if let Some(vm) = record.vm() {
+            vm.note_mode(mode);
+            if let Some(membership) = vm.membership() {
+                membership.set_mode(mode);
+            }
         }
         Ok(())
     }

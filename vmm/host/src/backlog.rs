@@ -45,6 +45,11 @@ impl Backlog {
         Box::new(Sink(Arc::clone(self)))
     }
 
+    /// Counts bytes that the console wrote before, and that are not kept. To be called before there are readers.
+    pub(crate) fn note_lost(&self, bytes: u64) {
+        self.kept.lock().end += bytes;
+    }
+
     /// Returns up to `most` of the last bytes.
     pub fn tail(&self, most: usize) -> Piece {
         let kept = self.kept.lock();

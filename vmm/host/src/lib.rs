@@ -1,7 +1,7 @@
 //! All VMs of a process: created, acted on, counted, and listed also when they have ended.
 //!
 //! - [`registry`] has the VMs, makes them, counts them and collects their ends; [`record`] is one VM and
-//!   outlives its machines. `actions` has the actions on VMs.
+//!   outlives its machines. `actions` has the actions on VMs, and `adopt` takes VMs of an earlier process over.
 //! - [`conflicts`] finds files that VMs cannot have in common, [`error`] has the errors of all of these.
 //! - [`validated`] validates the description of a VM, [`config_file`] reads descriptions.
 //! - [`events`] is the log of events, [`statistics`] counts what VMs use and share.
@@ -10,6 +10,7 @@
 //! Nothing here knows HTTP, which is in `samepage-api`.
 
 mod actions;
+mod adopt;
 pub mod backlog;
 mod build;
 pub mod config_file;

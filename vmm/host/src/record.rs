@@ -240,6 +240,21 @@ impl Record {
         body.machine = Some(machine);
     }
 
+    /// Notes what has happened to a machine that another process has managed.
+    pub(crate) fn continue_from(&self, has_run: bool, since: SystemTime) {
+        let mut body = self.body.lock();
+        body.has_run = has_run;
+        body.since = since;
+    }
+
+    /// Notes how a VM has ended that has no machine any more.
+    pub(crate) fn note_end(&self, end: VmEnd, since: SystemTime) {
+        let mut body = self.body.lock();
+        body.is_booting = false;
+        body.end = Some(end);
+        body.since = since;
+    }
+
     /// Removes a machine that never ran.
     pub(crate) fn uninstall(&self) -> Option<Installed> {
         let machine = self.body.lock().machine.take();

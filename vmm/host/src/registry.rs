@@ -151,7 +151,7 @@ impl Registry {
         Ok(done?)
     }
 
-    fn install(&self, record: &Record, vm: Arc<dyn Machine>) -> io::Result<()> {
+    pub(crate) fn install(&self, record: &Record, vm: Arc<dyn Machine>) -> io::Result<()> {
         let number = self.ends.next_number();
         self.disk_errors.watch(&*vm);
         record.install(Installed { vm: Arc::clone(&vm), number });

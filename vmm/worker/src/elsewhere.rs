@@ -13,6 +13,7 @@ use samepage_machine::vm::{HoleMemory, VmEnd, VmState};
 use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::{Bell, Membership};
+use samepage_spec::SharingMode;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Machine};
@@ -22,6 +23,10 @@ use crate::report::DeviceReport;
 
 /// How long figures are waited for. Lists show those of before for a worker that does not answer.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why memory of a VM that was adopted is not shared.
+const UNSHARED: &str =
+    "the VM was adopted from a process that ended; it shares no more memory until its next start";
 
 /// What a worker tells of one VM.
 pub(crate) struct Remote {
@@ -93,7 +98,12 @@ impl Remote {
         }
     }
 
-    fn set_runs(&self, runs: bool) {
+    /// Passes output on to this writer from now on. It never waits.
+    pub(crate) fn set_console(&self, console: Box<dyn Write + Send>) {
+        *self.console.lock() = console;
+    }
+
+    pub(crate) fn set_runs(&self, runs: bool) {
         self.state.lock().runs = runs;
     }
 
@@ -142,6 +152,8 @@ pub(crate) struct Identity {
     pub(crate) vcpus: u32,
     pub(crate) memory_bytes: u64,
     pub(crate) notices: Vec<String>,
+    /// Another managing process has built it.
+    pub(crate) is_adopted: bool,
 }
 
 /// A machine in a worker process. Dropping it ends it, takes its memory from the engine, and has the worker free it.
@@ -243,6 +255,14 @@ impl Machine for MachineElsewhere {
         self.membership.as_ref()
     }
 
+    fn unshared(&self) -> Option<&'static str> {
+        self.identity.is_adopted.then_some(UNSHARED)
+    }
+
+    fn note_mode(&self, mode: SharingMode) {
+        self.worker.tell(self.identity.number, Order::NoteMode(mode));
+    }
+
     fn touched(&self, _: &Pagemap) -> io::Result<Vec<Range<u32>>> {
         match self.worker.ask_within(self.identity.number, Order::Touched, PATIENCE) {
             Some(Answer::Runs(runs)) => Ok(runs.into_iter().map(|(first, end)| first..end).collect()),
@@ -307,6 +327,9 @@ impl Machine for MachineElsewhere {
 
 impl Drop for MachineElsewhere {
     fn drop(&mut self) {
+        if self.worker.is_let_go() {
+            return;
+        }
         if self.end().is_none() {
             self.request_stop();
             self.wait();

@@ -5,7 +5,9 @@
 //! memory stays with the managing process, and asks workers for what it needs over a connection of its own.
 //!
 //! A worker that ends takes its VMs along and nobody else: what it had mapped is given back when its process is gone.
+//! Where the managing process has a folder for its [`state`], its workers outlive it, and the next one takes them over.
 
+pub mod adopt;
 pub(crate) mod elsewhere;
 pub mod machine;
 pub(crate) mod messages;
@@ -13,4 +15,5 @@ pub mod pool;
 pub mod process;
 pub mod report;
 pub mod serve;
+pub mod state;
 pub(crate) mod wire;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use samepage_machine::vm::{Vm, VmEnd, VmState};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::Membership;
-use samepage_spec::{CachePolicy, RateLimits};
+use samepage_spec::{CachePolicy, RateLimits, SharingMode};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::report::DeviceReport;
@@ -72,6 +72,12 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn cpu_time(&self) -> Duration;
     /// Returns the VM's membership in the sharing engine; `None` if it shares no memory.
     fn membership(&self) -> Option<&Membership>;
+    /// Returns why the VM's memory is not shared although it could be, in a sentence.
+    fn unshared(&self) -> Option<&'static str> {
+        None
+    }
+    /// Notes which pages are to be shared, for a process that manages the machine later.
+    fn note_mode(&self, _mode: SharingMode) {}
     /// Returns the runs of pages that have memory, of a VM that shares none.
     ///
     /// # Errors

@@ -1,14 +1,59 @@
 //! What the managing process and a worker say to each other.
 
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use samepage_machine::vm::VmEnd;
 use samepage_sharing::remote::worker::VmIndex;
-use samepage_spec::VmSpec;
+use samepage_spec::{SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::DeviceChange;
 use crate::report::DeviceReport;
+
+/// The version of these messages. To be raised with each change by which one side would misread the other.
+pub(crate) const VERSION: u32 = 1;
+
+/// What the managing process says first, to a worker that it has started and to one that it takes over.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    pub(crate) version: u32,
+    /// Where the worker is to be found if the managing process ends. Without it the worker ends as well.
+    #[serde(default)]
+    pub(crate) shelter: Option<Shelter>,
+}
+
+/// Where a worker is found, and how long it waits.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Shelter {
+    pub(crate) folder: PathBuf,
+    /// How long the worker waits once all of its VMs have ended.
+    pub(crate) patience_seconds: u64,
+}
+
+/// What a worker says first to who may take it over. Every version can read it.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Greeting {
+    pub(crate) version: u32,
+    /// The names of its VMs.
+    #[serde(default)]
+    pub(crate) vms: Vec<String>,
+}
+
+/// Nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Moment(u64);
+
+impl Moment {
+    pub(crate) fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    pub(crate) fn time(self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_nanos(self.0)
+    }
+}
 
 /// The number of a VM in its worker, chosen by the managing process. Never used again in a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -64,6 +109,14 @@ pub(crate) enum Order {
     Touched,
     /// The header of the memory hole has changed.
     HoleNews,
+    /// Name all VMs.
+    List,
+    /// Describe a VM to who has taken the worker over.
+    Describe,
+    /// Tell what is kept of the console, and what it writes from now on.
+    Follow,
+    /// From now on, share these pages. Only noted, for who takes the worker over.
+    NoteMode(SharingMode),
 }
 
 /// A machine to be built.
@@ -73,6 +126,29 @@ pub(crate) struct Build {
     pub(crate) console: Target,
     /// The connection to the engine that is to share its memory.
     pub(crate) group: Option<GroupNumber>,
+}
+
+/// A VM, as its worker describes it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Description {
+    pub(crate) spec: VmSpec,
+    pub(crate) notices: Vec<String>,
+    /// The guest has been started.
+    pub(crate) has_run: bool,
+    /// The vCPUs are not held.
+    pub(crate) runs: bool,
+    /// When the machine was built.
+    pub(crate) built: Moment,
+    /// When it came into its state.
+    pub(crate) since: Moment,
+    pub(crate) end: Option<VmEnd>,
+}
+
+/// What a worker leaves in the folder that nobody has taken over in time.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Report {
+    pub(crate) version: u32,
+    pub(crate) vms: Vec<Description>,
 }
 
 /// The reply to an order.
@@ -94,6 +170,13 @@ pub(crate) enum Answer {
     },
     /// First and end of each run of pages.
     Runs(Vec<(u32, u32)>),
+    Listed(Vec<VmNumber>),
+    Described(Box<Description>),
+    /// What was kept of the console has been told.
+    Following {
+        /// Bytes that the guest wrote before.
+        before: u64,
+    },
     /// The VM has no such device.
     NoDevice,
     /// It cannot be done, with the reason in a sentence.

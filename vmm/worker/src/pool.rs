@@ -3,7 +3,7 @@
 use std::io;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread;
 
@@ -19,6 +19,7 @@ use crate::machine::Machine;
 use crate::messages::{Answer, Build, Order, Target};
 use crate::process::WorkerProcess;
 use crate::report::DeviceReport;
+use crate::state::StateFolder;
 
 /// Stack of the thread that starts a spare worker, in bytes.
 const STACK_BYTES: usize = 128 << 10;
@@ -44,17 +45,34 @@ pub enum BuildError {
 pub struct Workers {
     program: PathBuf,
     per_worker: u32,
+    /// Where workers are found if this process ends before them.
+    state: Option<Arc<StateFolder>>,
     processes: Mutex<Vec<Arc<WorkerProcess>>>,
     /// A worker without VMs, so that no VM waits for the start of its worker.
     spare: Mutex<Option<Arc<WorkerProcess>>>,
+    /// Workers that are about to end.
+    ending: Mutex<Vec<Arc<WorkerProcess>>>,
+    is_closed: AtomicBool,
 }
 
 impl Workers {
     /// Returns a pool without workers, each of which is to have so many VMs at most. `program` becomes a worker by the
-    /// argument [`ARGUMENT`](crate::process::ARGUMENT).
+    /// argument [`ARGUMENT`](crate::process::ARGUMENT). With a folder for their state, workers outlive this process.
     #[must_use]
-    pub fn new(program: PathBuf, per_worker: u32) -> Self {
-        Self { program, per_worker: per_worker.max(1), processes: Mutex::default(), spare: Mutex::default() }
+    pub fn new(program: PathBuf, per_worker: u32, state: Option<StateFolder>) -> Self {
+        Self {
+            program,
+            per_worker: per_worker.max(1),
+            state: state.map(Arc::new),
+            processes: Mutex::default(),
+            spare: Mutex::default(),
+            ending: Mutex::default(),
+            is_closed: AtomicBool::new(false),
+        }
+    }
+
+    fn start(&self) -> io::Result<Arc<WorkerProcess>> {
+        WorkerProcess::start(&self.program, self.state.as_ref())
     }
 
     /// Starts a worker that waits for VMs, unless there is one, and keeps one ready from now on.
@@ -64,8 +82,9 @@ impl Workers {
         let _ = thread::Builder::new().name("spare-worker".into()).stack_size(STACK_BYTES).spawn(move || {
             let Some(pool) = pool.upgrade() else { return };
             let mut spare = pool.spare.lock();
-            if spare.as_ref().is_none_or(|worker| worker.is_gone()) {
-                *spare = WorkerProcess::start(&pool.program).ok();
+            let is_missing = spare.as_ref().is_none_or(|worker| worker.is_gone());
+            if is_missing && !pool.is_closed.load(Ordering::Relaxed) {
+                *spare = pool.start().ok();
             }
         });
     }
@@ -82,7 +101,9 @@ impl Workers {
     fn worker(self: &Arc<Self>) -> Result<Arc<WorkerProcess>, BuildError> {
         let mut processes = self.processes.lock();
         processes.retain(|worker| !worker.is_gone());
-        let has_room = |worker: &&Arc<WorkerProcess>| worker.places.load(Ordering::Relaxed) < self.per_worker;
+        let has_room = |worker: &&Arc<WorkerProcess>| {
+            !worker.is_adopted() && worker.places.load(Ordering::Relaxed) < self.per_worker
+        };
         let worker = match processes.iter().find(has_room) {
             Some(worker) => Arc::clone(worker),
             None => {
@@ -93,7 +114,7 @@ impl Workers {
                 }
                 let worker = match spare.filter(|worker| !worker.is_gone()) {
                     Some(worker) => worker,
-                    None => WorkerProcess::start(&self.program).map_err(BuildError::Start)?,
+                    None => self.start().map_err(BuildError::Start)?,
                 };
                 processes.push(Arc::clone(&worker));
                 worker
@@ -108,7 +129,7 @@ impl Workers {
         let mut processes = self.processes.lock();
         if worker.places.fetch_sub(1, Ordering::Relaxed) == 1 {
             processes.retain(|other| !Arc::ptr_eq(other, worker));
-            worker.end();
+            self.end(worker);
         }
     }
 
@@ -169,9 +190,7 @@ impl Workers {
             Ok((other, _)) => return Err(forget(refused(&format_args!("unexpected answer {other:?}")))),
             Err(gone) => return Err(forget(refused(&gone))),
         };
-        let identity = Identity { name, number, vcpus, memory_bytes, notices };
-        let pool: Weak<Self> = Arc::downgrade(self);
-        let left = Arc::clone(worker);
+        let identity = Identity { name, number, vcpus, memory_bytes, notices, is_adopted: false };
         let mut machine = MachineElsewhere {
             identity,
             remote: Arc::clone(&remote),
@@ -200,18 +219,72 @@ impl Workers {
             machine.membership = Some(membership);
         }
         debug_assert!(machine.state() != VmState::Running);
-        machine.on_drop = Box::new(move || {
-            if let Some(pool) = pool.upgrade() {
-                pool.leave(&left);
-            }
-        });
+        machine.on_drop = self.leaving(worker);
         Ok(machine)
+    }
+
+    /// Returns what gives a VM's place in a worker back.
+    pub(crate) fn leaving(self: &Arc<Self>, worker: &Arc<WorkerProcess>) -> Box<dyn Fn() + Send + Sync> {
+        let (pool, worker): (Weak<Self>, _) = (Arc::downgrade(self), Arc::clone(worker));
+        Box::new(move || {
+            if let Some(pool) = pool.upgrade() {
+                pool.leave(&worker);
+            }
+        })
+    }
+
+    /// Returns the folder for the state.
+    pub(crate) fn state(&self) -> Option<&Arc<StateFolder>> {
+        self.state.as_ref()
+    }
+
+    fn end(&self, worker: &Arc<WorkerProcess>) {
+        worker.end();
+        let mut ending = self.ending.lock();
+        ending.retain(|worker| !worker.is_gone());
+        ending.push(Arc::clone(worker));
+    }
+
+    /// Manages a worker that another process has started. One without VMs is ended.
+    pub(crate) fn keep_adopted(&self, worker: &Arc<WorkerProcess>) {
+        if worker.places.load(Ordering::Relaxed) == 0 {
+            self.end(worker);
+        } else {
+            self.processes.lock().push(Arc::clone(worker));
+        }
+    }
+
+    /// Leaves all VMs of workers to the next process that uses the folder for the state. This process manages them no
+    /// more. Without such a folder, nothing changes.
+    pub fn let_go(&self) {
+        let (processes, spare) = (self.processes.lock(), self.spare.lock());
+        processes.iter().chain(&*spare).for_each(|worker| worker.let_go());
+    }
+
+    /// The same for VMs that another process has built.
+    pub fn let_go_adopted(&self) {
+        let processes = self.processes.lock();
+        processes.iter().filter(|worker| worker.is_adopted()).for_each(|worker| worker.let_go());
+    }
+
+    /// Ends all workers, whose VMs have ended, and leaves nothing in the folder for the state. Workers that were let go
+    /// stay.
+    pub fn close(&self) {
+        let (processes, spare, ending) = (self.processes.lock(), self.spare.lock(), self.ending.lock());
+        self.is_closed.store(true, Ordering::Relaxed);
+        let all = || processes.iter().chain(&*spare).chain(&*ending);
+        // All end at the same time, before the first is waited for.
+        all().for_each(|worker| worker.end());
+        all().for_each(|worker| worker.end_and_clean());
+        if let Some(state) = self.state.as_ref().filter(|_| !all().any(|worker| worker.is_let_go())) {
+            state.leave();
+        }
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.processes.lock().iter().chain(&*self.spare.lock()).for_each(|worker| worker.end());
+        self.close();
     }
 }
 

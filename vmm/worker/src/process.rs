@@ -14,23 +14,32 @@ use std::thread;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use samepage_machine::vm::VmEnd;
 use samepage_sharing::remote::worker::{self, Process, Worker};
 use samepage_sharing::service::elsewhere::{GroupMark, Place};
 
 use crate::elsewhere::Remote;
-use crate::messages::{Answer, GroupNumber, Order, Request, Told, VmNumber};
+use crate::messages::{Answer, GroupNumber, Hello, Order, Request, Shelter, Told, VERSION, VmNumber};
+use crate::state::StateFolder;
 use crate::wire::{self, Receiver, Sender};
 
 /// The argument that makes the program a worker.
 pub const ARGUMENT: &str = "worker";
+/// How long a worker that was killed may take to free its memory, before its files are removed.
+const DEATH: Duration = Duration::from_secs(5);
 /// Stack of the thread that listens to a worker, in bytes.
 const STACK_BYTES: usize = 128 << 10;
 
 /// A worker process.
 pub(crate) struct WorkerProcess {
     id: u32,
+    /// The folder with its files, if there is one.
+    state: Option<Arc<StateFolder>>,
+    /// Another process has started it. It gets no further VMs.
+    is_adopted: bool,
     /// Stands for this process, whoever has its number later.
     handle: OwnedFd,
     sender: Mutex<Sender>,
@@ -42,6 +51,7 @@ pub(crate) struct WorkerProcess {
     /// VMs that it has, or is about to have.
     pub(crate) places: AtomicU32,
     is_gone: AtomicBool,
+    is_let_go: AtomicBool,
 }
 
 #[derive(Default)]
@@ -75,8 +85,8 @@ type Receiving = mpsc::Receiver<Reply>;
 pub(crate) struct Gone;
 
 impl WorkerProcess {
-    /// Starts a worker.
-    pub(crate) fn start(program: &Path) -> io::Result<Arc<Self>> {
+    /// Starts a worker. With a folder for its state, it outlives this process.
+    pub(crate) fn start(program: &Path, state: Option<&Arc<StateFolder>>) -> io::Result<Arc<Self>> {
         let (ours, theirs) = wire::pair()?;
         let child = Command::new(program)
             .arg0("samepage")
@@ -85,10 +95,42 @@ impl WorkerProcess {
             // Keys that end the managing process are not for its workers.
             .process_group(0)
             .spawn()?;
-        let (sender, receiver) = wire::split(ours)?;
-        let worker = Arc::new(Self {
-            id: child.id(),
-            handle: pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?,
+        let (mut sender, receiver) = wire::split(ours)?;
+        let shelter = state.map(|state| Shelter {
+            folder: state.path().to_owned(),
+            patience_seconds: state.patience().as_secs(),
+        });
+        // A worker that is gone already is noticed by the thread that listens.
+        let _ = sender.send(&Hello { version: VERSION, shelter }, None);
+        let handle = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        let worker = Self::new((child.id(), handle), state, sender, false);
+        worker.start_listening(receiver, Some(child))?;
+        Ok(worker)
+    }
+
+    /// Returns a worker that another process has started. `handle` stands for its process.
+    pub(crate) fn adopt(
+        id: u32,
+        handle: OwnedFd,
+        state: &Arc<StateFolder>,
+        (sender, receiver): (Sender, Receiver),
+    ) -> io::Result<Arc<Self>> {
+        let worker = Self::new((id, handle), Some(state), sender, true);
+        worker.start_listening(receiver, None)?;
+        Ok(worker)
+    }
+
+    fn new(
+        (id, handle): (u32, OwnedFd),
+        state: Option<&Arc<StateFolder>>,
+        sender: Sender,
+        is_adopted: bool,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            state: state.cloned(),
+            is_adopted,
+            handle,
             sender: Mutex::new(sender),
             pending: Mutex::default(),
             next_request: AtomicU64::new(0),
@@ -97,13 +139,17 @@ impl WorkerProcess {
             groups: Mutex::default(),
             places: AtomicU32::new(0),
             is_gone: AtomicBool::new(false),
-        });
-        let listening = Arc::clone(&worker);
+            is_let_go: AtomicBool::new(false),
+        })
+    }
+
+    fn start_listening(self: &Arc<Self>, receiver: Receiver, child: Option<Child>) -> io::Result<()> {
+        let listening = Arc::clone(self);
         thread::Builder::new()
-            .name(format!("worker-{}", child.id()))
+            .name(format!("worker-{}", self.id))
             .stack_size(STACK_BYTES)
             .spawn(move || listening.listen(receiver, child))?;
-        Ok(worker)
+        Ok(())
     }
 
     /// Returns the number of the process.
@@ -118,8 +164,46 @@ impl WorkerProcess {
 
     /// Ends the process, which has no VMs any more.
     pub(crate) fn end(&self) {
-        // It may have ended already.
-        let _ = pidfd_send_signal(&self.handle, Signal::KILL);
+        if !self.is_let_go() {
+            // It may have ended already.
+            let _ = pidfd_send_signal(&self.handle, Signal::KILL);
+        }
+    }
+
+    /// Ends the process, and removes its files.
+    pub(crate) fn end_and_clean(&self) {
+        self.end();
+        if let Some(state) = self.state.as_ref().filter(|_| !self.is_let_go()) {
+            self.wait(Some(DEATH));
+            state.remove(self.id);
+        }
+    }
+
+    /// Ends neither the process nor its VMs from now on. The next managing process takes them over.
+    pub(crate) fn let_go(&self) {
+        self.is_let_go.store(self.state.is_some(), Ordering::Release);
+    }
+
+    /// Lets go, and says nothing any more.
+    pub(crate) fn disconnect(&self) {
+        self.let_go();
+        self.sender.lock().shut_down();
+    }
+
+    /// Whether it gets no further VMs.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.is_adopted
+    }
+
+    pub(crate) fn is_let_go(&self) -> bool {
+        self.is_let_go.load(Ordering::Acquire)
+    }
+
+    /// Waits for the end of the process.
+    fn wait(&self, limit: Option<Duration>) {
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        // Nothing is done where the kernel refuses.
+        let _ = retry_on_intr(|| poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], limit.as_ref()));
     }
 
     pub(crate) fn new_number(&self) -> VmNumber {
@@ -236,13 +320,21 @@ impl WorkerProcess {
         Ok(Some((number, worker)))
     }
 
-    fn listen(&self, mut receiver: Receiver, mut child: Child) {
+    fn listen(&self, mut receiver: Receiver, child: Option<Child>) {
         // An error: the worker is gone, or says what makes no sense.
         while let Ok((told, with)) = receiver.receive::<Told>() {
             self.heed(told, with);
         }
+        if self.is_let_go() {
+            return;
+        }
         self.end();
-        let ended = child.wait();
+        self.wait(None);
+        // The status of another process's child is not known.
+        let ended = child.map(|mut child| child.wait().map_or_else(|error| error.to_string(), why));
+        if let Some(state) = &self.state {
+            state.remove(self.id);
+        }
         self.is_gone.store(true, Ordering::Release);
         {
             // Not held for longer: who connects an engine has the groups, and asks.
@@ -253,8 +345,8 @@ impl WorkerProcess {
         for (_, _, worker) in &self.groups.lock().connected {
             worker.look();
         }
-        let reason =
-            format!("its worker process ended: {}", ended.map_or_else(|error| error.to_string(), why));
+        let reason = ended.map_or_else(String::new, |why| format!(": {why}"));
+        let reason = format!("its worker process ended{reason}");
         let vms: Vec<_> = self.vms.lock().values().cloned().collect();
         for vm in vms {
             vm.tell_end(VmEnd::Failed(reason.clone()));

@@ -1,9 +1,12 @@
 //! A worker: a process that holds VMs for another one, which manages them.
 //!
 //! One thread receives requests. What may take time has a thread of its own for each request. Another thread watches
-//! the VMs' ends and consoles. The process ends with the connection, and its VMs with it.
+//! the VMs' ends and consoles. The process ends with the connection, and its VMs with it, unless it has a place at
+//! which the next managing process finds it (`shelter`).
 
+mod held;
 mod outbox;
+mod shelter;
 mod watch;
 
 use std::collections::HashMap;
@@ -11,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use samepage_machine::config::{ConsoleConfig, Elsewhere, VmConfig};
@@ -20,10 +24,13 @@ use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::remote::serve::{Server, Vms};
 
 use crate::machine::{DeviceError, Machine};
-use crate::messages::{Answer, Build, GroupNumber, Order, Request, Target, Told, VmNumber};
-use crate::report::DeviceReport;
-use crate::wire;
+use crate::messages::{
+    Answer, Build, GroupNumber, Hello, Moment, Order, Report, Request, Target, Told, VERSION, VmNumber,
+};
+use crate::wire::{self, Receiver};
+use held::Held;
 use outbox::{ConsoleCopy, Outbox};
+use shelter::{News, Next, Shelter};
 use watch::Watch;
 
 /// Stack of a thread that carries out a request, in bytes.
@@ -36,7 +43,8 @@ struct Worker {
     outbox: Arc<Outbox>,
     watch: Watch,
     groups: Mutex<HashMap<GroupNumber, Arc<Vms>>>,
-    vms: Mutex<HashMap<VmNumber, Arc<Vm>>>,
+    vms: Arc<Mutex<HashMap<VmNumber, Held>>>,
+    news: Arc<News>,
 }
 
 /// Holds VMs until the managing process is gone, which is at the other end of standard input.
@@ -48,28 +56,104 @@ pub fn main() -> io::Result<()> {
     let _ = rustix::thread::set_name(c"samepage");
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     let (sender, mut receiver) = wire::split(socket)?;
-    let outbox = Outbox::start(sender)?;
+    let Some((Hello { version, shelter }, _)) = unless_gone(receiver.receive::<Hello>())? else {
+        return Ok(());
+    };
+    if version != VERSION {
+        let text = format!("the managing process speaks version {version}, and this worker {VERSION}");
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+    }
+    // This changes the umask, so there are no other threads yet.
+    let shelter = shelter.as_ref().map(Shelter::open).transpose()?;
+    let outbox = Outbox::start(sender, shelter.is_some())?;
+    let vms = Arc::<Mutex<HashMap<VmNumber, Held>>>::default();
+    let news = Arc::new(News::new()?);
+    let (ended, told) = (Arc::clone(&vms), Arc::clone(&news));
+    let on_end = move |vm| {
+        if let Some(held) = ended.lock().get_mut(&vm) {
+            held.since = Moment::now();
+        }
+        told.tell();
+    };
     let worker = Arc::new(Worker {
         hypervisor: Hypervisor::open().map_err(io::Error::other)?,
         pagemap: Pagemap::open()?,
-        watch: Watch::start(&outbox)?,
+        watch: Watch::start(&outbox, on_end)?,
         outbox,
         groups: Mutex::default(),
-        vms: Mutex::default(),
+        vms,
+        news,
     });
     loop {
-        let (request, with) = match receiver.receive::<Request>() {
-            Ok(received) => received,
-            // The managing process is gone.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        worker.take(request, with);
+        worker.serve(&mut receiver)?;
+        let Some(shelter) = &shelter else { return Ok(()) };
+        match worker.endure(shelter)? {
+            Some(next) => receiver = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Returns `None` if the managing process is gone.
+fn unless_gone<T>(received: io::Result<T>) -> io::Result<Option<T>> {
+    match received {
+        Ok(received) => Ok(Some(received)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
 impl Worker {
+    /// Does what the managing process asks for, until it is gone.
+    fn serve(self: &Arc<Self>, receiver: &mut Receiver) -> io::Result<()> {
+        while let Some((request, with)) = unless_gone(receiver.receive::<Request>())? {
+            self.take(request, with);
+        }
+        Ok(())
+    }
+
+    /// Holds the VMs while no process manages them. Returns the connection to the next one that does; `None` if the
+    /// worker is to end.
+    fn endure(&self, shelter: &Shelter) -> io::Result<Option<Receiver>> {
+        self.outbox.detach();
+        // Engines are gone with the process. What guests share stays mapped.
+        self.groups.lock().clear();
+        let mut until = None;
+        loop {
+            let ended: Vec<_> = {
+                let mut vms = self.vms.lock();
+                vms.iter_mut().filter_map(|(number, held)| Some((*number, held.let_go()?))).collect()
+            };
+            for (number, vm) in ended {
+                self.watch.forget(number, &vm);
+            }
+            let (is_empty, all_ended) = {
+                let vms = self.vms.lock();
+                (vms.is_empty(), vms.values().all(|held| held.vm().is_none()))
+            };
+            if is_empty {
+                return Ok(None);
+            }
+            if all_ended {
+                until.get_or_insert_with(|| Instant::now() + shelter.patience());
+            }
+            let names = || self.vms.lock().values().map(|held| held.spec.name.clone()).collect();
+            match shelter.wait(&self.news, until, names)? {
+                Next::Managed(sender, receiver) => {
+                    self.outbox.attach(sender);
+                    return Ok(Some(receiver));
+                }
+                Next::News => {}
+                Next::Late => {
+                    let vms = self.vms.lock().values().map(Held::describe).collect();
+                    shelter.report(&serde_json::to_vec_pretty(&Report { version: VERSION, vms })?)?;
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
     fn take(self: &Arc<Self>, request: Request, with: Option<OwnedFd>) {
         let is_quick = matches!(
             request.order,
@@ -92,34 +176,73 @@ impl Worker {
 
     fn carry_out(&self, request: Request, with: Option<OwnedFd>) {
         let Request { number, vm, order } = request;
+        if matches!(order, Order::Follow) {
+            return self.outbox.follow(vm, number);
+        }
+        let is_new = matches!(order, Order::Build(_));
         let (answer, hole) = match order {
             Order::Build(build) => self.build(vm, *build),
             order => self.answer(vm, order, with).map(|answer| (answer, None)),
         }
         .unwrap_or_else(|reason| (Answer::Failed(reason), None));
         let hole = hole.as_ref().map(|hole| hole.as_fd());
-        self.outbox.send_with(&Told::Reply { number, answer }, hole);
+        let is_told = self.outbox.send_with(&Told::Reply { number, answer }, hole);
+        if is_new && !is_told {
+            // Nobody was told of the VM, so nobody looks for it.
+            self.free(vm);
+        }
+    }
+
+    /// Frees a machine, if it is there.
+    fn free(&self, number: VmNumber) {
+        let held = self.vms.lock().remove(&number);
+        if let Some(vm) = held.as_ref().and_then(Held::vm) {
+            self.watch.forget(number, vm);
+        }
+        // A request that looks at the machine ends soon.
+        drop(held);
+        self.outbox.close(number);
+        self.news.tell();
     }
 
     fn answer(&self, number: VmNumber, order: Order, with: Option<OwnedFd>) -> Result<Answer, String> {
         match order {
             Order::Connect(group) => return self.connect(group, with),
             Order::Free => {
-                let vm = self.vms.lock().remove(&number);
-                if let Some(vm) = vm {
-                    self.watch.forget(number, &vm);
-                    // A request that looks at it ends soon.
-                    drop(vm);
-                }
-                self.outbox.close(number);
+                self.free(number);
                 return Ok(Answer::Done);
+            }
+            Order::List => {
+                let vms = self.vms.lock();
+                return Ok(Answer::Listed(vms.keys().copied().collect()));
             }
             _ => {}
         }
-        let vm = self.vms.lock().get(&number).cloned().ok_or("the worker has no such VM")?;
+        let mut vms = self.vms.lock();
+        let held = vms.get_mut(&number).ok_or("the worker has no such VM")?;
+        match order {
+            Order::Look => return Ok(held.look()),
+            Order::Describe => return Ok(Answer::Described(Box::new(held.describe()))),
+            Order::NoteMode(mode) => {
+                held.spec.sharing.mode = mode;
+                return Ok(Answer::Done);
+            }
+            Order::Start => (held.has_run, held.since) = (true, Moment::now()),
+            Order::Pause => held.since = Moment::now(),
+            _ => {}
+        }
+        let vm = held.vm().cloned().ok_or("the VM has ended")?;
+        drop(vms);
         Ok(match order {
             // Carried out above.
-            Order::Connect(_) | Order::Build(_) | Order::Free => Answer::Done,
+            Order::Connect(_)
+            | Order::Build(_)
+            | Order::Free
+            | Order::List
+            | Order::Look
+            | Order::Describe
+            | Order::Follow
+            | Order::NoteMode(_) => Answer::Done,
             Order::HoleNews => {
                 vm.tell_hole_news();
                 Answer::Done
@@ -151,10 +274,6 @@ impl Worker {
                 Answer::Done
             }
             Order::Type(bytes) => Answer::Taken(vm.serial_input(&bytes)),
-            Order::Look => Answer::Looked {
-                cpu_nanoseconds: u64::try_from(vm.cpu_time().as_nanos()).unwrap_or(u64::MAX),
-                devices: DeviceReport::of(&vm),
-            },
             Order::Change { id, change } => match vm.change_device(&id, change) {
                 Ok(()) => Answer::Done,
                 Err(DeviceError::Missing) => Answer::NoDevice,
@@ -206,7 +325,7 @@ impl Worker {
             let outbox = Arc::clone(&self.outbox);
             Elsewhere { vms, ring: Arc::new(move || outbox.send(&Told::Bell { vm: number })) }
         });
-        let config = VmConfig { console, elsewhere, ..VmConfig::from(spec) };
+        let config = VmConfig { console, elsewhere, ..VmConfig::from(spec.clone()) };
         let vm = Vm::build(config, &self.hypervisor).map_err(|error| error.to_string())?;
         let outbox = Arc::clone(&self.outbox);
         vm.observe_disk_errors(Arc::new(move |disk, message| {
@@ -215,8 +334,12 @@ impl Worker {
         }));
         let vm = Arc::new(vm);
         let (index, notices, hole) = (vm.index(), Machine::notices(&*vm), vm.hole_file().cloned());
-        self.watch.add(number, &vm).map_err(|error| format!("watch the VM: {error}"))?;
-        self.vms.lock().insert(number, vm);
+        self.vms.lock().insert(number, Held::new(spec, notices.clone(), Arc::clone(&vm)));
+        if let Err(error) = self.watch.add(number, &vm) {
+            drop(vm);
+            self.free(number);
+            return Err(format!("watch the VM: {error}"));
+        }
         Ok((Answer::Built { index, notices }, hole))
     }
 }

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::retry_on_intr;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, send, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, send, sendmsg, shutdown,
+    socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -66,6 +67,12 @@ impl Sender {
             sent += retry_on_intr(|| send(&self.0, &bytes[sent..], SendFlags::NOSIGNAL))?;
         }
         Ok(())
+    }
+
+    /// Ends the connection for both processes.
+    pub(crate) fn shut_down(&self) {
+        // It may have ended already.
+        let _ = shutdown(&self.0, Shutdown::Both);
     }
 }
 

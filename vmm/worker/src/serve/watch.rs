@@ -31,7 +31,11 @@ struct Watched {
 }
 
 impl Watch {
-    pub(super) fn start(outbox: &Arc<Outbox>) -> io::Result<Self> {
+    /// Starts the thread. It calls `on_end` when a VM has ended, and tells it then.
+    pub(super) fn start(
+        outbox: &Arc<Outbox>,
+        on_end: impl Fn(VmNumber) + Send + 'static,
+    ) -> io::Result<Self> {
         let watch = Self { epoll: Arc::new(Epoll::new()?), known: Arc::default() };
         let (watching, outbox) = (watch.clone(), Arc::clone(outbox));
         thread::Builder::new().name("ends".into()).stack_size(STACK_BYTES).spawn(move || {
@@ -39,7 +43,7 @@ impl Watch {
             loop {
                 // Waiting fails when it is interrupted, and otherwise never.
                 let count = watching.epoll.wait(-1, &mut events).unwrap_or(0);
-                events[..count].iter().for_each(|event| watching.tell(event.data(), &outbox));
+                events[..count].iter().for_each(|event| watching.tell(event.data(), &outbox, &on_end));
             }
         })?;
         Ok(watch)
@@ -74,7 +78,7 @@ impl Watch {
         let _ = self.epoll.ctl(ControlOperation::Delete, end, EpollEvent::default());
     }
 
-    fn tell(&self, data: u64, outbox: &Outbox) {
+    fn tell(&self, data: u64, outbox: &Outbox, on_end: &impl Fn(VmNumber)) {
         let number = VmNumber(data as u32);
         let vm = {
             let known = self.known.lock();
@@ -89,6 +93,7 @@ impl Watch {
         };
         if let Some(vm) = vm {
             self.forget_end(&vm);
+            on_end(number);
             outbox.send_after_console(number, &Told::Ended { vm: number, end: vm.wait() });
         }
     }
