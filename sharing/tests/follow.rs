@@ -5,10 +5,10 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
-use common::followed::{Clock, Vm, following};
+use common::followed::{Clock, INTERVAL, LONGEST, Vm, following, stretching};
 use common::{audit, engine};
 use proptest::prelude::*;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
@@ -120,6 +120,56 @@ fn a_write_that_the_log_missed_is_found_in_time() {
     assert_eq!(engine.statistics().breaks, 1);
     vms[0].guest.check(50, 99);
     vms[1].guest.check(50, 51);
+    audit(&mut engine);
+}
+
+#[test]
+fn the_log_of_a_vm_that_does_not_run_is_not_read() {
+    let mut engine = engine(&stretching());
+    let readings = Arc::new(AtomicU32::new(0));
+    let vms: Vec<_> = (0..2).map(|_| Vm::resting(&mut engine, PAGES, &readings)).collect();
+    let mut clock = Clock::new();
+    for vm in &vms {
+        (0..1000).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    }
+    clock.intervals(&mut engine, 4);
+    assert_eq!(engine.statistics().pages_sharing, 1000);
+    let read = readings.load(Ordering::Relaxed);
+    clock.intervals(&mut engine, 300);
+    assert_eq!(readings.load(Ordering::Relaxed), read, "nobody has written");
+
+    // The next write is seen at the end of the interval, and what follows from it comes as ever.
+    vms[0].write(500, 7777);
+    vms[1].write(2500, 7777);
+    assert_eq!(clock.end_within(&mut engine, LONGEST), 1);
+    assert_eq!(readings.load(Ordering::Relaxed), read + 2);
+    assert_eq!(engine.statistics().breaks, 1);
+    clock.intervals(&mut engine, 3);
+    assert_eq!(engine.statistics().pages_sharing, 1000);
+    vms[0].guest.check(500, 7777);
+    audit(&mut engine);
+}
+
+#[test]
+fn intervals_are_longer_while_little_changes_and_short_again_when_much_does() {
+    let mut engine = engine(&stretching());
+    let vm = Vm::start(&mut engine, PAGES);
+    let mut clock = Clock::new();
+    (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page)));
+    clock.intervals(&mut engine, 6);
+    for round in 0..10 {
+        (0..5).for_each(|page| vm.write(page * 100, (round + 1) << 32));
+        assert_eq!(clock.end_within(&mut engine, 8 * LONGEST), 8, "round {round}");
+    }
+    (0..100).for_each(|page| vm.write(page, 1 << 40));
+    assert_eq!(
+        clock.end_within(&mut engine, LONGEST),
+        1,
+        "what was written is seen within the longest interval"
+    );
+    assert_eq!(clock.end_within(&mut engine, 2 * INTERVAL), 2, "and rests within the shortest");
+    clock.end_within(&mut engine, 8 * LONGEST);
+    assert_eq!(clock.end_within(&mut engine, 8 * LONGEST), 8);
     audit(&mut engine);
 }
 

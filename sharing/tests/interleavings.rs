@@ -55,6 +55,7 @@ fn arrangement(numbers: &mut Numbers) -> (Settings, u32, u32) {
         interval_effort: [1, 2000, u32::MAX][numbers.below(3) as usize],
         batch: [1, 2, 16][numbers.below(3) as usize],
         few_holes: if large { 1024 } else { 4 + numbers.below(60) as u32 },
+        longest_rest: [1, 4][numbers.below(2) as usize],
         ..following()
     };
     (settings, size, 40 + numbers.below(80) as u32)

@@ -387,7 +387,8 @@ fn answer_nonsense(socket: OwnedFd) {
     use rustix::net::{RecvFlags, SendFlags, recv, send};
     let mut room = [0; 4096];
     recv(&socket, &mut room[..], RecvFlags::empty()).unwrap();
-    send(&socket, &[1], SendFlags::empty()).unwrap();
+    // The version that the engine has said.
+    send(&socket, &room[..1], SendFlags::empty()).unwrap();
     recv(&socket, &mut room[..], RecvFlags::empty()).unwrap();
     send(&socket, &[0xee; 9], SendFlags::empty()).unwrap();
 }

@@ -10,6 +10,8 @@ use crate::collections::sets::{PageSet, RareSet};
 
 /// To look at this many pages in the page map takes about as long as a system call.
 const GAP_PAGES: u32 = 64;
+/// Pages that may become idle, or be written after they were, in an interval of which little has come.
+const CALM: u32 = 8;
 
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
@@ -17,8 +19,14 @@ pub(crate) struct Follower {
     tracker: Tracker,
     /// When the interval ends.
     due: Instant,
-    /// Intervals that have ended.
+    /// The length of the interval, as a multiple of the shortest.
+    stretch: u32,
+    /// How many pages have become idle, or are no longer, in the interval that is being ended.
+    turns: u32,
+    /// What has ended, in shortest intervals.
     intervals: u32,
+    /// How many of these the last end was for.
+    last: u32,
     /// Idle, and not scanned yet.
     ready: PageSet,
     /// Scanned, and to be tried again later.
@@ -39,7 +47,10 @@ impl Follower {
         Self {
             tracker: Tracker::new(log, pages),
             due: Instant::now(),
+            stretch: 1,
+            turns: 0,
             intervals: 0,
+            last: 1,
             ready: set.clone(),
             later: set,
             second: RareSet::new(pages),
@@ -54,9 +65,15 @@ impl Follower {
         self.due
     }
 
-    /// Returns how many intervals have begun to end.
-    pub(crate) fn intervals(&self) -> u32 {
-        self.intervals
+    /// Whether the interval that has begun to end is one of those that come every so many shortest intervals.
+    pub(crate) fn comes_every(&self, count: u32) -> bool {
+        self.intervals / count != self.intervals.wrapping_sub(self.last) / count
+    }
+
+    /// An interval is over.
+    fn count_interval(&mut self) {
+        self.last = self.stretch;
+        self.intervals = self.intervals.wrapping_add(self.stretch);
     }
 
     /// Returns the first page from one on that is idle, and not scanned yet.
@@ -94,6 +111,30 @@ impl Follower {
     /// Ends the interval for the next pages: see [`Tracker::end_part`].
     pub(crate) fn end_part(&mut self, written: &PageSet, most: u32, part: &mut Part) {
         self.tracker.end_part(written, most, part);
+        self.turns = self.turns.saturating_add(part.turns());
+    }
+
+    /// Returns the length of the interval, as a multiple of the shortest.
+    pub(crate) fn stretch(&self) -> u32 {
+        self.stretch
+    }
+
+    /// Passes over an interval that has brought nothing: all pages are idle, none waits for another try, and nobody can
+    /// have written. The next one is longer, and when it ends is [set](Self::set_due) next. Returns whether it did.
+    /// `since`: when the interval was over, or later.
+    pub(crate) fn skip(&mut self, since: Instant, longest: u32, retry_every: u32) -> bool {
+        let admits = self.admitted.bytes() > 0 || self.eased && self.denied.bytes() > 0;
+        if admits || !self.tracker.is_settled() {
+            return false;
+        }
+        let left = retry_every - self.intervals % retry_every;
+        let retries = self.stretch >= left && !self.later.is_empty();
+        if retries || !self.tracker.is_at_rest(since) {
+            return false;
+        }
+        self.count_interval();
+        self.stretch = (2 * self.stretch).min(longest);
+        true
     }
 
     /// A page is not merged for want of mappings.
@@ -115,7 +156,8 @@ impl Follower {
     pub(crate) fn begin_end(&mut self, due: Instant, written: &mut PageSet) -> io::Result<()> {
         self.due = due;
         self.tracker.begin_end(written)?;
-        self.intervals = self.intervals.wrapping_add(1);
+        self.turns = 0;
+        self.count_interval();
         if self.eased && self.admitted.bytes() == 0 {
             self.eased = false;
             std::mem::swap(&mut self.denied, &mut self.admitted);
@@ -123,10 +165,16 @@ impl Follower {
         Ok(())
     }
 
-    /// The interval has ended for all pages, and the next one ends at `due`.
-    pub(crate) fn ended(&mut self, due: Instant) {
-        self.due = due;
+    /// The interval has ended for all pages. The next one is longer where little has come of this one, `longest` times
+    /// the shortest at most. When it ends is [set](Self::set_due) next.
+    pub(crate) fn ended(&mut self, longest: u32) {
+        self.stretch = if self.turns <= CALM { (2 * self.stretch).min(longest) } else { 1 };
         self.admitted.clear();
+    }
+
+    /// The interval ends at `due`.
+    pub(crate) fn set_due(&mut self, due: Instant) {
+        self.due = due;
     }
 
     /// The interval has ended for some words of pages: those are ready that were admitted, and if it is time for
@@ -179,6 +227,7 @@ impl Follower {
 
     /// Changes are followed from now on, all pages being new, or no longer.
     pub(crate) fn set_following(&mut self, following: bool, pages: u32) -> io::Result<()> {
+        self.stretch = 1;
         self.reset(if following { 0..pages } else { 0..0 });
         self.tracker.set_following(following)
     }

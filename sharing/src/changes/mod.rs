@@ -7,6 +7,7 @@ pub(crate) mod follower;
 pub mod rest;
 
 use std::io;
+use std::time::Instant;
 
 pub use crate::collections::sets::{PageSet, pages_of};
 
@@ -28,6 +29,14 @@ pub trait ChangeLog: Send {
     /// # Errors
     /// Fails if the kernel refuses; some pages may be armed then.
     fn arm(&mut self, first_word: usize, words: &[u64]) -> io::Result<()>;
+
+    /// Returns whether nobody can have written since the last call of [`collect`](Self::collect) began: no vCPU has
+    /// run since. What a device has written meanwhile may stay unsaid until a vCPU runs. An answer that was right at
+    /// `since` or later will do. `false` where it is not known.
+    fn is_at_rest(&mut self, since: Instant) -> bool {
+        let _ = since;
+        false
+    }
 
     /// Notes writes from now on, or no longer: while nobody follows the VM its guest is not to pay for
     /// it. A log begins noting, with no page armed, and is asked for nothing while it does not.

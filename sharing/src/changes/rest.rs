@@ -8,6 +8,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::time::Instant;
 
 use crate::changes::ChangeLog;
 use crate::collections::sets::{PageSet, ones};
@@ -46,6 +47,8 @@ pub struct Tracker {
     next: Option<usize>,
     /// While an interval is being ended: some pages could not be armed.
     refused: bool,
+    /// As far as the interval has ended: all pages are armed, and none is waited for.
+    settled: bool,
 }
 
 /// A number up to 15 for each page, two in a byte.
@@ -111,6 +114,13 @@ impl Part {
         word.is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
+    /// How many pages have become idle, or have changed that were idle.
+    #[must_use]
+    pub fn turns(&self) -> u32 {
+        let changed = self.changed.iter().zip(&self.restless).map(|(changed, restless)| changed & !restless);
+        changed.chain(self.rested.iter().copied()).map(u64::count_ones).sum()
+    }
+
     /// Pages that have become idle.
     pub fn rested(&self) -> impl Iterator<Item = u32> + '_ {
         self.pages(&self.rested)
@@ -144,6 +154,7 @@ impl Tracker {
             interval: 0,
             next: None,
             refused: false,
+            settled: false,
         }
     }
 
@@ -157,6 +168,7 @@ impl Tracker {
         self.waiting.clear();
         self.again = None;
         self.next = None;
+        self.settled = false;
         Ok(())
     }
 
@@ -170,7 +182,19 @@ impl Tracker {
         self.interval = self.interval.wrapping_add(1);
         self.next = Some(0);
         self.refused = false;
+        self.settled = true;
         Ok(())
+    }
+
+    /// Whether nothing can come of the next interval unless a page is written: all pages are idle.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.settled && self.next.is_none() && self.again.is_none()
+    }
+
+    /// Whether nobody can have written since the last interval began to end: see [`ChangeLog::is_at_rest`].
+    pub fn is_at_rest(&mut self, since: Instant) -> bool {
+        self.log.is_at_rest(since)
     }
 
     /// Whether an interval is being ended, of which there is more to be done.
@@ -238,7 +262,9 @@ impl Tracker {
                 arm |= 1 << (page % 64);
             }
         }
-        self.armed.words_mut()[index] = armed & !written | arm;
+        let armed = armed & !written | arm;
+        self.settled &= armed == self.all(index) && arm == 0;
+        self.armed.words_mut()[index] = armed;
         self.waiting.words_mut()[index] = arm;
         part.changed.push(changed);
         part.rested.push(rested);

@@ -19,15 +19,17 @@ use crate::engine::members::Member;
 use crate::engine::turns::Kind;
 use crate::numbers::Slot;
 
-/// After how many intervals pages that could not be merged for want of mappings, or because a call
+/// After how many shortest intervals pages that could not be merged for want of mappings, or because a call
 /// was refused, are tried again, and those are scanned that are unlikely to be shared.
 const RETRY_INTERVALS: u32 = 16;
-/// After how many intervals all merged pages are checked, in case the log missed one.
+/// After how many shortest intervals all merged pages are checked, in case the log missed one.
 const SWEEP_INTERVALS: u32 = 256;
 /// Pages that are checked at once.
 const SWEEP_PAGES: u32 = 512;
 /// What that takes, in the unit of the effort of a part: a call of the kernel's.
 const SWEEP: u32 = 4 * CHANGE;
+/// What it takes to read a log, in the same unit.
+const BEGIN: u32 = 2 * CHANGE;
 /// The effort of one step, in the same unit: about a millisecond.
 pub(crate) const STEP: u32 = 2 * PART;
 
@@ -78,15 +80,20 @@ impl Engine {
             member.is_some_and(|member| member.id == ending.id && member.follower.is_some())
         };
         let mut left = self.interval_effort.max(1);
-        let mut worked = true;
+        let mut worked = false;
         ends.under_way = ends.under_way.filter(there);
-        if ends.under_way.is_none() {
-            worked = self.begin_to_end(now, &mut ends);
-            left = left.saturating_sub(ends.written.words().len() as u32);
-        }
-        while left > 0
-            && let Some(ending) = &mut ends.under_way
-        {
+        while left > 0 {
+            let Some(ending) = &mut ends.under_way else {
+                // Nothing is left of the effort where the VM's log is longer than that.
+                let begun = self.begin_to_end(now, &mut ends);
+                worked |= begun;
+                left = left.saturating_sub(BEGIN + ends.written.words().len() as u32);
+                if begun && !self.spent() {
+                    continue;
+                }
+                break;
+            };
+            worked = true;
             let slot = ending.slot;
             if self.tracks_end(slot) {
                 left = left.saturating_sub(self.end_part(ending, &ends.written, left, &mut ends.part));
@@ -115,7 +122,10 @@ impl Engine {
             member.active() && member.follower.as_ref().is_some_and(|follower| follower.due() <= now)
         };
         let Some(slot) = self.next_with_work(Kind::Changes, over) else { return false };
-        let due = self.end_of_interval(now);
+        if self.skip_interval(slot, now) {
+            return true;
+        }
+        let due = self.end_of_interval(now, 1);
         let member = self.members.at_mut(slot);
         let pages = member.space.pages();
         if ends.written.words().len() != (pages as usize).div_ceil(64) {
@@ -129,13 +139,27 @@ impl Engine {
         ends.under_way = Some(Ending {
             slot,
             id: member.id,
-            retry: follower.intervals().is_multiple_of(RETRY_INTERVALS),
-            sweep: follower.intervals().is_multiple_of(SWEEP_INTERVALS).then_some(0),
+            retry: follower.comes_every(RETRY_INTERVALS),
+            sweep: follower.comes_every(SWEEP_INTERVALS).then_some(0),
         });
         if let Some(census) = member.space.census_mut() {
             census.elapse(now);
         }
         true
+    }
+
+    /// Passes over the interval of a VM that has not run and of which nothing is to come. Returns whether it is one.
+    fn skip_interval(&mut self, slot: Slot, now: Instant) -> bool {
+        let longest = self.longest_rest;
+        let member = self.members.at_mut(slot);
+        // Whether ranges are still huge has to be looked at.
+        let follower = member.follower.as_mut().filter(|_| member.huge.is_none());
+        let skips = follower.is_some_and(|follower| follower.skip(now, longest, RETRY_INTERVALS));
+        if skips {
+            self.set_end_of_interval(slot, now);
+            self.admit_denied();
+        }
+        skips
     }
 
     /// Whether there are pages for which the VM's interval has not ended yet.
@@ -198,11 +222,11 @@ impl Engine {
 
     /// The interval of a VM has ended for all of its pages.
     fn interval_ended(&mut self, slot: Slot, now: Instant) {
-        // Where that took long the next one is as long as any.
-        let due = self.end_of_interval(now);
+        let longest = self.longest_rest;
         if let Some(follower) = &mut self.members.at_mut(slot).follower {
-            follower.ended(due);
+            follower.ended(longest);
         }
+        self.set_end_of_interval(slot, now);
         self.end_interval_of_huge(slot);
         self.admit_denied();
         self.follow_limit(now);
@@ -216,11 +240,20 @@ impl Engine {
         }
     }
 
-    /// The end of the interval that begins now. All VMs' intervals end together, so that an idle
-    /// engine wakes up once for all of them; one that is behind skips intervals.
-    fn end_of_interval(&self, now: Instant) -> Instant {
-        let interval = self.interval.max(Duration::from_micros(100));
-        let half = interval / 2;
+    /// The next interval of a VM begins now. Where the end of the last one took long it is as long as any.
+    fn set_end_of_interval(&mut self, slot: Slot, now: Instant) {
+        let stretch = self.members.at(slot).follower.as_ref().map_or(1, Follower::stretch);
+        let due = self.end_of_interval(now, stretch);
+        if let Some(follower) = &mut self.members.at_mut(slot).follower {
+            follower.set_due(due);
+        }
+    }
+
+    /// The end of the interval that begins now, `stretch` times as long as the shortest. All VMs' intervals end
+    /// together, so that an idle engine wakes up once for all of them; one that is behind skips intervals.
+    fn end_of_interval(&self, now: Instant, stretch: u32) -> Instant {
+        let shortest = self.interval.max(Duration::from_micros(100));
+        let (interval, half) = (shortest * stretch, shortest / 2);
         let epoch = *EPOCH.get_or_init(Instant::now);
         let passed = (now + half).saturating_duration_since(epoch).as_nanos() / interval.as_nanos();
         epoch + interval * (passed as u32).saturating_add(1)

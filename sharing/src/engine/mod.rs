@@ -79,6 +79,8 @@ pub struct Settings {
     pub follow: bool,
     /// How long a page must not have been written to count as idle, in milliseconds.
     pub rest_ms: u64,
+    /// How many times as long that is at most for a VM of which little changes: a power of two.
+    pub longest_rest: u32,
     /// Without a change log: look for a page among unshared ones only when it has not changed since
     /// the last pass.
     pub settle: bool,
@@ -122,6 +124,7 @@ impl Default for Settings {
             order: Order::default(),
             follow: true,
             rest_ms: 250,
+            longest_rest: 4,
             settle: true,
             shortest_pause_ms: 20,
             longest_pause_ms: 5000,
@@ -198,6 +201,7 @@ pub struct Engine {
     patience: Duration,
     pub(crate) lookahead: bool,
     pub(crate) interval: Duration,
+    pub(crate) longest_rest: u32,
     pub(crate) shortest_mapping: u32,
     pub(crate) pauses_ms: (u64, u64),
     pub(crate) stable: FrameIndex,
@@ -283,6 +287,7 @@ impl Engine {
             patience: settings.patience,
             lookahead: settings.lookahead,
             interval: Duration::from_millis(settings.rest_ms),
+            longest_rest: settings.longest_rest.max(1),
             shortest_mapping: settings.shortest_mapping,
             pauses_ms: (settings.shortest_pause_ms, settings.longest_pause_ms),
             stable: FrameIndex::new(settings.order),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::changes::{ChangeLog, PageSet};
 use crate::remote::buffer::{Buffer, WORDS};
@@ -82,6 +83,10 @@ impl ChangeLog for RemoteLog {
             first += words.len();
         }
         Ok(())
+    }
+
+    fn is_at_rest(&mut self, since: Instant) -> bool {
+        self.worker.is_at_rest(self.vm, since)
     }
 
     fn set_noting(&mut self, noting: bool) -> io::Result<()> {

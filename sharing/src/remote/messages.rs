@@ -11,7 +11,7 @@ use crate::memory::guest::{Remap, Remapped, Rule, Seen, Source, SpaceError, WIND
 use crate::numbers::{Digest, Frame};
 
 /// What both ends must have in common: another number means other messages.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// The longest message, in bytes.
 pub(crate) const LONGEST: usize = 4096;
 /// Pages of a message that asks for pages one by one.
@@ -97,6 +97,8 @@ pub(crate) enum Question {
         words: u32,
     },
     SetNoting(bool),
+    /// Which of all VMs are at rest: their numbers, into the buffer.
+    AtRest,
 }
 
 /// An order to map pages anew.

@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -195,11 +196,27 @@ impl Server {
 
     fn reply(&mut self, vm: VmIndex, question: Question) -> Reply {
         let Some(vm) = self.vms.get(vm) else { return Reply { lost: true, answer: Answer::Refused } };
+        if question == Question::AtRest {
+            let lost = vm.lock().memory.lost();
+            return Reply { lost, answer: self.at_rest() };
+        }
         let mut vm = vm.lock();
         let Self { buffer, frames, harvest, .. } = self;
         let answer = vm.answer(question, buffer, frames, harvest);
         // After the reading: see `loss`.
         Reply { lost: vm.memory.lost(), answer }
+    }
+
+    /// Tells which VMs are at rest, as many as there is room for.
+    fn at_rest(&self) -> Answer {
+        let now = Instant::now();
+        let vms: Vec<_> =
+            self.vms.known.lock().vms.iter().map(|(&index, vm)| (index, Arc::clone(vm))).collect();
+        let at_rest =
+            vms.iter().filter(|(_, vm)| vm.lock().is_at_rest(now)).map(|(index, _)| u64::from(index.0));
+        let at_rest: Vec<_> = at_rest.take(WORDS).collect();
+        self.buffer.put_words(0, at_rest.iter().copied());
+        Answer::Number(at_rest.len() as u32)
     }
 }
 
@@ -271,6 +288,8 @@ impl Vm {
                 *words as usize <= WORDS && first_word.checked_add(*words).is_some_and(|end| end <= last)
             }
             Question::Describe | Question::Leave | Question::Collect | Question::SetNoting(_) => true,
+            // Not about one VM.
+            Question::AtRest => false,
         };
         if is_sound { self.do_so(&*memory, question, buffer, harvest) } else { Answer::Refused }
     }
@@ -364,7 +383,14 @@ impl Vm {
                 self.log(|log| log.arm(first_word as usize, &words))
             }
             Question::SetNoting(noting) => self.log(|log| log.set_noting(noting)),
+            Question::AtRest => Answer::Refused,
         }
+    }
+
+    /// Whether the log has nothing to tell that it has not told.
+    fn is_at_rest(&mut self, now: Instant) -> bool {
+        let is_told = self.next_word.is_none() && !self.memory.lost();
+        is_told && self.log.as_deref_mut().is_some_and(|log| log.is_at_rest(now))
     }
 
     fn log(&mut self, order: impl FnOnce(&mut dyn ChangeLog) -> io::Result<()>) -> Answer {

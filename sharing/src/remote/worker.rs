@@ -1,11 +1,12 @@
 //! A worker, as the engine knows it: its process, and the connection to it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::changes::ChangeLog;
 use crate::memory::guest::GuestMemory;
 use crate::memory::loss;
-use crate::remote::buffer::Buffer;
+use crate::remote::buffer::{Buffer, WORDS};
 use crate::remote::log::RemoteLog;
 use crate::remote::memory::RemoteMemory;
 pub use crate::remote::messages::VmIndex;
@@ -70,6 +71,8 @@ pub struct Worker {
     ended: AtomicBool,
     /// A question was not answered in time: the next message would be its answer. Nothing more is asked.
     silent: AtomicBool,
+    /// The VMs that were at rest, and when the worker was asked.
+    at_rest: Mutex<Option<(Instant, BTreeSet<VmIndex>)>>,
 }
 
 struct Line {
@@ -130,7 +133,8 @@ impl Worker {
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
         let line = Mutex::new(Line { socket, buffer });
-        Ok(Arc::new(Self { line, process, ended: AtomicBool::new(false), silent: AtomicBool::new(false) }))
+        let (ended, silent, at_rest) = Default::default();
+        Ok(Arc::new(Self { line, process, ended, silent, at_rest }))
     }
 
     /// Returns one of the worker's VMs.
@@ -174,6 +178,27 @@ impl Worker {
             self.end();
         }
         self.has_ended()
+    }
+
+    /// Whether a VM's log has had nothing to tell: see [`is_at_rest`](crate::changes::ChangeLog::is_at_rest). One
+    /// question is enough for all of the worker's VMs.
+    pub(crate) fn is_at_rest(&self, vm: VmIndex, since: Instant) -> bool {
+        let mut known = self.at_rest.lock();
+        if let Some((_, at_rest)) = known.as_ref().filter(|(asked, _)| *asked >= since) {
+            return at_rest.contains(&vm);
+        }
+        let asked = Instant::now();
+        let take = |buffer: &Buffer, answer| match answer {
+            Answer::Number(count) if count as usize <= WORDS => {
+                buffer.take_words(count as usize).map(|word| u32::try_from(word).ok().map(VmIndex)).collect()
+            }
+            _ => None,
+        };
+        let answer: Option<(BTreeSet<_>, _)> = self.ask(vm, Question::AtRest, |_| {}, take);
+        let at_rest = answer.map(|(at_rest, _)| at_rest).unwrap_or_default();
+        let is_at_rest = at_rest.contains(&vm);
+        *known = Some((asked, at_rest));
+        is_at_rest
     }
 
     /// Asks for something. `put` fills the buffer before, and `take` reads the answer and the buffer. Returns what was

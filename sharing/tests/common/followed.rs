@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -15,6 +15,8 @@ use super::{Guest, losses, no_rest};
 
 /// The engine's interval in these tests.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
+/// The longest interval of a VM of which little comes, where that is longer.
+pub(crate) const LONGEST: Duration = Duration::from_millis(400);
 
 /// A log that arms only half of what it is to arm, and says so, while that is to be refused.
 struct Unsure(Told, Arc<AtomicBool>);
@@ -53,6 +55,48 @@ impl ChangeLog for Told {
     }
 }
 
+/// A log that knows whether anything was written since it was last read, and counts how often it is read.
+pub(crate) struct Resting {
+    told: Told,
+    /// What it said, but for what was armed since. Nothing where it was not read.
+    seen: Option<PageSet>,
+    readings: Arc<AtomicU32>,
+}
+
+impl Resting {
+    pub(crate) fn new(told: Told, readings: &Arc<AtomicU32>) -> Self {
+        Self { told, seen: None, readings: Arc::clone(readings) }
+    }
+
+    /// No page is armed any more.
+    pub(crate) fn forget(&mut self, pages: u32) {
+        self.told.0.lock().insert_range(0..pages);
+        self.seen = None;
+    }
+}
+
+impl ChangeLog for Resting {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        self.readings.fetch_add(1, Ordering::Relaxed);
+        self.told.collect(written)?;
+        self.seen = Some(written.clone());
+        Ok(())
+    }
+
+    fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
+        if let Some(seen) = &mut self.seen {
+            pages_of(first, words).for_each(|page| {
+                seen.remove(page);
+            });
+        }
+        self.told.arm(first, words)
+    }
+
+    fn is_at_rest(&mut self, _since: Instant) -> bool {
+        self.seen.as_ref().is_some_and(|seen| seen.words() == self.told.0.lock().words())
+    }
+}
+
 pub(crate) struct Vm {
     pub(crate) guest: Guest,
     pub(crate) told: Told,
@@ -72,6 +116,11 @@ impl Vm {
     pub(crate) fn unsure(engine: &mut Engine, pages: u32, refuse: &Arc<AtomicBool>) -> Self {
         let refuse = Arc::clone(refuse);
         Self::start_with(engine, Guest::new(pages), |told| Box::new(Unsure(told, refuse)))
+    }
+
+    /// One whose log knows that it does not run.
+    pub(crate) fn resting(engine: &mut Engine, pages: u32, readings: &Arc<AtomicU32>) -> Self {
+        Self::start_with(engine, Guest::new(pages), |told| Box::new(Resting::new(told, readings)))
     }
 
     fn start_with(engine: &mut Engine, guest: Guest, log: impl FnOnce(Told) -> Box<dyn ChangeLog>) -> Self {
@@ -106,15 +155,33 @@ impl Clock {
         };
     }
 
-    /// Lets an interval pass, and more, in which there is time for a single step.
-    pub(crate) fn tick(&mut self, engine: &mut Engine) {
-        self.0 += 2 * INTERVAL;
-        engine.step(self.0);
+    /// Lets so much time pass, doing all work that comes. Returns how many times there was some.
+    pub(crate) fn end_within(&mut self, engine: &mut Engine, time: Duration) -> u32 {
+        let end = self.0 + time;
+        let mut rests = 0;
+        loop {
+            match engine.step(self.0) {
+                Step::RestUntil(due) if due > end => break,
+                Step::RestUntil(due) => {
+                    rests += 1;
+                    self.0 = due;
+                }
+                Step::Worked => {}
+            }
+        }
+        self.0 = end;
+        rests
     }
 
-    /// Lets an interval pass, and more, and says what time it is.
+    /// Lets an interval of any length pass, and more, in which there is time for a single step.
+    pub(crate) fn tick(&mut self, engine: &mut Engine) {
+        let now = self.later();
+        engine.step(now);
+    }
+
+    /// Lets an interval of any length pass, and more, and says what time it is.
     pub(crate) fn later(&mut self) -> Instant {
-        self.0 += 2 * INTERVAL;
+        self.0 += 2 * LONGEST;
         self.0
     }
 
@@ -126,5 +193,10 @@ impl Clock {
 }
 
 pub(crate) fn following() -> Settings {
-    Settings { rest_ms: INTERVAL.as_millis() as u64, ..no_rest(true) }
+    Settings { rest_ms: INTERVAL.as_millis() as u64, longest_rest: 1, ..no_rest(true) }
+}
+
+/// The same with longer intervals where little changes.
+pub(crate) fn stretching() -> Settings {
+    Settings { longest_rest: 4, ..following() }
 }

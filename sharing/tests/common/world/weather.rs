@@ -3,11 +3,12 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
-use samepage_sharing::changes::{ChangeLog, PageSet, pages_of};
+use samepage_sharing::changes::{ChangeLog, PageSet};
 
-use super::super::followed::Told;
+use super::super::followed::Resting;
 use super::super::{Fault, Numbers};
 
 /// Which calls fail, by their names.
@@ -15,7 +16,8 @@ pub(crate) type Plan = Arc<Mutex<dyn FnMut(&'static str) -> Fault + Send>>;
 
 /// A log some of whose calls fail.
 pub(super) struct Moody {
-    pub(super) told: Told,
+    pub(super) told: Resting,
+    pub(super) rests: bool,
     pub(super) pages: u32,
     pub(super) plan: Plan,
 }
@@ -37,10 +39,8 @@ impl ChangeLog for Moody {
     fn arm(&mut self, first: usize, words: &[u64]) -> io::Result<()> {
         if self.refused("arm") {
             // A refusal half-way leaves some armed.
-            let mut told = self.told.0.lock();
-            for page in pages_of(first, words).filter(|page| page % 3 == 0) {
-                told.remove(page);
-            }
+            let some: Vec<u64> = words.iter().map(|word| word & 0x9249_2492_4924_9249).collect();
+            self.told.arm(first, &some)?;
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         self.told.arm(first, words)
@@ -52,9 +52,13 @@ impl ChangeLog for Moody {
         }
         if noting {
             // No page is armed.
-            self.told.0.lock().insert_range(0..self.pages);
+            self.told.forget(self.pages);
         }
         Ok(())
+    }
+
+    fn is_at_rest(&mut self, since: Instant) -> bool {
+        self.rests && self.told.is_at_rest(since)
     }
 }
 

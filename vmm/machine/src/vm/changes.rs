@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -20,6 +21,7 @@ use samepage_sharing::changes::{ChangeLog, PageSet};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
+use super::control::Control;
 use super::memory::{MemorySlot, VmMemory};
 
 /// `_IOW(KVMIO, 0x42, struct kvm_dirty_log)`.
@@ -57,14 +59,17 @@ pub(super) fn enable(vm: &VmFd) -> bool {
 pub(super) struct DirtyLog {
     kvm: Arc<VmFd>,
     memory: VmMemory,
+    control: Arc<Control>,
+    /// CPU time of the vCPUs before the log was last read.
+    ran_before: Option<Duration>,
     /// KVM's answer for one slot.
     bitmap: Vec<u64>,
 }
 
 impl DirtyLog {
-    /// Returns the log of a VM whose memory slots were registered with logging.
-    pub(super) fn new(kvm: Arc<VmFd>, memory: VmMemory) -> Self {
-        Self { kvm, memory, bitmap: Vec::new() }
+    /// Returns the log of a VM whose memory slots were registered with logging. `control` knows its vCPUs.
+    pub(super) fn new(kvm: Arc<VmFd>, memory: VmMemory, control: Arc<Control>) -> Self {
+        Self { kvm, memory, control, ran_before: None, bitmap: Vec::new() }
     }
 
     /// Adds the pages of a slot that vCPUs and KVM itself have written.
@@ -84,6 +89,7 @@ impl DirtyLog {
 
 impl ChangeLog for DirtyLog {
     fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        self.ran_before = Some(self.control.cpu_time());
         let slots: Vec<_> = self.memory.slots().to_vec();
         for slot in &slots {
             self.collect_slot(*slot, written)?;
@@ -124,6 +130,10 @@ impl ChangeLog for DirtyLog {
             }
         }
         Ok(())
+    }
+
+    fn is_at_rest(&mut self, _since: Instant) -> bool {
+        self.ran_before == Some(self.control.cpu_time())
     }
 
     fn set_noting(&mut self, noting: bool) -> io::Result<()> {

@@ -239,7 +239,9 @@ impl Vm {
         }
         let log = || {
             logged.then(|| {
-                let log: Box<dyn ChangeLog> = Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone()));
+                let control = Arc::clone(&handle.control);
+                let log: Box<dyn ChangeLog> =
+                    Box::new(DirtyLog::new(Arc::clone(&kvm), memory.clone(), control));
                 log
             })
         };
