@@ -322,7 +322,7 @@ pub struct DiskView {
 }
 
 /// Counters of a disk.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskStatistics {
     /// Read requests that succeeded.
     pub reads: u64,

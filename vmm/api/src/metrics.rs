@@ -19,18 +19,23 @@ use samepage_api_types::views::DiskStatistics;
 use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
+use samepage_worker::machine::Look;
 
 /// The state of the process at one moment.
 #[derive(Debug)]
 struct Metrics {
     records: Vec<Arc<Record>>,
+    /// Each VM that exists, with what it has used and counted.
+    looks: Vec<(Arc<Record>, Look)>,
     seen: Arc<CachedSample>,
 }
 
 /// Returns all metrics as text.
 pub(super) fn text(vms: Vec<Arc<Record>>, seen: Arc<CachedSample>) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("samepage");
-    registry.register_collector(Box::new(Metrics { records: vms, seen }));
+    let look = |record: &Arc<Record>| Some((Arc::clone(record), record.vm()?.look()));
+    let looks = vms.iter().filter_map(look).collect();
+    registry.register_collector(Box::new(Metrics { records: vms, looks, seen }));
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
@@ -223,30 +228,27 @@ impl Metrics {
         let merged = self.seen.sample.vms.iter();
         let merged = merged.map(|vm| ([("vm", vm.name.as_str())], (vm.pages.pages_merged * page) as f64));
         writer.gauge("vm_merged", "A VM's pages that are mapped to frames", Some(Unit::Bytes), merged)?;
-        let consoles: Vec<_> =
-            self.records.iter().filter_map(|record| Some((record, record.vm()?))).collect();
-        let sent = consoles.iter().map(|(record, vm)| {
-            let sent = vm.devices().console.sent_bytes;
-            ([("vm", record.name())], sent as f64)
-        });
+        let looks = || self.looks.iter().map(|(record, look)| (record.name(), look));
+        let sent = looks().map(|(vm, look)| ([("vm", vm)], look.devices.console.sent_bytes as f64));
         writer.counter("vm_console", "Output of a guest to its console", Some(Unit::Bytes), sent)?;
-        let cpu = consoles.iter().map(|(record, vm)| ([("vm", record.name())], vm.cpu_time().as_secs_f64()));
+        let cpu = looks().map(|(vm, look)| ([("vm", vm)], look.cpu_time.as_secs_f64()));
         writer.counter("vm_cpu", "CPU time of a VM's vCPUs", Some(Unit::Seconds), cpu)?;
-        let vcpus = consoles.iter().map(|(record, _)| ([("vm", record.name())], record.spec().vcpus.into()));
+        let vcpus =
+            self.looks.iter().map(|(record, _)| ([("vm", record.name())], record.spec().vcpus.into()));
         writer.gauge("vm_vcpus", "Number of a VM's vCPUs", None, vcpus)?;
         let wanted = self.seen.sample.vms.iter().filter_map(|vm| {
             Some(([("vm", vm.name.as_str())], vm.working_set.as_ref()?.wanted_bytes as f64))
         });
         let help = "Additional memory that would save 95 % of the reads that more memory can save";
         writer.gauge("vm_wanted", help, Some(Unit::Bytes), wanted)?;
-        let read = consoles.iter().flat_map(|(record, vm)| {
-            let io = IoSample::of(&vm.devices());
+        let read = looks().flat_map(|(vm, look)| {
+            let io = IoSample::of(&look.devices);
             let sources = [
                 ("guests", io.from_guests_bytes),
                 ("host", io.from_host_bytes),
                 ("disk", io.from_disk_bytes),
             ];
-            sources.map(|(source, bytes)| ([("vm", record.name()), ("source", source)], bytes as f64))
+            sources.map(|(source, bytes)| ([("vm", vm), ("source", source)], bytes as f64))
         });
         let help = "Data that a VM's disks read, by source";
         writer.counter("vm_disk_read", help, Some(Unit::Bytes), read)
@@ -293,8 +295,8 @@ impl Metrics {
     }
 
     fn networks(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let networks = self.records.iter().flat_map(|record| {
-            let networks = devices::networks(record).into_iter();
+        let networks = self.looks.iter().flat_map(|(record, look)| {
+            let networks = devices::networks_of(record, Some(&look.devices)).into_iter();
             networks.filter_map(move |network| Some((record.name(), network.id, network.statistics?)))
         });
         let networks: Vec<_> = networks.collect();
@@ -320,9 +322,9 @@ impl Metrics {
     }
 
     fn sockets(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let sockets = self.records.iter();
+        let sockets = self.looks.iter();
         let sockets: Vec<_> = sockets
-            .filter_map(|record| Some(([("vm", record.name())], record.vm()?.devices().vsock?)))
+            .filter_map(|(record, look)| Some(([("vm", record.name())], look.devices.vsock.clone()?)))
             .collect();
         let bytes = || Some(Unit::Bytes);
         let counters: [Counter<VsockStatistics>; 9] = [
@@ -344,9 +346,9 @@ impl Metrics {
     }
 
     fn entropy(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let entropy = self.records.iter();
+        let entropy = self.looks.iter();
         let entropy: Vec<_> = entropy
-            .filter_map(|record| Some(([("vm", record.name())], record.vm()?.devices().rng?)))
+            .filter_map(|(record, look)| Some(([("vm", record.name())], look.devices.rng.clone()?)))
             .collect();
         let counters: [Counter<RngStatistics>; 4] = [
             ("rng_requests", "Requests for random bytes that were answered", None, |rng| rng.requests),
@@ -358,8 +360,8 @@ impl Metrics {
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let disks = self.records.iter().flat_map(|record| {
-            let disks = views::disks(record).into_iter();
+        let disks = self.looks.iter().flat_map(|(record, look)| {
+            let disks = views::disks_of(record, Some(&look.devices)).into_iter();
             disks.filter_map(move |disk| Some((record.name(), disk.id, disk.statistics?)))
         });
         let disks: Vec<_> = disks.collect();

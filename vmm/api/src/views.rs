@@ -17,7 +17,7 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 use samepage_host::events::unix_seconds;
 use samepage_host::record::Record;
 use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
-use samepage_worker::machine::Machine;
+use samepage_worker::machine::{Look, Machine};
 use samepage_worker::report::DeviceReport;
 
 /// Conversion of an internal type to the API's type.
@@ -103,6 +103,10 @@ pub(super) fn most_pairs(sample: &Sample, count: usize) -> Vec<PairView> {
 
 /// Returns a VM's summary, with the last sample.
 pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
+    summary_with(record, sample, record.vm().map(|vm| vm.look()).as_ref())
+}
+
+fn summary_with(record: &Record, sample: Option<&VmSample>, look: Option<&Look>) -> VmSummary {
     let spec = record.spec();
     let vm = record.vm();
     let sample = sample.filter(|_| vm.is_some());
@@ -124,8 +128,8 @@ pub(super) fn summary(record: &Record, sample: Option<&VmSample>) -> VmSummary {
         private_bytes: bytes(|pages| pages.pages_private),
         zero_bytes: bytes(|pages| pages.zero_pages),
         wanted_bytes: sample.and_then(|sample| Some(sample.working_set.as_ref()?.wanted_bytes)),
-        cpu_seconds: vm.as_ref().map(|vm| vm.cpu_time().as_secs_f64()),
-        io: vm.as_ref().map(|vm| (&IoSample::of(&vm.devices())).shown()),
+        cpu_seconds: look.map(|look| look.cpu_time.as_secs_f64()),
+        io: look.map(|look| (&IoSample::of(&look.devices)).shown()),
     }
 }
 
@@ -147,8 +151,9 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     config.sharing.mode = record.mode();
     // This field is an option of the request, not a property of the VM.
     config.start = None;
-    let devices = record.vm().map(|vm| vm.devices());
-    let summary = summary(record, sample);
+    let look = record.vm().map(|vm| vm.look());
+    let summary = summary_with(record, sample, look.as_ref());
+    let devices = look.map(|look| look.devices);
     let actions = summary.state.actions().collect();
     let disks = disks_of(record, devices.as_ref());
     let networks = devices::networks_of(record, devices.as_ref());
@@ -160,10 +165,10 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
 
 /// Returns the disks of a VM.
 pub(super) fn disks(record: &Record) -> Vec<DiskView> {
-    disks_of(record, record.vm().map(|vm| vm.devices()).as_ref())
+    disks_of(record, record.vm().map(|vm| vm.look().devices).as_ref())
 }
 
-fn disks_of(record: &Record, devices: Option<&DeviceReport>) -> Vec<DiskView> {
+pub(super) fn disks_of(record: &Record, devices: Option<&DeviceReport>) -> Vec<DiskView> {
     let disks = record.spec().disks.iter().enumerate().map(|(number, disk)| {
         let id = disk.id(number).into_owned();
         let counted = devices.and_then(|devices| devices.disk(&id));

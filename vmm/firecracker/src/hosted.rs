@@ -174,40 +174,14 @@ impl Machine for Hosted {
 
     fn counts(&self) -> Vec<DeviceCounts> {
         let Ok(vm) = self.client.get::<VmView>(&self.path()) else { return Vec::new() };
-        let disks = vm.disks.into_iter().filter_map(|disk| {
-            let of = disk.statistics?;
-            let counts =
-                [of.reads, of.writes, of.flushes, of.read_bytes, of.written_bytes, of.errors, of.throttled];
-            Some(DeviceCounts::drive(&disk.id, counts))
-        });
-        let networks = vm.networks.into_iter().filter_map(|network| {
-            let of = network.statistics?;
-            let counts = [
-                of.received_frames,
-                of.received_bytes,
-                of.received_dropped,
-                of.sent_frames,
-                of.sent_bytes,
-                of.sent_dropped,
-                of.errors,
-            ];
-            Some(DeviceCounts::network(&network.id, counts))
-        });
-        let entropy =
-            vm.rng.map(|of| DeviceCounts::entropy([of.requests, of.bytes, of.throttled, of.errors]));
-        let vsock = vm.vsock.map(|of| {
-            let counts = [
-                of.connections,
-                of.ended,
-                of.resets,
-                of.received_packets,
-                of.received_bytes,
-                of.sent_packets,
-                of.sent_bytes,
-                of.errors,
-            ];
-            DeviceCounts::vsock(counts)
-        });
+        let disks =
+            vm.disks.iter().filter_map(|disk| Some(DeviceCounts::drive(&disk.id, disk.statistics.as_ref()?)));
+        let networks = vm
+            .networks
+            .iter()
+            .filter_map(|network| Some(DeviceCounts::network(&network.id, network.statistics.as_ref()?)));
+        let entropy = vm.rng.iter().map(DeviceCounts::entropy);
+        let vsock = vm.vsock.iter().map(DeviceCounts::vsock);
         disks.chain(networks).chain(entropy).chain(vsock).collect()
     }
 }

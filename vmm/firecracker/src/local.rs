@@ -144,43 +144,12 @@ impl Machine for Local {
 
     fn counts(&self) -> Vec<DeviceCounts> {
         let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
-        let devices = vm.devices();
-        let disks = devices.disks.iter().map(|disk| {
-            let of = &disk.statistics;
-            let counters =
-                [of.reads, of.writes, of.flushes, of.read_bytes, of.written_bytes, of.errors, of.throttled];
-            DeviceCounts::drive(&disk.id, counters)
-        });
-        let networks = devices.networks.iter().map(|network| {
-            let of = &network.statistics;
-            let counters = [
-                of.received_frames,
-                of.received_bytes,
-                of.received_dropped,
-                of.sent_frames,
-                of.sent_bytes,
-                of.sent_dropped,
-                of.errors,
-            ];
-            DeviceCounts::network(&network.id, counters)
-        });
-        let entropy = devices
-            .rng
-            .iter()
-            .map(|of| DeviceCounts::entropy([of.requests, of.bytes, of.throttled, of.errors]));
-        let vsock = devices.vsock.iter().map(|of| {
-            let counters = [
-                of.connections,
-                of.ended,
-                of.resets,
-                of.received_packets,
-                of.received_bytes,
-                of.sent_packets,
-                of.sent_bytes,
-                of.errors,
-            ];
-            DeviceCounts::vsock(counters)
-        });
+        let devices = vm.look().devices;
+        let disks = devices.disks.iter().map(|disk| DeviceCounts::drive(&disk.id, &disk.statistics));
+        let networks =
+            devices.networks.iter().map(|network| DeviceCounts::network(&network.id, &network.statistics));
+        let entropy = devices.rng.iter().map(DeviceCounts::entropy);
+        let vsock = devices.vsock.iter().map(DeviceCounts::vsock);
         disks.chain(networks).chain(entropy).chain(vsock).collect()
     }
 }

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use samepage_api_types::views::DiskStatistics;
+use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
 use samepage_metadata::Detour;
 use samepage_spec::{RateLimits, VmSpec};
 
@@ -88,19 +90,41 @@ pub(super) struct DeviceCounts {
 }
 
 impl DeviceCounts {
-    pub(super) fn drive(id: &str, counts: [u64; 7]) -> Self {
+    pub(super) fn drive(id: &str, of: &DiskStatistics) -> Self {
+        let counts =
+            [of.reads, of.writes, of.flushes, of.read_bytes, of.written_bytes, of.errors, of.throttled];
         Self { kind: DeviceKind::Drive, id: id.to_owned(), counts: counts.to_vec() }
     }
 
-    pub(super) fn network(id: &str, counts: [u64; 7]) -> Self {
+    pub(super) fn network(id: &str, of: &NetworkStatistics) -> Self {
+        let counts = [
+            of.received_frames,
+            of.received_bytes,
+            of.received_dropped,
+            of.sent_frames,
+            of.sent_bytes,
+            of.sent_dropped,
+            of.errors,
+        ];
         Self { kind: DeviceKind::Network, id: id.to_owned(), counts: counts.to_vec() }
     }
 
-    pub(super) fn entropy(counts: [u64; 4]) -> Self {
+    pub(super) fn entropy(of: &RngStatistics) -> Self {
+        let counts = [of.requests, of.bytes, of.throttled, of.errors];
         Self { kind: DeviceKind::Entropy, id: String::new(), counts: counts.to_vec() }
     }
 
-    pub(super) fn vsock(counts: [u64; 8]) -> Self {
+    pub(super) fn vsock(of: &VsockStatistics) -> Self {
+        let counts = [
+            of.connections,
+            of.ended,
+            of.resets,
+            of.received_packets,
+            of.received_bytes,
+            of.sent_packets,
+            of.sent_bytes,
+            of.errors,
+        ];
         Self { kind: DeviceKind::Vsock, id: String::new(), counts: counts.to_vec() }
     }
 }

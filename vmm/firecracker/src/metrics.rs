@@ -78,6 +78,9 @@ fn named(kind: DeviceKind, counts: &[u64]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use samepage_api_types::views::DiskStatistics;
+    use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
+
     use super::*;
 
     #[test]
@@ -87,12 +90,20 @@ mod tests {
             MetricsConfig { metrics_path: path.to_path_buf(), emit_id: Some(true), properties: None };
         let mut metrics = Metrics::open("a", config).unwrap();
         let counted = |reads: u64| {
-            let network = DeviceCounts::network("eth0", [1, 1000 * reads, 0, 2, 60, 0, 0]);
+            let network = NetworkStatistics {
+                received_frames: 1,
+                received_bytes: 1000 * reads,
+                sent_frames: 2,
+                sent_bytes: 60,
+                ..NetworkStatistics::default()
+            };
+            let vsock =
+                VsockStatistics { connections: reads, received_bytes: 7, ..VsockStatistics::default() };
             [
-                DeviceCounts::drive("root", [reads, 0, 0, 0, 0, 0, 0]),
-                network,
-                DeviceCounts::entropy([reads; 4]),
-                DeviceCounts::vsock([reads, 0, 0, 0, 7, 0, 0, 0]),
+                DeviceCounts::drive("root", &DiskStatistics { reads, ..DiskStatistics::default() }),
+                DeviceCounts::network("eth0", &network),
+                DeviceCounts::entropy(&RngStatistics { bytes: reads, ..RngStatistics::default() }),
+                DeviceCounts::vsock(&vsock),
             ]
         };
         metrics.write(&counted(3)).unwrap();

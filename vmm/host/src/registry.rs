@@ -276,7 +276,7 @@ impl Registry {
         let vm = record.vm()?;
         self.ends.forget(&*vm);
         let end = vm.wait();
-        let console_lost = vm.devices().console.lost_bytes;
+        let console_lost = vm.look().devices.console.lost_bytes;
         // The record's reference is the last one, unless other threads still use the machine.
         drop(vm);
         let is_reset = record.is_reset(&end);

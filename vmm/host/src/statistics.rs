@@ -370,6 +370,7 @@ impl Sampler {
         let participation = vm.membership().map(Membership::participation);
         let (group, mode) = participation.map(|SharingSpec { group, mode }| (group, mode)).unzip();
         let resident = pages.pages_private + pages.pages_merged - pages.pages_sharing;
+        let look = vm.look();
         Ok(VmSample {
             name: vm.name().to_owned(),
             state: vm.state().name(),
@@ -380,8 +381,8 @@ impl Sampler {
             pages,
             working_set: vm.membership().and_then(Membership::working_set).map(WorkingSetSample::from),
             vcpus: vm.vcpus(),
-            cpu_seconds: vm.cpu_time().as_secs_f64(),
-            io: IoSample::of(&vm.devices()),
+            cpu_seconds: look.cpu_time.as_secs_f64(),
+            io: IoSample::of(&look.devices),
             claimed: claimed.as_ref().map(ClaimedSample::from),
             frames: vm.membership().map(Membership::frames),
         })

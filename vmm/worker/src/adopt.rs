@@ -20,7 +20,6 @@ use crate::machine::Machine;
 use crate::messages::{Answer, Description, Greeting, Hello, Moment, Order, Report, VERSION, VmNumber};
 use crate::pool::Workers;
 use crate::process::WorkerProcess;
-use crate::report::DeviceReport;
 use crate::state::{StateFolder, own_user};
 use crate::wire;
 
@@ -185,7 +184,7 @@ impl Workers {
             remote,
             membership: None,
             worker: Arc::clone(process),
-            last: Mutex::new((Duration::ZERO, DeviceReport::default())),
+            last: Mutex::default(),
             on_drop: self.leaving(process),
         });
         Adopted { worker: process.id(), spec, has_run, since: since.time(), built, machine }

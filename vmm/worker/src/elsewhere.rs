@@ -16,10 +16,9 @@ use samepage_sharing::service::{Bell, Membership};
 use samepage_spec::SharingMode;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Machine};
+use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
 use crate::messages::{Answer, Order, VmNumber};
 use crate::process::{Gone, WorkerProcess};
-use crate::report::DeviceReport;
 
 /// How long figures are waited for. Lists show those of before for a worker that does not answer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -163,7 +162,7 @@ pub(crate) struct MachineElsewhere {
     pub(crate) membership: Option<Membership>,
     pub(crate) worker: Arc<WorkerProcess>,
     /// What was seen last, for a worker that is gone.
-    pub(crate) last: Mutex<(Duration, DeviceReport)>,
+    pub(crate) last: Mutex<Look>,
     /// Gives the worker's place back.
     pub(crate) on_drop: Box<dyn Fn() + Send + Sync>,
 }
@@ -184,14 +183,6 @@ impl MachineElsewhere {
 
     fn is_true(&self, order: Order) -> bool {
         matches!(self.ask(order), Ok(Answer::Truth(true)))
-    }
-
-    fn look(&self) -> (Duration, DeviceReport) {
-        let looked = self.worker.ask_within(self.identity.number, Order::Look, PATIENCE);
-        if let Some(Answer::Looked { cpu_nanoseconds, devices }) = looked {
-            *self.last.lock() = (Duration::from_nanos(cpu_nanoseconds), devices);
-        }
-        self.last.lock().clone()
     }
 }
 
@@ -245,10 +236,6 @@ impl Machine for MachineElsewhere {
             (None, true) => VmState::Running,
             (None, false) => VmState::Held,
         }
-    }
-
-    fn cpu_time(&self) -> Duration {
-        self.look().0
     }
 
     fn membership(&self) -> Option<&Membership> {
@@ -308,8 +295,12 @@ impl Machine for MachineElsewhere {
         self.identity.notices.clone()
     }
 
-    fn devices(&self) -> DeviceReport {
-        self.look().1
+    fn look(&self) -> Look {
+        let looked = self.worker.ask_within(self.identity.number, Order::Look, PATIENCE);
+        if let Some(Answer::Looked { cpu_nanoseconds, devices }) = looked {
+            *self.last.lock() = Look { cpu_time: Duration::from_nanos(cpu_nanoseconds), devices };
+        }
+        self.last.lock().clone()
     }
 
     fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError> {

@@ -46,6 +46,15 @@ pub enum DeviceChange {
     NetworkSend(RateLimits),
 }
 
+/// What a machine has used and counted so far.
+#[derive(Clone, Debug, Default)]
+pub struct Look {
+    /// The CPU time of the vCPUs.
+    pub cpu_time: Duration,
+    /// What the devices have counted, and how they are set.
+    pub devices: DeviceReport,
+}
+
 /// A machine that was built. Dropping it ends it and frees all that it has.
 pub trait Machine: fmt::Debug + Send + Sync {
     /// Returns the VM's name.
@@ -68,8 +77,6 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn end_event(&self) -> RawFd;
     /// Returns the state of the vCPUs.
     fn state(&self) -> VmState;
-    /// Returns the CPU time of the vCPUs.
-    fn cpu_time(&self) -> Duration;
     /// Returns the VM's membership in the sharing engine; `None` if it shares no memory.
     fn membership(&self) -> Option<&Membership>;
     /// Returns why the VM's memory is not shared although it could be, in a sentence.
@@ -100,8 +107,8 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn ask_again(&self);
     /// Returns remarks for the user on how the VM was built, in sentences.
     fn notices(&self) -> Vec<String>;
-    /// Returns what the devices have counted, and how they are set.
-    fn devices(&self) -> DeviceReport;
+    /// Returns what the machine has used and counted so far. A machine elsewhere is asked once for all of it.
+    fn look(&self) -> Look;
     /// Changes a device.
     ///
     /// # Errors
@@ -152,10 +159,6 @@ impl Machine for Vm {
         self.state()
     }
 
-    fn cpu_time(&self) -> Duration {
-        self.cpu_time()
-    }
-
     fn membership(&self) -> Option<&Membership> {
         self.membership()
     }
@@ -196,8 +199,8 @@ impl Machine for Vm {
         self.notices().iter().chain(of_disks).chain(of_networks).cloned().collect()
     }
 
-    fn devices(&self) -> DeviceReport {
-        DeviceReport::of(self)
+    fn look(&self) -> Look {
+        Look { cpu_time: self.cpu_time(), devices: DeviceReport::of(self) }
     }
 
     fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError> {

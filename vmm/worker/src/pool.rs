@@ -18,7 +18,6 @@ use crate::elsewhere::{Identity, MachineElsewhere, Remote, RemoteHole};
 use crate::machine::Machine;
 use crate::messages::{Answer, Build, Order, Target};
 use crate::process::WorkerProcess;
-use crate::report::DeviceReport;
 use crate::state::StateFolder;
 
 /// Stack of the thread that starts a spare worker, in bytes.
@@ -196,7 +195,7 @@ impl Workers {
             remote: Arc::clone(&remote),
             membership: None,
             worker: Arc::clone(worker),
-            last: Mutex::new((std::time::Duration::ZERO, DeviceReport::default())),
+            last: Mutex::default(),
             on_drop: Box::new(|| {}),
         };
         if let Some(place) = place {

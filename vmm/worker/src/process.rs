@@ -354,39 +354,27 @@ impl WorkerProcess {
     }
 
     fn heed(&self, told: Told, with: Option<OwnedFd>) {
-        let find = |vm: VmNumber| self.vms.lock().get(&vm).cloned();
+        let of = |vm: VmNumber, heed: &dyn Fn(&Remote)| {
+            let vm = self.vms.lock().get(&vm).cloned();
+            if let Some(vm) = vm {
+                heed(&vm);
+            }
+        };
         match told {
             Told::Reply { number, answer } => {
-                if let Some(reply) = self.pending.lock().replies.remove(&number) {
+                let reply = self.pending.lock().replies.remove(&number);
+                if let Some(reply) = reply {
                     // Whoever asked waits for it.
                     let _ = reply.send((answer, with));
                 }
             }
             Told::Console { vm, text } => {
-                if let Some(vm) = find(vm) {
-                    vm.copy_console(&text.chars().map(|char| char as u8).collect::<Vec<_>>());
-                }
+                of(vm, &|vm| vm.copy_console(&text.chars().map(|char| char as u8).collect::<Vec<_>>()));
             }
-            Told::Bell { vm } => {
-                if let Some(vm) = find(vm) {
-                    vm.ring();
-                }
-            }
-            Told::Room { vm } => {
-                if let Some(vm) = find(vm) {
-                    vm.tell_room();
-                }
-            }
-            Told::Ended { vm, end } => {
-                if let Some(vm) = find(vm) {
-                    vm.tell_end(end);
-                }
-            }
-            Told::DiskError { vm, disk, message } => {
-                if let Some(vm) = find(vm) {
-                    vm.tell_disk_error(&disk, &message);
-                }
-            }
+            Told::Bell { vm } => of(vm, &Remote::ring),
+            Told::Room { vm } => of(vm, &Remote::tell_room),
+            Told::Ended { vm, end } => of(vm, &|vm| vm.tell_end(end.clone())),
+            Told::DiskError { vm, disk, message } => of(vm, &|vm| vm.tell_disk_error(&disk, &message)),
         }
     }
 }

@@ -30,7 +30,7 @@ pub struct NetworkView {
 }
 
 /// Counters of a network device. Directions are the guest's.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NetworkStatistics {
     /// Frames that the guest received.
     pub received_frames: u64,
@@ -54,7 +54,7 @@ pub struct NetworkStatistics {
 }
 
 /// Counters of a socket device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VsockStatistics {
     /// Connections that were opened, in both directions.
     pub connections: u64,
@@ -77,7 +77,7 @@ pub struct VsockStatistics {
 }
 
 /// Counters of an entropy device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RngStatistics {
     /// Requests that were answered.
     pub requests: u64,

@@ -6,7 +6,7 @@ use samepage_worker::report::DeviceReport;
 
 /// Returns the network devices of a VM.
 pub(crate) fn networks(record: &Record) -> Vec<NetworkView> {
-    networks_of(record, record.vm().map(|vm| vm.devices()).as_ref())
+    networks_of(record, record.vm().map(|vm| vm.look().devices).as_ref())
 }
 
 /// The same, where its devices are known.
