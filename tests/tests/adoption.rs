@@ -33,6 +33,8 @@ fn main() -> ExitCode {
         ("a_vm_that_ends_meanwhile_is_reported_with_its_reason", ended),
         ("vms_that_nobody_adopts_leave_a_report", reported),
         ("states_and_descriptions_of_vms_are_those_of_before", described),
+        ("a_process_that_cannot_start_leaves_vms_as_they_are", failed_start),
+        ("an_adopted_worker_that_is_killed_takes_its_vms_along", worker_killed),
         ("a_worker_of_another_version_is_left_alone", another_version),
         ("a_folder_for_the_state_has_one_process", refused),
     ])
@@ -296,6 +298,63 @@ fn described() {
     let table = Running::start(show).wait();
     assert!(table.stdout.contains("adopted"), "{}", table.stdout);
     nest.end(server);
+    assert_eq!(nest.files(), [""; 0]);
+}
+
+fn text<'a>(json: &'a Value, field: &str) -> &'a str {
+    json[field].as_str().unwrap_or_else(|| panic!("{json} has no {field}"))
+}
+
+fn failed_start() {
+    let mut nest = Nest::new();
+    let options = ["--vms-per-worker", "2"];
+    let server = nest.serve(&options);
+    let log = create(&server, "a", &quiet(0));
+    wait_until("a round", || round_in(&written(&log)) > 0);
+    nest.kill(server);
+    let folder = nest.state.parent().expect("a folder").to_owned();
+    let mut serve =
+        command(["serve", "--state", STATE, "--vms-per-worker", "2", "--socket", "missing/socket"]);
+    serve.current_dir(&folder);
+    let failed = Running::start(serve).wait();
+    failed.assert_code(1);
+    assert!(failed.stderr.contains("adopted 1 VM"), "{}", failed.stderr);
+    let before = round_in(&written(&log));
+    wait_until("rounds of a guest that nobody manages", || round_in(&written(&log)) > before + 1);
+    let server = nest.serve(&options);
+    assert_eq!(server.state("a"), "running");
+    let metrics =
+        server.client.raw("GET".parse().expect("a method"), "/metrics", Vec::new()).expect("metrics");
+    assert!(String::from_utf8_lossy(&metrics.body).contains("vm=\"a\""));
+    // The guest verifies all of its memory and ends.
+    server.done("POST", "/vms/a/console/input", Some(&json!("q")));
+    wait_until("the end of the guest", || server.state("a") == "stopped");
+    server.done("DELETE", "/vms/a", None);
+    server.done("POST", "/vms", Some(&server.vm("a", &quiet(0), true)));
+    nest.end(server);
+    assert_eq!(nest.files(), [""; 0]);
+}
+
+fn worker_killed() {
+    let mut nest = Nest::new();
+    let options = ["--vms-per-worker", "1"];
+    let server = nest.serve(&options);
+    for (vm, name) in [(0, "a"), (1, "b")] {
+        create(&server, name, &quiet(vm));
+    }
+    nest.kill(server);
+    let server = nest.serve(&options);
+    let worker =
+        i32::try_from(adopted(&server, "a")["worker"].as_i64().expect("a number")).expect("a process");
+    kill_process(Pid::from_raw(worker).expect("a process"), Signal::KILL).expect("kill the worker");
+    wait_until("the end of the VM", || server.state("a") == "failed");
+    let shown = server.done("GET", "/vms/a", None);
+    assert!(text(&shown, "reason").contains("worker"), "{shown}");
+    assert_eq!(server.state("b"), "running");
+    assert!(!nest.workers().contains(&worker));
+    assert_eq!(server.act("a", "start"), "running");
+    // The process says that a VM has failed.
+    nest.folder = Some(server.end_sound(1));
     assert_eq!(nest.files(), [""; 0]);
 }
 

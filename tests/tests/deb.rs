@@ -46,6 +46,7 @@ fn content() {
         "usr/lib/sysusers.d/samepage.conf",
         "etc/samepage/vms.toml",
         "usr/share/doc/samepage/copyright",
+        "usr/share/doc/samepage/samepage-adoption.conf",
     ] {
         assert!(path(name).is_file(), "{name} is missing");
     }

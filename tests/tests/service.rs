@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     run_all(&[
         ("systemd_finds_nothing_wrong_with_the_units", &[Systemd], verified),
         ("the_program_does_its_work_as_the_unit_has_it", &[Kvm, Mounts], at_work),
+        ("vms_outlive_the_main_process_with_the_settings_for_it", &[Kvm, Mounts], adopted),
         ("who_may_not_give_the_socket_away_is_told_what_to_set", &[Kvm, Mounts], outside_of_the_group),
     ])
 }
@@ -73,6 +74,12 @@ fn verified() {
             text.replace("/usr/bin/samepage", program).replace("/usr/local/bin/samepage-agent", program);
         let unit = folder.path().join(name);
         fs::write(&unit, text).expect("write the unit");
+        if name == "samepage.service" {
+            let settings = folder.path().join("samepage.service.d");
+            fs::create_dir(&settings).expect("make a folder");
+            let from = Path::new(RESOURCES).join("samepage-adoption.conf");
+            fs::copy(from, settings.join("adoption.conf")).expect("copy the settings");
+        }
         let verify = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit).output();
         let verify = verify.expect("start systemd-analyze");
         let said = String::from_utf8_lossy(&verify.stderr);
@@ -317,6 +324,45 @@ fn at_work() {
     for problem in ["without sharing memory", "needs the sharing engine", "not permitted", "denied"] {
         assert!(!finished.stderr.contains(problem), "{}", finished.stderr);
     }
+}
+
+fn adopted() {
+    let service = Service::new();
+    fs::copy(Path::new(RESOURCES).join("vms.toml"), service.path("vms.toml")).expect("copy the VMs");
+    fs::write(service.path("demo.elf"), DEMO_GUEST).expect("write a kernel");
+    let settings = Unit::read("samepage-adoption.conf");
+    assert!(settings.is("KillMode", "process") && settings.is("RuntimeDirectoryPreserve", "yes"));
+    let start = || {
+        let mut command = service.command(&format!("--groups={GROUP}"), &[]);
+        for variable in settings.all("Environment") {
+            let (name, value) = variable.split_once('=').expect("a variable");
+            match value.strip_prefix("/run/samepage/") {
+                Some(value) => command.env(name, service.path(value)),
+                None => command.env(name, value),
+            };
+        }
+        let running = Running::start(command);
+        running.stderr().wait_for_line("the control socket is");
+        running
+    };
+    let client = Client::new(service.path("samepage.sock"));
+    let running = start();
+    let plan = Plan { rounds: 0, every_ms: 20, pages: Some(256), ..Plan::default() };
+    let vm = json!({
+        "name": "a", "kernel": service.path("demo.elf"), "memory": "16M", "cmdline": plan.to_string(), "start": true
+    });
+    let created: Value = client.send("POST".parse().expect("a method"), "/vms", &vm).expect("a VM");
+    assert_eq!(created["state"], "running");
+    let folder = fs::metadata(service.path("state")).expect("look at the folder");
+    assert_eq!((folder.uid(), folder.mode() & 0o777), (0, 0o700));
+    running.signal(Signal::KILL);
+    drop(running);
+    let running = start();
+    let shown: Value = client.get("/vms/a").expect("the VM");
+    assert_eq!(shown["state"], "running", "{shown}");
+    running.signal(Signal::TERM);
+    running.wait().assert_code(0);
+    assert_eq!(fs::read_dir(service.path("state")).expect("list the folder").count(), 0);
 }
 
 fn outside_of_the_group() {
