@@ -2,7 +2,7 @@
 //! metadata. What it looks for first is a frame that a page still shows and the metadata has given up:
 //! it would show one VM another VM's memory.
 
-#![expect(unsafe_code, reason = "reads frames by address and the memory file's holes")]
+#![expect(unsafe_code, reason = "reads frames by address and the memory file's status")]
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -240,15 +240,10 @@ impl Engine {
 impl Engine {
     /// The frames that hold memory and have no owner, as the kernel says where there is data.
     fn ownerless_with_memory(&self) -> impl Iterator<Item = Frame> + '_ {
-        let seek = |from: u64, whence| {
-            // SAFETY: moves the position of the store's file, which nobody uses.
-            let at = unsafe { libc::lseek(self.store.file().as_raw_fd(), from as i64, whence) };
-            u64::try_from(at).ok()
-        };
         let mut at = 0;
         let extents = std::iter::from_fn(move || {
-            let data = seek(at, libc::SEEK_DATA)?;
-            at = seek(data, libc::SEEK_HOLE)?;
+            let data = self.store.seek(at, libc::SEEK_DATA)?;
+            at = self.store.seek(data, libc::SEEK_HOLE)?;
             let first = (data / PAGE_SIZE as u64) as u32;
             Some(Frame::new(first).run((at.div_ceil(PAGE_SIZE as u64) as u32).saturating_sub(first)))
         });

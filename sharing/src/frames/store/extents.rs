@@ -98,6 +98,11 @@ impl Extents {
         self.frames
     }
 
+    /// The extents that begin at a place or behind it.
+    pub(crate) fn from(&self, place: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.lengths.range(place..).map(|(&start, &len)| (start, len))
+    }
+
     /// All extents.
     #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {

@@ -87,6 +87,10 @@ pub struct FrameStore {
     unseen: Extents,
     /// Where giving back goes on.
     reclaimed: u32,
+    /// Where the search goes on for memory that free frames have taken again.
+    searched: u32,
+    /// Bytes beyond those of known frames that the last search has left.
+    unexplained: u64,
     /// Kept frames that their last sharers left, until they are asked for.
     left: BTreeSet<Frame>,
     live: u32,
@@ -134,6 +138,8 @@ impl FrameStore {
             dead: Extents::default(),
             unseen: Extents::default(),
             reclaimed: 0,
+            searched: 0,
+            unexplained: 0,
             left: BTreeSet::new(),
             live: 0,
             held: 0,
@@ -532,6 +538,13 @@ impl FrameStore {
     /// Fails if `fstat` does.
     pub fn charged_bytes(&self) -> io::Result<u64> {
         Ok(self.io.metadata()?.blocks() * 512)
+    }
+
+    /// Where the kernel finds data, or a hole, from a byte of the memory file on.
+    pub(crate) fn seek(&self, from: u64, whence: libc::c_int) -> Option<u64> {
+        // SAFETY: moves the position of the file, which nobody uses.
+        let at = unsafe { libc::lseek(self.io.as_raw_fd(), i64::try_from(from).ok()?, whence) };
+        u64::try_from(at).ok()
     }
 
     /// Bytes of this process that the metadata of the frames takes.

@@ -2,6 +2,7 @@
 
 use super::{Frame, FrameStore};
 use crate::memory::calls::MemoryCalls;
+use crate::memory::ram::PAGE_SIZE;
 
 /// How many frames may keep their memory for the next that are filled: 4 MiB.
 pub(super) const SPARE_FRAMES: u32 = 1024;
@@ -9,6 +10,8 @@ pub(super) const SPARE_FRAMES: u32 = 1024;
 pub(super) const STEP_RUNS: usize = 32;
 /// Frames of the longest of them, and about as many in all.
 const LONGEST_RUN: u32 = 512;
+/// Extents of free frames that are searched at once for memory: about half a millisecond.
+const SEARCHED_EXTENTS: usize = 256;
 
 impl FrameStore {
     /// Gives the memory of some dead frames back and makes them free: a bounded piece of work. Frames whose
@@ -43,13 +46,59 @@ impl FrameStore {
         for (first, count) in refused {
             self.dead.add(first, count);
         }
+        if done == 0 && self.dead() == 0 {
+            self.take_back(calls);
+        }
         done
+    }
+
+    /// Gives memory back that free frames have taken again: a bounded piece of work. Returns whether there is more
+    /// to do.
+    ///
+    /// A read of a page may be under way in the kernel when another thread writes to the page, so that the page
+    /// leaves its frame, and the frame's memory goes. The read then finds a hole, fills it with zeros, and finds that
+    /// the page has another content by now.
+    fn take_back(&mut self, calls: &dyn MemoryCalls) -> bool {
+        let excess = self.excess();
+        if excess <= self.unexplained {
+            (self.unexplained, self.searched) = (excess, 0);
+            return false;
+        }
+        let places = self.records.len();
+        let beyond = (places, self.capacity - places);
+        for (first, count) in self.free.from(self.searched).chain([beyond]).take(SEARCHED_EXTENTS) {
+            self.searched = first + count;
+            if self.data_from(first).is_some_and(|data| data < first + count) {
+                // Where this fails the next search finds it again.
+                let _ = calls.punch(Frame::new(first), count);
+            }
+        }
+        if self.searched < self.capacity {
+            return true;
+        }
+        // What the kernel takes beyond what is used, as with huge pages, is not searched for again and again.
+        (self.unexplained, self.searched) = (self.excess(), 0);
+        false
+    }
+
+    /// Bytes that the kernel charges for the store beyond those of frames that may have memory.
+    fn excess(&self) -> u64 {
+        let known = u64::from(self.live) + u64::from(self.spare.frames()) + u64::from(self.dead());
+        self.charged_bytes().unwrap_or(0).saturating_sub(known * PAGE_SIZE as u64)
+    }
+
+    /// The first place from this one on that has memory.
+    fn data_from(&self, place: u32) -> Option<u32> {
+        let data = self.seek(u64::from(place) * PAGE_SIZE as u64, libc::SEEK_DATA)?;
+        u32::try_from(data / PAGE_SIZE as u64).ok()
     }
 
     /// Gives the memory of all dead frames back, as far as the kernel takes it.
     pub fn reclaim_all(&mut self, calls: &dyn MemoryCalls) {
         self.reclaimed = 0;
         while self.reclaim(calls) > 0 || self.reclaimed > 0 {}
+        (self.searched, self.unexplained) = (0, 0);
+        while self.take_back(calls) {}
         while self.records.trim() {}
     }
 

@@ -245,3 +245,31 @@ fn places_in_a_store_of_single_holes_are_found_at_once() {
     println!("{:?} for each", started.elapsed() / 1000);
     assert!(started.elapsed() < std::time::Duration::from_secs(5), "{:?}", started.elapsed());
 }
+
+#[test]
+fn memory_that_free_frames_have_taken_again_is_given_back() {
+    let (mut store, calls) = store();
+    let first = mapped(&mut store, 64, None).number();
+    leave(&mut store, (first..first + 64).filter(|frame| frame % 2 == 0));
+    store.reclaim_all(&calls);
+    assert_eq!(store.charged_bytes().unwrap(), 32 * PAGE_SIZE as u64);
+    let touch = |store: &FrameStore, frame: u32| {
+        // SAFETY: the place is mapped; the byte is not used.
+        unsafe { store.view.frame(at(frame)).read_volatile() };
+    };
+    // Reads that were under way, of a hole between others and of a place behind all of them.
+    [first + 6, first + 40, first + 100].into_iter().for_each(|frame| touch(&store, frame));
+    assert_eq!(store.charged_bytes().unwrap(), 35 * PAGE_SIZE as u64);
+    assert_eq!(store.reclaim(&calls), 0, "nobody has died");
+    assert_eq!(store.charged_bytes().unwrap(), 32 * PAGE_SIZE as u64);
+    // What has owners is as it was.
+    let mut page = [0; PAGE_SIZE];
+    for frame in (first..first + 64).filter(|frame| frame % 2 == 1) {
+        store.read(at(frame), &mut page).unwrap();
+        assert_eq!(page, [5; PAGE_SIZE], "frame {frame}");
+    }
+    leave(&mut store, (first..first + 64).filter(|frame| frame % 2 == 1));
+    touch(&store, first);
+    store.reclaim_all(&calls);
+    assert_eq!(store.charged_bytes().unwrap(), 0);
+}
