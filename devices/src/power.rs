@@ -9,6 +9,8 @@
 //! Source: Advanced Configuration and Power Interface Specification 6.5, section 4.8.3.7 "Sleep Control and Status
 //! Registers". The register of events is the machine's own; its ACPI tables hold the code that reads it.
 
+use std::time::{Duration, Instant};
+
 use crate::{BusDevice, read_bytewise, write_bytewise};
 
 /// Number of ports.
@@ -38,12 +40,22 @@ pub const GENERATION_CHANGED: u8 = 2;
 pub struct Power {
     is_off: bool,
     events: u8,
+    /// When the power button was pressed, if the guest has not read of it yet.
+    pressed: Option<Instant>,
+    /// How long the guest took to read that the button was pressed.
+    read_after: Option<Duration>,
 }
 
 impl Power {
     /// Notes that the power button was pressed. Whoever calls this raises the interrupt.
     pub fn press_button(&mut self) {
         self.events |= BUTTON_PRESSED;
+        (self.pressed, self.read_after) = (Some(Instant::now()), None);
+    }
+
+    /// Returns how long the guest took to read that the button was pressed, if it has.
+    pub fn button_read_after(&self) -> Option<Duration> {
+        self.read_after
     }
 
     /// Notes that the VM generation ID is another one. Whoever calls this has written it, and raises the interrupt.
@@ -60,7 +72,13 @@ impl Power {
 impl BusDevice for Power {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         read_bytewise(offset, data, |port| match port.into() {
-            EVENTS => std::mem::take(&mut self.events),
+            EVENTS => {
+                let events = std::mem::take(&mut self.events);
+                if events & BUTTON_PRESSED != 0 {
+                    self.read_after = self.pressed.take().map(|pressed| pressed.elapsed());
+                }
+                events
+            }
             _ => 0,
         });
     }
@@ -92,6 +110,23 @@ mod tests {
             // The bits beside type and enable are reserved, and ignored.
             assert_eq!(power.is_off(), byte & 0b11_1100 == 0b11_0100, "{byte:#x}");
         }
+    }
+
+    #[test]
+    fn the_time_until_the_guest_reads_of_the_button_is_known() {
+        let mut power = Power::default();
+        power.tell_new_generation();
+        read(&mut power, EVENTS);
+        assert_eq!(power.button_read_after(), None, "that was another event");
+        power.press_button();
+        assert_eq!(power.button_read_after(), None);
+        assert_eq!(read(&mut power, EVENTS), BUTTON_PRESSED);
+        let took = power.button_read_after();
+        assert!(took.is_some());
+        read(&mut power, EVENTS);
+        assert_eq!(power.button_read_after(), took, "it was read once");
+        power.press_button();
+        assert_eq!(power.button_read_after(), None);
     }
 
     #[test]

@@ -8,11 +8,12 @@
 //! a driver for that device. Then the power button is pressed, otherwise Ctrl-Alt-Del. The kernel may pass the button
 //! on to nobody, for instance where the driver of the button is missing, or a small init has no eye for it. So a guest
 //! that still runs after [`ASK_AGAIN_AFTER`] is asked in the other way too. A guest that is shutting down already
-//! ignores that: systemd refuses to replace a shutdown by a reboot.
+//! ignores that: systemd refuses to replace a shutdown by a reboot. A guest that is slow, on a host that is busy or
+//! emulated, may not have begun by then. So the guest has more time if its kernel took long to read of the button.
 
 #![expect(unsafe_code, reason = "reads the union in which KVM returns the IO-APIC")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip};
 use kvm_ioctls::VmFd;
@@ -24,6 +25,13 @@ use crate::x86::layout::POWER_IRQ;
 /// When a guest that still runs is asked in another way.
 pub const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
+/// How many times as long as its kernel takes to read of the button a guest may take until it shuts down: a kernel takes
+/// less than a millisecond, and programs are to be scheduled and loaded.
+const PROGRAMS_TAKE: u32 = 500;
+
+/// The longest time for that.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(120);
+
 /// The bit of an input of the IO-APIC that keeps its interrupts from the processors.
 const MASKED: u64 = 1 << 16;
 
@@ -33,8 +41,8 @@ enum Asked {
     /// Not at all, or by Ctrl-Alt-Del alone.
     #[default]
     NotByButton,
-    /// By the power button.
-    ByButton,
+    /// By the power button, at this time.
+    ByButton(Instant),
     /// By the power button, and later by Ctrl-Alt-Del.
     InBothWays,
 }
@@ -71,7 +79,7 @@ impl Vm {
     pub fn ask_to_end(&self) -> bool {
         let mut asked = self.asking.0.lock();
         if self.press_power_button() {
-            *asked = Asked::ByButton;
+            *asked = Asked::ByButton(Instant::now());
             return true;
         }
         self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
@@ -83,15 +91,23 @@ impl Vm {
         let mut asked = self.asking.0.lock();
         *asked = match *asked {
             // It may have got the driver since.
-            Asked::NotByButton if self.press_power_button() => Asked::ByButton,
+            Asked::NotByButton if self.press_power_button() => Asked::ByButton(Instant::now()),
             Asked::NotByButton => Asked::NotByButton,
-            Asked::ByButton => {
+            Asked::ByButton(at) if at.elapsed() < patience(self.devices.button_read_after()) => {
+                Asked::ByButton(at)
+            }
+            Asked::ByButton(_) => {
                 self.press_ctrl_alt_del();
                 Asked::InBothWays
             }
             Asked::InBothWays => Asked::InBothWays,
         };
     }
+}
+
+/// Returns how long a guest may take until it shuts down, if its kernel took that long to read of the power button.
+fn patience(read_after: Option<Duration>) -> Duration {
+    read_after.unwrap_or_default().saturating_mul(PROGRAMS_TAKE).min(LONGEST_PATIENCE)
 }
 
 /// Whether the guest has enabled the interrupt of the event device, which drivers alone do.
@@ -162,6 +178,14 @@ mod tests {
             std::thread::yield_now();
         }
         assert_eq!(vm.wait(), VmEnd::PowerOff);
+    }
+
+    #[test]
+    fn a_slow_guest_has_more_time() {
+        assert_eq!(patience(None), Duration::ZERO, "a guest that reads nothing is asked in the other way");
+        assert!(patience(Some(Duration::from_millis(1))) < ASK_AGAIN_AFTER);
+        assert_eq!(patience(Some(Duration::from_millis(40))), Duration::from_secs(20));
+        assert_eq!(patience(Some(Duration::MAX)), LONGEST_PATIENCE);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
@@ -318,6 +319,11 @@ impl Devices {
     /// Notes for the guest that the power button was pressed. The caller raises the interrupt.
     pub(super) fn press_power_button(&self) {
         self.power.lock().press_button();
+    }
+
+    /// Returns how long the guest took to read that the power button was pressed, if it has.
+    pub(super) fn button_read_after(&self) -> Option<Duration> {
+        self.power.lock().button_read_after()
     }
 
     /// Notes for the guest that the VM generation ID is another one. The caller raises the interrupt.
