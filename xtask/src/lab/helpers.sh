@@ -82,6 +82,8 @@ wait_for() {
 # All that is known of VMs that do not do what they should.
 show_all() {
     samepage ps || true
+    echo "--- what samepage said"
+    cat /tmp/stderr || true
     for log in /tmp/*.log; do
         name=$(basename "$log" .log)
         echo "--- $name"
@@ -182,4 +184,153 @@ ssh_to() {
     shift 2
     in_debian timeout "${LIMIT:-3600}" ssh -i "$key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
         -o ConnectTimeout=120 "root@$guest" "$@"
+}
+
+# copy_programs FOLDER PROGRAM...: copies programs of the Debian image into a folder below /tmp, with all libraries that
+# they load.
+copy_programs() {
+    root=$1
+    shift
+    for program in "$@"; do
+        echo "$program"
+        in_debian ldd "$program" | grep -o '/[^ ]*'
+    done | sort -u > /tmp/copied
+    while read -r file; do
+        mkdir -p "$root$(dirname "$file")"
+        in_debian cp -L "$file" "$root$file"
+    done < /tmp/copied
+}
+
+# say WHAT...: says what comes, and when.
+say() {
+    echo "-- $(cut -d. -f1 /proc/uptime) s: $*"
+}
+
+# sum: of what is read.
+sum() {
+    sha256sum | cut -d' ' -f1
+}
+
+# Two machines have taps: `mmio`, and `pci` with several queues. address_of NAME is the guest's, host_of NAME the host's.
+address_of() {
+    case $1 in mmio) echo 10.0.0.2 ;; pci) echo 10.0.1.2 ;; esac
+}
+
+host_of() {
+    case $1 in mmio) echo 10.0.0.1 ;; pci) echo 10.0.1.1 ;; esac
+}
+
+# add_machine NAME: its part of a configuration file.
+add_machine() {
+    case $1 in
+        mmio) printf '\n[[vms]]\nname = "mmio"\nnetworks = [{ tap = "tap-mmio" }]\n' ;;
+        pci) printf '\n[[vms]]\nname = "pci"\nbus = "pci"\nnetworks = [{ tap = "tap-pci", queues = 2 }]\n' ;;
+    esac
+}
+
+# run_vms NAME... < CONFIGURATION: runs the machines of a configuration file, whose names these are, and gives their taps
+# addresses. Paths in the file are below /tmp.
+run_vms() {
+    cat > /tmp/vms.toml
+    for vm in "$@"; do
+        queues=
+        [ "$vm" = mmio ] || queues=multi_queue
+        in_debian ip tuntap add dev "tap-$vm" mode tap $queues
+    done
+    cd /tmp
+    samepage run --config vms.toml --socket "$SAMEPAGE_SOCKET" --sharing-cpu 20 --audit 2> /tmp/stderr &
+    samepage=$!
+    cd /root
+    for vm in "$@"; do
+        wait_for "ifconfig tap-$vm $(host_of "$vm") netmask 255.255.255.0"
+    done
+}
+
+# run_debian NAME...: runs Debian machines with two processors, a disk on an overlay, a network, sockets of the host and
+# random numbers. Waits until they offer their logins, and ssh enters them. Each of cloud-init's four steps takes such a
+# machine a minute and more, so their initial RAM disk writes the address, the name and the keys instead.
+run_debian() {
+    in_debian ssh-keygen -q -t ed25519 -N '' -f /tmp/key
+    mkdir -p /tmp/extra/scripts/init-bottom
+    in_debian ssh-keygen -q -t ed25519 -N '' -f /tmp/extra/ssh_host_ed25519_key
+    cp /tmp/key.pub /bin/busybox /tmp/extra
+    cat > /tmp/extra/scripts/init-bottom/host << 'E'
+#!/busybox sh
+/busybox mkdir -p "$rootmnt/root/.ssh" "$rootmnt/etc/systemd/system.conf.d"
+/busybox cp /key.pub "$rootmnt/root/.ssh/authorized_keys"
+/busybox chmod -R go= "$rootmnt/root/.ssh"
+/busybox cp -p /ssh_host_ed25519_key /ssh_host_ed25519_key.pub "$rootmnt/etc/ssh"
+echo "$name" > "$rootmnt/etc/hostname"
+: > "$rootmnt/etc/cloud/cloud-init.disabled"
+/busybox sed 's/-//g' /proc/sys/kernel/random/uuid > "$rootmnt/etc/machine-id"
+# systemd waits 90 s for a terminal, and offers no login there if it comes later: too short for an emulated machine.
+printf '[Manager]\nDefaultTimeoutStartSec=2h\nDefaultDeviceTimeoutSec=2h\n' > "$rootmnt/etc/systemd/system.conf.d/lab.conf"
+printf '[Match]\nName=eth0\n[Network]\nAddress=%s/24\n' "$address" > "$rootmnt/etc/systemd/network/eth0.network"
+E
+    # The last of these lines is all that the image's own file has.
+    printf '/scripts/init-bottom/host\n/scripts/init-bottom/udev "$@"\n' > /tmp/extra/scripts/init-bottom/ORDER
+    chmod +x /tmp/extra/scripts/init-bottom/host
+    (cd /tmp/extra && find . | cpio -o -H newc | gzip -1) 2> /dev/null | cat debian/initrd.img - > /tmp/initrd.img
+    words='console=ttyS0 root=/dev/vda rw quiet mitigations=off net.ifnames=0 8250.nr_uarts=1'
+    words="$words systemd.show_status=1 systemd.mask=e2scrub_reap.service"
+    cat > /tmp/debian.toml << 'E'
+[defaults]
+kernel = "/root/debian/vmlinuz"
+initrd = "initrd.img"
+memory = "512M"
+vcpus = 2
+memory_hole = "port"
+disks = [{ path = "{name}.qcow2", backing = "/dev/vda", create = true }]
+vsock = { uds = "{name}.vsock" }
+console = { file = "{name}.log" }
+E
+    for vm in "$@"; do
+        add_machine "$vm"
+        echo "cmdline = \"$words name=$vm address=$(address_of "$vm")\""
+    done >> /tmp/debian.toml
+    run_vms "$@" < /tmp/debian.toml
+    say "the guests boot"
+    wait_for 'all_say "login:"'
+    say "they offer their logins"
+    LIMIT=120
+    for vm in "$@"; do
+        wait_for '[ "$(on "$vm" uname -n)" = "$vm" ]'
+        say "ssh enters $vm"
+    done
+    unset LIMIT
+}
+
+# on NAME COMMAND: has the shell of such a machine run a command.
+on() {
+    entered=$1
+    shift
+    ssh_to /tmp/key "$(address_of "$entered")" "$@"
+}
+
+# echoes NAME: whether a guest that listens at port 5000 sends back the 1 MiB in /tmp/words.
+echoes() {
+    (echo CONNECT 5000; cat /tmp/words) |
+        in_debian timeout 300 socat -t 60 - "UNIX-CONNECT:/tmp/$1.vsock" > /tmp/echo &&
+        head -n 1 /tmp/echo | grep -q ^OK && sed 1d /tmp/echo | cmp - /tmp/words
+}
+
+# power_off NAME...: presses the power buttons of all machines, one after the other. Fails if one does not power off, or if
+# the process does not end well with its last machine.
+power_off() {
+    for vm in "$@"; do
+        say "the power button of $vm is pressed"
+        samepage stop "$vm" --timeout 3600 || show_all
+    done
+    status=0
+    wait "$samepage" || status=$?
+    say "all are off"
+    cat /tmp/stderr
+    [ "$status" = 0 ] || { echo "samepage ended with $status"; exit 1; }
+    for vm in "$@"; do
+        grep -q "VM $vm: the guest powered off" /tmp/stderr
+    done
+    [ "$(grep -c "audit of .* passed" /tmp/stderr)" = $# ]
+    if grep -E "CORRUPT|FAILED" /tmp/*.log || grep "audit failed" /tmp/stderr; then
+        exit 1
+    fi
 }

@@ -259,7 +259,7 @@ mod tests {
         );
         assert!(!with.is_empty() && without.iter().all(|script| !script.starts_with(IMAGE_SCRIPTS)));
         assert!(!needs_image(Path::new("/nonexistent/debian.sh")));
-        assert!(needs_image(&crate::project_root().join(IMAGE_SCRIPTS).join("long/pair.sh")));
+        assert!(needs_image(&crate::project_root().join(IMAGE_SCRIPTS).join("long/work.sh")));
         Ok(())
     }
 
