@@ -18,13 +18,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::followed::Told;
+use common::followed::{Resting, Told};
 use common::{Fault, Faulty, Guest, Numbers, audit, engine, losses, no_rest, pass, take_off};
 use parking_lot::Mutex;
 use samepage_sharing::Slot;
 use samepage_sharing::calls::Linux;
 use samepage_sharing::changes::{ChangeLog, PageSet};
-use samepage_sharing::engine::{Engine, Mode, Settings};
+use samepage_sharing::engine::{Engine, Mode, Settings, Step};
 use samepage_sharing::remote::serve::Server;
 use samepage_sharing::remote::worker::{Process, VmIndex, Worker, pair};
 
@@ -33,7 +33,7 @@ const CONTROL: &str = "SAMEPAGE_TEST_WORKER";
 /// The system call before which the worker kills itself, and how many of them it makes before: `map 3`.
 const DIES_AT: &str = "SAMEPAGE_TEST_DIES_AT";
 /// VMs of a worker.
-const VMS: u32 = 2;
+const VMS: u32 = 4;
 /// Pages of a VM.
 const PAGES: u32 = 512;
 /// The most pages that a guest writes in a row.
@@ -104,16 +104,20 @@ fn work_as_worker(control: &str) {
     let guests: Vec<_> = (0..VMS).map(|_| Guest::new(PAGES)).collect();
     let logs: Vec<_> = (0..VMS)
         .map(|vm| {
-            // One VM has a log, and the other is scanned in full.
-            (vm % 2 == 1).then(|| {
+            // One VM has no log, and is scanned in full.
+            (vm > 0).then(|| {
                 let mut all = PageSet::new(PAGES);
                 all.insert_range(0..PAGES);
                 Told(Arc::new(Mutex::new(all)))
             })
         })
         .collect();
-    for (guest, told) in guests.iter().zip(&logs) {
-        let log = told.clone().map(|told| Box::new(told) as Box<dyn ChangeLog>);
+    for (vm, (guest, told)) in guests.iter().zip(&logs).enumerate() {
+        let log = told.clone().map(|told| match vm {
+            // The last VM's log knows when it rests.
+            3 => Box::new(Resting::new(told, &Arc::default())) as Box<dyn ChangeLog>,
+            _ => Box::new(told) as _,
+        });
         vms.add(Arc::clone(&guest.ram), log).unwrap();
     }
     thread::spawn(move || server.run().unwrap());
@@ -366,6 +370,37 @@ fn a_worker_that_is_silent_stops_the_engine_and_keeps_its_frames() {
     // A merge that was under way when the engine stopped may hold the frames of its run.
     let left = engine.statistics().frames;
     assert!(left < frames && left <= RUN, "{left} of {frames} frames are left");
+}
+
+#[test]
+fn one_question_is_enough_for_the_logs_of_all_vms_of_a_worker() {
+    let mut engine = engine(&Settings { rest_ms: 100, ..no_rest(false) });
+    let started = Started::start(&mut engine, None);
+    // A VM without a log would be asked about in passes.
+    engine.set_mode(started.slots[0], Mode::Off);
+    started.stop();
+    // Time is simulated from here on. All pages become idle, and are scanned.
+    let mut now = Instant::now();
+    let mut rest = |engine: &mut Engine, count: u32| {
+        for _ in 0..count {
+            now = loop {
+                if let Step::RestUntil(due) = engine.step(now) {
+                    break due;
+                }
+            };
+        }
+    };
+    rest(&mut engine, 300);
+    assert!(engine.statistics().pages_sharing > 0, "{:?}", engine.statistics());
+    let before = started.worker.asked();
+    rest(&mut engine, 100);
+    let asked = started.worker.asked() - before;
+    // In each interval there is one for the logs of two VMs. Since time is ahead of the clock, each of three VMs is asked
+    // about its rest. Alone, each of the two would take one question more.
+    assert!((100..470).contains(&asked), "{asked} questions in 100 intervals");
+    audit(&mut engine);
+    started.remove(&mut engine);
+    assert_eq!(engine.statistics().frames, 0);
 }
 
 #[test]

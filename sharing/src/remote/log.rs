@@ -31,18 +31,8 @@ impl RemoteLog {
         done.map_or_else(|| Err(io::ErrorKind::NotConnected.into()), |(done, _)| done)
     }
 
-    /// Bits of a word that stand for pages.
-    fn mask(&self, word: usize) -> u64 {
-        match (self.pages as usize).saturating_sub(64 * word) {
-            0 => 0,
-            bits @ 1..64 => (1 << bits) - 1,
-            _ => u64::MAX,
-        }
-    }
-}
-
-impl ChangeLog for RemoteLog {
-    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+    /// Reads the log.
+    fn read(&self, written: &mut PageSet) -> io::Result<()> {
         // Words come in order, so that a worker cannot always have more.
         let mut next = 0;
         loop {
@@ -73,6 +63,41 @@ impl ChangeLog for RemoteLog {
                 return Ok(());
             }
         }
+    }
+
+    /// Bits of a word that stand for pages.
+    fn mask(&self, word: usize) -> u64 {
+        match (self.pages as usize).saturating_sub(64 * word) {
+            0 => 0,
+            bits @ 1..64 => (1 << bits) - 1,
+            _ => u64::MAX,
+        }
+    }
+}
+
+impl Drop for RemoteLog {
+    fn drop(&mut self) {
+        self.worker.forget_log(self.vm);
+    }
+}
+
+impl ChangeLog for RemoteLog {
+    fn collect(&mut self, written: &mut PageSet) -> io::Result<()> {
+        let ahead = self.worker.collect_with_others(self.vm);
+        for &(index, word) in ahead.words() {
+            let mask = usize::try_from(index).map_or(0, |index| self.mask(index));
+            if mask != 0 {
+                written.insert_words(index as usize, &[word & mask]);
+            }
+        }
+        if ahead.is_new {
+            return Ok(());
+        }
+        let read = self.read(written);
+        if read.is_err() {
+            self.worker.put_back(self.vm, ahead);
+        }
+        read
     }
 
     fn arm(&mut self, first_word: usize, words: &[u64]) -> io::Result<()> {

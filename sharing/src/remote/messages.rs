@@ -16,6 +16,8 @@ pub(crate) const VERSION: u32 = 2;
 pub(crate) const LONGEST: usize = 4096;
 /// Pages of a message that asks for pages one by one.
 pub(crate) const MOST_PAGES: u32 = WINDOW_PAGES;
+/// VMs of a message about several.
+pub(crate) const MOST_VMS: usize = 64;
 
 /// Number of a VM among those of its worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -91,6 +93,9 @@ pub(crate) enum Question {
     /// The log's pages, into the buffer: pairs of the index of a word and the word. The log is read if nothing of it is
     /// left from the time before.
     Collect,
+    /// The same for several VMs, as far as their logs can be read and there is room: for each a word with its number and
+    /// the number of pairs, and then the pairs.
+    CollectAll(Vec<VmIndex>),
     /// Arms the pages of the words in the buffer.
     Arm {
         first_word: u32,
@@ -317,7 +322,10 @@ mod tests {
         let request = Request { vm: VmIndex(u32::MAX), question: Question::Harvest(pages) };
         let seen = vec![Sight::Digest(u32::MAX); MOST_PAGES as usize];
         let reply = Reply { lost: true, answer: Answer::Seen(seen) };
+        let all = Question::CollectAll(vec![VmIndex(u32::MAX); MOST_VMS]);
+        let all = Request { vm: VmIndex(u32::MAX), question: all };
         let mut room = [0; LONGEST];
+        assert!(postcard::to_slice(&all, &mut room).is_ok());
         assert!(postcard::to_slice(&request, &mut room).is_ok());
         assert!(postcard::to_slice(&reply, &mut room).is_ok());
     }

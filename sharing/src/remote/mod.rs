@@ -18,6 +18,7 @@
 //! and does not matter: nothing is done about it before the process has ended, and with it all of its mappings. So a
 //! frame that the engine counts as shared by a dead worker's VM can be given up at once, like any other.
 
+pub(crate) mod ahead;
 pub(crate) mod buffer;
 pub(crate) mod log;
 pub(crate) mod memory;

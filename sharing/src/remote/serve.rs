@@ -24,8 +24,8 @@ use crate::memory::uffd::UffdError;
 use crate::numbers::Frame;
 use crate::remote::buffer::{Buffer, WORDS};
 use crate::remote::messages::{
-    Answer, Description, Hello, MOST_PAGES, Question, Reply, Request, VERSION, VmIndex, Welcome, number_of,
-    sign,
+    Answer, Description, Hello, MOST_PAGES, MOST_VMS, Question, Reply, Request, VERSION, VmIndex, Welcome,
+    number_of, sign,
 };
 use crate::remote::socket::Socket;
 
@@ -196,15 +196,33 @@ impl Server {
 
     fn reply(&mut self, vm: VmIndex, question: Question) -> Reply {
         let Some(vm) = self.vms.get(vm) else { return Reply { lost: true, answer: Answer::Refused } };
-        if question == Question::AtRest {
-            let lost = vm.lock().memory.lost();
-            return Reply { lost, answer: self.at_rest() };
-        }
+        let of_several = match &question {
+            Question::AtRest => Some(self.at_rest()),
+            Question::CollectAll(vms) => Some(self.collect_all(vms)),
+            _ => None,
+        };
         let mut vm = vm.lock();
+        if let Some(answer) = of_several {
+            return Reply { lost: vm.memory.lost(), answer };
+        }
         let Self { buffer, frames, harvest, .. } = self;
         let answer = vm.answer(question, buffer, frames, harvest);
         // After the reading: see `loss`.
         Reply { lost: vm.memory.lost(), answer }
+    }
+
+    /// Tells what was written in VMs, of those whose log there is room for.
+    fn collect_all(&self, vms: &[VmIndex]) -> Answer {
+        let mut used = 0;
+        for &index in vms.iter().take(MOST_VMS) {
+            let Some(vm) = self.vms.get(index) else { continue };
+            let room = WORDS.saturating_sub(used + 1);
+            if let Some(count) = vm.lock().collect_whole(&self.buffer, used + 1, room) {
+                self.buffer.put_words(used, [u64::from(index.0) << 32 | count as u64]);
+                used += 1 + 2 * count;
+            }
+        }
+        Answer::Number(used as u32)
     }
 
     /// Tells which VMs are at rest, as many as there is room for.
@@ -289,7 +307,7 @@ impl Vm {
             }
             Question::Describe | Question::Leave | Question::Collect | Question::SetNoting(_) => true,
             // Not about one VM.
-            Question::AtRest => false,
+            Question::AtRest | Question::CollectAll(_) => false,
         };
         if is_sound { self.do_so(&*memory, question, buffer, harvest) } else { Answer::Refused }
     }
@@ -383,7 +401,7 @@ impl Vm {
                 self.log(|log| log.arm(first_word as usize, &words))
             }
             Question::SetNoting(noting) => self.log(|log| log.set_noting(noting)),
-            Question::AtRest => Answer::Refused,
+            Question::AtRest | Question::CollectAll(_) => Answer::Refused,
         }
     }
 
@@ -395,6 +413,25 @@ impl Vm {
 
     fn log(&mut self, order: impl FnOnce(&mut dyn ChangeLog) -> io::Result<()>) -> Answer {
         self.log.as_deref_mut().map_or(Answer::Refused, |log| order(log).into())
+    }
+
+    /// Puts in all that was written, at a place of the buffer where there is room for so many words. Returns the number
+    /// of pairs; `None` if there is no room, or if the log cannot be read.
+    fn collect_whole(&mut self, buffer: &Buffer, at: usize, room: usize) -> Option<usize> {
+        let log = self.log.as_deref_mut()?;
+        if self.next_word.is_some() || self.memory.lost() {
+            return None;
+        }
+        // What was noted up to an error is named by the next call.
+        log.collect(&mut self.written).ok()?;
+        let count = self.written.words().iter().filter(|&&word| word != 0).count();
+        if 2 * count > room {
+            self.next_word = Some(0);
+            return None;
+        }
+        let full = self.written.words_mut().iter_mut().enumerate().filter(|(_, word)| **word != 0);
+        buffer.put_words(at, full.flat_map(|(index, word)| [index as u64, std::mem::take(word)]));
+        Some(count)
     }
 
     /// Puts in what was written: an index and a word for each 64 pages of which some were.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,6 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::changes::ChangeLog;
 use crate::memory::guest::GuestMemory;
 use crate::memory::loss;
+use crate::remote::ahead::{Ahead, Words};
 use crate::remote::buffer::{Buffer, WORDS};
 use crate::remote::log::RemoteLog;
 use crate::remote::memory::RemoteMemory;
@@ -71,8 +72,9 @@ pub struct Worker {
     ended: AtomicBool,
     /// A question was not answered in time: the next message would be its answer. Nothing more is asked.
     silent: AtomicBool,
-    /// The VMs that were at rest, and when the worker was asked.
-    at_rest: Mutex<Option<(Instant, BTreeSet<VmIndex>)>>,
+    /// What is known of its VMs' logs. Locked before the line.
+    ahead: Mutex<Ahead>,
+    asked: AtomicU64,
 }
 
 struct Line {
@@ -133,8 +135,8 @@ impl Worker {
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
         let line = Mutex::new(Line { socket, buffer });
-        let (ended, silent, at_rest) = Default::default();
-        Ok(Arc::new(Self { line, process, ended, silent, at_rest }))
+        let (ended, silent, ahead, asked) = Default::default();
+        Ok(Arc::new(Self { line, process, ended, silent, ahead, asked }))
     }
 
     /// Returns one of the worker's VMs.
@@ -183,9 +185,9 @@ impl Worker {
     /// Whether a VM's log has had nothing to tell: see [`is_at_rest`](crate::changes::ChangeLog::is_at_rest). One
     /// question is enough for all of the worker's VMs.
     pub(crate) fn is_at_rest(&self, vm: VmIndex, since: Instant) -> bool {
-        let mut known = self.at_rest.lock();
-        if let Some((_, at_rest)) = known.as_ref().filter(|(asked, _)| *asked >= since) {
-            return at_rest.contains(&vm);
+        let mut ahead = self.ahead.lock();
+        if let Some(is_at_rest) = ahead.is_at_rest(vm, since) {
+            return is_at_rest;
         }
         let asked = Instant::now();
         let take = |buffer: &Buffer, answer| match answer {
@@ -197,8 +199,49 @@ impl Worker {
         let answer: Option<(BTreeSet<_>, _)> = self.ask(vm, Question::AtRest, |_| {}, take);
         let at_rest = answer.map(|(at_rest, _)| at_rest).unwrap_or_default();
         let is_at_rest = at_rest.contains(&vm);
-        *known = Some((asked, at_rest));
+        ahead.set_at_rest(asked, at_rest);
         is_at_rest
+    }
+
+    /// Reads a VM's log, if another VM's is likely to be read next, and the logs of those with it. Returns what has
+    /// been read of it. It must be read by itself if that is not new.
+    pub(crate) fn collect_with_others(&self, vm: VmIndex) -> Words {
+        let mut ahead = self.ahead.lock();
+        let before = ahead.take(vm);
+        if before.is_new {
+            return before;
+        }
+        let vms = ahead.together_with(vm);
+        if vms.len() == 1 {
+            return before;
+        }
+        let asked = Instant::now();
+        let take = |buffer: &Buffer, answer| match answer {
+            Answer::Number(count) if count as usize <= WORDS => {
+                ahead.note(asked, &vms, buffer, count as usize)
+            }
+            _ => None,
+        };
+        self.ask(vm, Question::CollectAll(vms.clone()), |_| {}, take);
+        let mut words = ahead.take(vm);
+        words.add(before);
+        words
+    }
+
+    /// What was read of a VM's log is to be taken another time.
+    pub(crate) fn put_back(&self, vm: VmIndex, words: Words) {
+        self.ahead.lock().put_back(vm, words);
+    }
+
+    /// A VM's log is read no more.
+    pub(crate) fn forget_log(&self, vm: VmIndex) {
+        self.ahead.lock().forget(vm);
+    }
+
+    /// How many questions it was asked.
+    #[doc(hidden)]
+    pub fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// Asks for something. `put` fills the buffer before, and `take` reads the answer and the buffer. Returns what was
@@ -219,6 +262,7 @@ impl Worker {
         if self.is_out_of_reach() {
             return None;
         }
+        self.asked.fetch_add(1, Ordering::Relaxed);
         put(&line.buffer);
         let exchanged = line.exchange(&Request { vm, question });
         let answer = match exchanged {
