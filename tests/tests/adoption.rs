@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use samepage_client::socket::Client;
 use samepage_resources::demo::plan::{Plan, Rate};
 use samepage_tests::api::Host;
 use samepage_tests::console::TIME_LIMIT;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         ("a_vm_that_ends_meanwhile_is_reported_with_its_reason", ended),
         ("vms_that_nobody_adopts_leave_a_report", reported),
         ("states_and_descriptions_of_vms_are_those_of_before", described),
+        ("whatever_vms_are_asked_for_when_their_process_is_killed", at_work),
         ("a_process_that_cannot_start_leaves_vms_as_they_are", failed_start),
         ("an_adopted_worker_that_is_killed_takes_its_vms_along", worker_killed),
         ("a_worker_of_another_version_is_left_alone", another_version),
@@ -297,6 +299,81 @@ fn described() {
     show.arg(server.socket());
     let table = Running::start(show).wait();
     assert!(table.stdout.contains("adopted"), "{}", table.stdout);
+    nest.end(server);
+    assert_eq!(nest.files(), [""; 0]);
+}
+
+/// Asks for all kinds of things until the server is gone. `vms` are bodies that create VMs.
+fn ask_for_everything(socket: &Path, vms: &[Value], mut random: u64) {
+    let client = Client::new(socket.to_owned());
+    let ask = |method: &str, path: &str, body: Value| {
+        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+        client.raw(method.parse().expect("a method"), path, body).is_ok()
+    };
+    loop {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let choice = (random >> 33) as usize;
+        let vm = &vms[choice % vms.len()];
+        let path = format!("/vms/{}", vm["name"].as_str().expect("a name"));
+        let act = |action: &str| ask("POST", &format!("{path}/actions"), json!({ "action": action }));
+        let is_there = match choice / vms.len() % 8 {
+            0 | 1 => ask("POST", "/vms", vm.clone()),
+            2 => ask("DELETE", &path, Value::Null),
+            3 => act("reset"),
+            4 => act("pause"),
+            5 => act("resume"),
+            6 => act("kill"),
+            _ => act("start"),
+        };
+        if !is_there {
+            return;
+        }
+    }
+}
+
+fn at_work() {
+    let kills = std::env::var("SAMEPAGE_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
+    let mut nest = Nest::new();
+    let options = ["--vms-per-worker", "2"];
+    let mut server = nest.serve(&options);
+    let plan = |vm| Plan { vm, pages: Some(256), ..churn() };
+    let vms: Vec<_> = (0..5).map(|vm| server.vm(&format!("vm{vm}"), &plan(vm), true)).collect();
+    for kill in 0..kills {
+        let socket = server.socket();
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                let (socket, vms) = (&socket, &vms);
+                scope.spawn(move || ask_for_everything(socket, vms, u64::from(2 * kill + thread)));
+            }
+            std::thread::sleep(Duration::from_micros(100_000 + u64::from(kill) * 171_717 % 1_000_000));
+            nest.kill(server);
+        });
+        server = nest.serve(&options);
+        let all = server.done("GET", "/vms", None);
+        let all = all.as_array().expect("a list");
+        let workers: BTreeSet<_> = all
+            .iter()
+            .map(|vm| adopted(&server, text(vm, "name"))["worker"].as_i64().expect("a number"))
+            .collect();
+        // A worker without VMs has ended. The new process has one to spare.
+        wait_until("the end of other workers", || {
+            let idle = |id: &i32| !workers.contains(&i64::from(*id));
+            nest.workers().iter().filter(|id| idle(id)).count() <= 1
+        });
+        for vm in all {
+            let name = text(vm, "name");
+            assert_sound(&server.console(name));
+            if vm["state"] == "running" {
+                let before = server.round(name);
+                wait_until("a round", || server.round(name) != before);
+            }
+            // Some are there when the next process is killed.
+            if kill % 2 == 0 {
+                server.done("DELETE", &format!("/vms/{name}"), None);
+            }
+        }
+    }
+    server.done("POST", "/vms", Some(&server.vm("last", &plan(9), true)));
     nest.end(server);
     assert_eq!(nest.files(), [""; 0]);
 }

@@ -10,6 +10,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use samepage_machine::vm::VmEnd;
@@ -25,6 +27,8 @@ use crate::wire;
 
 /// How long all workers together may take for their first message, and each for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a worker that is about to end is waited for.
+const DEATH: Duration = Duration::from_secs(5);
 /// How long the last workers are waited for all the same.
 const LEAST: Duration = Duration::from_millis(200);
 
@@ -92,8 +96,9 @@ impl Adopted {
     #[must_use]
     pub fn follow(&self, console: Box<dyn Write + Send>) -> u64 {
         self.machine.remote.set_console(console);
-        match self.machine.worker.ask(self.machine.identity.number, Order::Follow) {
-            Ok(Answer::Following { before }) => before,
+        match self.machine.worker.ask_within(self.machine.identity.number, Order::Follow, PATIENCE) {
+            Some(Answer::Following { before }) => before,
+            // Output comes when the worker answers again.
             _ => 0,
         }
     }
@@ -110,14 +115,20 @@ impl Workers {
         let until = Instant::now() + PATIENCE;
         let mut taken = HashSet::new();
         for worker in state.workers()? {
-            let adopted = connect(state, worker, until, &taken)
+            let Some(handle) = open(worker) else {
+                state.remove(worker);
+                continue;
+            };
+            let adopted = connect(state, (worker, &handle), until, &taken)
                 .and_then(|process| self.adopt_vms(&process).inspect_err(|_| process.disconnect()));
             match adopted {
                 Ok(vms) => {
                     taken.extend(vms.iter().map(|vm| vm.spec.name.clone()));
                     adoption.vms.extend(vms);
                 }
-                Err(reason) => adoption.left.push(LeftAlone { worker, reason }),
+                // It had no VMs any more, or was killed. The process before may have done so in its last moment.
+                Err(refused) if refused.may_have_ended && ends_within(&handle, DEATH) => state.remove(worker),
+                Err(Refused { reason, .. }) => adoption.left.push(LeftAlone { worker, reason }),
             }
         }
         adoption.vms.sort_by_key(|vm| vm.built);
@@ -133,15 +144,16 @@ impl Workers {
         Ok(adoption)
     }
 
-    fn adopt_vms(self: &Arc<Self>, process: &Arc<WorkerProcess>) -> Result<Vec<Adopted>, String> {
-        let silent = || "it does not answer".to_owned();
+    fn adopt_vms(self: &Arc<Self>, process: &Arc<WorkerProcess>) -> Result<Vec<Adopted>, Refused> {
+        let silent =
+            || Refused { may_have_ended: process.is_gone(), reason: "it does not answer".to_owned() };
         let numbers = match process.ask_within(VmNumber(0), Order::List, PATIENCE) {
             Some(Answer::Listed(numbers)) => numbers,
             _ => return Err(silent()),
         };
         let mut described = Vec::with_capacity(numbers.len());
         for number in numbers {
-            let remote = Remote::new(Box::new(io::sink())).map_err(|error| error.to_string())?;
+            let remote = Remote::new(Box::new(io::sink())).map_err(failed("watch its VMs"))?;
             let remote = Arc::new(remote);
             // Before the description, so that no end is missed.
             process.listen_for(number, &remote);
@@ -196,45 +208,71 @@ fn missed(description: Description) -> Option<Missed> {
     Some(Missed { spec, end: end?, since: since.time() })
 }
 
-/// Connects to a worker. Fails with the reason in a sentence.
+/// Why a worker was not taken over.
+struct Refused {
+    may_have_ended: bool,
+    reason: String,
+}
+
+impl From<String> for Refused {
+    fn from(reason: String) -> Self {
+        Self { may_have_ended: false, reason }
+    }
+}
+
+/// Returns the reason for an error of a system call.
+fn failed(what: &'static str) -> impl Fn(io::Error) -> Refused {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    move |error| {
+        let ends = [BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof];
+        Refused { may_have_ended: ends.contains(&error.kind()), reason: format!("{what}: {error}") }
+    }
+}
+
+/// Returns what stands for a process, if it has not ended.
+fn open(id: u32) -> Option<OwnedFd> {
+    pidfd_open(Pid::from_raw(i32::try_from(id).ok()?)?, PidfdFlags::empty()).ok()
+}
+
+fn ends_within(handle: &OwnedFd, limit: Duration) -> bool {
+    let limit = Timespec::try_from(limit).ok();
+    retry_on_intr(|| poll(&mut [PollFd::new(handle, PollFlags::IN)], limit.as_ref()))
+        .is_ok_and(|ready| ready > 0)
+}
+
+/// Connects to a worker. Its handle was opened before, so whoever answers has its number.
 fn connect(
     state: &Arc<StateFolder>,
-    id: u32,
+    (id, handle): (u32, &OwnedFd),
     until: Instant,
     taken: &HashSet<String>,
-) -> Result<Arc<WorkerProcess>, String> {
-    let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
-    // Open before the worker says anything: whoever answers then has this number.
-    let process = i32::try_from(id).ok().and_then(Pid::from_raw).ok_or("its number is that of no process")?;
-    let handle = pidfd_open(process, PidfdFlags::empty()).map_err(io::Error::from);
-    let handle = handle.map_err(failed("find the process"))?;
+) -> Result<Arc<WorkerProcess>, Refused> {
     let stream = UnixStream::connect(state.socket(id)).map_err(failed("connect to its socket"))?;
     let socket = OwnedFd::from(stream);
     let peer = socket_peercred(&socket).map_err(io::Error::from).map_err(failed("look at its socket"))?;
-    if peer.uid.as_raw() != own_user() || peer.pid != process {
-        return Err("another process answers at its socket".to_owned());
+    if peer.uid.as_raw() != own_user() || u32::try_from(peer.pid.as_raw_nonzero().get()) != Ok(id) {
+        return Err("another process answers at its socket".to_owned().into());
     }
-    let limit = |limit| {
-        set_socket_timeout(&socket, Timeout::Recv, limit)
-            .map_err(io::Error::from)
-            .map_err(failed("wait for it"))
-    };
-    limit(Some(until.saturating_duration_since(Instant::now()).max(LEAST)))?;
-    let other = socket.try_clone().map_err(failed("connect to its socket"))?;
-    let (mut sender, mut receiver) = wire::split(other).map_err(failed("connect to its socket"))?;
+    let limit = |limit| set_socket_timeout(&socket, Timeout::Recv, limit).map_err(io::Error::from);
+    let left = until.saturating_duration_since(Instant::now()).max(LEAST);
+    limit(Some(left)).map_err(failed("wait for it"))?;
+    let connection = socket.try_clone().and_then(wire::split).map_err(failed("connect to its socket"))?;
+    let (mut sender, mut receiver) = connection;
     let silent = "it does not answer; start samepage again once it does";
-    let (Greeting { version, vms }, _) = receiver.receive().map_err(|error| format!("{silent} ({error})"))?;
+    let (Greeting { version, vms }, _) = receiver.receive().map_err(failed(silent))?;
     let names = vms.join(", ");
     if version != VERSION {
-        return Err(format!(
+        let reason = format!(
             "it speaks version {version}, and this program {VERSION}; its VMs ({names}) go on; manage them with the \
              version of samepage that has started them"
-        ));
+        );
+        return Err(reason.into());
     }
     if let Some(name) = vms.iter().find(|name| taken.contains(*name)) {
-        return Err(format!("another worker has a VM {name} as well; its VMs are {names}"));
+        return Err(format!("another worker has a VM {name} as well; its VMs are {names}").into());
     }
-    limit(None)?;
+    limit(None).map_err(failed("wait for it"))?;
     sender.send(&Hello { version: VERSION, shelter: None }, None).map_err(failed("speak to it"))?;
+    let handle = handle.try_clone().map_err(failed("listen to it"))?;
     WorkerProcess::adopt(id, handle, state, (sender, receiver)).map_err(failed("listen to it"))
 }

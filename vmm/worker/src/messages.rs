@@ -213,3 +213,19 @@ pub(crate) enum Told {
         message: String,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What these messages were in the first version, they are in all: whoever comes has to learn the version by them.
+    #[test]
+    fn first_messages_are_read_whatever_the_version() {
+        let greeting = r#"{"version":7,"more":{"of":"it"},"vms":["a"]}"#;
+        let expected = Greeting { version: 7, vms: vec!["a".into()] };
+        assert_eq!(serde_json::from_str::<Greeting>(greeting).unwrap(), expected);
+        assert_eq!(serde_json::to_string(&expected).unwrap(), r#"{"version":7,"vms":["a"]}"#);
+        let hello: Hello = serde_json::from_str(r#"{"version":7,"more":1}"#).unwrap();
+        assert_eq!(hello, Hello { version: 7, shelter: None });
+    }
+}

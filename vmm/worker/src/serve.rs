@@ -13,13 +13,14 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use samepage_machine::config::{ConsoleConfig, Elsewhere, VmConfig};
 use samepage_machine::hypervisor::Hypervisor;
-use samepage_machine::vm::Vm;
+use samepage_machine::vm::{Vm, VmEnd};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::remote::serve::{Server, Vms};
 
@@ -29,10 +30,12 @@ use crate::messages::{
 };
 use crate::wire::{self, Receiver};
 use held::Held;
-use outbox::{ConsoleCopy, Outbox};
+use outbox::{ConsoleCopy, Outbox, Turn};
 use shelter::{News, Next, Shelter};
 use watch::Watch;
 
+/// How long requests of a managing process that is gone are waited for.
+const REQUESTS: Duration = Duration::from_secs(2);
 /// Stack of a thread that carries out a request, in bytes.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -45,6 +48,9 @@ struct Worker {
     groups: Mutex<HashMap<GroupNumber, Arc<Vms>>>,
     vms: Arc<Mutex<HashMap<VmNumber, Held>>>,
     news: Arc<News>,
+    /// Requests that have a thread each.
+    requests: Mutex<u32>,
+    request_done: Condvar,
 }
 
 /// Holds VMs until the managing process is gone, which is at the other end of standard input.
@@ -83,6 +89,8 @@ pub fn main() -> io::Result<()> {
         groups: Mutex::default(),
         vms,
         news,
+        requests: Mutex::default(),
+        request_done: Condvar::new(),
     });
     loop {
         worker.serve(&mut receiver)?;
@@ -119,6 +127,7 @@ impl Worker {
         self.outbox.detach();
         // Engines are gone with the process. What guests share stays mapped.
         self.groups.lock().clear();
+        self.finish_requests();
         let mut until = None;
         loop {
             let ended: Vec<_> = {
@@ -160,35 +169,51 @@ impl Worker {
             Order::Start | Order::Stop | Order::Fail(_) | Order::Look | Order::HoleNews
         );
         if is_quick {
-            return self.carry_out(request, with);
+            return self.carry_out(request, with, self.outbox.turn());
         }
-        let (worker, number) = (Arc::clone(self), request.number);
-        let spawned = thread::Builder::new()
-            .name("request".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || worker.carry_out(request, with));
+        let (worker, number, turn) = (Arc::clone(self), request.number, self.outbox.turn());
+        *self.requests.lock() += 1;
+        let spawned =
+            thread::Builder::new().name("request".into()).stack_size(STACK_BYTES).spawn(move || {
+                worker.carry_out(request, with, turn);
+                worker.note_done();
+            });
         if let Err(error) = spawned {
+            self.note_done();
             let text =
                 format!("start a thread: {error}; raise the limits on processes (ulimit -u, pids.max)");
             self.outbox.send(&Told::Reply { number, answer: Answer::Failed(text) });
         }
     }
 
-    fn carry_out(&self, request: Request, with: Option<OwnedFd>) {
+    fn note_done(&self) {
+        *self.requests.lock() -= 1;
+        self.request_done.notify_all();
+    }
+
+    /// Waits until what the managing process has asked for is done, so that the next one sees VMs as they stay. What
+    /// takes long is not waited for.
+    fn finish_requests(&self) {
+        let until = Instant::now() + REQUESTS;
+        let mut requests = self.requests.lock();
+        while *requests > 0 && !self.request_done.wait_until(&mut requests, until).timed_out() {}
+    }
+
+    fn carry_out(&self, request: Request, with: Option<OwnedFd>, turn: Turn) {
         let Request { number, vm, order } = request;
-        if matches!(order, Order::Follow) {
-            return self.outbox.follow(vm, number);
-        }
+        let is_told = Arc::new(AtomicBool::new(false));
         let is_new = matches!(order, Order::Build(_));
         let (answer, hole) = match order {
-            Order::Build(build) => self.build(vm, *build),
+            Order::Follow => return self.outbox.follow(turn, vm, number),
+            Order::Build(build) => self.build(vm, *build, &is_told),
             order => self.answer(vm, order, with).map(|answer| (answer, None)),
         }
         .unwrap_or_else(|reason| (Answer::Failed(reason), None));
         let hole = hole.as_ref().map(|hole| hole.as_fd());
-        let is_told = self.outbox.send_with(&Told::Reply { number, answer }, hole);
-        if is_new && !is_told {
-            // Nobody was told of the VM, so nobody looks for it.
+        let has_failed = matches!(answer, Answer::Failed(_));
+        self.outbox.reply(turn, number, answer, hole, &is_told);
+        if is_new && (has_failed || !is_told.load(Ordering::Acquire)) {
+            // If nobody was told of the VM, nobody looks for it.
             self.free(vm);
         }
     }
@@ -214,12 +239,21 @@ impl Worker {
             }
             Order::List => {
                 let vms = self.vms.lock();
-                return Ok(Answer::Listed(vms.keys().copied().collect()));
+                let known = vms.iter().filter(|(_, held)| held.is_told());
+                return Ok(Answer::Listed(known.map(|(number, _)| *number).collect()));
             }
             _ => {}
         }
         let mut vms = self.vms.lock();
-        let held = vms.get_mut(&number).ok_or("the worker has no such VM")?;
+        let Some(held) = vms.get_mut(&number) else {
+            drop(vms);
+            let reason = "its worker process has no such VM".to_owned();
+            if matches!(order, Order::Start | Order::Pause | Order::Stop) {
+                // Whoever asks waits for its end.
+                self.outbox.send(&Told::Ended { vm: number, end: VmEnd::Failed(reason.clone()) });
+            }
+            return Err(reason);
+        };
         match order {
             Order::Look => return Ok(held.look()),
             Order::Describe => return Ok(Answer::Described(Box::new(held.describe()))),
@@ -307,7 +341,13 @@ impl Worker {
     }
 
     /// Returns the file of the machine's memory hole as well.
-    fn build(&self, number: VmNumber, build: Build) -> Result<(Answer, Option<Arc<OwnedFd>>), String> {
+    /// `is_told` is to say whether the managing process was told of it.
+    fn build(
+        &self,
+        number: VmNumber,
+        build: Build,
+        is_told: &Arc<AtomicBool>,
+    ) -> Result<(Answer, Option<Arc<OwnedFd>>), String> {
         let Build { spec, console, group } = build;
         let vms = match group {
             Some(group) => Some(self.groups.lock().get(&group).cloned().ok_or("the group is not connected")?),
@@ -334,7 +374,7 @@ impl Worker {
         }));
         let vm = Arc::new(vm);
         let (index, notices, hole) = (vm.index(), Machine::notices(&*vm), vm.hole_file().cloned());
-        self.vms.lock().insert(number, Held::new(spec, notices.clone(), Arc::clone(&vm)));
+        self.vms.lock().insert(number, Held::new(spec, notices.clone(), Arc::clone(&vm), is_told));
         if let Err(error) = self.watch.add(number, &vm) {
             drop(vm);
             self.free(number);

@@ -1,6 +1,7 @@
 //! A VM in a worker, with what the next managing process has to know.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use samepage_machine::vm::{Vm, VmEnd, VmState};
 use samepage_spec::VmSpec;
@@ -14,6 +15,8 @@ pub(super) struct Held {
     pub(super) has_run: bool,
     /// When the VM came into its state.
     pub(super) since: Moment,
+    /// Whether the managing process was told of the VM.
+    is_told: Arc<AtomicBool>,
     notices: Vec<String>,
     built: Moment,
     body: Body,
@@ -33,9 +36,15 @@ struct Ended {
 }
 
 impl Held {
-    pub(super) fn new(spec: VmSpec, notices: Vec<String>, vm: Arc<Vm>) -> Self {
-        let now = Moment::now();
-        Self { spec, has_run: false, since: now, notices, built: now, body: Body::Machine(vm) }
+    /// Returns a VM that nobody knows until `is_told`.
+    pub(super) fn new(spec: VmSpec, notices: Vec<String>, vm: Arc<Vm>, is_told: &Arc<AtomicBool>) -> Self {
+        let (now, is_told) = (Moment::now(), Arc::clone(is_told));
+        Self { spec, has_run: false, since: now, is_told, notices, built: now, body: Body::Machine(vm) }
+    }
+
+    /// Whether a managing process knows of the VM.
+    pub(super) fn is_told(&self) -> bool {
+        self.is_told.load(Ordering::Acquire)
     }
 
     /// Returns the machine, if it is there.

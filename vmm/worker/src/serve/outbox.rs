@@ -6,6 +6,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use parking_lot::{Condvar, Mutex};
@@ -20,13 +21,23 @@ const STACK_BYTES: usize = 64 << 10;
 
 /// The way out.
 pub(super) struct Outbox {
-    /// `None` while no process manages the worker.
-    sender: Mutex<Option<Sender>>,
+    line: Mutex<Line>,
     output: Mutex<HashMap<VmNumber, Output>>,
     more: Condvar,
     /// Whether output is kept after it was sent.
     keeps: bool,
 }
+
+/// The connection to the managing process.
+struct Line {
+    /// `None` while no process manages the worker.
+    sender: Option<Sender>,
+    turn: Turn,
+}
+
+/// One managing process after another. A request of an earlier one is not answered to a later one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Turn(u64);
 
 /// The output of one console. Bytes are counted from the start of the VM.
 #[derive(Default)]
@@ -69,11 +80,18 @@ impl Output {
     }
 }
 
+impl Line {
+    /// Returns whether the message was sent.
+    fn send(&mut self, told: &Told, with: Option<BorrowedFd<'_>>) -> bool {
+        self.sender.as_mut().is_some_and(|sender| sender.send(told, with).is_ok())
+    }
+}
+
 impl Outbox {
     /// Starts to send. With `keeps`, the end of each console is kept for who follows later.
     pub(super) fn start(sender: Sender, keeps: bool) -> io::Result<Arc<Self>> {
-        let sender = Mutex::new(Some(sender));
-        let outbox = Arc::new(Self { sender, output: Mutex::default(), more: Condvar::new(), keeps });
+        let line = Mutex::new(Line { sender: Some(sender), turn: Turn(0) });
+        let outbox = Arc::new(Self { line, output: Mutex::default(), more: Condvar::new(), keeps });
         let sending = Arc::clone(&outbox);
         thread::Builder::new()
             .name("consoles".into())
@@ -84,49 +102,67 @@ impl Outbox {
 
     /// Tells nobody anything from now on.
     pub(super) fn detach(&self) {
-        let mut sender = self.sender.lock();
-        *sender = None;
+        let mut line = self.line.lock();
+        line.sender = None;
+        line.turn.0 += 1;
         self.output.lock().values_mut().for_each(|output| output.is_followed = false);
     }
 
     /// Tells another process from now on, which [follows](Self::follow) consoles one by one.
     pub(super) fn attach(&self, new: Sender) {
-        let mut sender = self.sender.lock();
+        let mut line = self.line.lock();
         self.output.lock().values_mut().for_each(|output| output.is_followed = false);
-        *sender = Some(new);
+        line.sender = Some(new);
+    }
+
+    /// Returns whose turn it is.
+    pub(super) fn turn(&self) -> Turn {
+        self.line.lock().turn
     }
 
     /// Sends a message. If the other process is gone, the thread that receives requests notices.
     pub(super) fn send(&self, told: &Told) {
-        self.send_with(told, None);
+        self.line.lock().send(told, None);
     }
 
-    /// The same, with a descriptor. Returns whether the message was sent.
-    pub(super) fn send_with(&self, told: &Told, with: Option<BorrowedFd<'_>>) -> bool {
-        self.sender.lock().as_mut().is_some_and(|sender| sender.send(told, with).is_ok())
+    /// Sends a reply, if it is still the turn of who has asked. `is_told` says whether the reply was sent, from before
+    /// the other process can have it, and before it is the next one's turn.
+    pub(super) fn reply(
+        &self,
+        turn: Turn,
+        number: u64,
+        answer: Answer,
+        with: Option<BorrowedFd<'_>>,
+        is_told: &AtomicBool,
+    ) {
+        let mut line = self.line.lock();
+        if line.turn == turn {
+            is_told.store(true, Ordering::Release);
+            let is_sent = line.send(&Told::Reply { number, answer }, with);
+            is_told.store(is_sent, Ordering::Release);
+        }
     }
 
     /// Sends what a console has written so far, and then a message.
     pub(super) fn send_after_console(&self, vm: VmNumber, told: &Told) {
-        let mut sender = self.sender.lock();
-        self.send_console(&mut sender, vm);
-        if let Some(sender) = &mut *sender {
-            let _ = sender.send(told, None);
-        }
+        let mut line = self.line.lock();
+        self.send_console(&mut line, vm);
+        line.send(told, None);
     }
 
     /// Sends what is kept of a console, then the reply, and from then on what it writes.
-    pub(super) fn follow(&self, vm: VmNumber, number: u64) {
-        let mut sender = self.sender.lock();
+    pub(super) fn follow(&self, turn: Turn, vm: VmNumber, number: u64) {
+        let mut line = self.line.lock();
+        if line.turn != turn {
+            return;
+        }
         let before = self.output.lock().get_mut(&vm).map_or(0, |output| {
             output.is_followed = true;
             output.sent = output.start();
             output.sent
         });
-        self.send_console(&mut sender, vm);
-        if let Some(sender) = &mut *sender {
-            let _ = sender.send(&Told::Reply { number, answer: Answer::Following { before } }, None);
-        }
+        self.send_console(&mut line, vm);
+        line.send(&Told::Reply { number, answer: Answer::Following { before } }, None);
     }
 
     /// Drops what is left of a console.
@@ -135,18 +171,16 @@ impl Outbox {
     }
 
     /// Whoever sends has the connection first, so that pieces stay in order.
-    fn send_console(&self, sender: &mut Option<Sender>, vm: VmNumber) {
-        let text = match (self.output.lock().get_mut(&vm), &sender) {
-            (Some(output), Some(_)) if output.has_news() => output.take(self.keeps),
-            (Some(output), None) => {
+    fn send_console(&self, line: &mut Line, vm: VmNumber) {
+        let text = match self.output.lock().get_mut(&vm) {
+            Some(output) if line.sender.is_none() => {
                 output.is_followed = false;
                 return;
             }
+            Some(output) if output.has_news() => output.take(self.keeps),
             _ => return,
         };
-        if let Some(sender) = sender {
-            let _ = sender.send(&Told::Console { vm, text }, None);
-        }
+        line.send(&Told::Console { vm, text }, None);
     }
 
     fn send_consoles(&self) {
@@ -163,7 +197,7 @@ impl Outbox {
                 }
             };
             for vm in vms {
-                self.send_console(&mut self.sender.lock(), vm);
+                self.send_console(&mut self.line.lock(), vm);
             }
         }
     }
@@ -233,13 +267,18 @@ mod tests {
         drop(receiver);
         outbox.detach();
         copy.write_all(b"two ").unwrap();
-        assert!(!outbox.send_with(&Told::Bell { vm }, None));
+        let is_told = AtomicBool::new(false);
+        outbox.reply(Turn(0), 1, Answer::Done, None, &is_told);
+        assert!(!is_told.load(Ordering::Relaxed));
         let (sender, mut receiver) = line();
         outbox.attach(sender);
+        // What another one has asked for is not this one's.
+        outbox.reply(Turn(0), 1, Answer::Done, None, &is_told);
+        assert!(!is_told.load(Ordering::Relaxed));
         // Nobody follows this console yet.
         outbox.send_after_console(vm, &Told::Bell { vm });
         assert!(matches!(told(&mut receiver), Told::Bell { .. }));
-        outbox.follow(vm, 5);
+        outbox.follow(outbox.turn(), vm, 5);
         copy.write_all(b"three").unwrap();
         assert_eq!(console(&mut receiver, "two "), "one two ");
         assert!(matches!(
@@ -261,7 +300,7 @@ mod tests {
         copy.write_all(b"yyz").unwrap();
         let (sender, mut receiver) = line();
         outbox.attach(sender);
-        outbox.follow(vm, 1);
+        outbox.follow(outbox.turn(), vm, 1);
         let kept = console(&mut receiver, "z");
         assert_eq!((kept.len(), kept.ends_with("xyyz")), (KEPT, true));
         assert!(matches!(told(&mut receiver), Told::Reply { answer: Answer::Following { before: 2 }, .. }));
