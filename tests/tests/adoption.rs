@@ -4,16 +4,18 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::ops::ControlFlow;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, Uid, geteuid, kill_process};
+use rustix::thread::set_thread_res_uid;
 use samepage_client::socket::Client;
-use samepage_resources::demo::plan::{Plan, Rate};
+use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan, Rate};
 use samepage_tests::api::Host;
 use samepage_tests::console::TIME_LIMIT;
 use samepage_tests::harness;
@@ -25,6 +27,10 @@ use tempfile::TempDir;
 
 /// How often the process is killed, unless the environment says otherwise.
 const KILLS: u32 = 4;
+/// Guest-physical address of a VM's first disk.
+const FIRST_DISK: u64 = 0xd000_0000;
+/// A user without rights.
+const SOMEBODY: u32 = 54_322;
 /// The folder for the state, in a server's folder.
 const STATE: &str = "state";
 
@@ -37,6 +43,7 @@ fn main() -> ExitCode {
         ("whatever_vms_are_asked_for_when_their_process_is_killed", at_work),
         ("a_process_that_cannot_start_leaves_vms_as_they_are", failed_start),
         ("an_adopted_worker_that_is_killed_takes_its_vms_along", worker_killed),
+        ("a_worker_speaks_to_no_other_user", another_user),
         ("a_worker_of_another_version_is_left_alone", another_version),
         ("a_folder_for_the_state_has_one_process", refused),
     ])
@@ -114,9 +121,15 @@ fn written(file: &Path) -> String {
 
 /// Creates a VM with a console that has a file, and starts it.
 fn create(server: &Host, name: &str, plan: &Plan) -> PathBuf {
+    create_with(server, name, plan, &json!([]))
+}
+
+/// The same with disks.
+fn create_with(server: &Host, name: &str, plan: &Plan, disks: &Value) -> PathBuf {
     let file = log(server.folder.path(), name);
     let mut vm = server.vm(name, plan, true);
     vm["console"] = json!({ "file": file });
+    vm["disks"] = disks.clone();
     server.done("POST", "/vms", Some(&vm));
     file
 }
@@ -156,9 +169,16 @@ fn killed() {
     let mut nest = Nest::new();
     let options = ["--vms-per-worker", "1"];
     let mut server = nest.serve(&options);
-    let plan = |vm| Plan { vm, pages: Some(1024), ..churn() };
+    // Each round also writes to a disk and reads it again.
+    let ops = DiskOps::new(&[DiskOp::Write, DiskOp::Flush, DiskOp::Verify]);
+    let disk = DiskPlan { ops, depth: 4, window: 4, ..DiskPlan::new(FIRST_DISK) };
+    let plan = |vm| Plan { vm, pages: Some(1024), disk: Some(disk), ..churn() };
     let names = ["a", "b"];
-    let logs = [(0, "a"), (1, "b")].map(|(vm, name)| create(&server, name, &plan(vm)));
+    let logs = [(0, "a"), (1, "b")].map(|(vm, name)| {
+        let image = server.folder.path().join(format!("{name}.img"));
+        fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("make an image");
+        create_with(&server, name, &plan(vm), &json!([{ "path": image, "format": "raw" }]))
+    });
     let mut seen = BTreeSet::new();
     for kill in 0..kills {
         // Every third time the guests still are those that were adopted before.
@@ -203,7 +223,11 @@ fn killed() {
     nest.end(server);
     wait_until("the end of all workers", || !seen.iter().any(|id| lives(*id)));
     assert_eq!(nest.files(), [""; 0]);
-    logs.iter().for_each(|log| assert_sound(&written(log)));
+    for log in &logs {
+        let log = written(log);
+        assert_sound(&log);
+        assert!(log.contains("blk mode=verify") && !log.contains("blk-corrupt"), "{log}");
+    }
 }
 
 fn ended() {
@@ -433,6 +457,56 @@ fn worker_killed() {
     // The process says that a VM has failed.
     nest.folder = Some(server.end_sound(1));
     assert_eq!(nest.files(), [""; 0]);
+}
+
+fn another_user() {
+    if !geteuid().is_root() {
+        println!("only root can become somebody else");
+        return;
+    }
+    let mut nest = Nest::new();
+    let options = ["--vms-per-worker", "1"];
+    let server = nest.serve(&options);
+    create(&server, "a", &quiet(0));
+    let worker = adopted_later(&mut nest, server);
+    let socket = nest.state.join(format!("worker-{worker}.sock"));
+    let mode = |path: &Path| fs::metadata(path).expect("look at it").permissions().mode() & 0o777;
+    assert_eq!((mode(&nest.state), mode(&socket)), (0o700, 0o600));
+    // Permissions keep others away already.
+    for (path, mode) in
+        [(nest.state.parent().expect("a folder"), 0o755), (&nest.state, 0o755), (&socket, 0o777)]
+    {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("open it");
+    }
+    let greeting = |user: Option<u32>| {
+        let greet = || {
+            if let Some(user) = user.map(Uid::from_raw) {
+                // This thread alone becomes somebody else.
+                set_thread_res_uid(user, user, user).expect("become somebody else");
+            }
+            let mut stream = UnixStream::connect(&socket).expect("connect");
+            stream.shutdown(Shutdown::Write).expect("say nothing");
+            let mut greeting = Vec::new();
+            // A connection that is reset has said all that it does.
+            let _ = stream.read_to_end(&mut greeting);
+            greeting.len()
+        };
+        std::thread::scope(|scope| scope.spawn(greet).join().expect("a thread"))
+    };
+    assert_eq!(greeting(Some(SOMEBODY)), 0);
+    assert!(greeting(None) > 0);
+    let server = nest.serve(&options);
+    assert_eq!(server.state("a"), "running");
+    nest.end(server);
+    assert_eq!(nest.files(), [""; 0]);
+}
+
+/// Kills a process. Returns its worker, which waits for the next one.
+fn adopted_later(nest: &mut Nest, server: Host) -> i32 {
+    nest.kill(server);
+    // The spare worker ends.
+    wait_until("one worker", || nest.workers().len() == 1);
+    nest.workers().into_iter().next().expect("a worker")
 }
 
 fn another_version() {

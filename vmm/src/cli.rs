@@ -330,7 +330,8 @@ pub(crate) struct ServeArgs {
 
     /// How long a worker process whose VMs have all ended waits to be adopted, in seconds. Then it leaves a report in
     /// the folder
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=31_536_000))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, requires = "state")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=31_536_000))]
     pub(crate) adoption_timeout: u32,
 
     #[command(flatten)]
