@@ -195,6 +195,9 @@ fn killed() {
         wait_until("rounds of guests that nobody manages", || {
             logs.iter().zip(before).all(|(log, before)| round_in(&written(log)) > before + 1)
         });
+        for log in logs.each_ref().map(|log| written(log)) {
+            assert!(log.contains("blk mode=verify") && !log.contains("blk-corrupt"), "{log}");
+        }
         let meanwhile = logs.each_ref().map(|log| written(log).lines().last().expect("a line").to_owned());
         server = nest.serve(&options);
         let (mut holding, mut rounds) = (BTreeSet::new(), [0; 2]);
@@ -223,11 +226,7 @@ fn killed() {
     nest.end(server);
     wait_until("the end of all workers", || !seen.iter().any(|id| lives(*id)));
     assert_eq!(nest.files(), [""; 0]);
-    for log in &logs {
-        let log = written(log);
-        assert_sound(&log);
-        assert!(log.contains("blk mode=verify") && !log.contains("blk-corrupt"), "{log}");
-    }
+    logs.iter().for_each(|log| assert_sound(&written(log)));
 }
 
 fn ended() {
