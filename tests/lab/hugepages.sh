@@ -2,6 +2,6 @@
 set -eu
 . ./helpers.sh
 merge_pair vmlinuz-cloud 3000 --hugepages thp
-split=$(number huge_split < /tmp/web-0.json)
-echo "$split huge pages were split"
+split=$(number huge_split < /tmp/stats.json)
+echo "$split of the first guest's huge pages were split"
 [ "${split:-0}" -gt 0 ]

@@ -143,7 +143,7 @@ leave() {
 
 # merge_pair KERNEL PAGES [OPTION...]: runs two such guests of MEMORY with these options of `samepage run`, until they
 # share that many pages and have verified them. Fails if a guest finds a wrong page, or an audit fails. Leaves what
-# `samepage sharing` said in /tmp/sharing.json.
+# `samepage sharing` said in /tmp/sharing.json, and what `samepage stats` said in /tmp/stats.json.
 merge_pair() {
     kernel=$1 pages=$2
     shift 2
@@ -162,7 +162,7 @@ merge_pair() {
         wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
     done
     samepage sharing --json > /tmp/sharing.json
-    samepage show web-0 --json > /tmp/web-0.json
+    samepage stats --json > /tmp/stats.json
     leave
 }
 
