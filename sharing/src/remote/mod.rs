@@ -7,6 +7,7 @@
 //! - [`messages`]: what both say, as plain data.
 //! - [`worker`]: the engine's end, which knows the worker's process and notices its end.
 //! - [`memory`] and [`log`]: a VM of the worker's, as the engine reaches it.
+//! - [`ahead`]: what the logs of VMs said that were read with another one's.
 //! - [`serve`]: the worker's end.
 //!
 //! # Who trusts whom
