@@ -71,6 +71,16 @@ fn share_and_end() {
         all["pairs"].as_array().is_some_and(|pairs| pairs.len() == 3)
     });
     assert!(server.shared() > 0);
+    let all = server.done("GET", "/sharing", None);
+    let processes: Vec<_> = workers(&server).into_iter().collect();
+    let mut listed = BTreeSet::new();
+    for worker in all["workers"].as_array().expect("workers") {
+        assert!(worker["private_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{worker}");
+        assert!(worker["cpu_seconds"].as_f64().is_some(), "{worker}");
+        listed.extend(worker["process"].as_i64().map(|id| id as i32));
+    }
+    assert!(processes.iter().all(|id| listed.contains(id)), "{processes:?} in {listed:?}");
+    assert_eq!(server.done("GET", "/vms/b", None)["worker"], worker_of(&server, "b").as_raw_nonzero().get());
     assert_eq!(server.act("a", "pause"), "paused");
     assert_eq!(server.act("a", "resume"), "running");
     assert_eq!(server.act("b", "reset"), "running");

@@ -105,6 +105,9 @@ pub struct VmSummary {
     pub memory_bytes: u64,
     /// Number of its vCPUs.
     pub vcpus: u32,
+    /// The number of the worker process that holds the VM; absent if the VM is in the process of the API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<u32>,
     /// The group of VMs with which it shares memory.
     pub group: String,
     /// Which pages are shared. Always `off` if this process shares no memory.
@@ -393,6 +396,20 @@ pub struct SharingView {
     pub groups: Vec<GroupView>,
     /// The ten pairs of VMs that share most.
     pub pairs: Vec<PairView>,
+    /// What each worker process takes. Their private pages are part of the figures above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<WorkerView>,
+}
+
+/// A worker process, which holds VMs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct WorkerView {
+    /// The number of the process.
+    pub process: u32,
+    /// Its private pages: the guests' and the program's.
+    pub private_bytes: u64,
+    /// Its CPU time so far, with that of the vCPUs.
+    pub cpu_seconds: f64,
 }
 
 /// Settings of the engine.

@@ -18,7 +18,7 @@ use samepage_api_types::lifecycle::State;
 use samepage_api_types::views::DiskStatistics;
 use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
 use samepage_host::record::Record;
-use samepage_host::statistics::{ClaimedSample, IoSample, VmSample};
+use samepage_host::statistics::{ClaimedSample, IoSample, VmSample, WorkerSample};
 use samepage_worker::machine::Look;
 
 /// The state of the process at one moment.
@@ -128,6 +128,7 @@ impl Collector for Metrics {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut writer = Writer(encoder);
         self.process(&mut writer)?;
+        self.workers(&mut writer)?;
         self.cache(&mut writer)?;
         self.vms(&mut writer)?;
         self.types(&mut writer)?;
@@ -186,6 +187,20 @@ impl Metrics {
         }
         let help = "CPU time of the sharing threads";
         writer.counter("sharing_cpu", help, Some(Unit::Seconds), one(engine.cpu_seconds))
+    }
+
+    fn workers(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let workers = &self.seen.sample.workers;
+        let numbers: Vec<_> = workers.iter().map(|worker| worker.process.to_string()).collect();
+        let labelled = |value: fn(&WorkerSample) -> f64| {
+            let labels = numbers.iter().map(|number| [("worker", number.as_str())]);
+            labels.zip(workers.iter().map(value))
+        };
+        let help = "Private pages of a worker process";
+        let private = labelled(|worker| worker.private_bytes as f64);
+        writer.gauge("worker_private", help, Some(Unit::Bytes), private)?;
+        let help = "CPU time of a worker process, with that of the vCPUs";
+        writer.counter("worker_cpu", help, Some(Unit::Seconds), labelled(|worker| worker.cpu_seconds))
     }
 
     fn cache(&self, writer: &mut Writer<'_>) -> fmt::Result {

@@ -5,7 +5,7 @@ pub(super) mod pages;
 
 use samepage_api_types::views::{
     CacheCounters, CacheSources, CacheView, CurvePoint, DiskView, EngineView, GroupView, IoView, PairView,
-    SettingsView, SharingView, VmMemoryView, VmSharingView, VmSummary, VmView, WorkingSetView,
+    SettingsView, SharingView, VmMemoryView, VmSharingView, VmSummary, VmView, WorkerView, WorkingSetView,
 };
 use samepage_devices::disk::cache::BLOCK_SIZE;
 use samepage_sharing::PAGE_SIZE;
@@ -16,7 +16,7 @@ use samepage_sharing::statistics::{EngineStatistics, VmStatistics};
 
 use samepage_host::events::unix_seconds;
 use samepage_host::record::Record;
-use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample};
+use samepage_host::statistics::{GroupSample, IoSample, Sample, VmSample, WorkerSample};
 use samepage_worker::machine::{Look, Machine};
 use samepage_worker::report::DeviceReport;
 
@@ -119,6 +119,7 @@ fn summary_with(record: &Record, sample: Option<&VmSample>, look: Option<&Look>)
         reason: record.reason(),
         memory_bytes: spec.memory.0,
         vcpus: spec.vcpus,
+        worker: vm.as_ref().and_then(|vm| vm.worker()),
         group: spec.sharing.group.clone(),
         mode: record.effective_mode(),
         sharing_stopped: vm.as_deref().and_then(sharing_stopped),
@@ -216,6 +217,7 @@ pub(super) fn sharing(sample: &Sample, settings: &Settings, sharing: Option<&Sha
         statistics,
         groups: sample.groups.iter().map(Shown::shown).collect(),
         pairs: most_pairs(sample, 10),
+        workers: sample.workers.iter().map(Shown::shown).collect(),
     }
 }
 
@@ -232,6 +234,13 @@ impl Shown<SettingsView> for &Settings {
             order: order.to_owned(),
             follow: settings.follow,
         }
+    }
+}
+
+impl Shown<WorkerView> for &WorkerSample {
+    fn shown(self) -> WorkerView {
+        let WorkerSample { process, private_bytes, cpu_seconds } = *self;
+        WorkerView { process, private_bytes, cpu_seconds }
     }
 }
 

@@ -100,6 +100,9 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         if let Some(why) = &summary.sharing_stopped {
             line("stopped", format!("sharing has stopped: {why}"));
         }
+        if let Some(worker) = summary.worker {
+            line("worker", format!("process {worker}"));
+        }
         line("kernel", config.kernel.display().to_string());
         if let Some(initrd) = &config.initrd {
             line("initrd", initrd.display().to_string());
@@ -263,7 +266,7 @@ fn process(sharing: &SharingView) -> String {
     let _ = write!(
         text,
         "guest memory  {}\nresident      {}\nsaved         {}\noverhead      {}\nframes        {} for {}\n\
-         zero pages    {}\nmappings      {} of {}\ncpu           {:.1} s\n\n",
+         zero pages    {}\nmappings      {} of {}\ncpu           {:.1} s\n",
         mebibytes(sharing.guest_bytes),
         mebibytes(sharing.resident_bytes),
         mebibytes(sharing.saved_bytes),
@@ -275,6 +278,16 @@ fn process(sharing: &SharingView) -> String {
         figures.mappings_limit,
         figures.cpu_seconds,
     );
+    if !sharing.workers.is_empty() {
+        let private = sharing.workers.iter().map(|worker| worker.private_bytes).sum();
+        let cpu: f64 = sharing.workers.iter().map(|worker| worker.cpu_seconds).sum();
+        let workers = match sharing.workers.len() {
+            1 => "1 process".to_owned(),
+            count => format!("{count} processes"),
+        };
+        let _ = writeln!(text, "workers       {workers}, {} private, {cpu:.1} s", mebibytes(private));
+    }
+    text.push('\n');
     let mut table = Table::new(&["GROUP", ">SHARED", ">SHARING", ">ZERO", ">MERGES", ">SAVED"]);
     for group in &sharing.groups {
         let saved = mebibytes(group.saved_bytes);

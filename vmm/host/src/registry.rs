@@ -26,7 +26,7 @@ use crate::error::HostError;
 use crate::events::EventLog;
 use crate::host_limits::HostMemory;
 use crate::record::{Installed, Record};
-use crate::statistics::{self, Sample, Sampler};
+use crate::statistics::{self, Sample, Sampler, WorkerSample};
 use samepage_api_types::events::Happening;
 use samepage_api_types::lifecycle::State;
 use samepage_machine::config::{ConfigError, HugePages, Validated};
@@ -198,7 +198,8 @@ impl Registry {
         conflicts::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
             // Memory that present VMs use is part of their promised memory.
-            let taken = statistics::rss_anon().unwrap_or(0) + self.workers_private();
+            let workers: u64 = self.workers().iter().map(|worker| worker.private_bytes).sum();
+            let taken = statistics::rss_anon().unwrap_or(0) + workers;
             memory.available = memory.available.saturating_add(taken);
             let requested = all.iter().map(|record| record.spec.memory.0);
             if let Err(error) = memory.check(requested.fold(0, u64::saturating_add), self.common.overcommit) {
@@ -209,11 +210,11 @@ impl Registry {
         Ok(())
     }
 
-    /// Returns the private anonymous memory of the worker processes, in bytes.
-    fn workers_private(&self) -> u64 {
+    /// Returns what each worker process takes.
+    fn workers(&self) -> Vec<WorkerSample> {
         let processes = self.common.workers.as_ref().map_or_else(Vec::new, |workers| workers.processes());
         // A worker may have ended by now.
-        processes.into_iter().filter_map(|id| statistics::rss_anon_of(id).ok()).sum()
+        processes.into_iter().filter_map(|id| WorkerSample::of(id).ok()).collect()
     }
 
     /// Returns the VM of this name.
@@ -251,7 +252,7 @@ impl Registry {
     pub fn sample(&self, sampler: &Sampler, records: &[Arc<Record>]) -> io::Result<Sample> {
         let vms = records.iter().filter_map(|record| record.inspect(|vm| sampler.vm(vm)));
         let mut sample = sampler.process(self.sharing().map(Arc::as_ref), vms.collect::<io::Result<_>>()?)?;
-        sample.add_private(self.workers_private());
+        sample.add_workers(self.workers());
         Ok(sample)
     }
 

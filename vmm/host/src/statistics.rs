@@ -60,6 +60,29 @@ pub struct Sample {
     pub vms: Vec<VmSample>,
     /// The pairs of VMs that share most.
     pub pairs: Vec<PairSample>,
+    /// The worker processes, whose private memory is part of the figures above.
+    pub workers: Vec<WorkerSample>,
+}
+
+/// What one worker process takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WorkerSample {
+    /// The number of the process.
+    pub process: u32,
+    /// Its private memory, in bytes: the guests' and the program's.
+    pub private_bytes: u64,
+    /// Its CPU time so far, with that of the vCPUs.
+    pub cpu_seconds: f64,
+}
+
+impl WorkerSample {
+    /// Takes a sample of a process.
+    ///
+    /// # Errors
+    /// Fails if the process is gone.
+    pub(crate) fn of(process: u32) -> io::Result<Self> {
+        Ok(Self { process, private_bytes: rss_anon_of(process)?, cpu_seconds: cpu_seconds_of(process)? })
+    }
 }
 
 /// Two VMs, and the memory that they share.
@@ -346,6 +369,7 @@ impl Sampler {
             groups,
             vms,
             pairs,
+            workers: Vec::new(),
         })
     }
 
@@ -434,17 +458,45 @@ fn rss_anon_in(path: &str) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other(format!("{path} has no RssAnon: Linux 4.5 or newer is needed")))
 }
 
+/// The unit of times in `/proc`, on x86 whatever the kernel's own clock (USER_HZ).
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Returns the CPU time of another process, in seconds (proc_pid_stat(5), fields 14 and 15).
+fn cpu_seconds_of(process: u32) -> io::Result<f64> {
+    let path = format!("/proc/{process}/stat");
+    let stat = fs::read_to_string(&path)?;
+    // The name in parentheses may contain anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let times = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+    let ticks = times.sum::<Result<u64, _>>().map_err(io::Error::other)?;
+    Ok(ticks as f64 / TICKS_PER_SECOND)
+}
+
 impl Sample {
-    /// Adds private memory of other processes that hold VMs, in bytes.
-    pub(crate) fn add_private(&mut self, bytes: u64) {
+    /// Adds the processes that hold VMs.
+    pub(crate) fn add_workers(&mut self, workers: Vec<WorkerSample>) {
+        let bytes: u64 = workers.iter().map(|worker| worker.private_bytes).sum();
         self.private_bytes += bytes;
         self.resident_bytes += bytes;
+        self.workers = workers;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_cost_of_a_process_is_read() {
+        let before = WorkerSample::of(std::process::id()).unwrap();
+        assert!(before.private_bytes > 0);
+        let mut sample = before.clone();
+        while sample.cpu_seconds <= before.cpu_seconds {
+            sample = WorkerSample::of(std::process::id()).unwrap();
+        }
+        assert!(sample.cpu_seconds < before.cpu_seconds + 3600.0, "{sample:?}");
+        assert!(WorkerSample::of(u32::MAX).is_err());
+    }
 
     #[test]
     fn own_memory_is_counted() {

@@ -191,6 +191,10 @@ impl Machine for MachineElsewhere {
         &self.identity.name
     }
 
+    fn worker(&self) -> Option<u32> {
+        Some(self.worker.id())
+    }
+
     fn vcpus(&self) -> u32 {
         self.identity.vcpus
     }

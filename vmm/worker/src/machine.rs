@@ -59,6 +59,10 @@ pub struct Look {
 pub trait Machine: fmt::Debug + Send + Sync {
     /// Returns the VM's name.
     fn name(&self) -> &str;
+    /// Returns the number of the worker process that has the machine; `None` if it is in this process.
+    fn worker(&self) -> Option<u32> {
+        None
+    }
     /// Returns the number of the vCPUs.
     fn vcpus(&self) -> u32;
     /// Returns the size of RAM, in bytes.

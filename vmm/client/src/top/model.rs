@@ -320,6 +320,7 @@ pub(super) mod tests {
             reason: None,
             memory_bytes: 128 * mib,
             vcpus: 2,
+            worker: None,
             group: "default".into(),
             mode: SharingMode::Full,
             resident_bytes: Some((40 + index) * mib),
@@ -358,6 +359,7 @@ pub(super) mod tests {
             statistics,
             groups: Vec::new(),
             pairs: Vec::<PairView>::new(),
+            workers: Vec::new(),
         };
         let cache = CacheView {
             enabled: true,
