@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
-use common::followed::{Clock, INTERVAL, LONGEST, Vm, following, stretching};
+use common::followed::{Clock, LONGEST, Vm, following, stretching};
 use common::{audit, engine};
 use proptest::prelude::*;
 use samepage_sharing::engine::{Engine, Mode, Settings, Step};
@@ -147,29 +147,6 @@ fn the_log_of_a_vm_that_does_not_run_is_not_read() {
     clock.intervals(&mut engine, 3);
     assert_eq!(engine.statistics().pages_sharing, 1000);
     vms[0].guest.check(500, 7777);
-    audit(&mut engine);
-}
-
-#[test]
-fn intervals_are_longer_while_little_changes_and_short_again_when_much_does() {
-    let mut engine = engine(&stretching());
-    let vm = Vm::start(&mut engine, PAGES);
-    let mut clock = Clock::new();
-    (0..PAGES).for_each(|page| vm.write(page, 1 + u64::from(page)));
-    clock.intervals(&mut engine, 6);
-    for round in 0..10 {
-        (0..5).for_each(|page| vm.write(page * 100, (round + 1) << 32));
-        assert_eq!(clock.end_within(&mut engine, 8 * LONGEST), 8, "round {round}");
-    }
-    (0..100).for_each(|page| vm.write(page, 1 << 40));
-    assert_eq!(
-        clock.end_within(&mut engine, LONGEST),
-        1,
-        "what was written is seen within the longest interval"
-    );
-    assert_eq!(clock.end_within(&mut engine, 2 * INTERVAL), 2, "and rests within the shortest");
-    clock.end_within(&mut engine, 8 * LONGEST);
-    assert_eq!(clock.end_within(&mut engine, 8 * LONGEST), 8);
     audit(&mut engine);
 }
 

@@ -10,8 +10,6 @@ use crate::collections::sets::{PageSet, RareSet};
 
 /// To look at this many pages in the page map takes about as long as a system call.
 const GAP_PAGES: u32 = 64;
-/// Pages that may become idle, or be written after they were, in an interval of which little has come.
-const CALM: u32 = 8;
 
 /// What is known of a VM whose changes are followed.
 #[derive(Debug)]
@@ -21,8 +19,6 @@ pub(crate) struct Follower {
     due: Instant,
     /// The length of the interval, as a multiple of the shortest.
     stretch: u32,
-    /// How many pages have become idle, or are no longer, in the interval that is being ended.
-    turns: u32,
     /// What has ended, in shortest intervals.
     intervals: u32,
     /// How many of these the last end was for.
@@ -48,7 +44,6 @@ impl Follower {
             tracker: Tracker::new(log, pages),
             due: Instant::now(),
             stretch: 1,
-            turns: 0,
             intervals: 0,
             last: 1,
             ready: set.clone(),
@@ -111,7 +106,6 @@ impl Follower {
     /// Ends the interval for the next pages: see [`Tracker::end_part`].
     pub(crate) fn end_part(&mut self, written: &PageSet, most: u32, part: &mut Part) {
         self.tracker.end_part(written, most, part);
-        self.turns = self.turns.saturating_add(part.turns());
     }
 
     /// Returns the length of the interval, as a multiple of the shortest.
@@ -156,7 +150,6 @@ impl Follower {
     pub(crate) fn begin_end(&mut self, due: Instant, written: &mut PageSet) -> io::Result<()> {
         self.due = due;
         self.tracker.begin_end(written)?;
-        self.turns = 0;
         self.count_interval();
         if self.eased && self.admitted.bytes() == 0 {
             self.eased = false;
@@ -165,10 +158,9 @@ impl Follower {
         Ok(())
     }
 
-    /// The interval has ended for all pages. The next one is longer where little has come of this one, `longest` times
-    /// the shortest at most. When it ends is [set](Self::set_due) next.
-    pub(crate) fn ended(&mut self, longest: u32) {
-        self.stretch = if self.turns <= CALM { (2 * self.stretch).min(longest) } else { 1 };
+    /// The interval has ended for all pages. When the next one ends is [set](Self::set_due) next.
+    pub(crate) fn ended(&mut self) {
+        self.stretch = 1;
         self.admitted.clear();
     }
 

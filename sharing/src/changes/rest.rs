@@ -114,13 +114,6 @@ impl Part {
         word.is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
-    /// How many pages have become idle, or have changed that were idle.
-    #[must_use]
-    pub fn turns(&self) -> u32 {
-        let changed = self.changed.iter().zip(&self.restless).map(|(changed, restless)| changed & !restless);
-        changed.chain(self.rested.iter().copied()).map(u64::count_ones).sum()
-    }
-
     /// Pages that have become idle.
     pub fn rested(&self) -> impl Iterator<Item = u32> + '_ {
         self.pages(&self.rested)

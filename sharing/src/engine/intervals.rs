@@ -158,6 +158,7 @@ impl Engine {
         if skips {
             self.set_end_of_interval(slot, now);
             self.admit_denied();
+            self.follow_limit(now);
         }
         skips
     }
@@ -222,9 +223,8 @@ impl Engine {
 
     /// The interval of a VM has ended for all of its pages.
     fn interval_ended(&mut self, slot: Slot, now: Instant) {
-        let longest = self.longest_rest;
         if let Some(follower) = &mut self.members.at_mut(slot).follower {
-            follower.ended(longest);
+            follower.ended();
         }
         self.set_end_of_interval(slot, now);
         self.end_interval_of_huge(slot);

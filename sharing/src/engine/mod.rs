@@ -79,7 +79,7 @@ pub struct Settings {
     pub follow: bool,
     /// How long a page must not have been written to count as idle, in milliseconds.
     pub rest_ms: u64,
-    /// How many times as long that is at most for a VM of which little changes: a power of two.
+    /// How many times as long that is at most for a VM whose vCPUs do not run: a power of two.
     pub longest_rest: u32,
     /// Without a change log: look for a page among unshared ones only when it has not changed since
     /// the last pass.

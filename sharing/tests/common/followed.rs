@@ -15,7 +15,7 @@ use super::{Guest, losses, no_rest};
 
 /// The engine's interval in these tests.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
-/// The longest interval of a VM of which little comes, where that is longer.
+/// The longest interval of a VM that does not run, where that is longer.
 pub(crate) const LONGEST: Duration = Duration::from_millis(400);
 
 /// A log that arms only half of what it is to arm, and says so, while that is to be refused.
@@ -196,7 +196,7 @@ pub(crate) fn following() -> Settings {
     Settings { rest_ms: INTERVAL.as_millis() as u64, longest_rest: 1, ..no_rest(true) }
 }
 
-/// The same with longer intervals where little changes.
+/// The same with longer intervals of VMs that do not run.
 pub(crate) fn stretching() -> Settings {
     Settings { longest_rest: 4, ..following() }
 }
