@@ -22,7 +22,7 @@ use weather::{Moody, Plan, Weather};
 
 use super::agent::{ANON, Agent, FREE};
 use super::distant::Distant;
-use super::followed::{Resting, Told, Vm};
+use super::followed::{Told, Vm};
 use super::pipes::{Pinned, Spliced};
 use super::{Guest, Numbers, WORDS, faulty_engine, losses, word};
 
@@ -139,14 +139,7 @@ impl World {
         let told = Told(Arc::new(Mutex::new(all)));
         let (losses, handler) = losses();
         let rests = self.one_in(2);
-        let log = followed.then(|| {
-            Box::new(Moody {
-                told: Resting::new(told.clone(), &Arc::default()),
-                rests,
-                pages: self.size,
-                plan: Arc::clone(&self.plan),
-            }) as _
-        });
+        let log = followed.then(|| Box::new(Moody::new(&told, rests, self.size, &self.plan)) as _);
         let is_distant = self.one_in(4);
         let memory = self.engine.local(guest.ram.clone()).map(|memory| Distant::place(memory, is_distant));
         let slot = memory.and_then(|memory| self.engine.add_memory(memory, false, log, handler));

@@ -8,7 +8,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use samepage_sharing::changes::{ChangeLog, PageSet};
 
-use super::super::followed::Resting;
+use super::super::followed::{Resting, Told};
 use super::super::{Fault, Numbers};
 
 /// Which calls fail, by their names.
@@ -16,13 +16,18 @@ pub(crate) type Plan = Arc<Mutex<dyn FnMut(&'static str) -> Fault + Send>>;
 
 /// A log some of whose calls fail.
 pub(super) struct Moody {
-    pub(super) told: Resting,
-    pub(super) rests: bool,
-    pub(super) pages: u32,
-    pub(super) plan: Plan,
+    told: Resting,
+    rests: bool,
+    pages: u32,
+    plan: Plan,
 }
 
 impl Moody {
+    /// A log that may know that its VM does not run.
+    pub(super) fn new(told: &Told, rests: bool, pages: u32, plan: &Plan) -> Self {
+        Self { told: Resting::new(told.clone(), &Arc::default()), rests, pages, plan: Arc::clone(plan) }
+    }
+
     fn refused(&self, call: &'static str) -> bool {
         (self.plan.lock())(call) != Fault::None
     }
