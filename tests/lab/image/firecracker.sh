@@ -37,14 +37,7 @@ chmod 700 "$root/root" "$root/root/.ssh"
 cp /bin/busybox "$root/bin"
 for name in init getty reboot ip ifconfig sh; do ln -s /bin/busybox "$root/sbin/$name"; done
 ln -s /bin/busybox "$root/bin/sh"
-for program in /usr/sbin/sshd /usr/bin/curl; do
-    echo "$program"
-    in_debian ldd "$program" | grep -o '/[^ ]*'
-done | sort -u > /tmp/copied
-while read -r file; do
-    mkdir -p "$root$(dirname "$file")"
-    in_debian cp -L "$file" "$root$file"
-done < /tmp/copied
+copy_programs "$root" /usr/sbin/sshd /usr/bin/curl
 printf 'root:x:0:0::/root:/bin/sh\nsshd:x:100:100::/run/sshd:/bin/false\n' > "$root/etc/passwd"
 printf 'PermitRootLogin yes\nUsePAM no\n' > "$root/etc/ssh/sshd_config"
 in_debian ssh-keygen -q -t ed25519 -N '' -f "$root/etc/ssh/ssh_host_ed25519_key"
