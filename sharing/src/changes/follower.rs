@@ -21,8 +21,6 @@ pub(crate) struct Follower {
     stretch: u32,
     /// What has ended, in shortest intervals.
     intervals: u32,
-    /// How many of these the last end was for.
-    last: u32,
     /// Idle, and not scanned yet.
     ready: PageSet,
     /// Scanned, and to be tried again later.
@@ -45,7 +43,6 @@ impl Follower {
             due: Instant::now(),
             stretch: 1,
             intervals: 0,
-            last: 1,
             ready: set.clone(),
             later: set,
             second: RareSet::new(pages),
@@ -60,14 +57,13 @@ impl Follower {
         self.due
     }
 
-    /// Whether the interval that has begun to end is one of those that come every so many shortest intervals.
+    /// Whether the interval that is over next is one of those that come every so many shortest intervals.
     pub(crate) fn comes_every(&self, count: u32) -> bool {
-        self.intervals / count != self.intervals.wrapping_sub(self.last) / count
+        self.intervals % count + self.stretch >= count
     }
 
     /// An interval is over.
     fn count_interval(&mut self) {
-        self.last = self.stretch;
         self.intervals = self.intervals.wrapping_add(self.stretch);
     }
 
@@ -121,8 +117,7 @@ impl Follower {
         if admits || !self.tracker.is_settled() {
             return false;
         }
-        let left = retry_every - self.intervals % retry_every;
-        let retries = self.stretch >= left && !self.later.is_empty();
+        let retries = self.comes_every(retry_every) && !self.later.is_empty();
         if retries || !self.tracker.is_at_rest(since) {
             return false;
         }

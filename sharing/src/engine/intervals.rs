@@ -132,16 +132,12 @@ impl Engine {
             ends.written = PageSet::new(pages);
         }
         let Some(follower) = &mut member.follower else { return false };
+        let [retry, sweeps] = [RETRY_INTERVALS, SWEEP_INTERVALS].map(|count| follower.comes_every(count));
         if follower.begin_end(due, &mut ends.written).is_err() {
             self.counters.refusals += 1;
             return true;
         }
-        ends.under_way = Some(Ending {
-            slot,
-            id: member.id,
-            retry: follower.comes_every(RETRY_INTERVALS),
-            sweep: follower.comes_every(SWEEP_INTERVALS).then_some(0),
-        });
+        ends.under_way = Some(Ending { slot, id: member.id, retry, sweep: sweeps.then_some(0) });
         if let Some(census) = member.space.census_mut() {
             census.elapse(now);
         }
