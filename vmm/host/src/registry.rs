@@ -198,8 +198,10 @@ impl Registry {
         conflicts::check_together(&all.iter().map(|record| record.uses.clone()).collect::<Vec<_>>())?;
         if let Some(mut memory) = HostMemory::measure() {
             // Memory that present VMs use is part of their promised memory.
-            let workers: u64 = self.workers().iter().map(|worker| worker.private_bytes).sum();
-            let taken = statistics::rss_anon().unwrap_or(0) + workers;
+            // A worker may have ended by now.
+            let workers =
+                self.worker_processes().into_iter().filter_map(|id| statistics::rss_anon_of(id).ok());
+            let taken = statistics::rss_anon().unwrap_or(0) + workers.sum::<u64>();
             memory.available = memory.available.saturating_add(taken);
             let requested = all.iter().map(|record| record.spec.memory.0);
             if let Err(error) = memory.check(requested.fold(0, u64::saturating_add), self.common.overcommit) {
@@ -210,11 +212,9 @@ impl Registry {
         Ok(())
     }
 
-    /// Returns what each worker process takes.
-    fn workers(&self) -> Vec<WorkerSample> {
-        let processes = self.common.workers.as_ref().map_or_else(Vec::new, |workers| workers.processes());
-        // A worker may have ended by now.
-        processes.into_iter().filter_map(|id| WorkerSample::of(id).ok()).collect()
+    /// Returns the numbers of the worker processes.
+    fn worker_processes(&self) -> Vec<u32> {
+        self.common.workers.as_ref().map_or_else(Vec::new, |workers| workers.processes())
     }
 
     /// Returns the VM of this name.
@@ -252,7 +252,9 @@ impl Registry {
     pub fn sample(&self, sampler: &Sampler, records: &[Arc<Record>]) -> io::Result<Sample> {
         let vms = records.iter().filter_map(|record| record.inspect(|vm| sampler.vm(vm)));
         let mut sample = sampler.process(self.sharing().map(Arc::as_ref), vms.collect::<io::Result<_>>()?)?;
-        sample.add_workers(self.workers());
+        // A worker may have ended by now.
+        let workers = self.worker_processes().into_iter().filter_map(|id| WorkerSample::of(id).ok());
+        sample.add_workers(workers.collect());
         Ok(sample)
     }
 
