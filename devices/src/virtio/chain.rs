@@ -55,6 +55,11 @@ impl Segments {
         self.remaining
     }
 
+    /// Returns all ranges, in the driver's order, whatever was read or written of them.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+        self.ranges.iter().copied()
+    }
+
     /// Removes the last byte and returns its address. To be called before anything is read or written.
     pub(crate) fn split_last_byte(&mut self) -> Option<GuestAddress> {
         let (address, len) = self.ranges.last_mut()?;

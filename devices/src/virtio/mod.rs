@@ -36,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
 
+pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
