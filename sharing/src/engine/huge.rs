@@ -175,7 +175,8 @@ impl Engine {
         splits > 0
     }
 
-    fn split(&mut self, slot: Slot, first: u32) {
+    /// Has the kernel break up the huge page that begins with a page.
+    pub(crate) fn split(&mut self, slot: Slot, first: u32) {
         let member = self.members.at_mut(slot);
         let Some(huge) = &mut member.huge else { return };
         if let Some(range) = huge.of(first) {

@@ -192,6 +192,12 @@ impl Member {
         }
     }
 
+    /// The page has no memory any more.
+    pub(crate) fn became_untouched(&mut self, page: u32) {
+        self.not_zero(page);
+        self.left_private(page);
+    }
+
     pub(crate) fn became_merged(&mut self, page: u32) {
         self.left_private(page);
     }

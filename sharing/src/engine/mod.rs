@@ -7,6 +7,7 @@
 pub(crate) mod cache;
 pub(crate) mod claims;
 pub(crate) mod compaction;
+pub mod discard;
 pub(crate) mod far;
 pub(crate) mod give_back;
 pub(crate) mod hints;

@@ -93,6 +93,17 @@ impl EngineLock {
         catch_unwind(AssertUnwindSafe(|| ask(&mut self.lock()))).ok()
     }
 
+    /// The same as [`work`](Self::work). Whoever waits for the engine meanwhile has it next.
+    pub(crate) fn work_fairly<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> Option<T> {
+        let worked = || {
+            let mut held = self.working()?;
+            let outcome = work(&mut held);
+            held.unlock_fair();
+            Some(outcome)
+        };
+        catch_unwind(AssertUnwindSafe(worked)).ok().flatten()
+    }
+
     /// What `work` comes to; `None` where the engine has stopped, or does so by that.
     pub(crate) fn work<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> Option<T> {
         catch_unwind(AssertUnwindSafe(|| self.working().map(|mut held| work(&mut held)))).ok().flatten()

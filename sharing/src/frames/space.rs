@@ -232,6 +232,32 @@ impl Space {
         discarded.end()
     }
 
+    /// Frees the memory of pages whose content nobody wants, whatever they are mapped to. Returns how many of the
+    /// first these are: all, but for kernels that cannot protect unpopulated pages. They are untouched memory then.
+    /// Appends to `dead` the frames whose last sharers left.
+    ///
+    /// `count` is at most [`WINDOW_PAGES`].
+    ///
+    /// # Errors
+    /// See [`SpaceError`].
+    pub(crate) fn discard(
+        &mut self,
+        first: u32,
+        count: u32,
+        store: &mut FrameStore,
+        dead: &mut Vec<Frame>,
+    ) -> Result<u32, SpaceError> {
+        let attached = |page: u32| self.refers(page).filter(|_| self.attached(page));
+        let before: Vec<_> = (first..first + count).map(attached).collect();
+        let discarded = self.remap(first, count, Source::Zeros, Rule::Any);
+        for frame in before.into_iter().take(discarded.pages as usize).flatten() {
+            if store.detach(frame) {
+                dead.push(frame);
+            }
+        }
+        discarded.end()
+    }
+
     /// Makes pages the VM's own again: anonymous memory with the content that they have, one mapping
     /// with the anonymous memory around them. Appends to `dead` the frames whose last sharers left.
     ///

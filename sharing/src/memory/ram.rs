@@ -27,6 +27,9 @@ const GUARD_BYTES: usize = PAGE_SIZE;
 /// What stays of the shadow in front of the pages that were moved.
 const SHADOW_LEAD: usize = PAGE_SIZE;
 
+/// Pages that are discarded by one call: 4 MiB, in less than a millisecond.
+const DISCARD_PAGES: u32 = 1024;
+
 /// So much is unmapped by one call.
 const UNMAP_BYTES: usize = 8 << 20;
 
@@ -239,6 +242,22 @@ impl Ram {
             succeeded(result == 0)?;
         }
         Ok(())
+    }
+
+    /// Frees the memory of pages that no engine shares; they read as zeros then. Returns the page to go on with: one
+    /// call frees 4 MiB at most.
+    ///
+    /// # Errors
+    /// What madvise said; the pages are as they were.
+    pub fn discard(&self, first: u32, count: u32) -> io::Result<u32> {
+        let pages = self.range(first, count.min(DISCARD_PAGES));
+        // SAFETY: the range is this RAM's, which is anonymous memory where no engine has it, and is addressed by
+        // page index alone.
+        let freed = unsafe {
+            libc::madvise(pages.address() as *mut libc::c_void, pages.bytes(), libc::MADV_DONTNEED)
+        };
+        succeeded(freed == 0)?;
+        Ok(first + pages.count())
     }
 
     /// From now on the address space is left to the process when this value goes: a failed call

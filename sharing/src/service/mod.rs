@@ -22,6 +22,7 @@ use crate::blocks::statistics::CacheStatistics;
 use crate::blocks::working_set::Curve;
 use crate::blocks::{BlockRead, CacheSize, CopyOut, Image, ReadPlan, VmNumber};
 use crate::changes::ChangeLog;
+pub use crate::engine::discard::Discarded;
 use crate::engine::trust::Stopped;
 use crate::engine::{Engine, Mode, Settings};
 use crate::frames::space::LostHandler;
@@ -350,6 +351,13 @@ impl Membership {
         BlockClient { crew: Arc::clone(&self.crew), group: Arc::clone(&self.group), vm }
     }
 
+    /// Where a device frees pages that the VM's guest gives back.
+    #[must_use]
+    pub fn pages(&self) -> PagesClient {
+        let vm = self.group.engine.lock().vm_number(self.slot);
+        PagesClient { crew: Arc::clone(&self.crew), group: Arc::clone(&self.group), vm }
+    }
+
     /// Where devices say what they know about the VM's pages.
     #[must_use]
     pub fn hints(&self) -> HintSender {
@@ -363,6 +371,33 @@ pub struct BlockClient {
     crew: Arc<Crew>,
     group: Arc<Group>,
     vm: VmNumber,
+}
+
+/// A VM's way to give pages back. Of a VM that is gone nothing is freed.
+#[derive(Clone, Debug)]
+pub struct PagesClient {
+    crew: Arc<Crew>,
+    group: Arc<Group>,
+    vm: VmNumber,
+}
+
+impl PagesClient {
+    /// Frees the first of these pages, as many as a millisecond or so is enough for, and one at least. On return, the
+    /// pages before the next read as zeros. They keep their content, which is the VM's own, where sharing has
+    /// stopped or mappings have run out. Others get at the engine before the next call.
+    ///
+    /// The guest must leave the pages alone meanwhile, or lose what it writes.
+    #[must_use]
+    pub fn free(&self, pages: Range<u32>) -> Discarded {
+        let end = pages.end;
+        let working = self.group.engine.stopped().is_none();
+        let discarded = self.group.engine.work_fairly(|engine| engine.discard(self.vm, pages));
+        if discarded.is_none() && working {
+            // It has just stopped: whoever is to know is told by a sharing thread.
+            self.crew.refresh();
+        }
+        discarded.unwrap_or(Discarded { next: end, freed: 0 })
+    }
 }
 
 /// What became of a fetch.

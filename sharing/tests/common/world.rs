@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![expect(unsafe_code, reason = "plays guests, disks and the kernel: reads and writes their memory")]
 
+mod balloon;
 mod disks;
 mod tour;
 pub(crate) mod weather;
@@ -481,7 +482,7 @@ impl World {
         if !self.engine.frames_under_way().is_empty() && !self.one_in(4) {
             return self.stir();
         }
-        match self.below(64) {
+        match self.below(67) {
             0..10 => self.write_some(),
             10..12 => self.become_alike(),
             12..14 => self.leave_most(),
@@ -510,6 +511,7 @@ impl World {
             60 => self.unpin(),
             61 => self.tell_late(),
             62 => self.bury(),
+            63..66 => self.put_into_balloon(),
             _ => self.check_all(1 + WORDS / 16),
         }
     }

@@ -54,6 +54,10 @@ impl World {
             self.intervals(2);
         }
         self.check_all(1);
+        for _ in 0..12 {
+            self.put_into_balloon();
+        }
+        self.check_all(1);
         // Shared again, and no longer.
         self.become_alike();
         self.intervals(3);
