@@ -321,7 +321,9 @@ fn at_work() {
     running.signal(Signal::TERM);
     let finished = running.wait();
     finished.assert_code(0);
-    for problem in ["without sharing memory", "needs the sharing engine", "not permitted", "denied"] {
+    for problem in
+        ["without sharing memory", "the sharing engine, which does not run", "not permitted", "denied"]
+    {
         assert!(!finished.stderr.contains(problem), "{}", finished.stderr);
     }
 }

@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         ("a_worker_that_does_not_answer_holds_up_nobody_else", silent),
         ("a_guest_in_a_worker_tells_what_its_pages_are_for", types),
         ("a_console_in_a_worker_is_read_and_typed_to", console),
+        ("disks_of_a_vm_in_a_worker_are_read_directly", disks),
     ])
 }
 
@@ -142,6 +143,29 @@ fn console() {
     let (status, answer): (u16, Value) = server.ask("POST", "/vms/a/console/input", None);
     assert!(status >= 400, "{answer}");
     drop(server.end_sound(0));
+}
+
+fn disks() {
+    let server = Host::serve(&["--vms-per-worker", "8"]);
+    let image = server.folder.path().join("disk.img");
+    fs::write(&image, [0; 1 << 16]).expect("write an image");
+    let policies = ["exclusive", "scrub", "inclusive", "none", "buffered"];
+    let disk = |policy: &&str| json!({ "path": image, "readonly": true, "format": "raw", "cache": policy });
+    let mut vm = server.vm("a", &quiet(0), true);
+    vm["disks"] = policies.iter().map(disk).collect();
+    let made = server.done("POST", "/vms", Some(&vm));
+    let disks = made["disks"].as_array().expect("disks");
+    for (disk, wanted) in disks.iter().zip(policies) {
+        let notices: Vec<_> =
+            disk["notices"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let told = notices.iter().any(|notice| notice.contains("--vms-per-worker"));
+        let has_another = !["none", "buffered"].contains(&wanted);
+        assert_eq!(told, has_another, "{disk}");
+        assert_eq!(disk["cache"], if has_another { "none" } else { wanted }, "{disk}");
+        assert!(!notices.iter().any(|notice| notice.contains("does not run")), "{disk}");
+    }
+    assert_eq!(disks.len(), policies.len());
+    server.end().assert_code(0);
 }
 
 fn types() {

@@ -117,6 +117,35 @@ pub(super) struct SharedMemory<'a> {
     pub(super) slots: &'a [MemorySlot],
 }
 
+/// The engine that shares a VM's memory, as the VM's devices reach it.
+pub(super) enum Sharer<'a> {
+    /// The VM shares no memory.
+    None,
+    /// The engine of this process.
+    Here(SharedMemory<'a>),
+    /// The engine of another process, whose block cache is out of reach.
+    Elsewhere,
+}
+
+impl<'a> Sharer<'a> {
+    fn here(&self) -> Option<&SharedMemory<'a>> {
+        match self {
+            Self::Here(memory) => Some(memory),
+            Self::None | Self::Elsewhere => None,
+        }
+    }
+
+    /// Returns the policy that a disk gets which is to have `wanted`.
+    fn possible(&self, wanted: CachePolicy) -> CachePolicy {
+        match self {
+            Self::None if keep(wanted).is_some() => CachePolicy::Buffered,
+            // The page cache would hold the blocks of each guest a second time.
+            Self::Elsewhere if keep(wanted).is_some() => CachePolicy::None,
+            _ => wanted,
+        }
+    }
+}
+
 /// The device through which a guest notifies the engine that it has published page types.
 pub(super) enum HoleDevice {
     /// A doorbell at this address.
@@ -163,7 +192,7 @@ impl Devices {
         (memory, lost): (&GuestMemory, Arc<AtomicBool>),
         console: Box<dyn Write + Send>,
         spec: &VmSpec,
-        sharing: Option<&SharedMemory<'_>>,
+        sharer: &Sharer<'_>,
         hole: Option<HoleDevice>,
         mut detours: Vec<(String, Box<dyn Detour>)>,
     ) -> Result<Self, VmError> {
@@ -196,8 +225,7 @@ impl Devices {
         let mut new_files = NewFiles::default();
         for disk in &spec.disks {
             let id = disk.id(attached.len()).into_owned();
-            let cached = keep(disk.cache()).is_some();
-            let policy = if cached && sharing.is_none() { CachePolicy::Buffered } else { disk.cache() };
+            let policy = sharer.possible(disk.cache());
             let config = BlockConfig {
                 vm: spec.name.clone(),
                 id: id.clone(),
@@ -220,18 +248,19 @@ impl Devices {
             // Other VMs also read the part of a qcow2 image that comes from a backing image.
             let alone = !disk.readonly && disk.format() != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
-            let blocks = sharing.filter(|_| cached).map(|SharedMemory { blocks, slots, .. }| {
+            let cache = sharer.here().filter(|_| keep(policy).is_some());
+            let blocks = cache.map(|SharedMemory { blocks, slots, .. }| {
                 let (blocks, number, memory) = (blocks.clone(), attached.len(), memory.clone());
                 Arc::new(DiskBlocks::new(blocks, policy, readers, number, memory, slots.to_vec()))
             });
             let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
             new_files.0.extend(block.new_file().cloned());
-            if let Some(SharedMemory { hints, slots, .. }) = sharing {
+            if let Some(SharedMemory { hints, slots, .. }) = sharer.here() {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
             block.limiter().set(disk.limits);
-            let notices = block.notices().iter().cloned().chain(without_sharing(&id, disk.cache(), policy));
+            let notices = block.notices().iter().cloned().chain(without_cache(&id, disk.cache(), policy));
             attached.push(Disk {
                 id: id.clone(),
                 stats: block.stats(),
@@ -368,14 +397,19 @@ impl Devices {
     }
 }
 
-/// Returns a remark for the user on a disk that cannot use the block cache.
-fn without_sharing(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option<String> {
-    (policy != wanted).then(|| {
-        format!(
-            "disk {id}: the cache policy {wanted} needs the sharing engine, which does not run: the kernel's \
-             page cache is used"
-        )
-    })
+/// Returns a remark for the user on a disk that gets another policy than the one that is wanted.
+fn without_cache(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option<String> {
+    let (reason, effect) = match policy {
+        _ if policy == wanted => return None,
+        CachePolicy::Buffered => {
+            ("the sharing engine, which does not run", "the kernel's page cache is used")
+        }
+        _ => (
+            "the block cache, which is out of reach of VMs in worker processes (--vms-per-worker)",
+            "every read goes to the disk",
+        ),
+    };
+    Some(format!("disk {id}: the cache policy {wanted} needs {reason}: {effect}"))
 }
 
 pub(super) fn new_event() -> Result<EventFd, VmError> {

@@ -59,7 +59,7 @@ use asking::Asking;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::{Devices, HoleDevice, SharedMemory};
+use devices::{Devices, HoleDevice, SharedMemory, Sharer};
 pub use devices::{Disk, FixedPolicy, MAX_DISKS, MAX_PCI_DISKS};
 pub use error::VmError;
 pub use hole::HoleMemory;
@@ -279,18 +279,22 @@ impl Vm {
         });
         let (console, console_log) =
             console_target::open(config.console, &config.spec.name, handle.control.closing())?;
-        let shared = membership.as_ref().map(|membership| SharedMemory {
-            hints: membership.hints(),
-            blocks: membership.blocks(),
-            slots: memory.slots(),
-        });
+        let sharer = match (&membership, &registration) {
+            (Some(membership), _) => Sharer::Here(SharedMemory {
+                hints: membership.hints(),
+                blocks: membership.blocks(),
+                slots: memory.slots(),
+            }),
+            (None, Some(_)) => Sharer::Elsewhere,
+            (None, None) => Sharer::None,
+        };
         let (spec, _seed) = seed::attach(config.spec).map_err(ConfigError::from)?;
         let devices = Arc::new(Devices::new(
             &kvm,
             (memory.view(), memory.ram().loss_flag()),
             console,
             &spec,
-            shared.as_ref(),
+            &sharer,
             hole_device,
             config.detours,
         )?);
