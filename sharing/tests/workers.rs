@@ -404,6 +404,41 @@ fn one_question_is_enough_for_the_logs_of_all_vms_of_a_worker() {
 }
 
 #[test]
+fn a_sealed_vm_refuses_late_orders_that_ignore_content() {
+    let mut engine = engine(&settings());
+    let (ours, theirs) = pair().unwrap();
+    // The worker is a thread. If the engine believed that it answers nonsense, this process would end.
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+    let guest = Guest::new(PAGES);
+    let ram = Arc::clone(&guest.ram);
+    let (told, vms) = std::sync::mpsc::channel();
+    let serving = thread::spawn(move || {
+        let server = Server::accept(theirs).unwrap();
+        let index = server.vms().add(ram, None).unwrap();
+        told.send((server.vms(), index)).unwrap();
+        server.run().unwrap();
+    });
+    let worker = engine.greet(ours, Process::of(child.id()).unwrap()).unwrap();
+    let (vms, index) = vms.recv().unwrap();
+    let vm = worker.vm(index).unwrap();
+    let slot = engine.add_memory(vm.memory, vm.is_huge, vm.log, losses().1).unwrap();
+    let number = engine.vm_number(slot);
+    (0..8).for_each(|page| guest.write(page, 7));
+    assert_eq!(engine.discard(number, 0..4).freed, 4);
+    assert!((0..4).all(|page| guest.is_zero(page)));
+    (0..4).for_each(|page| guest.write(page, 8));
+    vms.seal(index);
+    assert_eq!(engine.discard(number, 0..8).freed, 0);
+    (0..8).for_each(|page| guest.check(page, if page < 4 { 8 } else { 7 }));
+    assert!(!worker.has_ended(), "a refusal is an answer");
+    engine.remove(slot).unwrap();
+    drop((engine, worker));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    serving.join().unwrap();
+}
+
+#[test]
 fn a_worker_that_answers_nonsense_is_ended() {
     let engine = engine(&settings());
     let (ours, theirs) = pair().unwrap();

@@ -25,6 +25,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use twox_hash::xxhash3_64;
 
 /// Blocks of a stretch, a power of two.
 const STRETCH: u64 = 8;
@@ -54,18 +56,32 @@ const OWN_CREDIT: i64 = 1 << 8;
 const COMMON_CREDIT: i64 = 1 << 14;
 
 /// Chooses the stretches of a sample under a random key, so that no guest can tell them. Hashes blocks so that
-/// those of these stretches have the smallest hashes.
-#[derive(Clone, Debug, Default)]
+/// those of these stretches have the smallest hashes. Another process with the same key chooses the same stretches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sampler {
-    keys: RandomState,
+    key: [u64; 2],
+}
+
+impl Default for Sampler {
+    /// A random key.
+    fn default() -> Self {
+        let random = RandomState::new();
+        Self { key: [0_u64, 1].map(|word| random.hash_one(word)) }
+    }
 }
 
 impl Sampler {
+    /// The hash of two numbers.
+    fn hash(&self, numbers: [u64; 2]) -> u64 {
+        let [seed, word] = self.key;
+        hash(seed, &[word, numbers[0], numbers[1]].map(u64::to_le_bytes).concat())
+    }
+
     /// Whether a block is in the thickest sample.
     #[must_use]
     pub fn takes(&self, block: u64) -> bool {
         let stretch = block / STRETCH;
-        self.keys.hash_one(stretch / RATE) % RATE == stretch % RATE
+        self.hash([stretch / RATE, 0]) % RATE == stretch % RATE
     }
 
     /// Whether a block is in the sample of those whose hashes are below a limit.
@@ -75,7 +91,7 @@ impl Sampler {
 
     /// The hash of a block's stretch.
     fn stretch(&self, block: u64) -> u64 {
-        let hash = self.keys.hash_one((block / STRETCH, RATE));
+        let hash = self.hash([block / STRETCH, RATE]);
         if self.takes(block) { hash / RATE } else { hash.max(hash / RATE + SAMPLED) }
     }
 }
@@ -84,8 +100,13 @@ impl BuildHasher for Sampler {
     type Hasher = StretchHasher;
 
     fn build_hasher(&self) -> StretchHasher {
-        StretchHasher { sampler: self.clone(), all: self.keys.build_hasher(), last: 0 }
+        StretchHasher { sampler: self.clone(), all: self.key[1], last: 0 }
     }
+}
+
+/// XXH3 under a seed.
+fn hash(seed: u64, bytes: &[u8]) -> u64 {
+    xxhash3_64::Hasher::oneshot_with_seed(seed, bytes)
 }
 
 /// The upper half of a hash is that of the stretch, by the last number that was hashed; the lower half that of
@@ -93,22 +114,22 @@ impl BuildHasher for Sampler {
 #[derive(Debug)]
 pub struct StretchHasher {
     sampler: Sampler,
-    all: <RandomState as BuildHasher>::Hasher,
+    all: u64,
     last: u64,
 }
 
 impl Hasher for StretchHasher {
     fn finish(&self) -> u64 {
         let upper = self.sampler.stretch(self.last);
-        upper & !u64::from(u32::MAX) | self.all.finish() & u64::from(u32::MAX)
+        upper & !u64::from(u32::MAX) | self.all & u64::from(u32::MAX)
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        self.all.write(bytes);
+        self.all = hash(self.all, bytes);
     }
 
     fn write_u32(&mut self, number: u32) {
-        self.all.write_u32(number);
+        self.write(&number.to_le_bytes());
         self.last = number.into();
     }
 }
@@ -493,6 +514,18 @@ mod tests {
             read(&admission, 100_000..140_000, true);
         }
         assert!(!admission.samples());
+    }
+
+    #[test]
+    fn another_process_chooses_the_same_stretches() {
+        let sampler = Sampler::default();
+        let mut room = [0; 64];
+        let sent = postcard::to_slice(&sampler, &mut room).unwrap();
+        let other: Sampler = postcard::from_bytes(sent).unwrap();
+        assert!((0..1 << 20).all(|block| sampler.takes(block) == other.takes(block)));
+        assert_eq!(sampler.hash_one((3_u32, 5_u32)), other.hash_one((3_u32, 5_u32)));
+        let stranger = Sampler::default();
+        assert!((0..1 << 20).any(|block| sampler.takes(block) != stranger.takes(block)));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::changes::{ChangeLog, PageSet};
 use crate::memory::calls::{Linux, MemoryCalls};
 use crate::memory::content::{Digester, Snapshot};
 use crate::memory::frame_view::{Access, FrameView};
-use crate::memory::guest::{GuestMemory, Harvest, Like, Neighbours, WINDOW_PAGES};
+use crate::memory::guest::{GuestMemory, Harvest, Like, Neighbours, Remapped, SpaceError, WINDOW_PAGES};
 use crate::memory::local::{Host, LocalMemory};
 use crate::memory::pagemap::Entry;
 use crate::memory::ram::{HUGE_PAGES, Ram};
@@ -24,8 +24,8 @@ use crate::memory::uffd::UffdError;
 use crate::numbers::Frame;
 use crate::remote::buffer::{Buffer, WORDS};
 use crate::remote::messages::{
-    Answer, Description, Hello, MOST_PAGES, MOST_VMS, Question, Reply, Request, VERSION, VmIndex, Welcome,
-    number_of, sign,
+    Answer, Description, Hello, MOST_PAGES, MOST_VMS, Order, Question, Reply, Request, VERSION, VmIndex,
+    Welcome, Which, number_of, sign,
 };
 use crate::remote::socket::Socket;
 
@@ -54,6 +54,8 @@ struct Vm {
     /// Pages of the log that the engine has not been told, and the word at which they begin.
     written: PageSet,
     next_word: Option<usize>,
+    /// No order takes effect any more that is not about content.
+    is_sealed: bool,
 }
 
 /// The VMs of a worker, to which VMs are added while the engine is served.
@@ -83,7 +85,7 @@ impl Vms {
         let is_huge = ram.huge();
         let memory: Arc<dyn GuestMemory> = Arc::new(LocalMemory::new(ram, self.host.clone())?);
         let written = PageSet::new(memory.pages());
-        let vm = Vm { memory, is_huge, log, written, next_word: None };
+        let vm = Vm { memory, is_huge, log, written, next_word: None, is_sealed: false };
         let mut known = self.known.lock();
         let index = VmIndex(known.next);
         known.next += 1;
@@ -94,6 +96,19 @@ impl Vms {
     /// Lets a VM go, once the engine has emptied its memory, or is gone.
     pub fn remove(&self, vm: VmIndex) {
         self.known.lock().vms.remove(&vm);
+    }
+
+    /// From now on, pages of a VM are mapped anew only where their content stays the same. Orders to map pages whatever
+    /// they hold are refused, also those that are on their way.
+    ///
+    /// A disk asks the engine to deliver blocks, and the engine may order that and then say nothing more, for instance
+    /// since its process was killed. Before the disk reads these blocks itself, it seals the memory. Otherwise the order,
+    /// which still waits, would cover what the guest has written since.
+    pub fn seal(&self, vm: VmIndex) {
+        if let Some(vm) = self.get(vm) {
+            // An order that is being carried out has the lock.
+            vm.lock().is_sealed = true;
+        }
     }
 
     fn get(&self, vm: VmIndex) -> Option<Arc<Mutex<Vm>>> {
@@ -137,7 +152,7 @@ impl Server {
         calls: impl FnOnce(Arc<OwnedFd>) -> Result<Arc<dyn MemoryCalls>, UffdError>,
     ) -> Result<Self, ServeError> {
         let mut socket = Socket::new(socket);
-        let (welcome, [store, buffer]) = socket.receive_with::<Welcome>()?;
+        let (welcome, [store, buffer]) = socket.receive_with::<Welcome, 2>()?;
         socket.send(&Hello { version: VERSION })?;
         if welcome.version != VERSION {
             return Err(ServeError::Version(welcome.version));
@@ -251,6 +266,13 @@ fn within(pages: &Range<u32>, of: u32, most: u32) -> bool {
 
 fn failed(error: &io::Error) -> Answer {
     Answer::Failed(number_of(error))
+}
+
+/// What becomes of an order that comes too late.
+fn refused(order: &Order) -> Remapped {
+    let error = io::Error::from_raw_os_error(libc::EPERM);
+    let (first, count) = (order.first, order.count);
+    Remapped { pages: 0, error: Some(SpaceError::Refused { doing: "remapping", first, count, error }) }
 }
 
 /// Puts runs in, as many as there is room for.
@@ -387,7 +409,10 @@ impl Vm {
                 Answer::Done
             }
             Question::Remap(order) => {
-                let remapped = memory.remap(order.into());
+                let remapped = match order.rule {
+                    Which::Any if self.is_sealed => refused(&order),
+                    _ => memory.remap(order.into()),
+                };
                 Answer::remapped(remapped, memory.longest_window())
             }
             Question::Restore(pages) => {
