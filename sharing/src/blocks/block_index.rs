@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::replace::History;
 use crate::collections::segments::tree_bytes;
 use crate::frames::store::Frame;
@@ -26,7 +28,7 @@ pub(crate) struct BlockKey {
 }
 
 /// How long the host keeps a block that a guest has read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Keep {
     /// While no guest holds it.
     #[default]

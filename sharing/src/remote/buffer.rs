@@ -24,7 +24,10 @@ pub(crate) const WORDS: usize = BYTES / size_of::<u64>();
 
 /// The buffer, mapped.
 #[derive(Debug)]
-pub(crate) struct Buffer(NonNull<u8>);
+pub(crate) struct Buffer {
+    base: NonNull<u8>,
+    pages: u32,
+}
 
 // SAFETY: memory of this value's own, tied to no thread.
 unsafe impl Send for Buffer {}
@@ -32,38 +35,57 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Creates a buffer. Returns the file that the other side maps.
+    /// Creates a buffer for questions. Returns the file that the other side maps.
     ///
     /// # Errors
     /// Fails if the kernel refuses the memory file or the mapping.
     pub(crate) fn create() -> io::Result<(OwnedFd, Self)> {
+        Self::create_pages(PAGES)
+    }
+
+    /// The same for so many pages.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub(crate) fn create_pages(pages: u32) -> io::Result<(OwnedFd, Self)> {
         let file = memfd_create("samepage-buffer", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&file, BYTES as u64)?;
+        ftruncate(&file, u64::from(pages) * PAGE_SIZE as u64)?;
         // A file that the other side could cut off would end this process.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let buffer = Self::map(&file)?;
+        let buffer = Self::map_pages(&file, pages)?;
         Ok((file, buffer))
     }
 
-    /// Maps a buffer that the other side has created.
+    /// Maps a buffer for questions that the other side has created.
     ///
     /// # Errors
     /// Fails if it has another size, or the kernel refuses the mapping.
     pub(crate) fn map(file: &OwnedFd) -> io::Result<Self> {
-        if fstat(file)?.st_size != BYTES as i64 {
+        Self::map_pages(file, PAGES)
+    }
+
+    /// The same for so many pages.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map).
+    pub(crate) fn map_pages(file: &OwnedFd, pages: u32) -> io::Result<Self> {
+        let bytes = pages as usize * PAGE_SIZE;
+        if fstat(file)?.st_size != bytes as i64 {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the buffer has another size"));
         }
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping, which replaces nothing.
-        let base = unsafe { mmap(std::ptr::null_mut(), BYTES, access, MapFlags::SHARED, file, 0) }?;
-        NonNull::new(base.cast()).map(Self).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+        let base = unsafe { mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, file, 0) }?;
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        Ok(Self { base, pages })
     }
 
     /// The buffer as words.
     pub(crate) fn words(&self) -> &[AtomicU64] {
+        assert!(self.pages >= PAGES, "the buffer has no room for words");
         // SAFETY: the mapping has as many words, aligned, as long as this value lasts. This process and the other one
         // reach them by atomic accesses, or by copies that the compiler cannot look into.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), WORDS) }
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast(), WORDS) }
     }
 
     /// Puts words in from a place on.
@@ -79,8 +101,8 @@ impl Buffer {
     }
 
     fn page(&self, index: u32) -> *mut u8 {
-        assert!(index < PAGES, "the buffer has no page {index}");
-        self.0.as_ptr().wrapping_add(index as usize * PAGE_SIZE)
+        assert!(index < self.pages, "the buffer has no page {index}");
+        self.base.as_ptr().wrapping_add(index as usize * PAGE_SIZE)
     }
 
     /// Copies pages in.
@@ -105,7 +127,7 @@ impl Buffer {
 
     /// The first pages as bytes, which the other side may change.
     pub(crate) fn bytes(&self, pages: u32) -> Bytes<'_> {
-        assert!(pages <= PAGES, "the buffer has no {pages} pages");
+        assert!(pages <= self.pages, "the buffer has no {pages} pages");
         // SAFETY: they are mapped as long as this value lasts.
         unsafe { Bytes::new(self.page(0), pages) }
     }
@@ -114,6 +136,6 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own, and nothing refers to it any more.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), BYTES) };
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.pages as usize * PAGE_SIZE) };
     }
 }

@@ -17,8 +17,8 @@ use serde::de::DeserializeOwned;
 
 use crate::remote::messages::LONGEST;
 
-/// Descriptors that come with the first message.
-const DESCRIPTORS: usize = 2;
+/// Descriptors that come with a message at most.
+const MOST_DESCRIPTORS: usize = 2;
 
 /// One end of a connection.
 #[derive(Debug)]
@@ -72,6 +72,16 @@ impl Socket {
         self.read(length)
     }
 
+    /// The same without waiting: [`WouldBlock`](io::ErrorKind::WouldBlock) where no message has come.
+    ///
+    /// # Errors
+    /// As [`receive`](Self::receive).
+    pub(crate) fn try_receive<M: DeserializeOwned>(&mut self) -> io::Result<M> {
+        let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        let (_, length) = retry_on_intr(|| recv(&self.socket, &mut self.room[..], flags))?;
+        self.read(length)
+    }
+
     fn read<M: DeserializeOwned>(&self, length: usize) -> io::Result<M> {
         if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -84,13 +94,14 @@ impl Socket {
     ///
     /// # Errors
     /// As [`send`](Self::send).
-    pub(crate) fn send_with(
+    pub(crate) fn send_with<const COUNT: usize>(
         &mut self,
         message: &impl Serialize,
-        descriptors: [BorrowedFd<'_>; DESCRIPTORS],
+        descriptors: [BorrowedFd<'_>; COUNT],
     ) -> io::Result<()> {
+        const { assert!(COUNT <= MOST_DESCRIPTORS) };
         let bytes = postcard::to_slice(message, &mut self.room[..]).map_err(io::Error::other)?;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&descriptors));
         retry_on_intr(|| sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL))?;
@@ -101,8 +112,10 @@ impl Socket {
     ///
     /// # Errors
     /// As [`receive`](Self::receive), and where other descriptors come with the message.
-    pub(crate) fn receive_with<M: DeserializeOwned>(&mut self) -> io::Result<(M, [OwnedFd; DESCRIPTORS])> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    pub(crate) fn receive_with<M: DeserializeOwned, const COUNT: usize>(
+        &mut self,
+    ) -> io::Result<(M, [OwnedFd; COUNT])> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
         let received = retry_on_intr(|| {
@@ -142,7 +155,7 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         }
         send(&other, &[1; 3], SendFlags::empty()).unwrap();
-        assert_eq!(socket.receive_with::<Hello>().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(socket.receive_with::<Hello, 2>().unwrap_err().kind(), io::ErrorKind::InvalidData);
         drop(other);
         assert_eq!(socket.receive::<Reply>().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert!(socket.send(&Reply { lost: false, answer: Answer::Done }).is_err());

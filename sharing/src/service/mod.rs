@@ -5,6 +5,7 @@
 
 pub mod elsewhere;
 pub(crate) mod group;
+pub mod line;
 pub(crate) mod pace;
 pub(crate) mod worker;
 
@@ -489,6 +490,11 @@ impl BlockClient {
     /// After they were, or were not, and before the guest is told.
     pub fn end_write(&self, image: Image, blocks: &Range<u64>) {
         self.urgently(|engine| engine.end_write(image, blocks));
+    }
+
+    /// Whether sharing has stopped for the group.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.group.engine.stopped().is_some()
     }
 
     fn urgently<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> Option<T> {
