@@ -35,6 +35,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use super::Format;
+use super::line::CacheLine;
 
 /// Bytes of a block: the unit of the cache.
 pub const BLOCK_SIZE: u64 = 4096;
@@ -193,6 +194,12 @@ pub trait BlockCache: Send + Sync {
     /// them.
     fn admits(&self, _blocks: Range<u64>) -> bool {
         true
+    }
+
+    /// Returns the line of one more queue, if the cache is in another process. Reads go through the line then, and not
+    /// through [`begin_read`](Self::begin_read). Dropping the line gives it back.
+    fn line(&self) -> Option<Box<dyn CacheLine>> {
+        None
     }
 
     /// Delivers the blocks that the cache has, and returns a plan for the others.

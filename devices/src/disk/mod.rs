@@ -6,6 +6,8 @@
 //!   is raw and the kernel allows io_uring, and a few threads otherwise.
 //! - A disk asks the [`cache::BlockCache`] before it reads whole blocks, and tells it of writes before they
 //!   begin.
+//! - A cache in another process has a [`line::CacheLine`] for each queue, and reads missing blocks itself, by a
+//!   [`reader::BlockReader`].
 //! - [`limit::RateLimiter`] limits the bytes and operations of a disk per second.
 //!
 //! # Caches of data
@@ -27,12 +29,14 @@ pub(crate) mod channel;
 mod identity;
 pub mod image;
 pub mod limit;
+pub mod line;
 mod locks;
 pub(crate) mod memory;
 mod open;
 mod qcow2;
 pub(crate) mod ranges;
 pub mod raw;
+pub mod reader;
 mod threads;
 mod uring;
 pub(crate) mod wakers;

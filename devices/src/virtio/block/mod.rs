@@ -33,6 +33,7 @@ use crate::disk::image::Image;
 use crate::disk::limit::RateLimiter;
 use crate::disk::{Disk, DiskOptions, NewFile, OpenError};
 
+mod far;
 mod request;
 mod service;
 mod size;

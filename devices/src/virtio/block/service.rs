@@ -22,6 +22,7 @@ use super::{BlockStats, MAX_DESCRIPTORS, MAX_ID_LEN, ReadObserver};
 use crate::disk::Disk;
 use crate::disk::cache::{BLOCK_SIZE, BlockCache, ImageId};
 use crate::disk::channel::{Action, Channel, ChannelLost, Completion, Operation};
+use crate::disk::line::CacheLine;
 use crate::disk::memory::{BouncePool, Memory, widen};
 use crate::disk::ranges::RangeGuard;
 use crate::virtio::chain::Buffers;
@@ -106,6 +107,8 @@ pub(super) enum Flow {
 pub(super) struct Service {
     pub(super) common: Arc<Common>,
     pub(super) channel: Box<dyn Channel>,
+    /// The way to a cache in another process.
+    pub(super) line: Option<Box<dyn CacheLine>>,
     pub(super) queue: ServedQueue,
     pub(super) bounces: BouncePool,
     requests: Vec<Option<Request>>,
@@ -137,6 +140,7 @@ impl Service {
         Ok(Self {
             notified,
             channel: common.disk.channel(name)?,
+            line: common.disk.cache().and_then(|cache| cache.line()),
             wake: common.disk.wakers().register()?,
             timer: TimerFd::new().map_err(io::Error::from)?,
             common,
@@ -170,7 +174,7 @@ impl Service {
             self.finish_request(index)?;
         }
         while self.in_progress() > 0 {
-            self.channel.wait()?;
+            self.wait()?;
             self.reap()?;
             for index in mem::take(&mut self.turns) {
                 self.request(index).failure.get_or_insert(Failure::Stopped);
@@ -339,8 +343,14 @@ impl Service {
 
     /// Submits an operation for a request.
     pub(super) fn submit(&mut self, part: Part, offset: u64, action: Action) {
+        let id = self.keep(part);
+        self.channel.submit(Operation { id, offset, action });
+    }
+
+    /// Notes a part that is in progress. Returns its number.
+    pub(super) fn keep(&mut self, part: Part) -> usize {
         self.request(part.request).in_flight += 1;
-        let id = match self.free_parts.pop() {
+        match self.free_parts.pop() {
             Some(id) => {
                 self.parts[id] = Some(part);
                 id
@@ -349,8 +359,22 @@ impl Service {
                 self.parts.push(Some(part));
                 self.parts.len() - 1
             }
-        };
-        self.channel.submit(Operation { id, offset, action });
+        }
+    }
+
+    /// Notes that a part is over.
+    pub(super) fn end_part(&mut self, id: usize) -> Part {
+        let part = self.parts[id].take().expect("a part stays until its operation is over");
+        self.free_parts.push(id);
+        self.request(part.request).in_flight -= 1;
+        part
+    }
+
+    /// Puts a request that has not begun in full back to those that wait to begin.
+    fn go_on(&mut self, index: usize) {
+        if !self.request(index).job.is_begun() && self.request(index).failure.is_none() {
+            self.enqueue(index);
+        }
     }
 
     /// Processes completed operations. Returns true if there were any.
@@ -371,20 +395,22 @@ impl Service {
             }
         }
         self.completions = completions;
-        outcome.map(|()| any)
+        outcome?;
+        let answered = self.reap_far();
+        for &index in &answered {
+            self.go_on(index);
+            self.finish_request(index)?;
+        }
+        Ok(any || !answered.is_empty())
     }
 
     /// Processes one completion. Returns the request that it belongs to.
     fn process_completion(&mut self, completion: Completion) -> usize {
         let Completion { operation, result, .. } = completion;
-        let part = self.parts[operation.id].take().expect("a part stays until its operation is over");
-        self.free_parts.push(operation.id);
+        let part = self.end_part(operation.id);
         let index = part.request;
-        self.request(index).in_flight -= 1;
         self.finish_part(part, operation, result);
-        if !self.request(index).job.is_begun() && self.request(index).failure.is_none() {
-            self.enqueue(index);
-        }
+        self.go_on(index);
         index
     }
 
@@ -476,7 +502,8 @@ impl Serve for Service {
     fn events(&self) -> Vec<RawFd> {
         let [notified, timer, wake] =
             [self.notified.as_raw_fd(), self.timer.as_raw_fd(), self.wake.as_raw_fd()];
-        vec![notified, self.channel.event(), timer, wake]
+        let line = self.line.as_ref().map(|line| line.event());
+        [notified, self.channel.event(), timer, wake].into_iter().chain(line).collect()
     }
 
     fn serve(&mut self, stop: &StopFlag) -> Result<(), QueueError> {
@@ -520,6 +547,7 @@ impl Service {
 impl Drop for Service {
     /// Waits for operations in progress, and drops remaining requests, because the queue is broken.
     fn drop(&mut self) {
+        self.end_far();
         while self.channel.in_flight() > 0 {
             let mut completions = Vec::new();
             if self.channel.wait().is_err() || self.channel.reap(&mut completions).is_err() {

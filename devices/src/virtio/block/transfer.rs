@@ -14,6 +14,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::SECTOR_SIZE;
+use super::far::FarRead;
 use super::request::{Clearing, Failure, Job};
 use super::service::{Flow, Service};
 use super::stats::add;
@@ -52,6 +53,8 @@ pub(super) enum PartKind {
     Fetch,
     /// Puts the request's data into the buffer after the surrounding data was read.
     Surround(Source, Range<usize>),
+    /// A cache in another process carries it out.
+    Far(FarRead),
     Write,
     Flush,
     Clear(Clearing, Range<u64>),
@@ -140,10 +143,20 @@ impl Service {
         let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
         let is_whole = first_block == range.start && last_block > first_block;
         let blocks = first_block / BLOCK_SIZE..last_block / BLOCK_SIZE;
-        let admits = |cache: &Arc<dyn BlockCache>| is_whole && cache.admits(blocks);
-        let is_cached = image.is_some() && self.common.disk.cache().is_some_and(admits);
+        let admits = |cache: &Arc<dyn BlockCache>| is_whole && cache.admits(blocks.clone());
+        let mut is_cached = image.is_some() && self.common.disk.cache().is_some_and(admits);
         if is_cached {
             end = last_block;
+            if let Some(line) = &mut self.line {
+                if !line.has_room() {
+                    return Ok(Flow::Blocked);
+                }
+                is_cached = line.knows(location.layer);
+                if is_cached {
+                    let (same, is_taken) = line.divide(blocks);
+                    (end, is_cached) = (range.start + same * BLOCK_SIZE, is_taken);
+                }
+            }
         } else if image.is_some() && first_block > range.start && first_block < end {
             end = first_block;
         }
@@ -161,6 +174,12 @@ impl Service {
                 return Err(error.into());
             }
         };
+        if let Some(image) = image.filter(|_| is_cached && self.line.is_some())
+            && let Some(targets) = whole_blocks(&pieces)
+        {
+            self.begin_far(index, (image, location.layer), range.start / BLOCK_SIZE, targets, bounce);
+            return Ok(Flow::Begun);
+        }
         let (copies, fetches) = match image {
             Some(image) if is_cached => self.begin_cached(image, range.start, &pieces),
             _ => (copies_of(&pieces, (range.start - wide.start) as usize), Vec::new()),
@@ -443,6 +462,15 @@ fn copies_of(pieces: &[(GuestAddress, usize)], mut offset: usize) -> Copies {
         (address, offset - len..offset)
     };
     pieces.iter().map(copy).collect()
+}
+
+/// Returns where each block of data goes, if each goes to one place.
+fn whole_blocks(pieces: &[(GuestAddress, usize)]) -> Option<Vec<GuestAddress>> {
+    let one = |block: Pieces| match block[..] {
+        [(address, _)] => Some(address),
+        _ => None,
+    };
+    split_blocks(pieces).into_iter().map(one).collect()
 }
 
 /// Returns the parts of each block of data that goes to `pieces`.

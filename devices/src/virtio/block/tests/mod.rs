@@ -18,6 +18,7 @@ mod files;
 mod formats;
 mod hostile;
 mod limits;
+mod line;
 mod locks;
 mod lost;
 mod model;
