@@ -9,8 +9,6 @@
 //! Source: Advanced Configuration and Power Interface Specification 6.5, section 4.8.3.7 "Sleep Control and Status
 //! Registers". The register of events is the machine's own; its ACPI tables hold the code that reads it.
 
-use std::time::{Duration, Instant};
-
 use crate::{BusDevice, read_bytewise, write_bytewise};
 
 /// Number of ports.
@@ -40,22 +38,19 @@ pub const GENERATION_CHANGED: u8 = 2;
 pub struct Power {
     is_off: bool,
     events: u8,
-    /// When the power button was pressed, if the guest has not read of it yet.
-    pressed: Option<Instant>,
-    /// How long the guest took to read that the button was pressed.
-    read_after: Option<Duration>,
+    /// Whether the guest has ever read that the power button was pressed.
+    has_read_of_button: bool,
 }
 
 impl Power {
     /// Notes that the power button was pressed. Whoever calls this raises the interrupt.
     pub fn press_button(&mut self) {
         self.events |= BUTTON_PRESSED;
-        (self.pressed, self.read_after) = (Some(Instant::now()), None);
     }
 
-    /// Returns how long the guest took to read that the button was pressed, if it has.
-    pub fn button_read_after(&self) -> Option<Duration> {
-        self.read_after
+    /// Whether the guest has ever read that the power button was pressed.
+    pub fn has_read_of_button(&self) -> bool {
+        self.has_read_of_button
     }
 
     /// Notes that the VM generation ID is another one. Whoever calls this has written it, and raises the interrupt.
@@ -74,9 +69,7 @@ impl BusDevice for Power {
         read_bytewise(offset, data, |port| match port.into() {
             EVENTS => {
                 let events = std::mem::take(&mut self.events);
-                if events & BUTTON_PRESSED != 0 {
-                    self.read_after = self.pressed.take().map(|pressed| pressed.elapsed());
-                }
+                self.has_read_of_button |= events & BUTTON_PRESSED != 0;
                 events
             }
             _ => 0,
@@ -113,20 +106,17 @@ mod tests {
     }
 
     #[test]
-    fn the_time_until_the_guest_reads_of_the_button_is_known() {
+    fn a_guest_that_has_read_of_the_button_is_known() {
         let mut power = Power::default();
         power.tell_new_generation();
         read(&mut power, EVENTS);
-        assert_eq!(power.button_read_after(), None, "that was another event");
+        assert!(!power.has_read_of_button(), "that was another event");
         power.press_button();
-        assert_eq!(power.button_read_after(), None);
+        assert!(!power.has_read_of_button());
         assert_eq!(read(&mut power, EVENTS), BUTTON_PRESSED);
-        let took = power.button_read_after();
-        assert!(took.is_some());
-        read(&mut power, EVENTS);
-        assert_eq!(power.button_read_after(), took, "it was read once");
+        assert!(power.has_read_of_button());
         power.press_button();
-        assert_eq!(power.button_read_after(), None);
+        assert!(power.has_read_of_button(), "it has read of the first press");
     }
 
     #[test]

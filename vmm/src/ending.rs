@@ -1,24 +1,24 @@
 //! The end of a process that hosts VMs: asks all guests at once to shut down, and waits for them.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fmt, io};
 
 use samepage_host::registry::Registry;
 use samepage_machine::VmState;
-use samepage_machine::vm::ASK_AGAIN_AFTER;
+use samepage_machine::vm::TimeToEnd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use samepage_process::tell::tell;
 
-/// How often a message names the VMs that still run, and their guests are asked again.
-const PROGRESS: Duration = ASK_AGAIN_AFTER;
+/// The shortest time of a timer: zero turns it off.
+const SHORTEST: Duration = Duration::from_millis(1);
 /// How many VMs a message names. It counts the others.
 const NAMED: usize = 8;
 
 /// An end in progress.
 pub(crate) struct Ending {
-    until: Instant,
+    time: TimeToEnd,
     timer: TimerFd,
 }
 
@@ -29,8 +29,8 @@ impl Ending {
     /// Fails if no timer can be opened; then no guest was asked.
     pub(crate) fn begin(registry: &Registry, timeout: Duration) -> io::Result<Self> {
         let mut timer = TimerFd::new().map_err(io::Error::from)?;
-        let until = Instant::now() + timeout;
-        timer.reset(PROGRESS.min(timeout).max(Duration::from_millis(1)), None).map_err(io::Error::from)?;
+        let time = TimeToEnd::new(timeout);
+        timer.reset(time.until_next().max(SHORTEST), None).map_err(io::Error::from)?;
         let asked = registry.ask_to_end();
         if !asked.is_empty() {
             tell(format_args!(
@@ -39,7 +39,7 @@ impl Ending {
                 timeout.as_secs()
             ));
         }
-        Ok(Self { until, timer })
+        Ok(Self { time, timer })
     }
 
     /// Prints the VMs that still run and asks their guests again, or kills them at the end of the time. To be called
@@ -52,7 +52,7 @@ impl Ending {
         let vms = registry.machines();
         let waited: Vec<_> =
             vms.iter().filter(|vm| vm.state() != VmState::Ended).map(|vm| vm.name().to_owned()).collect();
-        let rest = self.until.saturating_duration_since(Instant::now());
+        let rest = self.time.left();
         if rest.is_zero() {
             if !waited.is_empty() {
                 tell(format_args!("killed, because they did not end in time: {}", Names(&waited)));
@@ -60,11 +60,11 @@ impl Ending {
             registry.close();
             return Ok(());
         }
-        registry.ask_again();
+        registry.ask_again(self.time.is_short());
         if !waited.is_empty() {
             tell(format_args!("waiting for {}, {} s more", Names(&waited), rest.as_secs_f64().ceil()));
         }
-        self.timer.reset(PROGRESS.min(rest), None).map_err(io::Error::from)
+        self.timer.reset(self.time.until_next().max(SHORTEST), None).map_err(io::Error::from)
     }
 }
 

@@ -15,9 +15,9 @@ use crate::validated::validate;
 
 impl Registry {
     /// Carries out an action, and returns the VM's state afterwards. After [`Action::Stop`], the caller waits for
-    /// the guest, asks it again each time that [`ASK_AGAIN_AFTER`] is over, and kills the VM.
+    /// the guest, asks it again as [`TimeToEnd`] says, and kills the VM.
     ///
-    /// [`ASK_AGAIN_AFTER`]: samepage_machine::vm::ASK_AGAIN_AFTER
+    /// [`TimeToEnd`]: samepage_machine::vm::TimeToEnd
     ///
     /// # Errors
     /// Fails if the VM's state does not allow the action, or if the machine cannot be built again. Then the VM has

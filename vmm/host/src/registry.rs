@@ -346,9 +346,14 @@ impl Registry {
         asked
     }
 
-    /// Asks in another way all guests that were asked and still run.
-    pub fn ask_again(&self) {
-        self.machines().iter().filter(|vm| vm.state() == VmState::Running).for_each(|vm| vm.ask_again());
+    /// Asks in another way all guests that were asked and still run. Guests that have read of the power button have
+    /// until the time is short.
+    pub fn ask_again(&self, time_is_short: bool) {
+        let machines = self.machines();
+        machines
+            .iter()
+            .filter(|vm| vm.state() == VmState::Running)
+            .for_each(|vm| vm.ask_again(time_is_short));
     }
 
     /// Refuses further VMs, and ends all VMs without asking their guests. All are to be collected.

@@ -291,8 +291,8 @@ impl Machine for MachineElsewhere {
         self.is_true(Order::AskToEnd)
     }
 
-    fn ask_again(&self) {
-        let _ = self.ask(Order::AskAgain);
+    fn ask_again(&self, time_is_short: bool) {
+        let _ = self.ask(Order::AskAgain { time_is_short });
     }
 
     fn notices(&self) -> Vec<String> {

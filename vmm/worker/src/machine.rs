@@ -107,8 +107,9 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn press_ctrl_alt_del(&self) -> bool;
     /// Asks the guest to shut down. Returns `false` if there is no way to.
     fn ask_to_end(&self) -> bool;
-    /// Asks a guest in another way that was asked before and still runs.
-    fn ask_again(&self);
+    /// Asks a guest in another way that was asked before and still runs. A guest that has read of the power button has
+    /// until its time is short.
+    fn ask_again(&self, time_is_short: bool);
     /// Returns remarks for the user on how the VM was built, in sentences.
     fn notices(&self) -> Vec<String>;
     /// Returns what the machine has used and counted so far. A machine elsewhere is asked once for all of it.
@@ -193,8 +194,8 @@ impl Machine for Vm {
         self.ask_to_end()
     }
 
-    fn ask_again(&self) {
-        self.ask_again();
+    fn ask_again(&self, time_is_short: bool) {
+        self.ask_again(time_is_short);
     }
 
     fn notices(&self) -> Vec<String> {

@@ -97,7 +97,9 @@ pub(crate) enum Order {
     Fail(String),
     PressCtrlAltDel,
     AskToEnd,
-    AskAgain,
+    AskAgain {
+        time_is_short: bool,
+    },
     ReopenConsole,
     Type(Vec<u8>),
     Look,

@@ -299,8 +299,8 @@ impl Worker {
             }
             Order::PressCtrlAltDel => Answer::Truth(vm.press_ctrl_alt_del()),
             Order::AskToEnd => Answer::Truth(vm.ask_to_end()),
-            Order::AskAgain => {
-                vm.ask_again();
+            Order::AskAgain { time_is_short } => {
+                vm.ask_again(time_is_short);
                 Answer::Done
             }
             Order::ReopenConsole => {

@@ -23,7 +23,7 @@ use samepage_host::error::HostError;
 use samepage_host::record::{Cause, Record, Turn};
 use samepage_host::registry::Registry;
 use samepage_host::validated::validate;
-use samepage_machine::vm::ASK_AGAIN_AFTER;
+use samepage_machine::vm::TimeToEnd;
 use samepage_spec::{CachePolicy, RateLimits, VmSpec};
 use samepage_worker::machine::{DeviceChange, DeviceError, Machine};
 
@@ -192,7 +192,7 @@ async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), R
         let asked = registry.clone();
         let turn = blocking(move || asked.act(&turn, Action::Stop).map(|_| turn)).await?;
         let record = turn.record().clone();
-        wait_for_end(&record, Duration::from_secs(seconds.into())).await;
+        wait_for_end(&record, TimeToEnd::new(Duration::from_secs(seconds.into()))).await;
         // Whatever happened, end what is left.
         let end = move || {
             registry.end(turn.record(), Cause::NotInTime(seconds));
@@ -204,16 +204,13 @@ async fn stop(registry: Arc<Registry>, turn: Turn, seconds: u32) -> Result<(), R
 }
 
 /// Waits for the end of a guest that was asked, up to a time, and asks it again meanwhile.
-async fn wait_for_end(record: &Record, mut left: Duration) {
-    // A short time is enough to ask again as well.
-    let step = ASK_AGAIN_AFTER.min(left / 2);
-    while tokio::time::timeout(step.min(left), record.collected()).await.is_err() {
-        left = left.saturating_sub(step);
-        if left.is_zero() {
+async fn wait_for_end(record: &Record, time: TimeToEnd) {
+    while tokio::time::timeout(time.until_next(), record.collected()).await.is_err() {
+        if time.left().is_zero() {
             return;
         }
         if let Some(vm) = record.vm() {
-            vm.ask_again();
+            vm.ask_again(time.is_short());
         }
     }
 }

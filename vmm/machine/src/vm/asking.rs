@@ -7,9 +7,12 @@
 //! A guest does not say which of them it heeds. But it has enabled the interrupt of the event device if its kernel has
 //! a driver for that device. Then the power button is pressed, otherwise Ctrl-Alt-Del. The kernel may pass the button
 //! on to nobody, for instance where the driver of the button is missing, or a small init has no eye for it. So a guest
-//! that still runs after [`ASK_AGAIN_AFTER`] is asked in the other way too. A guest that is shutting down already
-//! ignores that: systemd refuses to replace a shutdown by a reboot. A guest that is slow, on a host that is busy or
-//! emulated, may not have begun by then. So the guest has more time if its kernel took long to read of the button.
+//! that still runs is asked in the other way too.
+//!
+//! When this happens depends on whether the kernel has read of the button. If it has not, the button has no effect, and
+//! Ctrl-Alt-Del follows after [`ASK_AGAIN_AFTER`]. If it has, a program may be at work on it, and slow. A reboot that
+//! Ctrl-Alt-Del begins first stands in the way of the power-off: systemd replaces none of the two by the other. So such
+//! a guest has three quarters of its time for the button, and the last quarter is for Ctrl-Alt-Del.
 
 #![expect(unsafe_code, reason = "reads the union in which KVM returns the IO-APIC")]
 
@@ -22,15 +25,11 @@ use parking_lot::Mutex;
 use super::Vm;
 use crate::x86::layout::POWER_IRQ;
 
-/// When a guest that still runs is asked in another way.
-pub const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// When a guest is asked in another way whose kernel has not read of the power button.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
-/// How many times as long as its kernel takes to read of the button a guest may take until it shuts down: a kernel takes
-/// less than a millisecond, and programs are to be scheduled and loaded.
-const PROGRAMS_TAKE: u32 = 500;
-
-/// The longest time for that.
-const LONGEST_PATIENCE: Duration = Duration::from_secs(120);
+/// The part of its time in which a guest is asked in every way.
+const SHORT_PART: u32 = 4;
 
 /// The bit of an input of the IO-APIC that keeps its interrupts from the processors.
 const MASKED: u64 = 1 << 16;
@@ -41,8 +40,8 @@ enum Asked {
     /// Not at all, or by Ctrl-Alt-Del alone.
     #[default]
     NotByButton,
-    /// By the power button, at this time.
-    ByButton(Instant),
+    /// By the power button.
+    ByButton,
     /// By the power button, and later by Ctrl-Alt-Del.
     InBothWays,
 }
@@ -79,24 +78,23 @@ impl Vm {
     pub fn ask_to_end(&self) -> bool {
         let mut asked = self.asking.0.lock();
         if self.press_power_button() {
-            *asked = Asked::ByButton(Instant::now());
+            *asked = Asked::ByButton;
             return true;
         }
         self.devices.keyboard_in_use() && self.press_ctrl_alt_del()
     }
 
-    /// Asks a guest in the other way that was asked at least [`ASK_AGAIN_AFTER`] ago and still runs. Has no effect
-    /// once it was asked in both ways.
-    pub fn ask_again(&self) {
+    /// Asks a guest in the other way that was asked before and still runs, or waits for a guest that has read of the
+    /// power button until its time is short. Has no effect once it was asked in both ways. [`TimeToEnd`] says when to
+    /// call this, and whether the time is short.
+    pub fn ask_again(&self, time_is_short: bool) {
         let mut asked = self.asking.0.lock();
         *asked = match *asked {
             // It may have got the driver since.
-            Asked::NotByButton if self.press_power_button() => Asked::ByButton(Instant::now()),
+            Asked::NotByButton if self.press_power_button() => Asked::ByButton,
             Asked::NotByButton => Asked::NotByButton,
-            Asked::ByButton(at) if at.elapsed() < patience(self.devices.button_read_after()) => {
-                Asked::ByButton(at)
-            }
-            Asked::ByButton(_) => {
+            Asked::ByButton if self.devices.has_read_of_button() && !time_is_short => Asked::ByButton,
+            Asked::ByButton => {
                 self.press_ctrl_alt_del();
                 Asked::InBothWays
             }
@@ -105,9 +103,45 @@ impl Vm {
     }
 }
 
-/// Returns how long a guest may take until it shuts down, if its kernel took that long to read of the power button.
-fn patience(read_after: Option<Duration>) -> Duration {
-    read_after.unwrap_or_default().saturating_mul(PROGRAMS_TAKE).min(LONGEST_PATIENCE)
+/// The time in which guests that were asked are to shut down, and when to ask them again meanwhile.
+#[derive(Debug, Clone, Copy)]
+pub struct TimeToEnd {
+    short_from: Instant,
+    until: Instant,
+    step: Duration,
+}
+
+impl TimeToEnd {
+    /// Starts now, and is over after `timeout`.
+    pub fn new(timeout: Duration) -> Self {
+        let now = Instant::now();
+        Self {
+            short_from: now + (timeout - timeout / SHORT_PART),
+            until: now + timeout,
+            // A short time is enough to ask again as well.
+            step: ASK_AGAIN_AFTER.min(timeout / 2),
+        }
+    }
+
+    /// Returns what is left. Zero if the time is over.
+    pub fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether the last quarter has begun, as [`Vm::ask_again`] wants to know.
+    pub fn is_short(&self) -> bool {
+        Instant::now() >= self.short_from
+    }
+
+    /// Returns how long to wait until [`Vm::ask_again`] is to be called, or until the time is over.
+    pub fn until_next(&self) -> Duration {
+        self.until_next_at(Instant::now())
+    }
+
+    fn until_next_at(&self, now: Instant) -> Duration {
+        let goal = if now < self.short_from { self.short_from } else { self.until };
+        goal.saturating_duration_since(now).min(self.step)
+    }
 }
 
 /// Whether the guest has enabled the interrupt of the event device, which drivers alone do.
@@ -180,12 +214,81 @@ mod tests {
         assert_eq!(vm.wait(), VmEnd::PowerOff);
     }
 
+    /// Presses the button in a guest that runs this code, as soon as the guest has enabled the interrupt.
+    fn asked(hypervisor: &Hypervisor, code: &[u8]) -> Vm {
+        let vm = start(hypervisor, code);
+        while !vm.ask_to_end() {
+            assert_eq!(vm.end(), None, "the guest has enabled no interrupt");
+            std::thread::yield_now();
+        }
+        vm
+    }
+
     #[test]
     fn a_slow_guest_has_more_time() {
-        assert_eq!(patience(None), Duration::ZERO, "a guest that reads nothing is asked in the other way");
-        assert!(patience(Some(Duration::from_millis(1))) < ASK_AGAIN_AFTER);
-        assert_eq!(patience(Some(Duration::from_millis(40))), Duration::from_secs(20));
-        assert_eq!(patience(Some(Duration::MAX)), LONGEST_PATIENCE);
+        let Ok(hypervisor) = Hypervisor::open() else {
+            eprintln!("SKIPPED: there is no KVM here");
+            return;
+        };
+        // Reads of the button, and never heeds it: jmp instead of jne.
+        let mut reads = HEARS.to_vec();
+        let waits = reads.windows(2).position(|code| code == [0x75, 0xfb]).expect("the loop");
+        reads[waits] = 0xeb;
+        let vm = asked(&hypervisor, &reads);
+        while !vm.devices.has_read_of_button() {
+            assert_eq!(vm.end(), None, "the guest reads no events");
+            std::thread::yield_now();
+        }
+        for _ in 0..3 {
+            vm.ask_again(false);
+            assert_eq!(*vm.asking.0.lock(), Asked::ByButton);
+        }
+        // Who presses the button once more has a guest that has read of it.
+        assert!(vm.ask_to_end());
+        vm.ask_again(false);
+        assert_eq!(*vm.asking.0.lock(), Asked::ByButton);
+        vm.ask_again(true);
+        assert_eq!(*vm.asking.0.lock(), Asked::InBothWays);
+        assert_eq!(vm.stop(), VmEnd::Stopped);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_read_of_the_button_is_asked_in_the_other_way() {
+        let Ok(hypervisor) = Hypervisor::open() else {
+            eprintln!("SKIPPED: there is no KVM here");
+            return;
+        };
+        // Enables the interrupt, and does nothing else: jmp to itself.
+        let enables = HEARS.windows(4).position(|code| code == [0x66, 0xba, 0x02, 0x06]).expect("the reads");
+        let vm = asked(&hypervisor, &[&HEARS[..enables], &[0xeb, 0xfe]].concat());
+        vm.ask_again(false);
+        assert_eq!(*vm.asking.0.lock(), Asked::InBothWays);
+        assert_eq!(vm.stop(), VmEnd::Stopped);
+    }
+
+    /// When guests are asked again within this time, in milliseconds, and its end.
+    fn calls(timeout: u64) -> Vec<u64> {
+        let time = TimeToEnd::new(Duration::from_millis(timeout));
+        let begin = time.until - Duration::from_millis(timeout);
+        let mut calls = Vec::new();
+        let mut now = begin;
+        while now < time.until {
+            now += time.until_next_at(now);
+            calls.push(u64::try_from((now - begin).as_millis()).expect("some seconds"));
+        }
+        calls
+    }
+
+    #[test]
+    fn guests_are_asked_again_every_five_seconds_and_when_the_last_quarter_begins() {
+        assert_eq!(calls(30_000), [5_000, 10_000, 15_000, 20_000, 22_500, 27_500, 30_000]);
+        assert_eq!(calls(12_000), [5_000, 9_000, 12_000]);
+        assert_eq!(calls(4_000), [2_000, 3_000, 4_000]);
+        assert!(calls(0).is_empty());
+        let over = TimeToEnd::new(Duration::ZERO);
+        assert!(over.is_short() && over.left().is_zero() && over.until_next().is_zero());
+        let long = TimeToEnd::new(Duration::from_secs(86_400));
+        assert!(!long.is_short() && !long.left().is_zero() && long.until_next() == ASK_AGAIN_AFTER);
     }
 
     #[test]
@@ -197,7 +300,7 @@ mod tests {
         // Does nothing: jmp to itself.
         let vm = start(&hypervisor, &[0xeb, 0xfe]);
         assert!(!vm.press_power_button() && !vm.ask_to_end());
-        vm.ask_again();
+        vm.ask_again(true);
         assert_eq!(*vm.asking.0.lock(), Asked::NotByButton);
         assert_eq!(vm.stop(), VmEnd::Stopped);
     }

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
@@ -350,9 +349,9 @@ impl Devices {
         self.power.lock().press_button();
     }
 
-    /// Returns how long the guest took to read that the power button was pressed, if it has.
-    pub(super) fn button_read_after(&self) -> Option<Duration> {
-        self.power.lock().button_read_after()
+    /// Whether the guest has ever read that the power button was pressed.
+    pub(super) fn has_read_of_button(&self) -> bool {
+        self.power.lock().has_read_of_button()
     }
 
     /// Notes for the guest that the VM generation ID is another one. The caller raises the interrupt.

@@ -54,8 +54,8 @@ use crate::x86::layout::{HoleRange, IDENTITY_MAP, TSS};
 use crate::x86::topology::Topology;
 use crate::x86::{mptable, registers, reset_vector};
 
-pub use asking::ASK_AGAIN_AFTER;
 use asking::Asking;
+pub use asking::TimeToEnd;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
