@@ -76,11 +76,7 @@ for vm in mmio pci; do
     wait_for "echoes $vm"
     say "the host and $vm echo over sockets"
 done
-say "they share the stream, and verify what was merged"
-wait_for '[ "$(shared_pages)" -ge 12000 ]'
-for vm in mmio pci; do
-    goal=$(($(rounds "$vm") + 2))
-    wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
-done
+say "they share the stream"
+verify_merged 12000 mmio pci
 samepage sharing
 leave

@@ -90,8 +90,21 @@ show_all() {
         samepage show "$name" || true
         tail -n 60 "$log"
     done
+    echo "--- what the guests' processors do"
+    trace_guests || true
     echo "--- the kernel"
     dmesg | tail -n 30
+}
+
+# trace_guests: for what reasons each processor leaves its guest within two seconds, and where: how often, the thread, the
+# reason and the instruction's address. Nothing for a processor that never leaves.
+trace_guests() {
+    folder=/sys/kernel/tracing
+    [ -e $folder/events ] || mount -t tracefs trace $folder || return
+    echo 1 > $folder/events/kvm/kvm_exit/enable
+    sleep 2
+    echo 0 > $folder/events/kvm/kvm_exit/enable
+    sed -n 's/^ *\([^ ]*\) .* reason \([^ ]*\) rip \([^ ]*\).*/\1 \2 \3/p' $folder/trace | sort | uniq -c | sort -rn | head -n 20
 }
 
 # filling_guest FILE: a guest that fills 1,680 pages as all such guests do and 1,000 pages with content of its own. Then
@@ -122,6 +135,18 @@ E
 # rounds NAME: how often a guest has verified its memory.
 rounds() {
     grep -c "guest: round" "/tmp/$1.log" || true
+}
+
+# verify_merged PAGES NAME...: waits until the guests share that many pages, and have verified them twice since.
+verify_merged() {
+    pages=$1
+    shift
+    wait_for '[ "$(shared_pages)" -ge "$pages" ]'
+    say "they verify what was merged"
+    for vm in "$@"; do
+        goal=$(($(rounds "$vm") + 2))
+        wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
+    done
 }
 
 # leave: tells all guests to leave, with a line on their consoles. Fails if a guest says that something is wrong, or an
@@ -155,12 +180,7 @@ merge_pair() {
     echo "the guests boot and fill their memory"
     wait_for 'all_say "guest: filled"'
     echo "their memory is merged"
-    wait_for '[ "$(shared_pages)" -ge "$pages" ]'
-    echo "they verify what was merged"
-    for vm in web-0 web-1; do
-        goal=$(($(rounds "$vm") + 2))
-        wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
-    done
+    verify_merged "$pages" web-0 web-1
     samepage sharing --json > /tmp/sharing.json
     samepage stats --json > /tmp/stats.json
     leave

@@ -23,15 +23,15 @@ const PANIC: &str = "Kernel panic - not syncing";
 pub(super) struct End {
     /// The exit status of the script in the machine.
     pub(super) status: u8,
-    /// A guest took an exception that it could not handle or stood still, or the machine's own kernel panicked. The
-    /// emulator causes that now and then.
+    /// A guest took an exception that it could not handle or stood still, or the machine's own kernel panicked or reset
+    /// the machine. The emulator causes that now and then.
     pub(super) lost: bool,
 }
 
 /// Runs an emulator to its end.
 ///
 /// # Errors
-/// The emulator cannot be started, the machine ends before its script without a panic, or it hangs.
+/// The emulator cannot be started, it fails before the script has ended, or the machine hangs.
 pub(super) fn run(command: &mut Command) -> Result<End> {
     follow(command, SILENCE)
 }
@@ -65,6 +65,11 @@ fn follow(command: &mut Command, silence: Duration) -> Result<End> {
         Some(status) => Ok(End { status, lost }),
         // A script prints the consoles of guests, which may have panicked too. Then the script has a status.
         None if panicked => Ok(End { status: 1, lost: true }),
+        // Nothing in the machine resets it before the script has ended, but for an exception that its kernel cannot handle.
+        None if ended.success() => {
+            println!("lab: the machine was reset");
+            Ok(End { status: 1, lost: true })
+        }
         None => bail!("the lab's machine ended before its script did ({program}: {ended})"),
     }
 }
@@ -120,6 +125,12 @@ mod tests {
         let panic = "echo '[ 1.0] Kernel panic - not syncing: corrupted stack'";
         assert_eq!(run(&mut shell(panic))?, End { status: 1, lost: true });
         assert_eq!(run(&mut shell(&format!("{panic}; echo lab: exit 1")))?, End { status: 1, lost: false });
+        Ok(())
+    }
+
+    #[test]
+    fn a_machine_that_was_reset_is_lost() -> Result<()> {
+        assert_eq!(run(&mut shell("echo hello"))?, End { status: 1, lost: true });
         Ok(())
     }
 

@@ -76,12 +76,7 @@ for vm in mmio pci; do
 done
 wait_for 'all_say "guest: worked"'
 say "they are merged"
-wait_for '[ "$(shared_pages)" -ge 12000 ]'
-say "they verify what was merged"
-for vm in mmio pci; do
-    goal=$(($(rounds "$vm") + 2))
-    wait_for '[ "$(rounds "$vm")" -ge "$goal" ]'
-done
+verify_merged 12000 mmio pci
 samepage sharing
 samepage stats
 echo "what was saved by type of page:"
