@@ -5,6 +5,7 @@ pub mod agent;
 pub mod api;
 pub mod browser;
 pub mod console;
+pub mod disks;
 pub mod guests;
 pub mod harness;
 pub mod process;

@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, Uid, geteuid, kill_process};
 use rustix::thread::set_thread_res_uid;
 use samepage_client::socket::Client;
+use samepage_resources::demo::client::ClientPlan;
 use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan, Rate};
 use samepage_tests::api::Host;
 use samepage_tests::console::TIME_LIMIT;
+use samepage_tests::disks::{FIRST_DISK, with_client, write_image};
 use samepage_tests::harness;
 use samepage_tests::program::{Running, command};
 use samepage_tests::progress::{assert_sound, round_in, wait_until};
@@ -27,8 +29,6 @@ use tempfile::TempDir;
 
 /// How often the process is killed, unless the environment says otherwise.
 const KILLS: u32 = 4;
-/// Guest-physical address of a VM's first disk.
-const FIRST_DISK: u64 = 0xd000_0000;
 /// A user without rights.
 const SOMEBODY: u32 = 54_322;
 /// The folder for the state, in a server's folder.
@@ -37,6 +37,7 @@ const STATE: &str = "state";
 fn main() -> ExitCode {
     harness::run(&[
         ("vms_outlive_their_process_and_are_adopted_with_what_they_wrote_meanwhile", killed),
+        ("disks_that_were_read_through_the_cache_are_read_directly", killed_reading),
         ("a_vm_that_ends_meanwhile_is_reported_with_its_reason", ended),
         ("vms_that_nobody_adopts_leave_a_report", reported),
         ("states_and_descriptions_of_vms_are_those_of_before", described),
@@ -226,6 +227,56 @@ fn killed() {
     nest.end(server);
     wait_until("the end of all workers", || !seen.iter().any(|id| lives(*id)));
     assert_eq!(nest.files(), [""; 0]);
+    logs.iter().for_each(|log| assert_sound(&written(log)));
+}
+
+fn killed_reading() {
+    let kills = std::env::var("SAMEPAGE_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
+    let mut nest = Nest::new();
+    let options = ["--vms-per-worker", "1", "--worker-block-cache"];
+    let mut server = nest.serve(&options);
+    let image = server.folder.path().join("disk.img");
+    write_image(&image, 640);
+    let disks = json!([{ "path": image, "format": "raw", "readonly": true }]);
+    // Runs are mapped. An order to map that comes too late would cover what the guest has read into the page since.
+    let client = ClientPlan { pages: 128, blocks: 640, run: 16, units: 200, ..ClientPlan::default() };
+    let logs = [(0, "a"), (1, "b")].map(|(vm, name)| {
+        let plan = with_client(Plan { vm, pages: Some(512), ..churn() }, client);
+        create_with(&server, name, &plan, &disks)
+    });
+    let reads = |server: &Host, vm: &str| {
+        let disk = &server.done("GET", &format!("/vms/{vm}"), None)["disks"][0];
+        let count = |name: &str| disk["statistics"][name].as_u64().expect("a counter");
+        count("blocks_from_guests") + count("blocks_from_host") + count("blocks_fetched")
+    };
+    let mut seen = BTreeSet::new();
+    for kill in 0..kills {
+        let before = ["a", "b"].map(|vm| reads(&server, vm));
+        wait_until("reads through the cache", || {
+            ["a", "b"].iter().zip(before).all(|(vm, before)| reads(&server, vm) > before)
+        });
+        seen.extend(nest.workers());
+        // At any point of whatever it does.
+        std::thread::sleep(Duration::from_micros(u64::from(kill) * 1_717 % 20_000));
+        nest.kill(server);
+        let before = logs.each_ref().map(|log| round_in(&written(log)));
+        wait_until("rounds of guests that nobody manages", || {
+            logs.iter().zip(before).all(|(log, before)| round_in(&written(log)) > before + 1)
+        });
+        logs.iter().for_each(|log| assert_sound(&written(log)));
+        server = nest.serve(&options);
+        for vm in ["a", "b"] {
+            adopted(&server, vm);
+            let before = reads(&server, vm);
+            let round = server.round(vm);
+            wait_until("a round of an adopted guest", || server.round(vm) > round);
+            assert_eq!(reads(&server, vm), before, "nobody serves its disk");
+            assert_eq!(server.act(vm, "reset"), "running");
+        }
+    }
+    seen.extend(nest.workers());
+    nest.end(server);
+    wait_until("the end of all workers", || !seen.iter().any(|id| lives(*id)));
     logs.iter().for_each(|log| assert_sound(&written(log)));
 }
 

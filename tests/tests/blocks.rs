@@ -1,8 +1,6 @@
 //! Guests that read and write disks through their own page caches and the host's block cache. They must get
 //! the disk's content, whoever held it before.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,13 +9,12 @@ use std::sync::atomic::Ordering;
 use samepage_devices::disk::CachePolicy;
 use samepage_machine::DiskSpec;
 use samepage_resources::demo::client::{BLOCK_BYTES, ClientPlan, Pattern};
-use samepage_resources::demo::content::SECTOR_BYTES;
-use samepage_resources::demo::plan::{DiskOp, DiskOps, DiskPlan, Plan};
+use samepage_resources::demo::plan::Plan;
 use samepage_resources::demo::report::Report;
-use samepage_resources::image::write_pattern;
 use samepage_sharing::blocks::CacheSize;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
+use samepage_tests::disks::{with_client, write_image};
 use samepage_tests::guests::{Guest, hypervisor, sharing};
 use samepage_tests::harness;
 use samepage_tests::shared::{MEMORY, audit};
@@ -34,8 +31,6 @@ fn main() -> ExitCode {
     ])
 }
 
-/// Guest-physical address of a VM's first disk.
-const FIRST: u64 = 0xd000_0000;
 const POLICIES: [CachePolicy; 5] = [
     CachePolicy::Exclusive,
     CachePolicy::Scrub,
@@ -53,10 +48,7 @@ struct Image {
 impl Image {
     fn new(blocks: u32) -> Self {
         let image = Self { folder: tempfile::tempdir().expect("a folder"), blocks };
-        let mut writer = BufWriter::new(File::create(image.path()).expect("an image"));
-        let sectors = u64::from(blocks) * BLOCK_BYTES / SECTOR_BYTES as u64;
-        write_pattern(&mut writer, Plan::default().seed, sectors).expect("fill the image");
-        writer.flush().expect("fill the image");
+        write_image(&image.path(), blocks);
         image
     }
 
@@ -79,18 +71,9 @@ impl Image {
 /// Starts a guest that only uses the whole image, until it is asked to finish.
 fn start(sharing: &Arc<Sharing>, vm: u32, image: &Image, policy: CachePolicy, client: ClientPlan) -> Guest {
     let client = ClientPlan { blocks: image.blocks, ..client };
-    let disk = DiskPlan { ops: DiskOps::new(&[DiskOp::Client]), depth: 4, client, ..DiskPlan::new(FIRST) };
-    let plan = Plan {
-        alike: 0,
-        own: 0,
-        zero: 0,
-        pages: Some(0),
-        rounds: 0,
-        every_ms: 10,
-        vm,
-        disk: Some(disk),
-        ..Plan::default()
-    };
+    let plan =
+        Plan { alike: 0, own: 0, zero: 0, pages: Some(0), rounds: 0, every_ms: 10, vm, ..Plan::default() };
+    let plan = with_client(plan, client);
     let mut config = Guest::config(&format!("client-{vm}"), &plan, MEMORY, Some(sharing));
     config.spec.disks = vec![image.disk(policy, &client)];
     Guest::start(&hypervisor(), config)

@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use samepage_resources::demo::client::ClientPlan;
 use samepage_resources::demo::plan::{HoleMode, Plan, Rate};
 use samepage_tests::api::Host;
+use samepage_tests::disks::{with_client, write_image};
 use samepage_tests::harness;
 use samepage_tests::progress::wait_until;
 use samepage_tests::shared::churn;
@@ -25,6 +27,8 @@ fn main() -> ExitCode {
         ("a_guest_in_a_worker_tells_what_its_pages_are_for", types),
         ("a_console_in_a_worker_is_read_and_typed_to", console),
         ("disks_of_a_vm_in_a_worker_are_read_directly", disks),
+        ("disks_of_vms_in_several_workers_have_one_cache", cached_disks),
+        ("a_worker_may_be_killed_while_its_disks_are_read", killed_reading),
     ])
 }
 
@@ -166,6 +170,101 @@ fn disks() {
     }
     assert_eq!(disks.len(), policies.len());
     server.end().assert_code(0);
+}
+
+/// Options for VMs whose disks are served from the block cache.
+const CACHED: [&str; 6] =
+    ["--vms-per-worker", "1", "--worker-block-cache", "--sharing-cpu", "100", "--audit"];
+
+/// How guests read an image of so many blocks: runs, which are mapped, or single blocks, which are copied.
+fn client(blocks: u32, run: u32) -> ClientPlan {
+    ClientPlan { pages: 300, blocks, run, units: u64::from(600 / run), ..ClientPlan::default() }
+}
+
+fn cached_disks() {
+    let server = Host::serve(&CACHED);
+    let folder = server.folder.path();
+    write_image(&folder.join("disk.img"), 640);
+    // An overlay holds nothing, so all of it is its base's.
+    let base = json!({ "path": folder.join("disk.img"), "format": "raw", "readonly": true });
+    let overlay = json!({ "path": folder.join("top.qcow2"), "backing": folder.join("disk.img"), "backing_format": "raw", "create": true });
+    let others = json!([{ "path": folder.join("own.img"), "format": "raw" }]);
+    fs::write(folder.join("own.img"), [0; 1 << 16]).expect("write an image");
+    let counters = |vm: &str| {
+        let disk = &server.done("GET", &format!("/vms/{vm}"), None)["disks"][0];
+        let count = |name: &str| disk["statistics"][name].as_u64().expect("a counter");
+        assert_eq!(disk["statistics"]["errors"], 0, "{disk}");
+        (count("blocks_from_guests") + count("blocks_from_host"), count("blocks_fetched"))
+    };
+    for (vm, run, disk) in [(0, 16, &base), (1, 16, &overlay), (2, 1, &base)] {
+        let name = format!("vm{vm}");
+        let plan = Plan { pages: Some(256), ..quiet(vm) };
+        let mut vm = server.vm(&name, &with_client(plan, client(640, run)), true);
+        vm["disks"] = json!([disk, others[0]]);
+        // One writer.
+        if run != 16 || disk != &base {
+            vm["disks"].as_array_mut().expect("disks").pop();
+        }
+        let made = server.done("POST", "/vms", Some(&vm));
+        assert_eq!(made["disks"][0]["cache"], "exclusive", "{made}");
+        assert!(made["disks"][0]["notices"].is_null(), "{made}");
+        if let Some(own) = made["disks"].get(1) {
+            assert_eq!(own["cache"], "none");
+            assert!(own["notices"][0].as_str().is_some_and(|notice| notice.contains("backing=")), "{own}");
+        }
+        wait_until("rounds", || server.round(&name) > 2);
+    }
+    let counted = ["vm0", "vm1", "vm2"].map(counters);
+    // The first guest has no use of others, and its own pages are read over and over.
+    assert!(counted[0].1 > 0, "{counted:?}");
+    assert!(counted[1].0 > 0 && counted[2].0 > 0, "{counted:?}");
+    // The policy can be changed.
+    let path = "/vms/vm0/disks/disk0";
+    server.done("PATCH", path, Some(&json!({ "cache": "none" })));
+    let round = server.round("vm0");
+    wait_until("a round without the cache", || server.round("vm0") > round + 1);
+    let before = counters("vm0");
+    let round = server.round("vm0");
+    wait_until("another one", || server.round("vm0") > round + 1);
+    assert_eq!(counters("vm0"), before);
+    server.done("PATCH", path, Some(&json!({ "cache": "inclusive" })));
+    wait_until("blocks from the cache", || counters("vm0") > before);
+    drop(server.end_sound(0));
+}
+
+fn killed_reading() {
+    let kills = std::env::var("SAMEPAGE_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
+    let server = Host::serve(&CACHED);
+    let image = server.folder.path().join("disk.img");
+    write_image(&image, 640);
+    let disk = json!([{ "path": image, "format": "raw", "readonly": true }]);
+    for (number, name, run) in [(0, "witness", 1), (1, "victim", 16)] {
+        let plan = Plan { vm: number, pages: Some(1024), ..churn() };
+        let mut vm = server.vm(name, &with_client(plan, client(640, run)), true);
+        vm["disks"] = disk.clone();
+        server.done("POST", "/vms", Some(&vm));
+    }
+    let holdings = || server.open_files();
+    wait_until("a round", || server.round("victim") > 0 && server.round("witness") > 0);
+    let mut files = None;
+    for kill in 0..kills {
+        let (before, round) = (server.round("witness"), server.round("victim"));
+        wait_until("a round of the victim", || server.round("victim") > round);
+        let victim = worker_of(&server, "victim");
+        // At any point of whatever it does.
+        std::thread::sleep(Duration::from_micros(u64::from(kill) * 1_717 % 20_000));
+        kill_process(victim, Signal::KILL).expect("kill the worker");
+        wait_until("the end of the VM", || server.state("victim") == "failed");
+        wait_until("a round of the other VM", || server.round("witness") > before);
+        assert_eq!(server.act("victim", "start"), "running");
+        let now = holdings();
+        // Nothing piles up: a spare worker comes and goes.
+        assert!(now <= *files.get_or_insert(now) + 16, "{now} files after {kill} kills, {files:?} before");
+        wait_until("a round", || server.round("victim") > 0);
+    }
+    assert_eq!(server.state("witness"), "running");
+    // The process says that VMs have failed.
+    drop(server.end_sound(1));
 }
 
 fn types() {

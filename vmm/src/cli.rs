@@ -364,6 +364,10 @@ pub(crate) struct ProcessArgs {
     #[arg(value_parser = clap::value_parser!(u32).range(..=1024))]
     pub(crate) vms_per_worker: u32,
 
+    /// Serve disks of VMs in workers from the block cache
+    #[arg(long, hide = true)]
+    pub(crate) worker_block_cache: bool,
+
     /// Average CPU time for the search for identical pages, in percent of one core. Above 100, several
     /// threads search
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, value_parser = parse_cpu)]

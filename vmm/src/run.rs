@@ -173,7 +173,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, mut plan: Plan<'_>) -> anyhow::Resu
 
     let settings = settings(process);
     let sharing = if plan.is_sharing { start_sharing(&settings, Some(plan.no_sharing)) } else { None };
-    let workers = workers(process.vms_per_worker, plan.state.take());
+    let workers = workers(process, plan.state.take());
     let common = Common {
         sharing: sharing.clone(),
         settings,
@@ -467,13 +467,15 @@ fn check_host(vms: &[Validated], ratio: f64) -> anyhow::Result<()> {
 }
 
 /// Returns what starts worker processes, if VMs are to be in some.
-fn workers(per_worker: u32, state: Option<StateFolder>) -> Option<Arc<Workers>> {
+fn workers(process: &ProcessArgs, state: Option<StateFolder>) -> Option<Arc<Workers>> {
+    let per_worker = process.vms_per_worker;
     if per_worker == 0 {
         return None;
     }
     // The file may have been replaced by another version since this process started.
     let program = PathBuf::from("/proc/self/exe");
-    Some(Arc::new(Workers::new(program, per_worker, state)))
+    let workers = Workers::new(program, per_worker, state).with_block_cache(process.worker_block_cache);
+    Some(Arc::new(workers))
 }
 
 fn settings(args: &ProcessArgs) -> Settings {

@@ -99,6 +99,8 @@ pub struct Elsewhere {
     pub vms: Arc<Vms>,
     /// Called when the guest has published what its pages are for.
     pub ring: Arc<dyn Fn() + Send + Sync>,
+    /// The process of the engine serves disks from its block cache. It connects them before the guest runs.
+    pub has_cache: bool,
 }
 
 impl fmt::Debug for Elsewhere {

@@ -17,6 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use samepage_machine::vm::VmEnd;
 use samepage_spec::VmSpec;
 
+use crate::disks::DiskServers;
 use crate::elsewhere::{Identity, MachineElsewhere, Remote};
 use crate::machine::Machine;
 use crate::messages::{Answer, Description, Greeting, Hello, Moment, Order, Report, VERSION, VmNumber};
@@ -194,6 +195,7 @@ impl Workers {
         let machine = Arc::new(MachineElsewhere {
             identity,
             remote,
+            disks: DiskServers::default(),
             membership: None,
             worker: Arc::clone(process),
             last: Mutex::default(),

@@ -16,6 +16,7 @@ use samepage_sharing::service::{Bell, Membership};
 use samepage_spec::SharingMode;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::disks::DiskServers;
 use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
 use crate::messages::{Answer, Order, VmNumber};
 use crate::process::{Gone, WorkerProcess};
@@ -159,6 +160,8 @@ pub(crate) struct Identity {
 pub(crate) struct MachineElsewhere {
     pub(crate) identity: Identity,
     pub(crate) remote: Arc<Remote>,
+    /// What serves its disks. Ends before the membership.
+    pub(crate) disks: DiskServers,
     pub(crate) membership: Option<Membership>,
     pub(crate) worker: Arc<WorkerProcess>,
     /// What was seen last, for a worker that is gone.
@@ -329,6 +332,7 @@ impl Drop for MachineElsewhere {
             self.request_stop();
             self.wait();
         }
+        self.disks.end();
         // The engine empties the memory while the worker still has it.
         drop(self.membership.take());
         let _ = self.ask(Order::Free);

@@ -8,6 +8,7 @@
 //! Where the managing process has a folder for its [`state`], its workers outlive it, and the next one takes them over.
 
 pub mod adopt;
+pub(crate) mod disks;
 pub(crate) mod elsewhere;
 pub mod machine;
 pub(crate) mod messages;

@@ -12,7 +12,7 @@ use crate::machine::DeviceChange;
 use crate::report::DeviceReport;
 
 /// The version of these messages. To be raised with each change by which one side would misread the other.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// What the managing process says first, to a worker that it has started and to one that it takes over.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -89,6 +89,8 @@ pub(crate) enum Order {
     Connect(GroupNumber),
     /// Build a machine.
     Build(Box<Build>),
+    /// Have a disk, by its number, ask the block cache at the line that comes with this. One for each queue.
+    ConnectDisk(usize),
     /// Free a machine. If it shares memory, the engine has emptied it.
     Free,
     Start,
@@ -128,6 +130,8 @@ pub(crate) struct Build {
     pub(crate) console: Target,
     /// The connection to the engine that is to share its memory.
     pub(crate) group: Option<GroupNumber>,
+    /// Disks can be connected to the block cache.
+    pub(crate) has_cache: bool,
 }
 
 /// A VM, as its worker describes it.

@@ -14,6 +14,7 @@ use samepage_sharing::service::Sharing;
 use samepage_sharing::service::elsewhere::Place;
 use samepage_spec::{MemoryHole, VmSpec};
 
+use crate::disks::DiskServers;
 use crate::elsewhere::{Identity, MachineElsewhere, Remote, RemoteHole};
 use crate::machine::Machine;
 use crate::messages::{Answer, Build, Order, Target};
@@ -44,6 +45,8 @@ pub enum BuildError {
 pub struct Workers {
     program: PathBuf,
     per_worker: u32,
+    /// Disks are served from the block cache.
+    has_cache: bool,
     /// Where workers are found if this process ends before them.
     state: Option<Arc<StateFolder>>,
     processes: Mutex<Vec<Arc<WorkerProcess>>>,
@@ -62,12 +65,20 @@ impl Workers {
         Self {
             program,
             per_worker: per_worker.max(1),
+            has_cache: false,
             state: state.map(Arc::new),
             processes: Mutex::default(),
             spare: Mutex::default(),
             ending: Mutex::default(),
             is_closed: AtomicBool::new(false),
         }
+    }
+
+    /// Serves disks of VMs in workers from the block cache, or not.
+    #[must_use]
+    pub fn with_block_cache(mut self, has_cache: bool) -> Self {
+        self.has_cache = has_cache;
+        self
     }
 
     fn start(&self) -> io::Result<Arc<WorkerProcess>> {
@@ -182,7 +193,8 @@ impl Workers {
         let (name, vcpus, memory_bytes, mode) =
             (spec.name.clone(), spec.vcpus, spec.memory.0, spec.sharing.mode);
         let is_port = spec.memory_hole == MemoryHole::Port;
-        let build = Order::Build(Box::new(Build { spec, console, group }));
+        let (disks, has_cache) = (spec.disks.clone(), self.has_cache);
+        let build = Order::Build(Box::new(Build { spec, console, group, has_cache }));
         let ((index, notices), hole) = match worker.ask_with(number, build, None) {
             Ok((Answer::Built { index, notices }, hole)) => ((index, notices), hole),
             Ok((Answer::Failed(reason), _)) => return Err(forget(BuildError::Refused(reason))),
@@ -193,6 +205,7 @@ impl Workers {
         let mut machine = MachineElsewhere {
             identity,
             remote: Arc::clone(&remote),
+            disks: DiskServers::default(),
             membership: None,
             worker: Arc::clone(worker),
             last: Mutex::default(),
@@ -214,6 +227,11 @@ impl Workers {
                     memory.map_err(|error| refused(&format_args!("map its memory hole: {error}")))?;
                 let hole = RemoteHole { memory, worker: Arc::clone(worker), number, is_port };
                 remote.set_bell(membership.listen(Arc::new(hole)));
+            }
+            if self.has_cache && shares {
+                let (servers, notices) = DiskServers::start(worker, number, &disks, &membership.blocks());
+                machine.disks = servers;
+                machine.identity.notices.extend(notices);
             }
             machine.membership = Some(membership);
         }

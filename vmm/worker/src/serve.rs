@@ -268,6 +268,12 @@ impl Worker {
         let vm = held.vm().cloned().ok_or("the VM has ended")?;
         drop(vms);
         Ok(match order {
+            Order::ConnectDisk(number) => {
+                let line = with.ok_or("no line came with the request")?;
+                let disk = vm.disks().get(number).ok_or("there is no such disk")?;
+                disk.connect_cache(line).map_err(|error| error.to_string())?;
+                Answer::Done
+            }
             // Carried out above.
             Order::Connect(_)
             | Order::Build(_)
@@ -348,7 +354,7 @@ impl Worker {
         build: Build,
         is_told: &Arc<AtomicBool>,
     ) -> Result<(Answer, Option<Arc<OwnedFd>>), String> {
-        let Build { spec, console, group } = build;
+        let Build { spec, console, group, has_cache } = build;
         let vms = match group {
             Some(group) => Some(self.groups.lock().get(&group).cloned().ok_or("the group is not connected")?),
             None => None,
@@ -363,7 +369,7 @@ impl Worker {
         let console = ConsoleConfig::Copied { to: Box::new(target), copy };
         let elsewhere = vms.map(|vms| {
             let outbox = Arc::clone(&self.outbox);
-            Elsewhere { vms, ring: Arc::new(move || outbox.send(&Told::Bell { vm: number })) }
+            Elsewhere { vms, ring: Arc::new(move || outbox.send(&Told::Bell { vm: number })), has_cache }
         });
         let config = VmConfig { console, elsewhere, ..VmConfig::from(spec.clone()) };
         let vm = Vm::build(config, &self.hypervisor).map_err(|error| error.to_string())?;

@@ -13,7 +13,7 @@ use crate::remote::socket::Socket;
 use crate::service::line::messages::{MOST_BLOCKS, Outcome, SLOTS, Said, Wanted, Welcome, bits};
 
 /// A read in progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Slot(u32);
 
 /// The line of one queue.

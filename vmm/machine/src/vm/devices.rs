@@ -1,7 +1,8 @@
 //! The devices of one VM and the wires between them and KVM.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -21,18 +22,21 @@ use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::rng::{Rng, RngStats};
 use samepage_devices::virtio::vsock::{Vsock, VsockStats};
 use samepage_sharing::blocks::admission::Readers;
+use samepage_sharing::remote::serve::Vms;
+use samepage_sharing::remote::worker::VmIndex;
 use samepage_sharing::service::{BlockClient, HintSender};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::blocks::{DiskBlocks, keep};
 use super::bus::Bus;
+use super::far_blocks::FarBlocks;
 use super::memory::MemorySlot;
 use super::network::{self, Network};
 use super::provenance::DiskHints;
 use super::virtio::Places;
 use super::{VmEnd, VmError};
-use crate::config::{VirtioBus, VmSpec};
+use crate::config::{DiskSpec, VirtioBus, VmSpec};
 use crate::x86::layout::{KEYBOARD_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
 
 /// Upper limit for the disks of a VM.
@@ -64,7 +68,16 @@ pub struct Disk {
     /// The cache policy with which the disk was opened.
     policy: CachePolicy,
     /// The disk's access to the block cache, if it has one.
-    blocks: Option<Arc<DiskBlocks>>,
+    blocks: Option<CacheAccess>,
+}
+
+/// A disk's access to the block cache of its VM's group.
+#[derive(Clone)]
+enum CacheAccess {
+    /// In this process.
+    Here(Arc<DiskBlocks>),
+    /// In another process.
+    Far(Arc<FarBlocks>),
 }
 
 impl fmt::Debug for Disk {
@@ -89,7 +102,23 @@ pub struct FixedPolicy {
 impl Disk {
     /// Returns the present cache policy.
     pub fn cache(&self) -> CachePolicy {
-        self.blocks.as_ref().map_or(self.policy, |blocks| blocks.policy())
+        match &self.blocks {
+            None => self.policy,
+            Some(CacheAccess::Here(blocks)) => blocks.policy(),
+            Some(CacheAccess::Far(blocks)) => blocks.policy(),
+        }
+    }
+
+    /// Connects one more queue to the block cache of another process, at whose end of a line this is. To be called before
+    /// the guest runs.
+    ///
+    /// # Errors
+    /// Fails if the disk uses no such cache, or if the other end is gone.
+    pub fn connect_cache(&self, socket: OwnedFd) -> io::Result<()> {
+        match &self.blocks {
+            Some(CacheAccess::Far(blocks)) => blocks.connect(socket),
+            _ => Err(io::Error::new(io::ErrorKind::Unsupported, "the disk uses no cache of another process")),
+        }
     }
 
     /// Changes the cache policy for further reads. Cached blocks stay until they are evicted.
@@ -98,7 +127,8 @@ impl Disk {
     /// Fails if the disk would have to be opened again.
     pub fn set_cache(&self, policy: CachePolicy) -> Result<(), FixedPolicy> {
         match &self.blocks {
-            Some(blocks) if policy != CachePolicy::Buffered => blocks.set_policy(policy),
+            Some(CacheAccess::Here(blocks)) if policy != CachePolicy::Buffered => blocks.set_policy(policy),
+            Some(CacheAccess::Far(blocks)) if policy != CachePolicy::Buffered => blocks.set_policy(policy),
             _ if policy == self.cache() => {}
             _ => return Err(FixedPolicy { id: self.id.clone(), from: self.policy, to: policy }),
         }
@@ -122,27 +152,53 @@ pub(super) enum Sharer<'a> {
     None,
     /// The engine of this process.
     Here(SharedMemory<'a>),
-    /// The engine of another process, whose block cache is out of reach.
-    Elsewhere,
+    /// The engine of another process.
+    Elsewhere(FarMemory<'a>),
+}
+
+/// A VM's memory, as a sharing engine in another process sees it.
+pub(super) struct FarMemory<'a> {
+    /// The VM, among those whose memory the engine maps.
+    pub(super) vm: (&'a Arc<Vms>, VmIndex),
+    /// The engine's process serves disks.
+    pub(super) has_cache: bool,
+    /// The guest addresses of RAM.
+    pub(super) slots: &'a [MemorySlot],
 }
 
 impl<'a> Sharer<'a> {
     fn here(&self) -> Option<&SharedMemory<'a>> {
         match self {
             Self::Here(memory) => Some(memory),
-            Self::None | Self::Elsewhere => None,
+            Self::None | Self::Elsewhere(_) => None,
         }
     }
 
-    /// Returns the policy that a disk gets which is to have `wanted`.
-    fn possible(&self, wanted: CachePolicy) -> CachePolicy {
+    /// Returns the engine of another process whose cache a disk can use, and the first image of the disk's chain that the
+    /// cache may hold blocks of: no worker can change it, or what it is.
+    fn far(&self, disk: &DiskSpec) -> Option<(&FarMemory<'a>, usize)> {
+        match self {
+            Self::Elsewhere(memory) if memory.has_cache => Some((memory, first_cached_layer(disk)?)),
+            _ => None,
+        }
+    }
+
+    /// Returns the policy that a disk gets.
+    fn possible(&self, disk: &DiskSpec) -> CachePolicy {
+        let wanted = disk.cache();
         match self {
             Self::None if keep(wanted).is_some() => CachePolicy::Buffered,
             // The page cache would hold the blocks of each guest a second time.
-            Self::Elsewhere if keep(wanted).is_some() => CachePolicy::None,
+            Self::Elsewhere(_) if keep(wanted).is_some() && self.far(disk).is_none() => CachePolicy::None,
             _ => wanted,
         }
     }
+}
+
+/// Returns the first image of a disk's chain that a block cache in another process can hold blocks of, if there is one: a
+/// read-only disk, or the base that the description of an overlay names.
+pub fn first_cached_layer(disk: &DiskSpec) -> Option<usize> {
+    if disk.readonly { Some(0) } else { disk.backing.as_ref().map(|_| 1) }
 }
 
 /// The device through which a guest notifies the engine that it has published page types.
@@ -224,7 +280,7 @@ impl Devices {
         let mut new_files = NewFiles::default();
         for disk in &spec.disks {
             let id = disk.id(attached.len()).into_owned();
-            let policy = sharer.possible(disk.cache());
+            let policy = sharer.possible(disk);
             let config = BlockConfig {
                 vm: spec.name.clone(),
                 id: id.clone(),
@@ -247,19 +303,31 @@ impl Devices {
             // Other VMs also read the part of a qcow2 image that comes from a backing image.
             let alone = !disk.readonly && disk.format() != Some(Format::Qcow2);
             let readers = if alone { Readers::One } else { Readers::Many };
-            let cache = sharer.here().filter(|_| keep(policy).is_some());
-            let blocks = cache.map(|SharedMemory { blocks, slots, .. }| {
-                let (blocks, number, memory) = (blocks.clone(), attached.len(), memory.clone());
-                Arc::new(DiskBlocks::new(blocks, policy, readers, number, memory, slots.to_vec()))
+            let number = attached.len();
+            let is_cached = keep(policy).is_some();
+            let here = sharer.here().filter(|_| is_cached).map(|SharedMemory { blocks, slots, .. }| {
+                let (blocks, memory) = (blocks.clone(), memory.clone());
+                let blocks = DiskBlocks::new(blocks, policy, readers, number, memory, slots.to_vec());
+                CacheAccess::Here(Arc::new(blocks))
             });
-            let cache = blocks.clone().map(|blocks| blocks as Arc<dyn BlockCache>);
+            let far = sharer.far(disk).filter(|_| is_cached).map(|(FarMemory { vm, slots, .. }, layer)| {
+                let (vm, memory) = ((Arc::clone(vm.0), vm.1), memory.clone());
+                let blocks = FarBlocks::new(vm, (number, layer), policy, memory, slots.to_vec());
+                CacheAccess::Far(Arc::new(blocks))
+            });
+            let blocks = here.or(far);
+            let cache = blocks.clone().map(|blocks| match blocks {
+                CacheAccess::Here(blocks) => blocks as Arc<dyn BlockCache>,
+                CacheAccess::Far(blocks) => blocks.cache(),
+            });
             let mut block = Block::open(&config, cache).map_err(|source| failed(source.into()))?;
             new_files.0.extend(block.new_file().cloned());
             if let Some(SharedMemory { hints, slots, .. }) = sharer.here() {
                 block.set_read_observer(Arc::new(DiskHints::new(hints.clone(), slots.to_vec())));
             }
             block.limiter().set(disk.limits);
-            let notices = block.notices().iter().cloned().chain(without_cache(&id, disk.cache(), policy));
+            let notices =
+                block.notices().iter().cloned().chain(sharer.without_cache(&id, disk.cache(), policy));
             attached.push(Disk {
                 id: id.clone(),
                 stats: block.stats(),
@@ -396,19 +464,24 @@ impl Devices {
     }
 }
 
-/// Returns a remark for the user on a disk that gets another policy than the one that is wanted.
-fn without_cache(id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option<String> {
-    let (reason, effect) = match policy {
-        _ if policy == wanted => return None,
-        CachePolicy::Buffered => {
-            ("the sharing engine, which does not run", "the kernel's page cache is used")
-        }
-        _ => (
-            "the block cache, which is out of reach of VMs in worker processes (--vms-per-worker)",
-            "every read goes to the disk",
-        ),
-    };
-    Some(format!("disk {id}: the cache policy {wanted} needs {reason}: {effect}"))
+impl Sharer<'_> {
+    /// Returns a remark for the user on a disk that gets another policy than the one that is wanted.
+    fn without_cache(&self, id: &str, wanted: CachePolicy, policy: CachePolicy) -> Option<String> {
+        let (reason, effect) = match self {
+            _ if policy == wanted => return None,
+            Sharer::Elsewhere(FarMemory { has_cache: true, .. }) => (
+                "the block cache, which VMs in worker processes (--vms-per-worker) have for read-only disks and for the \
+                 bases of overlays (backing=) alone",
+                "every read goes to the disk",
+            ),
+            Sharer::Elsewhere(_) => (
+                "the block cache, which is out of reach of VMs in worker processes (--vms-per-worker)",
+                "every read goes to the disk",
+            ),
+            _ => ("the sharing engine, which does not run", "the kernel's page cache is used"),
+        };
+        Some(format!("disk {id}: the cache policy {wanted} needs {reason}: {effect}"))
+    }
 }
 
 pub(super) fn new_event() -> Result<EventFd, VmError> {

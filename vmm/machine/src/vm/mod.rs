@@ -9,6 +9,7 @@ pub(crate) mod control;
 mod crash;
 pub(crate) mod devices;
 mod error;
+mod far_blocks;
 mod generation;
 mod hole;
 #[cfg(test)]
@@ -59,8 +60,8 @@ pub use asking::TimeToEnd;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
-use devices::{Devices, HoleDevice, SharedMemory, Sharer};
-pub use devices::{Disk, FixedPolicy, MAX_DISKS, MAX_PCI_DISKS};
+use devices::{Devices, FarMemory, HoleDevice, SharedMemory, Sharer};
+pub use devices::{Disk, FixedPolicy, MAX_DISKS, MAX_PCI_DISKS, first_cached_layer};
 pub use error::VmError;
 pub use hole::HoleMemory;
 use hole::{HeardHole, Ring};
@@ -279,14 +280,16 @@ impl Vm {
         });
         let (console, console_log) =
             console_target::open(config.console, &config.spec.name, handle.control.closing())?;
-        let sharer = match (&membership, &registration) {
-            (Some(membership), _) => Sharer::Here(SharedMemory {
-                hints: membership.hints(),
-                blocks: membership.blocks(),
-                slots: memory.slots(),
-            }),
-            (None, Some(_)) => Sharer::Elsewhere,
-            (None, None) => Sharer::None,
+        let slots = memory.slots();
+        let sharer = match (&membership, &registration, &config.elsewhere) {
+            (Some(membership), ..) => {
+                Sharer::Here(SharedMemory { hints: membership.hints(), blocks: membership.blocks(), slots })
+            }
+            (None, Some(registration), Some(there)) => {
+                let vm = (&there.vms, registration.index());
+                Sharer::Elsewhere(FarMemory { vm, has_cache: there.has_cache, slots })
+            }
+            _ => Sharer::None,
         };
         let (spec, _seed) = seed::attach(config.spec).map_err(ConfigError::from)?;
         let devices = Arc::new(Devices::new(
