@@ -14,8 +14,8 @@
 //!
 //! # Who trusts whom
 //! A worker says which file it means, and not which blocks of the cache. Whoever serves the line names blocks, by images
-//! that it has opened itself, and reads them itself. So a worker cannot put anything into the cache, and gets only blocks
-//! of images that its VM may read.
+//! that it has opened itself, and reads them itself. So a worker cannot put anything into the cache, and cannot ask for
+//! blocks of other images. It can read all frames of its group in any case.
 //!
 //! # When the engine is gone
 //! An order to map frames may still be on its way when the line ends, or when an answer says that sharing has stopped.

@@ -317,3 +317,164 @@ impl Drop for FarLine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+    use std::sync::mpsc;
+    use std::thread;
+
+    use samepage_devices::disk::Format;
+    use samepage_sharing::PAGE_SIZE;
+    use samepage_sharing::blocks::Image;
+    use samepage_sharing::content::Page;
+    use samepage_sharing::engine::{Mode, Settings};
+    use samepage_sharing::remote::serve::Server;
+    use samepage_sharing::remote::worker::{Process, pair};
+    use samepage_sharing::service::line::serving::{Question, Serving};
+    use samepage_sharing::service::{Membership, Sharing};
+
+    use super::*;
+    use crate::config::HugePages;
+    use crate::vm::memory::VmMemory;
+
+    const IMAGE: ImageId = ImageId::new(1, 2, 3, Format::Raw);
+    const PAGES: u64 = 1024;
+
+    /// A VM whose memory an engine shares as if that were in another process, and a disk of it.
+    struct Far {
+        _sharing: Sharing,
+        membership: Membership,
+        memory: VmMemory,
+        blocks: FarBlocks,
+        serving: Serving,
+        /// Stands for the worker's process.
+        child: Child,
+    }
+
+    impl Far {
+        fn new() -> Self {
+            let sharing = Sharing::start(Settings::default()).expect("an engine");
+            let memory = VmMemory::reserve(PAGES * PAGE_SIZE as u64, true, HugePages::Off).expect("memory");
+            let (ours, theirs) = pair().expect("a connection");
+            let ram = Arc::clone(memory.ram());
+            let (told, heard) = mpsc::channel();
+            thread::spawn(move || {
+                let server = Server::accept(theirs).expect("an engine");
+                let index = server.vms().add(ram, None).expect("a VM");
+                told.send((server.vms(), index)).expect("somebody who waits");
+                server.run()
+            });
+            let child = Command::new("sleep").arg("1000").spawn().expect("a process");
+            let place = sharing.place("default").expect("a place");
+            let process = Process::of(child.id()).expect("the process");
+            let worker = place.connect(ours, process).expect("a connection").expect("a group that works");
+            let (vms, index) = heard.recv().expect("a VM");
+            let vm = worker.vm(index).expect("its memory");
+            let membership = place.share(Some(vm), Mode::Full, Box::new(|_| {})).expect("a member");
+            let slots = memory.slots().to_vec();
+            let view = memory.view().clone();
+            let blocks = FarBlocks::new((vms, index), (0, 0), CachePolicy::Exclusive, view, slots);
+            let (serving, theirs) = Serving::create(membership.blocks(), 0).expect("a line");
+            blocks.connect(theirs).expect("the line");
+            Self { _sharing: sharing, membership, memory, blocks, serving, child }
+        }
+
+        fn question(&mut self) -> Question {
+            loop {
+                if let Some(question) = self.serving.receive().expect("a disk") {
+                    return question;
+                }
+                thread::yield_now();
+            }
+        }
+
+        /// Whether the engine can still free a page whatever it holds.
+        fn is_sealed(&self) -> bool {
+            self.memory.view().write_obj(1_u8, GuestAddress(0)).expect("memory");
+            let is_sealed = self.membership.pages().free(0..1).freed == 0;
+            let byte: u8 = self.memory.view().read_obj(GuestAddress(0)).expect("memory");
+            assert_eq!(byte == 1, is_sealed);
+            is_sealed
+        }
+    }
+
+    impl Drop for Far {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    fn targets() -> Vec<GuestAddress> {
+        // The last block goes to no whole page.
+        [0x8000, 0x9000, 0xa008].map(GuestAddress).to_vec()
+    }
+
+    fn reap(line: &mut dyn CacheLine) -> Answer {
+        let mut answers = Vec::new();
+        while answers.is_empty() {
+            line.wait();
+            line.reap(&mut answers);
+        }
+        assert_eq!((answers.len(), line.in_flight()), (1, 0));
+        answers.remove(0)
+    }
+
+    #[test]
+    fn blocks_that_are_copied_come_to_their_places() {
+        let mut far = Far::new();
+        let mut line = far.blocks.line().expect("a line");
+        assert!(far.blocks.admits(7..10) && far.blocks.line().is_none());
+        assert_eq!(line.divide(7..10), (3, true));
+        line.begin(5, &BlockRead { image: IMAGE, first: 7, targets: &targets() });
+        let question = far.question();
+        assert_eq!(question.wanted.targets, [Some(8), Some(9), None]);
+        let [device, inode, version, format] = IMAGE.parts();
+        assert_eq!(question.wanted.file, FileId { device, inode, format });
+        for fetch in far.serving.begin(&question, Image([device, inode, version, format])).expect("a disk") {
+            for index in 0..fetch.blocks as usize {
+                #[expect(unsafe_code, reason = "fills what is fetched")]
+                // SAFETY: the memory is the fetch's.
+                unsafe {
+                    fetch
+                        .landing
+                        .add(index * PAGE_SIZE)
+                        .cast::<Page>()
+                        .write([fetch.first as u8 + index as u8; 4096]);
+                };
+            }
+            far.serving.end(&fetch, true).expect("a disk");
+        }
+        let answer = reap(&mut *line);
+        assert_eq!((answer.id, answer.fetched), (5, 3));
+        assert!(answer.past.is_empty());
+        for (block, &target) in (7..).zip(&targets()) {
+            let mut page: Page = [0; 4096];
+            far.memory.view().read_slice(&mut page, target).expect("memory");
+            assert!(page == [block; 4096], "block {block}");
+        }
+        assert!(!far.is_sealed());
+        // The next queue gets the line.
+        drop(line);
+        assert!(far.blocks.line().is_some());
+    }
+
+    #[test]
+    fn what_a_line_that_ends_leaves_is_read_directly_once_the_memory_is_sealed() {
+        let mut far = Far::new();
+        let mut line = far.blocks.line().expect("a line");
+        line.begin(5, &BlockRead { image: IMAGE, first: 7, targets: &targets() });
+        drop(far.question());
+        let (other, _) = Serving::create(far.membership.blocks(), 1).expect("another line");
+        drop(std::mem::replace(&mut far.serving, other));
+        let answer = reap(&mut *line);
+        assert_eq!((answer.id, answer.past.first(), answer.past.len()), (5, Some(&(7..10)), 1));
+        assert!(far.is_sealed());
+        assert!(!far.blocks.admits(7..10) && !line.knows(Layer(0)) && line.has_room());
+        line.begin(6, &BlockRead { image: IMAGE, first: 0, targets: &targets() });
+        assert_eq!(reap(&mut *line).past.first(), Some(&(0..3)));
+        drop(line);
+        assert!(far.blocks.line().is_none());
+    }
+}
