@@ -115,6 +115,22 @@ impl ServedQueue {
         if self.interrupt.memory_lost() { Err(QueueError::MemoryLost) } else { Ok(()) }
     }
 
+    /// Reads the next bytes of a request. If they are not in guest memory, or may be none that the guest wrote, the
+    /// request is dropped, and the queue cannot be served any more.
+    pub(crate) fn read(
+        &self,
+        buffers: &mut Buffers,
+        taken: Taken,
+        to: &mut [u8],
+    ) -> Result<Taken, QueueError> {
+        let read = buffers.readable.read(&self.memory, to);
+        let read = read.map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)));
+        match read.and_then(|()| self.check_memory()) {
+            Ok(()) => Ok(taken),
+            Err(error) => Err(taken.break_queue(error)),
+        }
+    }
+
     /// Takes the next request and loads its buffers. Returns `None` if the available ring is empty.
     pub(crate) fn take(&mut self, buffers: &mut Buffers) -> Result<Option<Taken>, QueueError> {
         let Some(chain) = self.queue.iter(&self.memory)?.next() else {

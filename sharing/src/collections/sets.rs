@@ -227,6 +227,24 @@ impl RareSet {
     }
 }
 
+/// What is left of runs without the pages of other runs. Both are in order, and the runs of each are apart.
+pub(crate) fn without<'a>(
+    runs: &'a [Range<u32>],
+    others: &'a [Range<u32>],
+) -> impl Iterator<Item = Range<u32>> + 'a {
+    runs.iter().flat_map(move |run| {
+        let first = others.partition_point(|other| other.end <= run.start);
+        let cuts = others[first..].iter().take_while(|other| other.start < run.end).cloned();
+        let mut from = run.start;
+        let pieces = cuts.chain([run.end..run.end]).map(move |cut| {
+            let piece = from..cut.start;
+            from = cut.end;
+            piece
+        });
+        pieces.filter(|piece| piece.start < piece.end)
+    })
+}
+
 /// The pages of words that stand for pages from `64 * first_word` on, in order.
 pub fn pages_of(first_word: usize, words: &[u64]) -> impl Iterator<Item = u32> + '_ {
     words.iter().enumerate().flat_map(move |(index, &word)| ones(first_word + index, word))
@@ -292,6 +310,24 @@ mod tests {
                     prop_assert_eq!(set.next_within(from..end), model.range(from..end).next().copied());
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn runs_without_others_are_what_is_left(
+            one in prop::collection::btree_set(0..60_u32, 0..50),
+            other in prop::collection::btree_set(0..60_u32, 0..50),
+        ) {
+            let runs = |pages: &BTreeSet<u32>| {
+                let mut set = PageSet::new(60);
+                pages.iter().for_each(|&page| set.insert(page));
+                set.runs().collect::<Vec<_>>()
+            };
+            let (ones, others) = (runs(&one), runs(&other));
+            let left: Vec<_> = without(&ones, &others).collect();
+            prop_assert!(left.iter().all(|run| run.start < run.end));
+            prop_assert!(left.into_iter().flatten().eq(one.difference(&other).copied()));
         }
     }
 

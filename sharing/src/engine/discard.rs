@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use crate::blocks::VmNumber;
+use crate::collections::sets::without;
 use crate::engine::Engine;
 use crate::engine::holds::Since;
 use crate::frames::space::WINDOW_PAGES;
@@ -68,18 +69,7 @@ impl Engine {
             return done;
         }
         let on_frames: Vec<_> = runs.iter().map(|(run, _)| run.clone()).collect();
-        for run in private {
-            let mut from = run.start;
-            for other in on_frames.iter().filter(|other| other.end > run.start && other.start < run.end) {
-                if from < other.start {
-                    runs.push((from..other.start, false));
-                }
-                from = other.end;
-            }
-            if from < run.end {
-                runs.push((from..run.end, false));
-            }
-        }
+        runs.extend(without(&private, &on_frames).map(|run| (run, false)));
         runs.sort_unstable_by_key(|(run, _)| run.start);
         for (run, on_frames) in runs {
             let mut first = run.start;
@@ -126,17 +116,7 @@ impl Engine {
 
     /// Makes a run untouched memory, all of which is on frames or none. Returns how many pages had memory.
     fn discard_run(&mut self, slot: Slot, first: u32, count: u32) -> u32 {
-        for page in first..first + count {
-            if !self.members.at(slot).space.attached(page) {
-                self.forget_page(slot, page);
-            }
-        }
-        let held = |page: u32| {
-            let space = &self.members.at(slot).space;
-            let frame = space.refers(page).filter(|_| space.attached(page))?;
-            self.cache.index.of(frame).map(|named| named.key)
-        };
-        let held: Vec<_> = (first..first + count).map(held).collect();
+        let held = self.forget_run(slot, first, count);
         let mut dead = Vec::new();
         let Self { members, store, .. } = self;
         let outcome = members.at_mut(slot).space.discard(first, count, store, &mut dead);

@@ -13,6 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::blocks::block_index::BlockKey;
 use crate::engine::Engine;
 use crate::engine::far::follows;
 use crate::engine::members::{Flags, Mode};
@@ -427,6 +428,21 @@ impl Engine {
         if member.flags[page as usize].contains(Flags::UNIQUE) {
             self.forget(slot, page, member.digest(page));
         }
+    }
+
+    /// Takes pages that are about to hold something else out of the index of unique pages. Returns for each the disk
+    /// block whose frame it is on.
+    pub(crate) fn forget_run(&mut self, slot: Slot, first: u32, count: u32) -> Vec<Option<BlockKey>> {
+        let mut forget = |page: u32| {
+            let space = &self.members.at(slot).space;
+            if !space.attached(page) {
+                self.forget_page(slot, page);
+                return None;
+            }
+            let named = self.cache.index.of(space.refers(page)?);
+            named.map(|named| named.key)
+        };
+        (first..first + count).map(&mut forget).collect()
     }
 
     /// Takes a page out of the index of unique pages if it was entered there, under this digest.

@@ -19,7 +19,7 @@ use crate::blocks::replace::{History, Replacement};
 use crate::blocks::state::Fetching;
 use crate::engine::Engine;
 use crate::engine::members::Mode;
-use crate::frames::space::{SpaceError, WINDOW_PAGES};
+use crate::frames::space::WINDOW_PAGES;
 use crate::frames::store::{Frame, Hold};
 use crate::memory::content::{self, Page, Snapshot};
 use crate::memory::guest::Source;
@@ -407,31 +407,12 @@ impl Engine {
         if !self.worth_mapping(slot, first, frame, run) {
             return 0;
         }
-        for page in first..first + count {
-            if !self.members.at(slot).space.attached(page) {
-                self.forget_page(slot, page);
-            }
-        }
-        let held = |page: u32| {
-            let space = &self.members.at(slot).space;
-            let frame = space.refers(page).filter(|_| space.attached(page))?;
-            self.cache.index.of(frame).map(|named| named.key)
-        };
-        let held: Vec<_> = (first..first + count).map(held).collect();
+        let held = self.forget_run(slot, first, count);
         let mut dead = Vec::new();
         let Self { members, store, .. } = self;
         let outcome = members.at_mut(slot).space.deliver(first, frame, count, store, &mut dead);
         dead.into_iter().for_each(|frame| self.stable.remove(frame, &mut self.store));
-        let mapped = match outcome {
-            Ok(mapped) => mapped,
-            Err(error) => {
-                self.counters.refusals += 1;
-                if matches!(error, SpaceError::Lost { .. }) {
-                    self.members.at(slot).tell_lost(&error);
-                }
-                return 0;
-            }
-        };
+        let mapped = self.note_outcome(slot, outcome);
         for ((page, delivery), held) in (first..first + mapped).zip(run).zip(held) {
             let member = self.members.at_mut(slot);
             member.not_zero(page);

@@ -186,7 +186,7 @@ impl Service {
     /// Serves a request to put page frames into the balloon. Returns whether there was one.
     fn inflate(&mut self, stop: &StopFlag) -> Result<bool, QueueError> {
         let queue = &mut self.queues.inflate.0;
-        let Some(taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
+        let Some(mut taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
         let given = (self.buffers.readable.remaining() / 4).min(MAX_NUMBERS as u64) as usize;
         self.freeing.control.stats().inflated.fetch_add(given as u64, Relaxed);
         let mut left = given;
@@ -194,12 +194,7 @@ impl Service {
         while left > 0 {
             let count = left.min(BATCH);
             let bytes = &mut bytes[..4 * count];
-            if let Err(error) = self.buffers.readable.read(queue.memory(), bytes) {
-                return Err(taken.break_queue(QueueError::Ring(virtio_queue::Error::GuestMemory(error))));
-            }
-            if let Err(lost) = queue.check_memory() {
-                return Err(taken.break_queue(lost));
-            }
+            taken = queue.read(&mut self.buffers, taken, bytes)?;
             let number = |word: &[u8]| u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
             let mut numbers: Vec<u32> = bytes.chunks_exact(4).map(number).collect();
             // Guests often give pages away from the last to the first.
@@ -230,16 +225,11 @@ impl Service {
     /// Takes statistics in, and keeps their buffer.
     fn take_stats(&mut self, _: &StopFlag) -> Result<bool, QueueError> {
         let Some((queue, _)) = &mut self.queues.stats else { return Ok(false) };
-        let Some(taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
+        let Some(mut taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
         let mut entries = [0; MAX_STATS_BYTES];
         let count = self.buffers.readable.remaining().min(MAX_STATS_BYTES as u64) as usize;
         let entries = &mut entries[..count];
-        if let Err(error) = self.buffers.readable.read(queue.memory(), entries) {
-            return Err(taken.break_queue(QueueError::Ring(virtio_queue::Error::GuestMemory(error))));
-        }
-        if let Err(lost) = queue.check_memory() {
-            return Err(taken.break_queue(lost));
-        }
+        taken = queue.read(&mut self.buffers, taken, entries)?;
         self.freeing.control.take_guest_stats(entries);
         // A driver has one such buffer.
         self.return_stats()?;
@@ -250,16 +240,11 @@ impl Service {
     /// Takes a command or pages of free page hints.
     fn take_hint(&mut self, stop: &StopFlag) -> Result<bool, QueueError> {
         let Some((queue, _)) = &mut self.queues.hints else { return Ok(false) };
-        let Some(taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
+        let Some(mut taken) = queue.take(&mut self.buffers)? else { return Ok(false) };
         let control = Arc::clone(&self.freeing.control);
         if self.buffers.readable.remaining() >= 4 {
             let mut command = [0; 4];
-            if let Err(error) = self.buffers.readable.read(queue.memory(), &mut command) {
-                return Err(taken.break_queue(QueueError::Ring(virtio_queue::Error::GuestMemory(error))));
-            }
-            if let Err(lost) = queue.check_memory() {
-                return Err(taken.break_queue(lost));
-            }
+            taken = queue.read(&mut self.buffers, taken, &mut command)?;
             control.take_hint_command(u32::from_le_bytes(command));
         }
         let is_wanted = control.wants_hints() && !control.is_poisoned();
