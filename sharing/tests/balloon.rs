@@ -117,8 +117,10 @@ fn memory_without_an_engine_is_freed_in_pieces() {
     (0..PAGES).for_each(|page| guest.write(page, 9));
     let ram: &Ram = &guest.ram;
     assert_eq!(ram.bytes(), PAGES as usize * PAGE_SIZE);
-    let next = ram.discard(10, PAGES - 20).unwrap();
-    assert_eq!(next, 10 + 1024);
+    assert_eq!(ram.discard(10, 0).unwrap(), (10, 0));
+    let (next, freed) = ram.discard(10, PAGES - 20).unwrap();
+    assert_eq!((next, freed), (10 + 1024, 1024));
+    assert_eq!(ram.discard(10, 1025).unwrap(), (next, 0));
     guest.check(9, 9);
     (10..next).for_each(|page| guest.check(page, 0));
     guest.check(next, 9);

@@ -1,5 +1,7 @@
 //! The control socket: VMs that clients create, watch and control, and malicious clients.
 
+#[path = "api/balloon.rs"]
+mod balloon;
 #[path = "api/commands.rs"]
 mod commands;
 #[path = "api/queries.rs"]
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         ("a_console_ends_with_its_guest_and_not_with_a_reset", queries::console),
         ("the_socket_is_its_owners_and_replaced_when_stale", socket),
         ("a_disk_is_limited_while_it_is_used", disks),
+        ("a_balloon_is_sized_wherever_its_vm_is", balloon::balloon),
         ("guests_are_asked_to_end_and_killed_where_they_do_not", stops::asked),
         ("all_that_run_or_are_paused_are_stopped_at_once", stops::all),
         ("people_use_the_same_by_commands", commands::commands),
@@ -389,6 +392,7 @@ fn events() {
             Happening::Limit { .. } => limited = true,
             Happening::Adopted { .. } | Happening::Left { .. } => panic!("there is no folder for the state"),
             Happening::Disk { vm, disk, message } => panic!("disk {disk} of VM {vm}: {message}"),
+            Happening::Balloon { vm, .. } => panic!("VM {vm} has no balloon"),
             Happening::Missed { count } => panic!("{count} events were missed"),
         }
     }

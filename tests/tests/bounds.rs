@@ -102,6 +102,7 @@ fn refused() {
     let plan = Plan { rounds: 0, every_ms: 100, pages: Some(256), ..Plan::default() };
     let mut vm = host.vm("a", &plan, true);
     vm["disks"] = json!([{ "path": "disk", "id": "data" }]);
+    vm["balloon"] = json!({});
     host.done("POST", "/vms", Some(&vm));
     let openapi: Value = host.client.get("/openapi.json").expect("the description");
 
@@ -111,6 +112,7 @@ fn refused() {
         ("post", "/vms/{vm}/actions", "/vms/a/actions", json!({ "action": "stop" })),
         ("patch", "/vms/{vm}/sharing", "/vms/a/sharing", json!({ "mode": "zero" })),
         ("patch", "/vms/{vm}/disks/{disk}", "/vms/a/disks/data", json!({ "cache": "none" })),
+        ("patch", "/vms/{vm}/balloon", "/vms/a/balloon", json!({ "size": 0 })),
     ];
     for (method, template, path, base) in bodies {
         let schema =

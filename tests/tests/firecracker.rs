@@ -1,5 +1,8 @@
 //! Clients of Firecracker: unchanged clients by others, and special cases.
 
+#[path = "firecracker/balloon.rs"]
+mod balloon;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -13,7 +16,9 @@ use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::Vm;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
-use fctools::vm::models::{BootSource, MachineConfiguration};
+use fctools::vm::models::{
+    BalloonDevice, BootSource, MachineConfiguration, UpdateBalloonDevice, UpdateBalloonStatistics,
+};
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
@@ -248,7 +253,12 @@ fn fctools() {
             },
             cpu_template: None,
             network_interfaces: Vec::new(),
-            balloon_device: None,
+            balloon_device: Some(BalloonDevice {
+                amount_mib: 2,
+                deflate_on_oom: false,
+                stats_polling_interval_s: Some(1),
+                free_page_reporting: None,
+            }),
             vsock_device: None,
             logger_system: None,
             metrics_system: None,
@@ -269,7 +279,11 @@ fn fctools() {
         vm.resume().await.unwrap();
         assert!(!vm.get_info().await.unwrap().is_paused);
         vm.flush_metrics().await.unwrap();
-        assert!(vm.get_balloon_device().await.is_err());
+        vm.update_balloon_device(UpdateBalloonDevice { amount_mib: 3 }).await.unwrap();
+        assert_eq!(vm.get_balloon_device().await.unwrap().amount_mib, 3);
+        assert_eq!(vm.get_balloon_statistics().await.unwrap().target_mib, 3);
+        let seldom = UpdateBalloonStatistics { stats_polling_interval_s: 60 };
+        vm.update_balloon_statistics(seldom).await.unwrap();
         let ask = VmShutdownAction {
             method: VmShutdownMethod::CtrlAltDel,
             timeout: Some(TIME_LIMIT),
@@ -351,12 +365,12 @@ fn faults() {
     fault("PUT", "/drives/d", drive(json!({ "path_on_host": null })), "path_on_host");
     fault("PUT", "/drives/a-b", drive(json!({ "drive_id": "a-b" })), "alphanumeric");
     fault("DELETE", "/drives/d", Value::Null, "unplug");
-    for missing in
-        ["/balloon", "/snapshot/create", "/snapshot/load", "/cpu-config", "/pmem/p", "/hotplug/memory"]
-    {
+    for missing in ["/snapshot/create", "/snapshot/load", "/cpu-config", "/pmem/p", "/hotplug/memory"] {
         fault("PUT", missing, json!({}), "samepage has no");
     }
-    fault("GET", "/balloon", Value::Null, "samepage has no");
+    fault("GET", "/balloon", Value::Null, "No balloon device found");
+    fault("PUT", "/balloon", json!({ "amount_mib": 1 }), "deflate_on_oom");
+    fault("PATCH", "/balloon", json!({ "amount_mib": 1 }), "before starting");
     let mmds = |networks: Value| json!({ "version": "V2", "network_interfaces": networks });
     fault("PUT", "/mmds/config", mmds(json!([])), "is empty");
     fault("PUT", "/mmds/config", mmds(json!(["eth0"])), "does not correspond");
@@ -375,6 +389,8 @@ fn faults() {
     assert_eq!(status, 413, "{said}");
 
     configure(&client, &endless(0));
+    let balloon = json!({ "amount_mib": 1, "deflate_on_oom": true, "free_page_hinting": true });
+    done(&client, "PUT", "/balloon", balloon);
     fs::write(place.path("disk.img"), vec![0; 1 << 20]).unwrap();
     let root = json!({ "path_on_host": "disk.img", "is_read_only": true });
     done(&client, "PUT", "/drives/d", drive(root));
@@ -410,6 +426,7 @@ fn faults() {
     fault("PATCH", "/drives/d", change(json!({ "path_on_host": "disk.img" })), "its size of 777 bytes");
     let limiter = json!({ "rate_limiter": { "ops": { "size": 100, "refill_time": 1000 } } });
     done(&client, "PATCH", "/drives/d", change(limiter));
+    balloon::change(&client, &fault);
     act(&client, "FlushMetrics");
     let metrics: Value = serde_json::from_str(&fs::read_to_string(place.path("metrics")).unwrap()).unwrap();
     assert!(metrics["block_d"]["read_count"].is_u64() && metrics["utc_timestamp_ms"].is_u64(), "{metrics}");
@@ -465,9 +482,11 @@ fn config_file() {
     let end = finished(&brief, json!({ "vsock": { "guest_cid": 2, "uds_path": "v" } }));
     end.assert_code(152);
     assert!(end.stderr.contains("vsock: The vsock device is invalid: 2 is no"), "{}", end.stderr);
-    let end = finished(&brief, json!({ "balloon": { "amount_mib": 1, "deflate_on_oom": true } }));
+    let balloon = |mib| json!({ "balloon": { "amount_mib": mib, "deflate_on_oom": true } });
+    finished(&brief, balloon(MEMORY_MIB)).assert_code(0);
+    let end = finished(&brief, balloon(MEMORY_MIB + 1));
     end.assert_code(152);
-    assert!(end.stderr.contains("balloon: samepage has no balloon device"), "{}", end.stderr);
+    assert!(end.stderr.contains("a balloon of 68157440 bytes"), "{}", end.stderr);
     let end = finished(&brief, json!({ "machine-config": { "vcpu_count": 40, "mem_size_mib": 64 } }));
     end.assert_code(152);
     assert!(end.stderr.contains("machine-config: 40 vCPUs"), "{}", end.stderr);

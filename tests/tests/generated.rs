@@ -29,6 +29,7 @@ fn generated() {
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let mut steered = host.vm("steered", &plan(0), true);
     steered["disks"] = json!([{ "path": disk, "id": "data" }]);
+    steered["balloon"] = json!({ "hinting": true });
     host.done("POST", "/vms", Some(&steered));
     host.done("POST", "/vms", Some(&host.vm("bystander", &plan(1), true)));
     host.wait_for_console("bystander", "round=");

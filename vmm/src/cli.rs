@@ -1,5 +1,6 @@
 //! The command line of `samepage`: its arguments, and their values before validation.
 
+mod balloon;
 mod cloud_init;
 mod disk;
 mod fields;
@@ -20,12 +21,13 @@ use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_spec::{
-    CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, VirtioBus,
-    VsockSpec,
+    BalloonSpec, CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode,
+    VirtioBus, VsockSpec,
 };
 use samepage_text::names;
 use samepage_text::size::parse_size;
 
+use balloon::parse_balloon;
 use cloud_init::parse_cloud_init;
 use disk::parse_disk;
 use net::parse_net;
@@ -229,6 +231,11 @@ pub(crate) struct VmOptions {
     /// per second
     #[arg(long, value_name = "on|off|LIMIT,...", default_value = "on", value_parser = parse_rng)]
     pub(crate) rng: RngSpec,
+
+    /// Whether each guest can give memory back to the host by a virtio balloon. Fields are size=BYTES (asked for at the
+    /// start), deflate-on-oom, reporting=on|off (of free memory; on by default), hinting and stats-interval=SECONDS
+    #[arg(long, value_name = "on|off|FIELD,...", value_parser = parse_balloon)]
+    pub(crate) balloon: Option<BalloonSpec>,
 
     /// Back hot guest memory with huge pages of 2 MiB (thp). Cold huge pages with enough identical pages in
     /// them are split, so that the engine can share these

@@ -56,6 +56,7 @@ fn vm(
         networks: options.networks.iter().map(network).collect(),
         vsock: options.vsock.as_ref().map(vsock),
         rng: options.rng.clone(),
+        balloon: options.balloon,
         ..VmSpec::new(name, kernel)
     };
     (spec, console)

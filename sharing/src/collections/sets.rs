@@ -1,5 +1,6 @@
 //! Sets of pages: dense ones, a bit for each page, and rare ones.
 
+use std::iter;
 use std::ops::Range;
 
 /// A set of a VM's pages, a bit each.
@@ -236,7 +237,7 @@ pub(crate) fn without<'a>(
         let first = others.partition_point(|other| other.end <= run.start);
         let cuts = others[first..].iter().take_while(|other| other.start < run.end).cloned();
         let mut from = run.start;
-        let pieces = cuts.chain([run.end..run.end]).map(move |cut| {
+        let pieces = cuts.chain(iter::once(run.end..run.end)).map(move |cut| {
             let piece = from..cut.start;
             from = cut.end;
             piece

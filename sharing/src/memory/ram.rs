@@ -244,20 +244,27 @@ impl Ram {
         Ok(())
     }
 
-    /// Frees the memory of pages that no engine shares; they read as zeros then. Returns the page to go on with: one
-    /// call frees 4 MiB at most.
+    /// Frees the memory of pages that no engine shares; they read as zeros then. Returns the page to go on with, for
+    /// one call frees 4 MiB at most, and how many pages had memory.
     ///
     /// # Errors
     /// What madvise said; the pages are as they were.
-    pub fn discard(&self, first: u32, count: u32) -> io::Result<u32> {
+    pub fn discard(&self, first: u32, count: u32) -> io::Result<(u32, u32)> {
         let pages = self.range(first, count.min(DISCARD_PAGES));
+        let mut present = vec![0_u8; pages.count() as usize];
+        // SAFETY: the range is this RAM's, and there is a byte for each of its pages.
+        let known = unsafe {
+            libc::mincore(pages.address() as *mut libc::c_void, pages.bytes(), present.as_mut_ptr())
+        };
+        succeeded(known == 0)?;
         // SAFETY: the range is this RAM's, which is anonymous memory where no engine has it, and is addressed by
         // page index alone.
         let freed = unsafe {
             libc::madvise(pages.address() as *mut libc::c_void, pages.bytes(), libc::MADV_DONTNEED)
         };
         succeeded(freed == 0)?;
-        Ok(first + pages.count())
+        let freed = present.iter().filter(|&&page| page & 1 != 0).count() as u32;
+        Ok((first + pages.count(), freed))
     }
 
     /// From now on the address space is left to the process when this value goes: a failed call

@@ -93,6 +93,13 @@ pub enum Happening {
         /// The error.
         message: String,
     },
+    /// A VM's balloon has the size that its guest was asked for.
+    Balloon {
+        /// The VM's name.
+        vm: String,
+        /// The memory that the guest has given up.
+        size_bytes: u64,
+    },
     /// A VM goes on whose managing process has ended. This process manages it now.
     Adopted {
         /// The VM's name.
@@ -130,6 +137,7 @@ impl Happening {
             Happening::Crash { .. } => "crash",
             Happening::Deleted { .. } => "deleted",
             Happening::Disk { .. } => "disk",
+            Happening::Balloon { .. } => "balloon",
             Happening::Adopted { .. } => "adopted",
             Happening::Left { .. } => "left",
             Happening::Limit { .. } => "limit",

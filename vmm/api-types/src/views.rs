@@ -8,7 +8,7 @@ pub mod devices;
 pub mod pages;
 
 use crate::lifecycle::{Action, State};
-use devices::{NetworkView, RngStatistics, VsockStatistics};
+use devices::{BalloonView, NetworkView, RngStatistics, VsockStatistics};
 use samepage_spec::{CachePolicy, RateLimits, SharingMode, VmSpec};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -287,6 +287,9 @@ pub struct VmView {
     /// Counters of its entropy device since the last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngStatistics>,
+    /// Its memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonView>,
 }
 
 /// Counters of a console.

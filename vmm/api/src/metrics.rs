@@ -16,7 +16,9 @@ use crate::views::{self, saved_bytes};
 use samepage_api_types::by_type::TypeSample;
 use samepage_api_types::lifecycle::State;
 use samepage_api_types::views::DiskStatistics;
-use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
+use samepage_api_types::views::devices::{
+    BalloonStatistics, BalloonView, GuestMemoryView, NetworkStatistics, RngStatistics, VsockStatistics,
+};
 use samepage_host::record::Record;
 use samepage_host::statistics::{ClaimedSample, IoSample, VmSample, WorkerSample};
 use samepage_worker::machine::Look;
@@ -135,7 +137,8 @@ impl Collector for Metrics {
         self.disks(&mut writer)?;
         self.networks(&mut writer)?;
         self.sockets(&mut writer)?;
-        self.entropy(&mut writer)
+        self.entropy(&mut writer)?;
+        self.balloons(&mut writer)
     }
 }
 
@@ -372,6 +375,61 @@ impl Metrics {
             ("rng_errors", "How often the entropy device broke", None, |rng| rng.errors),
         ];
         writer.devices(&entropy, counters)
+    }
+
+    fn balloons(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        let balloons = self.looks.iter();
+        let balloons: Vec<_> = balloons
+            .filter_map(|(record, look)| Some(([("vm", record.name())], look.devices.balloon.as_ref()?)))
+            .collect();
+        type Gauge = (&'static str, &'static str, fn(&BalloonView) -> Option<u64>);
+        fn guest(balloon: &BalloonView, get: fn(&GuestMemoryView) -> Option<u64>) -> Option<u64> {
+            get(balloon.guest.as_ref()?)
+        }
+        let gauges: [Gauge; 6] = [
+            ("balloon_size", "Memory that the guest is asked to give up", |balloon| Some(balloon.size_bytes)),
+            ("balloon_actual", "Memory that the guest has given up, as it says", |balloon| {
+                balloon.actual_bytes
+            }),
+            ("guest_total", "Memory that the guest has, as it says", |balloon| {
+                guest(balloon, |memory| memory.total_bytes)
+            }),
+            ("guest_free", "Memory that the guest does not use, as it says", |balloon| {
+                guest(balloon, |memory| memory.free_bytes)
+            }),
+            ("guest_available", "Memory that programs of the guest could have, as it says", |balloon| {
+                guest(balloon, |memory| memory.available_bytes)
+            }),
+            ("guest_caches", "Memory of the guest's caches of disks, as it says", |balloon| {
+                guest(balloon, |memory| memory.cache_bytes)
+            }),
+        ];
+        for (name, help, value) in gauges {
+            let known = balloons.iter().filter_map(|(labels, of)| Some((*labels, value(of)? as f64)));
+            writer.gauge(name, help, Some(Unit::Bytes), known)?;
+        }
+        let counted = balloons.iter().filter_map(|(labels, of)| Some((*labels, of.statistics.clone()?)));
+        let counted: Vec<_> = counted.collect();
+        let counters: [Counter<BalloonStatistics>; 7] = [
+            ("balloon_inflated_pages", "Pages that the guest put into the balloon", None, |pages| {
+                pages.inflated_pages
+            }),
+            ("balloon_deflated_pages", "Pages that the guest took out of the balloon", None, |pages| {
+                pages.deflated_pages
+            }),
+            ("balloon_reported_pages", "Pages that the guest reported as free", None, |pages| {
+                pages.reported_pages
+            }),
+            ("balloon_hinted_pages", "Pages that the guest hinted at as free", None, |pages| {
+                pages.hinted_pages
+            }),
+            ("balloon_freed_pages", "Pages whose memory the host got back", None, |pages| pages.freed_pages),
+            ("balloon_invalid_pages", "Pages that the guest does not have", None, |pages| {
+                pages.invalid_pages
+            }),
+            ("balloon_errors", "How often the balloon broke", None, |pages| pages.errors),
+        ];
+        writer.devices(&counted, counters)
     }
 
     fn disks(&self, writer: &mut Writer<'_>) -> fmt::Result {

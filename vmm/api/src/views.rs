@@ -158,10 +158,11 @@ pub(super) fn vm(record: &Record, sample: Option<&VmSample>) -> VmView {
     let actions = summary.state.actions().collect();
     let disks = disks_of(record, devices.as_ref());
     let networks = devices::networks_of(record, devices.as_ref());
+    let balloon = devices::balloon_of(record, devices.as_ref());
     let (vsock, rng) =
         devices.as_ref().map_or((None, None), |devices| (devices.vsock.clone(), devices.rng.clone()));
     let console = devices.map(|devices| devices.console);
-    VmView { summary, actions, config, console, disks, networks, vsock, rng }
+    VmView { summary, actions, config, console, disks, networks, vsock, rng, balloon }
 }
 
 /// Returns the disks of a VM.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use samepage_api_types::lifecycle::State;
 use samepage_process::control_socket;
+use samepage_text::size::parse_size;
 
 use crate::completion;
 use crate::socket::Client;
@@ -34,6 +35,8 @@ pub enum ClientCommand {
     Rm(VmsArgs),
     /// Tell a guest the new size of a disk, after its image has grown or shrunk
     Resize(ResizeArgs),
+    /// Show a VM's memory balloon, or change its size
+    Balloon(BalloonArgs),
     /// Show the pages of VMs: private, merged, zero and other pages
     Stats(ListArgs),
     /// Show what VMs share, or change the sharing mode of a VM
@@ -169,6 +172,26 @@ pub struct ResizeArgs {
     /// Name of the disk
     #[arg(value_name = "DISK")]
     pub(crate) disk: String,
+
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// The arguments of `samepage balloon`.
+#[derive(Debug, Args)]
+pub struct BalloonArgs {
+    /// Name of the VM
+    #[arg(value_name = "VM", add = completion::vms())]
+    pub(crate) vm: String,
+
+    /// Ask the guest to give up this much memory in all. It gets what is above that back. The command does not wait for
+    /// the guest
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+
+    /// Ask the guest for statistics of its memory this often; 0 for not any more
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=65_535))]
+    pub(crate) stats_interval: Option<u32>,
 
     #[command(flatten)]
     pub(crate) connection: Connection,

@@ -8,6 +8,7 @@ use samepage_text::counted::counted;
 
 use super::args::EventsArgs;
 use super::client;
+use super::table::mebibytes;
 
 pub(super) fn follow(args: &EventsArgs) -> anyhow::Result<()> {
     let path = args.since.map_or_else(|| "/events".to_owned(), |since| format!("/events?since={since}"));
@@ -65,6 +66,9 @@ fn tell(data: &str) -> Option<String> {
         Happening::Crash { vm, report } => format!("VM {vm} crashed: {report}"),
         Happening::Deleted { vm } => format!("VM {vm} is deleted"),
         Happening::Disk { vm, disk, message } => format!("VM {vm}: disk {disk}: {message}"),
+        Happening::Balloon { vm, size_bytes } => {
+            format!("VM {vm}: its balloon has {}, as was asked for", mebibytes(size_bytes))
+        }
         Happening::Adopted { vm, state, worker } => {
             format!("VM {vm} was adopted, and is {} (worker process {worker})", state.name())
         }

@@ -50,6 +50,7 @@ pub fn main(command: &ClientCommand) -> anyhow::Result<ExitCode> {
             return each(args, |client, path| Ok(client.delete(path).map(|()| None)?));
         }
         ClientCommand::Resize(args) => resize(args)?,
+        ClientCommand::Balloon(args) => show::balloon(args)?,
         ClientCommand::Stats(args) => show::stats(args)?,
         ClientCommand::Sharing(args) => show::sharing(args)?,
         ClientCommand::Events(args) => events::follow(args)?,

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::socket::Client;
 use hyper::Method;
+use samepage_api_types::views::devices::BalloonView;
 use samepage_api_types::views::{CacheView, SharingView, VmSharingView, VmSummary, VmView};
 use samepage_sharing::PAGE_SIZE;
 use samepage_text::counted::counted;
@@ -12,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::args::{Connection, ListArgs, ModeArg, PsArgs, SharingArgs, VmArgs};
+use super::args::{BalloonArgs, Connection, ListArgs, ModeArg, PsArgs, SharingArgs, VmArgs};
 use super::table::{Table, ago, maybe_mebibytes, mebibytes};
 use super::{client, print, print_json, vm_path};
 
@@ -80,7 +81,7 @@ fn word(value: &impl Serialize) -> String {
 
 pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
     answer(&args.connection, &vm_path(&args.vm)?, |vm: &VmView| {
-        let VmView { summary, actions, config, console, disks, networks, vsock, rng } = vm;
+        let VmView { summary, actions, config, console, disks, networks, vsock, rng, balloon } = vm;
         let actions: Vec<_> = actions.iter().map(|action| action.name()).collect();
         let mut table = Table::new(&["NAME", &summary.name]);
         let mut line = |name: &str, value: String| table.row([name.to_owned(), value]);
@@ -147,6 +148,46 @@ pub(super) fn vm(args: &VmArgs) -> anyhow::Result<()> {
         if let Some(rng) = rng {
             let errors = counted(rng.errors, "error");
             line("entropy", format!("{} of random numbers, {errors}", counted(rng.bytes, "byte")));
+        }
+        if let Some(balloon) = balloon {
+            line("balloon", in_a_line(balloon));
+        }
+        table.to_string()
+    })
+}
+
+/// Describes a balloon in a few words.
+fn in_a_line(balloon: &BalloonView) -> String {
+    let wanted = mebibytes(balloon.size_bytes);
+    let actual = balloon.actual_bytes.map_or_else(|| "-".to_owned(), mebibytes);
+    let driver = if balloon.active == Some(false) { ", no driver in the guest" } else { "" };
+    let freed = balloon.statistics.as_ref().map_or_else(String::new, |counted| {
+        format!(", {} given back so far", mebibytes(counted.freed_pages * PAGE_SIZE as u64))
+    });
+    format!("{actual} of {wanted}{driver}{freed}")
+}
+
+pub(super) fn balloon(args: &BalloonArgs) -> anyhow::Result<()> {
+    let path = vm_path(&args.vm)? + "/balloon";
+    if args.size.is_some() || args.stats_interval.is_some() {
+        let client: Client = client(&args.connection);
+        let change = json!({ "size": args.size, "stats_interval": args.stats_interval });
+        let changed: Value = client.send(Method::PATCH, &path, &change)?;
+        return if args.connection.json { print_json(&changed) } else { Ok(()) };
+    }
+    answer(&args.connection, &path, |balloon: &BalloonView| {
+        let mut table = Table::new(&["BALLOON", &in_a_line(balloon)]);
+        let on = |is_on: bool| if is_on { "on" } else { "off" }.to_owned();
+        table.row(["deflate on OOM".to_owned(), on(balloon.deflate_on_oom)]);
+        table.row(["reporting".to_owned(), on(balloon.reporting)]);
+        table.row(["hinting".to_owned(), on(balloon.hinting)]);
+        table.row(["stats interval".to_owned(), format!("{} s", balloon.stats_interval)]);
+        let figures = [serde_json::to_value(&balloon.statistics), serde_json::to_value(&balloon.guest)];
+        for (whose, figures) in ["", "guest "].into_iter().zip(figures) {
+            let Ok(Value::Object(figures)) = figures else { continue };
+            for (name, value) in figures {
+                table.row([format!("{whose}{}", name.replace('_', " ")), value.to_string()]);
+            }
         }
         table.to_string()
     })

@@ -11,7 +11,8 @@ use super::fault::Fault;
 use super::requests::{missing, put};
 
 /// The parts that correspond to requests, in the order of the requests.
-const PARTS: [&str; 7] = ["logger", "metrics", "machine-config", "boot-source", "serial", "vsock", "entropy"];
+const PARTS: [&str; 8] =
+    ["logger", "metrics", "machine-config", "boot-source", "serial", "vsock", "entropy", "balloon"];
 
 /// Configures the VM from a file and starts it.
 ///

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::VERSION;
 use super::args::FirecrackerArgs;
+use super::balloon::BalloonDevice;
 use super::fault::Fault;
 use super::log::Log;
 use super::machine::{Activity, Machine};
@@ -43,6 +44,7 @@ pub(super) struct Controller {
     networks: Vec<NetworkInterface>,
     vsock: Option<VsockDevice>,
     entropy: Option<EntropyDevice>,
+    pub(super) balloon: Option<BalloonDevice>,
     pub(super) mmds: Mmds,
     serial_out: Option<PathBuf>,
     logger: Option<LoggerConfig>,
@@ -62,6 +64,7 @@ impl Controller {
             networks: Vec::new(),
             vsock: None,
             entropy: None,
+            balloon: None,
             mmds: Mmds::new(args),
             serial_out: None,
             logger: None,
@@ -74,7 +77,7 @@ impl Controller {
         if self.machine.activity().is_some() { Err(Fault::started()) } else { Ok(()) }
     }
 
-    fn after_start(&self) -> Result<Activity, Fault> {
+    pub(super) fn after_start(&self) -> Result<Activity, Fault> {
         self.machine.activity().ok_or_else(Fault::not_started)
     }
 
@@ -331,6 +334,7 @@ impl Controller {
                 enabled: self.entropy.is_some(),
                 limits: self.entropy.and_then(|device| device.rate_limiter).unwrap_or_default().limits(),
             },
+            balloon: self.balloon.map(BalloonDevice::spec),
             ..VmSpec::new(self.id.clone(), source.kernel_image_path)
         };
         let services = self.mmds.services(|id| {
@@ -366,7 +370,7 @@ impl Controller {
             "metrics": self.metrics.as_ref().map(Metrics::config),
             "network-interfaces": self.networks,
             "pmem": [],
-            "balloon": null,
+            "balloon": self.balloon,
             "cpu-config": null,
             "entropy": self.entropy,
             "memory-hotplug": null,

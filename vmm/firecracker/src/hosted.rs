@@ -17,6 +17,7 @@ use anyhow::Context;
 use hyper::Method;
 use parking_lot::Mutex;
 use samepage_api_types::lifecycle::{Action, State};
+use samepage_api_types::views::devices::BalloonView;
 use samepage_api_types::views::{VmSummary, VmView};
 use samepage_client::socket::{Client, ClientError};
 use samepage_machine::VmEnd;
@@ -25,6 +26,7 @@ use samepage_process::poll::wait_readable;
 use samepage_process::signals::ShutdownSignals;
 use samepage_process::terminal::{self, RawTerminal, StdinKind};
 use samepage_spec::{RateLimits, VmSpec};
+use samepage_worker::machine::DeviceChange;
 use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -172,6 +174,23 @@ impl Machine for Hosted {
         Ok(self.client.send::<Value>(Method::POST, &path, &json!({})).map(drop)?)
     }
 
+    fn change_balloon(&self, change: DeviceChange) -> Result<(), Fault> {
+        let body = match change {
+            DeviceChange::BalloonSize(size) => json!({ "size": size }),
+            DeviceChange::BalloonStatsInterval(seconds) => json!({ "stats_interval": seconds }),
+            DeviceChange::BalloonHints(true) => json!({ "hints": "start" }),
+            DeviceChange::BalloonHints(false) => json!({ "hints": "hold" }),
+            DeviceChange::BalloonHintsEnd => json!({ "hints": "stop" }),
+            _ => return Err(Fault::missing("such change of a balloon")),
+        };
+        let path = self.path() + "/balloon";
+        Ok(self.client.send::<Value>(Method::PATCH, &path, &body).map(drop)?)
+    }
+
+    fn balloon(&self) -> Result<BalloonView, Fault> {
+        Ok(self.client.get(&(self.path() + "/balloon"))?)
+    }
+
     fn counts(&self) -> Vec<DeviceCounts> {
         let Ok(vm) = self.client.get::<VmView>(&self.path()) else { return Vec::new() };
         let disks =
@@ -182,7 +201,8 @@ impl Machine for Hosted {
             .filter_map(|network| Some(DeviceCounts::network(&network.id, network.statistics.as_ref()?)));
         let entropy = vm.rng.iter().map(DeviceCounts::entropy);
         let vsock = vm.vsock.iter().map(DeviceCounts::vsock);
-        disks.chain(networks).chain(entropy).chain(vsock).collect()
+        let balloon = vm.balloon.iter().map(DeviceCounts::balloon);
+        disks.chain(networks).chain(entropy).chain(vsock).chain(balloon).collect()
     }
 }
 

@@ -10,6 +10,7 @@
 //! log's format, a seccomp filter) are accepted. The table is in `docs/firecracker.md`.
 
 pub mod args;
+mod balloon;
 mod config;
 mod controller;
 mod fault;

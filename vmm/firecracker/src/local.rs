@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use samepage_api_types::lifecycle::{Action, State};
+use samepage_api_types::views::devices::BalloonView;
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
 use samepage_host::record::Record;
@@ -17,7 +18,7 @@ use samepage_process::signals::ShutdownSignals;
 use samepage_sharing::engine::Settings;
 use samepage_spec::{RateLimits, VmSpec};
 use samepage_text::counted::counted;
-use samepage_worker::machine::{DeviceChange, DeviceError};
+use samepage_worker::machine::{BALLOON, DeviceChange, DeviceError};
 
 use super::Exit;
 use super::args::FirecrackerArgs;
@@ -142,6 +143,15 @@ impl Machine for Local {
         self.change(disk, DeviceChange::DiskSize, "disk")
     }
 
+    fn change_balloon(&self, change: DeviceChange) -> Result<(), Fault> {
+        self.change(BALLOON, change, "balloon")
+    }
+
+    fn balloon(&self) -> Result<BalloonView, Fault> {
+        let balloon = self.record()?.vm().and_then(|vm| vm.balloon());
+        balloon.ok_or_else(|| Fault::new("The VM has ended."))
+    }
+
     fn counts(&self) -> Vec<DeviceCounts> {
         let Some(vm) = self.record().ok().and_then(|record| record.vm()) else { return Vec::new() };
         let devices = vm.look().devices;
@@ -150,7 +160,8 @@ impl Machine for Local {
             devices.networks.iter().map(|network| DeviceCounts::network(&network.id, &network.statistics));
         let entropy = devices.rng.iter().map(DeviceCounts::entropy);
         let vsock = devices.vsock.iter().map(DeviceCounts::vsock);
-        disks.chain(networks).chain(entropy).chain(vsock).collect()
+        let balloon = devices.balloon.iter().map(DeviceCounts::balloon);
+        disks.chain(networks).chain(entropy).chain(vsock).chain(balloon).collect()
     }
 }
 

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use samepage_api_types::views::DiskStatistics;
-use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
+use samepage_api_types::views::devices::{BalloonView, NetworkStatistics, RngStatistics, VsockStatistics};
 use samepage_metadata::Detour;
 use samepage_spec::{RateLimits, VmSpec};
+use samepage_worker::machine::DeviceChange;
 
 use super::fault::Fault;
 
@@ -23,10 +24,11 @@ pub(super) enum DeviceKind {
     Network,
     Entropy,
     Vsock,
+    Balloon,
 }
 
 impl DeviceKind {
-    pub(super) const ALL: [Self; 4] = [Self::Drive, Self::Network, Self::Entropy, Self::Vsock];
+    pub(super) const ALL: [Self; 5] = [Self::Drive, Self::Network, Self::Entropy, Self::Vsock, Self::Balloon];
 
     /// Returns the name of the kind's sums.
     pub(super) fn name(self) -> &'static str {
@@ -35,6 +37,7 @@ impl DeviceKind {
             Self::Network => "net",
             Self::Entropy => "entropy",
             Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
         }
     }
 
@@ -66,6 +69,7 @@ impl DeviceKind {
                 "entropy_rate_limiter_throttled",
                 "entropy_event_fails",
             ],
+            Self::Balloon => &["stats_updates_count", "event_fails"],
             Self::Vsock => &[
                 "conns_added",
                 "conns_removed",
@@ -112,6 +116,12 @@ impl DeviceCounts {
     pub(super) fn entropy(of: &RngStatistics) -> Self {
         let counts = [of.requests, of.bytes, of.throttled, of.errors];
         Self { kind: DeviceKind::Entropy, id: String::new(), counts: counts.to_vec() }
+    }
+
+    pub(super) fn balloon(of: &BalloonView) -> Self {
+        let updates = of.guest.as_ref().map_or(0, |guest| guest.updates);
+        let errors = of.statistics.as_ref().map_or(0, |counted| counted.errors);
+        Self { kind: DeviceKind::Balloon, id: String::new(), counts: vec![updates, errors] }
     }
 
     pub(super) fn vsock(of: &VsockStatistics) -> Self {
@@ -166,6 +176,12 @@ pub(super) trait Machine: Send + Sync {
 
     /// Sets the size of a disk, by its name, to the present size of its image.
     fn resize(&self, disk: &str) -> Result<(), Fault>;
+
+    /// Changes the balloon.
+    fn change_balloon(&self, change: DeviceChange) -> Result<(), Fault>;
+
+    /// Returns the balloon as it is now, and what the guest has told of its memory.
+    fn balloon(&self) -> Result<BalloonView, Fault>;
 
     /// Returns the counters of all devices that have some; none before the start and after the end.
     fn counts(&self) -> Vec<DeviceCounts>;

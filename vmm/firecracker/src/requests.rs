@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::VERSION;
+use super::balloon::StartHinting;
 use super::controller::Controller;
 use super::fault::Fault;
 use super::model::{
@@ -47,8 +48,8 @@ pub(super) fn answer(controller: &mut Controller, method: &Method, path: &str, b
 }
 
 fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) -> Result<Answer, Fault> {
-    check_body(method, body)?;
     let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    check_body(method, &parts, body)?;
     let done = |()| Answer::done();
     match (method.as_str(), parts.as_slice()) {
         ("GET", []) => Answer::of(&controller.info()),
@@ -93,6 +94,17 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
         ("PUT", ["mmds", "config"]) => controller.set_mmds_config(parse(body)?).map(done),
         ("PUT", ["vsock"]) => controller.set_vsock(parse(body)?).map(done),
         ("PUT", ["entropy"]) => controller.set_entropy(parse(body)?).map(done),
+        ("GET", ["balloon"]) => Answer::of(&controller.balloon()?),
+        ("PUT", ["balloon"]) => controller.set_balloon(parse(body)?).map(done),
+        ("PATCH", ["balloon"]) => controller.change_balloon(parse(body)?).map(done),
+        ("GET", ["balloon", "statistics"]) => Answer::of(&controller.balloon_stats()?),
+        ("PATCH", ["balloon", "statistics"]) => controller.change_balloon_stats(parse(body)?).map(done),
+        ("GET", ["balloon", "hinting", "status"]) => Answer::of(&controller.hinting_status()?),
+        ("PATCH", ["balloon", "hinting", "start"]) => {
+            let start = if body.is_empty() { StartHinting::default() } else { parse(body)? };
+            controller.start_hinting(start).map(done)
+        }
+        ("PATCH", ["balloon", "hinting", "stop"]) => controller.stop_hinting().map(done),
         (_, [resource, ..]) if let Some(what) = missing(resource) => Err(Fault::missing(what)),
         ("DELETE", ["network-interfaces", ..]) => Err(Fault::missing("way to unplug a network device")),
         ("DELETE", ["drives", ..]) => Err(Fault::missing("way to unplug a drive")),
@@ -104,7 +116,6 @@ fn route(controller: &mut Controller, method: &Method, path: &str, body: &[u8]) 
 /// configuration file.
 pub(super) fn missing(resource: &str) -> Option<&'static str> {
     Some(match resource {
-        "balloon" => "balloon device",
         "snapshot" => "snapshots",
         "cpu-config" => "CPU templates",
         "pmem" => "persistent memory devices",
@@ -113,8 +124,10 @@ pub(super) fn missing(resource: &str) -> Option<&'static str> {
     })
 }
 
-fn check_body(method: &Method, body: &[u8]) -> Result<(), Fault> {
+fn check_body(method: &Method, parts: &[&str], body: &[u8]) -> Result<(), Fault> {
     match (method, body.is_empty()) {
+        // Their bodies may be left out.
+        (&Method::PATCH, true) if parts.starts_with(&["balloon", "hinting"]) => Ok(()),
         (&Method::GET, false) => Err(Fault::new("GET request cannot have a body.")),
         (&Method::PUT, true) => Err(Fault::new("Empty PUT request.")),
         (&Method::PATCH, true) => Err(Fault::new("Empty PATCH request.")),

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
+use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Settings;
 use samepage_sharing::service::Sharing;
 use vmm_sys_util::eventfd::EventFd;
@@ -154,6 +155,11 @@ impl Registry {
     pub(crate) fn install(&self, record: &Record, vm: Arc<dyn Machine>) -> io::Result<()> {
         let number = self.ends.next_number();
         self.disk_errors.watch(&*vm);
+        let (events, name) = (Arc::clone(&self.events), record.name().to_owned());
+        vm.observe_balloon(Arc::new(move |frames| {
+            let size_bytes = u64::from(frames) * PAGE_SIZE as u64;
+            events.tell(Happening::Balloon { vm: name.clone(), size_bytes });
+        }));
         record.install(Installed { vm: Arc::clone(&vm), number });
         // Ends are looked up by the record's machine, so they are watched after that.
         self.ends.watch(&*vm, number)

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,9 +13,9 @@ use samepage_hole::port::PARAMETER_VALUE;
 use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::engine::Mode;
 use samepage_sharing::remote::serve::Vms;
-use samepage_sharing::service::Sharing;
+use samepage_sharing::service::{Discarded, Sharing};
 pub use samepage_spec::{
-    DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec, VsockSpec,
+    BalloonSpec, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, Size, VirtioBus, VmSpec, VsockSpec,
 };
 use samepage_text::names::{NameError, check_disk_id, check_group, check_name, check_network_id};
 use thiserror::Error;
@@ -101,6 +102,15 @@ pub struct Elsewhere {
     pub ring: Arc<dyn Fn() + Send + Sync>,
     /// The process of the engine serves disks from its block cache. It connects them before the guest runs.
     pub has_cache: bool,
+    /// Frees pages that the guest gives back.
+    pub pages: Arc<dyn PageOrders>,
+}
+
+/// The way to have an engine in another process free pages.
+pub trait PageOrders: Send + Sync {
+    /// Frees the first of these pages. Returns once that is done, or once it is certain that the engine does nothing
+    /// more about them. The pages before the next one read as zeros, or as what the guest had in them.
+    fn free(&self, pages: Range<u32>) -> Discarded;
 }
 
 impl fmt::Debug for Elsewhere {
@@ -216,7 +226,7 @@ impl VmConfig {
         }
         let VmSpec { networks, vsock, memory_hole, rng, .. } = &self.spec;
         let port = is_shared && *memory_hole == MemoryHole::Port;
-        let others = [port, vsock.is_some(), rng.enabled].map(usize::from);
+        let others = [port, vsock.is_some(), rng.enabled, self.spec.balloon().is_some()].map(usize::from);
         self.disk_count() + networks.len() + others.iter().sum::<usize>()
     }
 

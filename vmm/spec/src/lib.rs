@@ -4,6 +4,7 @@
 //! same everywhere. The engine and the device models use these types without clap and without the API's schema,
 //! which are features.
 
+mod balloon;
 mod cloud_init;
 mod cpu;
 mod disk;
@@ -20,6 +21,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{BalloonSpec, MAX_STATS_INTERVAL};
 pub use cloud_init::CloudInitSpec;
 pub use cpu::{Cpu, MAX_VCPUS, THREADS_OF_A_CORE};
 pub use disk::{DiskSpec, MAX_QUEUES, RateLimits};
@@ -29,7 +31,9 @@ pub use publish::{HostPort, Publish};
 pub use rng::RngSpec;
 pub use size::Size;
 #[cfg(feature = "schema")]
-pub use size::schema::optional_memory as optional_memory_schema;
+pub use size::schema::{
+    optional_balloon as optional_balloon_schema, optional_memory as optional_memory_schema,
+};
 pub use vm::{
     ConsoleSpec, DEFAULT_COMMAND_LINE, DEFAULT_GROUP, MAX_RAM, MIN_RAM, PAGE_SIZE, SharingSpec, VmSpec,
 };

@@ -93,6 +93,20 @@ pub(crate) mod schema {
         size.description(Some("The size of the disk, for an image that is created"))
     }
 
+    /// The schema of the size of a balloon.
+    pub(crate) fn balloon() -> OneOfBuilder {
+        let size = bounded_size(0, Some(MAX_RAM), Some(PAGE_SIZE as u64));
+        let text = "The memory that the guest is to give up from its start on. By default none";
+        size.default(Some(json!(0))).description(Some(text))
+    }
+
+    /// The schema of the size of a balloon, which may be null.
+    pub fn optional_balloon() -> OneOfBuilder {
+        let size = bounded_size(0, Some(MAX_RAM), Some(PAGE_SIZE as u64));
+        let size = size.item(ObjectBuilder::new().schema_type(Type::Null));
+        size.description(Some("The memory that the guest is to give up"))
+    }
+
     /// A number of bytes within bounds, or text with a unit.
     fn bounded_size(min: u64, max: Option<u64>, multiple_of: Option<u64>) -> OneOfBuilder {
         let bytes = ObjectBuilder::new()

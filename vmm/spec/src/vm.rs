@@ -9,8 +9,8 @@ use crate::cpu::{self, one_vcpu};
 #[cfg(feature = "schema")]
 use crate::size::schema::memory as memory_schema;
 use crate::{
-    CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode, Size, VirtioBus,
-    VsockSpec,
+    BalloonSpec, CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode,
+    Size, VirtioBus, VsockSpec,
 };
 
 /// The group of VMs whose descriptions name none.
@@ -102,6 +102,9 @@ pub struct VmSpec {
     /// The device with random bytes of the host. By default a VM has one.
     #[serde(default)]
     pub rng: RngSpec,
+    /// The device by which the guest gives memory back to the host. By default a VM has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonSpec>,
     /// Where the console goes, besides the backlog that clients read.
     #[serde(default)]
     pub console: ConsoleSpec,
@@ -179,6 +182,7 @@ impl VmSpec {
             networks: Vec::new(),
             vsock: None,
             rng: RngSpec::default(),
+            balloon: None,
             console: ConsoleSpec::default(),
             sharing: SharingSpec::default(),
             memory_hole: MemoryHole::default(),
@@ -201,13 +205,22 @@ impl VmSpec {
             let at = move |(field, reason)| (format!("/networks/{number}/{field}"), reason);
             network.faults().into_iter().map(at)
         });
+        let at_balloon = |(field, reason)| (format!("/balloon/{field}"), reason);
+        let balloon = self.balloon.iter().flat_map(|balloon| balloon.faults(self.memory)).map(at_balloon);
         let at_vsock = |(field, reason)| (format!("/vsock/{field}"), reason);
         processors
             .chain(disks)
             .chain(networks)
             .chain(self.vsock.iter().flat_map(VsockSpec::faults).map(at_vsock))
             .chain(self.rng.limits.faults().into_iter().map(at_rng))
+            .chain(balloon)
             .collect()
+    }
+
+    /// Returns the memory balloon, if the VM has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&BalloonSpec> {
+        self.balloon.as_ref().filter(|balloon| balloon.enabled)
     }
 
     /// Makes all paths absolute, from the working directory of this process.

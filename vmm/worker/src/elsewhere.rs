@@ -12,12 +12,12 @@ use samepage_hole::{FrameRange, Hole};
 use samepage_machine::vm::{HoleMemory, VmEnd, VmState};
 use samepage_sharing::claims::ClaimSource;
 use samepage_sharing::pagemap::Pagemap;
-use samepage_sharing::service::{Bell, Membership};
+use samepage_sharing::service::{Bell, Discarded, Membership, PagesClient};
 use samepage_spec::SharingMode;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disks::DiskServers;
-use crate::machine::{DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
+use crate::machine::{BalloonObserver, DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
 use crate::messages::{Answer, Order, VmNumber};
 use crate::process::{Gone, WorkerProcess};
 
@@ -38,6 +38,9 @@ pub(crate) struct Remote {
     observer: Mutex<Option<DiskErrorObserver>>,
     /// Tells the engine that the guest has published what its pages are for.
     bell: Mutex<Option<Bell>>,
+    /// Frees pages that the guest gives back. `None` for a VM that is no member: the engine knows nothing of its memory.
+    pages: Mutex<Option<PagesClient>>,
+    balloon: Mutex<Option<BalloonObserver>>,
 }
 
 struct State {
@@ -56,6 +59,8 @@ impl Remote {
             room: Mutex::default(),
             observer: Mutex::default(),
             bell: Mutex::default(),
+            pages: Mutex::default(),
+            balloon: Mutex::default(),
         })
     }
 
@@ -95,6 +100,26 @@ impl Remote {
     pub(crate) fn ring(&self) {
         if let Some(bell) = &*self.bell.lock() {
             bell.ring();
+        }
+    }
+
+    /// Has this engine free pages from now on, or none. What it was told before is done then.
+    pub(crate) fn set_pages(&self, pages: Option<PagesClient>) {
+        *self.pages.lock() = pages;
+    }
+
+    /// Frees the first of these pages.
+    pub(crate) fn discard(&self, pages: Range<u32>) -> Discarded {
+        match &*self.pages.lock() {
+            Some(client) => client.free(pages),
+            None => Discarded { next: pages.end, freed: 0 },
+        }
+    }
+
+    pub(crate) fn tell_balloon(&self, frames: u32) {
+        let observer = self.balloon.lock().clone();
+        if let Some(observer) = observer {
+            observer(frames);
         }
     }
 
@@ -305,7 +330,7 @@ impl Machine for MachineElsewhere {
     fn look(&self) -> Look {
         let looked = self.worker.ask_within(self.identity.number, Order::Look, PATIENCE);
         if let Some(Answer::Looked { cpu_nanoseconds, devices }) = looked {
-            *self.last.lock() = Look { cpu_time: Duration::from_nanos(cpu_nanoseconds), devices };
+            *self.last.lock() = Look { cpu_time: Duration::from_nanos(cpu_nanoseconds), devices: *devices };
         }
         self.last.lock().clone()
     }
@@ -321,6 +346,10 @@ impl Machine for MachineElsewhere {
     fn observe_disk_errors(&self, observer: DiskErrorObserver) {
         *self.remote.observer.lock() = Some(observer);
     }
+
+    fn observe_balloon(&self, observer: BalloonObserver) {
+        *self.remote.balloon.lock() = Some(observer);
+    }
 }
 
 impl Drop for MachineElsewhere {
@@ -333,6 +362,7 @@ impl Drop for MachineElsewhere {
             self.wait();
         }
         self.disks.end();
+        self.remote.set_pages(None);
         // The engine empties the memory while the worker still has it.
         drop(self.membership.take());
         let _ = self.ask(Order::Free);

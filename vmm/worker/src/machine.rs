@@ -7,16 +7,24 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use samepage_api_types::views::devices::BalloonView;
+use samepage_devices::virtio::balloon::FRAME_BYTES;
 use samepage_machine::vm::{Vm, VmEnd, VmState};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::Membership;
-use samepage_spec::{CachePolicy, RateLimits, SharingMode};
+use samepage_spec::{BalloonSpec, CachePolicy, RateLimits, SharingMode, Size};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::report::DeviceReport;
 
 /// Called with a disk's name and a sentence for each error of the host.
 pub type DiskErrorObserver = Arc<dyn Fn(&str, &str) + Send + Sync>;
+
+/// Called when the guest's balloon has the size that was asked for, in page frames.
+pub type BalloonObserver = Arc<dyn Fn(u32) + Send + Sync>;
+
+/// The name of the memory balloon among a VM's devices.
+pub const BALLOON: &str = "balloon";
 
 /// Why a device cannot be changed.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +52,15 @@ pub enum DeviceChange {
     NetworkReceive(RateLimits),
     /// Other limits per second for what the guest sends.
     NetworkSend(RateLimits),
+    /// Another size of the balloon, which the guest is asked for.
+    BalloonSize(Size),
+    /// Another time between two questions for statistics of the guest's memory, in seconds. 0 ends the questions.
+    BalloonStatsInterval(u32),
+    /// The guest is asked for hints at free memory. Once it has no more, it may use that memory again, at once if that
+    /// is wanted and otherwise after [`DeviceChange::BalloonHintsEnd`].
+    BalloonHints(bool),
+    /// The guest may use the memory again at which it has hinted.
+    BalloonHintsEnd,
 }
 
 /// What a machine has used and counted so far.
@@ -121,6 +138,19 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn change_device(&self, id: &str, change: DeviceChange) -> Result<(), DeviceError>;
     /// Passes errors of the host at disks on from now on.
     fn observe_disk_errors(&self, observer: DiskErrorObserver);
+    /// Tells from now on when the guest's balloon has the size that was asked for, once for each size.
+    fn observe_balloon(&self, observer: BalloonObserver);
+    /// Asks the guest for a balloon of this size, in bytes. Does not wait until the guest has it.
+    ///
+    /// # Errors
+    /// Fails if the VM has no balloon, or less memory.
+    fn set_balloon(&self, bytes: u64) -> Result<(), DeviceError> {
+        self.change_device(BALLOON, DeviceChange::BalloonSize(Size(bytes)))
+    }
+    /// Returns what the balloon is, and what the guest has told of its memory; `None` if the VM has none.
+    fn balloon(&self) -> Option<BalloonView> {
+        self.look().devices.balloon
+    }
 }
 
 impl Machine for Vm {
@@ -212,6 +242,7 @@ impl Machine for Vm {
         let disk = || self.disks().iter().find(|disk| disk.id == id).ok_or(DeviceError::Missing);
         let network = || self.networks().iter().find(|network| network.id == id).ok_or(DeviceError::Missing);
         let refused = |error: &dyn fmt::Display| DeviceError::Refused(error.to_string());
+        let balloon = || self.balloon().ok_or(DeviceError::Missing);
         match change {
             DeviceChange::DiskCache(policy) => disk()?.set_cache(policy).map_err(|error| refused(&error))?,
             DeviceChange::DiskLimits(limits) => disk()?.limiter.set(limits),
@@ -221,6 +252,19 @@ impl Machine for Vm {
             DeviceChange::NetworkLink(up) => network()?.link.set(up),
             DeviceChange::NetworkReceive(limits) => network()?.limiters[0].set(limits),
             DeviceChange::NetworkSend(limits) => network()?.limiters[1].set(limits),
+            DeviceChange::BalloonSize(size) => {
+                let balloon = balloon()?;
+                let fault = BalloonSpec::fault_of_size(size, Size(self.memory_bytes()));
+                fault.map_or(Ok(()), |reason| Err(DeviceError::Refused(reason)))?;
+                balloon.set_target(u32::try_from(size.0 / FRAME_BYTES).unwrap_or(u32::MAX));
+            }
+            DeviceChange::BalloonStatsInterval(seconds) => balloon()?.set_stats_interval(seconds),
+            DeviceChange::BalloonHints(_) | DeviceChange::BalloonHintsEnd if !balloon()?.config().hinting => {
+                let reason = "the balloon has no hints; create the VM with hinting";
+                return Err(DeviceError::Refused(reason.to_owned()));
+            }
+            DeviceChange::BalloonHints(is_answered) => balloon()?.start_hints(is_answered),
+            DeviceChange::BalloonHintsEnd => balloon()?.stop_hints(),
         }
         Ok(())
     }
@@ -229,6 +273,12 @@ impl Machine for Vm {
         for disk in self.disks() {
             let (observer, id) = (Arc::clone(&observer), disk.id.clone());
             disk.stats.observe_host_errors(Box::new(move |message| observer(&id, message)));
+        }
+    }
+
+    fn observe_balloon(&self, observer: BalloonObserver) {
+        if let Some(balloon) = self.balloon() {
+            balloon.on_arrival(move |frames| observer(frames));
         }
     }
 }

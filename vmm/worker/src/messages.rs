@@ -12,7 +12,7 @@ use crate::machine::DeviceChange;
 use crate::report::DeviceReport;
 
 /// The version of these messages. To be raised with each change by which one side would misread the other.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// What the managing process says first, to a worker that it has started and to one that it takes over.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -121,6 +121,14 @@ pub(crate) enum Order {
     Follow,
     /// From now on, share these pages. Only noted, for who takes the worker over.
     NoteMode(SharingMode),
+    /// The engine has freed pages, as [`Told::Discard`] has asked for.
+    Discarded {
+        number: u64,
+        /// The page to go on with.
+        next: u32,
+        /// Pages that had memory and have none any more.
+        freed: u32,
+    },
 }
 
 /// A machine to be built.
@@ -172,7 +180,7 @@ pub(crate) enum Answer {
     Taken(usize),
     Looked {
         cpu_nanoseconds: u64,
-        devices: DeviceReport,
+        devices: Box<DeviceReport>,
     },
     /// First and end of each run of pages.
     Runs(Vec<(u32, u32)>),
@@ -217,6 +225,18 @@ pub(crate) enum Told {
         vm: VmNumber,
         disk: String,
         message: String,
+    },
+    /// The guest's balloon has the size that was asked for.
+    Balloon {
+        vm: VmNumber,
+        frames: u32,
+    },
+    /// The guest gives pages back. The engine is to free the first of them, and to say so by [`Order::Discarded`].
+    Discard {
+        vm: VmNumber,
+        number: u64,
+        first: u32,
+        end: u32,
     },
 }
 

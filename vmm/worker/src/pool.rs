@@ -228,6 +228,9 @@ impl Workers {
                 let hole = RemoteHole { memory, worker: Arc::clone(worker), number, is_port };
                 remote.set_bell(membership.listen(Arc::new(hole)));
             }
+            if shares {
+                remote.set_pages(Some(membership.pages()));
+            }
             if self.has_cache && shares {
                 let (servers, notices) = DiskServers::start(worker, number, &disks, &membership.blocks());
                 machine.disks = servers;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -19,6 +20,7 @@ use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use samepage_machine::vm::VmEnd;
 use samepage_sharing::remote::worker::{self, Process, Worker};
+use samepage_sharing::service::Discarded;
 use samepage_sharing::service::elsewhere::{GroupMark, Place};
 
 use crate::elsewhere::Remote;
@@ -30,6 +32,8 @@ use crate::wire::{self, Receiver, Sender};
 pub const ARGUMENT: &str = "worker";
 /// How long a worker that was killed may take to free its memory, before its files are removed.
 const DEATH: Duration = Duration::from_secs(5);
+/// Requests to free pages of a worker's VMs that wait at a time.
+const MOST_DISCARDS: usize = 1024;
 /// Stack of the thread that listens to a worker, in bytes.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -75,6 +79,13 @@ impl fmt::Debug for WorkerProcess {
 
 /// An answer, and the descriptor that came with it.
 type Reply = (Answer, Option<OwnedFd>);
+
+/// A request to free pages.
+struct Discard {
+    vm: VmNumber,
+    number: u64,
+    pages: Range<u32>,
+}
 
 /// Where a reply arrives.
 type Receiving = mpsc::Receiver<Reply>;
@@ -320,11 +331,18 @@ impl WorkerProcess {
         Ok(Some((number, worker)))
     }
 
-    fn listen(&self, mut receiver: Receiver, child: Option<Child>) {
+    fn listen(self: &Arc<Self>, mut receiver: Receiver, child: Option<Child>) {
         // An error: the worker is gone, or says what makes no sense.
+        let mut discards = None;
         while let Ok((told, with)) = receiver.receive::<Told>() {
-            self.heed(told, with);
+            match told {
+                Told::Discard { vm, number, first, end } => {
+                    self.pass_on(&mut discards, Discard { vm, number, pages: first..end });
+                }
+                told => self.heed(told, with),
+            }
         }
+        drop(discards);
         if self.is_let_go() {
             return;
         }
@@ -353,6 +371,34 @@ impl WorkerProcess {
         }
     }
 
+    /// Has a thread free pages that a guest gives back, so that whoever waits for the engine delays nobody else.
+    fn pass_on(self: &Arc<Self>, thread: &mut Option<SyncSender<Discard>>, discard: Discard) {
+        if thread.is_none() {
+            let (sender, discards) = mpsc::sync_channel::<Discard>(MOST_DISCARDS);
+            let worker = Arc::clone(self);
+            let free = move || {
+                for Discard { vm, number, pages } in discards {
+                    let remote = worker.vms.lock().get(&vm).cloned();
+                    let nothing = Discarded { next: pages.end, freed: 0 };
+                    let discarded = remote.map_or(nothing, |remote| remote.discard(pages));
+                    worker.answer(vm, number, discarded);
+                }
+            };
+            let name = format!("pages-{}", self.id);
+            let started = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(free);
+            *thread = started.ok().map(|_| sender);
+        }
+        let (vm, number, next) = (discard.vm, discard.number, discard.pages.end);
+        // A device waits for each of its requests, so there are never as many.
+        if thread.as_ref().is_none_or(|thread| thread.try_send(discard).is_err()) {
+            self.answer(vm, number, Discarded { next, freed: 0 });
+        }
+    }
+
+    fn answer(&self, vm: VmNumber, number: u64, Discarded { next, freed }: Discarded) {
+        self.tell(vm, Order::Discarded { number, next, freed });
+    }
+
     fn heed(&self, told: Told, with: Option<OwnedFd>) {
         let of = |vm: VmNumber, heed: &dyn Fn(&Remote)| {
             let vm = self.vms.lock().get(&vm).cloned();
@@ -374,6 +420,9 @@ impl WorkerProcess {
             Told::Bell { vm } => of(vm, &Remote::ring),
             Told::Room { vm } => of(vm, &Remote::tell_room),
             Told::Ended { vm, end } => of(vm, &|vm| vm.tell_end(end.clone())),
+            Told::Balloon { vm, frames } => of(vm, &|vm| vm.tell_balloon(frames)),
+            // It has a thread of its own.
+            Told::Discard { .. } => {}
             Told::DiskError { vm, disk, message } => of(vm, &|vm| vm.tell_disk_error(&disk, &message)),
         }
     }

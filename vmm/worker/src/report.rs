@@ -2,9 +2,13 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use samepage_api_types::views::devices::{NetworkStatistics, RngStatistics, VsockStatistics};
+use samepage_api_types::views::devices::{
+    BalloonStatistics, BalloonView, GuestMemoryView, HintsView, NetworkStatistics, RngStatistics,
+    VsockStatistics,
+};
 use samepage_api_types::views::{ConsoleView, DiskStatistics};
 use samepage_devices::serial::SerialStats;
+use samepage_devices::virtio::balloon::{BalloonControl, FRAME_BYTES, GuestStat, GuestStats};
 use samepage_devices::virtio::block::BlockStats;
 use samepage_devices::virtio::net::NetStats;
 use samepage_devices::virtio::rng::RngStats;
@@ -26,6 +30,8 @@ pub struct DeviceReport {
     pub vsock: Option<VsockStatistics>,
     /// The entropy device.
     pub rng: Option<RngStatistics>,
+    /// The memory balloon.
+    pub balloon: Option<BalloonView>,
 }
 
 /// A disk.
@@ -72,6 +78,7 @@ impl DeviceReport {
             networks: vm.networks().iter().map(network).collect(),
             vsock: vm.vsock_stats().map(|stats| vsock(stats)),
             rng: vm.rng_stats().map(|stats| rng(stats)),
+            balloon: vm.balloon().map(|control| balloon(control)),
         }
     }
 
@@ -92,7 +99,7 @@ impl Default for DeviceReport {
     /// A machine without devices whose console was silent.
     fn default() -> Self {
         let console = ConsoleView { sent_bytes: 0, lost_bytes: 0, received_bytes: 0 };
-        Self { console, disks: Vec::new(), networks: Vec::new(), vsock: None, rng: None }
+        Self { console, disks: Vec::new(), networks: Vec::new(), vsock: None, rng: None, balloon: None }
     }
 }
 
@@ -177,5 +184,54 @@ fn rng(stats: &RngStats) -> RngStatistics {
         bytes: stats.bytes.load(Relaxed),
         throttled: stats.throttled.load(Relaxed),
         errors: stats.errors.load(Relaxed),
+    }
+}
+
+fn balloon(control: &BalloonControl) -> BalloonView {
+    let (config, stats, guest, hints) =
+        (control.config(), control.stats(), control.guest_stats(), control.hints());
+    let bytes = |frames: u32| u64::from(frames) * FRAME_BYTES;
+    BalloonView {
+        size_bytes: bytes(control.target()),
+        actual_bytes: Some(bytes(control.actual())),
+        active: Some(control.is_active()),
+        deflate_on_oom: config.deflate_on_oom,
+        reporting: config.reporting,
+        hinting: config.hinting,
+        stats_interval: control.stats_interval(),
+        hints: config.hinting.then_some(HintsView { host: hints.host, guest: hints.guest }),
+        statistics: Some(BalloonStatistics {
+            inflated_pages: stats.inflated.load(Relaxed),
+            deflated_pages: stats.deflated.load(Relaxed),
+            reported_pages: stats.reported.load(Relaxed),
+            hinted_pages: stats.hinted.load(Relaxed),
+            freed_pages: stats.freed.load(Relaxed),
+            invalid_pages: stats.invalid.load(Relaxed),
+            errors: stats.errors.load(Relaxed),
+        }),
+        guest: (guest.updates > 0).then(|| guest_memory(&guest)),
+    }
+}
+
+fn guest_memory(guest: &GuestStats) -> GuestMemoryView {
+    let get = |stat| guest.get(stat);
+    GuestMemoryView {
+        updates: guest.updates,
+        total_bytes: get(GuestStat::Total),
+        free_bytes: get(GuestStat::Free),
+        available_bytes: get(GuestStat::Available),
+        cache_bytes: get(GuestStat::Caches),
+        swapped_in_bytes: get(GuestStat::SwapIn),
+        swapped_out_bytes: get(GuestStat::SwapOut),
+        major_faults: get(GuestStat::MajorFaults),
+        minor_faults: get(GuestStat::MinorFaults),
+        huge_allocations: get(GuestStat::HugeAllocations),
+        huge_failures: get(GuestStat::HugeFailures),
+        oom_kills: get(GuestStat::OomKills),
+        stalls: get(GuestStat::Stalls),
+        async_scanned_pages: get(GuestStat::AsyncScans),
+        direct_scanned_pages: get(GuestStat::DirectScans),
+        async_reclaimed_pages: get(GuestStat::AsyncReclaims),
+        direct_reclaimed_pages: get(GuestStat::DirectReclaims),
     }
 }

@@ -4,6 +4,7 @@
 //! the VMs' ends and consoles. The process ends with the connection, and its VMs with it, unless it has a place at
 //! which the next managing process finds it (`shelter`).
 
+mod discards;
 mod held;
 mod outbox;
 mod shelter;
@@ -23,12 +24,14 @@ use samepage_machine::hypervisor::Hypervisor;
 use samepage_machine::vm::{Vm, VmEnd};
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::remote::serve::{Server, Vms};
+use samepage_sharing::service::Discarded;
 
 use crate::machine::{DeviceError, Machine};
 use crate::messages::{
     Answer, Build, GroupNumber, Hello, Moment, Order, Report, Request, Target, Told, VERSION, VmNumber,
 };
 use crate::wire::{self, Receiver};
+use discards::{Discards, DiscardsOf, EngineConnection};
 use held::Held;
 use outbox::{ConsoleCopy, Outbox, Turn};
 use shelter::{News, Next, Shelter};
@@ -45,7 +48,8 @@ struct Worker {
     pagemap: Pagemap,
     outbox: Arc<Outbox>,
     watch: Watch,
-    groups: Mutex<HashMap<GroupNumber, Arc<Vms>>>,
+    groups: Mutex<HashMap<GroupNumber, (Arc<Vms>, EngineConnection)>>,
+    discards: Arc<Discards>,
     vms: Arc<Mutex<HashMap<VmNumber, Held>>>,
     news: Arc<News>,
     /// Requests that have a thread each.
@@ -87,6 +91,7 @@ pub fn main() -> io::Result<()> {
         watch: Watch::start(&outbox, on_end)?,
         outbox,
         groups: Mutex::default(),
+        discards: Arc::default(),
         vms,
         news,
         requests: Mutex::default(),
@@ -166,7 +171,12 @@ impl Worker {
     fn take(self: &Arc<Self>, request: Request, with: Option<OwnedFd>) {
         let is_quick = matches!(
             request.order,
-            Order::Start | Order::Stop | Order::Fail(_) | Order::Look | Order::HoleNews
+            Order::Start
+                | Order::Stop
+                | Order::Fail(_)
+                | Order::Look
+                | Order::HoleNews
+                | Order::Discarded { .. }
         );
         if is_quick {
             return self.carry_out(request, with, self.outbox.turn());
@@ -242,6 +252,11 @@ impl Worker {
                 let known = vms.iter().filter(|(_, held)| held.is_told());
                 return Ok(Answer::Listed(known.map(|(number, _)| *number).collect()));
             }
+            // The VM may be about to end: then it waits for this.
+            Order::Discarded { number, next, freed } => {
+                self.discards.answer(number, Discarded { next, freed });
+                return Ok(Answer::Done);
+            }
             _ => {}
         }
         let mut vms = self.vms.lock();
@@ -282,6 +297,7 @@ impl Worker {
             | Order::Look
             | Order::Describe
             | Order::Follow
+            | Order::Discarded { .. }
             | Order::NoteMode(_) => Answer::Done,
             Order::HoleNews => {
                 vm.tell_hole_news();
@@ -331,11 +347,15 @@ impl Worker {
     fn connect(&self, group: GroupNumber, with: Option<OwnedFd>) -> Result<Answer, String> {
         let socket = with.ok_or("no connection came with the request")?;
         let server = Server::accept(socket).map_err(|error| error.to_string())?;
-        self.groups.lock().insert(group, server.vms());
+        let connection = self.discards.open();
+        self.groups.lock().insert(group, (server.vms(), connection));
+        let close = Closing { discards: Arc::clone(&self.discards), connection };
         thread::Builder::new()
             .name("engine".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                // Also where the thread panics, or cannot be started.
+                let _close = close;
                 if let Err(error) = server.run() {
                     samepage_process::tell::tell(format_args!(
                         "the sharing engine asked senselessly: {error}"
@@ -367,9 +387,11 @@ impl Worker {
         };
         let copy = Box::new(ConsoleCopy::new(&self.outbox, number));
         let console = ConsoleConfig::Copied { to: Box::new(target), copy };
-        let elsewhere = vms.map(|vms| {
-            let outbox = Arc::clone(&self.outbox);
-            Elsewhere { vms, ring: Arc::new(move || outbox.send(&Told::Bell { vm: number })), has_cache }
+        let elsewhere = vms.map(|(vms, connection)| {
+            let (outbox, discards) = (Arc::clone(&self.outbox), Arc::clone(&self.discards));
+            let pages = DiscardsOf { discards, connection, outbox: Arc::clone(&outbox), vm: number };
+            let ring = Arc::new(move || outbox.send(&Told::Bell { vm: number }));
+            Elsewhere { vms, ring, pages: Arc::new(pages), has_cache }
         });
         let config = VmConfig { console, elsewhere, ..VmConfig::from(spec.clone()) };
         let vm = Vm::build(config, &self.hypervisor).map_err(|error| error.to_string())?;
@@ -378,6 +400,8 @@ impl Worker {
             let (disk, message) = (disk.to_owned(), message.to_owned());
             outbox.send(&Told::DiskError { vm: number, disk, message });
         }));
+        let outbox = Arc::clone(&self.outbox);
+        vm.observe_balloon(Arc::new(move |frames| outbox.send(&Told::Balloon { vm: number, frames })));
         let vm = Arc::new(vm);
         let (index, notices, hole) = (vm.index(), Machine::notices(&*vm), vm.hole_file().cloned());
         self.vms.lock().insert(number, Held::new(spec, notices.clone(), Arc::clone(&vm), is_told));
@@ -387,5 +411,17 @@ impl Worker {
             return Err(format!("watch the VM: {error}"));
         }
         Ok((Answer::Built { index, notices }, hole))
+    }
+}
+
+/// Says that an engine does nothing more, when it goes.
+struct Closing {
+    discards: Arc<Discards>,
+    connection: EngineConnection,
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.discards.close(self.connection);
     }
 }

@@ -86,7 +86,7 @@ type Observer = Box<dyn Fn(u32) + Send + Sync>;
 pub struct BalloonControl {
     state: Mutex<State>,
     interval: AtomicU32,
-    is_hinting: bool,
+    config: BalloonConfig,
     stats: BalloonStats,
     guest: Mutex<GuestStats>,
     observer: OnceLock<Observer>,
@@ -106,11 +106,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl BalloonControl {
     pub(super) fn new(config: BalloonConfig) -> Self {
-        let state = State { target: config.target, ..State::default() };
+        // Nobody waits for a guest to have an empty balloon.
+        let has_arrived = config.target == 0;
+        let state = State { target: config.target, has_arrived, ..State::default() };
         Self {
             state: Mutex::new(state),
             interval: AtomicU32::new(config.stats_interval),
-            is_hinting: config.hinting,
+            config,
             stats: BalloonStats::default(),
             guest: Mutex::default(),
             observer: OnceLock::new(),
@@ -169,14 +171,14 @@ impl BalloonControl {
         self.wakers.wake();
     }
 
-    /// Has the first observer told of each arrival at a target. It must not wait.
+    /// Has the first observer told of the arrival at each target, once for each. It must not wait.
     pub fn on_arrival(&self, observer: impl Fn(u32) + Send + Sync + 'static) {
         let _ = self.observer.set(Box::new(observer));
     }
 
-    /// Whether the guest can be asked for free page hints.
-    pub fn is_hinting(&self) -> bool {
-        self.is_hinting
+    /// Returns what the balloon was to be when it was made.
+    pub fn config(&self) -> BalloonConfig {
+        self.config
     }
 
     /// Returns the state of free page hints.
@@ -236,7 +238,6 @@ impl BalloonControl {
         state.driver = None;
         state.actual = 0;
         state.poison = 0;
-        state.has_arrived = false;
         state.hints = HintState::default();
         self.is_active.store(false, Relaxed);
     }

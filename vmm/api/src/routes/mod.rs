@@ -1,5 +1,6 @@
 //! The resources and their OpenAPI description.
 
+mod balloon;
 mod console;
 mod host;
 mod networks;
@@ -68,6 +69,7 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(vms::disk, vms::change_disk))
         .routes(routes!(networks::list))
         .routes(routes!(networks::show, networks::change))
+        .routes(routes!(balloon::show, balloon::change))
         .routes(routes!(console::backlog))
         .routes(routes!(console::stream))
         .routes(routes!(console::input))

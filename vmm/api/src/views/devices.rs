@@ -1,6 +1,6 @@
 //! The views of a VM's devices other than disks.
 
-use samepage_api_types::views::devices::NetworkView;
+use samepage_api_types::views::devices::{BalloonView, NetworkView};
 use samepage_host::record::Record;
 use samepage_worker::report::DeviceReport;
 
@@ -31,4 +31,27 @@ pub(crate) fn networks_of(record: &Record, devices: Option<&DeviceReport>) -> Ve
         }
     });
     networks.collect()
+}
+
+/// Returns the memory balloon of a VM that has one.
+pub(crate) fn balloon(record: &Record) -> Option<BalloonView> {
+    balloon_of(record, record.vm().map(|vm| vm.look().devices).as_ref())
+}
+
+/// The same, where its devices are known.
+pub(crate) fn balloon_of(record: &Record, devices: Option<&DeviceReport>) -> Option<BalloonView> {
+    let described = record.spec().balloon()?;
+    let present = devices.and_then(|devices| devices.balloon.clone());
+    Some(present.unwrap_or_else(|| BalloonView {
+        size_bytes: described.size.0,
+        actual_bytes: None,
+        active: None,
+        deflate_on_oom: described.deflate_on_oom,
+        reporting: described.reporting,
+        hinting: described.hinting,
+        stats_interval: described.stats_interval,
+        hints: None,
+        statistics: None,
+        guest: None,
+    }))
 }

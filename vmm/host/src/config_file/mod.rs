@@ -20,8 +20,8 @@ use check::EntryPlaces;
 pub use mistakes::{Mistake, Mistakes};
 use read::{Entry, Read};
 use samepage_spec::{
-    CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole, NetworkSpec,
-    RngSpec, SharingSpec, Size, VirtioBus, VmSpec, VsockSpec, optional_memory_schema,
+    BalloonSpec, CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole,
+    NetworkSpec, RngSpec, SharingSpec, Size, VirtioBus, VmSpec, VsockSpec, optional_memory_schema,
 };
 use source::Source;
 
@@ -95,6 +95,8 @@ pub struct VmEntry {
     pub vsock: Option<VsockSpec>,
     /// The device with random bytes of the host. By default a VM has one.
     pub rng: Option<RngSpec>,
+    /// The device by which the guest gives memory back to the host. By default a VM has none.
+    pub balloon: Option<BalloonSpec>,
     /// The file for console output, in addition to the backlog for clients.
     pub console: Option<ConsoleSpec>,
     /// How the memory is shared.
@@ -126,6 +128,7 @@ macro_rules! with_fields {
             networks,
             vsock,
             rng,
+            balloon,
             console,
             sharing,
             memory_hole,
@@ -182,6 +185,7 @@ impl VmEntry {
             networks: self.networks.iter().flatten().map(network).collect(),
             vsock: self.vsock.as_ref().map(vsock),
             rng: self.rng.clone().unwrap_or_default(),
+            balloon: self.balloon,
             console: ConsoleSpec {
                 file: self.console.as_ref().and_then(|console| console.file.as_deref()).map(path),
             },

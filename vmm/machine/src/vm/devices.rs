@@ -17,6 +17,7 @@ use samepage_devices::i8042::{self, I8042};
 use samepage_devices::net::Detour;
 use samepage_devices::power::{self, Power};
 use samepage_devices::serial::{self, Serial, SerialStats};
+use samepage_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonControl, FRAME_BYTES, FreePages};
 use samepage_devices::virtio::block::{Block, BlockConfig, BlockStats, DiskSize};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::rng::{Rng, RngStats};
@@ -36,7 +37,7 @@ use super::network::{self, Network};
 use super::provenance::DiskHints;
 use super::virtio::Places;
 use super::{VmEnd, VmError};
-use crate::config::{DiskSpec, VirtioBus, VmSpec};
+use crate::config::{BalloonSpec, DiskSpec, VirtioBus, VmSpec};
 use crate::x86::layout::{KEYBOARD_IRQ, POWER_PORT, SERIAL_IRQ, SERIAL_PORT};
 
 /// Upper limit for the disks of a VM.
@@ -221,6 +222,7 @@ pub(super) struct Devices {
     networks: Vec<Network>,
     vsock: Option<Arc<VsockStats>>,
     rng: Option<Arc<RngStats>>,
+    balloon: Option<Arc<BalloonControl>>,
     new_files: Mutex<NewFiles>,
 }
 
@@ -241,10 +243,11 @@ impl Devices {
     }
 
     /// Makes the devices and connects them to KVM's interrupt lines and write notifications. They stop when
-    /// the flag beside the memory says that a part of the memory was lost.
+    /// the flag beside the memory says that a part of the memory was lost. Pages
+    /// that the guest gives back are freed by whoever comes after the flag, if the VM has a balloon.
     pub(super) fn new(
         kvm: &Arc<VmFd>,
-        (memory, lost): (&GuestMemory, Arc<AtomicBool>),
+        (memory, lost, given): (&GuestMemory, Arc<AtomicBool>, Option<Arc<dyn FreePages>>),
         console: Box<dyn Write + Send>,
         spec: &VmSpec,
         sharer: &Sharer<'_>,
@@ -364,6 +367,12 @@ impl Devices {
             rng = Some(device.stats());
             places.attach(device, |source| VmError::Device { what: "the entropy device", source })?;
         }
+        let mut balloon = None;
+        if let Some((described, pages)) = spec.balloon().zip(given) {
+            let device = Balloon::new(&spec.name, balloon_config(described), pages);
+            balloon = Some(device.control());
+            places.attach(device, |source| VmError::Device { what: "the memory balloon", source })?;
+        }
         let mmio = places.into_bus(&mut ports);
         let disks = attached;
         let new_files = Mutex::new(new_files);
@@ -378,6 +387,7 @@ impl Devices {
             networks,
             vsock,
             rng,
+            balloon,
             new_files,
         })
     }
@@ -461,6 +471,21 @@ impl Devices {
 
     pub(super) fn rng_stats(&self) -> Option<&Arc<RngStats>> {
         self.rng.as_ref()
+    }
+
+    pub(super) fn balloon(&self) -> Option<&Arc<BalloonControl>> {
+        self.balloon.as_ref()
+    }
+}
+
+fn balloon_config(described: &BalloonSpec) -> BalloonConfig {
+    BalloonConfig {
+        // The description has made sure that it is not more than the VM's memory.
+        target: u32::try_from(described.size.0 / FRAME_BYTES).unwrap_or(u32::MAX),
+        deflate_on_oom: described.deflate_on_oom,
+        reporting: described.reporting,
+        hinting: described.hinting,
+        stats_interval: described.stats_interval,
     }
 }
 

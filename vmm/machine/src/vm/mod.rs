@@ -1,6 +1,7 @@
 //! One virtual machine: built, run, paused, ended and freed.
 
 mod asking;
+mod balloon;
 pub(crate) mod blocks;
 mod bus;
 mod changes;
@@ -35,6 +36,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use samepage_devices::doorbell::Doorbell;
 use samepage_devices::serial::SerialStats;
+use samepage_devices::virtio::balloon::{BalloonControl, FreePages};
 use samepage_devices::virtio::console::Console;
 use samepage_devices::virtio::rng::RngStats;
 use samepage_devices::virtio::vsock::VsockStats;
@@ -57,6 +59,7 @@ use crate::x86::{mptable, registers, reset_vector};
 
 use asking::Asking;
 pub use asking::TimeToEnd;
+use balloon::GivenPages;
 use changes::DirtyLog;
 use control::Control;
 pub use crash::{CrashKind, CrashReport};
@@ -291,10 +294,14 @@ impl Vm {
             }
             _ => Sharer::None,
         };
+        let given = config.spec.balloon().map(|_| {
+            let given = GivenPages::new(&memory, membership.as_ref(), config.elsewhere.as_ref());
+            Arc::new(given) as Arc<dyn FreePages>
+        });
         let (spec, _seed) = seed::attach(config.spec).map_err(ConfigError::from)?;
         let devices = Arc::new(Devices::new(
             &kvm,
-            (memory.view(), memory.ram().loss_flag()),
+            (memory.view(), memory.ram().loss_flag(), given),
             console,
             &spec,
             &sharer,
@@ -470,6 +477,11 @@ impl Vm {
     /// Returns the counters of the entropy device, if there is one.
     pub fn rng_stats(&self) -> Option<&Arc<RngStats>> {
         self.devices.rng_stats()
+    }
+
+    /// Returns the controls and counters of the memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&Arc<BalloonControl>> {
+        self.devices.balloon()
     }
 
     /// Returns the disks, in the order of the configuration.

@@ -76,12 +76,14 @@ impl Held {
 
     pub(super) fn look(&self) -> Answer {
         match &self.body {
-            Body::Machine(vm) => {
-                Answer::Looked { cpu_nanoseconds: cpu_nanoseconds(vm), devices: DeviceReport::of(vm) }
-            }
-            Body::Ended(ended) => {
-                Answer::Looked { cpu_nanoseconds: ended.cpu_nanoseconds, devices: ended.devices.clone() }
-            }
+            Body::Machine(vm) => Answer::Looked {
+                cpu_nanoseconds: cpu_nanoseconds(vm),
+                devices: Box::new(DeviceReport::of(vm)),
+            },
+            Body::Ended(ended) => Answer::Looked {
+                cpu_nanoseconds: ended.cpu_nanoseconds,
+                devices: Box::new(ended.devices.clone()),
+            },
         }
     }
 
