@@ -1,6 +1,9 @@
 //! A process that is killed does not end the VMs of its workers, and the next process with the same folder for its
 //! state adopts them.
 
+#[path = "adoption/giving.rs"]
+mod giving;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         ("a_vm_that_ends_meanwhile_is_reported_with_its_reason", ended),
         ("vms_that_nobody_adopts_leave_a_report", reported),
         ("states_and_descriptions_of_vms_are_those_of_before", described),
+        ("guests_that_give_pages_back_keep_theirs_when_their_process_is_killed", giving::killed),
         ("whatever_vms_are_asked_for_when_their_process_is_killed", at_work),
         ("a_process_that_cannot_start_leaves_vms_as_they_are", failed_start),
         ("an_adopted_worker_that_is_killed_takes_its_vms_along", worker_killed),

@@ -32,6 +32,9 @@ fn main() -> ExitCode {
     ])
 }
 
+/// Guest-physical address of a balloon that comes after the entropy device alone.
+const BALLOON: u64 = 0xd000_1000;
+
 /// The worker processes of a server.
 fn workers(server: &Host) -> BTreeSet<i32> {
     let parent = server.running.pid().as_raw_nonzero().get();
@@ -113,9 +116,13 @@ fn share_and_end() {
 fn killed() {
     let kills = std::env::var("SAMEPAGE_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
     let server = Host::serve(&["--vms-per-worker", "1", "--sharing-cpu", "100", "--audit"]);
-    let plan = |vm| Plan { vm, pages: Some(1024), ..churn() };
-    server.done("POST", "/vms", Some(&server.vm("witness", &plan(0), true)));
-    server.done("POST", "/vms", Some(&server.vm("victim", &plan(1), true)));
+    // They give pages back all the while.
+    let plan = |vm| Plan { vm, pages: Some(1024), every_ms: 20, balloon: Some(BALLOON), ..churn() };
+    for (vm, name) in [(0, "witness"), (1, "victim")] {
+        let mut body = server.vm(name, &plan(vm), true);
+        body["balloon"] = json!({});
+        server.done("POST", "/vms", Some(&body));
+    }
     for kill in 0..kills {
         wait_until("sharing", || server.shared() > 0);
         let before = server.round("witness");
@@ -132,6 +139,9 @@ fn killed() {
         assert_eq!(server.act("victim", "start"), "running");
     }
     assert_eq!(server.state("witness"), "running");
+    let balloon = server.done("GET", "/vms/witness/balloon", None);
+    let count = |name: &str| balloon["statistics"][name].as_u64().expect("a number");
+    assert!(count("freed_pages") > 1000 && count("errors") == 0, "{balloon}");
     // The process says that VMs have failed.
     drop(server.end_sound(1));
 }

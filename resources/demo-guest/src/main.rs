@@ -6,6 +6,7 @@
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod boot;
 mod cache;
 mod client;
@@ -29,6 +30,7 @@ use core::hint;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use balloon::Balloon;
 use clock::Clock;
 use demo::layout::{Arena, LayoutError, Ram};
 use demo::plan::{Crash, Plan};
@@ -114,7 +116,11 @@ fn run(handover: &Handover) -> ! {
         // SAFETY: the monitor has given the place of the hole, and nothing else writes there.
         unsafe { Claims::open(&plan, mode, &clock) }.unwrap_or_else(|reason| fail(reason, 0))
     });
-    let rounds = rounds(&world, &team, &mut pages, disk.as_mut(), claims.as_mut());
+    let mut balloon = plan.balloon.map(|base| {
+        // SAFETY: there is no disk beside it, so nothing else uses the queue's memory.
+        unsafe { Balloon::open(&plan, base, &clock) }.unwrap_or_else(|reason| fail(reason, base))
+    });
+    let rounds = rounds(&world, &team, &mut pages, disk.as_mut(), (claims.as_mut(), balloon.as_mut()));
     if claims.is_none_or(|claims| claims.is_honest()) {
         team.begin(Task::VerifyLast);
         pages.verify(false);
@@ -131,7 +137,7 @@ fn rounds(
     team: &Team<'_>,
     pages: &mut Pages<'_>,
     mut disk: Option<&mut Disk<'_>>,
-    mut claims: Option<&mut Claims<'_>>,
+    (mut claims, mut balloon): (Option<&mut Claims<'_>>, Option<&mut Balloon<'_>>),
 ) -> u64 {
     let World { plan, clock, .. } = *world;
     let mut round = 0;
@@ -174,9 +180,13 @@ fn rounds(
         if round == plan.rounds {
             return round;
         }
-        match &mut claims {
-            Some(claims) => port::print(claims.tell(pages, plan.every_ms)),
-            None => pages.pause(plan.every_ms),
+        match (&mut claims, &mut balloon) {
+            (Some(claims), _) => port::print(claims.tell(pages, plan.every_ms)),
+            (None, Some(balloon)) => match balloon.play(pages, plan.every_ms) {
+                Ok(report) => port::print(report),
+                Err(reason) => fail(reason, round),
+            },
+            (None, None) => pages.pause(plan.every_ms),
         }
         if pages.quit {
             return round;

@@ -74,7 +74,7 @@ impl<'a> Team<'a> {
     pub(crate) unsafe fn start(world: &'a World<'a>) -> Self {
         let World { plan, clock, .. } = *world;
         // What the guest tells in the memory hole is about the first processor's pages.
-        let asked = if plan.hole_mode.is_some() { 1 } else { plan.cpus.clamp(1, MOST_PROCESSORS) };
+        let asked = if plan.hole_mode.is_some() || plan.balloon.is_some() { 1 } else { plan.cpus.clamp(1, MOST_PROCESSORS) };
         if asked == 1 {
             return Self { clock, size: 1 };
         }

@@ -80,7 +80,11 @@ struct Rings {
     used: Used,
 }
 
-static mut RINGS: Rings = Rings {
+static mut RINGS: Rings = EMPTY;
+/// The rings of all queues but the first, which stay empty.
+static mut IDLE: Rings = EMPTY;
+
+const EMPTY: Rings = Rings {
     descriptors: [Descriptor { address: 0, len: 0, flags: 0, next: 0 }; LARGEST_QUEUE],
     available: Available { flags: 0, index: 0, ring: [0; LARGEST_QUEUE], used_event: 0 },
     used: Used {
@@ -107,6 +111,7 @@ pub(crate) struct Device {
     base: usize,
     kind: u32,
     wanted_features: u64,
+    queues: u32,
     /// Descriptors in the queue.
     pub(crate) queue_size: u16,
     /// Features that the device offers.
@@ -121,10 +126,25 @@ impl Device {
     /// # Safety
     /// Nothing else may use the queue's memory. `base` may be any address except that of used memory.
     pub(crate) unsafe fn open(base: u64, kind: u32, wanted_features: u64) -> Result<Self, SetupError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { Self::open_with(base, kind, wanted_features, 1) }
+    }
+
+    /// Does the same for a device that needs more queues. Only the first one is used.
+    ///
+    /// # Safety
+    /// As for [`open`](Self::open).
+    pub(crate) unsafe fn open_with(
+        base: u64,
+        kind: u32,
+        wanted_features: u64,
+        queues: u32,
+    ) -> Result<Self, SetupError> {
         let mut device = Self {
             base: base as usize,
             kind,
             wanted_features,
+            queues,
             queue_size: 0,
             offered: 0,
             available_index: 0,
@@ -160,15 +180,23 @@ impl Device {
             return Err(SetupError::Rejected);
         }
 
-        self.write(QUEUE_SELECT, 0);
+        for queue in (1..self.queues).rev() {
+            self.set_up(queue, &raw mut IDLE)?;
+        }
+        self.queue_size = self.set_up(0, &raw mut RINGS)?;
+        self.available_index = 0;
+        self.used_index = 0;
+        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        Ok(())
+    }
+
+    /// Sets a queue up with empty rings. Returns its size.
+    fn set_up(&self, queue: u32, rings: *mut Rings) -> Result<u16, SetupError> {
+        self.write(QUEUE_SELECT, queue);
         let size = self.read(QUEUE_SIZE_MAX).min(LARGEST_QUEUE as u32);
         if size == 0 {
             return Err(SetupError::Rejected);
         }
-        self.queue_size = size as u16;
-        self.available_index = 0;
-        self.used_index = 0;
-        let rings = &raw mut RINGS;
         // SAFETY: the device is reset and nothing else uses the rings, as the caller of `open` guarantees.
         unsafe {
             rings.write_bytes(0, 1);
@@ -187,8 +215,7 @@ impl Device {
         self.write64(QUEUE_AVAILABLE, available as u64);
         self.write64(QUEUE_USED, used as u64);
         self.write(QUEUE_READY, 1);
-        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-        Ok(())
+        Ok(size as u16)
     }
 
     fn register(&self, offset: usize) -> *mut u32 {

@@ -263,6 +263,9 @@ pub struct Plan {
     pub hole: Option<HolePlace>,
     /// The data to publish in the hole, if any.
     pub hole_mode: Option<HoleMode>,
+    /// Guest-physical address of the virtio-mmio registers of a balloon, if there is one. In the pauses, pages are given to
+    /// the host and used again.
+    pub balloon: Option<u64>,
 }
 
 impl Default for Plan {
@@ -289,6 +292,7 @@ impl Default for Plan {
             disk: None,
             hole: None,
             hole_mode: None,
+            balloon: None,
         }
     }
 }
@@ -339,6 +343,7 @@ impl Plan {
             "hole_mode" => {
                 self.hole_mode = Some(HoleMode::ALL.into_iter().find(|mode| mode.name() == value)?)
             }
+            "balloon" => self.balloon = Some(number(value)?),
             "blk" => self.disk_mut().base = number(value)?,
             "blk_mode" => self.disk_mut().ops = disk_ops(value)?,
             "blk_sector" => self.disk_mut().sector = number(value)?,
@@ -410,6 +415,9 @@ impl fmt::Display for Plan {
         }
         if let Some(mode) = self.hole_mode {
             write!(f, " hole_mode={}", mode.name())?;
+        }
+        if let Some(base) = self.balloon {
+            write!(f, " balloon={base:#x}")?;
         }
         if let Some(disk) = &self.disk {
             write!(f, " blk={:#x} blk_mode=", disk.base)?;
@@ -519,6 +527,7 @@ mod tests {
                 }),
                 hole: Some(HolePlace { bytes: 16384, address: 0xc000_0000 }),
                 hole_mode: Some(HoleMode::Hostile),
+                balloon: Some(0xd000_1000),
             },
             Plan {
                 disk: Some(DiskPlan {

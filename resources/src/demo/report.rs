@@ -430,6 +430,17 @@ reports! {
         /// Times that the doorbell was rung.
         rings: u64 = "rings",
     }
+    /// A round of giving pages to the host and using them again is done. Counts are since the start.
+    "given" Given {
+        /// Requests that the host has answered.
+        requests: u64 = "requests",
+        /// Pages that the host was given.
+        given: u64 = "given",
+        /// Pages that held zeros when the guest used them again.
+        returned: u64 = "returned",
+        /// The longest time that a request took, in microseconds.
+        us: u64 = "us",
+    }
     /// What came back from an address that no device has.
     "probe" Probe {
         /// Kind of address.

@@ -42,7 +42,7 @@ pub(crate) fn balloon(record: &Record) -> Option<BalloonView> {
 pub(crate) fn balloon_of(record: &Record, devices: Option<&DeviceReport>) -> Option<BalloonView> {
     let described = record.spec().balloon()?;
     let present = devices.and_then(|devices| devices.balloon.clone());
-    Some(present.unwrap_or_else(|| BalloonView {
+    Some(present.unwrap_or(BalloonView {
         size_bytes: described.size.0,
         actual_bytes: None,
         active: None,
