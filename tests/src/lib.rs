@@ -8,6 +8,7 @@ pub mod console;
 pub mod disks;
 pub mod guests;
 pub mod harness;
+pub mod limited;
 pub mod process;
 pub mod program;
 pub mod progress;

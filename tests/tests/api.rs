@@ -390,6 +390,7 @@ fn events() {
             Happening::Crash { vm, .. } => crashed = vm == "b",
             Happening::Deleted { vm } => deleted = vm == "b",
             Happening::Limit { .. } => limited = true,
+            Happening::Memory { message, .. } => panic!("{message}"),
             Happening::Adopted { .. } | Happening::Left { .. } => panic!("there is no folder for the state"),
             Happening::Disk { vm, disk, message } => panic!("disk {disk} of VM {vm}: {message}"),
             Happening::Balloon { vm, .. } => panic!("VM {vm} has no balloon"),

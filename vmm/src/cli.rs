@@ -21,8 +21,8 @@ use samepage_sharing::claims::SharedTypes;
 use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_spec::{
-    BalloonSpec, CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, NetworkSpec, RngSpec, SharingMode,
-    VirtioBus, VsockSpec,
+    BalloonSpec, CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, MemoryWeight, NetworkSpec, RngSpec,
+    SharingMode, VirtioBus, VsockSpec,
 };
 use samepage_text::names;
 use samepage_text::size::parse_size;
@@ -246,6 +246,10 @@ pub(crate) struct VmOptions {
     #[arg(long, value_name = "N")]
     pub(crate) host_numa_node: Option<u32>,
 
+    /// The weight against other VMs when memory is short and VMs take turns, from 1 to 10000
+    #[arg(long, value_name = "N", default_value = "100", value_parser = parse_weight)]
+    pub(crate) memory_weight: MemoryWeight,
+
     /// How virtio devices are attached: each at registers of its own, or on a PCI bus with MSI-X
     #[arg(long, value_enum, value_name = "mmio|pci", default_value_t = VirtioBus::Mmio)]
     pub(crate) bus: VirtioBus,
@@ -414,9 +418,21 @@ pub(crate) struct ProcessArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     pub(crate) stop_timeout: u32,
 
+    /// Hold VMs that need more memory when the host runs short, and run them in turns, so that no VM is killed; off
+    /// leaves that to the kernel, which kills
+    #[arg(long, value_enum, value_name = "auto|off", default_value_t = GovernorArg::Auto)]
+    pub(crate) governor: GovernorArg,
+
     /// Allow the VMs' memory to exceed the host's available memory by this factor
     #[arg(long, value_name = "RATIO", default_value_t = 1.0, value_parser = parse_ratio)]
     pub(crate) overcommit: f64,
+}
+
+/// `--governor`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum GovernorArg {
+    Auto,
+    Off,
 }
 
 /// `--sharing-engine`.
@@ -434,6 +450,10 @@ pub(crate) enum ConsoleArg {
     Stdio,
     File(String),
     Off,
+}
+
+fn parse_weight(text: &str) -> Result<MemoryWeight, String> {
+    text.parse::<u32>().map_err(|error| error.to_string())?.try_into()
 }
 
 fn parse_memory(text: &str) -> Result<u64, String> {

@@ -47,6 +47,7 @@ fn vm(
         cpu: options.cpu,
         hugepages: options.hugepages,
         host_numa_node: options.host_numa_node,
+        memory_weight: options.memory_weight,
         bus: options.bus,
         disks: options.disks.iter().map(disk).collect(),
         cloud_init: options.cloud_init.as_ref().map(|files| files.with_paths(path)),

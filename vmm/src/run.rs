@@ -16,6 +16,7 @@ use samepage_api_types::lifecycle::{Action, State};
 use samepage_host::conflicts::{self, Uses};
 use samepage_host::ends::Ended;
 use samepage_host::error::HostError;
+use samepage_host::governor::Governor;
 use samepage_host::host_limits::HostMemory;
 use samepage_host::record::Record;
 use samepage_host::stats_writer::{StatsTarget, StatsWriter};
@@ -33,7 +34,7 @@ use samepage_worker::pool::Workers;
 use samepage_worker::state::StateFolder;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::cli::{ConsoleArg, EngineArg, ProcessArgs, RunArgs, ServeArgs, SocketAccess};
+use crate::cli::{ConsoleArg, EngineArg, GovernorArg, ProcessArgs, RunArgs, ServeArgs, SocketAccess};
 use crate::ending::Ending;
 use crate::plan;
 use crate::upkeep::{self, Upkeep};
@@ -208,6 +209,18 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, mut plan: Plan<'_>) -> anyhow::Resu
         });
     }
     registry.on_disk_error(Box::new(|message| tell(message)));
+    let governor = match process.governor {
+        GovernorArg::Off => None,
+        GovernorArg::Auto => Governor::start(&registry).map_or_else(
+            |error| {
+                tell(format_args!(
+                    "no VM is held when memory becomes short (use --governor off to omit this message): {error}"
+                ));
+                None
+            },
+            Some,
+        ),
+    };
     let starts: Vec<_> = vms.iter().map(starts).collect();
     let records = registry.create(vms)?;
     let new = records.iter().zip(starts).filter(|(_, start)| *start);
@@ -251,6 +264,7 @@ fn host(named: Vec<(VmSpec, ConsoleConfig)>, mut plan: Plan<'_>) -> anyhow::Resu
         upkeep,
     };
     let outcome = process.watch(plan.is_server)?;
+    drop(governor);
     keeping.end();
     // Clients learn of all ends before the socket is removed.
     drop(server);

@@ -28,6 +28,7 @@ const TRIES: usize = 1000;
 /// Limit for the described wrong pages.
 pub(crate) const MOST_DESCRIBED: u64 = 16;
 const QUIT: u8 = b'q';
+const REWRITE: u8 = b's';
 /// The version of a free page, whose content does not matter.
 const FREE: u32 = u32::MAX;
 
@@ -244,6 +245,9 @@ impl<'a> Pages<'a> {
         }
         while let Some(byte) = port::receive() {
             self.quit |= byte == QUIT;
+            if byte == REWRITE {
+                self.rewrite_all();
+            }
         }
         self.quit |= port::ctrl_alt_del(&mut self.scan_codes);
     }
@@ -293,6 +297,16 @@ impl<'a> Pages<'a> {
                 return self.write(index);
             }
         }
+    }
+
+    /// Rewrites every page that may be written, and ends then.
+    fn rewrite_all(&mut self) {
+        for index in self.part.clone() {
+            if self.plan.write.contains(self.arena.class(index)) && !self.is_free(index) {
+                self.write(index);
+            }
+        }
+        self.quit = true;
     }
 
     fn next_version(&mut self) -> u32 {

@@ -24,15 +24,31 @@ struct Mount {
     folder: PathBuf,
 }
 
+/// Memory that is to be had, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// What is to be had.
+    pub bytes: u64,
+    /// The whole of which this is a part: the host's memory, or the limit of a cgroup.
+    pub of: u64,
+}
+
 /// Looks at what is free.
 #[derive(Debug)]
-pub(crate) struct Available {
+pub struct Available {
     mounts: Vec<Mount>,
+}
+
+impl Default for Available {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Available {
     /// Finds the hierarchies of cgroups.
-    pub(crate) fn new() -> Self {
+    #[must_use]
+    pub fn new() -> Self {
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").map_or_else(|_| Vec::new(), |text| mounts(&text));
         Self { mounts }
@@ -40,21 +56,30 @@ impl Available {
 
     /// Memory that could be had without swapping, in bytes; `None` where nobody tells.
     pub(crate) fn bytes(&self) -> Option<u64> {
+        self.room().map(|room| room.bytes)
+    }
+
+    /// Memory that could be had without swapping; `None` where nobody tells.
+    #[must_use]
+    pub fn room(&self) -> Option<Room> {
         // A process may be moved to another cgroup while it runs.
         let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let rooms = self
             .mounts
             .iter()
             .filter_map(|mount| room_up_to(&mount.folder, &folder(mount, &cgroups)?, mount.version));
-        host_bytes().into_iter().chain(rooms).min()
+        host_room().into_iter().chain(rooms).min_by_key(|room| room.bytes)
     }
 }
 
 /// What is free on the host.
-fn host_bytes() -> Option<u64> {
+fn host_room() -> Option<Room> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    };
+    Some(Room { bytes: field("MemAvailable:")?, of: field("MemTotal:")? })
 }
 
 /// The hierarchies in a `mountinfo` (`proc_pid_mountinfo(5)`).
@@ -92,17 +117,17 @@ fn folder(mount: &Mount, cgroups: &str) -> Option<PathBuf> {
 }
 
 /// The least room in a cgroup and its ancestors up to the mount; `None` where none has a limit.
-fn room_up_to(mount: &Path, folder: &Path, version: Version) -> Option<u64> {
+fn room_up_to(mount: &Path, folder: &Path, version: Version) -> Option<Room> {
     folder
         .ancestors()
         .take_while(|ancestor| ancestor.starts_with(mount))
         .filter_map(|ancestor| room(ancestor, version))
-        .min()
+        .min_by_key(|room| room.bytes)
 }
 
 /// What processes in a cgroup may still take, with what the kernel would give up for it. Only pages of files that
 /// were not used of late count as that, as in what Kubernetes calls the working set.
-fn room(folder: &Path, version: Version) -> Option<u64> {
+fn room(folder: &Path, version: Version) -> Option<Room> {
     let number = |name: &str| fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let (limit, usage, idle) = match version {
         Version::One => (number("memory.limit_in_bytes"), "memory.usage_in_bytes", "total_inactive_file "),
@@ -114,7 +139,8 @@ fn room(folder: &Path, version: Version) -> Option<u64> {
     };
     let statistics = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let idle = statistics.lines().find_map(|line| line.strip_prefix(idle)?.trim().parse().ok()).unwrap_or(0);
-    Some(limit?.saturating_sub(number(usage)?).saturating_add(idle))
+    let of = limit?;
+    Some(Room { bytes: of.saturating_sub(number(usage)?).saturating_add(idle), of })
 }
 
 #[cfg(test)]
@@ -158,31 +184,32 @@ mod tests {
     fn the_tightest_ancestor_counts() {
         let directory = tempfile::tempdir().unwrap();
         let mount = directory.path();
+        let bytes = |mount, folder, version| room_up_to(mount, folder, version).map(|room| room.bytes);
         let own = mount.join("slice/own");
         write(&own, &[("memory.max", "max\n"), ("memory.high", "max\n"), ("memory.current", "1000\n")]);
-        assert_eq!(room_up_to(mount, &own, Version::Two), None);
+        assert_eq!(bytes(mount, &own, Version::Two), None);
         write(&own, &[("memory.max", "9000\n"), ("memory.stat", "anon 5\ninactive_file 300\n")]);
-        assert_eq!(room_up_to(mount, &own, Version::Two), Some(8300));
+        assert_eq!(bytes(mount, &own, Version::Two), Some(8300));
         write(&own, &[("memory.high", "5000\n")]);
-        assert_eq!(room_up_to(mount, &own, Version::Two), Some(4300));
+        assert_eq!(bytes(mount, &own, Version::Two), Some(4300));
         write(&mount.join("slice"), &[("memory.max", "10000\n"), ("memory.current", "9900\n")]);
-        assert_eq!(room_up_to(mount, &own, Version::Two), Some(100));
+        assert_eq!(bytes(mount, &own, Version::Two), Some(100));
         write(&mount.join("slice"), &[("memory.current", "20000\n")]);
-        assert_eq!(room_up_to(mount, &own, Version::Two), Some(0));
+        assert_eq!(bytes(mount, &own, Version::Two), Some(0));
 
         let older = mount.join("older");
         write(
             &older,
             &[("memory.limit_in_bytes", "9223372036854771712\n"), ("memory.usage_in_bytes", "4096\n")],
         );
-        assert!(room_up_to(mount, &older, Version::One).unwrap() > 1 << 60);
+        assert!(bytes(mount, &older, Version::One).unwrap() > 1 << 60);
         write(&older, &[("memory.limit_in_bytes", "8192\n"), ("memory.stat", "total_inactive_file 100\n")]);
-        assert_eq!(room_up_to(mount, &older, Version::One), Some(4196));
+        assert_eq!(bytes(mount, &older, Version::One), Some(4196));
     }
 
     #[test]
     fn this_host_tells_what_is_free() {
         let available = Available::new().bytes().unwrap();
-        assert!(available > 0 && available <= host_bytes().unwrap() + (1 << 30), "{available}");
+        assert!(available > 0 && available <= host_room().unwrap().bytes + (1 << 30), "{available}");
     }
 }

@@ -8,7 +8,7 @@
 //! - [`working_set`]: how many more blocks each VM would use, by what it reads again after giving it up.
 
 pub mod admission;
-pub(crate) mod available;
+pub mod available;
 pub(crate) mod block_index;
 pub(crate) mod copies;
 pub(crate) mod limit;

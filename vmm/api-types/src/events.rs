@@ -58,6 +58,19 @@ impl ToSchema for Event {
     }
 }
 
+/// How short memory is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryState {
+    /// All VMs run.
+    #[default]
+    Enough,
+    /// VMs that need more are held, and run in turns.
+    Short,
+    /// The reserve is used: VMs that need more are held until there is more.
+    Exhausted,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "event", rename_all = "lowercase")]
@@ -116,6 +129,17 @@ pub enum Happening {
         /// Why, and what to do.
         message: String,
     },
+    /// Memory became short, or is no longer.
+    Memory {
+        /// How short memory is now.
+        state: MemoryState,
+        /// Memory that is to be had, in bytes.
+        room_bytes: u64,
+        /// What all VMs together may take of it without asking, in bytes.
+        claims_bytes: u64,
+        /// What this means, and what to do.
+        message: String,
+    },
     /// A limit was reached.
     Limit {
         /// The limit, and what to do.
@@ -140,6 +164,7 @@ impl Happening {
             Happening::Balloon { .. } => "balloon",
             Happening::Adopted { .. } => "adopted",
             Happening::Left { .. } => "left",
+            Happening::Memory { .. } => "memory",
             Happening::Limit { .. } => "limit",
             Happening::Missed { .. } => "missed",
         }

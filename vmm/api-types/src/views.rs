@@ -5,6 +5,7 @@
 //! in the terms of the kernel's KSM, as in the lines of `--stats`.
 
 pub mod devices;
+pub mod memory;
 pub mod pages;
 
 use crate::lifecycle::{Action, State};

@@ -73,7 +73,7 @@ fn tell(data: &str) -> Option<String> {
             format!("VM {vm} was adopted, and is {} (worker process {worker})", state.name())
         }
         Happening::Left { worker, message } => format!("worker process {worker} is left alone: {message}"),
-        Happening::Limit { message } => message,
+        Happening::Limit { message } | Happening::Memory { message, .. } => message,
         Happening::Missed { count } => format!("{} missing here", counted(count, "event")),
     };
     Some(format!("{id:>6}  {text}"))

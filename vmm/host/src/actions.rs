@@ -88,6 +88,7 @@ impl Registry {
         let vm = self.machine(record, action)?;
         record.note_started();
         vm.start();
+        self.memory.look();
         let reason = (action == Action::Reset).then(|| Cause::Reset.to_string());
         self.tell_state_because(record, reason.or_else(|| record.reason()));
         Ok(())

@@ -5,6 +5,7 @@
 //! - [`conflicts`] finds files that VMs cannot have in common, [`error`] has the errors of all of these.
 //! - [`validated`] validates the description of a VM, [`config_file`] reads descriptions.
 //! - [`events`] is the log of events, [`statistics`] counts what VMs use and share.
+//! - [`governor`] holds VMs before they run out of memory together.
 //! - [`host_limits`] measures how much memory may be promised to guests.
 //!
 //! Nothing here knows HTTP, which is in `samepage-api`.
@@ -20,6 +21,7 @@ pub mod ends;
 pub mod engine;
 pub mod error;
 pub mod events;
+pub mod governor;
 pub mod host_limits;
 pub mod record;
 pub mod registry;

@@ -149,6 +149,20 @@ impl Record {
         Some(look(&*vm))
     }
 
+    /// The same, if no other inspection takes place. Does not wait.
+    pub(crate) fn try_inspect<T>(&self, look: impl FnOnce(&dyn Machine) -> T) -> Option<T> {
+        let _inspected = self.inspected.try_lock()?;
+        let vm = self.vm()?;
+        Some(look(&*vm))
+    }
+
+    /// Calls `look` with the machine, if there is one, for a moment: neither ends nor inspections go on meanwhile.
+    pub(crate) fn glance<T>(&self, look: impl FnOnce(MachineNumber, &dyn Machine) -> T) -> Option<T> {
+        let body = self.body.lock();
+        let installed = body.machine.as_ref()?;
+        Some(look(installed.number, &*installed.vm))
+    }
+
     /// Returns which pages are to be shared.
     pub fn mode(&self) -> SharingMode {
         self.body.lock().mode

@@ -25,6 +25,7 @@ use crate::disk_errors::{DiskErrorHandler, DiskErrors};
 use crate::ends::{Ended, Ends, MachineNumber};
 use crate::error::HostError;
 use crate::events::EventLog;
+use crate::governor::{Held, MemoryWatch};
 use crate::host_limits::HostMemory;
 use crate::record::{Installed, Record};
 use crate::statistics::{self, Sample, Sampler, WorkerSample};
@@ -57,6 +58,8 @@ pub struct Registry {
     pub(crate) common: Common,
     /// The log of events.
     pub events: Arc<EventLog>,
+    /// What the governor sees and does.
+    pub memory: MemoryWatch,
     disk_errors: Arc<DiskErrors>,
     /// Counts changes of VMs that are no event.
     changes: AtomicU64,
@@ -84,6 +87,7 @@ impl Registry {
             common,
             disk_errors: Arc::new(DiskErrors::new(Arc::clone(&events))),
             events,
+            memory: MemoryWatch::default(),
             changes: AtomicU64::new(0),
             records: Mutex::default(),
             reserving: Mutex::default(),
@@ -248,6 +252,18 @@ impl Registry {
         let mut records: Vec<_> = self.records.lock().values().filter_map(with_number).collect();
         records.sort_by_key(|(number, _)| *number);
         records.into_iter().map(|(_, record)| record).collect()
+    }
+
+    /// Returns for how long the present machine of a VM was held because memory was short.
+    pub fn held(&self, record: &Record) -> Held {
+        record.machine().map_or_else(Held::default, |machine| self.memory.held(machine.number))
+    }
+
+    /// Calls `look` with each record that has a machine. Other threads can neither add nor remove VMs meanwhile.
+    pub(crate) fn glance_at_all(&self, mut look: impl FnMut(&Arc<Record>, MachineNumber, &dyn Machine)) {
+        for record in self.records.lock().values() {
+            record.glance(|number, vm| look(record, number, vm));
+        }
     }
 
     /// Returns statistics of the process, with those of the given VMs that have a machine. Takes time in

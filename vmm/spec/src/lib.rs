@@ -35,7 +35,8 @@ pub use size::schema::{
     optional_balloon as optional_balloon_schema, optional_memory as optional_memory_schema,
 };
 pub use vm::{
-    ConsoleSpec, DEFAULT_COMMAND_LINE, DEFAULT_GROUP, MAX_RAM, MIN_RAM, PAGE_SIZE, SharingSpec, VmSpec,
+    ConsoleSpec, DEFAULT_COMMAND_LINE, DEFAULT_GROUP, MAX_RAM, MIN_RAM, MemoryWeight, PAGE_SIZE, SharingSpec,
+    VmSpec,
 };
 pub use vsock::VsockSpec;
 

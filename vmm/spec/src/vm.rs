@@ -28,6 +28,35 @@ fn default_command_line() -> String {
     DEFAULT_COMMAND_LINE.to_owned()
 }
 
+/// The weight of a VM against others when memory is short: 1 to 10,000, by default 100.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct MemoryWeight(u32);
+
+impl Default for MemoryWeight {
+    fn default() -> Self {
+        Self(100)
+    }
+}
+
+impl TryFrom<u32> for MemoryWeight {
+    type Error = String;
+
+    fn try_from(weight: u32) -> Result<Self, String> {
+        if (1..=10_000).contains(&weight) {
+            Ok(Self(weight))
+        } else {
+            Err(format!("the weight for memory is {weight}; use 1 to 10000"))
+        }
+    }
+}
+
+impl From<MemoryWeight> for u32 {
+    fn from(weight: MemoryWeight) -> Self {
+        weight.0
+    }
+}
+
 /// The description of a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
@@ -82,6 +111,13 @@ pub struct VmSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schema(maximum = 1023))]
     pub host_numa_node: Option<u32>,
+    /// The weight of the VM against others when memory is short and VMs take turns.
+    #[serde(default)]
+    #[cfg_attr(
+        feature = "schema",
+        schema(value_type = u32, minimum = 1, maximum = 10000, default = 100)
+    )]
+    pub memory_weight: MemoryWeight,
     /// How virtio devices are attached.
     #[serde(default)]
     pub bus: VirtioBus,
@@ -176,6 +212,7 @@ impl VmSpec {
             cpu: Cpu::default(),
             hugepages: HugePages::default(),
             host_numa_node: None,
+            memory_weight: MemoryWeight::default(),
             bus: VirtioBus::default(),
             disks: Vec::new(),
             cloud_init: None,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -17,7 +17,7 @@ use samepage_spec::SharingMode;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disks::DiskServers;
-use crate::machine::{BalloonObserver, DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
+use crate::machine::{BalloonObserver, Brake, DeviceChange, DeviceError, DiskErrorObserver, Look, Machine};
 use crate::messages::{Answer, Order, VmNumber};
 use crate::process::{Gone, WorkerProcess};
 
@@ -27,6 +27,36 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Why memory of a VM that was adopted is not shared.
 const UNSHARED: &str =
     "the VM was adopted from a process that ended; it shares no more memory until its next start";
+
+/// How long the governor of memory waits for a figure. It guesses without.
+const BRIEFLY: Duration = Duration::from_millis(20);
+
+/// Holds the vCPUs of a machine in a worker process.
+struct RemoteBrake {
+    worker: Arc<WorkerProcess>,
+    number: VmNumber,
+    threads: OnceLock<Vec<u32>>,
+}
+
+impl Brake for RemoteBrake {
+    fn withhold(&self) {
+        self.worker.tell(self.number, Order::Withhold(true));
+    }
+
+    fn release(&self) {
+        self.worker.tell(self.number, Order::Withhold(false));
+    }
+
+    fn threads(&self) -> Vec<u32> {
+        if let Some(threads) = self.threads.get() {
+            return threads.clone();
+        }
+        match self.worker.ask_within(self.number, Order::NameThreads, BRIEFLY) {
+            Some(Answer::Threads(threads)) => self.threads.get_or_init(|| threads).clone(),
+            _ => Vec::new(),
+        }
+    }
+}
 
 /// What a worker tells of one VM.
 pub(crate) struct Remote {
@@ -280,6 +310,20 @@ impl Machine for MachineElsewhere {
 
     fn note_mode(&self, mode: SharingMode) {
         self.worker.tell(self.identity.number, Order::NoteMode(mode));
+    }
+
+    fn brake(&self) -> Arc<dyn Brake> {
+        let (worker, number) = (Arc::clone(&self.worker), self.identity.number);
+        Arc::new(RemoteBrake { worker, number, threads: OnceLock::new() })
+    }
+
+    fn private_bytes(&self, _: &Pagemap) -> io::Result<u64> {
+        match self.worker.ask_within(self.identity.number, Order::CountPrivate, BRIEFLY) {
+            Some(Answer::Bytes(bytes)) => Ok(bytes),
+            Some(Answer::Failed(reason)) => Err(io::Error::other(reason)),
+            Some(_) => Err(io::ErrorKind::InvalidData.into()),
+            None => Err(io::Error::new(io::ErrorKind::TimedOut, "its worker process does not answer")),
+        }
     }
 
     fn touched(&self, _: &Pagemap) -> io::Result<Vec<Range<u32>>> {

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use samepage_api_types::views::devices::BalloonView;
 use samepage_devices::virtio::balloon::FRAME_BYTES;
-use samepage_machine::vm::{Vm, VmEnd, VmState};
+use samepage_machine::vm::{Vm, VmEnd, VmHandle, VmState};
+use samepage_sharing::PAGE_SIZE;
 use samepage_sharing::pagemap::Pagemap;
 use samepage_sharing::service::Membership;
 use samepage_spec::{BalloonSpec, CachePolicy, RateLimits, SharingMode, Size};
@@ -72,6 +73,31 @@ pub struct Look {
     pub devices: DeviceReport,
 }
 
+/// Holds the vCPUs of a machine, wherever it is, also after the machine is freed.
+pub trait Brake: Send + Sync {
+    /// Holds the vCPUs until [`Brake::release`], without waiting. The state of the machine stays as it is.
+    fn withhold(&self);
+    /// Lets the vCPUs of a running machine run again.
+    fn release(&self);
+    /// Returns the kernel's numbers of the vCPUs' threads, which are of the process `worker` or of this one; none if
+    /// they are not known yet.
+    fn threads(&self) -> Vec<u32>;
+}
+
+impl Brake for VmHandle {
+    fn withhold(&self) {
+        self.withhold();
+    }
+
+    fn release(&self) {
+        self.release();
+    }
+
+    fn threads(&self) -> Vec<u32> {
+        self.threads()
+    }
+}
+
 /// A machine that was built. Dropping it ends it and frees all that it has.
 pub trait Machine: fmt::Debug + Send + Sync {
     /// Returns the VM's name.
@@ -106,6 +132,16 @@ pub trait Machine: fmt::Debug + Send + Sync {
     }
     /// Notes which pages are to be shared, for a process that manages the machine later.
     fn note_mode(&self, _mode: SharingMode) {}
+    /// Returns what holds the vCPUs while memory is short.
+    fn brake(&self) -> Arc<dyn Brake>;
+    /// Measures the private memory of RAM, in bytes.
+    ///
+    /// # Errors
+    /// Fails if the page map cannot be read.
+    fn private_bytes(&self, pagemap: &Pagemap) -> io::Result<u64> {
+        let pages: u64 = self.touched(pagemap)?.iter().map(|run| run.len() as u64).sum();
+        Ok(pages * PAGE_SIZE as u64)
+    }
     /// Returns the runs of pages that have memory, of a VM that shares none.
     ///
     /// # Errors
@@ -196,6 +232,10 @@ impl Machine for Vm {
 
     fn membership(&self) -> Option<&Membership> {
         self.membership()
+    }
+
+    fn brake(&self) -> Arc<dyn Brake> {
+        Arc::new(self.handle())
     }
 
     fn touched(&self, pagemap: &Pagemap) -> io::Result<Vec<Range<u32>>> {

@@ -111,6 +111,12 @@ pub(crate) enum Order {
     },
     /// Tell which pages have memory.
     Touched,
+    /// Hold the vCPUs because memory is short, or do so no more.
+    Withhold(bool),
+    /// Count the private memory of RAM.
+    CountPrivate,
+    /// Name the threads of the vCPUs.
+    NameThreads,
     /// The header of the memory hole has changed.
     HoleNews,
     /// Name all VMs.
@@ -182,6 +188,9 @@ pub(crate) enum Answer {
         cpu_nanoseconds: u64,
         devices: Box<DeviceReport>,
     },
+    Bytes(u64),
+    /// The kernel's numbers of threads.
+    Threads(Vec<u32>),
     /// First and end of each run of pages.
     Runs(Vec<(u32, u32)>),
     Listed(Vec<VmNumber>),

@@ -177,6 +177,8 @@ impl Worker {
                 | Order::Look
                 | Order::HoleNews
                 | Order::Discarded { .. }
+                | Order::Withhold(_)
+                | Order::NameThreads
         );
         if is_quick {
             return self.carry_out(request, with, self.outbox.turn());
@@ -335,6 +337,18 @@ impl Worker {
                 Err(DeviceError::Missing) => Answer::NoDevice,
                 Err(DeviceError::Refused(reason)) => Answer::Failed(reason),
             },
+            Order::Withhold(true) => {
+                vm.handle().withhold();
+                Answer::Done
+            }
+            Order::Withhold(false) => {
+                vm.handle().release();
+                Answer::Done
+            }
+            Order::CountPrivate => Answer::Bytes(
+                vm.private_bytes(&self.pagemap).map_err(|error| format!("read the page map: {error}"))?,
+            ),
+            Order::NameThreads => Answer::Threads(vm.handle().threads()),
             Order::Touched => {
                 let runs =
                     vm.touched(&self.pagemap).map_err(|error| format!("read the page map: {error}"))?;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -12,6 +13,7 @@ use super::sharing::sampling_failed;
 use crate::extract::blocking;
 use crate::problem::Refusal;
 use crate::server::Api;
+use samepage_api_types::views::memory::{HeldView, MemoryView};
 use samepage_host::host_limits::{HostMemory, total_bytes};
 use samepage_machine::huge_pages;
 
@@ -67,6 +69,32 @@ pub(crate) struct FeaturesView {
     pub sharing: bool,
     /// Whether memory can be backed with huge pages.
     pub huge_pages: bool,
+}
+
+/// Show how short memory is, and for how long VMs were held
+#[utoipa::path(get, path = "/memory", operation_id = "get_memory", tag = "process", responses((status = 200, body = MemoryView)))]
+pub(super) async fn memory(State(api): State<Arc<Api>>) -> Json<MemoryView> {
+    let report = api.registry.memory.report();
+    let held = api.registry.list().into_iter().filter_map(|record| {
+        let held = api.registry.held(&record);
+        (held.longest > Duration::ZERO).then(|| HeldView {
+            vm: record.name().to_owned(),
+            held: held.now.is_some(),
+            held_seconds: held.total.as_secs_f64(),
+            longest_seconds: held.longest.as_secs_f64(),
+        })
+    });
+    Json(MemoryView {
+        governed: report.governed,
+        state: report.state,
+        room_bytes: report.room_bytes,
+        of_bytes: report.of_bytes,
+        reserve_bytes: report.reserve_bytes,
+        claims_bytes: report.claims_bytes,
+        changes: report.changes,
+        longest_seconds: report.longest.as_secs_f64(),
+        vms: held.collect(),
+    })
 }
 
 /// Show the host

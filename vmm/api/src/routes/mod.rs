@@ -83,6 +83,7 @@ fn described() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(sharing::cache))
         .routes(routes!(host::host))
         .routes(routes!(host::version))
+        .routes(routes!(host::memory))
         .routes(routes!(watch::events))
         .routes(routes!(watch::metrics))
 }

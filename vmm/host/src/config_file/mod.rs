@@ -21,7 +21,8 @@ pub use mistakes::{Mistake, Mistakes};
 use read::{Entry, Read};
 use samepage_spec::{
     BalloonSpec, CloudInitSpec, ConsoleSpec, Cpu, DEFAULT_COMMAND_LINE, DiskSpec, HugePages, MemoryHole,
-    NetworkSpec, RngSpec, SharingSpec, Size, VirtioBus, VmSpec, VsockSpec, optional_memory_schema,
+    MemoryWeight, NetworkSpec, RngSpec, SharingSpec, Size, VirtioBus, VmSpec, VsockSpec,
+    optional_memory_schema,
 };
 use source::Source;
 
@@ -81,6 +82,9 @@ pub struct VmEntry {
     /// The host's NUMA node whose memory the VM prefers. By default the kernel chooses.
     #[schema(maximum = 1023)]
     pub host_numa_node: Option<u32>,
+    /// The weight against other VMs when memory is short and VMs take turns: 1 to 10000.
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 10000)]
+    pub memory_weight: Option<MemoryWeight>,
     /// How virtio devices are attached.
     pub bus: Option<VirtioBus>,
     /// Disks, in the guest's order.
@@ -122,6 +126,7 @@ macro_rules! with_fields {
             cpu,
             hugepages,
             host_numa_node,
+            memory_weight,
             bus,
             disks,
             cloud_init,
@@ -179,6 +184,7 @@ impl VmEntry {
             cpu: self.cpu.unwrap_or_default(),
             hugepages: self.hugepages.unwrap_or_default(),
             host_numa_node: self.host_numa_node,
+            memory_weight: self.memory_weight.unwrap_or_default(),
             bus: self.bus.unwrap_or_default(),
             disks: self.disks.iter().flatten().map(disk).collect(),
             cloud_init: self.cloud_init.as_ref().map(|files| files.with_paths(path)),

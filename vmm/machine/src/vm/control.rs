@@ -17,6 +17,9 @@
 //! clears `immediate_exit` before it enters KVM_RUN, so no kick is lost. A vCPU that waits for its start by the guest is
 //! in KVM_RUN as well, and is kicked in the same way.
 //!
+//! Beside its goal, a VM may be *withheld*, because the host runs short of memory. Then its vCPU threads are held though
+//! the goal is RUN: the user sees a running VM that gets no processor. The end of a VM overrides both.
+//!
 //! A change of the goal wakes held vCPU threads, and the last thread that follows it wakes who waits for that. So the
 //! work for each change is proportional to the number of vCPUs.
 
@@ -54,6 +57,8 @@ enum Phase {
 /// The means to kick a vCPU thread: its id, and `immediate_exit` in the page it shares with KVM.
 struct KickTarget {
     thread: pthread_t,
+    /// The kernel's number of the thread.
+    id: u32,
     immediate_exit: NonNull<u8>,
 }
 
@@ -99,6 +104,8 @@ struct Vcpu {
 
 struct State {
     goal: Goal,
+    /// The vCPUs are held although the goal is RUN.
+    is_withheld: bool,
     vcpus: Vec<Vcpu>,
     /// How many of them are running, and how many are gone.
     running: usize,
@@ -111,6 +118,12 @@ struct State {
 impl State {
     fn kick_all(&self) {
         self.vcpus.iter().filter_map(|vcpu| vcpu.target.as_ref()).for_each(KickTarget::kick);
+    }
+
+    /// Whether vCPUs are to run.
+    #[cfg(test)]
+    fn runs(&self) -> bool {
+        self.goal == Goal::Run && !self.is_withheld
     }
 
     fn set_phase(&mut self, number: usize, phase: Phase) {
@@ -147,6 +160,7 @@ impl Control {
         Ok(Self {
             state: Mutex::new(State {
                 goal: Goal::Hold,
+                is_withheld: false,
                 vcpus: Vec::new(),
                 running: 0,
                 gone: 0,
@@ -197,6 +211,36 @@ impl Control {
             state.kick_all();
         }
         self.settled.wait_while(&mut state, |state| state.goal == Goal::Hold && state.running > 0);
+    }
+
+    /// Holds the vCPUs whatever the goal, until [`Control::release`]. Does not wait.
+    pub(super) fn withhold(&self) {
+        let mut state = self.state.lock();
+        if !state.is_withheld {
+            state.is_withheld = true;
+            state.kick_all();
+        }
+    }
+
+    /// Lets the vCPUs follow the goal again.
+    pub(super) fn release(&self) {
+        let mut state = self.state.lock();
+        if state.is_withheld {
+            state.is_withheld = false;
+            self.goal_changed.notify_all();
+        }
+    }
+
+    /// Whether no vCPU is in KVM_RUN or in a device model, and none will be until the VM is resumed or released.
+    #[cfg(test)]
+    fn is_still(&self) -> bool {
+        let state = self.state.lock();
+        state.running == 0 && !state.runs()
+    }
+
+    /// Returns the numbers of the vCPUs' threads.
+    pub(super) fn threads(&self) -> Vec<u32> {
+        self.state.lock().vcpus.iter().filter_map(|vcpu| Some(vcpu.target.as_ref()?.id)).collect()
     }
 
     /// Ends the VM for this reason, unless it is already ending. Does not wait.
@@ -256,9 +300,10 @@ impl Control {
     /// # Safety
     /// `immediate_exit` stays valid until the returned value is dropped.
     pub(super) unsafe fn join(&self, number: usize, immediate_exit: NonNull<u8>) -> Member<'_> {
-        // SAFETY: the call always succeeds and names the calling thread.
-        let thread = unsafe { libc::pthread_self() };
-        self.state.lock().vcpus[number].target = Some(KickTarget { thread, immediate_exit });
+        // SAFETY: both calls always succeed and name the calling thread.
+        let (thread, id) = unsafe { (libc::pthread_self(), libc::gettid()) };
+        let id = u32::try_from(id).unwrap_or(0);
+        self.state.lock().vcpus[number].target = Some(KickTarget { thread, id, immediate_exit });
         Member { control: self, number }
     }
 
@@ -300,7 +345,7 @@ impl Member<'_> {
         let mut was_held = state.vcpus[self.number].phase == Phase::Held;
         loop {
             match state.goal {
-                Goal::Run => {
+                Goal::Run if !state.is_withheld => {
                     state.set_phase(self.number, Phase::Running);
                     if let Some(target) = &state.vcpus[self.number].target {
                         target.immediate_exit().store(0, Ordering::Release);
@@ -308,7 +353,7 @@ impl Member<'_> {
                     return Some(was_held);
                 }
                 Goal::End => return None,
-                Goal::Hold => {
+                Goal::Run | Goal::Hold => {
                     if state.vcpus[self.number].phase != Phase::Held {
                         was_held = true;
                         state.set_phase(self.number, Phase::Held);
@@ -404,6 +449,42 @@ mod tests {
         }
         control.run();
         control.hold();
+    }
+
+    #[test]
+    fn a_withheld_vm_does_not_run_until_it_is_released_or_ends() {
+        let control = Arc::new(Control::new().unwrap());
+        let threads = [spawn(&control), spawn(&control)];
+        let running = || control.state.lock().running;
+        let settles = |still: bool| {
+            while control.is_still() != still || running() != if still { 0 } else { 2 } {
+                std::thread::yield_now();
+            }
+        };
+        control.withhold();
+        control.run();
+        assert_eq!(control.state(), VmState::Running);
+        settles(true);
+        // A pause neither waits for the release nor is undone by it.
+        control.hold();
+        control.release();
+        settles(true);
+        control.run();
+        settles(false);
+        control.withhold();
+        control.withhold();
+        settles(true);
+        control.release();
+        settles(false);
+        assert_eq!(control.threads().len(), 2);
+
+        control.withhold();
+        control.finish(VmEnd::Stopped);
+        assert!(matches!(control.wait(), VmEnd::Stopped));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert!(control.threads().is_empty());
     }
 
     #[test]

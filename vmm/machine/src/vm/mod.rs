@@ -152,6 +152,22 @@ impl VmHandle {
     pub fn request_stop(&self) {
         self.control.finish(VmEnd::Stopped);
     }
+
+    /// Holds the vCPUs until [`VmHandle::release`], whether the VM is paused or not. Does not wait. The state of the VM
+    /// stays as it is.
+    pub fn withhold(&self) {
+        self.control.withhold();
+    }
+
+    /// Lets the vCPUs of a running VM run again after [`VmHandle::withhold`].
+    pub fn release(&self) {
+        self.control.release();
+    }
+
+    /// Returns the kernel's numbers of the vCPUs' threads, without those that have ended.
+    pub fn threads(&self) -> Vec<u32> {
+        self.control.threads()
+    }
 }
 
 /// A virtual machine. Dropping it ends it and frees its threads, files and memory.
