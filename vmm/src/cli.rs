@@ -3,6 +3,7 @@
 mod balloon;
 mod cloud_init;
 mod disk;
+mod engine;
 mod fields;
 mod net;
 mod rng;
@@ -17,8 +18,6 @@ use samepage_host::stats_writer::StatsTarget;
 use samepage_machine::config;
 use samepage_process::control_socket;
 use samepage_sharing::blocks::CacheSize;
-use samepage_sharing::claims::SharedTypes;
-use samepage_sharing::engine::Order;
 use samepage_sharing::service::DEFAULT_GROUP;
 use samepage_spec::{
     BalloonSpec, CloudInitSpec, Cpu, DiskSpec, HugePages, MemoryHole, MemoryWeight, NetworkSpec, RngSpec,
@@ -30,6 +29,8 @@ use samepage_text::size::parse_size;
 use balloon::parse_balloon;
 use cloud_init::parse_cloud_init;
 use disk::parse_disk;
+pub(crate) use engine::EngineArg;
+use engine::parse_engine;
 use net::parse_net;
 use rng::parse_rng;
 use samepage_analyze::args::AnalyzeArgs;
@@ -435,15 +436,6 @@ pub(crate) enum GovernorArg {
     Off,
 }
 
-/// `--sharing-engine`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct EngineArg {
-    pub(crate) lookahead: bool,
-    pub(crate) order: Order,
-    pub(crate) follow: bool,
-    pub(crate) types: SharedTypes,
-}
-
 /// `--console`, before `{index}` and `{name}` are replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ConsoleArg {
@@ -517,31 +509,6 @@ fn parse_cpu(text: &str) -> Result<f64, String> {
     }
 }
 
-fn parse_engine(text: &str) -> Result<EngineArg, String> {
-    let mut engine =
-        EngineArg { lookahead: true, order: Order::Digest, follow: true, types: SharedTypes::All };
-    for field in text.split(',').filter(|field| !field.is_empty()) {
-        match field {
-            "lookahead=on" => engine.lookahead = true,
-            "lookahead=off" => engine.lookahead = false,
-            "order=digest" => engine.order = Order::Digest,
-            "order=content" => engine.order = Order::Content,
-            "scan=changes" => engine.follow = true,
-            "scan=full" => engine.follow = false,
-            "types=all" => engine.types = SharedTypes::All,
-            "types=not-file" => engine.types = SharedTypes::NotFile,
-            "types=file" => engine.types = SharedTypes::File,
-            _ => {
-                return Err(format!(
-                    "unknown field {field:?}; fields are lookahead=on|off, order=digest|content, \
-                     scan=changes|full and types=all|not-file|file"
-                ));
-            }
-        }
-    }
-    Ok(engine)
-}
-
 fn parse_ratio(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(ratio) if ratio.is_finite() && ratio > 0.0 => Ok(ratio),
@@ -590,26 +557,11 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_can_be_made_to_work_as_ksm_does() {
-        assert_eq!(
-            parse_engine("lookahead=off,order=content,scan=full,types=file"),
-            Ok(EngineArg {
-                lookahead: false,
-                order: Order::Content,
-                follow: false,
-                types: SharedTypes::File
-            })
-        );
-        assert_eq!(parse_engine(""), parse_engine("lookahead=on,order=digest,scan=changes,types=all"));
-        assert!(parse_engine("lookahead").is_err() && parse_engine("order=random").is_err());
-        assert!(parse_cpu("250").is_ok() && parse_cpu("0").is_err() && parse_cpu("7000").is_err());
-    }
-
-    #[test]
     fn consoles_and_ratios_are_checked() {
         assert_eq!(parse_console("file=x.log"), Ok(ConsoleArg::File("x.log".into())));
         assert!(parse_console("file=").is_err() && parse_console("tty").is_err());
         assert!(parse_ratio("2.5").is_ok());
+        assert!(parse_cpu("250").is_ok() && parse_cpu("0").is_err() && parse_cpu("7000").is_err());
         assert!(["0", "-1", "inf", "NaN", "x"].iter().all(|text| parse_ratio(text).is_err()));
     }
 }

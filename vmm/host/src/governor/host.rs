@@ -16,7 +16,7 @@ use samepage_sharing::ram::HUGE_BYTES;
 use samepage_spec::HugePages;
 use samepage_worker::machine::Brake;
 
-use super::policy::{Guest, Host};
+use super::seen::{Guest, Host};
 use crate::ends::MachineNumber;
 use crate::record::Record;
 use crate::registry::Registry;

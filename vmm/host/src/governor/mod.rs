@@ -4,11 +4,13 @@
 //! kernel then kills a process, and all its VMs with it. The governor holds VMs before that, and lets them go on in turns.
 //!
 //! - `policy` decides, and knows no host: a test runs it against a model.
+//! - `seen` is what both have in common.
 //! - `host` measures: what is to be had, what VMs have, and which of them grow.
 //! - This file is the thread that brings both together, and what others may see of it.
 
 mod host;
 mod policy;
+mod seen;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,7 +26,8 @@ use samepage_process::tell::tell;
 use crate::ends::MachineNumber;
 use crate::registry::Registry;
 use host::ThisHost;
-use policy::{Guest, Host, Policy};
+use policy::Policy;
+use seen::{Guest, Host};
 
 /// How fast one processor can make memory private, in bytes per second. Measured: 0.45 GiB/s where guests write to
 /// shared pages, 0.9 GiB/s where they touch new ones.
