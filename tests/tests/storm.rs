@@ -33,6 +33,8 @@ enum Bound {
 /// VMs share nine tenths of their memory. Then each does what `word` says, verifies its memory and ends: it rewrites all of
 /// what it shares, each page differently, for the word `s`.
 fn run(vms: u32, mib: u64, bound: Bound, word: &str) {
+    // The program may have to be built, which is not to count.
+    samepage_tests::program::path();
     let Some(group) = Limited::enter("storm") else {
         println!("not run: this process may not make a control group with a limit of memory");
         return;
@@ -40,7 +42,7 @@ fn run(vms: u32, mib: u64, bound: Bound, word: &str) {
     let host = Host::serve(&["--sharing-cpu", "100", "--overcommit", "8"]);
     group.leave();
     if let Bound::Mib(mib) = bound {
-        group.limit(mib << 20);
+        limit(&host, &group, mib << 20);
     }
     for vm in 0..vms {
         let plan = Plan {
@@ -60,7 +62,7 @@ fn run(vms: u32, mib: u64, bound: Bound, word: &str) {
     let wanted = u64::from(vms - 1) * (mib << 20) / PAGE * 70 / 100;
     wait(&host, "/sharing", |sharing| sharing["statistics"]["pages_sharing"].as_u64().unwrap_or(0) >= wanted);
     if let Bound::OfResident(percent) = bound {
-        group.limit(group.usage() * percent / 100);
+        limit(&host, &group, group.usage() * percent / 100);
     }
     let began = Instant::now();
     for vm in 0..vms {
@@ -80,6 +82,12 @@ fn run(vms: u32, mib: u64, bound: Bound, word: &str) {
     println!("{vms} VMs of {mib} MiB: {:.1} s; {memory}", took.as_secs_f64());
     assert!(memory["changes"].as_u64().unwrap_or(0) > 0, "memory was never short: {memory}");
     host.end().assert_code(0);
+}
+
+/// Limits the memory, and waits until samepage has seen that.
+fn limit(host: &Host, group: &Limited, bytes: u64) {
+    group.limit(bytes);
+    wait(host, "/memory", |memory| memory["of_bytes"].as_u64().unwrap_or(u64::MAX) <= bytes);
 }
 
 fn name(vm: u32) -> String {

@@ -34,7 +34,7 @@ const LEAST_RESERVE: u64 = 16 * MIB;
 /// looks come late because the host is busy, it is twice as long as they were late.
 const REACTION: Duration = Duration::from_millis(10);
 /// The longest time between two looks at the room: without and with shortage.
-const CALM_INTERVAL: Duration = Duration::from_millis(250);
+const CALM_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_INTERVAL: Duration = Duration::from_millis(50);
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 /// The shortest stay in a state before the host comes down to a better one.
